@@ -1,0 +1,237 @@
+"""Containers: which mappings inside a nested checkpoint are state dicts, and which of them is meant.
+
+A training script saves more than one state dict under one name. What a checkpoint holds is told from its structure:
+every mapping with tensors below it is looked at, whatever it is called, and the state of optimizers, schedulers and
+the like is left out. A tree of mappings that only mirrors the module tree is one state dict, with joined keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoalign.errors import CheckpointError, InputError
+from autoalign.specs import TensorSpec, specs_of
+
+# words in the names that people give to what they save; "model_state_dict" has three of them
+_MODEL_WORDS = frozenset({"state", "model", "module", "net", "network", "student", "online", "generator", "params"})
+_RIVAL_WORDS = frozenset({"discriminator", "critic", "d"})  # trained beside the model and seldom wanted: "net_d"
+_COPY_WORDS = frozenset({"ema", "teacher", "momentum", "target", "swa", "average", "averaged", "shadow"})
+_TRAINING_WORDS = frozenset(
+    {"optimizer", "optimizers", "optim", "opt", "scaler", "scheduler", "schedulers", "amp", "rng", "callbacks", "loops"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a state dict and where it is kept, so that it is read only when it is asked for."""
+
+    spec: TensorSpec
+    owner: Mapping[str, object] = field(repr=False)
+    name: str  # the tensor's key in its owner
+
+    def read(self) -> Tensor:
+        """Read the tensor, without its gradient history; a numpy array becomes a tensor over the same memory."""
+        value = self.owner[self.name]
+        if isinstance(value, np.ndarray):
+            # torch refuses negative strides and warns of arrays that cannot be written to; only those are copied
+            return torch.from_numpy(np.require(value, requirements=("C", "W")))
+        if not isinstance(value, Tensor):
+            raise InputError(f"{self.spec} was a tensor when it was first looked at and is a {type(value)} now.")
+        return value.detach()
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A mapping that is taken as one state dict."""
+
+    path: str  # dotted, '' for the top level
+    entries: tuple[Entry, ...]  # in the mapping's order
+    extras: Mapping[str, object]  # what is no tensor, and each module's `_extra_state`
+    state_metadata: Mapping[str, Mapping[str, object]] | None  # the `_metadata` of torch's state dicts, by module
+
+    def __str__(self) -> str:
+        return f"{self.path!r} ({len(self.entries)} tensors)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A mapping of a checkpoint, without the mappings that hold no tensors."""
+
+    owner: Mapping[str, object]
+    children: dict[str, Entry | _Node]  # in one dict, because their order counts
+    extras: dict[str, object]
+
+    def nodes(self) -> dict[str, _Node]:
+        return {name: child for name, child in self.children.items() if isinstance(child, _Node)}
+
+
+def containers_of(root: Mapping[str, object]) -> tuple[Container, ...]:
+    """Find the state dicts in a checkpoint, in its order; it is read once and not changed.
+
+    >>> weight = torch.zeros(2, 2)
+    >>> saved = {"epoch": 3, "model": {"fc.weight": weight}, "optimizer": {"state": {0: {"exp_avg": weight}}}}
+    >>> print(*containers_of(saved))
+    'model' (1 tensors)
+    >>> (tree,) = containers_of({"conv": {"weight": weight}, "fc": {"weight": weight}})
+    >>> [entry.spec.key for entry in tree.entries]
+    ['conv.weight', 'fc.weight']
+
+    Raises:
+        InputError: A numpy array is of a dtype that torch does not have.
+    """
+    return tuple(_candidates(_tree(root), ""))
+
+
+def preferred(containers: Sequence[Container]) -> Container:
+    """Choose among several state dicts.
+
+    One with less than a tenth of the tensors of the largest is passed over. Then weights as they were trained come
+    before averaged copies of them (``ema``, ``teacher``, ``momentum``, ``swa``), well-known names (``state_dict``,
+    ``model``, ``net``, ``student``, ``generator``) before others and before a discriminator, more tensors before
+    fewer, and the first of equals.
+    """
+    largest = max(len(container.entries) for container in containers)
+
+    def rank(container: Container) -> tuple[bool, bool, int, int]:
+        size = len(container.entries)
+        words = [_words(name) for name in container.path.split(".")]
+        unknown = sum(not found & (_MODEL_WORDS | _COPY_WORDS) or bool(found & _RIVAL_WORDS) for found in words)
+        return 10 * size < largest, any(found & _COPY_WORDS for found in words), unknown, -size
+
+    return min(containers, key=rank)
+
+
+def named_container(root: Mapping[str, object], name: str, containers: Sequence[Container]) -> Container:
+    """Look up a state dict by its dotted path or the end of it; any mapping with tensors below it can be named.
+
+    Raises:
+        CheckpointError: No mapping with tensors has this name, or several have.
+    """
+    found = [container for container in containers if container.path == name]
+    found = found or [container for container in containers if container.path.endswith(f".{name}")]
+    if not found:
+        found = [_state_dict(node, path) for path, node in _paths(_tree(root), "") if path == name and node.children]
+    if len(found) == 1:
+        return found[0]
+    problem = "Several containers match" if found else "No container matches"
+    raise CheckpointError(
+        f"{problem} {name!r}, and none was taken in its place. "
+        f"Name one of: {', '.join(map(str, found or containers)) or '(there are none)'}."
+    )
+
+
+def _tree(mapping: Mapping[Any, object]) -> _Node:
+    children: dict[str, Entry | _Node] = {}
+    extras: dict[str, object] = {}
+    for name, value in mapping.items():
+        if not isinstance(name, str):  # an optimizer's state has integer keys
+            continue
+        if name.rpartition(".")[2] == "_extra_state":
+            extras[name] = value
+        elif isinstance(value, Tensor) or (isinstance(value, np.ndarray) and _is_numeric(value)):
+            children[name] = Entry(_spec(name, value, held=isinstance(mapping, dict)), mapping, name)
+        elif not isinstance(value, Mapping):
+            extras[name] = value
+        elif not _words(name) & _TRAINING_WORDS:
+            node = _tree(value)
+            if node.children:
+                children[name] = node
+            else:
+                extras[name] = value
+    return _Node(mapping, children, extras)
+
+
+def _is_numeric(array: np.ndarray) -> bool:
+    return array.dtype.kind in "biufc" or (array.dtype.kind == "V" and array.dtype.names is None)
+
+
+def _spec(key: str, value: Tensor | np.ndarray, *, held: bool) -> TensorSpec:
+    if isinstance(value, np.ndarray):
+        try:
+            dtype = torch.from_numpy(np.empty(0, value.dtype)).dtype
+        except TypeError as error:
+            raise InputError(
+                f"{key} {list(value.shape)} is a numpy array of dtype {value.dtype}, which torch cannot take over. "
+                "Nothing was aligned. Convert the array first, to float32 for example."
+            ) from error
+        return TensorSpec(key, value.shape, dtype)
+    (spec,) = specs_of({key: value})
+    # a mapping that makes its values when asked may have two of them in the same memory, one after the other
+    return spec if held else replace(spec, storage=None)
+
+
+def _candidates(node: _Node, path: str) -> Iterator[Container]:
+    nodes = node.nodes()
+    if len(nodes) == len(node.children) == 1:
+        ((name, child),) = nodes.items()
+        yield from _candidates(child, _join(path, name))
+    elif any(_has_named(name, child) for name, child in nodes.items()) or _has_copies(nodes.values()):
+        own = {name: child for name, child in node.children.items() if isinstance(child, Entry)}
+        if own:
+            yield _state_dict(replace(node, children=dict(own)), path)
+        for name, child in nodes.items():
+            yield from _candidates(child, _join(path, name))
+    elif node.children:
+        yield _state_dict(node, path)
+
+
+def _has_named(name: str, node: _Node) -> bool:
+    is_named = bool(_words(name) & (_MODEL_WORDS | _COPY_WORDS))
+    return is_named or any(_has_named(*item) for item in node.nodes().items())
+
+
+def _has_copies(nodes: Iterable[_Node]) -> bool:
+    """Whether two state dicts have the same keys and shapes; a module tree's mappings, as of two layers, may."""
+    seen: set[frozenset[tuple[str, tuple[int, ...]]]] = set()
+    for node in nodes:
+        entries = _state_dict(node, "").entries
+        if any("." in entry.name for entry in entries):
+            tensors = frozenset((entry.spec.key, entry.spec.shape) for entry in entries)
+            if tensors in seen:
+                return True
+            seen.add(tensors)
+    return False
+
+
+def _state_dict(node: _Node, path: str) -> Container:
+    entries: list[Entry] = []
+    extras: dict[str, object] = {}
+    state_metadata: dict[str, Mapping[str, object]] = {}
+    for prefix, inner in _paths(node, ""):
+        extras.update((_join(prefix, name), value) for name, value in inner.extras.items())
+        modules: Mapping[str, Mapping[str, object]] = getattr(inner.owner, "_metadata", None) or {}
+        state_metadata.update((_join(prefix, module), metadata) for module, metadata in modules.items())
+    for key, entry in _flat(node, ""):
+        entries.append(entry if entry.spec.key == key else replace(entry, spec=replace(entry.spec, key=key)))
+    return Container(path, tuple(entries), extras, state_metadata or None)
+
+
+def _flat(node: _Node, path: str) -> Iterator[tuple[str, Entry]]:
+    for name, child in node.children.items():
+        key = _join(path, name)
+        if isinstance(child, Entry):
+            yield key, child
+        else:
+            yield from _flat(child, key)
+
+
+def _paths(node: _Node, path: str) -> Iterator[tuple[str, _Node]]:
+    yield path, node
+    for name, child in node.nodes().items():
+        yield from _paths(child, _join(path, name))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _words(name: str) -> frozenset[str]:
+    """Split a name into its words: ``"EMAModel_2"`` has the words ema and model."""
+    return frozenset(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))
