@@ -1,0 +1,266 @@
+"""``align``: from two sides to an alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autoalign.alignment import Alignment, Candidate, Match, Mismatch
+from autoalign.candidates import Candidates, candidates, operation_between, paired_parts
+from autoalign.checkpoint import Side, checkpoint_of
+from autoalign.decision import confidence_of, related
+from autoalign.errors import InputError, PatternError
+from autoalign.evidence import side_evidence
+from autoalign.fusion import Fusion, split_fused
+from autoalign.graph import ancestry
+from autoalign.matching import Assignment, match_units
+from autoalign.namesakes import namesakes
+from autoalign.operations import Copy, Operation, Parallel, chain
+from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
+from autoalign.specs import TensorSpec, tied_groups
+from autoalign.units import Part, Unit, parts_of, units_of
+
+
+def align(
+    source: Side,
+    target: Side,
+    *,
+    rules: RuleLike = (),
+    include: PatternLike = None,
+    exclude: PatternLike = None,
+    adapt: Iterable[str] = (),
+    min_confidence: float = 0.5,
+    container: str | None = None,
+) -> Alignment:
+    """Align the tensors of a checkpoint with those of a model, whatever they are called.
+
+    Neither side is changed and no tensor data is read. The same input always gives the same result.
+
+    >>> import torch
+    >>> alignment = align({"fc.weight": torch.ones(3, 2)}, {"module.fc.weight": torch.zeros(3, 2)})
+    >>> alignment.mapping
+    {'fc.weight': 'module.fc.weight'}
+
+    Args:
+        source: The checkpoint: an ``nn.Module``, a mapping of names to tensors, a path, or an open ``Checkpoint``.
+        target: The model, in any of the same forms.
+        rules: What is known beforehand, checkpoint -> model: ``{regex: replacement}``, or pairs of keys or of a regex
+            and its replacement. Rules win over inference and steer the rest.
+        include: Regexes; only the keys that match one take part.
+        exclude: Regexes; the keys of either side that match one take no part.
+        adapt: Changes of values to allow; none can be made yet.
+        min_confidence: Matches below it, in [0, 1], are listed as ambiguous and not loaded.
+        container: Which of several state dicts in the checkpoint to use, such as ``"ema"``.
+
+    Returns:
+        The alignment. Each target key has exactly one status.
+
+    Raises:
+        InputError: A side or an option is of a kind that cannot be used.
+        PatternError: A rule or pattern is malformed, matches nothing, or joins tensors of irreconcilable shapes.
+        CheckpointError: A file cannot be read.
+    """
+    if not 0 <= min_confidence <= 1:
+        raise InputError(f"min_confidence must lie in [0, 1], not {min_confidence!r}. Nothing was aligned.")
+    if names := [adapt] if isinstance(adapt, str) else list(adapt):
+        raise InputError(f"adapt={names!r}: changes of values are not available. Nothing was aligned; leave adapt out.")
+    own, other = checkpoint_of(source, container=container), checkpoint_of(target)
+    out = excluded_keys(include, exclude, list(own), list(other))
+    sides = (
+        _Side.of([spec for spec in own.specs if spec.key not in out]),
+        _Side.of([spec for spec in other.specs if spec.key not in out]),
+    )
+    pins = pinned_pairs(rules, [spec.key for spec in sides[0].specs], [spec.key for spec in sides[1].specs])
+    matches = _identical(*sides) if not pins else None
+    mismatched: list[Mismatch] = []
+    if matches is None:
+        matches, mismatched = _align(*sides, pins)
+    order = {spec.key: index for index, spec in enumerate(other.specs)}
+    chosen = sorted(matches, key=lambda match: order[match.target])
+    sure = {match.target for match in chosen if match.confidence >= min_confidence}
+    return Alignment(
+        matches=tuple(match for match in chosen if match.target in sure),
+        ambiguous=tuple(match for match in chosen if match.target not in sure),
+        mismatched=tuple(sorted(mismatched, key=lambda mismatch: order[mismatch.key])),
+        source_specs=own.specs,
+        target_specs=other.specs,
+        excluded=out,
+        notes=own.notes,
+        tensors=own,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What takes part of one side."""
+
+    specs: tuple[TensorSpec, ...]
+    parts: tuple[Part, ...]
+    fusions: tuple[Fusion, ...] = ()
+
+    @staticmethod
+    def of(specs: Sequence[TensorSpec]) -> _Side:
+        return _Side(tuple(specs), tuple(parts_of(specs)))
+
+    def key(self, part: Part) -> str:
+        return self.specs[part.tensor].key
+
+
+def _identical(source: _Side, target: _Side) -> list[Match] | None:
+    """Match two sides with the same keys and shapes without further ado."""
+    shapes = {spec.key: spec.shape for spec in source.specs}
+    if len(shapes) != len(target.specs) or any(shapes.get(spec.key) != spec.shape for spec in target.specs):
+        return None
+    return [Match(spec.key, (spec.key,), evidence={"name": 1.0, "shape": 1.0}) for spec in target.specs]
+
+
+def _align(source: _Side, target: _Side, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:
+    """Match what is left besides the pinned pairs."""
+    pinned = [_pinned(source, target, own, other) for other, own in pins.items()]
+    rest = (
+        [part for part in source.parts if source.key(part) not in pins.values()],
+        [part for part in target.parts if target.key(part) not in pins],
+    )
+    split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
+    source = replace(source, parts=tuple(split[0][0]), fusions=tuple(split[0][1]))
+    target = replace(target, parts=tuple(split[1][0]), fusions=tuple(split[1][1]))
+    units = units_of(source.parts), units_of(target.parts)
+    found, mismatched = _match_parts(source, target, *units)
+    matches = [*pinned, *_assembled(source, target, found)]
+    matches += _tied(target, matches)
+    done = {match.target for match in matches}
+    return matches, [mismatch for mismatch in mismatched if mismatch.key not in done]
+
+
+def _pinned(source: _Side, target: _Side, own: str, other: str) -> Match:
+    shape = next(spec.shape for spec in source.specs if spec.key == own)
+    wanted = next(spec.shape for spec in target.specs if spec.key == other)
+    operation = operation_between(shape, wanted) or operation_between(shape, wanted, flipped=True)
+    if operation is None:
+        raise PatternError(
+            f"The rules fill {other!r} {list(wanted)} from {own!r} {list(shape)}, and no operation reconciles these "
+            "shapes. Nothing was aligned; correct the rule or leave it out."
+        )
+    return Match(other, (own,), operation, evidence={"rule": 1.0})
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The source part of one target part."""
+
+    source: int
+    operation: Operation  # from the source part to the target part
+    confidence: float
+    evidence: Mapping[str, float]
+    rival: int | None  # the next best source part
+
+
+def _match_parts(
+    source: _Side, target: _Side, own: Sequence[Unit], other: Sequence[Unit]
+) -> tuple[dict[int, _Found], list[Mismatch]]:
+    pairs = candidates(own, source.parts, other, target.parts)
+    same = namesakes([unit.path for unit in own], [unit.path for unit in other])
+    pairs = _without(pairs, same)
+    sides = [
+        side_evidence([unit.path for unit in units], ancestry([unit.path for unit in units]), classes, pairs.class_count)
+        for units, classes in ((own, pairs.source_class), (other, pairs.target_class))
+    ]
+    assignment = match_units(sides[0], sides[1], pairs)
+    confidence = confidence_of(assignment, sides[0], sides[1])
+    found: dict[int, _Found] = {}
+    if not related(assignment, confidence, own, other):
+        return found, []
+    for place in range(len(assignment.source)):
+        i, j = int(assignment.source[place]), int(assignment.target[place])
+        evidence = {name: round(float(np.clip(cue[place], 0, 1)), 3) for name, cue in assignment.cues.items()}
+        runner_up = int(assignment.runner_up[place])
+        rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
+        for a, b in paired_parts(own[i], other[j]):
+            operation = operation_between(source.parts[a].shape, target.parts[b].shape, flipped=a in pairs.flipped)
+            if operation is not None and source.parts[a].numeric == target.parts[b].numeric:
+                found[b] = _Found(a, operation, float(confidence[place]), evidence, rivals.get(b))
+    return found, _mismatches(source, target, own, other, same, found)
+
+
+def _without(pairs: Candidates, same: Sequence[tuple[int, int]]) -> Candidates:
+    """Leave out the rivals of namesakes."""
+    if not same:
+        return pairs
+    rows, columns = (np.asarray(side) for side in zip(*same, strict=True))
+    partner = np.full(len(pairs.source_class), -1)
+    partner[rows] = columns
+    free = ~np.isin(pairs.source, rows) & ~np.isin(pairs.target, columns)
+    kept = free | (partner[pairs.source] == pairs.target)
+    return replace(pairs, source=pairs.source[kept], target=pairs.target[kept], fit=pairs.fit[kept])
+
+
+def _mismatches(
+    source: _Side,
+    target: _Side,
+    own: Sequence[Unit],
+    other: Sequence[Unit],
+    same: Sequence[tuple[int, int]],
+    found: Mapping[int, _Found],
+) -> list[Mismatch]:
+    """List the namesakes whose shapes differ."""
+    return [
+        Mismatch(
+            target.key(target.parts[b]),
+            source.key(source.parts[a]),
+            target.specs[target.parts[b].tensor].shape,
+            source.specs[source.parts[a].tensor].shape,
+        )
+        for i, j in same
+        for a, b in paired_parts(own[i], other[j])
+        if b not in found
+    ]
+
+
+def _assembled(source: _Side, target: _Side, found: Mapping[int, _Found]) -> list[Match]:
+    """Put the parts of each target tensor together; a tensor with a part that nothing fills gets no match."""
+    fused = {part: fusion for fusion in target.fusions for part in fusion.parts}
+    doubts = {part: fusion.doubt for side in (source,) for fusion in side.fusions for part in fusion.parts}
+    whole = [((part,), Copy(), "") for part in found if part not in fused]
+    joined = [
+        (fusion.parts, fusion.join, fusion.doubt)
+        for fusion in target.fusions
+        if all(part in found for part in fusion.parts)
+    ]
+    matches = []
+    for parts, join, doubt in (*whole, *joined):
+        pieces = [found[part] for part in parts]
+        steps = [chain(source.parts[piece.source].view, piece.operation) for piece in pieces]
+        each = steps[0] if len(set(steps)) == 1 else Parallel(tuple(steps))
+        rivals = [source.parts[piece.rival] for piece in pieces if piece.rival is not None]
+        warnings = {text for text in (doubt, *(doubts.get(piece.source, "") for piece in pieces)) if text}
+        matches.append(
+            Match(
+                target=target.key(target.parts[parts[0]]),
+                sources=tuple(source.key(source.parts[piece.source]) for piece in pieces),
+                operation=chain(each, join),
+                confidence=min(piece.confidence for piece in pieces) * (0.85 if warnings else 1.0),
+                evidence=min(pieces, key=lambda piece: piece.confidence).evidence,
+                alternatives=tuple(
+                    Candidate((source.key(rival),), rival.view, 0.0) for rival in rivals[: 1 if len(pieces) == 1 else 0]
+                ),
+                warnings=tuple(sorted(warnings)),
+            )
+        )
+    return matches
+
+
+def _tied(target: _Side, matches: Sequence[Match]) -> list[Match]:
+    """Fill the keys that are tied to a filled one from the same source, the surest of them."""
+    by_key = {match.target: match for match in matches}
+    shape = {spec.key: spec.shape for spec in target.specs}
+    filled = []
+    for keys in tied_groups(target.specs):
+        known = [by_key[key] for key in keys if key in by_key]
+        if known:
+            best = max(known, key=lambda match: match.confidence)
+            filled += [
+                replace(best, target=key) for key in keys if key not in by_key and shape[key] == shape[best.target]
+            ]
+    return filled

@@ -1,0 +1,164 @@
+"""The result of aligning: an immutable value that says what is loaded from where, what is not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError
+from autoalign.operations import Copy, Operation
+from autoalign.specs import TensorSpec
+
+Status = Literal["matched", "ambiguous", "mismatched", "missing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to fill a target tensor that was weighed and not taken."""
+
+    sources: tuple[str, ...]
+    operation: Operation
+    score: float  # on the scale of the chosen match's evidence; comparable within one match only
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One target tensor with the source tensors that fill it."""
+
+    target: str
+    sources: tuple[str, ...]  # one key; several for a fused or stacked tensor, in the operation's order
+    operation: Operation = field(default_factory=Copy)
+    confidence: float = 1.0  # in [0, 1]
+    evidence: Mapping[str, float] = field(default_factory=dict)  # which cue said what, each in [0, 1]
+    alternatives: tuple[Candidate, ...] = ()  # best first
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A target tensor and its counterpart in the source, whose shapes no operation reconciles."""
+
+    key: str
+    source_key: str
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.key} {list(self.shape)}  nearest: {self.source_key} {list(self.source_shape)}"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What is loaded into each target key, from where, and what is not.
+
+    Iterating gives ``missing_keys`` and ``unexpected_keys``, so that ``missing, unexpected = autoalign.load(...)``
+    works as it does with torch's ``load_state_dict``. Instances are made by ``align`` and ``load``.
+    """
+
+    matches: tuple[Match, ...]  # what is loaded, in the target's order
+    ambiguous: tuple[Match, ...]  # proposals that are not loaded: unsure, or with an equal rival
+    mismatched: tuple[Mismatch, ...]
+    source_specs: tuple[TensorSpec, ...]
+    target_specs: tuple[TensorSpec, ...]
+    excluded: frozenset[str] = frozenset()  # keys of either side that include and exclude left out
+    notes: tuple[str, ...] = ()  # statements about the whole, such as the choice of a container
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # the source's, read lazily
+
+    @cached_property
+    def status(self) -> dict[str, Status]:
+        """The one status of every target key, in the target's order."""
+        kinds: dict[str, Status] = {spec.key: "missing" for spec in self.target_specs}
+        kinds.update((mismatch.key, "mismatched") for mismatch in self.mismatched)
+        kinds.update((match.target, "ambiguous") for match in self.ambiguous)
+        kinds.update((match.target, "matched") for match in self.matches)
+        return kinds
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """Target keys that get nothing: without a counterpart, excluded, mismatched or ambiguous (see ``status``)."""
+        return [key for key, status in self.status.items() if status != "matched"]
+
+    @cached_property
+    def unexpected_keys(self) -> list[str]:
+        """Source keys that are used for nothing, in the source's order; a key tied to a used one counts as used."""
+        used = {key for match in self.matches for key in match.sources}
+        storages = {spec.storage for spec in self.source_specs if spec.key in used and spec.storage is not None}
+        return [spec.key for spec in self.source_specs if spec.key not in used and spec.storage not in storages]
+
+    @property
+    def mismatched_keys(self) -> list[Mismatch]:
+        """Counterparts whose shapes no operation reconciles."""
+        return list(self.mismatched)
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Checkpoint key to model key, for the matches that take one whole tensor each.
+
+        A source key that fills several tied target keys is mapped to the first of them.
+        """
+        pairs: dict[str, str] = {}
+        for match in self.matches:
+            if len(match.sources) == 1 and not match.operation.takes_part:
+                pairs.setdefault(match.sources[0], match.target)
+        return pairs
+
+    @property
+    def coverage(self) -> float:
+        """The loaded share of the target's elements, in [0, 1]; 1 for a target without elements."""
+        numel = {spec.key: spec.numel for spec in self.target_specs}
+        total = sum(numel.values())
+        return sum(numel[match.target] for match in self.matches) / total if total else 1.0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Read the matched target keys' tensors, in the target's names, shapes and order; dtypes are the source's.
+
+        Tensors may be views of the source's, as those of ``nn.Module.state_dict`` are.
+        """
+        return {match.target: self.tensor(match) for match in self.matches}
+
+    def tensor(self, match: Match) -> Tensor:
+        """Read the tensor of one match, of this alignment's ``matches`` or ``ambiguous``."""
+        (tensor,) = match.operation.apply([self.tensors[key] for key in match.sources])
+        return tensor
+
+    def raise_if_incomplete(self) -> None:
+        """Raise unless every target key is matched and every source key is used.
+
+        Raises:
+            IncompatibleTensorsError: Lists every missing, mismatched, ambiguous and unexpected key.
+        """
+        if self.missing_keys or self.unexpected_keys:
+            from autoalign.report import incomplete_message
+
+            raise IncompatibleTensorsError(incomplete_message(self), self)
+
+    def raise_if_ambiguous(self) -> None:
+        """Raise if a target key has proposals that were not loaded because none is clearly right.
+
+        Raises:
+            AmbiguousAlignmentError: Lists every ambiguous key with its proposals.
+        """
+        if self.ambiguous:
+            from autoalign.report import ambiguous_message
+
+            raise AmbiguousAlignmentError(ambiguous_message(self), self)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return iter((self.missing_keys, self.unexpected_keys))
+
+    def __repr__(self) -> str:
+        if not self.missing_keys and not self.unexpected_keys:
+            return "<All keys matched successfully>"
+        return (
+            f"<Alignment: {len(self.matches)} of {len(self.target_specs)} target keys matched, "
+            f"{len(self.missing_keys)} missing, {len(self.unexpected_keys)} unexpected>"
+        )
+
+    def __str__(self) -> str:
+        from autoalign.report import render
+
+        return render(self)

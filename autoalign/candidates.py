@@ -1,0 +1,169 @@
+"""Candidates: which layers of the source could be which layers of the target, and by what operation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoalign.names import words
+from autoalign.operations import Copy, Operation, Reshape, Transpose
+from autoalign.units import Part, Unit
+
+Shape = tuple[int, ...]
+Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and flipped of each part of a unit
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The feasible pairs of units, as parallel arrays."""
+
+    source: NDArray[np.int64]  # unit of the source
+    target: NDArray[np.int64]  # unit of the target
+    fit: NDArray[np.float32]  # how well the shapes fit, in (0, 1]: 1 where all parts fit as they are
+    source_class: NDArray[np.int64]  # [source units]: equal for units whose tensors have equal shapes
+    target_class: NDArray[np.int64]  # [target units]: the same classes
+    class_count: int
+    flipped: frozenset[int]  # source parts whose matrix is transposed
+
+
+def squeeze(shape: Shape) -> Shape:
+    """Leave out the dimensions of size one.
+
+    >>> squeeze((1, 1, 768))
+    (768,)
+    """
+    return tuple(size for size in shape if size != 1)
+
+
+def operation_between(source: Shape, target: Shape, *, flipped: bool = False) -> Operation | None:
+    """Find the operation on one tensor that turns one shape into another, if the shapes admit one.
+
+    Dimensions of size one may come and go, and trailing dimensions may be flattened: the elements keep their order.
+    Matrices are transposed where ``flipped`` says that this layer type is laid out the other way round.
+
+    >>> operation_between((64, 32), (64, 32, 1, 1)), operation_between((5,), (6,))
+    (Reshape(shape=(64, 32, 1, 1)), None)
+    """
+    if flipped and len(source) == len(target) == 2:
+        return Transpose() if source == target[::-1] else None
+    if source == target:
+        return Copy()
+    if prod(source) != prod(target):
+        return None
+    short, long = sorted((squeeze(source), squeeze(target)), key=len)
+    if short == long or (len(short) == 2 and short[0] == long[0]):
+        return Reshape(target)
+    return None
+
+
+def paired_parts(source: Unit, target: Unit) -> list[tuple[int, int]]:
+    """Pair the parts of two units by kind; parameters that stand alone pair whatever their kind."""
+    own, other = dict(source.parts), dict(target.parts)
+    shared = [(own[name], other[name]) for name in own if name in other]
+    if shared or len(own) > 1 or len(other) > 1:
+        return shared
+    kinds = {*own, *other}
+    return [(*own.values(), *other.values())] if "other" in kinds and kinds <= {"other", "weight", "bias"} else []
+
+
+def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[int]:
+    """Find the source matrices that the target holds transposed.
+
+    A layout is a property of a layer type in a checkpoint: where the shapes show that the matrices of most linear
+    layers must be transposed, square ones and those whose shape fits either way are too. Matrices that fit only as
+    they are (embeddings) or only transposed (a bare projection) decide for themselves.
+    """
+    matrices = [[part for part in parts if len(part.shape) == 2 and min(part.shape) > 1] for parts in (source, target)]
+    shapes = [Counter(part.shape for part in parts) for parts in matrices]
+    forced_flip = {s for s in shapes[0] if s not in shapes[1] and s[::-1] in shapes[1] and s[::-1] not in shapes[0]}
+    forced_copy = {s for s in shapes[0] if s in shapes[1] and s[::-1] not in shapes[1]}
+    for_flip = sum(shapes[0][shape] for shape in forced_flip)
+    for_copy = sum(part.shape in forced_copy and "embed" not in _words(part) for part in matrices[0])
+    most = for_flip > for_copy and for_flip > 1
+    return frozenset(
+        index
+        for index, part in enumerate(source)
+        if len(part.shape) == 2
+        and min(part.shape) > 1
+        and (part.shape in forced_flip or (most and part.shape not in forced_copy and "embed" not in _words(part)))
+    )
+
+
+def _words(part: Part) -> set[str]:
+    return {word for component in part.path[-2:] for word in words(component)}
+
+
+def unit_fit(source: Signature, target: Signature) -> float:
+    """Tell how well a source unit fits a target unit by shape alone: 0 where it cannot, 1 where every part fits."""
+    own, other = {entry[0]: entry for entry in source}, {entry[0]: entry for entry in target}
+    pairs = [(own[name], other[name]) for name in own if name in other]
+    if not pairs:
+        kinds = {*own, *other}
+        if len(source) > 1 or len(target) > 1 or "other" not in kinds or not kinds <= {"other", "weight", "bias"}:
+            return 0.0
+        pairs = [(source[0], target[0])]
+    fits, fitting = 0.0, 0
+    for (_, shape, numeric, flipped), (_, wanted, wanted_numeric, _) in pairs:
+        if numeric == wanted_numeric and operation_between(shape, wanted, flipped=flipped) is not None:
+            fitting += 1
+            fits += 1.0 if flipped or squeeze(shape) == squeeze(wanted) else 0.3
+        elif len(squeeze(shape)) != len(squeeze(wanted)):
+            return 0.0  # a norm is no matrix, a matrix no convolution
+    if not fitting:
+        return 0.0
+    extra = [name for name in {*own} ^ {*other} if name not in ("mean", "var", "count")]
+    statistics = len({*own} ^ {*other}) - len(extra)
+    vector = max(len(squeeze(entry[1])) for entry in source) < 2  # a norm with a bias is hardly a scale without one
+    return float(0.2 ** (len(pairs) - fits) * (0.4 if vector else 0.75) ** len(extra) * 0.98**statistics)
+
+
+def signature(unit: Unit, parts: Sequence[Part], flipped: frozenset[int] = frozenset()) -> Signature:
+    """Describe a unit by the kinds, shapes and numeric kinds of its parts, and whether they are transposed."""
+    return tuple((name, parts[index].shape, parts[index].numeric, index in flipped) for name, index in unit.parts)
+
+
+def main_class(entry: Signature) -> tuple[str, Shape]:
+    """Name the class of a unit: its largest tensor's shape, flattened and sorted so that a transposed one agrees."""
+    name, shape, _, _ = max(entry, key=lambda part: (len(squeeze(part[1])), part[0] == "weight"))
+    short = squeeze(shape)
+    if len(short) > 2:
+        short = (short[0], prod(short[1:]))
+    return ("vector" if len(entry) == 1 and len(short) < 2 else "layer"), tuple(sorted(short))
+
+
+def candidates(
+    source_units: Sequence[Unit], source_parts: Sequence[Part], target_units: Sequence[Unit], target_parts: Sequence[Part]
+) -> Candidates:
+    """List the feasible pairs of units of two sides."""
+    flipped = flipped_parts(source_parts, target_parts)
+    members: tuple[dict[Signature, list[int]], dict[Signature, list[int]]] = ({}, {})
+    classes: dict[tuple[str, Shape], int] = {}
+    class_of: tuple[list[int], list[int]] = ([], [])
+    sides = ((source_units, source_parts, flipped), (target_units, target_parts, frozenset[int]()))
+    for side, (units, parts, transposed) in enumerate(sides):
+        for index, unit in enumerate(units):
+            entry = signature(unit, parts, transposed)
+            members[side].setdefault(entry, []).append(index)
+            class_of[side].append(classes.setdefault(main_class(entry), len(classes)))
+    rows, columns, fits = [], [], []
+    for own, sources in members[0].items():
+        for other, targets in members[1].items():
+            if fit := unit_fit(own, other):
+                rows.append(np.repeat(sources, len(targets)))
+                columns.append(np.tile(targets, len(sources)))
+                fits.append(np.full(len(sources) * len(targets), fit, dtype=np.float32))
+    empty = np.zeros(0, dtype=np.int64)
+    return Candidates(
+        np.concatenate(rows) if rows else empty,
+        np.concatenate(columns) if columns else empty,
+        np.concatenate(fits) if fits else empty.astype(np.float32),
+        np.asarray(class_of[0], dtype=np.int64),
+        np.asarray(class_of[1], dtype=np.int64),
+        len(classes),
+        flipped,
+    )

@@ -1,0 +1,64 @@
+"""The errors of autoalign, one base class and a kind for each cause."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autoalign.alignment import Alignment
+
+
+class AutoAlignError(Exception):
+    """Base of every error that autoalign raises on purpose."""
+
+
+class InputError(AutoAlignError, TypeError):
+    """A source, target, checkpoint or option is of a kind that cannot be used."""
+
+
+class PatternError(AutoAlignError, ValueError):
+    """A rule, ``include`` or ``exclude`` pattern is malformed or contradicts another."""
+
+
+class CheckpointError(AutoAlignError, RuntimeError):
+    """A checkpoint file cannot be read, or holds no state dict."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A pickled checkpoint needs code that ``weights_only=True`` refuses to run.
+
+    Attributes:
+        unsafe_globals: The names that the pickle asks for, such as ``"numpy._core.multiarray.scalar"``.
+    """
+
+    def __init__(self, message: str, unsafe_globals: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.unsafe_globals = unsafe_globals
+
+
+class AlignmentError(AutoAlignError, RuntimeError):
+    """An alignment is not what the caller required of it.
+
+    Attributes:
+        alignment: The whole alignment, to look at or to load in part; None where there was no alignment to give.
+    """
+
+    def __init__(self, message: str, alignment: Alignment | None = None) -> None:
+        super().__init__(message)
+        self.alignment = alignment
+
+
+class IncompatibleTensorsError(AlignmentError):
+    """Some target tensor gets no source, or some source tensor is left over, where all were required."""
+
+
+class AmbiguousAlignmentError(AlignmentError):
+    """Some target tensor has equally good sources, where a decision was required."""
+
+
+class NothingLoadedError(AlignmentError):
+    """No tensor of the checkpoint could be aligned with the model."""
+
+
+class PartialLoadWarning(UserWarning):
+    """A load filled a part of the model only; the rest keeps what it had."""

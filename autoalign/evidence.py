@@ -1,0 +1,167 @@
+"""Evidence that does not change while matching: names, templates of names, ranks and neighbours, as arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoalign.graph import Ancestry, Path
+from autoalign.names import numbers, stem, word_similarity, words
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+# Which numbers of a name a template keeps, counted from its end, and how many of its last components.
+# A number may be a repetition (to be replaced) or a role (to be kept); several readings vote together.
+TEMPLATES: tuple[tuple[int, int | None], ...] = ((0, None), (1, None), (2, None), (0, 1), (1, 2), (1, 3))
+
+_NUMBER = re.compile(r"\d+")
+_DECAY = 0.7  # weight of a word for each level that it stands above the tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SideEvidence:
+    """What one side's names and order say."""
+
+    paths: tuple[Path, ...]
+    ancestry: Ancestry
+    rank: NDArray[np.int32]  # [units, depth]: how many units of the same class come before, within each ancestor
+    count: NDArray[np.int32]  # [units, depth]: how many units of the same class each ancestor holds
+    module_size: Ints  # [modules]: units below
+    module_rank: Ints  # [modules]: how many modules with the same shapes below come before
+    list_rank: Ints  # [modules]: place in the list of siblings that differ in a number; -1 outside lists
+    previous: Ints  # [units]: the unit before, within the same numbered block; -1 for the first
+    next: Ints  # [units]: the unit after, within the same numbered block; -1 for the last
+    templates: tuple[Ints, ...]  # for each of TEMPLATES, [units]: id of the unit's template
+
+
+def side_evidence(paths: Sequence[Path], ancestry: Ancestry, classes: Ints, class_count: int) -> SideEvidence:
+    """Gather one side's evidence."""
+    rank, count = _ranks(ancestry, classes, class_count)
+    size, module_rank = _modules(ancestry, classes, class_count)
+    previous, following = _neighbours(ancestry)
+    return SideEvidence(
+        tuple(paths),
+        ancestry,
+        rank,
+        count,
+        size,
+        module_rank,
+        _list_ranks(ancestry.nodes),
+        previous,
+        following,
+        tuple(_template_ids(paths, kept, last) for kept, last in TEMPLATES),
+    )
+
+
+def template(path: Path, kept: int = 0, last: int | None = None) -> str:
+    """Replace the numbers of a name by ``#``, except the last ``kept``; keep the ``last`` components alone.
+
+    >>> template(("layer", "3", "conv1"), kept=1)
+    'layer.#.conv1'
+    """
+    text = ".".join(path)
+    replaced = max(len(_NUMBER.findall(text)) - kept, 0)
+    text = _NUMBER.sub("#", text, count=replaced) if replaced else text
+    return text if last is None else ".".join(text.split(".")[-last:])
+
+
+def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
+    """Score how alike the names of two sides are: [source units, target units], at most about 1.
+
+    Cosine of the words of two names, each weighed by its rarity on its side and by how close to the tensor it stands,
+    under the similarity of words. Rival words (query against key) count against a pair.
+    """
+    vocabularies = [
+        {word: None for path in side for component in path for word in words(component)} for side in (source, target)
+    ]
+    if not all(vocabularies):
+        return np.zeros((len(source), len(target)), dtype=np.float32)
+    columns = [{word: column for column, word in enumerate(vocabulary)} for vocabulary in vocabularies]
+    first, second = _word_weights(source, columns[0]), _word_weights(target, columns[1])
+    scores = first @ word_similarity(list(columns[0]), list(columns[1])) @ second.T
+    norms = np.outer(np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1))
+    return np.asarray(scores / np.maximum(norms, 1e-6), dtype=np.float32)
+
+
+def _word_weights(paths: Sequence[Path], columns: dict[str, int]) -> Floats:
+    table = np.zeros((len(paths), len(columns)), dtype=np.float32)
+    for row, path in enumerate(paths):
+        weight = 1.0
+        for component in reversed(path):
+            for word in words(component):
+                table[row, columns[word]] = max(table[row, columns[word]], weight)
+            weight *= _DECAY
+    frequency = np.maximum((table > 0).sum(axis=0), 1)
+    return np.asarray(table * (np.log((len(paths) + 1) / frequency) + 0.1), dtype=np.float32)
+
+
+def _template_ids(paths: Sequence[Path], kept: int, last: int | None) -> Ints:
+    ids: dict[str, int] = {}
+    return np.asarray([ids.setdefault(template(path, kept, last), len(ids)) for path in paths], dtype=np.int64)
+
+
+def _ranks(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    ancestors = ancestry.ancestors
+    rank, count = np.zeros_like(ancestors), np.zeros_like(ancestors)
+    in_order = np.argsort(ancestry.order, kind="stable")
+    for depth in range(ancestors.shape[1]):
+        groups = ancestors[in_order, depth].astype(np.int64) * class_count + classes[in_order]
+        by_group = np.argsort(groups, kind="stable")
+        _, starts, lengths = np.unique(groups[by_group], return_index=True, return_counts=True)
+        rows = in_order[by_group]
+        rank[rows, depth] = np.arange(len(rows)) - np.repeat(starts, lengths)
+        count[rows, depth] = np.repeat(lengths, lengths)
+    return rank, count
+
+
+def _modules(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[Ints, Ints]:
+    """Count the units below each module, and rank modules among those with the same classes of units below."""
+    codes = np.random.default_rng(0).integers(1, 2**62, class_count, dtype=np.int64)  # sums tell multisets apart
+    content = np.zeros(ancestry.node_count, dtype=np.int64)
+    size = np.zeros(ancestry.node_count, dtype=np.int64)
+    first = np.full(ancestry.node_count, np.iinfo(np.int64).max)
+    for depth in range(ancestry.ancestors.shape[1]):
+        module = ancestry.ancestors[:, depth]
+        below = module >= 0
+        np.add.at(content, module[below], codes[classes[below]])
+        np.add.at(size, module[below], 1)
+        np.minimum.at(first, module[below], ancestry.order[below])
+    seen: dict[int, int] = {}
+    rank = np.zeros(ancestry.node_count, dtype=np.int64)
+    for module in np.lexsort((np.arange(ancestry.node_count), first)):
+        rank[module] = seen.get(int(content[module]), 0)
+        seen[int(content[module])] = int(rank[module]) + 1
+    return size, rank
+
+
+def _list_ranks(nodes: Sequence[Path]) -> Ints:
+    lists: dict[tuple[Path, str, Path], list[tuple[tuple[int, ...], int]]] = {}
+    for module, path in enumerate(nodes):
+        for place in range(len(path) - 1, -1, -1):
+            if number := numbers(path[place]):
+                lists.setdefault((path[:place], stem(path[place]), path[place + 1 :]), []).append((number, module))
+                break
+    ranks = np.full(len(nodes), -1, dtype=np.int64)
+    for members in lists.values():
+        if len(members) > 1:
+            for rank, (_, module) in enumerate(sorted(members)):
+                ranks[module] = rank
+    return ranks
+
+
+def _neighbours(ancestry: Ancestry) -> tuple[Ints, Ints]:
+    """Find the units just before and after each unit, where they belong to the same innermost numbered block."""
+    numbered = np.asarray([not path or bool(numbers(path[-1])) for path in ancestry.nodes])
+    in_block = (ancestry.ancestors >= 0) & numbered[np.maximum(ancestry.ancestors, 0)]
+    block = ancestry.ancestors[np.arange(len(in_block)), in_block.argmax(axis=1)]
+    in_order = np.argsort(ancestry.order, kind="stable")
+    together = block[in_order[1:]] == block[in_order[:-1]]
+    previous, following = np.full(len(block), -1, dtype=np.int64), np.full(len(block), -1, dtype=np.int64)
+    previous[in_order[1:][together]] = in_order[:-1][together]
+    following[in_order[:-1][together]] = in_order[1:][together]
+    return previous, following

@@ -1,0 +1,219 @@
+"""Matching: one joint optimisation over all candidate pairs, finished by an exact assignment.
+
+Graduated assignment (Gold and Rangarajan, "A graduated assignment algorithm for graph matching", 1996) on the module
+trees, with evidence pooled over repeated structure as in similarity flooding (Melnik et al., 2002). Pairs of units are
+softly assigned; assigned pairs vote for the correspondence of their ancestors, for their name templates and for
+their neighbours; the votes are fed back and the assignment is sharpened. Departures from the paper: one-to-one
+constraints are kept by one symmetric normalisation a step, votes for ancestors are relative to the strongest rival,
+and a pair's own vote does not count for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoalign.candidates import Candidates
+from autoalign.evidence import Floats, Ints, SideEvidence, name_scores
+
+WEIGHTS = {"name": 1.0, "structure": 2.0, "pattern": 1.4, "order": 0.4, "shape": 0.6}
+STEPS = 10
+SHARPNESS, SHARPENING = 2.0, 1.4  # of the first soft assignment, and its growth a step
+RANK_DECAY = 0.7  # a rank that is off by n agrees to exp(-RANK_DECAY * n)
+RANK_SHARE = 0.3  # how much of a vote hangs on the rank within the voting ancestors
+LIST_FLOOR = 0.1  # what remains of a vote between blocks of quite different places
+UNPOOLED = 0.3  # the pattern score of a template that occurs once
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The outcome of matching, as parallel arrays over the chosen pairs of units."""
+
+    source: Ints
+    target: Ints
+    score: Floats
+    margin: Floats  # distance to the best other candidate of either unit; the whole score where there is none
+    runner_up: Ints  # the best other source unit for the target unit; -1 where there is none
+    cues: dict[str, Floats]  # name, structure, pattern, order, shape: the terms of the score before weighing
+
+
+def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidates) -> Assignment:
+    """Assign source units to target units so that the total evidence is largest; deterministic."""
+    rows, columns = candidates.source, candidates.target
+    if not len(rows):
+        none = np.zeros(0, dtype=np.float32)
+        return Assignment(rows, columns, none, none, rows, {name: none for name in WEIGHTS})
+    cues = {
+        "name": name_scores(source.paths, target.paths)[rows, columns],
+        "shape": candidates.fit,
+        "structure": np.zeros(len(rows), dtype=np.float32),
+        "pattern": np.zeros(len(rows), dtype=np.float32),
+        "order": np.zeros(len(rows), dtype=np.float32),
+    }
+    structure = _StructureVotes(source, target, rows, columns)
+    patterns = [
+        _PatternVotes(own, other, rows, columns) for own, other in zip(source.templates, target.templates, strict=True)
+    ]
+    neighbours = _neighbour_pairs(source, target, rows, columns)
+    shape = (len(source.paths), len(target.paths))
+    score = cues["name"] * WEIGHTS["name"] + cues["shape"] * WEIGHTS["shape"] + 0.5 * structure.root_agreement
+    sharpness = SHARPNESS
+    soft = _soft_assignment(score, sharpness, rows, columns, shape)
+    for _ in range(STEPS):
+        cues["structure"] = structure.scores(soft)
+        row_mass, column_mass = _masses(soft, rows, columns, shape)
+        cues["pattern"] = np.mean([votes.scores(soft, row_mass, column_mass) for votes in patterns], axis=0)
+        cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0)
+        score = sum(cues[name] * weight for name, weight in WEIGHTS.items())
+        sharpness *= SHARPENING
+        soft = _soft_assignment(score, sharpness, rows, columns, shape)
+    chosen = _exact_assignment(score, rows, columns, shape)
+    margin, runner_up = _rivals(score, chosen, rows, columns, shape)
+    return Assignment(
+        rows[chosen],
+        columns[chosen],
+        score[chosen].astype(np.float32),
+        margin,
+        runner_up,
+        {name: np.asarray(cue[chosen], dtype=np.float32) for name, cue in cues.items()},
+    )
+
+
+class _StructureVotes:
+    """Votes of assigned pairs for the correspondence of their ancestors, and what they say of each pair."""
+
+    def __init__(self, source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> None:
+        own, other = source.ancestry, target.ancestry
+        self.shape = (own.node_count, other.node_count)
+        above, above_other = own.ancestors[rows][:, :, None], other.ancestors[columns][:, None, :]
+        valid = (above >= 0) & (above_other >= 0)
+        dump = self.shape[0] * self.shape[1]  # where the padding votes
+        self.pairs = np.where(valid, above.astype(np.int64) * self.shape[1] + above_other, dump)
+        self.depths = (above >= 0).sum(axis=1).ravel(), (above_other >= 0).sum(axis=2).ravel()
+        distance = np.abs(source.rank[rows][:, :, None] - target.rank[columns][:, None, :])
+        agreement = np.exp(np.float32(-RANK_DECAY) * distance.astype(np.float32))
+        agreement *= np.where(source.count[rows][:, :, None] == target.count[columns][:, None, :], 1.0, 0.7)
+        agreement = ((1 - RANK_SHARE) + RANK_SHARE * agreement) * valid
+        self.agreement = agreement.astype(np.float32)
+        each = np.arange(len(rows))
+        self.root_agreement = self.agreement[each, self.depths[0] - 1, self.depths[1] - 1]
+        sizes = []
+        for ancestors, units, count in ((own.ancestors, rows, own.node_count), (other.ancestors, columns, other.node_count)):
+            nodes = ancestors[np.unique(units)]
+            sizes.append(np.maximum(np.bincount(nodes[nodes >= 0], minlength=count), 1))
+        self.prior = _module_agreement(source, target) / np.sqrt(np.outer(*sizes))
+
+    def scores(self, soft: Floats) -> Floats:
+        spread = np.broadcast_to(soft[:, None, None], self.pairs.shape)
+        votes = np.bincount(self.pairs.ravel(), spread.ravel(), self.prior.size + 1)[:-1].reshape(self.shape)
+        votes *= self.prior
+        strongest = np.outer(votes.max(axis=1) + 1e-9, votes.max(axis=0) + 1e-9)
+        relative = np.append((votes / np.sqrt(strongest)).astype(np.float32).ravel(), np.float32(0))
+        weighed = relative[self.pairs] * self.agreement
+        upward = weighed.max(axis=2).sum(axis=1) / self.depths[0]
+        downward = weighed.max(axis=1).sum(axis=1) / self.depths[1]
+        return np.asarray((upward + downward) / 2, dtype=np.float32)
+
+
+def _module_agreement(source: SideEvidence, target: SideEvidence) -> Floats:
+    """Tell how well the places of two modules among their like agree: [source modules, target modules]."""
+    by_content = 0.9 * np.exp(-RANK_DECAY * np.abs(source.module_rank[:, None] - target.module_rank[None, :]))
+    listed = (source.list_rank[:, None] >= 0) & (target.list_rank[None, :] >= 0)
+    by_number = np.where(
+        listed, np.exp(-RANK_DECAY * np.abs(source.list_rank[:, None] - target.list_rank[None, :])), 0.0
+    )
+    several = (source.module_size[:, None] > 1) & (target.module_size[None, :] > 1)
+    agreement = np.where(several, LIST_FLOOR + (1 - LIST_FLOOR) * np.maximum(by_content, by_number), 1.0)
+    return agreement.astype(np.float32)
+
+
+class _PatternVotes:
+    """Votes of assigned pairs for the correspondence of their name templates."""
+
+    def __init__(self, source: Ints, target: Ints, rows: Ints, columns: Ints) -> None:
+        self.rows, self.columns = rows, columns
+        self.own, self.other = source[rows], target[columns]
+        code = self.own * (int(target.max()) + 1) + self.other
+        _, self.pair = np.unique(code, return_inverse=True)
+
+    def scores(self, soft: Floats, row_mass: Floats, column_mass: Floats) -> Floats:
+        """Score each pair by what the other pairs of its templates do; rare templates say little."""
+        together = np.bincount(self.pair, soft)[self.pair] - soft
+        own = np.bincount(self.own, soft)[self.own] - row_mass[self.rows]
+        other = np.bincount(self.other, soft)[self.other] - column_mass[self.columns]
+        pooled = np.sqrt(np.maximum(own, 0) * np.maximum(other, 0))
+        trust = pooled / (pooled + 0.3)
+        share = np.clip(together / (pooled + 1e-9), 0, 1)
+        return np.asarray(trust * share + (1 - trust) * UNPOOLED, dtype=np.float32)
+
+
+def _neighbour_pairs(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Ints:
+    """Find, for each pair, the pairs of both units' predecessors and of both units' successors: [2, pairs]."""
+    width = len(target.paths)
+    code = rows * width + columns
+    by_code = np.argsort(code, kind="stable")
+    found = []
+    for own, other in ((source.previous, target.previous), (source.next, target.next)):
+        wanted = np.where((own[rows] >= 0) & (other[columns] >= 0), own[rows] * width + other[columns], -1)
+        place = np.minimum(np.searchsorted(code[by_code], wanted), len(code) - 1)
+        found.append(np.where(code[by_code][place] == wanted, by_code[place], len(code)))
+    return np.asarray(found)
+
+
+def _masses(soft: Floats, rows: Ints, columns: Ints, shape: tuple[int, int]) -> tuple[Floats, Floats]:
+    return np.bincount(rows, soft, shape[0]), np.bincount(columns, soft, shape[1])
+
+
+def _soft_assignment(score: Floats, sharpness: float, rows: Ints, columns: Ints, shape: tuple[int, int]) -> Floats:
+    """Turn scores into soft assignments: the geometric mean of both sides' softmax."""
+    result = np.ones(len(score))
+    for index, size in ((rows, shape[0]), (columns, shape[1])):
+        best = np.full(size, -np.inf)
+        np.maximum.at(best, index, score)
+        weight = np.exp(sharpness * (score - best[index]))
+        result *= weight / np.bincount(index, weight, size)[index]
+    return np.asarray(np.sqrt(result), dtype=np.float32)
+
+
+def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int, int]) -> NDArray[np.intp]:
+    """Choose the pairs with the largest total score, each unit at most once, component by component."""
+    from scipy.optimize import linear_sum_assignment
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    size = shape[0] + shape[1]
+    graph = coo_array((np.ones(len(rows)), (rows, columns + shape[0])), shape=(size, size))
+    _, component = connected_components(graph, directed=False)
+    by_component = np.argsort(component[rows], kind="stable")
+    bounds = np.flatnonzero(np.diff(component[rows][by_component])) + 1
+    lift = 1 - float(score.min())  # every feasible pair beats none
+    chosen = []
+    for members in np.split(by_component, bounds):
+        own, row = np.unique(rows[members], return_inverse=True)
+        other, column = np.unique(columns[members], return_inverse=True)
+        gain = np.zeros((len(own), len(other)))
+        pair = np.full(gain.shape, -1)
+        gain[row, column] = score[members] + lift
+        pair[row, column] = members
+        picked = pair[linear_sum_assignment(gain, maximize=True)]
+        chosen.append(picked[picked >= 0])
+    everything = np.concatenate(chosen)
+    return np.asarray(everything[np.argsort(columns[everything], kind="stable")], dtype=np.intp)
+
+
+def _rivals(
+    score: Floats, chosen: NDArray[np.intp], rows: Ints, columns: Ints, shape: tuple[int, int]
+) -> tuple[Floats, Ints]:
+    """Measure the distance of each chosen pair to the best other candidate of either of its units."""
+    rest = np.ones(len(score), dtype=bool)
+    rest[chosen] = False
+    best_of_row, best_of_column = np.zeros(shape[0]), np.zeros(shape[1])
+    np.maximum.at(best_of_row, rows[rest], score[rest])
+    np.maximum.at(best_of_column, columns[rest], score[rest])
+    rival = np.maximum(best_of_row[rows[chosen]], best_of_column[columns[chosen]])
+    runner_up = np.full(shape[1], -1, dtype=np.int64)
+    ascending = np.flatnonzero(rest)[np.argsort(score[rest], kind="stable")]
+    runner_up[columns[ascending]] = rows[ascending]  # the last, best one stays
+    return np.asarray(score[chosen] - rival, dtype=np.float32), runner_up[columns[chosen]]

@@ -1,0 +1,112 @@
+"""Reading names: the components of a key, the words in them, and how alike the words of two networks are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoalign.vocabulary import KINDS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS
+
+_SEPARATORS = re.compile(r"[./]")
+_DIGITS = re.compile(r"\d+")
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+
+
+def components(key: str) -> tuple[str, ...]:
+    """Split a key into the names of its nested modules and its tensor.
+
+    >>> components("encoder.layer.0.attn.qkv.weight")
+    ('encoder', 'layer', '0', 'attn', 'qkv', 'weight')
+    """
+    return tuple(_SEPARATORS.split(key))
+
+
+@lru_cache(maxsize=65536)
+def words(component: str) -> tuple[str, ...]:
+    """List the words of one component in the vocabulary's canonical spelling, without its numbers.
+
+    >>> words("SelfAttention"), words("in_proj_weight"), words("fc1"), words("12")
+    (('self', 'attn'), ('in', 'proj', 'weight'), ('in',), ())
+    """
+    pieces = [piece.lower() for piece in _WORDS.findall(component)]
+    found: list[str] = []
+    position = 0
+    while position < len(pieces):
+        for length in range(5, 0, -1):  # a spelling may span pieces, as in "w1" or "layer_norm"
+            joined = "".join(pieces[position : position + length])
+            if joined in SPELLINGS:
+                found += SPELLINGS[joined]
+                position += length
+                break
+        else:
+            if not pieces[position].isdigit():
+                found.append(pieces[position])
+            position += 1
+    return tuple(found)
+
+
+@lru_cache(maxsize=65536)
+def numbers(component: str) -> tuple[int, ...]:
+    """List the numbers in a component.
+
+    >>> numbers("block1-0"), numbers("conv")
+    ((1, 0), ())
+    """
+    return tuple(int(digits) for digits in _DIGITS.findall(component))
+
+
+@lru_cache(maxsize=65536)
+def stem(component: str) -> str:
+    """Replace every number of a component by ``#``.
+
+    >>> stem("layer12")
+    'layer#'
+    """
+    return _DIGITS.sub("#", component)
+
+
+@lru_cache(maxsize=65536)
+def kind(component: str) -> tuple[str, str]:
+    """Tell what a tensor's own name says of its values (weight, bias, mean, var, count, or other), and the rest of it.
+
+    >>> kind("in_proj_weight"), kind("running_mean"), kind("gamma"), kind("cls_token"), kind("weight_ih_l0")
+    (('weight', 'in_proj'), ('mean', ''), ('weight', ''), ('other', 'cls_token'), ('weight', 'ih_l0'))
+    """
+    if component in ("running_mean", "running_var", "num_batches_tracked"):
+        return KINDS[component.rsplit("_", 1)[-1]], ""
+    head, _, rest = component.partition("_")
+    if rest and head in ("weight", "bias"):
+        return head, rest
+    rest, _, tail = component.rpartition("_")
+    canonical = words(tail)
+    if len(canonical) == 1 and canonical[0] in KINDS and not tail[-1:].isdigit():
+        return KINDS[canonical[0]], rest
+    return "other", component
+
+
+def word_similarity(first: Sequence[str], second: Sequence[str]) -> NDArray[np.float32]:
+    """Tell how far each word of one list means the same as each word of the other, in [-1, 1].
+
+    Rivals, such as "q" and "k", are negative. Words that the vocabulary does not relate are compared by spelling.
+    """
+    from rapidfuzz import fuzz, process
+
+    spelled = process.cdist(first, second, scorer=fuzz.ratio, score_cutoff=75, dtype=np.float32)
+    table = np.asarray(spelled, dtype=np.float32) * np.float32(0.008)
+    for row, a in enumerate(first):
+        for column, b in enumerate(second):
+            if a == b:
+                table[row, column] = 1.0
+            elif (a, b) in RIVAL_PAIRS:
+                table[row, column] = -0.8
+            elif (a, b) in RELATED_PAIRS:
+                table[row, column] = RELATED_PAIRS[a, b]
+            elif min(len(a), len(b)) >= 3 and (a.startswith(b) or b.startswith(a)):
+                table[row, column] = 0.8
+            elif min(len(a), len(b)) < 4:
+                table[row, column] = 0.0  # short words differ by one letter and in everything else
+    return table

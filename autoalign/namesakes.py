@@ -1,0 +1,68 @@
+"""Namesakes: layers that both sides call the same, up to one prefix on either side."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from autoalign.graph import Path
+from autoalign.names import stem
+
+_SHARE = 0.5  # of the smaller side's layers that must be namesakes before the shared names are believed
+
+
+def namesakes(source: Sequence[Path], target: Sequence[Path]) -> list[tuple[int, int]]:
+    """Pair the layers of equal name, if most of one side has them and their surroundings are the same too.
+
+    A name is believed only where the modules around it have the same children on both sides, lists of another length
+    aside: ``layers.0`` of a module that also has ``proj_in`` need not be the ``layers.0`` of one that has not.
+
+    >>> namesakes([("module", "a", "0"), ("module", "b")], [("a", "0"), ("b",), ("head",)])
+    [(0, 0), (1, 1)]
+    """
+    prefixes = _prefixes(source, target)
+    if prefixes is None:
+        return []
+    own, other = prefixes
+    place = {path[len(own) :]: index for index, path in enumerate(source) if path[: len(own)] == own}
+    pairs = [
+        (place[path[len(other) :]], index)
+        for index, path in enumerate(target)
+        if path[: len(other)] == other and path[len(other) :] in place
+    ]
+    if len(pairs) < _SHARE * min(len(source), len(target)):
+        return []
+    children = _children(source, own), _children(target, other)
+    trusted: dict[Path, bool] = {(): True}
+
+    def trust(path: Path) -> bool:
+        if path not in trusted:
+            trusted[path] = trust(path[:-1]) and children[0].get(path) == children[1].get(path)
+        return trusted[path]
+
+    return [(i, j) for i, j in pairs if trust(source[i][len(own) : -1])]
+
+
+def _prefixes(source: Sequence[Path], target: Sequence[Path]) -> tuple[Path, Path] | None:
+    """Find the prefixes whose removal leaves the most names in common; the first of equals."""
+    above: dict[Path, list[Path]] = {}
+    for path in source:
+        for cut in range(len(path)):
+            above.setdefault(path[cut:], []).append(path[:cut])
+    votes: Counter[tuple[Path, Path]] = Counter()
+    for path in target:
+        for cut in range(len(path)):
+            if known := above.get(path[cut:]):
+                votes.update((prefix, path[:cut]) for prefix in known)
+                break
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _children(paths: Sequence[Path], prefix: Path) -> dict[Path, set[str]]:
+    children: dict[Path, set[str]] = {}
+    for path in paths:
+        if path[: len(prefix)] == prefix:
+            short = path[len(prefix) :]
+            for depth in range(len(short)):
+                children.setdefault(short[:depth], set()).add(stem(short[depth]))
+    return children

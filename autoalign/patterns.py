@@ -1,0 +1,107 @@
+"""What the user says beforehand: rules, and the keys to include and to exclude."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from autoalign.errors import InputError, PatternError
+
+RuleLike = Mapping[str, str] | Iterable[tuple[str, str]]
+PatternLike = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
+
+
+def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) -> dict[str, str]:
+    """Find the pairs that the rules fix: target key -> source key.
+
+    A rule is a pair of keys, or a regex with its replacement (``re.sub`` on the source key; the first rule whose
+    regex occurs in a key is applied to it). A renamed key that the target does not have fixes nothing.
+
+    >>> pinned_pairs({r"^old\\\\.": "new."}, ["old.a", "b"], ["new.a", "b"])
+    {'new.a': 'old.a'}
+
+    Raises:
+        PatternError: A rule is malformed, names keys that do not exist, or fixes one key twice.
+    """
+    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(p, str) for p in pair) for pair in pairs):
+        raise InputError("rules must be a mapping of regex to replacement or pairs of keys. Nothing was aligned.")
+    own, other = set(source), set(target)
+    pins: dict[str, str] = {}
+    renamings: list[tuple[re.Pattern[str], str]] = []
+    for first, second in pairs:
+        if first in own and second in other:
+            _pin(pins, first, second)
+        else:
+            renamings.append((_compiled(first), second))
+    used = [False] * len(renamings)
+    for key in source:
+        if key in pins.values():
+            continue
+        for number, (pattern, replacement) in enumerate(renamings):
+            try:
+                renamed, count = pattern.subn(replacement, key)
+            except (re.error, IndexError) as error:
+                raise PatternError(f"The replacement {replacement!r} does not fit {pattern.pattern!r}: {error}.") from error
+            if count:
+                used[number] = True
+                if renamed in other and renamed not in pins:
+                    _pin(pins, key, renamed)
+                break
+    for (pattern, replacement), applied in zip(renamings, used, strict=True):
+        if not applied:
+            raise PatternError(
+                f"The rule {pattern.pattern!r} -> {replacement!r} matches no checkpoint key. Nothing was aligned. "
+                "Rules go from checkpoint key to model key; check the spelling or leave the rule out."
+            )
+    return pins
+
+
+def _pin(pins: dict[str, str], source: str, target: str) -> None:
+    if pins.setdefault(target, source) != source:
+        raise PatternError(
+            f"The rules fill {target!r} from {pins[target]!r} and from {source!r}. Nothing was aligned; keep one of them."
+        )
+
+
+def excluded_keys(
+    include: PatternLike, exclude: PatternLike, source: Sequence[str], target: Sequence[str]
+) -> frozenset[str]:
+    """List the keys of either side that take no part: those that match ``exclude``, and all that ``include`` leaves out.
+
+    A pattern of ``include`` chooses among the target's keys, or among the source's where no target key matches it.
+
+    >>> sorted(excluded_keys(None, "fc", ["fc.weight", "conv"], ["conv", "head"]))
+    ['fc.weight']
+    """
+    out = {key for pattern in _patterns(exclude) for key in (*source, *target) if pattern.search(key)}
+    wanted = _patterns(include)
+    if wanted:
+        for keys, patterns in (
+            (target, [p for p in wanted if any(p.search(key) for key in target)]),
+            (source, [p for p in wanted if not any(p.search(key) for key in target)]),
+        ):
+            if patterns:
+                kept = {key for key in keys if any(pattern.search(key) for pattern in patterns)}
+                if not kept:
+                    names = ", ".join(repr(pattern.pattern) for pattern in patterns)
+                    raise PatternError(f"include={names} matches no key of either side. Nothing was aligned.")
+                out.update(key for key in keys if key not in kept)
+    return frozenset(out)
+
+
+def _patterns(given: PatternLike) -> list[re.Pattern[str]]:
+    if given is None:
+        return []
+    if isinstance(given, str | re.Pattern):
+        given = [given]
+    return [_compiled(pattern) for pattern in given]
+
+
+def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+    if not isinstance(pattern, str | re.Pattern):
+        raise InputError(f"A pattern must be a string or a compiled regex, not {type(pattern).__name__}.")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise PatternError(f"{pattern!r} is no regular expression: {error}. Nothing was aligned.") from error

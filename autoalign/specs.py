@@ -1,0 +1,65 @@
+"""Tensor specs: what is known of a tensor without reading its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor of a state dict."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: int | None = None  # equal for keys that share one storage; None where that is unknown
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.key} {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+def specs_of(state_dict: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    """List the specs of a state dict's tensors, in its order.
+
+    Entries that are no tensors (such as ``_extra_state``) are left out. Keys that view the same memory in the same
+    way, as tied parameters do, get an equal ``storage``.
+
+    >>> weight = torch.zeros(2, 3)
+    >>> first, second = specs_of({"a": weight, "b": weight.detach()})
+    >>> print(first, first.storage == second.storage)
+    a [2, 3] float32 True
+    """
+    return tuple(
+        TensorSpec(key, tuple(tensor.shape), tensor.dtype, _storage_id(tensor))
+        for key, tensor in state_dict.items()
+        if isinstance(tensor, Tensor)
+    )
+
+
+def _storage_id(tensor: Tensor) -> int | None:
+    if tensor.numel() == 0 or tensor.layout != torch.strided:
+        return None
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a wrapper subclass without a storage of its own
+        return None
+    return hash((storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()))
+
+
+def tied_groups(specs: Iterable[TensorSpec]) -> tuple[tuple[str, ...], ...]:
+    """Group the keys that share one storage; keys that share it with no other are left out."""
+    groups: dict[int, list[str]] = {}
+    for spec in specs:
+        if spec.storage is not None:
+            groups.setdefault(spec.storage, []).append(spec.key)
+    return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)

@@ -1,0 +1,77 @@
+"""Units: the tensors that one layer owns together, which are matched as one.
+
+A bias follows its weight, and running statistics follow their norm: they are never matched apart. A unit is a module's
+weight, bias and statistics, or a parameter that stands alone (``cls_token``). ``in_proj_weight`` and ``in_proj_bias``
+of one module are a unit of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from autoalign.graph import Path
+from autoalign.names import components, kind
+from autoalign.operations import Copy, Operation
+from autoalign.specs import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor, or a part of one, that is matched with one of the other side."""
+
+    tensor: int  # index among the side's tensors
+    path: Path  # the names of its modules and its own
+    shape: tuple[int, ...]
+    numeric: str  # "float", "int" or "bool": tensors of one kind of number only match their like
+    view: Operation = field(default_factory=Copy)  # takes the part out of its tensor
+
+
+def parts_of(specs: Sequence[TensorSpec]) -> list[Part]:
+    """Make one part of each tensor.
+
+    Integers of eight bits are quantised floats; wider ones are indices and counters.
+    """
+    return [
+        Part(index, components(spec.key), spec.shape, _numeric(spec.dtype)) for index, spec in enumerate(specs)
+    ]
+
+
+def _numeric(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    if dtype.is_floating_point or dtype.is_complex or dtype.itemsize == 1:
+        return "float"
+    return "int"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parts that belong to one layer, at most one of each kind."""
+
+    path: Path  # of the layer; unique within a side
+    parts: tuple[tuple[str, int], ...]  # kind of values -> index of the part, sorted by kind
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of values that the layer holds."""
+        return tuple(name for name, _ in self.parts)
+
+
+def units_of(parts: Sequence[Part]) -> list[Unit]:
+    """Group the parts of one side into units, in order of their first part.
+
+    >>> parts = [Part(k, tuple(key.split(".")), (8,), "float") for k, key in enumerate(["bn.weight", "bn.bias", "cls"])]
+    >>> [(unit.path, unit.parts) for unit in units_of(parts)]
+    [(('bn',), (('bias', 1), ('weight', 0))), (('cls',), (('other', 2),))]
+    """
+    groups: dict[Path, dict[str, int]] = {}
+    for index, part in enumerate(parts):
+        values, rest = kind(part.path[-1])
+        path = (*part.path[:-1], rest) if rest else part.path[:-1]
+        while values in groups.setdefault(path, {}):  # the same kind twice: no unit, but tensors of their own
+            path = (*path, part.path[-1])
+        groups[path][values] = index
+    return [Unit(path, tuple(sorted(members.items()))) for path, members in groups.items()]

@@ -1,0 +1,133 @@
+"""Words that people use for the same role in a network: evidence for the matcher, never a verdict.
+
+One readable table for all architectures. A word that is not listed stands for itself.
+"""
+
+from __future__ import annotations
+
+# canonical word -> other spellings. A spelling may stand for several words ("wte" is a token embedding).
+SYNONYMS: dict[str, str] = {
+    # layer types
+    "conv": "convolution conv1d conv2d conv3d",
+    "norm": "normalization layernorm ln lnorm bn batchnorm batchnorm2d bnorm gn groupnorm rmsnorm nrm",
+    "proj": "projection projector",
+    "linear": "lin dense",
+    "embed": "embedding embeddings embeds emb embedder",
+    # attention
+    "attn": "attention att mha msa",
+    "self attn": "sa selfattn selfattention",
+    "cross attn": "crossattn crossattention encdecattention encdecattn encoderattn xattn",
+    "q": "query queries wq qw",
+    "k": "key keys wk kw",
+    "v": "value values val wv vw",
+    "o": "wo",
+    "qkv": "wqkv querykeyvalue cattn inproj",
+    "kv": "wkv keyvalue",
+    # feed-forward
+    "mlp": "ffn ff feedforward",
+    "gate": "w1",
+    "up": "w3",
+    "down": "w2",
+    "gateup": "w12 w13",
+    "in": "intermediate fc1 lin1 linear1 wi densehto4h",
+    "out": "fc2 lin2 linear2 output outputs dense4htoh",
+    "expand": "expansion excite excitation",
+    "reduce": "reduction squeeze",
+    "depthwise": "dw dwconv",
+    "pointwise": "pw",
+    # tokens and positions
+    "pos": "position positions positional",
+    "tok": "token tokens word words",
+    "tok embed": "wte",
+    "pos embed": "wpe",
+    "cls": "class",
+    "dist": "distillation distilled distil",
+    "rel": "relative",
+    "spec": "spectrogram",
+    "patch": "patches",
+    # structure
+    "block": "blocks blk layer layers resblock resblocks h unit units",
+    "stage": "stages",
+    "shortcut": "downsample skip residual identity",
+    "stem": "embedder",
+    "head": "heads classifier logits cls_head",
+    "scale": "gamma ls lambda layerscale g",
+    "bias": "beta shift offset b",
+    "weight": "kernel w",
+    "mean": "moving_mean",
+    "var": "variance",
+    "vision": "visual image img vit",
+    "text": "language txt",
+    "encoder": "enc",
+    "decoder": "dec",
+    "model": "network net module",
+    "first": "before pre prior",
+    "last": "after post final",
+    "lora": "",
+}
+
+# Sets of words of which at most one is true of a tensor: a different one on each side speaks against the pair.
+RIVALS: tuple[str, ...] = (
+    "q k v o",
+    "gate up down",
+    "in out",
+    "encoder decoder",
+    "self cross",
+    "pos tok type",
+    "cls dist mask",
+    "first last",
+    "mean var",
+    "vision text",
+    "reduce expand",
+    "depthwise pointwise",
+    "row column",
+    "online ema",
+    "student teacher",
+    "original0 original1",
+)
+
+# Words that often stand for one another, though not always.
+RELATED: tuple[tuple[str, str, float], ...] = (
+    ("proj", "linear", 0.6),
+    ("proj", "o", 0.4),
+    ("linear", "fc", 0.6),
+    ("o", "out", 0.8),
+    ("out", "down", 0.5),
+    ("in", "up", 0.4),
+    ("shortcut", "proj", 0.4),
+    ("head", "fc", 0.5),
+    ("head", "proj", 0.2),
+    ("stage", "block", 0.5),
+    ("stem", "patch", 0.4),
+    ("scale", "weight", 0.4),
+    ("embed", "linear", 0.2),
+    ("last", "out", 0.3),
+)
+
+# Words for tensors that hold several roles, in the order in which they hold them.
+FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gateup": ("gate", "up")}
+
+# The last word of a name -> the kind of value it holds; kinds that differ never match, "other" matches any parameter.
+KINDS: dict[str, str] = {
+    "weight": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "mean",
+    "var": "var",
+    "tracked": "count",
+}
+
+
+def _spellings() -> dict[str, tuple[str, ...]]:
+    table = {spelling: tuple(words.split()) for words, others in SYNONYMS.items() for spelling in others.split()}
+    table.update((words, (words,)) for words in SYNONYMS if " " not in words)
+    return table
+
+
+SPELLINGS: dict[str, tuple[str, ...]] = _spellings()
+RIVAL_PAIRS: frozenset[tuple[str, str]] = frozenset(
+    (first, second) for words in RIVALS for first in words.split() for second in words.split() if first != second
+)
+RELATED_PAIRS: dict[tuple[str, str], float] = {
+    pair: value for first, second, value in RELATED for pair in ((first, second), (second, first))
+}
