@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from autoalign.aligning import align
 from autoalign.alignment import Alignment
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
-from autoalign.errors import AlignmentError, CheckpointError, InputError, NothingLoadedError, PartialLoadWarning
+from autoalign.errors import (
+    AlignmentError,
+    CheckpointError,
+    IncompatibleTensorsError,
+    InputError,
+    NothingLoadedError,
+    PartialLoadWarning,
+)
 from autoalign.module_state import absent_counters, extra_states, source_modules, state_metadata
 from autoalign.transaction import cannot_fail, transaction
 
@@ -81,7 +89,11 @@ def load(
     if not alignment.matches:
         raise NothingLoadedError(_nothing_message(model, source, alignment), alignment)
     if strict:
-        alignment.raise_if_incomplete()
+        try:
+            alignment.raise_if_incomplete()
+        except IncompatibleTensorsError as error:
+            advice = f"The model was not changed. Pass strict=False to load the {len(alignment.matches)} that match."
+            raise IncompatibleTensorsError(f"{error}\n{advice}", alignment) from None
 
     targets = model.state_dict(keep_vars=True)
     tensors = _read(source, alignment, targets, assign=assign, progress=progress)
@@ -89,8 +101,9 @@ def load(
     state_dict.update(extra_states(source, targets, modules))
     state_dict._metadata = state_metadata(source, alignment, targets, modules, counters)  # type: ignore[attr-defined]
 
+    share = math.floor(1000 * alignment.coverage) / 10  # rounded down, so that a part is never called 100 %
     summary = (
-        f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({alignment.coverage:.1%} of the elements) "
+        f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
         f"of {type(model).__name__} from {source!r}"
     )
     unfilled = [key for key in alignment.missing_keys if key not in alignment.excluded]
