@@ -24,6 +24,7 @@ SHARPNESS, SHARPENING = 2.0, 1.4  # of the first soft assignment, and its growth
 RANK_DECAY = 0.7  # a rank that is off by n agrees to exp(-RANK_DECAY * n)
 RANK_SHARE = 0.3  # how much of a vote hangs on the rank within the voting ancestors
 LIST_FLOOR = 0.1  # what remains of a vote between blocks of quite different places
+ALONE = 2.0  # the worth of leaving a unit without a partner
 UNPOOLED = 0.3  # the pattern score of a template that occurs once
 
 
@@ -34,7 +35,7 @@ class Assignment:
     source: Ints
     target: Ints
     score: Floats
-    margin: Floats  # distance to the best other candidate of either unit; the whole score where there is none
+    margin: Floats  # what the best rival would cost the whole assignment; the score where there is no rival
     runner_up: Ints  # the best other source unit for the target unit; -1 where there is none
     cues: dict[str, Floats]  # name, structure, pattern, order, shape: the terms of the score before weighing
 
@@ -206,14 +207,29 @@ def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int
 def _rivals(
     score: Floats, chosen: NDArray[np.intp], rows: Ints, columns: Ints, shape: tuple[int, int]
 ) -> tuple[Floats, Ints]:
-    """Measure the distance of each chosen pair to the best other candidate of either of its units."""
+    """Measure what each chosen pair would lose to its best rival, and find that rival.
+
+    To take a rival pair, two chosen pairs must exchange their units; what is lost by the best such exchange is the
+    margin. A unit that is left alone counts as a pair of score ``ALONE``.
+    """
+    pair_of_row, pair_of_column = np.full(shape[0], -1), np.full(shape[1], -1)
+    pair_of_row[rows[chosen]] = chosen
+    pair_of_column[columns[chosen]] = chosen
     rest = np.ones(len(score), dtype=bool)
     rest[chosen] = False
-    best_of_row, best_of_column = np.zeros(shape[0]), np.zeros(shape[1])
-    np.maximum.at(best_of_row, rows[rest], score[rest])
-    np.maximum.at(best_of_column, columns[rest], score[rest])
-    rival = np.maximum(best_of_row[rows[chosen]], best_of_column[columns[chosen]])
+    rivals = np.flatnonzero(rest)
+    first, second = pair_of_row[rows[rivals]], pair_of_column[columns[rivals]]  # the pairs that would break up
+    known = np.append(score, ALONE)  # index -1: alone
+    code = rows * shape[1] + columns
+    by_code = np.argsort(code, kind="stable")
+    wanted = np.where((first >= 0) & (second >= 0), rows[second] * shape[1] + columns[first], -1)
+    place = np.minimum(np.searchsorted(code[by_code], wanted), len(code) - 1)
+    crossed = np.where(code[by_code][place] == wanted, by_code[place], -1)
+    loss = known[first] + known[second] - score[rivals] - np.where((first >= 0) & (second >= 0), known[crossed], ALONE)
+    margin = np.append(score, 0.0)
+    for broken in (first, second):
+        np.minimum.at(margin, broken, np.where(broken >= 0, loss, np.inf))
     runner_up = np.full(shape[1], -1, dtype=np.int64)
-    ascending = np.flatnonzero(rest)[np.argsort(score[rest], kind="stable")]
-    runner_up[columns[ascending]] = rows[ascending]  # the last, best one stays
-    return np.asarray(score[chosen] - rival, dtype=np.float32), runner_up[columns[chosen]]
+    descending = np.argsort(-loss, kind="stable")
+    runner_up[columns[rivals][descending]] = rows[rivals][descending]  # the last, cheapest one stays
+    return np.asarray(margin[chosen], dtype=np.float32), runner_up[columns[chosen]]
