@@ -1,0 +1,1 @@
+"""What alignment costs and how often it is right: ``python -m benchmarks``."""

@@ -1,0 +1,96 @@
+"""The modules stand in one order, along which data flows, and each imports only what stands before it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import autoalign
+
+FLOW = (
+    # values
+    *("errors", "specs", "operations", "alignment"),
+    # what a person reads
+    *("folding", "leftovers", "report"),
+    # any format -> tensor specs
+    *("containers", "checkpoint"),
+    # names and the module graph
+    *("vocabulary", "names", "graph", "units", "namesakes"),
+    # candidates -> matching -> alignment
+    *("candidates", "fusion", "evidence", "matching", "decision", "patterns", "aligning"),
+    # the only part that moves data
+    *("module_state", "transaction", "loading"),
+    # the command line
+    *("demo", "cli"),
+)
+# an alignment prints itself, and the report reads alignments
+BACKWARDS_WHEN_CALLED = {("alignment", "report")}
+# needed for a match or a screen, not for an import
+LATE = ("networkx", "rapidfuzz", "rich", "safetensors", "scipy")
+
+
+def own_imports(tree: ast.AST, *, deferred: bool) -> Iterator[str]:
+    """Yield the modules of this package that a file imports: when it is imported, or ``deferred`` to a call."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        is_function = isinstance(node, ast.FunctionDef)
+        if not deferred and isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("autoalign."):
+            yield node.module.split(".")[1]
+        if not (is_function and not deferred):
+            yield from own_imports(node, deferred=deferred and not is_function)
+
+
+def imported_by_module(*, deferred: bool) -> dict[str, set[str]]:
+    package = Path(autoalign.__file__).parent
+    return {
+        path.stem: set(own_imports(ast.parse(path.read_text(encoding="utf-8")), deferred=deferred))
+        for path in package.rglob("*.py")
+        if path.stem != "__init__"
+    }
+
+
+def test_every_module_has_its_place_in_the_flow() -> None:
+    assert set(imported_by_module(deferred=False)) == set(FLOW)
+    assert len(FLOW) == len(set(FLOW))
+
+
+def test_each_module_imports_only_what_stands_before_it() -> None:
+    backwards = {
+        (module, imported)
+        for module, names in imported_by_module(deferred=False).items()
+        for imported in names
+        if FLOW.index(imported) >= FLOW.index(module)
+    }
+    assert backwards == set()
+
+
+def test_an_import_that_is_deferred_to_a_call_stands_before_too() -> None:
+    backwards = {
+        (module, imported)
+        for module, names in imported_by_module(deferred=True).items()
+        for imported in names
+        if FLOW.index(imported) >= FLOW.index(module)
+    }
+    assert backwards == BACKWARDS_WHEN_CALLED
+
+
+def test_the_reading_of_imports_sees_both_kinds() -> None:
+    tree = ast.parse(
+        "if TYPE_CHECKING:\n    from autoalign.a import x\nfrom autoalign.b import x\n"
+        "class C:\n    from autoalign.c import x\n    def f(self):\n        from autoalign.d import x\n"
+    )
+    assert set(own_imports(tree, deferred=False)) == {"b", "c"}
+    assert set(own_imports(tree, deferred=True)) == {"d"}
+
+
+def test_importing_the_package_imports_nothing_that_is_only_needed_later() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import autoalign, autoalign.loading;"
+        f"print(sorted(set({LATE!r}) & (set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
