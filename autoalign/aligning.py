@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.candidates import Candidates, candidates, operation_between, paired_parts
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.decision import confidence_of, related
+from autoalign.doubts import DOUBTED, doubt_about, style_of
 from autoalign.errors import InputError, PatternError
 from autoalign.evidence import side_evidence
 from autoalign.fusion import Fusion, split_fused
@@ -19,8 +21,11 @@ from autoalign.matching import Assignment, match_units
 from autoalign.namesakes import namesakes
 from autoalign.operations import Copy, Operation, Parallel, chain
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
+from autoalign.scope import Scope, scope_of, within
 from autoalign.specs import TensorSpec, tied_groups
 from autoalign.units import Part, Unit, parts_of, units_of
+
+_Outcome = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, mismatches and notes
 
 
 def align(
@@ -73,10 +78,8 @@ def align(
         _Side.of([spec for spec in other.specs if spec.key not in out]),
     )
     pins = pinned_pairs(rules, [spec.key for spec in sides[0].specs], [spec.key for spec in sides[1].specs])
-    matches = _identical(*sides) if not pins else None
-    mismatched: list[Mismatch] = []
-    if matches is None:
-        matches, mismatched = _align(*sides, pins)
+    found = None if pins else _identical(*sides)
+    matches, mismatched, notes = found or _align(*sides, pins)
     order = {spec.key: index for index, spec in enumerate(other.specs)}
     chosen = sorted(matches, key=lambda match: order[match.target])
     sure = {match.target for match in chosen if match.confidence >= min_confidence}
@@ -87,7 +90,7 @@ def align(
         source_specs=own.specs,
         target_specs=other.specs,
         excluded=out,
-        notes=own.notes,
+        notes=(*own.notes, *notes),
         tensors=own,
     )
 
@@ -108,30 +111,42 @@ class _Side:
         return self.specs[part.tensor].key
 
 
-def _identical(source: _Side, target: _Side) -> list[Match] | None:
+def _identical(source: _Side, target: _Side) -> _Outcome | None:
     """Match two sides with the same keys and shapes without further ado."""
     shapes = {spec.key: spec.shape for spec in source.specs}
     if len(shapes) != len(target.specs) or any(shapes.get(spec.key) != spec.shape for spec in target.specs):
         return None
-    return [Match(spec.key, (spec.key,), evidence={"name": 1.0, "shape": 1.0}) for spec in target.specs]
+    return [Match(spec.key, (spec.key,), evidence={"name": 1.0, "shape": 1.0}) for spec in target.specs], [], ()
 
 
-def _align(source: _Side, target: _Side, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:
+def _align(source: _Side, target: _Side, pins: Mapping[str, str]) -> _Outcome:
     """Match what is left besides the pinned pairs."""
     pinned = [_pinned(source, target, own, other) for other, own in pins.items()]
     rest = (
         [part for part in source.parts if source.key(part) not in pins.values()],
         [part for part in target.parts if target.key(part) not in pins],
     )
+    scope = scope_of(rest[0], rest[1])
+    rest = within(rest[0], scope.path), rest[1]
+    rest = rest[0], within(rest[1], scope_of(rest[1], rest[0]).path)
     split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
     source = replace(source, parts=tuple(split[0][0]), fusions=tuple(split[0][1]))
     target = replace(target, parts=tuple(split[1][0]), fusions=tuple(split[1][1]))
-    units = units_of(source.parts), units_of(target.parts)
-    found, mismatched = _match_parts(source, target, *units)
+    found, mismatched = _match_parts(source, target, units_of(source.parts), units_of(target.parts))
     matches = [*pinned, *_assembled(source, target, found)]
     matches += _tied(target, matches)
     done = {match.target for match in matches}
-    return matches, [mismatch for mismatch in mismatched if mismatch.key not in done]
+    return matches, [mismatch for mismatch in mismatched if mismatch.key not in done], _copies_note(scope)
+
+
+def _copies_note(scope: Scope) -> tuple[str, ...]:
+    if not scope.copies:
+        return ()
+    used, others = ".".join(scope.path), [".".join(path) for path in scope.copies]
+    return (
+        f"The source holds {len(others) + 1} copies of what the target needs; {used!r} was used, not "
+        f"{', '.join(map(repr, others))}. To use another, pass exclude='^{re.escape(used)}[.]'.",
+    )
 
 
 def _pinned(source: _Side, target: _Side, own: str, other: str) -> Match:
@@ -193,7 +208,7 @@ def _without(pairs: Candidates, same: Sequence[tuple[int, int]]) -> Candidates:
     partner[rows] = columns
     free = ~np.isin(pairs.source, rows) & ~np.isin(pairs.target, columns)
     kept = free | (partner[pairs.source] == pairs.target)
-    return replace(pairs, source=pairs.source[kept], target=pairs.target[kept], fit=pairs.fit[kept])
+    return replace(pairs, source=pairs.source[kept], target=pairs.target[kept], fit=pairs.fit[kept], adjacent=pairs.adjacent[kept])
 
 
 def _mismatches(
@@ -220,6 +235,7 @@ def _mismatches(
 
 def _assembled(source: _Side, target: _Side, found: Mapping[int, _Found]) -> list[Match]:
     """Put the parts of each target tensor together; a tensor with a part that nothing fills gets no match."""
+    styles = style_of(source.specs, source.parts), style_of(target.specs, target.parts)
     fused = {part: fusion for fusion in target.fusions for part in fusion.parts}
     doubts = {part: fusion.doubt for side in (source,) for fusion in side.fusions for part in fusion.parts}
     whole = [((part,), Copy(), "") for part in found if part not in fused]
@@ -235,15 +251,28 @@ def _assembled(source: _Side, target: _Side, found: Mapping[int, _Found]) -> lis
         each = steps[0] if len(set(steps)) == 1 else Parallel(tuple(steps))
         rivals = [source.parts[piece.rival] for piece in pieces if piece.rival is not None]
         warnings = {text for text in (doubt, *(doubts.get(piece.source, "") for piece in pieces)) if text}
+        confidence = min(piece.confidence for piece in pieces) * (0.85 if warnings else 1.0)
+        found_doubts = [
+            found_doubt
+            for part, piece in zip(parts, pieces, strict=True)
+            if (found_doubt := doubt_about(source.parts[piece.source], target.parts[part], styles))
+        ]
+        if found_doubts:
+            confidence = min(confidence, DOUBTED)
+            warnings.update(found_doubt.reason for found_doubt in found_doubts)
+        layouts = [found_doubt.otherwise for found_doubt in found_doubts if found_doubt.otherwise]
+        sources = tuple(source.key(source.parts[piece.source]) for piece in pieces)
+        alternatives = [Candidate(sources, layout, 0.0) for layout in layouts]
         matches.append(
             Match(
                 target=target.key(target.parts[parts[0]]),
-                sources=tuple(source.key(source.parts[piece.source]) for piece in pieces),
+                sources=sources,
                 operation=chain(each, join),
-                confidence=min(piece.confidence for piece in pieces) * (0.85 if warnings else 1.0),
+                confidence=confidence,
                 evidence=min(pieces, key=lambda piece: piece.confidence).evidence,
-                alternatives=tuple(
-                    Candidate((source.key(rival),), rival.view, 0.0) for rival in rivals[: 1 if len(pieces) == 1 else 0]
+                alternatives=(
+                    *alternatives,
+                    *(Candidate((source.key(rival),), rival.view, 0.0) for rival in rivals if len(pieces) == 1),
                 ),
                 warnings=tuple(sorted(warnings)),
             )

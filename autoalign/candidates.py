@@ -10,7 +10,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.names import words
+from autoalign.names import kind, words
 from autoalign.operations import Copy, Operation, Reshape, Transpose
 from autoalign.units import Part, Unit
 
@@ -25,6 +25,7 @@ class Candidates:
     source: NDArray[np.int64]  # unit of the source
     target: NDArray[np.int64]  # unit of the target
     fit: NDArray[np.float32]  # how well the shapes fit, in (0, 1]: 1 where all parts fit as they are
+    adjacent: NDArray[np.float32]  # how much the order of neighbours says, in [0, 1]: a batch norm follows its layer
     source_class: NDArray[np.int64]  # [source units]: equal for units whose tensors have equal shapes
     target_class: NDArray[np.int64]  # [target units]: the same classes
     class_count: int
@@ -78,24 +79,30 @@ def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[i
     layers must be transposed, square ones and those whose shape fits either way are too. Matrices that fit only as
     they are (embeddings) or only transposed (a bare projection) decide for themselves.
     """
-    matrices = [[part for part in parts if len(part.shape) == 2 and min(part.shape) > 1] for parts in (source, target)]
+    matrices = [[part for part in parts if _is_matrix(part)] for parts in (source, target)]
     shapes = [Counter(part.shape for part in parts) for parts in matrices]
+    layers = [Counter(part.shape for part in parts if _is_layer(part)) for parts in matrices]
     forced_flip = {s for s in shapes[0] if s not in shapes[1] and s[::-1] in shapes[1] and s[::-1] not in shapes[0]}
     forced_copy = {s for s in shapes[0] if s in shapes[1] and s[::-1] not in shapes[1]}
-    for_flip = sum(shapes[0][shape] for shape in forced_flip)
-    for_copy = sum(part.shape in forced_copy and "embed" not in _words(part) for part in matrices[0])
+    for_flip = sum(layers[0][shape] for shape in forced_flip if layers[1][shape[::-1]])
+    for_copy = sum(part.shape in forced_copy and _is_layer(part) for part in matrices[0])
     most = for_flip > for_copy and for_flip > 1
     return frozenset(
         index
         for index, part in enumerate(source)
-        if len(part.shape) == 2
-        and min(part.shape) > 1
-        and (part.shape in forced_flip or (most and part.shape not in forced_copy and "embed" not in _words(part)))
+        if _is_matrix(part)
+        and (part.shape in forced_flip or (most and part.shape not in forced_copy and _is_layer(part)))
     )
 
 
-def _words(part: Part) -> set[str]:
-    return {word for component in part.path[-2:] for word in words(component)}
+def _is_matrix(part: Part) -> bool:
+    return len(part.shape) == 2 and min(part.shape) > 1
+
+
+def _is_layer(part: Part) -> bool:
+    """Tell a linear layer's matrix from a bare parameter or an embedding's."""
+    embeds = any(word == "embed" for component in part.path[-2:] for word in words(component))
+    return kind(part.path[-1])[0] == "weight" and not embeds
 
 
 def unit_fit(source: Signature, target: Signature) -> float:
@@ -127,6 +134,11 @@ def signature(unit: Unit, parts: Sequence[Part], flipped: frozenset[int] = froze
     return tuple((name, parts[index].shape, parts[index].numeric, index in flipped) for name, index in unit.parts)
 
 
+def _adjacency(entry: Signature) -> float:
+    bound = any(name == "mean" or len(shape) > 2 for name, shape, _, _ in entry)
+    return 1.0 if bound else 0.25
+
+
 def main_class(entry: Signature) -> tuple[str, Shape]:
     """Name the class of a unit: its largest tensor's shape, flattened and sorted so that a transposed one agrees."""
     name, shape, _, _ = max(entry, key=lambda part: (len(squeeze(part[1])), part[0] == "weight"))
@@ -150,18 +162,20 @@ def candidates(
             entry = signature(unit, parts, transposed)
             members[side].setdefault(entry, []).append(index)
             class_of[side].append(classes.setdefault(main_class(entry), len(classes)))
-    rows, columns, fits = [], [], []
+    rows, columns, fits, adjacent = [], [], [], []
     for own, sources in members[0].items():
         for other, targets in members[1].items():
             if fit := unit_fit(own, other):
                 rows.append(np.repeat(sources, len(targets)))
                 columns.append(np.tile(targets, len(sources)))
                 fits.append(np.full(len(sources) * len(targets), fit, dtype=np.float32))
+                adjacent.append(np.full(len(sources) * len(targets), _adjacency(other), dtype=np.float32))
     empty = np.zeros(0, dtype=np.int64)
     return Candidates(
         np.concatenate(rows) if rows else empty,
         np.concatenate(columns) if columns else empty,
         np.concatenate(fits) if fits else empty.astype(np.float32),
+        np.concatenate(adjacent) if adjacent else empty.astype(np.float32),
         np.asarray(class_of[0], dtype=np.int64),
         np.asarray(class_of[1], dtype=np.int64),
         len(classes),

@@ -22,7 +22,7 @@ from autoalign.specs import TensorSpec, specs_of
 # words in the names that people give to what they save; "model_state_dict" has three of them
 _MODEL_WORDS = frozenset({"state", "model", "module", "net", "network", "student", "online", "generator", "params"})
 _RIVAL_WORDS = frozenset({"discriminator", "critic", "d"})  # trained beside the model and seldom wanted: "net_d"
-_COPY_WORDS = frozenset({"ema", "teacher", "momentum", "target", "swa", "average", "averaged", "shadow"})
+COPY_WORDS = frozenset({"ema", "teacher", "momentum", "target", "swa", "average", "averaged", "shadow"})
 _TRAINING_WORDS = frozenset(
     {"optimizer", "optimizers", "optim", "opt", "scaler", "scheduler", "schedulers", "amp", "rng", "callbacks", "loops"}
 )
@@ -101,9 +101,9 @@ def preferred(containers: Sequence[Container]) -> Container:
 
     def rank(container: Container) -> tuple[bool, bool, int, int]:
         size = len(container.entries)
-        words = [_words(name) for name in container.path.split(".")]
-        unknown = sum(not found & (_MODEL_WORDS | _COPY_WORDS) or bool(found & _RIVAL_WORDS) for found in words)
-        return 10 * size < largest, any(found & _COPY_WORDS for found in words), unknown, -size
+        words = [name_words(name) for name in container.path.split(".")]
+        unknown = sum(not found & (_MODEL_WORDS | COPY_WORDS) or bool(found & _RIVAL_WORDS) for found in words)
+        return 10 * size < largest, any(found & COPY_WORDS for found in words), unknown, -size
 
     return min(containers, key=rank)
 
@@ -139,7 +139,7 @@ def _tree(mapping: Mapping[Any, object]) -> _Node:
             children[name] = Entry(_spec(name, value, held=isinstance(mapping, dict)), mapping, name)
         elif not isinstance(value, Mapping):
             extras[name] = value
-        elif not _words(name) & _TRAINING_WORDS:
+        elif not name_words(name) & _TRAINING_WORDS:
             node = _tree(value)
             if node.children:
                 children[name] = node
@@ -183,7 +183,7 @@ def _candidates(node: _Node, path: str) -> Iterator[Container]:
 
 
 def _has_named(name: str, node: _Node) -> bool:
-    is_named = bool(_words(name) & (_MODEL_WORDS | _COPY_WORDS))
+    is_named = bool(name_words(name) & (_MODEL_WORDS | COPY_WORDS))
     return is_named or any(_has_named(*item) for item in node.nodes().items())
 
 
@@ -232,6 +232,6 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def _words(name: str) -> frozenset[str]:
+def name_words(name: str) -> frozenset[str]:
     """Split a name into its words: ``"EMAModel_2"`` has the words ema and model."""
     return frozenset(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))

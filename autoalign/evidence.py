@@ -20,6 +20,7 @@ Floats = NDArray[np.float32]
 TEMPLATES: tuple[tuple[int, int | None], ...] = ((0, None), (1, None), (2, None), (0, 1), (1, 2), (1, 3))
 
 _NUMBER = re.compile(r"\d+")
+_COMMON = 1.0  # names of common words alone say little
 _DECAY = 0.7  # weight of a word for each level that it stands above the tensor
 
 
@@ -85,7 +86,7 @@ def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
     first, second = _word_weights(source, columns[0]), _word_weights(target, columns[1])
     scores = first @ word_similarity(list(columns[0]), list(columns[1])) @ second.T
     norms = np.outer(np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1))
-    return np.asarray(scores / np.maximum(norms, 1e-6), dtype=np.float32)
+    return np.asarray(scores / (norms + _COMMON), dtype=np.float32)
 
 
 def _word_weights(paths: Sequence[Path], columns: dict[str, int]) -> Floats:

@@ -72,7 +72,7 @@ def _pieces(
         size = len(split[0][0])
         join = Grouped(size, split[0][1]) if size > 1 else Copy()
         return [piece for group, _ in split for piece in group], chain(join, Stack(0)), ""
-    plan = siblings.plan(part, words(unit.path[-1]) if unit.path else ())
+    plan = siblings.plan(part, words(unit.path[-1]))
     if plan is None and values == "bias" and "weight" in (kinds := dict(unit.parts)):
         weight = siblings.plan(parts[kinds["weight"]], words(unit.path[-1]))
         if weight is not None and weight.dim == 0 and part.shape == (sum(weight.sizes),):
@@ -105,7 +105,6 @@ def _role_names(units: Sequence[Unit]) -> dict[tuple[Path, str], str]:
     return {
         (unit.path[:-1], word): unit.path[-1]
         for unit in units
-        if unit.path
         for word in words(unit.path[-1])
         if word in roles
     }
@@ -124,8 +123,6 @@ class _Siblings:
         units = units_of(parts)
         for position in natural_order([unit.path for unit in units]):
             unit = units[position]
-            if not unit.path:
-                continue
             shapes = {values: squeeze(parts[index].shape) for values, index in unit.parts}
             children.setdefault(unit.path[:-1], []).append((unit.path[-1], shapes))
             for word in words(unit.path[-1]):

@@ -89,11 +89,11 @@ def ancestry(paths: Sequence[Path]) -> Ancestry:
             seen += 1
             continue
         children = list(graph[path])
-        if len(children) > 1 or children[0] in leaf_of or not nodes:
+        if len(children) != 1 or children[0] in leaf_of or not nodes:
             above = [*above, len(nodes)]
             nodes.append(path)
         stack.extend((child, above) for child in reversed(children))
-    depth = max(map(len, chains), default=1)
+    depth = max(map(len, chains), default=0) or 1
     ancestors = np.full((len(paths), depth), -1, dtype=np.int32)
     for index, above in enumerate(chains):
         ancestors[index, : len(above)] = above

@@ -66,7 +66,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         cues["structure"] = structure.scores(soft)
         row_mass, column_mass = _masses(soft, rows, columns, shape)
         cues["pattern"] = np.mean([votes.scores(soft, row_mass, column_mass) for votes in patterns], axis=0)
-        cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0)
+        cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0) * candidates.adjacent
         score = sum(cues[name] * weight for name, weight in WEIGHTS.items())
         sharpness *= SHARPENING
         soft = _soft_assignment(score, sharpness, rows, columns, shape)
@@ -189,17 +189,16 @@ def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int
     _, component = connected_components(graph, directed=False)
     by_component = np.argsort(component[rows], kind="stable")
     bounds = np.flatnonzero(np.diff(component[rows][by_component])) + 1
-    lift = 1 - float(score.min())  # every feasible pair beats none
     chosen = []
     for members in np.split(by_component, bounds):
         own, row = np.unique(rows[members], return_inverse=True)
         other, column = np.unique(columns[members], return_inverse=True)
         gain = np.zeros((len(own), len(other)))
         pair = np.full(gain.shape, -1)
-        gain[row, column] = score[members] + lift
+        gain[row, column] = np.maximum(score[members] - ALONE, 0)
         pair[row, column] = members
         picked = pair[linear_sum_assignment(gain, maximize=True)]
-        chosen.append(picked[picked >= 0])
+        chosen.append(picked[(picked >= 0) & (score[picked] > ALONE)])
     everything = np.concatenate(chosen)
     return np.asarray(everything[np.argsort(columns[everything], kind="stable")], dtype=np.intp)
 

@@ -70,7 +70,7 @@ def units_of(parts: Sequence[Part]) -> list[Unit]:
     groups: dict[Path, dict[str, int]] = {}
     for index, part in enumerate(parts):
         values, rest = kind(part.path[-1])
-        path = (*part.path[:-1], rest) if rest else part.path[:-1]
+        path = (*part.path[:-1], rest) if rest else part.path[:-1] or ("",)  # a bare layer has no name
         while values in groups.setdefault(path, {}):  # the same kind twice: no unit, but tensors of their own
             path = (*path, part.path[-1])
         groups[path][values] = index

@@ -107,6 +107,12 @@ RELATED: tuple[tuple[str, str, float], ...] = (
 # Words for tensors that hold several roles, in the order in which they hold them.
 FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gateup": ("gate", "up")}
 
+# Names that fused tensors have in code that lays the roles out head by head.
+INTERLEAVED: tuple[str, ...] = ("query_key_value", "linear_qkv")
+
+# Names that tell code which rotates neighbouring rows of queries and keys, as Meta's Llama does.
+META_STYLE: frozenset[str] = frozenset({"wq", "wk", "tok_embeddings"})
+
 # The last word of a name -> the kind of value it holds; kinds that differ never match, "other" matches any parameter.
 KINDS: dict[str, str] = {
     "weight": "weight",
