@@ -22,7 +22,7 @@ from torch import Tensor
 Shapes = Mapping[str, tuple[int, ...]]  # shape by key, in a state dict's order
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Case:
     """A source, a target, and which source key belongs to each target key that has one."""
 
@@ -30,8 +30,11 @@ class Case:
     target: Mapping[str, tuple[int, ...]]
     truth: Mapping[str, str]  # target key -> source key
 
-    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:  # thousands of keys would say nothing
-        printer.text(f"Case({len(self.source)} -> {len(self.target)} tensors, {next(iter(self.source), None)}, ...)")
+    def __repr__(self) -> str:  # thousands of keys would say nothing
+        return f"Case({len(self.source)} -> {len(self.target)} tensors, {next(iter(self.source), None)}, ...)"
+
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
+        printer.text(repr(self))
 
     def flipped(self) -> Case:
         return Case(self.target, self.source, {source: target for target, source in self.truth.items()})

@@ -20,7 +20,7 @@ FLOW = (
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "namesakes"),
     # candidates -> matching -> alignment
-    *("candidates", "fusion", "evidence", "matching", "decision", "patterns", "aligning"),
+    *("candidates", "fusion", "scope", "evidence", "matching", "decision", "doubts", "patterns", "aligning"),
     # the only part that moves data
     *("module_state", "transaction", "loading"),
     # the command line
