@@ -1,3 +1,76 @@
-"""Load any PyTorch checkpoint into any implementation of the same network."""
+"""Load any PyTorch checkpoint into any implementation of the same network.
+
+The names of the package are imported when they are first used, so that ``import autoalign`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autoalign.aligning import align
+    from autoalign.alignment import Alignment, Candidate, Match, Mismatch
+    from autoalign.checkpoint import Checkpoint, open_checkpoint
+    from autoalign.errors import (
+        AlignmentError,
+        AmbiguousAlignmentError,
+        AutoAlignError,
+        CheckpointError,
+        DependencyError,
+        IncompatibleTensorsError,
+        InputError,
+        NothingLoadedError,
+        PartialLoadWarning,
+        PatternError,
+        UnsafeCheckpointError,
+    )
+    from autoalign.loading import load
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Alignment",
+    "AlignmentError",
+    "AmbiguousAlignmentError",
+    "AutoAlignError",
+    "Candidate",
+    "Checkpoint",
+    "CheckpointError",
+    "DependencyError",
+    "IncompatibleTensorsError",
+    "InputError",
+    "Match",
+    "Mismatch",
+    "NothingLoadedError",
+    "PartialLoadWarning",
+    "PatternError",
+    "UnsafeCheckpointError",
+    "__version__",
+    "align",
+    "load",
+    "open_checkpoint",
+]
+
+_MODULES = {
+    "align": "aligning",
+    "Alignment": "alignment",
+    "Candidate": "alignment",
+    "Match": "alignment",
+    "Mismatch": "alignment",
+    "Checkpoint": "checkpoint",
+    "open_checkpoint": "checkpoint",
+    "load": "loading",
+}  # and all others are in errors
+
+
+if not TYPE_CHECKING:  # or type checkers would take any name for one of the package's
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -62,3 +62,7 @@ class NothingLoadedError(AlignmentError):
 
 class PartialLoadWarning(UserWarning):
     """A load filled a part of the model only; the rest keeps what it had."""
+
+
+class DependencyError(AutoAlignError, ImportError):
+    """An optional package that is needed here is not installed."""
