@@ -25,6 +25,10 @@ from autoalign.scope import Scope, scope_of, within
 from autoalign.specs import TensorSpec, tied_groups
 from autoalign.units import Part, Unit, parts_of, units_of
 
+_UNRELATED = (
+    "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
+    "of them. Nothing was matched. If they are related, name a pair of keys in rules."
+)
 _Outcome = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, mismatches and notes
 
 
@@ -132,7 +136,11 @@ def _align(source: _Side, target: _Side, pins: Mapping[str, str]) -> _Outcome:
     split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
     source = replace(source, parts=tuple(split[0][0]), fusions=tuple(split[0][1]))
     target = replace(target, parts=tuple(split[1][0]), fusions=tuple(split[1][1]))
-    found, mismatched = _match_parts(source, target, units_of(source.parts), units_of(target.parts))
+    units = units_of(source.parts), units_of(target.parts)
+    outcome = _match_parts(source, target, *units, sure=bool(pinned))
+    if outcome is None:
+        return [], [], (_UNRELATED,)
+    found, mismatched = outcome
     matches = [*pinned, *_assembled(source, target, found)]
     matches += _tied(target, matches)
     done = {match.target for match in matches}
@@ -173,8 +181,9 @@ class _Found:
 
 
 def _match_parts(
-    source: _Side, target: _Side, own: Sequence[Unit], other: Sequence[Unit]
-) -> tuple[dict[int, _Found], list[Mismatch]]:
+    source: _Side, target: _Side, own: Sequence[Unit], other: Sequence[Unit], *, sure: bool
+) -> tuple[dict[int, _Found], list[Mismatch]] | None:
+    """Match the parts of two sides; None where the sides are not related, unless that is ``sure``."""
     pairs = candidates(own, source.parts, other, target.parts)
     same = namesakes([unit.path for unit in own], [unit.path for unit in other])
     pairs = _without(pairs, same)
@@ -183,10 +192,10 @@ def _match_parts(
         for units, classes in ((own, pairs.source_class), (other, pairs.target_class))
     ]
     assignment = match_units(sides[0], sides[1], pairs)
-    confidence = confidence_of(assignment, sides[0], sides[1])
+    confidence = confidence_of(assignment)
     found: dict[int, _Found] = {}
-    if not related(assignment, confidence, own, other):
-        return found, []
+    if not sure and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
+        return None
     for place in range(len(assignment.source)):
         i, j = int(assignment.source[place]), int(assignment.target[place])
         evidence = {name: round(float(np.clip(cue[place], 0, 1)), 3) for name, cue in assignment.cues.items()}
