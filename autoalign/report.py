@@ -94,9 +94,6 @@ def _have(count: int) -> str:
     return "has" if count == 1 else "have"
 
 
-# The totals
-
-
 def _totals(alignment: Alignment) -> list[str]:
     source, target = _specs(alignment)
     keys: dict[str, list[str]] = {"matched": [], "mismatched": [], "ambiguous": [], "missing": []}
@@ -134,9 +131,6 @@ def _percent(part: int, whole: int) -> str:
         return "-"
     tenths = floor(1000 * part / whole)
     return "< 0.1 %" if part and not tenths else f"{tenths / 10:.1f} %"
-
-
-# The rows of each section
 
 
 def _matched_rows(alignment: Alignment) -> list[_Row]:
@@ -300,9 +294,6 @@ def _block(text: str) -> str:
     """
     starts = {match[0] if (match := _BLOCK.match(key)) else "" for key in text.split(" + ")}
     return starts.pop() if len(starts) == 1 else ""
-
-
-# The layout
 
 
 def _lay_out(rows: Sequence[_Row], width: int) -> list[list[str]]:

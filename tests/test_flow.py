@@ -24,7 +24,7 @@ FLOW = (
     # the only part that moves data
     *("module_state", "transaction", "loading"),
     # the command line
-    *("demo", "cli"),
+    *("demo", "cli", "__main__"),
 )
 # an alignment prints itself, and the report reads alignments
 BACKWARDS_WHEN_CALLED = {("alignment", "report")}
