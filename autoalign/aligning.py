@@ -11,7 +11,7 @@ import numpy as np
 from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.candidates import Candidates, candidates, operation_between, paired_parts
 from autoalign.checkpoint import Side, checkpoint_of
-from autoalign.decision import confidence_of, related
+from autoalign.decision import coherence, confidence_of, related
 from autoalign.doubts import DOUBTED, doubt_about, style_of
 from autoalign.errors import InputError, PatternError
 from autoalign.evidence import side_evidence
@@ -124,24 +124,28 @@ def _identical(source: _Side, target: _Side) -> _Outcome | None:
 
 
 def _align(source: _Side, target: _Side, pins: Mapping[str, str]) -> _Outcome:
-    """Match what is left besides the pinned pairs."""
+    """Match two sides; pinned pairs are taken as they are and vote for the rest."""
     pinned = [_pinned(source, target, own, other) for other, own in pins.items()]
-    rest = (
-        [part for part in source.parts if source.key(part) not in pins.values()],
-        [part for part in target.parts if target.key(part) not in pins],
+    fixed = (
+        [part for part in source.parts if source.key(part) in pins.values()],
+        [part for part in target.parts if target.key(part) in pins],
     )
-    scope = scope_of(rest[0], rest[1])
-    rest = within(rest[0], scope.path), rest[1]
-    rest = rest[0], within(rest[1], scope_of(rest[1], rest[0]).path)
+    scope = scope_of(source.parts, target.parts, [part.path for part in fixed[0]])
+    kept = within(source.parts, scope.path)
+    rest = (
+        [part for part in kept if source.key(part) not in pins.values()],
+        [part for part in within(target.parts, scope_of(target.parts, kept).path) if target.key(part) not in pins],
+    )
     split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
-    source = replace(source, parts=tuple(split[0][0]), fusions=tuple(split[0][1]))
-    target = replace(target, parts=tuple(split[1][0]), fusions=tuple(split[1][1]))
-    units = units_of(source.parts), units_of(target.parts)
-    outcome = _match_parts(source, target, *units, sure=bool(pinned))
+    source = replace(source, parts=(*split[0][0], *fixed[0]), fusions=tuple(split[0][1]))
+    target = replace(target, parts=(*split[1][0], *fixed[1]), fusions=tuple(split[1][1]))
+    outcome = _match_parts(source, target, pins)
     if outcome is None:
         return [], [], (_UNRELATED,)
     found, mismatched = outcome
-    matches = [*pinned, *_assembled(source, target, found)]
+    matches = [*pinned, *(match for match in _assembled(source, target, found) if match.target not in pins)]
+    if not scope.decided:
+        matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
     matches += _tied(target, matches)
     done = {match.target for match in matches}
     return matches, [mismatch for mismatch in mismatched if mismatch.key not in done], _copies_note(scope)
@@ -150,10 +154,11 @@ def _align(source: _Side, target: _Side, pins: Mapping[str, str]) -> _Outcome:
 def _copies_note(scope: Scope) -> tuple[str, ...]:
     if not scope.copies:
         return ()
+    verb = "was used" if scope.decided else "is proposed"
     used, others = ".".join(scope.path), [".".join(path) for path in scope.copies]
     return (
-        f"The source holds {len(others) + 1} copies of what the target needs; {used!r} was used, not "
-        f"{', '.join(map(repr, others))}. To use another, pass exclude='^{re.escape(used)}[.]'.",
+        f"The source holds {len(others) + 1} copies of what the target needs; {used!r} {verb}, not "
+        f"{', '.join(map(repr, others))}. To choose another, pass exclude='^{re.escape(used)}[.]'.",
     )
 
 
@@ -181,20 +186,22 @@ class _Found:
 
 
 def _match_parts(
-    source: _Side, target: _Side, own: Sequence[Unit], other: Sequence[Unit], *, sure: bool
+    source: _Side, target: _Side, pins: Mapping[str, str]
 ) -> tuple[dict[int, _Found], list[Mismatch]] | None:
-    """Match the parts of two sides; None where the sides are not related, unless that is ``sure``."""
+    """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
+    own, other = units_of(source.parts), units_of(target.parts)
     pairs = candidates(own, source.parts, other, target.parts)
     same = namesakes([unit.path for unit in own], [unit.path for unit in other])
-    pairs = _without(pairs, same)
+    pairs = _without(pairs, _pinned_units(source, target, own, other, pins) or same)
     sides = [
         side_evidence([unit.path for unit in units], ancestry([unit.path for unit in units]), classes, pairs.class_count)
         for units, classes in ((own, pairs.source_class), (other, pairs.target_class))
     ]
     assignment = match_units(sides[0], sides[1], pairs)
     confidence = confidence_of(assignment)
+    confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
     found: dict[int, _Found] = {}
-    if not sure and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
+    if not pins and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
         return None
     for place in range(len(assignment.source)):
         i, j = int(assignment.source[place]), int(assignment.target[place])
@@ -206,6 +213,20 @@ def _match_parts(
             if operation is not None and source.parts[a].numeric == target.parts[b].numeric:
                 found[b] = _Found(a, operation, float(confidence[place]), evidence, rivals.get(b))
     return found, _mismatches(source, target, own, other, same, found)
+
+
+def _pinned_units(
+    source: _Side, target: _Side, own: Sequence[Unit], other: Sequence[Unit], pins: Mapping[str, str]
+) -> list[tuple[int, int]]:
+    """List the pairs of units that hold pinned tensors, each unit once."""
+    holder = {source.key(source.parts[part]): index for index, unit in enumerate(own) for _, part in unit.parts}
+    pairs: dict[int, int] = {}
+    for index, unit in enumerate(other):
+        for _, part in unit.parts:
+            pin = pins.get(target.key(target.parts[part]))
+            if pin is not None and index not in pairs.values():
+                pairs.setdefault(holder[pin], index)
+    return list(pairs.items())
 
 
 def _without(pairs: Candidates, same: Sequence[tuple[int, int]]) -> Candidates:

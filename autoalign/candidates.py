@@ -113,6 +113,8 @@ def unit_fit(source: Signature, target: Signature) -> float:
         kinds = {*own, *other}
         if len(source) > 1 or len(target) > 1 or "other" not in kinds or not kinds <= {"other", "weight", "bias"}:
             return 0.0
+        if "bias" in kinds and len(squeeze(source[0][1])) < 2:
+            return 0.0  # the bias of a layer is no parameter of its own; a table of biases is
         pairs = [(source[0], target[0])]
     fits, fitting = 0.0, 0
     for (_, shape, numeric, flipped), (_, wanted, wanted_numeric, _) in pairs:
@@ -123,10 +125,11 @@ def unit_fit(source: Signature, target: Signature) -> float:
             return 0.0  # a norm is no matrix, a matrix no convolution
     if not fitting:
         return 0.0
-    extra = [name for name in {*own} ^ {*other} if name not in ("mean", "var", "count")]
-    statistics = len({*own} ^ {*other}) - len(extra)
     vector = max(len(squeeze(entry[1])) for entry in source) < 2  # a norm with a bias is hardly a scale without one
-    return float(0.2 ** (len(pairs) - fits) * (0.4 if vector else 0.75) ** len(extra) * 0.98**statistics)
+    fit = 0.2 ** (len(pairs) - fits)
+    for name in {*own} ^ {*other}:
+        fit *= {"count": 0.98, "mean": 0.6, "var": 0.6}.get(name, 0.4 if vector else 0.75)
+    return float(fit)
 
 
 def signature(unit: Unit, parts: Sequence[Part], flipped: frozenset[int] = frozenset()) -> Signature:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from autoalign.evidence import Floats
 from autoalign.graph import Path
 from autoalign.matching import Assignment
-from autoalign.names import numbers
+from autoalign.names import numbers, stem
 from autoalign.units import Part, Unit
 
 _LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks
@@ -65,11 +66,36 @@ def _first_layer(units: Sequence[Unit], parts: Sequence[Part]) -> tuple[int, int
     return None
 
 
+def _block(path: Path) -> Path:
+    """Find the innermost numbered module around a layer."""
+    return path[: max((place + 1 for place, name in enumerate(path[:-1]) if numbers(name)), default=0)]
+
+
 def _filled(units: Sequence[Unit], used: NDArray[np.bool_]) -> float:
     """Measure the share of partnered layers in the blocks that have any."""
     blocks: dict[Path, list[bool]] = {}
     for unit, partnered in zip(units, used, strict=True):
-        depth = max((place + 1 for place, name in enumerate(unit.path[:-1]) if numbers(name)), default=0)
-        blocks.setdefault(unit.path[:depth], []).append(bool(partnered))
+        blocks.setdefault(_block(unit.path), []).append(bool(partnered))
     touched = [block for block in blocks.values() if any(block)]
     return sum(map(sum, touched)) / max(sum(map(len, touched)), 1)
+
+
+def coherence(
+    assignment: Assignment, source: Sequence[Unit], target: Sequence[Unit], confidence: Floats
+) -> Floats:
+    """Tell how far each pair's blocks are filled, against other blocks of the same kind, in [0, 1].
+
+    A pair that takes a single layer of a block, where others of its kind are taken whole, is a coincidence.
+    """
+    likely = confidence > _LIKELY
+    result = np.ones(len(confidence), dtype=np.float32)
+    for units, index in ((source, assignment.source), (target, assignment.target)):
+        block = [_block(unit.path) for unit in units]
+        size, taken = Counter(block), Counter(block[i] for i in index[likely])
+        typical: dict[Path, list[float]] = {}
+        for path, count in taken.items():
+            typical.setdefault(tuple(map(stem, path)), []).append(count / size[path])
+        usual = {kind: float(np.median(shares)) for kind, shares in typical.items()}
+        own = [taken[block[i]] / size[block[i]] / usual.get(tuple(map(stem, block[i])), 1.0) for i in index]
+        result = np.minimum(result, np.asarray(own, dtype=np.float32))
+    return result

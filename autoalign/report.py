@@ -47,7 +47,7 @@ def render(alignment: Alignment, *, width: int = 100, limit: int | None = SCREEN
         "Matched: source -> target, tensors x shape, lowest confidence, operation": _matched_rows(alignment),
         "Mismatched: the counterpart has another shape": _mismatched_rows(alignment),
         "Ambiguous: proposed, but not loaded": _ambiguous_rows(alignment),
-        "Missing: nothing in the source": _missing_rows(alignment),
+        "Missing: not filled": _missing_rows(alignment),
         "Unexpected: in the source and not used": _unexpected_rows(alignment),
     }
     sections = {title: _under_headings(rows) for title, rows in sections.items() if rows}
@@ -297,38 +297,48 @@ def _block(text: str) -> str:
 
 
 def _lay_out(rows: Sequence[_Row], width: int) -> list[list[str]]:
-    """Write each row as its lines: one if it fits, with its cells in columns, else the keys apart from the rest."""
+    """Write each row as its lines: one if it fits, with its cells in columns, else two or more."""
     widths = [max(map(len, column)) for column in zip(*(row.cells for row in rows), strict=True)]
-    cells = []
+    facts = []
     for row in rows:
-        count, *others = row.cells  # the last is not padded
-        padded = [count.rjust(widths[0]), *map(str.ljust, others[:-1], widths[1:-1]), others[-1]]
-        cells.append("  ".join(cell for cell, wide in zip(padded, widths, strict=True) if wide))
+        aligned = [row.cells[0].rjust(widths[0]), *map(str.ljust, row.cells[1:-1], widths[1:-1])]
+        facts.append("  ".join(cell for cell, wide in zip(aligned, widths, strict=False) if wide))
     keys = [row.indent + " -> ".join(row.keys) for row in rows]
-    column = max(
-        (len(key) for key, cell in zip(keys, cells, strict=True) if len(key) + 2 + len(cell) <= width), default=0
-    )
-    return [_write(row, key, cell, column, width) for row, key, cell in zip(rows, keys, cells, strict=True)]
+    column = max((len(key) for key, fact in zip(keys, facts, strict=True) if len(key + fact) + 8 <= width), default=0)
+    return [_write(row, fact, column, width) for row, fact in zip(rows, facts, strict=True)]
 
 
-def _write(row: _Row, key: str, cells: str, column: int, width: int) -> list[str]:
-    def wrapped(text: str, mark: str) -> list[str]:
-        lines = textwrap.wrap(
-            text, width, initial_indent=mark, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
-        )
-        return [_clip(line, width) for line in lines]
-
+def _write(row: _Row, facts: str, column: int, width: int) -> list[str]:
+    """Write one row; what does not fit beside its keys stands below them."""
     lines = [_clip(row.heading, width)] if row.heading else []
-    if len(key) + 2 + len(cells) > width and len(row.keys) > 1:
-        lines.append(_clip(row.indent + row.keys[0], width))
-        key = f"{row.indent}  -> {row.keys[1]}"
-    if len(key) + 2 + len(cells) > width:
-        lines += [_clip(key, width), *wrapped(" ".join(filter(None, row.cells)), " " * 6)]
+    *above, key = row.keys
+    verdict = row.cells[-1]
+    if above and len(row.indent + " -> ".join(row.keys) + facts + verdict) + 4 > width:
+        lines += [_clip(row.indent + part, width) for part in above]
+        key = f"{row.indent}  -> {key}"
     else:
-        lines.append(f"{key:<{min(column, width - 2 - len(cells))}}  {cells}")
+        key = row.indent + " -> ".join(row.keys)
+    below = []
+    if len(key + facts + verdict) + 4 <= width:
+        facts = f"{facts}  {verdict}"
+    else:
+        facts, below = facts.rstrip(), _wrapped(verdict, width, " " * 6)
+    if len(key + facts) + 2 <= width:
+        lines.append(f"{key:<{min(column, width - 2 - len(facts))}}  {facts}")
+    else:
+        lines += [_clip(key, width), _clip(" " * 6 + facts.lstrip(), width)]
+    lines += below
     for warning in row.warnings:
-        lines += wrapped(warning, "    ! ")
+        lines += _wrapped(warning, width, "    ! ")
     return lines
+
+
+def _wrapped(text: str, width: int, mark: str) -> list[str]:
+    whole = re.sub(", (?=[0-9])", ",\N{NO-BREAK SPACE}", text)  # a shape stays on one line
+    lines = textwrap.wrap(
+        whole, width, initial_indent=mark, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+    )
+    return [_clip(line.replace("\N{NO-BREAK SPACE}", " "), width) for line in lines]
 
 
 def _clip(text: str, width: int) -> str:

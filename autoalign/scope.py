@@ -26,12 +26,14 @@ class Scope:
 
     path: Path = ()
     copies: tuple[Path, ...] = ()
+    decided: bool = True  # whether anything speaks for this copy and against the others
 
 
-def scope_of(parts: Sequence[Part], others: Sequence[Part]) -> Scope:
+def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Path] = ()) -> Scope:
     """Find the smallest module that holds as many layers of the other side's shapes as the whole side does.
 
-    Among several copies the one that is no moving average is taken (as a whole, never mixed), and the first of those.
+    Among several copies one is taken as a whole, never mixed: the one with a pinned tensor, else the one that is no
+    moving average.
     """
     units = units_of(parts)
     wanted = Counter(shapes for unit in units_of(others) if (shapes := _shapes(unit.parts, others)))
@@ -60,8 +62,13 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part]) -> Scope:
     ]
     if any(names != below[0] for names in below):
         return Scope()  # different networks of the same shapes: their names must decide
-    paths = sorted((tree.nodes[module] for module in smallest), key=_is_average)
-    return Scope(paths[0], tuple(paths[1:]))
+
+
+    def rank(path: Path) -> tuple[bool, bool]:
+        return not any(name[: len(path)] == path for name in pinned), _is_average(path)
+
+    paths = sorted((tree.nodes[module] for module in smallest), key=rank)
+    return Scope(paths[0], tuple(paths[1:]), len(paths) == 1 or rank(paths[0]) < rank(paths[1]))
 
 
 def within(parts: Sequence[Part], path: Path) -> list[Part]:
