@@ -160,13 +160,13 @@ def _write_range(values: list[int]) -> str:
     """Write ascending numbers, each run of three or more as its ends.
 
     >>> print(_write_range([3]), _write_range([0, 1, 2, 3]), _write_range([0, 2, 3]), _write_range([0, 4, 8, 12]))
-    3 {0...3} {0,2,3} {0,4...12}
+    3 {0...3} {0,2,3} {0,4,...,12}
     """
     if len(values) == 1:
         return str(values[0])
     steps = {after - before for before, after in pairwise(values)}
     if len(values) > 3 and len(steps) == 1 and steps != {1}:
-        return f"{{{values[0]},{values[1]}...{values[-1]}}}"
+        return f"{{{values[0]},{values[1]},...,{values[-1]}}}"
     runs: list[list[int]] = []
     for value in values:
         if runs and value == runs[-1][-1] + 1:

@@ -67,7 +67,7 @@ def reason(spec: TensorSpec, others: Counterparts) -> str:
     if alike is None:
         return f"no {others.side} tensor of this shape"
     if alike.free:
-        return f"not clearly one of the {alike.free} unused {others.side} tensors of this shape"
+        return f"not clearly any of the unused {others.side} tensors of this shape ({alike.free})"
     if alike.used == 1:
         return f"the only {others.side} tensor of this shape, {alike.first_used}, is {others.uses[alike.first_used]}"
     if alike.used:

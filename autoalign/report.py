@@ -112,7 +112,7 @@ def _totals(alignment: Alignment) -> list[str]:
         lines.append(_total("unexpected", unexpected, source) + " of the source")
     excluded = len(alignment.excluded)
     if excluded:
-        lines.append(f"{excluded:,} of the missing and unexpected are excluded.")
+        lines.append(f"excluded, of the missing and unexpected: {excluded:,}")
     return lines
 
 
@@ -158,7 +158,8 @@ def _ambiguous_rows(alignment: Alignment) -> list[_Row]:
         matches = [alignment.ambiguous[member] for member in row.members]
         (target, sources, *rivals), (shape, operation) = row.texts, _described(matches[0], *specs)
         lowest = min(match.confidence for match in matches)
-        verdict = ", ".join([f"{operation}, confidence {lowest:.2f}", *(f"rival: {rival}" for rival in rivals)])
+        why = f"rival: {rivals[0]}" if rivals else "below min_confidence"
+        verdict = f"{operation}, confidence {lowest:.2f}, {why}"
         cells = (_times(matches), shape, verdict)
         rows.append(_Row((sources, target), cells, len(matches), tuple(map(_escaped, matches[0].warnings))))
     return rows
@@ -318,23 +319,24 @@ def _write(row: _Row, facts: str, column: int, width: int) -> list[str]:
         key = f"{row.indent}  -> {key}"
     else:
         key = row.indent + " -> ".join(row.keys)
-    below = []
-    if len(key + facts + verdict) + 4 <= width:
-        facts = f"{facts}  {verdict}"
+    room = width - len(key) - 2
+    if len(facts) + 2 + len(verdict) <= room:
+        lines.append(_aligned(key, f"{facts}  {verdict}", column, width))
+    elif len(facts) <= room:
+        lines += [_aligned(key, facts.rstrip(), column, width), *_wrapped(verdict, width, " " * 6)]
     else:
-        facts, below = facts.rstrip(), _wrapped(verdict, width, " " * 6)
-    if len(key + facts) + 2 <= width:
-        lines.append(f"{key:<{min(column, width - 2 - len(facts))}}  {facts}")
-    else:
-        lines += [_clip(key, width), _clip(" " * 6 + facts.lstrip(), width)]
-    lines += below
+        lines += [_clip(key, width), *_wrapped(f"{facts.lstrip()}  {verdict}", width, " " * 6)]
     for warning in row.warnings:
         lines += _wrapped(warning, width, "    ! ")
     return lines
 
 
+def _aligned(key: str, rest: str, column: int, width: int) -> str:
+    return f"{key:<{min(column, width - 2 - len(rest))}}  {rest}"
+
+
 def _wrapped(text: str, width: int, mark: str) -> list[str]:
-    whole = re.sub(", (?=[0-9])", ",\N{NO-BREAK SPACE}", text)  # a shape stays on one line
+    whole = re.sub(r"(?<=,) (?=[0-9])| (?=\[)", "\N{NO-BREAK SPACE}", text)  # a shape stays whole, with its key
     lines = textwrap.wrap(
         whole, width, initial_indent=mark, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
     )
