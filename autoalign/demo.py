@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
 from autoalign.errors import DependencyError
@@ -50,9 +50,10 @@ def demonstrate(seed: int = 0) -> Demonstration:
         ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        source = randomise_norms(torchvision.models.regnet_y_400mf(weights=None)).eval()
+        # Noise of large and small scale: in mere pixel noise, all images are alike once they are averaged.
+        images = nn.functional.interpolate(torch.randn(4, 3, 7, 7), 224, mode="bicubic") + torch.randn(4, 3, 224, 224)
+        source = randomise_norms(torchvision.models.regnet_y_400mf(weights=None), images)
         target = timm.create_model("regnety_004").eval()
-        images = torch.randn(2, 3, 224, 224)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "regnet_y_400mf.safetensors"
         save_file(source.state_dict(), path)
@@ -62,18 +63,20 @@ def demonstrate(seed: int = 0) -> Demonstration:
     return Demonstration(alignment, float((got - wanted).abs().max() / wanted.abs().max()))
 
 
-def randomise_norms(model: nn.Module) -> nn.Module:
-    """Give every BatchNorm values of its own, in place: as initialised they are all alike, and none could be misplaced.
+def randomise_norms(model: nn.Module, images: Tensor) -> nn.Module:
+    """Give every BatchNorm gains and biases of its own, and the statistics of images, in place.
 
-    >>> norm = nn.BatchNorm2d(4)
-    >>> len(set(randomise_norms(norm).running_var.tolist()))
-    4
+    As they are initialised they are all alike, so that none could be misplaced, and a deep network's output would
+    hardly depend on its input.
+
+    Returns:
+        The model, in evaluation mode.
     """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            for statistic in (module.running_mean, module.running_var):
-                if statistic is not None:
-                    statistic.add_(torch.rand_like(statistic), alpha=0.5)
-    return model
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.2)
+        norm.momentum = 1.0  # the statistics of the next batch are all that counts
+    with torch.no_grad():
+        model.train()(images)
+    return model.eval()

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import autoalign
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_name_of_the_package_is_there() -> None:
+    assert sorted(autoalign.__all__, key=str.casefold) == sorted(set(autoalign.__all__), key=str.casefold)
+    assert all(getattr(autoalign, name) is not None for name in autoalign.__all__)
+    assert dir(autoalign) == sorted(autoalign.__all__)
+
+
+def test_functions_are_not_hidden_by_modules() -> None:
+    code = "import autoalign.aligning, autoalign.loading, autoalign.cli; print(autoalign.align, autoalign.load)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert re.fullmatch(r"<function align at .*> <function load at .*>\n", done.stdout)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'autoalign' has no attribute 'unknown'"):
+        autoalign.unknown  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_every_error_is_of_the_package() -> None:
+    errors = [getattr(autoalign, name) for name in autoalign.__all__ if name.endswith("Error")]
+    assert len(errors) > 5
+    assert all(issubclass(error, autoalign.AutoAlignError) for error in errors)
+    defined = inspect.getmembers(sys.modules["autoalign.errors"], inspect.isclass)
+    assert {name for name, value in defined if value.__module__ == "autoalign.errors"} <= set(autoalign.__all__)
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys; before = set(sys.modules); import autoalign; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert {name.partition(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names == {"autoalign"}
+
+
+def test_the_readme_gives_the_line_that_is_run_as_the_test() -> None:
+    *_, line = (ROOT / ".ci" / "run").read_text(encoding="utf-8").strip().splitlines()
+    assert f"\n{line}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    for tool in ("ruff check", "ruff format --check", "mypy", "pytest"):
+        assert f".venv/bin/{tool}" in line
+
+
+def test_what_is_needed_to_run_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split("[<>=]", requirement)[0] for requirement in project["dependencies"]}
+    imported = {
+        name
+        for path in (ROOT / "autoalign").rglob("*.py")
+        for name in re.findall(r"^ *(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    optional = {re.split("[<>=]", requirement)[0] for requirement in project["optional-dependencies"]["demo"]}
+    assert imported - sys.stdlib_module_names - {"autoalign"} == declared | optional
