@@ -132,33 +132,34 @@ def _align(source: _Side, target: _Side, pins: Mapping[str, str]) -> _Outcome:
     )
     scope = scope_of(source.parts, target.parts, [part.path for part in fixed[0]])
     kept = within(source.parts, scope.path)
+    other_scope = scope_of(target.parts, kept, [part.path for part in fixed[1]])
     rest = (
         [part for part in kept if source.key(part) not in pins.values()],
-        [part for part in within(target.parts, scope_of(target.parts, kept).path) if target.key(part) not in pins],
+        [part for part in within(target.parts, other_scope.path) if target.key(part) not in pins],
     )
     split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
     source = replace(source, parts=(*split[0][0], *fixed[0]), fusions=tuple(split[0][1]))
     target = replace(target, parts=(*split[1][0], *fixed[1]), fusions=tuple(split[1][1]))
-    outcome = _match_parts(source, target, pins)
-    if outcome is None:
-        return [], [], (_UNRELATED,)
-    found, mismatched = outcome
+    found, mismatched = _match_parts(source, target, pins)
+    if found is None:
+        return [], mismatched, (_UNRELATED,)
     matches = [*pinned, *(match for match in _assembled(source, target, found) if match.target not in pins)]
-    if not scope.decided:
+    if not (scope.decided and other_scope.decided):
         matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
     matches += _tied(target, matches)
     done = {match.target for match in matches}
-    return matches, [mismatch for mismatch in mismatched if mismatch.key not in done], _copies_note(scope)
+    notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
+    return matches, [mismatch for mismatch in mismatched if mismatch.key not in done], notes
 
 
-def _copies_note(scope: Scope) -> tuple[str, ...]:
+def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
     if not scope.copies:
         return ()
-    verb = "was used" if scope.decided else "is proposed"
-    used, others = ".".join(scope.path), [".".join(path) for path in scope.copies]
+    used, others = ".".join(scope.path), ", ".join(repr(".".join(path)) for path in scope.copies)
     return (
-        f"The source holds {len(others) + 1} copies of what the target needs; {used!r} {verb}, not "
-        f"{', '.join(map(repr, others))}. To choose another, pass exclude='^{re.escape(used)}[.]'.",
+        f"The {side} holds {len(scope.copies) + 1} copies of what the other side has; {used!r} "
+        f"{'was taken' if scope.decided else 'is proposed and nothing was loaded'}, not {others}. "
+        f"To choose, exclude the others: exclude='^{re.escape('.'.join(scope.copies[0]))}[.]'.",
     )
 
 
@@ -187,7 +188,7 @@ class _Found:
 
 def _match_parts(
     source: _Side, target: _Side, pins: Mapping[str, str]
-) -> tuple[dict[int, _Found], list[Mismatch]] | None:
+) -> tuple[dict[int, _Found] | None, list[Mismatch]]:
     """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
     own, other = units_of(source.parts), units_of(target.parts)
     pairs = candidates(own, source.parts, other, target.parts)
@@ -202,7 +203,7 @@ def _match_parts(
     confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
     found: dict[int, _Found] = {}
     if not pins and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
-        return None
+        return None, _mismatches(source, target, own, other, same, {})
     for place in range(len(assignment.source)):
         i, j = int(assignment.source[place]), int(assignment.target[place])
         evidence = {name: round(float(np.clip(cue[place], 0, 1)), 3) for name, cue in assignment.cues.items()}

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from autoalign.graph import Path
-from autoalign.names import stem
+from autoalign.names import numbers, stem
 
 _SHARE = 0.5  # of the smaller side's layers that must be namesakes before the shared names are believed
 
@@ -17,9 +17,12 @@ def namesakes(source: Sequence[Path], target: Sequence[Path]) -> list[tuple[int,
     A name is believed only where the modules around it have the same children on both sides, lists of another length
     aside: ``layers.0`` of a module that also has ``proj_in`` need not be the ``layers.0`` of one that has not.
 
-    >>> namesakes([("module", "a", "0"), ("module", "b")], [("a", "0"), ("b",), ("head",)])
+    Wrappers are seen through wherever they stand: a module that is its parent's only child has no name of its own.
+
+    >>> namesakes([("a", "module", "0"), ("b", "module")], [("a", "0"), ("b",), ("head",)])
     [(0, 0), (1, 1)]
     """
+    source, target = _unwrapped(source), _unwrapped(target)
     prefixes = _prefixes(source, target)
     if prefixes is None:
         return []
@@ -41,6 +44,18 @@ def namesakes(source: Sequence[Path], target: Sequence[Path]) -> list[tuple[int,
         return trusted[path]
 
     return [(i, j) for i, j in pairs if trust(source[i][len(own) : -1])]
+
+
+def _unwrapped(paths: Sequence[Path]) -> list[Path]:
+    """Leave out the names of modules that are only children, numbered ones aside."""
+    children: dict[Path, set[str]] = {}
+    for path in paths:
+        for depth, name in enumerate(path):
+            children.setdefault(path[:depth], set()).add(name)
+    return [
+        tuple(name for depth, name in enumerate(path) if len(children[path[:depth]]) > 1 or numbers(name))
+        for path in paths
+    ]
 
 
 def _prefixes(source: Sequence[Path], target: Sequence[Path]) -> tuple[Path, Path] | None:

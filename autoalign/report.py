@@ -151,14 +151,15 @@ def _ambiguous_rows(alignment: Alignment) -> list[_Row]:
     specs = _specs(alignment)
     entries = []
     for match in alignment.ambiguous:
-        rivals = [_folded(rival.sources) for rival in match.alternatives[:1]]
+        rivals = [_folded(rival.sources) for rival in match.alternatives[:1] if rival.sources != match.sources]
         entries.append(((_escaped(match.target), _folded(match.sources), *rivals), _agreeing(match, *specs)))
     rows = []
     for row in fold(entries):
         matches = [alignment.ambiguous[member] for member in row.members]
         (target, sources, *rivals), (shape, operation) = row.texts, _described(matches[0], *specs)
         lowest = min(match.confidence for match in matches)
-        why = f"rival: {rivals[0]}" if rivals else "below min_confidence"
+        others = [str(other.operation) for other in matches[0].alternatives[:1]]
+        why = f"rival: {rivals[0]}" if rivals else f"or {others[0]}" if others else "below min_confidence"
         verdict = f"{operation}, confidence {lowest:.2f}, {why}"
         cells = (_times(matches), shape, verdict)
         rows.append(_Row((sources, target), cells, len(matches), tuple(map(_escaped, matches[0].warnings))))
@@ -224,7 +225,8 @@ def _specs(alignment: Alignment) -> tuple[dict[str, TensorSpec], dict[str, Tenso
 def _agreeing(match: Match, source: dict[str, TensorSpec], target: dict[str, TensorSpec]) -> Hashable:
     """Collect what must agree for two matches to be folded."""
     spec, origin = target[match.target], source[match.sources[0]]
-    return spec.shape, spec.dtype, origin.shape, origin.dtype, match.operation, match.warnings
+    rivals = tuple(rival.operation for rival in match.alternatives[:1] if rival.sources == match.sources)
+    return spec.shape, spec.dtype, origin.shape, origin.dtype, match.operation, rivals, match.warnings
 
 
 def _described(match: Match, source: dict[str, TensorSpec], target: dict[str, TensorSpec]) -> tuple[str, str]:
