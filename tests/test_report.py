@@ -8,7 +8,7 @@ import torch
 
 from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError
-from autoalign.operations import Concatenate, Copy, Reshape
+from autoalign.operations import Concatenate, Copy, Reshape, Transpose
 from autoalign.report import SCREEN, render
 from autoalign.specs import TensorSpec
 
@@ -333,3 +333,11 @@ def test_an_empty_alignment() -> None:
         "             tensors            elements\n"
         "matched            0                   0        - of the target"
     )
+
+
+def test_another_operation_on_the_same_source_is_named() -> None:
+    unsure = Match(
+        "a", ("b",), confidence=0.45, alternatives=(Candidate(("b",), Transpose(), 0.0),), warnings=("doubt",)
+    )
+    report = render(Alignment((), (unsure,), (), (spec("b", 2, 2),), (spec("a", 2, 2),)))
+    assert "  b -> a  [2, 2]  copy, confidence 0.45, or transpose\n    ! doubt\n" in report
