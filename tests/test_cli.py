@@ -13,7 +13,6 @@ import autoalign
 from autoalign import cli, demo
 from autoalign.alignment import Alignment
 
-
 ROOT = Path(__file__).parent.parent
 
 
