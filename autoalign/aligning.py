@@ -21,6 +21,7 @@ from autoalign.matching import Assignment, match_units
 from autoalign.namesakes import namesakes
 from autoalign.operations import Copy, Operation, Parallel, chain
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
+from autoalign.repeats import LARGE, extended, runs_of, shortened
 from autoalign.scope import Scope, scope_of, within
 from autoalign.specs import TensorSpec, tied_groups
 from autoalign.units import Part, Unit, parts_of, units_of
@@ -83,7 +84,7 @@ def align(
     )
     pins = pinned_pairs(rules, [spec.key for spec in sides[0].specs], [spec.key for spec in sides[1].specs])
     found = None if pins else _identical(*sides)
-    matches, mismatched, notes = found or _align(*sides, pins)
+    matches, mismatched, notes = found or _align_repeats(*sides, pins)
     order = {spec.key: index for index, spec in enumerate(other.specs)}
     chosen = sorted(matches, key=lambda match: order[match.target])
     sure = {match.target for match in chosen if match.confidence >= min_confidence}
@@ -121,6 +122,18 @@ def _identical(source: _Side, target: _Side) -> _Outcome | None:
     if len(shapes) != len(target.specs) or any(shapes.get(spec.key) != spec.shape for spec in target.specs):
         return None
     return [Match(spec.key, (spec.key,), evidence={"name": 1.0, "shape": 1.0}) for spec in target.specs], [], ()
+
+
+def _align_repeats(source: _Side, target: _Side, pins: Mapping[str, str]) -> _Outcome:
+    """Match two sides; long lists of equal blocks in large ones by their first members."""
+    if max(len(source.specs), len(target.specs)) <= LARGE or pins:
+        return _align(source, target, pins)
+    stacks = [frozenset(spec.shape[0] for spec in side.specs if len(spec.shape) == 3) for side in (source, target)]
+    runs = runs_of(source.specs, stacks[1]), runs_of(target.specs, stacks[0])
+    short = _Side.of(shortened(source.specs, runs[0])), _Side.of(shortened(target.specs, runs[1]))
+    matches, mismatched, notes = _align(*short, pins)
+    keys = [frozenset(spec.key for spec in side.specs) for side in (source, target)]
+    return extended(matches, *runs, *keys), mismatched, notes
 
 
 def _align(source: _Side, target: _Side, pins: Mapping[str, str]) -> _Outcome:

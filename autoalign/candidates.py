@@ -121,7 +121,7 @@ def unit_fit(source: Signature, target: Signature) -> float:
         if numeric == wanted_numeric and operation_between(shape, wanted, flipped=flipped) is not None:
             fitting += 1
             fits += 1.0 if flipped or squeeze(shape) == squeeze(wanted) else 0.3
-        elif len(squeeze(shape)) != len(squeeze(wanted)):
+        elif len(shape) != len(wanted) and len(squeeze(shape)) != len(squeeze(wanted)):
             return 0.0  # a norm is no matrix, a matrix no convolution
     if not fitting:
         return 0.0

@@ -61,8 +61,9 @@ SYNONYMS: dict[str, str] = {
     "encoder": "enc",
     "decoder": "dec",
     "model": "network net module",
-    "first": "before pre prior",
-    "last": "after post final",
+    "pre": "before prior",
+    "post": "after",
+    "last": "final",
     "lora": "",
 }
 
