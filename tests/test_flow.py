@@ -14,13 +14,13 @@ FLOW = (
     # values
     *("errors", "specs", "operations", "alignment"),
     # what a person reads
-    *("folding", "leftovers", "report"),
+    *("folding", "leftovers", "layout", "report"),
     # any format -> tensor specs
     *("containers", "checkpoint"),
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "namesakes"),
     # candidates -> matching -> alignment
-    *("candidates", "fusion", "scope", "evidence", "matching", "decision", "doubts", "patterns", "aligning"),
+    *("candidates", "fusion", "scope", "evidence", "matching", "decision", "doubts", "patterns", "repeats", "aligning"),
     # the only part that moves data
     *("module_state", "transaction", "loading"),
     # the command line
