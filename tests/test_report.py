@@ -171,6 +171,19 @@ def test_blocks_fold_under_a_heading_that_shows_the_index_on_both_sides() -> Non
     ]
 
 
+def test_a_heading_takes_only_the_start_of_keys() -> None:
+    names = ("0.10.weight", "0.20.0.weight")
+    alignment = copies(
+        tuple(spec(name, i + 1) for i, name in enumerate(names)),
+        tuple(spec(f"net.{name}", i + 1) for i, name in enumerate(names)),
+    )
+    assert render(alignment).splitlines()[5:] == [
+        "  0 -> net.0",
+        "    10.weight    [1]  1.00  copy",
+        "    20.0.weight  [2]  1.00  copy",
+    ]
+
+
 def test_rows_fold_only_where_every_field_agrees() -> None:
     alignment = blocks(6)
     differing = {
