@@ -17,7 +17,7 @@ from autoalign.errors import InputError, PatternError
 from autoalign.evidence import side_evidence
 from autoalign.fusion import Fusion, split_fused
 from autoalign.graph import ancestry
-from autoalign.matching import Assignment, match_units
+from autoalign.matching import match_units
 from autoalign.namesakes import namesakes
 from autoalign.operations import Copy, Operation, Parallel, chain
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
@@ -208,7 +208,9 @@ def _match_parts(
     same = namesakes([unit.path for unit in own], [unit.path for unit in other])
     pairs = _without(pairs, _pinned_units(source, target, own, other, pins) or same)
     sides = [
-        side_evidence([unit.path for unit in units], ancestry([unit.path for unit in units]), classes, pairs.class_count)
+        side_evidence(
+            [unit.path for unit in units], ancestry([unit.path for unit in units]), classes, pairs.class_count
+        )
         for units, classes in ((own, pairs.source_class), (other, pairs.target_class))
     ]
     assignment = match_units(sides[0], sides[1], pairs)
@@ -252,7 +254,9 @@ def _without(pairs: Candidates, same: Sequence[tuple[int, int]]) -> Candidates:
     partner[rows] = columns
     free = ~np.isin(pairs.source, rows) & ~np.isin(pairs.target, columns)
     kept = free | (partner[pairs.source] == pairs.target)
-    return replace(pairs, source=pairs.source[kept], target=pairs.target[kept], fit=pairs.fit[kept], adjacent=pairs.adjacent[kept])
+    return replace(
+        pairs, source=pairs.source[kept], target=pairs.target[kept], fit=pairs.fit[kept], adjacent=pairs.adjacent[kept]
+    )
 
 
 def _mismatches(

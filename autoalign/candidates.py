@@ -69,7 +69,8 @@ def paired_parts(source: Unit, target: Unit) -> list[tuple[int, int]]:
     if shared or len(own) > 1 or len(other) > 1:
         return shared
     kinds = {*own, *other}
-    return [(*own.values(), *other.values())] if "other" in kinds and kinds <= {"other", "weight", "bias"} else []
+    alone = "other" in kinds and kinds <= {"other", "weight", "bias"}
+    return list(zip(own.values(), other.values(), strict=True)) if alone else []
 
 
 def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[int]:
@@ -144,7 +145,7 @@ def _adjacency(entry: Signature) -> float:
 
 def main_class(entry: Signature) -> tuple[str, Shape]:
     """Name the class of a unit: its largest tensor's shape, flattened and sorted so that a transposed one agrees."""
-    name, shape, _, _ = max(entry, key=lambda part: (len(squeeze(part[1])), part[0] == "weight"))
+    _, shape, _, _ = max(entry, key=lambda part: (len(squeeze(part[1])), part[0] == "weight"))
     short = squeeze(shape)
     if len(short) > 2:
         short = (short[0], prod(short[1:]))
@@ -152,7 +153,10 @@ def main_class(entry: Signature) -> tuple[str, Shape]:
 
 
 def candidates(
-    source_units: Sequence[Unit], source_parts: Sequence[Part], target_units: Sequence[Unit], target_parts: Sequence[Part]
+    source_units: Sequence[Unit],
+    source_parts: Sequence[Part],
+    target_units: Sequence[Unit],
+    target_parts: Sequence[Part],
 ) -> Candidates:
     """List the feasible pairs of units of two sides."""
     flipped = flipped_parts(source_parts, target_parts)

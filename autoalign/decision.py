@@ -80,9 +80,7 @@ def _filled(units: Sequence[Unit], used: NDArray[np.bool_]) -> float:
     return sum(map(sum, touched)) / max(sum(map(len, touched)), 1)
 
 
-def coherence(
-    assignment: Assignment, source: Sequence[Unit], target: Sequence[Unit], confidence: Floats
-) -> Floats:
+def coherence(assignment: Assignment, source: Sequence[Unit], target: Sequence[Unit], confidence: Floats) -> Floats:
     """Tell how far each pair's blocks are filled, against other blocks of the same kind, in [0, 1].
 
     A pair that takes a single layer of a block, where others of its kind are taken whole, is a coincidence.

@@ -58,7 +58,9 @@ def doubt_about(source: Part, target: Part, styles: tuple[Style, Style]) -> Doub
     """Tell what speaks against taking a source part as it is for a target part of its shape."""
     own, other = ({word for component in part.path[-3:] for word in words(component)} for part in (source, target))
     whole = "qkv" in own and "qkv" in other
-    if whole and any(a in source.path and a not in target.path or a in target.path and a not in source.path for a in INTERLEAVED):
+    if whole and any(
+        (a in source.path and a not in target.path) or (a in target.path and a not in source.path) for a in INTERLEAVED
+    ):
         return Doubt(_FUSED)
     split = {"q", "k"} & own & other
     separate = source.view == target.view  # a part of a fused tensor comes from code that does not rotate neighbours

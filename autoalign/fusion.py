@@ -70,7 +70,7 @@ def _pieces(
         pieces = [replace(part, path=path, shape=part.shape[1:], view=Unstack(0, e)) for e, path in enumerate(stacked)]
         split = [_split(piece, unit.path, siblings.plan(piece, words(piece.path[-2])), {}) for piece in pieces]
         size = len(split[0][0])
-        join = Grouped(size, split[0][1]) if size > 1 else Copy()
+        join: Operation = Grouped(size, split[0][1]) if size > 1 else Copy()
         return [piece for group, _ in split for piece in group], chain(join, Stack(0)), ""
     plan = siblings.plan(part, words(unit.path[-1]))
     if plan is None and values == "bias" and "weight" in (kinds := dict(unit.parts)):
@@ -102,12 +102,7 @@ def _split(
 def _role_names(units: Sequence[Unit]) -> dict[tuple[Path, str], str]:
     """Find what a side itself calls a role below a module, as in ``q_bias`` beside ``qkv.weight``."""
     roles = {role for known in FUSED.values() for role in known}
-    return {
-        (unit.path[:-1], word): unit.path[-1]
-        for unit in units
-        for word in words(unit.path[-1])
-        if word in roles
-    }
+    return {(unit.path[:-1], word): unit.path[-1] for unit in units for word in words(unit.path[-1]) if word in roles}
 
 
 class _Siblings:
@@ -135,12 +130,7 @@ class _Siblings:
 
     def _add_roles(self, members: list[tuple[str, dict[str, Sizes]]]) -> None:
         for values in ("weight", "bias"):
-            sizes = {
-                word: shapes[values]
-                for name, shapes in members
-                for word in words(name)
-                if values in shapes and shapes[values]
-            }
+            sizes = {word: shapes[values] for name, shapes in members for word in words(name) if shapes.get(values)}
             for roles in FUSED.values():
                 present = tuple(role for role in roles if role in sizes)
                 rests = {sizes[role][1:] for role in present}
@@ -172,7 +162,9 @@ class _Siblings:
             return []
         fits = tuple(rest) in shapes or any(shape[0] * 2 == rest[0] and shape[1] == rest[1] for shape in shapes)
         name = part.path[-1]
-        above, role = (part.path[:-2], part.path[-2]) if name == "weight" and len(part.path) > 1 else (part.path[:-1], name)
+        above, role = (
+            (part.path[:-2], part.path[-2]) if name == "weight" and len(part.path) > 1 else (part.path[:-1], name)
+        )
         return [(*above, str(index), role, "weight") for index in range(count)] if fits else []
 
     def plan(self, part: Part, named: Sequence[str]) -> _Plan | None:

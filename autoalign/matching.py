@@ -45,7 +45,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     rows, columns = candidates.source, candidates.target
     if not len(rows):
         none = np.zeros(0, dtype=np.float32)
-        return Assignment(rows, columns, none, none, rows, {name: none for name in WEIGHTS})
+        return Assignment(rows, columns, none, none, rows, dict.fromkeys(WEIGHTS, none))
     cues = {
         "name": name_scores(source.paths, target.paths)[rows, columns],
         "shape": candidates.fit,
@@ -67,7 +67,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         row_mass, column_mass = _masses(soft, rows, columns, shape)
         cues["pattern"] = np.mean([votes.scores(soft, row_mass, column_mass) for votes in patterns], axis=0)
         cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0) * candidates.adjacent
-        score = sum(cues[name] * weight for name, weight in WEIGHTS.items())
+        score = np.sum([cues[name] * weight for name, weight in WEIGHTS.items()], axis=0, dtype=np.float32)
         sharpness *= SHARPENING
         soft = _soft_assignment(score, sharpness, rows, columns, shape)
     chosen = _exact_assignment(score, rows, columns, shape)
@@ -101,15 +101,18 @@ class _StructureVotes:
         each = np.arange(len(rows))
         self.root_agreement = self.agreement[each, self.depths[0] - 1, self.depths[1] - 1]
         sizes = []
-        for ancestors, units, count in ((own.ancestors, rows, own.node_count), (other.ancestors, columns, other.node_count)):
+        for ancestors, units, count in (
+            (own.ancestors, rows, own.node_count),
+            (other.ancestors, columns, other.node_count),
+        ):
             nodes = ancestors[np.unique(units)]
             sizes.append(np.maximum(np.bincount(nodes[nodes >= 0], minlength=count), 1))
         self.prior = _module_agreement(source, target) / np.sqrt(np.outer(*sizes))
 
     def scores(self, soft: Floats) -> Floats:
         spread = np.broadcast_to(soft[:, None, None], self.pairs.shape)
-        votes = np.bincount(self.pairs.ravel(), spread.ravel(), self.prior.size + 1)[:-1].reshape(self.shape)
-        votes *= self.prior
+        mass = np.bincount(self.pairs.ravel(), spread.ravel(), self.prior.size + 1)
+        votes = mass[:-1].reshape(self.shape) * self.prior
         strongest = np.outer(votes.max(axis=1) + 1e-9, votes.max(axis=0) + 1e-9)
         relative = np.append((votes / np.sqrt(strongest)).astype(np.float32).ravel(), np.float32(0))
         weighed = relative[self.pairs] * self.agreement
@@ -164,7 +167,8 @@ def _neighbour_pairs(source: SideEvidence, target: SideEvidence, rows: Ints, col
 
 
 def _masses(soft: Floats, rows: Ints, columns: Ints, shape: tuple[int, int]) -> tuple[Floats, Floats]:
-    return np.bincount(rows, soft, shape[0]), np.bincount(columns, soft, shape[1])
+    masses = np.bincount(rows, soft, shape[0]), np.bincount(columns, soft, shape[1])
+    return masses[0].astype(np.float32), masses[1].astype(np.float32)
 
 
 def _soft_assignment(score: Floats, sharpness: float, rows: Ints, columns: Ints, shape: tuple[int, int]) -> Floats:

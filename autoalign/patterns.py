@@ -12,19 +12,21 @@ PatternLike = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
 
 
 def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) -> dict[str, str]:
-    """Find the pairs that the rules fix: target key -> source key.
+    r"""Find the pairs that the rules fix: target key -> source key.
 
     A rule is a pair of keys, or a regex with its replacement (``re.sub`` on the source key; the first rule whose
     regex occurs in a key is applied to it). A renamed key that the target does not have fixes nothing.
 
-    >>> pinned_pairs({r"^old\\\\.": "new."}, ["old.a", "b"], ["new.a", "b"])
+    >>> pinned_pairs({r"^old\\.": "new."}, ["old.a", "b"], ["new.a", "b"])
     {'new.a': 'old.a'}
 
     Raises:
         PatternError: A rule is malformed, names keys that do not exist, or fixes one key twice.
     """
     pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
-    if not all(isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(p, str) for p in pair) for pair in pairs):
+    if not all(
+        isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(p, str) for p in pair) for pair in pairs
+    ):
         raise InputError("rules must be a mapping of regex to replacement or pairs of keys. Nothing was aligned.")
     own, other = set(source), set(target)
     pins: dict[str, str] = {}
@@ -42,7 +44,9 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
             try:
                 renamed, count = pattern.subn(replacement, key)
             except (re.error, IndexError) as error:
-                raise PatternError(f"The replacement {replacement!r} does not fit {pattern.pattern!r}: {error}.") from error
+                raise PatternError(
+                    f"The replacement {replacement!r} does not fit {pattern.pattern!r}: {error}."
+                ) from error
             if count:
                 used[number] = True
                 if renamed in other and renamed not in pins:
@@ -60,14 +64,14 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
 def _pin(pins: dict[str, str], source: str, target: str) -> None:
     if pins.setdefault(target, source) != source:
         raise PatternError(
-            f"The rules fill {target!r} from {pins[target]!r} and from {source!r}. Nothing was aligned; keep one of them."
+            f"The rules fill {target!r} from {pins[target]!r} and {source!r}. Nothing was aligned; keep one of them."
         )
 
 
 def excluded_keys(
     include: PatternLike, exclude: PatternLike, source: Sequence[str], target: Sequence[str]
 ) -> frozenset[str]:
-    """List the keys of either side that take no part: those that match ``exclude``, and all that ``include`` leaves out.
+    """List the keys that take no part: those that match ``exclude``, and those that ``include`` leaves out.
 
     A pattern of ``include`` chooses among the target's keys, or among the source's where no target key matches it.
 

@@ -92,9 +92,7 @@ def extended(
     return list(result.values())
 
 
-def _continued(
-    before: tuple[str, ...], last: tuple[str, ...], runs: Runs, step: int
-) -> tuple[str, ...] | None:
+def _continued(before: tuple[str, ...], last: tuple[str, ...], runs: Runs, step: int) -> tuple[str, ...] | None:
     """Move the sources of the last kept block ``step`` blocks on, if those of the block before are one block back."""
     if len(before) != len(last):
         return None

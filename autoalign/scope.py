@@ -57,12 +57,15 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
     least = min(held[module].total() for module in enough)
     smallest = [module for module in enough if held[module].total() == least]
     below = [
-        {unit.path[len(tree.nodes[module]) :] for unit in units if unit.path[: len(tree.nodes[module])] == tree.nodes[module]}
+        {
+            unit.path[len(tree.nodes[module]) :]
+            for unit in units
+            if unit.path[: len(tree.nodes[module])] == tree.nodes[module]
+        }
         for module in smallest
     ]
     if any(names != below[0] for names in below):
         return Scope()  # different networks of the same shapes: their names must decide
-
 
     def rank(path: Path) -> tuple[bool, bool]:
         return not any(name[: len(path)] == path for name in pinned), _is_average(path)

@@ -34,9 +34,7 @@ def parts_of(specs: Sequence[TensorSpec]) -> list[Part]:
 
     Integers of eight bits are quantised floats; wider ones are indices and counters.
     """
-    return [
-        Part(index, components(spec.key), spec.shape, _numeric(spec.dtype)) for index, spec in enumerate(specs)
-    ]
+    return [Part(index, components(spec.key), spec.shape, _numeric(spec.dtype)) for index, spec in enumerate(specs)]
 
 
 def _numeric(dtype: torch.dtype) -> str:
