@@ -18,6 +18,7 @@ from autoalign.evidence import side_evidence
 from autoalign.fusion import Fusion, split_fused
 from autoalign.graph import ancestry
 from autoalign.matching import match_units
+from autoalign.mismatches import mismatched_units
 from autoalign.namesakes import namesakes
 from autoalign.operations import Copy, Operation, Parallel, chain
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
@@ -218,7 +219,7 @@ def _match_parts(
     confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
     found: dict[int, _Found] = {}
     if not pins and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
-        return None, _mismatches(source, target, own, other, same, {})
+        return None, _mismatches(source, target, same, {})
     for place in range(len(assignment.source)):
         i, j = int(assignment.source[place]), int(assignment.target[place])
         evidence = {name: round(float(np.clip(cue[place], 0, 1)), 3) for name, cue in assignment.cues.items()}
@@ -228,7 +229,9 @@ def _match_parts(
             operation = operation_between(source.parts[a].shape, target.parts[b].shape, flipped=a in pairs.flipped)
             if operation is not None and source.parts[a].numeric == target.parts[b].numeric:
                 found[b] = _Found(a, operation, float(confidence[place]), evidence, rivals.get(b))
-    return found, _mismatches(source, target, own, other, same, found)
+    partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
+    left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
+    return found, _mismatches(source, target, left, found)
 
 
 def _pinned_units(
@@ -260,14 +263,10 @@ def _without(pairs: Candidates, same: Sequence[tuple[int, int]]) -> Candidates:
 
 
 def _mismatches(
-    source: _Side,
-    target: _Side,
-    own: Sequence[Unit],
-    other: Sequence[Unit],
-    same: Sequence[tuple[int, int]],
-    found: Mapping[int, _Found],
+    source: _Side, target: _Side, pairs: Sequence[tuple[int, int]], found: Mapping[int, _Found]
 ) -> list[Mismatch]:
-    """List the namesakes whose shapes differ."""
+    """List the tensors of corresponding layers that are not matched."""
+    own, other = units_of(source.parts), units_of(target.parts)
     return [
         Mismatch(
             target.key(target.parts[b]),
@@ -275,7 +274,7 @@ def _mismatches(
             target.specs[target.parts[b].tensor].shape,
             source.specs[source.parts[a].tensor].shape,
         )
-        for i, j in same
+        for i, j in pairs
         for a, b in paired_parts(own[i], other[j])
         if b not in found
     ]

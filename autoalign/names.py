@@ -30,7 +30,7 @@ def words(component: str) -> tuple[str, ...]:
     """List the words of one component in the vocabulary's canonical spelling, without its numbers.
 
     >>> words("SelfAttention"), words("in_proj_weight"), words("fc1"), words("12")
-    (('self', 'attn'), ('in', 'proj', 'weight'), ('in',), ())
+    (('self', 'attn'), ('qkv', 'weight'), ('in',), ())
     """
     pieces = [piece.lower() for piece in _WORDS.findall(component)]
     found: list[str] = []

@@ -53,7 +53,7 @@ def _unwrapped(paths: Sequence[Path]) -> list[Path]:
         for depth, name in enumerate(path):
             children.setdefault(path[:depth], set()).add(name)
     return [
-        tuple(name for depth, name in enumerate(path) if len(children[path[:depth]]) > 1 or numbers(name))
+        tuple(name for depth, name in enumerate(path) if len(children[path[:depth]]) > 1 or numbers(name)) or path
         for path in paths
     ]
 

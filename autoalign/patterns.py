@@ -17,7 +17,7 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
     A rule is a pair of keys, or a regex with its replacement (``re.sub`` on the source key; the first rule whose
     regex occurs in a key is applied to it). A renamed key that the target does not have fixes nothing.
 
-    >>> pinned_pairs({r"^old\\.": "new."}, ["old.a", "b"], ["new.a", "b"])
+    >>> pinned_pairs({r"^old\.": "new."}, ["old.a", "b"], ["new.a", "b"])
     {'new.a': 'old.a'}
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "alignbench"
-LARGEST = 25_000_000  # elements of both sides together, so that filling the tensors stays quick
+LARGEST = 60_000_000  # elements of both sides together, so that filling the tensors stays quick
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmark is not beside this project")
 

@@ -20,7 +20,19 @@ FLOW = (
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "namesakes"),
     # candidates -> matching -> alignment
-    *("candidates", "fusion", "scope", "evidence", "matching", "decision", "doubts", "patterns", "repeats", "aligning"),
+    *(
+        "candidates",
+        "fusion",
+        "scope",
+        "evidence",
+        "matching",
+        "mismatches",
+        "decision",
+        "doubts",
+        "patterns",
+        "repeats",
+        "aligning",
+    ),
     # the only part that moves data
     *("module_state", "transaction", "loading"),
     # the command line

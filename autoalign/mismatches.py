@@ -1,0 +1,54 @@
+"""Mismatches: layers that correspond, although no operation turns the shape of one into that of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from autoalign.evidence import SideEvidence, name_scores
+from autoalign.units import Part, Unit
+
+_ENOUGH = 0.5  # of names alike, or of one neighbour in common, for a counterpart
+
+
+def mismatched_units(
+    source: tuple[Sequence[Unit], Sequence[Part], SideEvidence],
+    target: tuple[Sequence[Unit], Sequence[Part], SideEvidence],
+    partners: Mapping[int, int],
+) -> list[tuple[int, int]]:
+    """Pair the layers that are left on both sides: of the same kind, and alike in name or in the same surroundings.
+
+    Args:
+        source: Units, parts and evidence of the source.
+        target: Those of the target.
+        partners: The matched units, target -> source.
+
+    Returns:
+        Pairs of a source and a target unit, each the other's best.
+    """
+    used = set(partners.values())
+    rows = [index for index in range(len(source[0])) if index not in used]
+    columns = [index for index in range(len(target[0])) if index not in partners]
+    if not rows or not columns:
+        return []
+    scores = name_scores([source[0][i].path for i in rows], [target[0][j].path for j in columns])
+    for row, i in enumerate(rows):
+        for column, j in enumerate(columns):
+            if _kind(source[0][i], source[1]) != _kind(target[0][j], target[1]):
+                scores[row, column] = -1
+                continue
+            for own, other in ((source[2].previous, target[2].previous), (source[2].next, target[2].next)):
+                scores[row, column] += 0.5 * (own[i] >= 0 and partners.get(int(other[j])) == own[i])
+            scores[row, column] += source[0][i].path == target[0][j].path
+    best = scores.argmax(axis=1)
+    return [
+        (rows[row], columns[column])
+        for row, column in enumerate(best)
+        if scores[row, column] >= _ENOUGH and int(np.argmax(scores[:, column])) == row
+    ]
+
+
+def _kind(unit: Unit, parts: Sequence[Part]) -> tuple[int, ...]:
+    """Tell layers apart by the number of dimensions of each of their tensors."""
+    return tuple(len(parts[index].shape) for name, index in unit.parts if name in ("weight", "bias", "other"))
