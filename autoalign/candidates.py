@@ -129,7 +129,7 @@ def unit_fit(source: Signature, target: Signature) -> float:
     vector = max(len(squeeze(entry[1])) for entry in source) < 2  # a norm with a bias is hardly a scale without one
     fit = 0.2 ** (len(pairs) - fits)
     for name in {*own} ^ {*other}:
-        fit *= {"count": 0.98, "mean": 0.6, "var": 0.6}.get(name, 0.4 if vector else 0.5)
+        fit *= {"count": 0.98, "mean": 0.6, "var": 0.6}.get(name, 0.4 if vector else 0.25)
     return float(fit)
 
 

@@ -95,7 +95,7 @@ def word_similarity(first: Sequence[str], second: Sequence[str]) -> NDArray[np.f
     """
     from rapidfuzz import fuzz, process
 
-    spelled = process.cdist(first, second, scorer=fuzz.ratio, score_cutoff=75, dtype=np.float32)
+    spelled = process.cdist(first, second, scorer=fuzz.ratio, score_cutoff=80, dtype=np.float32)
     table = np.asarray(spelled, dtype=np.float32) * np.float32(0.008)
     for row, a in enumerate(first):
         for column, b in enumerate(second):
@@ -107,6 +107,6 @@ def word_similarity(first: Sequence[str], second: Sequence[str]) -> NDArray[np.f
                 table[row, column] = RELATED_PAIRS[a, b]
             elif min(len(a), len(b)) >= 3 and (a.startswith(b) or b.startswith(a)):
                 table[row, column] = 0.8
-            elif min(len(a), len(b)) < 4:
-                table[row, column] = 0.0  # short words differ by one letter and in everything else
+            elif min(len(a), len(b)) < 6:
+                table[row, column] = 0.0  # short words may differ by one letter and in everything else
     return table
