@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from autoalign.alignment import Alignment, Candidate, Match, Mismatch
+from autoalign.alignment import Alignment, Match, Mismatch
+from autoalign.assembly import Found, SideParts, assembled, tied_matches
 from autoalign.candidates import Candidates, candidates, operation_between, paired_parts
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.decision import coherence, confidence_of, related
-from autoalign.doubts import DOUBTED, doubt_about, style_of
+from autoalign.doubts import DOUBTED
 from autoalign.errors import InputError, PatternError
 from autoalign.evidence import side_evidence
-from autoalign.fusion import Fusion, split_fused
+from autoalign.fusion import split_fused
 from autoalign.graph import ancestry
 from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
 from autoalign.namesakes import namesakes
-from autoalign.operations import Copy, Operation, Parallel, chain
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
 from autoalign.repeats import LARGE, extended, runs_of, shortened
 from autoalign.scope import Scope, scope_of, within
-from autoalign.specs import TensorSpec, tied_groups
-from autoalign.units import Part, Unit, parts_of, units_of
+from autoalign.units import Unit, units_of
 
 _UNRELATED = (
     "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
@@ -80,8 +79,8 @@ def align(
     own, other = checkpoint_of(source, container=container), checkpoint_of(target)
     out = excluded_keys(include, exclude, list(own), list(other))
     sides = (
-        _Side.of([spec for spec in own.specs if spec.key not in out]),
-        _Side.of([spec for spec in other.specs if spec.key not in out]),
+        SideParts.of([spec for spec in own.specs if spec.key not in out]),
+        SideParts.of([spec for spec in other.specs if spec.key not in out]),
     )
     pins = pinned_pairs(rules, [spec.key for spec in sides[0].specs], [spec.key for spec in sides[1].specs])
     found = None if pins else _identical(*sides)
@@ -101,23 +100,7 @@ def align(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """What takes part of one side."""
-
-    specs: tuple[TensorSpec, ...]
-    parts: tuple[Part, ...]
-    fusions: tuple[Fusion, ...] = ()
-
-    @staticmethod
-    def of(specs: Sequence[TensorSpec]) -> _Side:
-        return _Side(tuple(specs), tuple(parts_of(specs)))
-
-    def key(self, part: Part) -> str:
-        return self.specs[part.tensor].key
-
-
-def _identical(source: _Side, target: _Side) -> _Outcome | None:
+def _identical(source: SideParts, target: SideParts) -> _Outcome | None:
     """Match two sides with the same keys and shapes without further ado."""
     shapes = {spec.key: spec.shape for spec in source.specs}
     if len(shapes) != len(target.specs) or any(shapes.get(spec.key) != spec.shape for spec in target.specs):
@@ -125,21 +108,21 @@ def _identical(source: _Side, target: _Side) -> _Outcome | None:
     return [Match(spec.key, (spec.key,), evidence={"name": 1.0, "shape": 1.0}) for spec in target.specs], [], ()
 
 
-def _align_repeats(source: _Side, target: _Side, pins: Mapping[str, str]) -> _Outcome:
+def _align_repeats(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Outcome:
     """Match two sides; long lists of equal blocks in large ones by their first members."""
     if max(len(source.specs), len(target.specs)) <= LARGE or pins:
         return _align(source, target, pins)
     stacks = [frozenset(spec.shape[0] for spec in side.specs if len(spec.shape) == 3) for side in (source, target)]
     runs = runs_of(source.specs, stacks[1]), runs_of(target.specs, stacks[0])
-    short = _Side.of(shortened(source.specs, runs[0])), _Side.of(shortened(target.specs, runs[1]))
+    short = SideParts.of(shortened(source.specs, runs[0])), SideParts.of(shortened(target.specs, runs[1]))
     matches, mismatched, notes = _align(*short, pins)
     keys = [frozenset(spec.key for spec in side.specs) for side in (source, target)]
     return extended(matches, *runs, *keys), mismatched, notes
 
 
-def _align(source: _Side, target: _Side, pins: Mapping[str, str]) -> _Outcome:
+def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Outcome:
     """Match two sides; pinned pairs are taken as they are and vote for the rest."""
-    pinned = [_pinned(source, target, own, other) for other, own in pins.items()]
+    pinned = _pinned(source, target, pins)
     fixed = (
         [part for part in source.parts if source.key(part) in pins.values()],
         [part for part in target.parts if target.key(part) in pins],
@@ -157,10 +140,10 @@ def _align(source: _Side, target: _Side, pins: Mapping[str, str]) -> _Outcome:
     found, mismatched = _match_parts(source, target, pins)
     if found is None:
         return [], mismatched, (_UNRELATED,)
-    matches = [*pinned, *(match for match in _assembled(source, target, found) if match.target not in pins)]
+    matches = [*pinned, *assembled(source, target, found)]
     if not (scope.decided and other_scope.decided):
         matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
-    matches += _tied(target, matches)
+    matches += tied_matches(target, matches)
     done = {match.target for match in matches}
     notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
     return matches, [mismatch for mismatch in mismatched if mismatch.key not in done], notes
@@ -177,49 +160,43 @@ def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
     )
 
 
-def _pinned(source: _Side, target: _Side, own: str, other: str) -> Match:
-    shape = next(spec.shape for spec in source.specs if spec.key == own)
-    wanted = next(spec.shape for spec in target.specs if spec.key == other)
-    operation = operation_between(shape, wanted) or operation_between(shape, wanted, flipped=True)
-    if operation is None:
-        raise PatternError(
-            f"The rules fill {other!r} {list(wanted)} from {own!r} {list(shape)}, and no operation reconciles these "
-            "shapes. Nothing was aligned; correct the rule or leave it out."
-        )
-    return Match(other, (own,), operation, evidence={"rule": 1.0})
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The source part of one target part."""
-
-    source: int
-    operation: Operation  # from the source part to the target part
-    confidence: float
-    evidence: Mapping[str, float]
-    rival: int | None  # the next best source part
+def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> list[Match]:
+    shapes = [{spec.key: spec.shape for spec in side.specs} for side in (source, target)]
+    matches = []
+    for other, own in pins.items():
+        shape, wanted = shapes[0][own], shapes[1][other]
+        operation = operation_between(shape, wanted) or operation_between(shape, wanted, flipped=True)
+        if operation is None:
+            raise PatternError(
+                f"The rules fill {other!r} {list(wanted)} from {own!r} {list(shape)}, and no operation reconciles "
+                "these shapes. Nothing was aligned; correct the rule or leave it out."
+            )
+        matches.append(Match(other, (own,), operation, evidence={"rule": 1.0}))
+    return matches
 
 
 def _match_parts(
-    source: _Side, target: _Side, pins: Mapping[str, str]
-) -> tuple[dict[int, _Found] | None, list[Mismatch]]:
+    source: SideParts, target: SideParts, pins: Mapping[str, str]
+) -> tuple[dict[int, Found] | None, list[Mismatch]]:
     """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
     own, other = units_of(source.parts), units_of(target.parts)
     pairs = candidates(own, source.parts, other, target.parts)
     same = namesakes([unit.path for unit in own], [unit.path for unit in other])
-    pairs = _without(pairs, _pinned_units(source, target, own, other, pins) or same)
+    fixed = _pinned_units(source, target, own, other, pins)
+    taken = [set(side) for side in zip(*fixed, strict=True)] or [set(), set()]
+    fixed += [(i, j) for i, j in same if i not in taken[0] and j not in taken[1]]
+    pairs = _without(pairs, fixed)
     sides = [
-        side_evidence(
-            [unit.path for unit in units], ancestry([unit.path for unit in units]), classes, pairs.class_count
-        )
+        side_evidence(paths := [unit.path for unit in units], ancestry(paths), classes, pairs.class_count)
         for units, classes in ((own, pairs.source_class), (other, pairs.target_class))
     ]
     assignment = match_units(sides[0], sides[1], pairs)
     confidence = confidence_of(assignment)
     confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
-    found: dict[int, _Found] = {}
+    found: dict[int, Found] = {}
     if not pins and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
         return None, _mismatches(source, target, same, {})
+    rules_use = set(pins.values())
     for place in range(len(assignment.source)):
         i, j = int(assignment.source[place]), int(assignment.target[place])
         evidence = {name: round(float(np.clip(cue[place], 0, 1)), 3) for name, cue in assignment.cues.items()}
@@ -227,15 +204,17 @@ def _match_parts(
         rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
         for a, b in paired_parts(own[i], other[j]):
             operation = operation_between(source.parts[a].shape, target.parts[b].shape, flipped=a in pairs.flipped)
-            if operation is not None and source.parts[a].numeric == target.parts[b].numeric:
-                found[b] = _Found(a, operation, float(confidence[place]), evidence, rivals.get(b))
+            if source.key(source.parts[a]) in rules_use or operation is None:
+                continue
+            if source.parts[a].numeric == target.parts[b].numeric:
+                found[b] = Found(a, operation, float(confidence[place]), evidence, rivals.get(b))
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
     return found, _mismatches(source, target, left, found)
 
 
 def _pinned_units(
-    source: _Side, target: _Side, own: Sequence[Unit], other: Sequence[Unit], pins: Mapping[str, str]
+    source: SideParts, target: SideParts, own: Sequence[Unit], other: Sequence[Unit], pins: Mapping[str, str]
 ) -> list[tuple[int, int]]:
     """List the pairs of units that hold pinned tensors, each unit once."""
     holder = {source.key(source.parts[part]): index for index, unit in enumerate(own) for _, part in unit.parts}
@@ -248,11 +227,11 @@ def _pinned_units(
     return list(pairs.items())
 
 
-def _without(pairs: Candidates, same: Sequence[tuple[int, int]]) -> Candidates:
-    """Leave out the rivals of namesakes."""
-    if not same:
+def _without(pairs: Candidates, known: Sequence[tuple[int, int]]) -> Candidates:
+    """Leave out the rivals of the pairs that are known."""
+    if not known:
         return pairs
-    rows, columns = (np.asarray(side) for side in zip(*same, strict=True))
+    rows, columns = (np.asarray(side) for side in zip(*known, strict=True))
     partner = np.full(len(pairs.source_class), -1)
     partner[rows] = columns
     free = ~np.isin(pairs.source, rows) & ~np.isin(pairs.target, columns)
@@ -263,7 +242,7 @@ def _without(pairs: Candidates, same: Sequence[tuple[int, int]]) -> Candidates:
 
 
 def _mismatches(
-    source: _Side, target: _Side, pairs: Sequence[tuple[int, int]], found: Mapping[int, _Found]
+    source: SideParts, target: SideParts, pairs: Sequence[tuple[int, int]], found: Mapping[int, Found]
 ) -> list[Mismatch]:
     """List the tensors of corresponding layers that are not matched."""
     own, other = units_of(source.parts), units_of(target.parts)
@@ -278,65 +257,3 @@ def _mismatches(
         for a, b in paired_parts(own[i], other[j])
         if b not in found
     ]
-
-
-def _assembled(source: _Side, target: _Side, found: Mapping[int, _Found]) -> list[Match]:
-    """Put the parts of each target tensor together; a tensor with a part that nothing fills gets no match."""
-    styles = style_of(source.specs, source.parts), style_of(target.specs, target.parts)
-    fused = {part: fusion for fusion in target.fusions for part in fusion.parts}
-    doubts = {part: fusion.doubt for side in (source,) for fusion in side.fusions for part in fusion.parts}
-    whole = [((part,), Copy(), "") for part in found if part not in fused]
-    joined = [
-        (fusion.parts, fusion.join, fusion.doubt)
-        for fusion in target.fusions
-        if all(part in found for part in fusion.parts)
-    ]
-    matches = []
-    for parts, join, doubt in (*whole, *joined):
-        pieces = [found[part] for part in parts]
-        steps = [chain(source.parts[piece.source].view, piece.operation) for piece in pieces]
-        each = steps[0] if len(set(steps)) == 1 else Parallel(tuple(steps))
-        rivals = [source.parts[piece.rival] for piece in pieces if piece.rival is not None]
-        warnings = {text for text in (doubt, *(doubts.get(piece.source, "") for piece in pieces)) if text}
-        confidence = min(piece.confidence for piece in pieces) * (0.85 if warnings else 1.0)
-        found_doubts = [
-            found_doubt
-            for part, piece in zip(parts, pieces, strict=True)
-            if (found_doubt := doubt_about(source.parts[piece.source], target.parts[part], styles))
-        ]
-        if found_doubts:
-            confidence = min(confidence, DOUBTED)
-            warnings.update(found_doubt.reason for found_doubt in found_doubts)
-        layouts = [found_doubt.otherwise for found_doubt in found_doubts if found_doubt.otherwise]
-        sources = tuple(source.key(source.parts[piece.source]) for piece in pieces)
-        alternatives = [Candidate(sources, layout, 0.0) for layout in layouts]
-        matches.append(
-            Match(
-                target=target.key(target.parts[parts[0]]),
-                sources=sources,
-                operation=chain(each, join),
-                confidence=confidence,
-                evidence=min(pieces, key=lambda piece: piece.confidence).evidence,
-                alternatives=(
-                    *alternatives,
-                    *(Candidate((source.key(rival),), rival.view, 0.0) for rival in rivals if len(pieces) == 1),
-                ),
-                warnings=tuple(sorted(warnings)),
-            )
-        )
-    return matches
-
-
-def _tied(target: _Side, matches: Sequence[Match]) -> list[Match]:
-    """Fill the keys that are tied to a filled one from the same source, the surest of them."""
-    by_key = {match.target: match for match in matches}
-    shape = {spec.key: spec.shape for spec in target.specs}
-    filled = []
-    for keys in tied_groups(target.specs):
-        known = [by_key[key] for key in keys if key in by_key]
-        if known:
-            best = max(known, key=lambda match: match.confidence)
-            filled += [
-                replace(best, target=key) for key in keys if key not in by_key and shape[key] == shape[best.target]
-            ]
-    return filled

@@ -1,0 +1,109 @@
+"""Assembly: from matched parts back to whole tensors, each with its operation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from autoalign.alignment import Candidate, Match
+from autoalign.doubts import DOUBTED, Style, doubt_about, style_of
+from autoalign.fusion import Fusion
+from autoalign.operations import Copy, Operation, Parallel, chain
+from autoalign.specs import TensorSpec, tied_groups
+from autoalign.units import Part, parts_of
+
+_BY_ORDER = 0.85  # how far a match is believed whose parts were told apart by their order
+
+
+@dataclass(frozen=True, slots=True)
+class SideParts:
+    """What takes part of one side in matching."""
+
+    specs: tuple[TensorSpec, ...]
+    parts: tuple[Part, ...]
+    fusions: tuple[Fusion, ...] = ()
+
+    @staticmethod
+    def of(specs: Sequence[TensorSpec]) -> SideParts:
+        return SideParts(tuple(specs), tuple(parts_of(specs)))
+
+    def key(self, part: Part) -> str:
+        return self.specs[part.tensor].key
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The source part of one target part."""
+
+    source: int
+    operation: Operation  # from the source part to the target part
+    confidence: float
+    evidence: Mapping[str, float]
+    rival: int | None  # the next best source part
+
+
+def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) -> list[Match]:
+    """Put the parts of each target tensor together; a tensor with a part that nothing fills gets no match."""
+    styles = style_of(source.specs, source.parts), style_of(target.specs, target.parts)
+    fused = {part for fusion in target.fusions for part in fusion.parts}
+    by_order = {part: fusion.doubt for fusion in source.fusions for part in fusion.parts}
+    whole = [((part,), Copy(), "") for part in found if part not in fused]
+    joined = [
+        (fusion.parts, fusion.join, fusion.doubt) for fusion in target.fusions if found.keys() >= set(fusion.parts)
+    ]
+    return [
+        _match(source, target, [(part, found[part]) for part in parts], join, styles, {doubt}, by_order)
+        for parts, join, doubt in (*whole, *joined)
+    ]
+
+
+def _match(
+    source: SideParts,
+    target: SideParts,
+    pieces: Sequence[tuple[int, Found]],
+    join: Operation,
+    styles: tuple[Style, Style],
+    warnings: set[str],
+    by_order: Mapping[int, str],
+) -> Match:
+    least = min((piece for _, piece in pieces), key=lambda piece: piece.confidence)
+    confidence = least.confidence
+    sources = tuple(source.key(source.parts[piece.source]) for _, piece in pieces)
+    steps = [chain(source.parts[piece.source].view, piece.operation) for _, piece in pieces]
+    warnings = {text for text in (*warnings, *(by_order.get(piece.source, "") for _, piece in pieces)) if text}
+    if warnings:
+        confidence *= _BY_ORDER
+    alternatives = []
+    for part, piece in pieces:
+        if doubt := doubt_about(source.parts[piece.source], target.parts[part], styles):
+            confidence = min(confidence, DOUBTED)
+            warnings.add(doubt.reason)
+            if doubt.otherwise:
+                alternatives.append(Candidate(sources, doubt.otherwise, 0.0))
+    if len(pieces) == 1 and least.rival is not None:
+        rival = source.parts[least.rival]
+        alternatives.append(Candidate((source.key(rival),), rival.view, 0.0))
+    return Match(
+        target=target.key(target.parts[pieces[0][0]]),
+        sources=sources,
+        operation=chain(steps[0] if len(set(steps)) == 1 else Parallel(tuple(steps)), join),
+        confidence=confidence,
+        evidence=least.evidence,
+        alternatives=tuple(alternatives),
+        warnings=tuple(sorted(warnings)),
+    )
+
+
+def tied_matches(target: SideParts, matches: Sequence[Match]) -> list[Match]:
+    """Fill the keys that are tied to a filled one from the same source, the surest of them."""
+    by_key = {match.target: match for match in matches}
+    shape = {spec.key: spec.shape for spec in target.specs}
+    filled = []
+    for keys in tied_groups(target.specs):
+        known = [by_key[key] for key in keys if key in by_key]
+        if known:
+            best = max(known, key=lambda match: match.confidence)
+            filled += [
+                replace(best, target=key) for key in keys if key not in by_key and shape[key] == shape[best.target]
+            ]
+    return filled
