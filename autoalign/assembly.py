@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from autoalign.alignment import Candidate, Match
 from autoalign.doubts import DOUBTED, Style, doubt_about, style_of
-from autoalign.fusion import Fusion
+from autoalign.fusion import BY_ORDER, UNTOLD, Fusion
 from autoalign.operations import Copy, Operation, Parallel, chain
 from autoalign.specs import TensorSpec, tied_groups
 from autoalign.units import Part, parts_of
@@ -71,8 +71,10 @@ def _match(
     sources = tuple(source.key(source.parts[piece.source]) for _, piece in pieces)
     steps = [chain(source.parts[piece.source].view, piece.operation) for _, piece in pieces]
     warnings = {text for text in (*warnings, *(by_order.get(piece.source, "") for _, piece in pieces)) if text}
-    if warnings:
+    if BY_ORDER in warnings:
         confidence *= _BY_ORDER
+    if UNTOLD in warnings:
+        confidence = min(confidence, DOUBTED)
     alternatives = []
     for part, piece in pieces:
         if doubt := doubt_about(source.parts[piece.source], target.parts[part], styles):
@@ -80,7 +82,7 @@ def _match(
             warnings.add(doubt.reason)
             if doubt.otherwise:
                 alternatives.append(Candidate(sources, doubt.otherwise, 0.0))
-    if len(pieces) == 1 and least.rival is not None:
+    if len(pieces) == 1 and least.rival is not None and not alternatives:
         rival = source.parts[least.rival]
         alternatives.append(Candidate((source.key(rival),), rival.view, 0.0))
     return Match(

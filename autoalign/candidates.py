@@ -87,12 +87,13 @@ def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[i
     forced_copy = {s for s in shapes[0] if s in shapes[1] and s[::-1] not in shapes[1]}
     for_flip = sum(layers[0][shape] for shape in forced_flip if layers[1][shape[::-1]])
     for_copy = sum(part.shape in forced_copy and _is_layer(part) for part in matrices[0])
+    for_flip += sum(part.turned for parts in (source, target) for part in parts)
     most = for_flip > for_copy and for_flip > 1
     return frozenset(
         index
         for index, part in enumerate(source)
         if _is_matrix(part)
-        and (part.shape in forced_flip or (most and part.shape not in forced_copy and _is_layer(part)))
+        and (part.turned or part.shape in forced_flip or (most and part.shape not in forced_copy and _is_layer(part)))
     )
 
 

@@ -141,17 +141,17 @@ def _modules(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[Ints,
 
 
 def _list_ranks(nodes: Sequence[Path]) -> Ints:
-    lists: dict[tuple[Path, str, Path], list[tuple[tuple[int, ...], int]]] = {}
+    """Rank each module, in natural order, among the siblings that differ from it in a number."""
+    lists: dict[tuple[Path, str, Path], list[int]] = {}
     for module, path in enumerate(nodes):
         for place in range(len(path) - 1, -1, -1):
-            if number := numbers(path[place]):
-                lists.setdefault((path[:place], stem(path[place]), path[place + 1 :]), []).append((number, module))
+            if numbers(path[place]):
+                lists.setdefault((path[:place], stem(path[place]), path[place + 1 :]), []).append(module)
                 break
     ranks = np.full(len(nodes), -1, dtype=np.int64)
     for members in lists.values():
         if len(members) > 1:
-            for rank, (_, module) in enumerate(sorted(members)):
-                ranks[module] = rank
+            ranks[members] = np.arange(len(members))
     return ranks
 
 

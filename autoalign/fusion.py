@@ -20,6 +20,9 @@ from autoalign.vocabulary import FUSED
 
 Sizes = tuple[int, ...]
 
+BY_ORDER = "the parts were told apart by their order alone"
+UNTOLD = "nothing but their order tells query, key and value apart"
+
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
@@ -94,7 +97,8 @@ def _split(
     for role, size in zip(plan.roles, plan.sizes, strict=True):
         shape = (*part.shape[: plan.dim], size, *part.shape[plan.dim + 1 :])
         view = chain(part.view, Split(plan.dim, start, size))
-        pieces.append(replace(part, path=(*parent, names.get((parent, role), role), leaf), shape=shape, view=view))
+        path = (*parent, names.get((parent, role), role), leaf)
+        pieces.append(replace(part, path=path, shape=shape, view=view, turned=plan.dim == 1))
         start += size
     return pieces, Concatenate(plan.dim)
 
@@ -183,7 +187,7 @@ class _Siblings:
         for sizes in sorted(self.in_order.get(shape[1:], ())):
             if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]])):
                 roles = FUSED[fused[0]] if fused else FUSED["qkv"] if len(sizes) == 3 else FUSED["gateup"]
-                return _Plan(0, sizes, roles, "the parts were told apart by their order alone")
+                return _Plan(0, sizes, roles, BY_ORDER if len(sizes) == 2 else UNTOLD)
         return None
 
     def _splits(self, word: str, shape: Sizes) -> Iterator[tuple[int, tuple[str, ...], Sizes]]:

@@ -30,8 +30,8 @@ class Ancestry:
 def module_graph(paths: Sequence[Path]) -> nx.DiGraph[Path]:
     """Build the tree of modules above the given tensor paths, each module pointing to its children in natural order.
 
-    Natural order is the order of registration, but children whose names differ in their numbers alone are ordered by
-    these numbers: files sorted by key put ``layers.10`` before ``layers.2``. A tensor's path ends with a component
+    Natural order is the order of registration, but children whose names differ in their numbers alone and which are
+    sorted as text are ordered by these numbers: files sorted by key put ``layers.10`` before ``layers.2``. A tensor's path ends with a component
     that no module has, so that a tensor and a module may share a name.
 
     >>> graph = module_graph([("h", "10", "w"), ("h", "2", "w")])
@@ -58,13 +58,14 @@ def module_graph(paths: Sequence[Path]) -> nx.DiGraph[Path]:
 
 
 def _by_number(siblings: list[Path]) -> list[Path]:
-    """Sort siblings of one stem by their numbers, each stem within the places that it holds."""
+    """Sort siblings of one stem that are sorted as text by their numbers, each stem within the places it holds."""
     places: dict[str, list[int]] = {}
     for place, path in enumerate(siblings):
         places.setdefault(stem(path[-1]), []).append(place)
     ordered = list(siblings)
     for same in places.values():
-        if len(same) > 1:
+        names = [siblings[place][-1] for place in same]
+        if len(same) > 1 and names == sorted(names):
             members = sorted((siblings[place] for place in same), key=lambda path: numbers(path[-1]))
             for place, path in zip(same, members, strict=True):
                 ordered[place] = path

@@ -27,6 +27,7 @@ class Part:
     shape: tuple[int, ...]
     numeric: str  # "float", "int" or "bool": tensors of one kind of number only match their like
     view: Operation = field(default_factory=Copy)  # takes the part out of its tensor
+    turned: bool = False  # whether the split shows that the matrix is laid out the other way round
 
 
 def parts_of(specs: Sequence[TensorSpec]) -> list[Part]:

@@ -23,8 +23,11 @@ SYNONYMS: dict[str, str] = {
     "o": "wo",
     "qkv": "wqkv querykeyvalue cattn inproj",
     "kv": "wkv keyvalue",
+    # recurrence
+    "ih": "i2h x2h inputproj",
+    "hh": "h2h recurrent recurrence hidden",
     # feed-forward
-    "mlp": "ffn ff feedforward",
+    "mlp": "ffn ff feedforward postattention postattn",
     "gate": "w1",
     "up": "w3",
     "down": "w2",
@@ -76,7 +79,7 @@ RIVALS: tuple[str, ...] = (
     "self cross",
     "pos tok type",
     "cls dist mask",
-    "first last",
+    "ih hh",
     "mean var",
     "vision text",
     "reduce expand",

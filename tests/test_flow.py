@@ -29,6 +29,7 @@ FLOW = (
         "mismatches",
         "decision",
         "doubts",
+        "assembly",
         "patterns",
         "repeats",
         "aligning",
