@@ -10,11 +10,11 @@ import numpy as np
 
 from autoalign.alignment import Alignment, Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, tied_matches
-from autoalign.candidates import Candidates, candidates, operation_between, paired_parts
+from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.decision import coherence, confidence_of, related
 from autoalign.doubts import DOUBTED
-from autoalign.errors import InputError, PatternError
+from autoalign.errors import InputError
 from autoalign.evidence import side_evidence
 from autoalign.fusion import split_fused
 from autoalign.graph import ancestry
@@ -72,7 +72,7 @@ def align(
         PatternError: A rule or pattern is malformed, matches nothing, or joins tensors of irreconcilable shapes.
         CheckpointError: A file cannot be read.
     """
-    if not 0 <= min_confidence <= 1:
+    if not isinstance(min_confidence, int | float) or not 0 <= min_confidence <= 1:
         raise InputError(f"min_confidence must lie in [0, 1], not {min_confidence!r}. Nothing was aligned.")
     if names := [adapt] if isinstance(adapt, str) else list(adapt):
         raise InputError(f"adapt={names!r}: changes of values are not available. Nothing was aligned; leave adapt out.")
@@ -122,16 +122,17 @@ def _align_repeats(source: SideParts, target: SideParts, pins: Mapping[str, str]
 
 def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Outcome:
     """Match two sides; pinned pairs are taken as they are and vote for the rest."""
-    pinned = _pinned(source, target, pins)
+    pinned, refused = _pinned(source, target, pins)
+    taken = set(pins.values())
     fixed = (
-        [part for part in source.parts if source.key(part) in pins.values()],
+        [part for part in source.parts if source.key(part) in taken],
         [part for part in target.parts if target.key(part) in pins],
     )
     scope = scope_of(source.parts, target.parts, [part.path for part in fixed[0]])
     kept = within(source.parts, scope.path)
     other_scope = scope_of(target.parts, kept, [part.path for part in fixed[1]])
     rest = (
-        [part for part in kept if source.key(part) not in pins.values()],
+        [part for part in kept if source.key(part) not in taken],
         [part for part in within(target.parts, other_scope.path) if target.key(part) not in pins],
     )
     split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
@@ -140,13 +141,14 @@ def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Ou
     found, mismatched = _match_parts(source, target, pins)
     if found is None:
         return [], mismatched, (_UNRELATED,)
-    matches = [*pinned, *assembled(source, target, found)]
+    matches = assembled(source, target, found)
     if not (scope.decided and other_scope.decided):
         matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
+    matches = [*pinned, *matches]
     matches += tied_matches(target, matches)
     done = {match.target for match in matches}
     notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
-    return matches, [mismatch for mismatch in mismatched if mismatch.key not in done], notes
+    return matches, [mismatch for mismatch in (*refused, *mismatched) if mismatch.key not in done], notes
 
 
 def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
@@ -160,19 +162,20 @@ def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
     )
 
 
-def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> list[Match]:
+def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:
+    """Make the matches that the rules fix; pairs of shapes that no operation reconciles are mismatches."""
+    flipped = {source.key(source.parts[index]) for index in flipped_parts(source.parts, target.parts)}
     shapes = [{spec.key: spec.shape for spec in side.specs} for side in (source, target)]
-    matches = []
+    matches, mismatched = [], []
     for other, own in pins.items():
         shape, wanted = shapes[0][own], shapes[1][other]
-        operation = operation_between(shape, wanted) or operation_between(shape, wanted, flipped=True)
+        ways = (own in flipped, own not in flipped)
+        operation = next((op for way in ways if (op := operation_between(shape, wanted, flipped=way))), None)
         if operation is None:
-            raise PatternError(
-                f"The rules fill {other!r} {list(wanted)} from {own!r} {list(shape)}, and no operation reconciles "
-                "these shapes. Nothing was aligned; correct the rule or leave it out."
-            )
-        matches.append(Match(other, (own,), operation, evidence={"rule": 1.0}))
-    return matches
+            mismatched.append(Mismatch(other, own, wanted, shape))
+        else:
+            matches.append(Match(other, (own,), operation, evidence={"rule": 1.0}))
+    return matches, mismatched
 
 
 def _match_parts(
@@ -183,8 +186,8 @@ def _match_parts(
     pairs = candidates(own, source.parts, other, target.parts)
     same = namesakes([unit.path for unit in own], [unit.path for unit in other])
     fixed = _pinned_units(source, target, own, other, pins)
-    taken = [set(side) for side in zip(*fixed, strict=True)] or [set(), set()]
-    fixed += [(i, j) for i, j in same if i not in taken[0] and j not in taken[1]]
+    held = {i for i, _ in fixed}, {j for _, j in fixed}
+    fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
     pairs = _without(pairs, fixed)
     sides = [
         side_evidence(paths := [unit.path for unit in units], ancestry(paths), classes, pairs.class_count)
@@ -195,8 +198,8 @@ def _match_parts(
     confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
     found: dict[int, Found] = {}
     if not pins and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
-        return None, _mismatches(source, target, same, {})
-    rules_use = set(pins.values())
+        return None, _mismatches(source, target, own, other, same)
+    taken = set(pins.values())
     for place in range(len(assignment.source)):
         i, j = int(assignment.source[place]), int(assignment.target[place])
         evidence = {name: round(float(np.clip(cue[place], 0, 1)), 3) for name, cue in assignment.cues.items()}
@@ -204,13 +207,14 @@ def _match_parts(
         rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
         for a, b in paired_parts(own[i], other[j]):
             operation = operation_between(source.parts[a].shape, target.parts[b].shape, flipped=a in pairs.flipped)
-            if source.key(source.parts[a]) in rules_use or operation is None:
+            if operation is None or source.key(source.parts[a]) in taken or target.key(target.parts[b]) in pins:
                 continue
             if source.parts[a].numeric == target.parts[b].numeric:
                 found[b] = Found(a, operation, float(confidence[place]), evidence, rivals.get(b))
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
-    return found, _mismatches(source, target, left, found)
+    matched = [(i, j) for j, i in partners.items()]
+    return found, _mismatches(source, target, own, other, (*left, *matched))
 
 
 def _pinned_units(
@@ -242,18 +246,12 @@ def _without(pairs: Candidates, known: Sequence[tuple[int, int]]) -> Candidates:
 
 
 def _mismatches(
-    source: SideParts, target: SideParts, pairs: Sequence[tuple[int, int]], found: Mapping[int, Found]
+    source: SideParts, target: SideParts, own: Sequence[Unit], other: Sequence[Unit], pairs: Iterable[tuple[int, int]]
 ) -> list[Mismatch]:
-    """List the tensors of corresponding layers that are not matched."""
-    own, other = units_of(source.parts), units_of(target.parts)
+    """List the tensors of corresponding layers whose shapes no operation reconciles."""
+    left = [(source.parts[a], target.parts[b]) for i, j in pairs for a, b in paired_parts(own[i], other[j])]
     return [
-        Mismatch(
-            target.key(target.parts[b]),
-            source.key(source.parts[a]),
-            target.specs[target.parts[b].tensor].shape,
-            source.specs[source.parts[a].tensor].shape,
-        )
-        for i, j in pairs
-        for a, b in paired_parts(own[i], other[j])
-        if b not in found
+        Mismatch(target.key(b), source.key(a), target.specs[b.tensor].shape, source.specs[a.tensor].shape)
+        for a, b in left
+        if not any(operation_between(a.shape, b.shape, flipped=way) for way in (False, True))
     ]

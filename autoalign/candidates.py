@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.names import kind, words
-from autoalign.operations import Copy, Operation, Reshape, Transpose
-from autoalign.units import Part, Unit
+from autoalign.operations import Copy, Operation, Reshape, Transpose, chain
+from autoalign.units import Part, Unit, units_of
 
 Shape = tuple[int, ...]
 Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and flipped of each part of a unit
@@ -50,8 +50,9 @@ def operation_between(source: Shape, target: Shape, *, flipped: bool = False) ->
     >>> operation_between((64, 32), (64, 32, 1, 1)), operation_between((5,), (6,))
     (Reshape(shape=(64, 32, 1, 1)), None)
     """
-    if flipped and len(source) == len(target) == 2:
-        return Transpose() if source == target[::-1] else None
+    if flipped and len(source) == len(squeeze(target)) == 2:
+        turned = source[::-1] == squeeze(target)
+        return chain(Transpose(), Copy() if len(target) == 2 else Reshape(target)) if turned else None
     if source == target:
         return Copy()
     if prod(source) != prod(target):
@@ -76,9 +77,9 @@ def paired_parts(source: Unit, target: Unit) -> list[tuple[int, int]]:
 def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[int]:
     """Find the source matrices that the target holds transposed.
 
-    A layout is a property of a layer type in a checkpoint: where the shapes show that the matrices of most linear
-    layers must be transposed, square ones and those whose shape fits either way are too. Matrices that fit only as
-    they are (embeddings) or only transposed (a bare projection) decide for themselves.
+    A layout is a property of a layer type in a checkpoint: where the biases, or the shapes alone, show that the
+    matrices of most linear layers must be transposed, square ones and those whose shape fits either way are too.
+    Matrices that fit only as they are (embeddings) or only transposed (a bare projection) decide for themselves.
     """
     matrices = [[part for part in parts if _is_matrix(part)] for parts in (source, target)]
     shapes = [Counter(part.shape for part in parts) for parts in matrices]
@@ -88,13 +89,25 @@ def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[i
     for_flip = sum(layers[0][shape] for shape in forced_flip if layers[1][shape[::-1]])
     for_copy = sum(part.shape in forced_copy and _is_layer(part) for part in matrices[0])
     for_flip += sum(part.turned for parts in (source, target) for part in parts)
-    most = for_flip > for_copy and for_flip > 1
+    layouts = _layout(source), _layout(target)
+    most = layouts[0] != layouts[1] if all(layouts) else for_flip > for_copy and for_flip > 1
     return frozenset(
         index
         for index, part in enumerate(source)
         if _is_matrix(part)
         and (part.turned or part.shape in forced_flip or (most and part.shape not in forced_copy and _is_layer(part)))
     )
+
+
+def _layout(parts: Sequence[Part]) -> int:
+    """Tell from the biases whether matrices are stored as (out, in): 1, or as (in, out): -1; 0 where nothing tells."""
+    votes = 0
+    for unit in units_of(parts):
+        kinds = dict(unit.parts)
+        if "bias" in kinds and "weight" in kinds and _is_matrix(parts[kinds["weight"]]):
+            (rows, columns), bias = parts[kinds["weight"]].shape, parts[kinds["bias"]].shape
+            votes += (bias == (rows,)) - (bias == (columns,))
+    return (votes > 0) - (votes < 0)
 
 
 def _is_matrix(part: Part) -> bool:

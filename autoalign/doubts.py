@@ -62,7 +62,7 @@ def doubt_about(source: Part, target: Part, styles: tuple[Style, Style]) -> Doub
         (a in source.path and a not in target.path) or (a in target.path and a not in source.path) for a in INTERLEAVED
     ):
         return Doubt(_FUSED)
-    split = {"q", "k"} & own & other
+    split = {"q", "k"} & own & other and len(source.shape) == 2
     separate = source.view == target.view  # a part of a fused tensor comes from code that does not rotate neighbours
     if split and separate and styles[0].meta != styles[1].meta and not any(style.positions for style in styles):
         return Doubt(_ROTARY, _reordered(source, styles))
@@ -71,7 +71,7 @@ def doubt_about(source: Part, target: Part, styles: tuple[Style, Style]) -> Doub
 
 def _reordered(source: Part, styles: tuple[Style, Style]) -> Operation | None:
     head_dim = styles[0].head_dim or styles[1].head_dim
-    if head_dim is None or source.shape[0] % head_dim:
+    if not head_dim or head_dim % 2 or not source.shape or source.shape[0] % head_dim:
         return None
     heads, half, rest = source.shape[0] // head_dim, head_dim // 2, source.shape[1:]
     pairs = (heads, half, 2, *rest) if styles[0].meta else (heads, 2, half, *rest)

@@ -134,7 +134,12 @@ class _Siblings:
 
     def _add_roles(self, members: list[tuple[str, dict[str, Sizes]]]) -> None:
         for values in ("weight", "bias"):
-            sizes = {word: shapes[values] for name, shapes in members for word in words(name) if shapes.get(values)}
+            sizes = {
+                word: shapes[values]
+                for name, shapes in members
+                for word in words(name)
+                if shapes.get(values) and "norm" not in words(name)
+            }
             for roles in FUSED.values():
                 present = tuple(role for role in roles if role in sizes)
                 rests = {sizes[role][1:] for role in present}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Path = tuple[str, ...]
 
+_LEAF = "."  # stands before a tensor's own name; no component of a key contains it
+
 
 @dataclass(frozen=True, slots=True)
 class Ancestry:
@@ -31,8 +33,8 @@ def module_graph(paths: Sequence[Path]) -> nx.DiGraph[Path]:
     """Build the tree of modules above the given tensor paths, each module pointing to its children in natural order.
 
     Natural order is the order of registration, but children whose names differ in their numbers alone and which are
-    sorted as text are ordered by these numbers: files sorted by key put ``layers.10`` before ``layers.2``. A tensor's path ends with a component
-    that no module has, so that a tensor and a module may share a name.
+    sorted as text are ordered by these numbers: files sorted by key put ``layers.10`` before ``layers.2``. A tensor's
+    path ends with a component that no module has, so that a tensor and a module may share a name.
 
     >>> graph = module_graph([("h", "10", "w"), ("h", "2", "w")])
     >>> [path for path in graph[("h",)]]
@@ -45,7 +47,7 @@ def module_graph(paths: Sequence[Path]) -> nx.DiGraph[Path]:
         for depth in range(len(path)):
             parent, child = path[:depth], path[: depth + 1]
             if depth + 1 == len(path):
-                child = (*path[:-1], "", path[-1])  # a leaf
+                child = (*path[:-1], _LEAF, path[-1])
             known = children.setdefault(parent, {})
             if child in known:
                 continue
@@ -75,7 +77,7 @@ def _by_number(siblings: list[Path]) -> list[Path]:
 def ancestry(paths: Sequence[Path]) -> Ancestry:
     """Turn the module graph of tensor paths into arrays; modules that hold the same tensors count as one."""
     graph = module_graph(paths)
-    leaf_of = {(*path[:-1], "", path[-1]): index for index, path in enumerate(paths)}
+    leaf_of = {(*path[:-1], _LEAF, path[-1]): index for index, path in enumerate(paths)}
     order = np.zeros(len(paths), dtype=np.int64)
     chains: list[list[int]] = [[] for _ in paths]
     nodes: list[Path] = []

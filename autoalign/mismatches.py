@@ -33,9 +33,10 @@ def mismatched_units(
     if not rows or not columns:
         return []
     scores = name_scores([source[0][i].path for i in rows], [target[0][j].path for j in columns])
+    kinds = [_kind(source[0][i], source[1]) for i in rows], [_kind(target[0][j], target[1]) for j in columns]
     for row, i in enumerate(rows):
         for column, j in enumerate(columns):
-            if _kind(source[0][i], source[1]) != _kind(target[0][j], target[1]):
+            if kinds[0][row] != kinds[1][column]:
                 scores[row, column] = -1
                 continue
             for own, other in ((source[2].previous, target[2].previous), (source[2].next, target[2].next)):

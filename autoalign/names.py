@@ -9,10 +9,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.vocabulary import KINDS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS
+from autoalign.vocabulary import KINDS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, STATISTICS
 
 _SEPARATORS = re.compile(r"[./]")
-_DIGITS = re.compile(r"\d+")
+_DIGITS = re.compile(r"\d{1,18}")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
@@ -76,8 +76,8 @@ def kind(component: str) -> tuple[str, str]:
     >>> kind("in_proj_weight"), kind("running_mean"), kind("gamma"), kind("cls_token"), kind("weight_ih_l0")
     (('weight', 'in_proj'), ('mean', ''), ('weight', ''), ('other', 'cls_token'), ('weight', 'ih_l0'))
     """
-    if component in ("running_mean", "running_var", "num_batches_tracked"):
-        return KINDS[component.rsplit("_", 1)[-1]], ""
+    if component in STATISTICS:
+        return STATISTICS[component], ""
     head, _, rest = component.partition("_")
     if rest and head in ("weight", "bias"):
         return head, rest

@@ -47,15 +47,17 @@ def namesakes(source: Sequence[Path], target: Sequence[Path]) -> list[tuple[int,
 
 
 def _unwrapped(paths: Sequence[Path]) -> list[Path]:
-    """Leave out the names of modules that are only children, numbered ones aside."""
+    """Leave out the names of modules that are only children, those that are numbered or hold tensors aside."""
     children: dict[Path, set[str]] = {}
     for path in paths:
         for depth, name in enumerate(path):
             children.setdefault(path[:depth], set()).add(name)
-    return [
-        tuple(name for depth, name in enumerate(path) if len(children[path[:depth]]) > 1 or numbers(name)) or path
-        for path in paths
-    ]
+    layers = set(paths)
+
+    def kept(path: Path, depth: int) -> bool:
+        return len(children[path[:depth]]) > 1 or path[:depth] in layers or bool(numbers(path[depth]))
+
+    return [tuple(name for depth, name in enumerate(path) if kept(path, depth)) or path for path in paths]
 
 
 def _prefixes(source: Sequence[Path], target: Sequence[Path]) -> tuple[Path, Path] | None:

@@ -34,11 +34,14 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
     for first, second in pairs:
         if first in own and second in other:
             _pin(pins, first, second)
+        elif first in own:
+            raise PatternError(f"The rules fill {second!r}, which is no key of the model. Nothing was aligned.")
         else:
             renamings.append((_compiled(first), second))
-    used = [False] * len(renamings)
+    used, fixed = [False] * len(renamings), [False] * len(renamings)
+    taken = set(pins.values())
     for key in source:
-        if key in pins.values():
+        if key in taken:
             continue
         for number, (pattern, replacement) in enumerate(renamings):
             try:
@@ -51,8 +54,13 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
                 used[number] = True
                 if renamed in other and renamed not in pins:
                     _pin(pins, key, renamed)
+                fixed[number] |= renamed in other
                 break
-    for (pattern, replacement), applied in zip(renamings, used, strict=True):
+    for (pattern, replacement), applied, hit in zip(renamings, used, fixed, strict=True):
+        if applied and not hit:
+            raise PatternError(
+                f"The rule {pattern.pattern!r} -> {replacement!r} gives no key that the model has. Nothing was aligned."
+            )
         if not applied:
             raise PatternError(
                 f"The rule {pattern.pattern!r} -> {replacement!r} matches no checkpoint key. Nothing was aligned. "
@@ -99,6 +107,8 @@ def _patterns(given: PatternLike) -> list[re.Pattern[str]]:
         return []
     if isinstance(given, str | re.Pattern):
         given = [given]
+    if not isinstance(given, Iterable):
+        raise InputError(f"include and exclude take regexes, not {type(given).__name__}. Nothing was aligned.")
     return [_compiled(pattern) for pattern in given]
 
 

@@ -53,11 +53,10 @@ SYNONYMS: dict[str, str] = {
     "stage": "stages",
     "shortcut": "downsample skip residual identity",
     "stem": "embedder",
-    "head": "heads classifier logits cls_head",
+    "head": "heads classifier logits",
     "scale": "gamma ls lambda layerscale g",
     "bias": "beta shift offset b",
     "weight": "kernel w",
-    "mean": "moving_mean",
     "var": "variance",
     "vision": "visual image img vit",
     "text": "language txt",
@@ -124,7 +123,16 @@ KINDS: dict[str, str] = {
     "bias": "bias",
     "mean": "mean",
     "var": "var",
-    "tracked": "count",
+}
+
+# The whole names of a norm's statistics.
+STATISTICS: dict[str, str] = {
+    "running_mean": "mean",
+    "running_var": "var",
+    "num_batches_tracked": "count",
+    "moving_mean": "mean",
+    "moving_var": "var",
+    "moving_variance": "var",
 }
 
 
