@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 
 from autoalign.alignment import Alignment, Match, Mismatch
-from autoalign.assembly import Found, SideParts, assembled, tied_matches
+from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.decision import coherence, confidence_of, related
 from autoalign.doubts import DOUBTED
-from autoalign.errors import InputError
+from autoalign.errors import InputError, PatternError
 from autoalign.evidence import side_evidence
 from autoalign.fusion import split_fused
 from autoalign.graph import ancestry
@@ -26,6 +26,8 @@ from autoalign.repeats import LARGE, extended, runs_of, shortened
 from autoalign.scope import Scope, scope_of, within
 from autoalign.units import Unit, units_of
 
+_MOST = 0.9  # of the layers of the smaller side
+_NAMESAKE = 0.5  # how alike names must be where most names are the same on both sides
 _UNRELATED = (
     "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
     "of them. Nothing was matched. If they are related, name a pair of keys in rules."
@@ -82,7 +84,10 @@ def align(
         SideParts.of([spec for spec in own.specs if spec.key not in out]),
         SideParts.of([spec for spec in other.specs if spec.key not in out]),
     )
+    rules = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0].specs], [spec.key for spec in sides[1].specs])
+    for first, second in rules:
+        _check_rule(first, second, *sides)
     found = None if pins else _identical(*sides)
     matches, mismatched, notes = found or _align_repeats(*sides, pins)
     order = {spec.key: index for index, spec in enumerate(other.specs)}
@@ -108,12 +113,24 @@ def _identical(source: SideParts, target: SideParts) -> _Outcome | None:
     return [Match(spec.key, (spec.key,), evidence={"name": 1.0, "shape": 1.0}) for spec in target.specs], [], ()
 
 
+def _check_rule(first: str, second: str, source: SideParts, target: SideParts) -> None:
+    """Refuse a rule that names two tensors of irreconcilable shapes."""
+    shape = next((spec.shape for spec in source.specs if spec.key == first), None)
+    wanted = next((spec.shape for spec in target.specs if spec.key == second), None)
+    if shape is None or wanted is None or any(operation_between(shape, wanted, flipped=way) for way in (False, True)):
+        return
+    raise PatternError(
+        f"The rules fill {second!r} {list(wanted)} from {first!r} {list(shape)}, and no operation reconciles these "
+        "shapes. Nothing was aligned; correct the rule or leave it out."
+    )
+
+
 def _align_repeats(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Outcome:
     """Match two sides; long lists of equal blocks in large ones by their first members."""
-    if max(len(source.specs), len(target.specs)) <= LARGE or pins:
+    if max(len(source.specs), len(target.specs)) <= LARGE:
         return _align(source, target, pins)
     stacks = [frozenset(spec.shape[0] for spec in side.specs if len(spec.shape) == 3) for side in (source, target)]
-    runs = runs_of(source.specs, stacks[1]), runs_of(target.specs, stacks[0])
+    runs = runs_of(source.specs, stacks[1], pins.values()), runs_of(target.specs, stacks[0], pins)
     short = SideParts.of(shortened(source.specs, runs[0])), SideParts.of(shortened(target.specs, runs[1]))
     matches, mismatched, notes = _align(*short, pins)
     keys = [frozenset(spec.key for spec in side.specs) for side in (source, target)]
@@ -129,11 +146,11 @@ def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Ou
         [part for part in target.parts if target.key(part) in pins],
     )
     scope = scope_of(source.parts, target.parts, [part.path for part in fixed[0]])
-    kept = within(source.parts, scope.path)
+    kept = within(source.parts, scope)
     other_scope = scope_of(target.parts, kept, [part.path for part in fixed[1]])
     rest = (
         [part for part in kept if source.key(part) not in taken],
-        [part for part in within(target.parts, other_scope.path) if target.key(part) not in pins],
+        [part for part in within(target.parts, other_scope) if target.key(part) not in pins],
     )
     split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
     source = replace(source, parts=(*split[0][0], *fixed[0]), fusions=tuple(split[0][1]))
@@ -144,8 +161,7 @@ def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Ou
     matches = assembled(source, target, found)
     if not (scope.decided and other_scope.decided):
         matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
-    matches = [*pinned, *matches]
-    matches += tied_matches(target, matches)
+    matches = with_ties(source, target, [*pinned, *matches])
     done = {match.target for match in matches}
     notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
     return matches, [mismatch for mismatch in (*refused, *mismatched) if mismatch.key not in done], notes
@@ -154,7 +170,7 @@ def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Ou
 def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
     if not scope.copies:
         return ()
-    used, others = ".".join(scope.path), ", ".join(repr(".".join(path)) for path in scope.copies)
+    used, others = ".".join(scope.taken), ", ".join(repr(".".join(path)) for path in scope.copies)
     return (
         f"The {side} holds {len(scope.copies) + 1} copies of what the other side has; {used!r} "
         f"{'was taken' if scope.decided else 'is proposed and nothing was loaded'}, not {others}. "
@@ -196,6 +212,9 @@ def _match_parts(
     assignment = match_units(sides[0], sides[1], pairs)
     confidence = confidence_of(assignment)
     confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
+    if len(same) >= _MOST * min(len(own), len(other)):  # where names are shared, another name is another layer
+        known = np.isin(assignment.target, [j for _, j in fixed])
+        confidence = np.where(known | (assignment.cues["name"] >= _NAMESAKE), confidence, DOUBTED * confidence)
     found: dict[int, Found] = {}
     if not pins and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
         return None, _mismatches(source, target, own, other, same)

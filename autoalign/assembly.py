@@ -96,16 +96,19 @@ def _match(
     )
 
 
-def tied_matches(target: SideParts, matches: Sequence[Match]) -> list[Match]:
-    """Fill the keys that are tied to a filled one from the same source, the surest of them."""
+def with_ties(source: SideParts, target: SideParts, matches: Sequence[Match]) -> list[Match]:
+    """Fill all keys of each tied target tensor from one source: that of the surest match among them."""
     by_key = {match.target: match for match in matches}
-    shape = {spec.key: spec.shape for spec in target.specs}
-    filled = []
+    storage = {spec.key: spec.storage for spec in source.specs if spec.storage is not None}
     for keys in tied_groups(target.specs):
         known = [by_key[key] for key in keys if key in by_key]
-        if known:
-            best = max(known, key=lambda match: match.confidence)
-            filled += [
-                replace(best, target=key) for key in keys if key not in by_key and shape[key] == shape[best.target]
-            ]
-    return filled
+        if not known:
+            continue
+        best = max(known, key=lambda match: match.confidence)
+        tensors = {tuple(storage.get(key, key) for key in match.sources): match.sources for match in known}
+        if len(tensors) > 1:  # one storage cannot hold them all
+            others = ", ".join(" + ".join(sources) for sources in tensors.values() if sources != best.sources)
+            best = replace(best, warnings=(*best.warnings, f"tied in the target; {others} would fit as well"))
+        if len(tensors) > 1 or len(known) < len(keys):
+            by_key.update((key, replace(best, target=key)) for key in keys if key not in by_key or len(tensors) > 1)
+    return list(by_key.values())

@@ -6,7 +6,7 @@ paired by order, as these were. Lists in lists (experts in layers) are shortened
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoalign.alignment import Match
@@ -29,8 +29,14 @@ class Runs:
         return frozenset(member for run in self.members.values() for member in run[KEPT:])
 
 
-def runs_of(specs: Sequence[TensorSpec], lengths_to_keep: frozenset[int] = frozenset()) -> Runs:
-    """Find the runs of more than ``KEPT`` equal blocks; lists of a length that must stay whole are passed over."""
+def runs_of(
+    specs: Sequence[TensorSpec], lengths_to_keep: frozenset[int] = frozenset(), pinned: Iterable[str] = ()
+) -> Runs:
+    """Find the runs of more than ``KEPT`` equal blocks.
+
+    Lists of a length that must stay whole are passed over, and those around a pinned key.
+    """
+    whole = {path[:depth] for path in map(components, pinned) for depth in range(len(path))}
     content: dict[Path, list[tuple[Path, tuple[int, ...]]]] = {}
     for spec in specs:
         path = components(spec.key)
@@ -42,7 +48,7 @@ def runs_of(specs: Sequence[TensorSpec], lengths_to_keep: frozenset[int] = froze
         lists.setdefault((member[:-1], stem(member[-1])), []).append(member)
     runs: dict[tuple[Path, str], tuple[Path, ...]] = {}
     for (parent, _), found in lists.items():
-        if len(found) <= KEPT or len(found) in lengths_to_keep:
+        if len(found) <= KEPT or len(found) in lengths_to_keep or parent in whole:
             continue
         found.sort(key=lambda member: numbers(member[-1]))
         kinds = [frozenset(content[member]) for member in found]

@@ -17,6 +17,7 @@ from autoalign.graph import Path, ancestry
 from autoalign.units import Part, units_of
 
 _LEAST = 4  # layers that the other side must have for a scope to be told from a coincidence
+_NEARLY = 0.9  # of the usable layers that each of several copies must hold
 _WORTH = 0.8  # a scope is worth choosing if it leaves out more than a fifth of its side
 
 
@@ -24,8 +25,9 @@ _WORTH = 0.8  # a scope is worth choosing if it leaves out more than a fifth of 
 class Scope:
     """The module to match, and the modules that are copies of it under other names."""
 
-    path: Path = ()
-    copies: tuple[Path, ...] = ()
+    path: Path = ()  # what lies outside is left out
+    taken: Path = ()  # the copy that is used
+    copies: tuple[Path, ...] = ()  # the others, which are left out
     decided: bool = True  # whether anything speaks for this copy and against the others
 
 
@@ -46,37 +48,40 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
         for module in above:
             if module >= 0:
                 held[module][shapes] += 1
-    usable = sum((held[0] & wanted).values())
-    enough = [
-        module
-        for module in range(1, len(held))
-        if (held[module] & wanted).total() == usable and held[module].total() < _WORTH * held[0].total()
-    ]
-    if usable < _LEAST or not enough:
+    usable = (held[0] & wanted).total()
+    if usable < _LEAST:
         return Scope()
-    least = min(held[module].total() for module in enough)
-    smallest = [module for module in enough if held[module].total() == least]
-    below = [
-        {
-            unit.path[len(tree.nodes[module]) :]
-            for unit in units
-            if unit.path[: len(tree.nodes[module])] == tree.nodes[module]
-        }
-        for module in smallest
-    ]
-    if any(names != below[0] for names in below):
-        return Scope()  # different networks of the same shapes: their names must decide
+
+    def names_below(module: int) -> frozenset[Path]:
+        above = tree.nodes[module]
+        return frozenset(unit.path[len(above) :] for unit in units if unit.path[: len(above)] == above)
 
     def rank(path: Path) -> tuple[bool, bool]:
         return not any(name[: len(path)] == path for name in pinned), _is_average(path)
 
-    paths = sorted((tree.nodes[module] for module in smallest), key=rank)
-    return Scope(paths[0], tuple(paths[1:]), len(paths) == 1 or rank(paths[0]) < rank(paths[1]))
+    inner = [module for module in range(1, len(held)) if held[module].total() < _WORTH * held[0].total()]
+    enough = [module for module in inner if (held[module] & wanted).total() >= _NEARLY * usable]
+    copies: dict[frozenset[Path], list[Path]] = {}
+    for module in enough:
+        copies.setdefault(names_below(module), []).append(tree.nodes[module])
+    for paths in copies.values():  # outer modules come before inner ones
+        paths.sort(key=rank)
+        if len(paths) > 1:
+            return Scope((), paths[0], tuple(paths[1:]), rank(paths[0]) < rank(paths[1]))
+    whole = [module for module in enough if (held[module] & wanted).total() == usable]
+    least = min((held[module].total() for module in whole), default=0)
+    smallest = [tree.nodes[module] for module in whole if held[module].total() == least]
+    # Several different networks of the same shapes: their names must decide.
+    return Scope(smallest[0], smallest[0]) if len(smallest) == 1 else Scope()
 
 
-def within(parts: Sequence[Part], path: Path) -> list[Part]:
-    """List the parts below a module."""
-    return [part for part in parts if part.path[: len(path)] == path]
+def within(parts: Sequence[Part], scope: Scope) -> list[Part]:
+    """List the parts in scope."""
+
+    def below(part: Part, path: Path) -> bool:
+        return part.path[: len(path)] == path
+
+    return [part for part in parts if below(part, scope.path) and not any(below(part, copy) for copy in scope.copies)]
 
 
 def _shapes(members: Sequence[tuple[str, int]], parts: Sequence[Part]) -> tuple[tuple[str, tuple[int, ...]], ...]:
