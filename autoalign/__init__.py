@@ -65,6 +65,8 @@ _MODULES = {
 if not TYPE_CHECKING:  # or type checkers would take any name for one of the package's
 
     def __getattr__(name: str) -> object:
+        if name == "report":  # the module, whose render gives more than print(alignment)
+            return import_module(f"{__name__}.report")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)

@@ -79,7 +79,7 @@ def align(
     if names := [adapt] if isinstance(adapt, str) else list(adapt):
         raise InputError(f"adapt={names!r}: changes of values are not available. Nothing was aligned; leave adapt out.")
     own, other = checkpoint_of(source, container=container), checkpoint_of(target)
-    out = excluded_keys(include, exclude, list(own), list(other))
+    out, unused = excluded_keys(include, exclude, list(own), list(other))
     sides = (
         SideParts.of([spec for spec in own.specs if spec.key not in out]),
         SideParts.of([spec for spec in other.specs if spec.key not in out]),
@@ -100,7 +100,7 @@ def align(
         source_specs=own.specs,
         target_specs=other.specs,
         excluded=out,
-        notes=(*own.notes, *notes),
+        notes=(*own.notes, *unused, *notes),
         tensors=own,
     )
 
@@ -157,7 +157,8 @@ def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Ou
     target = replace(target, parts=(*split[1][0], *fixed[1]), fusions=tuple(split[1][1]))
     found, mismatched = _match_parts(source, target, pins)
     if found is None:
-        return [], mismatched, (_UNRELATED,)
+        empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
+        return [], mismatched, (f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED,)
     matches = assembled(source, target, found)
     if not (scope.decided and other_scope.decided):
         matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]

@@ -109,7 +109,9 @@ def preferred(containers: Sequence[Container]) -> Container:
 
 
 def named_container(root: Mapping[str, object], name: str, containers: Sequence[Container]) -> Container:
-    """Look up a state dict by its dotted path or the end of it; any mapping with tensors below it can be named.
+    """Look up a state dict by its dotted path, the end of it or a word of its name, such as ema for model_ema.
+
+    Any mapping with tensors below it can be named by its path.
 
     Raises:
         CheckpointError: No mapping with tensors has this name, or several have.
@@ -118,6 +120,7 @@ def named_container(root: Mapping[str, object], name: str, containers: Sequence[
     found = found or [container for container in containers if container.path.endswith(f".{name}")]
     if not found:
         found = [_state_dict(node, path) for path, node in _paths(_tree(root), "") if path == name and node.children]
+    found = found or [c for c in containers if name_words(name) <= name_words(c.path.rpartition(".")[2]) and name]
     if len(found) == 1:
         return found[0]
     problem = "Several containers match" if found else "No container matches"

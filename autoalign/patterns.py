@@ -78,15 +78,20 @@ def _pin(pins: dict[str, str], source: str, target: str) -> None:
 
 def excluded_keys(
     include: PatternLike, exclude: PatternLike, source: Sequence[str], target: Sequence[str]
-) -> frozenset[str]:
+) -> tuple[frozenset[str], tuple[str, ...]]:
     """List the keys that take no part: those that match ``exclude``, and those that ``include`` leaves out.
 
     A pattern of ``include`` chooses among the target's keys, or among the source's where no target key matches it.
 
-    >>> sorted(excluded_keys(None, "fc", ["fc.weight", "conv"], ["conv", "head"]))
-    ['fc.weight']
+    Returns:
+        The keys, and a statement for each pattern of ``exclude`` that matches none.
+
+    >>> excluded_keys(None, "fc", ["fc.weight", "conv"], ["conv", "head"])
+    (frozenset({'fc.weight'}), ())
     """
-    out = {key for pattern in _patterns(exclude) for key in (*source, *target) if pattern.search(key)}
+    found = {p.pattern: {key for key in (*source, *target) if p.search(key)} for p in _patterns(exclude)}
+    out = {key for keys in found.values() for key in keys}
+    unused = tuple(f"exclude={pattern!r} matches no key of either side." for pattern, keys in found.items() if not keys)
     wanted = _patterns(include)
     if wanted:
         for keys, patterns in (
@@ -99,7 +104,7 @@ def excluded_keys(
                     names = ", ".join(repr(pattern.pattern) for pattern in patterns)
                     raise PatternError(f"include={names} matches no key of either side. Nothing was aligned.")
                 out.update(key for key in keys if key not in kept)
-    return frozenset(out)
+    return frozenset(out), unused
 
 
 def _patterns(given: PatternLike) -> list[re.Pattern[str]]:
