@@ -27,7 +27,7 @@ from autoalign.scope import Scope, scope_of, within
 from autoalign.units import Unit, units_of
 
 _MOST = 0.9  # of the layers of the smaller side
-_NAMESAKE = 0.5  # how alike names must be where most names are the same on both sides
+_NAMESAKE = 0.3  # how alike names must be where most names are the same on both sides
 _UNRELATED = (
     "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
     "of them. Nothing was matched. If they are related, name a pair of keys in rules."

@@ -109,6 +109,7 @@ def with_ties(source: SideParts, target: SideParts, matches: Sequence[Match]) ->
         if len(tensors) > 1:  # one storage cannot hold them all
             others = ", ".join(" + ".join(sources) for sources in tensors.values() if sources != best.sources)
             best = replace(best, warnings=(*best.warnings, f"tied in the target; {others} would fit as well"))
-        if len(tensors) > 1 or len(known) < len(keys):
-            by_key.update((key, replace(best, target=key)) for key in keys if key not in by_key or len(tensors) > 1)
+        for key in keys:
+            if len(tensors) > 1 or key not in by_key or by_key[key].confidence < best.confidence:
+                by_key[key] = replace(best, target=key)
     return list(by_key.values())

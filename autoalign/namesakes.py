@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from autoalign.graph import Path
 from autoalign.names import numbers, stem
 
+_ALIKE = 0.5  # share of the children of two modules that must have common names
 _SHARE = 0.5  # of the smaller side's layers that must be namesakes before the shared names are believed
 
 
 def namesakes(source: Sequence[Path], target: Sequence[Path]) -> list[tuple[int, int]]:
     """Pair the layers of equal name, if most of one side has them and their surroundings are the same too.
 
-    A name is believed only where the modules around it have the same children on both sides, lists of another length
-    aside: ``layers.0`` of a module that also has ``proj_in`` need not be the ``layers.0`` of one that has not.
+    A name is believed only where the modules around it have most children in common, lists of another length aside:
+    ``layers.0`` beside ``proj_in`` and ``proj_out`` need not be the ``layers.0`` of a module that has neither.
 
     Wrappers are seen through wherever they stand: a module that is its parent's only child has no name of its own.
 
@@ -40,7 +41,8 @@ def namesakes(source: Sequence[Path], target: Sequence[Path]) -> list[tuple[int,
 
     def trust(path: Path) -> bool:
         if path not in trusted:
-            trusted[path] = trust(path[:-1]) and children[0].get(path) == children[1].get(path)
+            own, other = children[0].get(path, set()), children[1].get(path, set())
+            trusted[path] = trust(path[:-1]) and len(own & other) >= _ALIKE * len(own | other)
         return trusted[path]
 
     return [(i, j) for i, j in pairs if trust(source[i][len(own) : -1])]
