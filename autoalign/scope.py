@@ -17,7 +17,7 @@ from autoalign.graph import Path, ancestry
 from autoalign.units import Part, units_of
 
 _LEAST = 4  # layers that the other side must have for a scope to be told from a coincidence
-_NEARLY = 0.9  # of the usable layers that each of several copies must hold
+_NEARLY = 0.8  # of the usable layers that each of several copies must hold
 _WORTH = 0.8  # a scope is worth choosing if it leaves out more than a fifth of its side
 
 

@@ -1,0 +1,255 @@
+"""What align decides: layouts, fused tensors, copies, rules, shared names. Shapes alone decide, so all runs on meta."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+import autoalign
+from autoalign.alignment import Alignment
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def operations(alignment: Alignment) -> dict[str, str]:
+    return {match.target: str(match.operation) for match in alignment.matches}
+
+
+def blocks(template: Mapping[str, tuple[int, ...]], count: int = 3) -> Shapes:
+    return {key.replace("#", str(index)): shape for index in range(count) for key, shape in template.items()}
+
+
+CONV1D: Shapes = {
+    "h.#.attn.c_attn.weight": (64, 192),
+    "h.#.attn.c_attn.bias": (192,),
+    "h.#.attn.c_proj.weight": (64, 64),
+    "h.#.attn.c_proj.bias": (64,),
+    "h.#.mlp.c_fc.weight": (64, 256),
+    "h.#.mlp.c_fc.bias": (256,),
+    "h.#.mlp.c_proj.weight": (256, 64),
+    "h.#.mlp.c_proj.bias": (64,),
+}
+LINEAR: Shapes = {
+    "layers.#.attn.q_proj.weight": (64, 64),
+    "layers.#.attn.q_proj.bias": (64,),
+    "layers.#.attn.k_proj.weight": (64, 64),
+    "layers.#.attn.k_proj.bias": (64,),
+    "layers.#.attn.v_proj.weight": (64, 64),
+    "layers.#.attn.v_proj.bias": (64,),
+    "layers.#.attn.out_proj.weight": (64, 64),
+    "layers.#.attn.out_proj.bias": (64,),
+    "layers.#.mlp.up.weight": (256, 64),
+    "layers.#.mlp.up.bias": (256,),
+    "layers.#.mlp.down.weight": (64, 256),
+    "layers.#.mlp.down.bias": (64,),
+}
+
+
+@pytest.mark.parametrize("parts", [("attn", "mlp"), ("attn",)])
+def test_square_matrices_are_transposed_with_their_siblings(parts: tuple[str, ...]) -> None:
+    source = {key: shape for key, shape in CONV1D.items() if key.split(".")[2] in parts}
+    target = {key: shape for key, shape in LINEAR.items() if key.split(".")[2] in parts}
+    alignment = autoalign.align(state(blocks(source)), state(blocks(target)))
+    assert not alignment.missing_keys
+    done = operations(alignment)
+    assert done["layers.1.attn.q_proj.weight"] == "split(dim 1, 0:64) + transpose"
+    assert done["layers.1.attn.v_proj.weight"] == "split(dim 1, 128:192) + transpose"
+    assert done["layers.1.attn.k_proj.bias"] == "split(dim 0, 64:128)"
+    assert done["layers.1.attn.out_proj.weight"] == "transpose"
+
+
+def test_square_matrices_are_transposed_into_a_fused_one_too() -> None:
+    alignment = autoalign.align(state(blocks(LINEAR)), state(blocks(CONV1D)))
+    assert not alignment.missing_keys
+    assert operations(alignment)["h.2.attn.c_attn.weight"] == "transpose + concatenate(dim 1)"
+    assert operations(alignment)["h.2.attn.c_proj.weight"] == "transpose"
+
+
+def test_biases_tell_the_layout_where_each_shape_is_on_both_sides() -> None:
+    dense = {key.replace("weight", "kernel"): shape[::-1] for key, shape in LINEAR.items()}
+    alignment = autoalign.align(state(blocks(dense)), state(blocks(LINEAR)))
+    assert not alignment.missing_keys
+    assert {operations(alignment)[key] for key in blocks(LINEAR) if key.endswith("weight")} == {"transpose"}
+
+
+def test_fused_and_separate_projections_of_grouped_queries_with_norms() -> None:
+    common: Shapes = {"model.layers.#.self_attn.q_norm.weight": (16,), "model.layers.#.self_attn.k_norm.weight": (16,)}
+    heads = {"q": 64, "k": 32, "v": 32}
+    apart = common | {f"model.layers.#.self_attn.{role}_proj.weight": (rows, 48) for role, rows in heads.items()}
+    apart |= {"model.layers.#.self_attn.o_proj.weight": (48, 64)}
+    fused = {key.replace("model.layers", "h"): shape for key, shape in common.items()}
+    fused |= {"h.#.self_attn.qkv_proj.weight": (128, 48), "h.#.self_attn.o_proj.weight": (48, 64)}
+    split = operations(autoalign.align(state(blocks(fused)), state(blocks(apart))))
+    assert split["model.layers.0.self_attn.q_proj.weight"] == "split(dim 0, 0:64)"
+    assert split["model.layers.0.self_attn.v_proj.weight"] == "split(dim 0, 96:128)"
+    joined = autoalign.align(state(blocks(apart)), state(blocks(fused)))
+    (match,) = [match for match in joined.matches if match.target == "h.1.self_attn.qkv_proj.weight"]
+    assert [key.split(".")[-2] for key in match.sources] == ["q_proj", "k_proj", "v_proj"]
+    assert str(match.operation) == "concatenate(dim 0)"
+
+
+def test_experts_are_stacked_with_gate_before_up() -> None:
+    apart: Shapes = {f"layers.#.moe.experts.{e}.{w}.weight": (8, 6) for e in range(5) for w in ("w1", "w3")}
+    apart |= {f"layers.#.moe.experts.{e}.w2.weight": (6, 8) for e in range(5)}
+    apart |= {"layers.#.norm.weight": (6,), "layers.#.moe.router.weight": (5, 6)}
+    stacked: Shapes = {
+        "layers.#.mlp.experts.gate_up_proj": (5, 16, 6),
+        "layers.#.mlp.experts.down_proj": (5, 6, 8),
+        "layers.#.norm.weight": (6,),
+        "layers.#.mlp.router.weight": (5, 6),
+    }
+    alignment = autoalign.align(state(blocks(apart)), state(blocks(stacked)))
+    assert not alignment.missing_keys
+    done = operations(alignment)
+    assert done["layers.2.mlp.experts.gate_up_proj"] == "concatenate(dim 0) by 2 + stack(dim 0)"
+    assert done["layers.2.mlp.experts.down_proj"] == "stack(dim 0)"
+
+
+META: Shapes = {"layers.#.attention.wq.weight": (32, 32), "layers.#.attention.wk.weight": (16, 32)}
+HUGGING_FACE: Shapes = {
+    "model.layers.#.self_attn.q_proj.weight": (32, 32),
+    "model.layers.#.self_attn.k_proj.weight": (16, 32),
+}
+REST: Shapes = {"v": (16, 32), "o": (32, 32)}
+
+
+def test_rotary_layouts_are_doubted_and_the_other_one_is_offered() -> None:
+    source = META | {f"layers.#.attention.w{role}.weight": shape for role, shape in REST.items()}
+    target = HUGGING_FACE | {f"model.layers.#.self_attn.{role}_proj.weight": shape for role, shape in REST.items()}
+    alignment = autoalign.align(state(blocks(source) | {"rope.freqs": (4,)}), state(blocks(target)))
+    assert {match.target.split(".")[-2] for match in alignment.ambiguous} == {"q_proj", "k_proj"}
+    assert {match.target.split(".")[-2] for match in alignment.matches} == {"v_proj", "o_proj"}
+    query = alignment.ambiguous[0]
+    assert "rotary" in query.warnings[0]
+    weight = torch.randn(32, 32)
+    (turned,) = query.alternatives[0].operation.apply([weight])
+    assert torch.equal(turned, weight.reshape(4, 4, 2, 32).transpose(1, 2).reshape(32, 32))
+
+
+def test_names_are_believed_where_nearly_all_are_shared() -> None:
+    body: Shapes = blocks({"bert.layer.#.dense.weight": (8, 8), "bert.layer.#.dense.bias": (8,)}, 20)
+    source = body | {"cls.transform.dense.weight": (8, 8), "cls.transform.dense.bias": (8,)}
+    target = body | {"bert.pooler.fc.weight": (8, 8), "bert.pooler.fc.bias": (8,)}
+    alignment = autoalign.align(state(source), state(target))
+    assert alignment.missing_keys == ["bert.pooler.fc.weight", "bert.pooler.fc.bias"]
+
+
+def network(prefix: str) -> Shapes:
+    template: Shapes = {"#.conv.weight": (8, 8, 3, 3), "#.conv.bias": (8,), "#.norm.weight": (8,), "#.norm.bias": (8,)}
+    return {f"{prefix}{key}": shape for key, shape in blocks(template, 4).items()}
+
+
+def test_of_two_copies_the_one_that_is_no_average_is_taken_and_said() -> None:
+    source = state(network("student.") | network("teacher.") | {"cls.weight": (10, 8), "cls.bias": (10,)})
+    alignment = autoalign.align(source, state(network("") | {"cls.weight": (10, 8), "cls.bias": (10,)}))
+    assert not alignment.missing_keys
+    assert {key.split(".")[0] for match in alignment.matches for key in match.sources} == {"student", "cls"}
+    assert "2 copies" in alignment.notes[0]
+
+
+def test_between_equal_copies_nothing_is_chosen_until_a_rule_does() -> None:
+    source, target = state(network("left.") | network("right.")), state(network(""))
+    undecided = autoalign.align(source, target)
+    assert not undecided.matches
+    assert len(undecided.ambiguous) == len(target)
+    pinned = autoalign.align(source, target, rules=[("right.2.conv.bias", "2.conv.bias")])
+    assert {match.sources[0].split(".")[0] for match in pinned.matches} == {"right"}
+    assert not pinned.missing_keys
+
+
+def test_each_target_has_one_match_under_rules_that_cross_layers() -> None:
+    source, target = state(network("h.")), state(network("g."))
+    rules = [("h.0.conv.weight", "g.1.conv.weight"), ("h.2.conv.bias", "g.1.conv.bias")]
+    alignment = autoalign.align(source, target, rules=rules)
+    targets = [match.target for match in (*alignment.matches, *alignment.ambiguous)]
+    assert len(targets) == len(set(targets))
+    used = [key for match in alignment.matches for key in match.sources]
+    assert len(used) == len(set(used))
+    assert alignment.mapping["h.0.conv.weight"] == "g.1.conv.weight"
+    assert alignment.mapping["h.2.conv.bias"] == "g.1.conv.bias"
+
+
+def test_a_renaming_that_meets_another_head_reports_it() -> None:
+    source = state({f"module.{key}": shape for key, shape in network("").items()} | {"module.fc.weight": (10, 8)})
+    alignment = autoalign.align(source, state(network("") | {"fc.weight": (7, 8)}), rules={r"^module\.": ""})
+    assert alignment.missing_keys == ["fc.weight"]
+    (mismatch,) = alignment.mismatched_keys
+    assert (mismatch.shape, mismatch.source_shape) == ((7, 8), (10, 8))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([("0.conv.weight", "0.covn.weight")], "no key of the model"),
+        ({r"^(\d)\.conv": r"\1.covn"}, "gives no key that the model has"),
+        ([("0.conv.weight", "0.conv.bias")], "no operation reconciles these shapes"),
+        ({"nothing": "x"}, "matches no checkpoint key"),
+        ({"(": "x"}, "no regular expression"),
+    ],
+)
+def test_rules_that_cannot_hold_are_refused(rules: object, message: str) -> None:
+    with pytest.raises(autoalign.PatternError, match=message):
+        autoalign.align(state(network("")), state(network("")), rules=rules)  # type: ignore[arg-type]
+
+
+def test_unusable_options_are_refused() -> None:
+    sides = state(network("")), state(network("a."))
+    with pytest.raises(autoalign.InputError, match="include and exclude take regexes"):
+        autoalign.align(*sides, exclude=3)  # type: ignore[arg-type]
+    with pytest.raises(autoalign.InputError, match="min_confidence must lie in"):
+        autoalign.align(*sides, min_confidence=2)
+    with pytest.raises(autoalign.InputError, match="changes of values are not available"):
+        autoalign.align(*sides, adapt=("head",))
+
+
+def test_an_exclusion_that_matches_nothing_is_said() -> None:
+    alignment = autoalign.align(state(network("")), state(network("a.")), exclude="zzz")
+    assert alignment.notes == ("exclude='zzz' matches no key of either side.",)
+
+
+def test_tied_targets_share_one_source_and_the_conflict_is_said() -> None:
+    shared = torch.zeros(9, 8)
+    target = state(network("")) | {"embed.weight": shared, "head.weight": shared.detach()}
+    source = state(network("m.")) | {"m.embed.weight": torch.ones(9, 8), "m.head.weight": torch.zeros(9, 8)}
+    alignment = autoalign.align(source, target)
+    tied = [match for match in alignment.matches if match.target in ("embed.weight", "head.weight")]
+    assert len({match.sources for match in tied}) == 1
+    assert all("tied in the target" in match.warnings[0] for match in tied)
+
+
+def test_large_lists_are_matched_by_their_first_blocks_as_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    template: Shapes = {
+        f"#.{part}.{leaf}": shape for part in "abcd" for leaf, shape in (("weight", (6, 6)), ("bias", (6,)))
+    }
+    source = state({f"model.layers.{key}": shape for key, shape in blocks(template, 20).items()})
+    target = state({f"h.{key}": shape for key, shape in blocks(template, 20).items()})
+    whole = autoalign.align(source, target)
+    monkeypatch.setattr("autoalign.aligning.LARGE", 10)
+    short = autoalign.align(source, target)
+    assert whole.mapping == short.mapping
+    assert not short.missing_keys
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ({}, {"a": (2,)}),
+        ({"a": (2,)}, {}),
+        ({"": (2,), "..x": (3,)}, {"": (2,), "..x": (3,), "y": (1,)}),
+        ({"a.b": (2,), "a..b.c": (3,)}, {"a.b": (2,), "a..b.c": (3,), "d": (4,)}),
+        ({"a": (), "b": (0, 3)}, {"x": (), "y": (0, 3)}),
+        ({"conv.weight": (4, 4), "conv.modulation.weight": (4, 8)}, {"conv.weight": (4, 4), "conv.mod.weight": (4, 8)}),
+        ({f"n{'9' * 5000}": (2,)}, {"n1": (2,)}),
+    ],
+)
+def test_odd_keys_and_shapes_do_no_harm(source: dict[str, tuple[int, ...]], target: dict[str, tuple[int, ...]]) -> None:
+    alignment = autoalign.align(state(source), state(target))
+    assert list(alignment.status) == list(target)
+    assert all(source[match.sources[0]] == target[match.target] for match in alignment.matches)
