@@ -22,7 +22,7 @@ from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
 from autoalign.namesakes import namesakes
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
-from autoalign.repeats import LARGE, extended, runs_of, shortened
+from autoalign.repeats import LARGE, extended, pair_count, runs_of, shortened
 from autoalign.scope import Scope, scope_of, within
 from autoalign.units import Unit, units_of
 
@@ -127,7 +127,7 @@ def _check_rule(first: str, second: str, source: SideParts, target: SideParts) -
 
 def _align_repeats(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Outcome:
     """Match two sides; long lists of equal blocks in large ones by their first members."""
-    if max(len(source.specs), len(target.specs)) <= LARGE:
+    if pair_count(source.specs, target.specs) <= LARGE:
         return _align(source, target, pins)
     stacks = [frozenset(spec.shape[0] for spec in side.specs if len(spec.shape) == 3) for side in (source, target)]
     runs = runs_of(source.specs, stacks[1], pins.values()), runs_of(target.specs, stacks[0], pins)

@@ -6,15 +6,16 @@ paired by order, as these were. Lists in lists (experts in layers) are shortened
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoalign.alignment import Match
 from autoalign.graph import Path
-from autoalign.names import components, numbers, stem
+from autoalign.names import components, kind, numbers, stem
 from autoalign.specs import TensorSpec
 
-LARGE = 1000  # tensors of a side from which on repeats are shortened
+LARGE = 100_000  # pairs of layers of equal shape from which on repeats are shortened
 KEPT = 4  # blocks of each run that are matched
 
 
@@ -27,6 +28,15 @@ class Runs:
     def dropped(self) -> frozenset[Path]:
         """List the members that are left out of matching."""
         return frozenset(member for run in self.members.values() for member in run[KEPT:])
+
+
+def pair_count(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) -> int:
+    """Count the pairs of weights and other parameters of equal shape, which is what matching costs."""
+    shapes = [
+        Counter(spec.shape for spec in specs if kind(components(spec.key)[-1])[0] in ("weight", "other"))
+        for specs in (source, target)
+    ]
+    return sum(count * shapes[1][shape] for shape, count in shapes[0].items())
 
 
 def runs_of(
