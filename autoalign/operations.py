@@ -1,12 +1,13 @@
 """Operations that turn checkpoint tensors into a model tensor, as values.
 
-An operation takes a list of tensors and gives a list of tensors, so that operations compose: ``Chain`` applies one
-after another, ``Each`` applies one to every tensor, ``Grouped`` applies one to every run of ``size`` tensors. The
+An operation takes a list of tensors and gives a list of tensors, so that operations compose: most apply to each tensor,
+``Chain`` applies one after another, ``Grouped`` applies one to every run of ``size`` tensors. The
 operation of a match, applied to its sources, gives one tensor.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +16,12 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(ABC):
     """Base of all operations. Operations never change their inputs; results may be views of them."""
 
+    @abstractmethod
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Apply the operation to its inputs, in the order of ``Match.sources``."""
-        raise NotImplementedError
 
     @property
     def takes_part(self) -> bool:
