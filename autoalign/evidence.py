@@ -30,8 +30,9 @@ class SideEvidence:
 
     paths: tuple[Path, ...]
     ancestry: Ancestry
-    rank: NDArray[np.int32]  # [units, depth]: how many units of the same class come before, within each ancestor
-    count: NDArray[np.int32]  # [units, depth]: how many units of the same class each ancestor holds
+    # Within each ancestor, among the units of the same class that stand equally deep below it:
+    rank: NDArray[np.int32]  # [units, depth]: how many come before
+    count: NDArray[np.int32]  # [units, depth]: how many there are
     module_size: Ints  # [modules]: units below
     module_rank: Ints  # [modules]: how many modules with the same shapes below come before
     list_rank: Ints  # [modules]: place in the list of siblings that differ in a number; -1 outside lists

@@ -75,7 +75,7 @@ def _by_number(siblings: list[Path]) -> list[Path]:
 
 
 def ancestry(paths: Sequence[Path]) -> Ancestry:
-    """Turn the module graph of tensor paths into arrays; modules that hold the same tensors count as one."""
+    """Turn the module graph of tensor paths into arrays; a module with one child only counts as that child."""
     graph = module_graph(paths)
     leaf_of = {(*path[:-1], _LEAF, path[-1]): index for index, path in enumerate(paths)}
     order = np.zeros(len(paths), dtype=np.int64)
@@ -92,7 +92,7 @@ def ancestry(paths: Sequence[Path]) -> Ancestry:
             seen += 1
             continue
         children = list(graph[path])
-        if len(children) != 1 or children[0] in leaf_of or not nodes:
+        if len(children) != 1 or not nodes:
             above = [*above, len(nodes)]
             nodes.append(path)
         stack.extend((child, above) for child in reversed(children))
