@@ -225,12 +225,14 @@ def _match_parts(
         evidence = {name: round(float(np.clip(cue[place], 0, 1)), 3) for name, cue in assignment.cues.items()}
         runner_up = int(assignment.runner_up[place])
         rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
+        stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
+        sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
         for a, b in paired_parts(own[i], other[j]):
             operation = operation_between(source.parts[a].shape, target.parts[b].shape, flipped=a in pairs.flipped)
             if operation is None or source.key(source.parts[a]) in taken or target.key(target.parts[b]) in pins:
                 continue
             if source.parts[a].numeric == target.parts[b].numeric:
-                found[b] = Found(a, operation, float(confidence[place]), evidence, rivals.get(b))
+                found[b] = Found(a, operation, sureness, evidence, rivals.get(b))
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
     matched = [(i, j) for j, i in partners.items()]
