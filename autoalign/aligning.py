@@ -102,6 +102,7 @@ def align(
         excluded=out,
         notes=(*own.notes, *unused, *notes),
         tensors=own,
+        target_tensors=other,
     )
 
 

@@ -67,6 +67,7 @@ class Alignment:
     excluded: frozenset[str] = frozenset()  # keys of either side that include and exclude left out
     notes: tuple[str, ...] = ()  # statements about the whole, such as the choice of a container
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # the source's, read lazily
+    target_tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # the target's
 
     @cached_property
     def status(self) -> dict[str, Status]:
@@ -124,6 +125,23 @@ class Alignment:
         """Read the tensor of one match, of this alignment's ``matches`` or ``ambiguous``."""
         (tensor,) = match.operation.apply([self.tensors[key] for key in match.sources])
         return tensor
+
+    def inverse(self) -> Alignment:
+        """Turn the alignment round, to save the target back in the source's own names and layout.
+
+        Its ``state_dict`` reads the target, and what was loaded and not changed since comes back bit for bit, in the
+        target's dtype. Source tensors of which the target holds nothing, or only a part, are among its
+        ``missing_keys``, and so are those whose values were adapted.
+
+        >>> import torch, autoalign
+        >>> checkpoint = {f"{name}.weight": torch.rand(2, 4) for name in "qkv"}
+        >>> alignment = autoalign.align(checkpoint, {"qkv.weight": torch.empty(6, 4)})
+        >>> print(*(f"{match.target} = {match.operation}" for match in alignment.inverse().matches), sep="; ")
+        q.weight = split(dim 0, 0:2); k.weight = split(dim 0, 2:4); v.weight = split(dim 0, 4:6)
+        """
+        from autoalign.inversion import inverted
+
+        return inverted(self)
 
     def raise_if_incomplete(self) -> None:
         """Raise unless every target key is matched and every source key is used.

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from autoalign.alignment import Candidate, Match
 from autoalign.doubts import DOUBTED, Style, doubt_about, style_of
 from autoalign.fusion import BY_ORDER, UNTOLD, Fusion
-from autoalign.operations import Copy, Operation, Parallel, chain
+from autoalign.joining import joined
+from autoalign.operations import InsertZeros, Operation, Parallel, chain
 from autoalign.specs import TensorSpec, tied_groups
 from autoalign.units import Part, parts_of
 
 _BY_ORDER = 0.85  # how far a match is believed whose parts were told apart by their order
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SideParts:
     """What takes part of one side in matching."""
 
@@ -30,6 +32,11 @@ class SideParts:
     def key(self, part: Part) -> str:
         return self.specs[part.tensor].key
 
+    @cached_property
+    def doubt_of(self) -> dict[int, str]:
+        """Why the parts of fused tensors might be laid out otherwise."""
+        return {part: fusion.plan.doubt for fusion in self.fusions if fusion.plan for part in fusion.parts}
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -43,41 +50,51 @@ class Found:
 
 
 def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) -> list[Match]:
-    """Put the parts of each target tensor together; a tensor with a part that nothing fills gets no match."""
+    """Put the parts of each target tensor together; a tensor with a part that nothing fills gets no match.
+
+    A bias that the source does not have beside those that it has (that of the key, often) is zero.
+    """
     styles = style_of(source.specs, source.parts), style_of(target.specs, target.parts)
-    fused = {part for fusion in target.fusions for part in fusion.parts}
-    by_order = {part: fusion.doubt for fusion in source.fusions for part in fusion.parts}
-    whole = [((part,), Copy(), "") for part in found if part not in fused]
-    joined = [
-        (fusion.parts, fusion.join, fusion.doubt) for fusion in target.fusions if found.keys() >= set(fusion.parts)
-    ]
+    wholes: dict[int, list[int]] = {}
+    for part, piece in enumerate(target.parts):
+        wholes.setdefault(piece.tensor, []).append(part)
+    absent = {
+        part
+        for fusion in target.fusions
+        for part in fusion.absent
+        if len(target.parts[part].shape) == 1 and part not in found
+    }
     return [
-        _match(source, target, [(part, found[part]) for part in parts], join, styles, {doubt}, by_order)
-        for parts, join, doubt in (*whole, *joined)
+        _match(source, target, parts, found, styles)
+        for parts in wholes.values()
+        if any(part in found for part in parts) and all(part in found or part in absent for part in parts)
     ]
 
 
 def _match(
-    source: SideParts,
-    target: SideParts,
-    pieces: Sequence[tuple[int, Found]],
-    join: Operation,
-    styles: tuple[Style, Style],
-    warnings: set[str],
-    by_order: Mapping[int, str],
+    source: SideParts, target: SideParts, parts: Sequence[int], found: Mapping[int, Found], styles: tuple[Style, Style]
 ) -> Match:
-    least = min((piece for _, piece in pieces), key=lambda piece: piece.confidence)
+    pieces = [found[part] for part in parts if part in found]
+    least = min(pieces, key=lambda piece: piece.confidence)
     confidence = least.confidence
-    sources = tuple(source.key(source.parts[piece.source]) for _, piece in pieces)
-    steps = [chain(source.parts[piece.source].view, piece.operation) for _, piece in pieces]
-    warnings = {text for text in (*warnings, *(by_order.get(piece.source, "") for _, piece in pieces)) if text}
+    warnings = {
+        text
+        for text in (
+            *(target.doubt_of.get(part, "") for part in parts),
+            *(source.doubt_of.get(piece.source, "") for piece in pieces),
+        )
+        if text
+    }
     if BY_ORDER in warnings:
         confidence *= _BY_ORDER
     if UNTOLD in warnings:
         confidence = min(confidence, DOUBTED)
+    sources = tuple(source.key(source.parts[piece.source]) for piece in pieces)
     alternatives = []
-    for part, piece in pieces:
-        if doubt := doubt_about(source.parts[piece.source], target.parts[part], styles):
+    for part in parts:
+        if part not in found:
+            warnings.add("the source has no bias here, which is one of zeros")
+        elif doubt := doubt_about(source.parts[found[part].source], target.parts[part], styles):
             confidence = min(confidence, DOUBTED)
             warnings.add(doubt.reason)
             if doubt.otherwise:
@@ -85,10 +102,14 @@ def _match(
     if len(pieces) == 1 and least.rival is not None and not alternatives:
         rival = source.parts[least.rival]
         alternatives.append(Candidate((source.key(rival),), rival.view, 0.0))
+    views = [chain(source.parts[piece.source].view, piece.operation) for piece in pieces]
+    zeros = [InsertZeros(place, target.parts[part].shape) for place, part in enumerate(parts) if part not in found]
+    join = joined(target.specs[target.parts[parts[0]].tensor].shape, [target.parts[part].view for part in parts])
+    assert join is not None, "the parts of a tensor make it up"
     return Match(
-        target=target.key(target.parts[pieces[0][0]]),
+        target=target.key(target.parts[parts[0]]),
         sources=sources,
-        operation=chain(steps[0] if len(set(steps)) == 1 else Parallel(tuple(steps)), join),
+        operation=chain(views[0] if len(set(views)) == 1 else Parallel(tuple(views)), *zeros, join),
         confidence=confidence,
         evidence=least.evidence,
         alternatives=tuple(alternatives),

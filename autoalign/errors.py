@@ -36,6 +36,10 @@ class UnsafeCheckpointError(CheckpointError):
         self.unsafe_globals = unsafe_globals
 
 
+class NotInvertibleError(AutoAlignError, ValueError):
+    """An operation changed values or lost what it was made from, so that it cannot be undone."""
+
+
 class AlignmentError(AutoAlignError, RuntimeError):
     """An alignment is not what the caller required of it.
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from autoalign.candidates import squeeze
 from autoalign.graph import Path, natural_order
 from autoalign.names import kind, words
-from autoalign.operations import Concatenate, Copy, Grouped, Operation, Split, Stack, Unstack, chain
+from autoalign.operations import Copy, Operation, Split, Transpose, Unstack, chain, output_shapes
 from autoalign.units import Part, Unit, units_of
 from autoalign.vocabulary import FUSED
 
@@ -26,22 +26,23 @@ UNTOLD = "nothing but their order tells query, key and value apart"
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """How a tensor was split into parts, and so how it is put together again."""
+    """How a tensor was split into parts."""
 
     tensor: int
-    parts: tuple[int, ...]  # in the order in which ``join`` takes them
-    join: Operation
-    doubt: str = ""  # why the parts might be laid out otherwise
+    parts: tuple[int, ...]  # in the order in which the tensor holds them
+    plan: Plan | None = None  # None for a stack
+    absent: frozenset[int] = frozenset()  # those of the parts that the other side does not have at all
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """A split that the other side calls for."""
 
     dim: int
     sizes: Sizes
     roles: tuple[str, ...]
-    doubt: str
+    doubt: str = ""  # why the parts might be laid out otherwise
+    absent: frozenset[str] = frozenset()  # roles for which the other side has no tensor of this kind
 
 
 def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Part], list[Fusion]]:
@@ -58,49 +59,60 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     names = _role_names(units)
     for index, part in enumerate(parts):
         unit = unit_of[index]
-        values = next(name for name, member in unit.parts if member == index)
-        pieces, join, doubt = _pieces(part, unit, values, parts, siblings, names)
+        plan = None
+        if pieces := _slices(part, siblings):
+            pieces = [piece for each in pieces for piece in _split_slice(each, siblings)]
+        elif plan := _plan(index, unit, parts, siblings):
+            leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
+            own = {role: names.get((unit.path[:-1], role), role) for role in plan.roles}
+            pieces = _split(part, plan, [(*unit.path[:-1], own[role], leaf) for role in plan.roles])
+        else:
+            pieces = [part]
         if len(pieces) > 1:
-            fusions.append(Fusion(part.tensor, tuple(range(len(result), len(result) + len(pieces))), join, doubt))
+            members = tuple(range(len(result), len(result) + len(pieces)))
+            absent = [m for m, role in zip(members, plan.roles, strict=True) if role in plan.absent] if plan else []
+            fusions.append(Fusion(part.tensor, members, plan, frozenset(absent)))
         result += pieces
     return result, fusions
 
 
-def _pieces(
-    part: Part, unit: Unit, values: str, parts: Sequence[Part], siblings: _Siblings, names: dict[tuple[Path, str], str]
-) -> tuple[list[Part], Operation, str]:
-    if len(part.shape) == 3 and (stacked := siblings.stacked(part)):
-        pieces = [replace(part, path=path, shape=part.shape[1:], view=Unstack(0, e)) for e, path in enumerate(stacked)]
-        split = [_split(piece, unit.path, siblings.plan(piece, words(piece.path[-2])), {}) for piece in pieces]
-        size = len(split[0][0])
-        join: Operation = Grouped(size, split[0][1]) if size > 1 else Copy()
-        return [piece for group, _ in split for piece in group], chain(join, Stack(0)), ""
-    plan = siblings.plan(part, words(unit.path[-1]))
-    if plan is None and values == "bias" and "weight" in (kinds := dict(unit.parts)):
-        weight = siblings.plan(parts[kinds["weight"]], words(unit.path[-1]))
-        if weight is not None and weight.dim == 0 and part.shape == (sum(weight.sizes),):
-            plan = weight
-    pieces, join = _split(part, unit.path, plan, names)
-    return pieces, join, plan.doubt if plan else ""
+def _slices(part: Part, siblings: _Siblings) -> list[Part]:
+    """Take a stacked tensor apart, where the other side has a list of modules instead."""
+    if len(part.shape) != 3:
+        return []
+    views = siblings.stacked(part)
+    shapes = [output_shapes(view, [part.shape])[0] for _, view in views[:1]] * len(views)
+    return [
+        replace(part, path=path, shape=shape, view=chain(part.view, view))
+        for (path, view), shape in zip(views, shapes, strict=True)
+    ]
 
 
-def _split(
-    part: Part, path: Path, plan: _Plan | None, names: dict[tuple[Path, str], str]
-) -> tuple[list[Part], Operation]:
-    if plan is None:
-        return [part], Copy()
-    if not isinstance(part.view, Copy):  # a slice of a stacked tensor
-        parent, leaf = part.path[:-2], part.path[-1]
-    else:
-        parent, leaf = path[:-1], part.path[-1] if len(part.path) > len(path) else kind(part.path[-1])[0]
+def _split_slice(part: Part, siblings: _Siblings) -> list[Part]:
+    plan = siblings.plan(part, words(part.path[-2]))
+    return [part] if plan is None else _split(part, plan, [(*part.path[:-2], role, "weight") for role in plan.roles])
+
+
+def _plan(index: int, unit: Unit, parts: Sequence[Part], siblings: _Siblings) -> Plan | None:
+    """Plan how to split a tensor; a bias follows its weight."""
+    part, fused, kinds = parts[index], words(unit.path[-1]), dict(unit.parts)
+    plan = siblings.plan(part, fused)
+    weight = kinds.get("weight")
+    if plan is None and weight is not None and kinds.get("bias") == index:
+        plan = siblings.plan(parts[weight], fused)
+        if plan is None or plan.dim != 0 or part.shape != (sum(plan.sizes),):
+            return None
+    return plan
+
+
+def _split(part: Part, plan: Plan, paths: Sequence[Path]) -> list[Part]:
     pieces, start = [], 0
-    for role, size in zip(plan.roles, plan.sizes, strict=True):
+    for path, size in zip(paths, plan.sizes, strict=True):
         shape = (*part.shape[: plan.dim], size, *part.shape[plan.dim + 1 :])
         view = chain(part.view, Split(plan.dim, start, size))
-        path = (*parent, names.get((parent, role), role), leaf)
         pieces.append(replace(part, path=path, shape=shape, view=view, turned=plan.dim == 1))
         start += size
-    return pieces, Concatenate(plan.dim)
+    return pieces
 
 
 def _role_names(units: Sequence[Unit]) -> dict[tuple[Path, str], str]:
@@ -163,20 +175,24 @@ class _Siblings:
                 shapes = {shape for _, of in members for shape in of.values() if len(shape) == 2}
                 self.lists.setdefault(lengths[path[:-1]], set()).update(shapes)
 
-    def stacked(self, part: Part) -> list[Path]:
-        """Name the slices of a stacked tensor, where the other side has a list of modules instead."""
+    def stacked(self, part: Part) -> list[tuple[Path, Operation]]:
+        """Name the slices of a stacked tensor and what takes them out, where the other side has a list of modules."""
         count, *rest = part.shape
         shapes = self.lists.get(count, set())
         if part.shape in self.shapes or not shapes:
             return []
-        fits = tuple(rest) in shapes or any(shape[0] * 2 == rest[0] and shape[1] == rest[1] for shape in shapes)
+        halves = {(2 * shape[0], shape[1]) for shape in shapes}
+        ways = [way for way in ((rest[0], rest[1]), (rest[1], rest[0])) if way in shapes or way in halves]
+        if not ways:
+            return []
         name = part.path[-1]
         above, role = (
             (part.path[:-2], part.path[-2]) if name == "weight" and len(part.path) > 1 else (part.path[:-1], name)
         )
-        return [(*above, str(index), role, "weight") for index in range(count)] if fits else []
+        turn = Copy() if ways[0] == tuple(rest) else Transpose()
+        return [((*above, str(index), role, "weight"), chain(Unstack(0, index), turn)) for index in range(count)]
 
-    def plan(self, part: Part, named: Sequence[str]) -> _Plan | None:
+    def plan(self, part: Part, named: Sequence[str]) -> Plan | None:
         """Decide whether the other side calls for a split of this tensor, and which."""
         shape = squeeze(part.shape)
         if len(shape) != len(part.shape) or not shape:
@@ -185,17 +201,17 @@ class _Siblings:
         for word in fused:
             if (word, shape) in self.whole or (word, shape[::-1]) in self.whole:
                 return None
-            for dim, roles, sizes in self._splits(word, shape):
-                return _Plan(dim, sizes, roles, "")
+            for plan in self._splits(word, shape):
+                return plan
         if shape in self.shapes or shape[::-1] in self.shapes or len(shape) < 2:
             return None
         for sizes in sorted(self.in_order.get(shape[1:], ())):
             if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]])):
                 roles = FUSED[fused[0]] if fused else FUSED["qkv"] if len(sizes) == 3 else FUSED["gateup"]
-                return _Plan(0, sizes, roles, BY_ORDER if len(sizes) == 2 else UNTOLD)
+                return Plan(0, sizes, roles, BY_ORDER if len(sizes) == 2 else UNTOLD)
         return None
 
-    def _splits(self, word: str, shape: Sizes) -> Iterator[tuple[int, tuple[str, ...], Sizes]]:
+    def _splits(self, word: str, shape: Sizes) -> Iterator[Plan]:
         roles = FUSED[word]
         for dim in range(len(shape) if len(shape) < 3 else 1):
             rest = (*shape[:dim], *shape[dim + 1 :])
@@ -204,6 +220,6 @@ class _Siblings:
                     continue
                 for sizes in sorted(sides):
                     if present == roles and sum(sizes) == shape[dim]:
-                        yield dim, roles, sizes
+                        yield Plan(dim, sizes, roles)
                     elif len(set(sizes)) == 1 and sizes[0] * len(roles) == shape[dim]:
-                        yield dim, roles, sizes[:1] * len(roles)
+                        yield Plan(dim, sizes[:1] * len(roles), roles, absent=frozenset(roles) - set(present))

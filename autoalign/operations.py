@@ -2,17 +2,30 @@
 
 An operation takes a list of tensors and gives a list of tensors, so that operations compose: most apply to each tensor,
 ``Chain`` applies one after another, ``Grouped`` applies one to every run of ``size`` tensors. The
-operation of a match, applied to its sources, gives one tensor.
+operation of a match, applied to its sources, gives one tensor. ``trace`` tells how each input is got back.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from autoalign.errors import NotInvertibleError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Where one input of an operation went, and how it is got back from there."""
+
+    output: int  # which of the outputs holds it
+    view: Operation  # what part of the input it is: Copy for all of it
+    restore: Operation  # from that output back to this part
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +41,14 @@ class Operation(ABC):
         """Whether elements of a source are left out, as in a split."""
         return False
 
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:  # noqa: ARG002, others need them
+        """Follow each input, of the given shapes, to the output that holds it.
+
+        Raises:
+            NotInvertibleError: The operation changes values, so that no input can be got back.
+        """
+        raise NotInvertibleError(f"'{self}' changes values; what it was made from cannot be got back.")
+
     def __str__(self) -> str:
         return type(self).__name__.lower()
 
@@ -38,6 +59,9 @@ class Copy(Operation):
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
+
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return [Trace(place, Copy(), Copy()) for place in range(len(shapes))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +80,9 @@ class Reshape(Operation):
     def __str__(self) -> str:
         return f"reshape{list(self.shape)}"
 
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return [Trace(place, Copy(), Reshape(tuple(shape))) for place, shape in enumerate(shapes)]
+
 
 @dataclass(frozen=True, slots=True)
 class Transpose(Operation):
@@ -63,6 +90,9 @@ class Transpose(Operation):
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor.transpose(0, 1) for tensor in tensors]
+
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return [Trace(place, Copy(), self) for place in range(len(shapes))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +110,10 @@ class Permute(Operation):
 
     def __str__(self) -> str:
         return f"permute{list(self.dims)}"
+
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        back = Permute(tuple(self.dims.index(dim) for dim in range(len(self.dims))))
+        return [Trace(place, Copy(), back) for place in range(len(shapes))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +138,9 @@ class Split(Operation):
     def __str__(self) -> str:
         return f"split(dim {self.dim}, {self.start}:{self.start + self.length})"
 
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return [Trace(place, self, Copy()) for place in range(len(shapes))]
+
 
 @dataclass(frozen=True, slots=True)
 class Unstack(Operation):
@@ -122,6 +159,9 @@ class Unstack(Operation):
     def __str__(self) -> str:
         return f"unstack(dim {self.dim}, {self.index})"
 
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return [Trace(place, self, Copy()) for place in range(len(shapes))]
+
 
 @dataclass(frozen=True, slots=True)
 class Concatenate(Operation):
@@ -139,6 +179,10 @@ class Concatenate(Operation):
     def __str__(self) -> str:
         return f"concatenate(dim {self.dim})"
 
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        lengths = [shape[self.dim] for shape in shapes]
+        return [Trace(0, Copy(), Split(self.dim, sum(lengths[:k]), length)) for k, length in enumerate(lengths)]
+
 
 @dataclass(frozen=True, slots=True)
 class Stack(Operation):
@@ -151,6 +195,30 @@ class Stack(Operation):
 
     def __str__(self) -> str:
         return f"stack(dim {self.dim})"
+
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return [Trace(0, Copy(), Unstack(self.dim, index)) for index in range(len(shapes))]
+
+
+@dataclass(frozen=True, slots=True)
+class InsertZeros(Operation):
+    """A tensor of zeros before input ``index``, such as the bias of a key projection that has none.
+
+    >>> InsertZeros(0, (1,)).apply([torch.ones(1)])
+    [tensor([0.]), tensor([1.])]
+    """
+
+    index: int
+    shape: Shape
+
+    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [*tensors[: self.index], tensors[0].new_zeros(self.shape), *tensors[self.index :]]
+
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return [Trace(place + (place >= self.index), Copy(), Copy()) for place in range(len(shapes))]
+
+    def __str__(self) -> str:
+        return f"zeros{list(self.shape)} at {self.index}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +242,10 @@ class Grouped(Operation):
     def __str__(self) -> str:
         return f"{self.operation} by {self.size}"
 
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        groups = [self.operation.trace(shapes[start : start + self.size]) for start in range(0, len(shapes), self.size)]
+        return _numbered(groups)
+
 
 @dataclass(frozen=True, slots=True)
 class Parallel(Operation):
@@ -194,6 +266,9 @@ class Parallel(Operation):
 
     def __str__(self) -> str:
         return "(" + ", ".join(str(operation) for operation in self.operations) + ")"
+
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return _numbered([step.trace([shape]) for step, shape in zip(self.operations, shapes, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +294,29 @@ class Chain(Operation):
     def __str__(self) -> str:
         return " + ".join(str(step) for step in self.steps)
 
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        traces, current = Copy().trace(shapes), list(shapes)
+        forward: list[Operation | None] = [Copy()] * len(shapes)  # from each input so far; None once it was joined
+        for step in self.steps:
+            then = [step.trace(current)[trace.output] for trace in traces]
+            alone = [_on_one(step, trace.output) for trace in traces]
+            forward = [
+                chain(before, own) if before and own else None for before, own in zip(forward, alone, strict=True)
+            ]
+            traces = [
+                Trace(after.output, *self._part(before, after, whole))
+                for before, after, whole in zip(traces, then, forward, strict=True)
+            ]
+            current = output_shapes(step, current)
+        return traces
+
+    def _part(self, before: Trace, after: Trace, forward: Operation | None) -> tuple[Operation, Operation]:
+        if isinstance(after.view, Copy):
+            return before.view, chain(after.restore, before.restore)
+        if forward is None:
+            raise NotInvertibleError(f"'{self}' takes a part of what it joins; what it was made from is lost.")
+        return forward, Copy()
+
 
 def chain(*steps: Operation) -> Operation:
     """Compose operations, leaving out those that change nothing.
@@ -226,8 +324,42 @@ def chain(*steps: Operation) -> Operation:
     >>> chain(Copy(), Transpose())
     Transpose()
     """
-    flat = [inner for step in steps for inner in (step.steps if isinstance(step, Chain) else (step,))]
-    needed = [step for step in flat if not isinstance(step, Copy)]
+    needed = [inner for step in steps for inner in steps_of(step)]
     if not needed:
         return Copy()
     return needed[0] if len(needed) == 1 else Chain(tuple(needed))
+
+
+def _numbered(groups: Sequence[Sequence[Trace]]) -> list[Trace]:
+    """Number the outputs of operations side by side."""
+    result: list[Trace] = []
+    offset = 0
+    for traces in groups:
+        result += [replace(trace, output=trace.output + offset) for trace in traces]
+        offset += max(trace.output for trace in traces) + 1
+    return result
+
+
+def _on_one(operation: Operation, place: int) -> Operation | None:
+    """Tell what an operation does to one of its inputs alone; None where it joins it with others."""
+    if isinstance(operation, Parallel):
+        return operation.operations[place]
+    if isinstance(operation, InsertZeros):
+        return Copy()
+    return None if isinstance(operation, Concatenate | Stack | Grouped) else operation
+
+
+def output_shapes(operation: Operation, shapes: Sequence[Shape]) -> list[Shape]:
+    """Tell the shapes that an operation gives for inputs of the given shapes.
+
+    >>> output_shapes(Concatenate(0), [(1, 3), (2, 3)])
+    [(3, 3)]
+    """
+    return [tuple(tensor.shape) for tensor in operation.apply([torch.empty(shape, device="meta") for shape in shapes])]
+
+
+def steps_of(operation: Operation) -> tuple[Operation, ...]:
+    """List the steps of an operation, without those that change nothing."""
+    if isinstance(operation, Chain):
+        return operation.steps
+    return () if isinstance(operation, Copy) else (operation,)

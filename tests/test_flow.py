@@ -12,7 +12,7 @@ import autoalign
 
 FLOW = (
     # values
-    *("errors", "specs", "operations", "alignment"),
+    *("errors", "specs", "operations", "joining", "alignment", "inversion"),
     # what a person reads
     *("folding", "leftovers", "layout", "report"),
     # any format -> tensor specs
@@ -40,7 +40,7 @@ FLOW = (
     *("demo", "cli", "__main__"),
 )
 # an alignment prints itself, and the report reads alignments
-BACKWARDS_WHEN_CALLED = {("alignment", "report")}
+BACKWARDS_WHEN_CALLED = {("alignment", "report"), ("alignment", "inversion")}
 # needed for a match or a screen, not for an import
 LATE = ("networkx", "rapidfuzz", "rich", "safetensors", "scipy")
 
