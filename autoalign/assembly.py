@@ -10,6 +10,7 @@ from autoalign.alignment import Candidate, Match
 from autoalign.doubts import DOUBTED, Style, doubt_about, style_of
 from autoalign.fusion import BY_ORDER, UNTOLD, Fusion
 from autoalign.joining import joined
+from autoalign.kernels import as_in_torch
 from autoalign.operations import InsertZeros, Operation, Parallel, chain
 from autoalign.specs import TensorSpec, tied_groups
 from autoalign.units import Part, parts_of
@@ -27,7 +28,7 @@ class SideParts:
 
     @staticmethod
     def of(specs: Sequence[TensorSpec]) -> SideParts:
-        return SideParts(tuple(specs), tuple(parts_of(specs)))
+        return SideParts(tuple(specs), tuple(as_in_torch(parts_of(specs))))
 
     def key(self, part: Part) -> str:
         return self.specs[part.tensor].key

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from autoalign.vocabulary import KINDS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, STATISTICS
 
 _SEPARATORS = re.compile(r"[./]")
+_OUTPUT = re.compile(r":\d+$")  # of a TensorFlow variable, as in "kernel:0"
 _DIGITS = re.compile(r"\d{1,18}")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
@@ -22,7 +23,7 @@ def components(key: str) -> tuple[str, ...]:
     >>> components("encoder.layer.0.attn.qkv.weight")
     ('encoder', 'layer', '0', 'attn', 'qkv', 'weight')
     """
-    return tuple(_SEPARATORS.split(key))
+    return tuple(_SEPARATORS.split(_OUTPUT.sub("", key)))
 
 
 @lru_cache(maxsize=65536)

@@ -7,6 +7,7 @@ of one module are a unit of their own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,9 @@ from autoalign.graph import Path
 from autoalign.names import components, kind
 from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
+from autoalign.vocabulary import COLLECTIONS
+
+_JOINT = re.compile(r"_(?=\d)|(?<=\d)_")  # in "features_5_conv_2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +37,23 @@ class Part:
 def parts_of(specs: Sequence[TensorSpec]) -> list[Part]:
     """Make one part of each tensor.
 
-    Integers of eight bits are quantised floats; wider ones are indices and counters.
+    Integers of eight bits are quantised floats; wider ones are indices and counters. A layer's statistics that stand
+    in a collection of their own, as those of Flax do, are taken back to the layer, and the names of a flat list of
+    layers are taken apart at their numbers.
+
+    >>> spec = TensorSpec("conv2_block1_bn/gamma:0", (8,), torch.float32)
+    >>> parts_of([spec])[0].path
+    ('conv2', 'block1', 'bn', 'gamma')
     """
-    return [Part(index, components(spec.key), spec.shape, _numeric(spec.dtype)) for index, spec in enumerate(specs)]
+    paths = [components(spec.key) for spec in specs]
+    if len(tops := {path[0] for path in paths if len(path) > 1}) > 1 and tops <= COLLECTIONS:
+        paths = [path[1:] if len(path) > 1 else path for path in paths]
+    if max(map(len, paths), default=0) == 2:  # the module tree is written into the layers' names
+        paths = [(*_JOINT.split(path[0]), path[1]) if len(path) == 2 else path for path in paths]
+    return [
+        Part(index, path, spec.shape, _numeric(spec.dtype))
+        for index, (path, spec) in enumerate(zip(paths, specs, strict=True))
+    ]
 
 
 def _numeric(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ SYNONYMS: dict[str, str] = {
     "linear": "lin dense",
     "embed": "embedding embeddings embeds emb embedder",
     # attention
-    "attn": "attention att mha msa",
+    "attn": "attention att mha msa multiheadattention multiheaddotproductattention",
     "self attn": "sa selfattn selfattention",
     "cross attn": "crossattn crossattention encdecattention encdecattn encoderattn xattn",
     "q": "query queries wq qw",
@@ -42,13 +42,14 @@ SYNONYMS: dict[str, str] = {
     "pos": "position positions positional",
     "tok": "token tokens word words",
     "tok embed": "wte",
-    "pos embed": "wpe",
+    "pos embed": "wpe posembed",
     "cls": "class",
     "dist": "distillation distilled distil",
     "rel": "relative",
     "spec": "spectrogram",
     "patch": "patches",
     # structure
+    "encoder block": "encoderblock",
     "block": "blocks blk layer layers resblock resblocks h unit units",
     "stage": "stages",
     "shortcut": "downsample skip residual identity",
@@ -124,6 +125,9 @@ KINDS: dict[str, str] = {
     "mean": "mean",
     "var": "var",
 }
+
+# The collections in which Flax keeps what a module owns.
+COLLECTIONS: frozenset[str] = frozenset({"params", "batch_stats"})
 
 # The whole names of a norm's statistics.
 STATISTICS: dict[str, str] = {

@@ -18,7 +18,7 @@ FLOW = (
     # any format -> tensor specs
     *("containers", "checkpoint"),
     # names and the module graph
-    *("vocabulary", "names", "graph", "units", "namesakes"),
+    *("vocabulary", "names", "graph", "units", "kernels", "namesakes"),
     # candidates -> matching -> alignment
     *(
         "candidates",

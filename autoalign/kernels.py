@@ -1,0 +1,102 @@
+"""Kernels: layers laid out as JAX, Keras and TensorFlow do, seen as torch lays them out.
+
+There, a dense kernel is ``(in, out)``, that of a convolution ``(*spatial, in, out)``, and those of attention keep heads
+apart: ``(in, heads, head_dim)`` and ``(heads, head_dim, out)``. A layout is a property of a whole checkpoint: where its
+names or its own biases tell it, each tensor is viewed in torch's layout before anything is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+from autoalign.names import words
+from autoalign.operations import Operation, Permute, Reshape, Transpose, chain, output_shapes
+from autoalign.units import Part, Unit, units_of
+from autoalign.vocabulary import FUSED
+
+Shape = tuple[int, ...]
+
+_ROLES = frozenset(role for roles in FUSED.values() for role in roles)
+
+
+def as_in_torch(parts: Sequence[Part]) -> list[Part]:
+    """View the parts of one side as torch lays them out; those that are laid out so already stay as they are.
+
+    >>> (part,) = as_in_torch([Part(0, ("dense", "kernel"), (8, 4), "float")])
+    >>> part.shape, part.view
+    ((4, 8), Transpose())
+    """
+    units = [unit for unit in units_of(parts) if "weight" in dict(unit.parts)]
+    shapes = [{values: parts[index].shape for values, index in unit.parts} for unit in units]
+    named = [_is_kernel(parts[dict(unit.parts)["weight"]]) for unit in units]
+    spatial_first = any(named) or sum(map(_spatial_first, shapes)) > 0
+    heads = {
+        of["weight"][1:]
+        for unit, of, is_kernel in zip(units, shapes, named, strict=True)
+        if is_kernel and _keeps_heads(unit, of)
+    }
+    result = list(parts)
+    for unit, of, is_kernel in zip(units, shapes, named, strict=True):
+        kinds = dict(unit.parts)
+        view = None
+        if is_kernel:
+            view = _kernel_view(unit, of, heads)
+        elif spatial_first and len(of["weight"]) > 3:
+            view = _convolution(of["weight"])
+        if view is None:
+            continue
+        result[kinds["weight"]] = _viewed(parts[kinds["weight"]], view)
+        if len(of.get("bias", ())) > 1:
+            result[kinds["bias"]] = _viewed(parts[kinds["bias"]], Reshape((prod(of["bias"]),)))
+    return result
+
+
+def _is_kernel(part: Part) -> bool:
+    return part.path[-1].lower().endswith("kernel")
+
+
+def _viewed(part: Part, view: Operation) -> Part:
+    (shape,) = output_shapes(view, [part.shape])
+    return replace(part, shape=shape, view=chain(part.view, view))
+
+
+def _kernel_view(unit: Unit, shapes: Mapping[str, Shape], heads: set[Shape]) -> Operation | None:
+    """Tell how a kernel of JAX, Keras or TensorFlow is turned into a weight of torch."""
+    weight, bias = shapes["weight"], shapes.get("bias")
+    if len(weight) < 2:
+        return None
+    if len(weight) == 2:
+        return Transpose()
+    if _keeps_heads(unit, shapes):
+        return chain(Reshape((weight[0], prod(weight[1:]))), Transpose())
+    if len(weight) == 3 and weight[:2] in heads and bias in (None, weight[2:]):
+        return chain(Reshape((prod(weight[:2]), weight[2])), Transpose())
+    return _convolution(weight)
+
+
+def _keeps_heads(unit: Unit, shapes: Mapping[str, Shape]) -> bool:
+    """Tell a kernel that maps to several heads: its bias has them too, or its name is that of a projection."""
+    weight, bias = shapes["weight"], shapes.get("bias")
+    if bias is not None:
+        return len(bias) > 1 and weight[1:] == bias
+    return len(weight) == 3 and not _ROLES.isdisjoint(words(unit.path[-1]))
+
+
+def _convolution(weight: Shape) -> Operation:
+    last = len(weight) - 1
+    return Permute((last, last - 1, *range(last - 1)))
+
+
+def _spatial_first(shapes: Mapping[str, Shape]) -> int:
+    """Vote on where the weight of a convolution has its spatial dimensions: 1 first, -1 last, 0 no telling."""
+    weight, bias = shapes["weight"], shapes.get("bias")
+    if len(weight) < 4:
+        return 0
+    if bias is not None and bias in (weight[:1], weight[-1:]) and weight[0] != weight[-1]:
+        return 1 if bias == weight[-1:] else -1
+    first, last = weight[0] == weight[1], weight[-1] == weight[-2]
+    if first == last:
+        return (weight[0] < weight[-1]) - (weight[0] > weight[-1]) if first else 0
+    return 1 if first else -1
