@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 from autoalign.alignment import Candidate, Match
-from autoalign.doubts import DOUBTED, Style, doubt_about, style_of
-from autoalign.fusion import BY_ORDER, UNTOLD, Fusion
-from autoalign.joining import joined
+from autoalign.doubts import DOUBTED, TOLD, Style, doubt_about, other_layouts, style_of
+from autoalign.fusion import BY_ORDER, Fusion
+from autoalign.joining import joined, place_of
 from autoalign.kernels import as_in_torch
-from autoalign.operations import InsertZeros, Operation, Parallel, chain
+from autoalign.names import components
+from autoalign.operations import Copy, InsertZeros, Operation, Parallel, Shape, chain
 from autoalign.specs import TensorSpec, tied_groups
 from autoalign.units import Part, parts_of
 
+_NO_BIAS = "the source has no bias here, which is one of zeros"
 _BY_ORDER = 0.85  # how far a match is believed whose parts were told apart by their order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SideParts:
     """What takes part of one side in matching."""
 
     specs: tuple[TensorSpec, ...]
     parts: tuple[Part, ...]
     fusions: tuple[Fusion, ...] = ()
+    config: Mapping[str, object] = field(default_factory=dict)  # what is known of its network, as it was found
 
     @staticmethod
     def of(specs: Sequence[TensorSpec]) -> SideParts:
@@ -32,11 +34,6 @@ class SideParts:
 
     def key(self, part: Part) -> str:
         return self.specs[part.tensor].key
-
-    @cached_property
-    def doubt_of(self) -> dict[int, str]:
-        """Why the parts of fused tensors might be laid out otherwise."""
-        return {part: fusion.plan.doubt for fusion in self.fusions if fusion.plan for part in fusion.parts}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,8 @@ def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) 
 
     A bias that the source does not have beside those that it has (that of the key, often) is zero.
     """
-    styles = style_of(source.specs, source.parts), style_of(target.specs, target.parts)
+    styles = style_of(source.specs, source.parts, source.config), style_of(target.specs, target.parts, target.config)
+    layouts = _layouts(source, styles), _layouts(target, styles)
     wholes: dict[int, list[int]] = {}
     for part, piece in enumerate(target.parts):
         wholes.setdefault(piece.tensor, []).append(part)
@@ -66,56 +64,119 @@ def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) 
         if len(target.parts[part].shape) == 1 and part not in found
     }
     return [
-        _match(source, target, parts, found, styles)
+        _match(source, target, parts, found, styles, layouts)
         for parts in wholes.values()
         if any(part in found for part in parts) and all(part in found or part in absent for part in parts)
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Layouts:
+    """The other layouts of a fused tensor, as one of its parts sees them."""
+
+    reason: str
+    views: tuple[Operation, ...]  # what takes the part out of the tensor in each of them
+    told: bool
+
+
+def _layouts(side: SideParts, styles: tuple[Style, Style]) -> dict[int, _Layouts]:
+    """Find, for the parts of fused tensors, how else they might be taken out."""
+    result = {}
+    for fusion in side.fusions:
+        reason, ways, told = other_layouts(fusion, components(side.specs[fusion.tensor].key), styles)
+        if reason:
+            for place, part in enumerate(fusion.parts):
+                result[part] = _Layouts(reason, tuple(views[place] for views in ways), told)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What fills a part of a target tensor."""
+
+    key: str | None  # of the source tensor; None for zeros
+    view: Operation  # from that tensor to the part
+    shape: Shape
+
+
 def _match(
-    source: SideParts, target: SideParts, parts: Sequence[int], found: Mapping[int, Found], styles: tuple[Style, Style]
+    source: SideParts,
+    target: SideParts,
+    parts: Sequence[int],
+    found: Mapping[int, Found],
+    styles: tuple[Style, Style],
+    layouts: tuple[Mapping[int, _Layouts], Mapping[int, _Layouts]],
 ) -> Match:
-    pieces = [found[part] for part in parts if part in found]
-    least = min(pieces, key=lambda piece: piece.confidence)
-    confidence = least.confidence
-    warnings = {
-        text
-        for text in (
-            *(target.doubt_of.get(part, "") for part in parts),
-            *(source.doubt_of.get(piece.source, "") for piece in pieces),
-        )
-        if text
-    }
+    least = min((found[part] for part in parts if part in found), key=lambda piece: piece.confidence)
+    confidence, shape = least.confidence, target.specs[target.parts[parts[0]].tensor].shape
+    pieces, views = [], [target.parts[part].view for part in parts]
+    others: dict[int, tuple[Operation, ...]] = {}  # place of a piece -> its other views
+    told, warnings = False, set()
+    for place, part in enumerate(parts):
+        if part not in found:
+            pieces.append(_Piece(None, Copy(), target.parts[part].shape))
+            warnings.add(_NO_BIAS)
+            continue
+        piece = found[part]
+        own = source.parts[piece.source]
+        pieces.append(_Piece(source.key(own), chain(own.view, piece.operation), target.parts[part].shape))
+        if known := layouts[0].get(piece.source):
+            others[place] = tuple(chain(view, piece.operation) for view in known.views)
+            told |= known.told
+            warnings.add(known.reason)
+        elif doubt := doubt_about(own, target.parts[part], piece.operation, styles):
+            others[place] = tuple(chain(own.view, way) for way in doubt.otherwise)
+            told |= doubt.told
+            warnings.add(doubt.reason)
+    ways = [(pieces, views)]
+    for turn in range(max(map(len, others.values()), default=0)):
+        changed = {place: views[turn] for place, views in others.items() if turn < len(views)}
+        ways.append(([replace(p, view=changed.get(k, p.view)) for k, p in enumerate(pieces)], views))
+    known = next((layouts[1][part] for part in parts if part in layouts[1]), None)
+    if known:
+        told |= known.told
+        warnings.add(known.reason)
+        ways += [(pieces, [layouts[1][part].views[turn] for part in parts]) for turn in range(len(known.views))]
+    if told:
+        ways[:2] = ways[1::-1]
     if BY_ORDER in warnings:
         confidence *= _BY_ORDER
-    if UNTOLD in warnings:
-        confidence = min(confidence, DOUBTED)
-    sources = tuple(source.key(source.parts[piece.source]) for piece in pieces)
-    alternatives = []
-    for part in parts:
-        if part not in found:
-            warnings.add("the source has no bias here, which is one of zeros")
-        elif doubt := doubt_about(source.parts[found[part].source], target.parts[part], styles):
-            confidence = min(confidence, DOUBTED)
-            warnings.add(doubt.reason)
-            if doubt.otherwise:
-                alternatives.append(Candidate(sources, doubt.otherwise, 0.0))
-    if len(pieces) == 1 and least.rival is not None and not alternatives:
+    if warnings - {BY_ORDER, _NO_BIAS}:
+        confidence = min(confidence, TOLD if told else DOUBTED)
+    (sources, operation), *rest = (_put_together(*way, shape) for way in ways)
+    alternatives = [Candidate(sources, operation, 0.0) for sources, operation in rest]
+    if len(parts) == 1 and least.rival is not None and not alternatives:
         rival = source.parts[least.rival]
         alternatives.append(Candidate((source.key(rival),), rival.view, 0.0))
-    views = [chain(source.parts[piece.source].view, piece.operation) for piece in pieces]
-    zeros = [InsertZeros(place, target.parts[part].shape) for place, part in enumerate(parts) if part not in found]
-    join = joined(target.specs[target.parts[parts[0]].tensor].shape, [target.parts[part].view for part in parts])
-    assert join is not None, "the parts of a tensor make it up"
     return Match(
         target=target.key(target.parts[parts[0]]),
         sources=sources,
-        operation=chain(views[0] if len(set(views)) == 1 else Parallel(tuple(views)), *zeros, join),
+        operation=operation,
         confidence=confidence,
         evidence=least.evidence,
         alternatives=tuple(alternatives),
         warnings=tuple(sorted(warnings)),
     )
+
+
+def _put_together(
+    pieces: Sequence[_Piece], views: Sequence[Operation], shape: Shape
+) -> tuple[tuple[str, ...], Operation]:
+    """Name the sources of a tensor and the operation that makes it of them.
+
+    Args:
+        pieces: What fills its parts.
+        views: What takes each part out of it.
+        shape: Of the tensor.
+    """
+    order = sorted(range(len(pieces)), key=lambda place: place_of(views[place]))
+    join = joined(shape, [views[place] for place in order])
+    assert join is not None, "the parts of a tensor make it up"
+    ordered = [pieces[place] for place in order]
+    zeros = [InsertZeros(place, piece.shape) for place, piece in enumerate(ordered) if piece.key is None]
+    steps = [piece.view for piece in ordered if piece.key is not None]
+    sources = tuple(piece.key for piece in ordered if piece.key is not None)
+    return sources, chain(steps[0] if len(set(steps)) == 1 else Parallel(tuple(steps)), *zeros, join)
 
 
 def with_ties(source: SideParts, target: SideParts, matches: Sequence[Match]) -> list[Match]:

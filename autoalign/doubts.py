@@ -1,78 +1,210 @@
 """Doubts: tensors whose shapes fit although their rows may be in another order.
 
-Nothing in two lists of shapes shows these. A match in doubt is proposed, with its other layouts, and not loaded.
+Nothing in two lists of shapes shows these. A match in doubt carries a warning and its other layouts; it is loaded only
+where something else in the two checkpoints tells the layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from math import gcd, prod
 
+from autoalign.fusion import Fusion, Plan
+from autoalign.graph import Path
 from autoalign.names import words
-from autoalign.operations import Operation, Permute, Reshape, chain
+from autoalign.operations import Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
 from autoalign.specs import TensorSpec
 from autoalign.units import Part
-from autoalign.vocabulary import INTERLEAVED, META_STYLE
+from autoalign.vocabulary import CONFIG_HEADS, INTERLEAVED, META_STYLE, MODULATION
 
 DOUBTED = 0.45  # the most that a match in doubt is believed
+TOLD = 0.85  # the most that one is believed whose layout was told by more than its shape
 
-_ROTARY = (
+_USUAL = (64, 128, 80, 96, 32, 256, 112, 72, 88, 48, 40, 160, 192, 16)  # sizes of heads, the most frequent first
+_IMAGE_CHANNELS = 4  # the most channels that an image has
+
+ROTARY = (
     "right shape, but rotary layouts differ between Meta's and Hugging Face's code: "
     "the rows of each query and key head may have to be reordered"
 )
-_FUSED = "right shape, but one side may interleave query, key and value by head"
+BY_HEAD = "right shape, but one side may interleave query, key and value by head"
+_PATCHES = "right shape, but the pixels of a patch may be flattened in another order (channels first or last)"
+_SHIFT = "right shape, but scale and shift of an adaptive norm may be in the other order"
 
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """Why a pair of tensors might not be laid out alike, and what would turn one layout into the other."""
+    """Why a part might be laid out otherwise, and what would turn one layout into the other."""
 
     reason: str
-    otherwise: Operation | None = None
+    otherwise: tuple[Operation, ...] = ()  # from the source's part to the target's, the likeliest first
+    told: bool = False  # whether the first of these is the right one by what else is known
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """What a side's keys tell of the code that they come from."""
+    """What a side tells of the code that it comes from."""
 
     meta: bool  # of Meta's code, which rotates neighbouring rows
     positions: bool  # has tables of positions, so nothing is rotated
-    head_dim: int | None  # as a companion buffer of rotation frequencies tells
+    rotated: int | None  # rows of a head that are rotated, as a companion buffer of frequencies tells
+    head_dim: int | None  # rows of a head, as its config or the norms of its heads tell
+    rows: int  # which the size of a head divides
 
 
-def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part]) -> Style:
-    """Read the style off a side's keys."""
+def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping[str, object]) -> Style:
+    """Read the style off a side's keys, its shapes and its config."""
     names = {component for part in parts for component in part.path}
     found = {frozenset(words(name)) for name in names}
     frequencies = {
         2 * spec.shape[0] for spec in specs if spec.key.endswith(("rope.freqs", "inv_freq")) and len(spec.shape) == 1
     }
+    rows = [part.shape[0] for part in parts if len(part.shape) == 2 and {"q", "k"} & _words(part)]
+    sizes = _head_dims(parts, gcd(*rows) if rows else 0, config)
     return Style(
         meta=bool(names & META_STYLE),
         positions=any({"pos", "embed"} <= of or "rel" in of for of in found),
-        head_dim=frequencies.pop() if len(frequencies) == 1 else None,
+        rotated=frequencies.pop() if len(frequencies) == 1 else None,
+        head_dim=sizes.pop() if len(sizes) == 1 else None,
+        rows=gcd(*rows) if rows else 0,
     )
 
 
-def doubt_about(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | None:
-    """Tell what speaks against taking a source part as it is for a target part of its shape."""
-    own, other = ({word for component in part.path[-3:] for word in words(component)} for part in (source, target))
-    whole = "qkv" in own and "qkv" in other
-    if whole and any(
-        (a in source.path and a not in target.path) or (a in target.path and a not in source.path) for a in INTERLEAVED
-    ):
-        return Doubt(_FUSED)
+def _head_dims(parts: Sequence[Part], rows: int, config: Mapping[str, object]) -> set[int]:
+    """Collect the sizes of heads that a config states, or that norms of single queries and keys have."""
+
+    def stated(names: Sequence[str]) -> int | None:
+        values = [value for name in names if isinstance(value := config.get(name), int) and value > 0]
+        return values[0] if values else None
+
+    heads, width, size = (stated(names) for names in CONFIG_HEADS)
+    if size or (heads and width and width % heads == 0):
+        return {size or width // heads}  # type: ignore[operator] # mypy cannot see that width and heads are there
+    return {
+        part.shape[0]
+        for part in parts
+        if len(part.shape) == 1 and "norm" in _words(part) and {"q", "k"} & _words(part) and part.shape[0] < rows
+    }
+
+
+def _words(part: Part) -> set[str]:
+    return {word for component in part.path[-3:] for word in words(component)}
+
+
+def doubt_about(source: Part, target: Part, operation: Operation, styles: tuple[Style, Style]) -> Doubt | None:
+    """Tell what speaks against taking a source part by this operation for a target part."""
+    doubt = _doubt(source, target, styles)
+    if doubt is None or not isinstance(operation, Transpose) or source.shape[0] >= source.shape[1]:
+        return doubt and replace(doubt, otherwise=tuple(chain(way, operation) for way in doubt.otherwise))
+    turned = _doubt(replace(source, shape=source.shape[::-1]), target, styles)  # its rows are columns in the source
+    return turned and replace(turned, otherwise=tuple(chain(operation, way) for way in turned.otherwise))
+
+
+def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | None:
+    own, other = _words(source), _words(target)
+    if "qkv" in own and "qkv" in other and interleaves(source.path) != interleaves(target.path):
+        return _by_head(source, interleaves(source.path), styles)
     split = {"q", "k"} & own & other and len(source.shape) == 2
-    separate = source.view == target.view  # a part of a fused tensor comes from code that does not rotate neighbours
+    separate = not (source.view.takes_part or target.view.takes_part)  # fused ones come from code that rotates halves
     if split and separate and styles[0].meta != styles[1].meta and not any(style.positions for style in styles):
-        return Doubt(_ROTARY, _reordered(source, styles))
+        return _rotary(source, styles)
+    if {len(source.shape), len(target.shape)} in ({2, 4}, {2, 5}):
+        return _patches(source.shape, target.shape)
+    modulated = [not MODULATION.isdisjoint(found) for found in (own, other)]
+    if modulated[0] != modulated[1] and len(source.shape) == 2 and source.shape[0] == 2 * source.shape[1]:
+        halves = Reshape((2, source.shape[0] // 2, source.shape[1]))
+        return Doubt(_SHIFT, (chain(halves, Flip(0), Reshape(source.shape)),))
     return None
 
 
-def _reordered(source: Part, styles: tuple[Style, Style]) -> Operation | None:
-    head_dim = styles[0].head_dim or styles[1].head_dim
-    if not head_dim or head_dim % 2 or not source.shape or source.shape[0] % head_dim:
+def interleaves(path: Path) -> bool:
+    """Tell whether a fused tensor's name is one of code that lays the roles out head by head."""
+    return not INTERLEAVED.isdisjoint(path)
+
+
+def _rotary(source: Part, styles: tuple[Style, Style]) -> Doubt:
+    known = next((style.rotated or style.head_dim for style in styles if style.rotated or style.head_dim), None)
+    rows, rest = source.shape[0], source.shape[1:]
+    ways: list[Operation] = []
+    for size in _sizes(known, gcd(rows, *(style.rows for style in styles))):
+        if size % 2 == 0 and size > 2:
+            heads, half = rows // size, size // 2
+            pairs = (heads, half, 2, *rest) if styles[0].meta else (heads, 2, half, *rest)
+            swap = Permute((0, 2, 1, *range(3, len(pairs))))
+            ways.append(chain(Reshape(pairs), swap, Reshape(source.shape)))
+    return Doubt(ROTARY, tuple(ways), told=known is not None and bool(ways))
+
+
+def _by_head(source: Part, interleaved: bool, styles: tuple[Style, Style]) -> Doubt:
+    known = next((style.head_dim for style in styles if style.head_dim), None)
+    rows, rest = source.shape[0], source.shape[1:]
+    ways: list[Operation] = []
+    for size in _sizes(known, rows // 3 if rows % 3 == 0 else 0):
+        heads = rows // 3 // size
+        apart = (heads, 3, size, *rest) if interleaved else (3, heads, size, *rest)
+        ways.append(chain(Reshape(apart), Permute((1, 0, 2, *range(3, len(apart)))), Reshape(source.shape)))
+    return Doubt(BY_HEAD, tuple(ways), told=known is not None and bool(ways))
+
+
+def _patches(source: Shape, target: Shape) -> Doubt | None:
+    """Doubt how the kernel of the first convolution was flattened into a matrix."""
+    kernel = max(source, target, key=len)
+    if not 1 < kernel[1] <= _IMAGE_CHANNELS or prod(kernel[2:]) == 1:
         return None
-    heads, half, rest = source.shape[0] // head_dim, head_dim // 2, source.shape[1:]
-    pairs = (heads, half, 2, *rest) if styles[0].meta else (heads, 2, half, *rest)
-    return chain(Reshape(pairs), Permute((0, 2, 1, *range(3, len(pairs)))), Reshape(source.shape))
+    last = (0, *range(2, len(kernel)), 1)
+    if kernel == source:
+        return Doubt(_PATCHES, (Permute(last),))
+    first = Permute((0, len(kernel) - 1, *range(1, len(kernel) - 1)))
+    return Doubt(_PATCHES, (chain(Reshape(tuple(kernel[dim] for dim in last)), first, Reshape(source)),))
+
+
+def _sizes(known: int | None, rows: int) -> list[int]:
+    """List the sizes that heads may have, the likeliest first; more than one head and more than one row."""
+    if known is not None:
+        return [known] if rows and rows % known == 0 else []
+    usual = {size: place for place, size in enumerate(_USUAL)}
+    sizes = [size for size in range(2, rows // 2 + 1) if rows % size == 0]
+    return sorted(sizes, key=lambda size: (usual.get(size, len(usual)), -size))
+
+
+def other_layouts(
+    fusion: Fusion, path: Path, styles: tuple[Style, Style]
+) -> tuple[str, list[tuple[Operation, ...]], bool]:
+    """List the other ways to take the parts out of a fused tensor: in another order, or head by head.
+
+    Args:
+        fusion: How it was split.
+        path: Its name.
+        styles: Of both sides.
+
+    Returns:
+        The reason to doubt, empty for none; for each other layout, what takes each part out; and whether the first of
+        them is the right one by what else is known.
+    """
+    plan = fusion.plan
+    if plan is None:
+        return "", [], False
+    if plan.doubt:
+        orders = list(permutations(range(len(plan.sizes))))[1:] if len(set(plan.sizes)) == 1 else []
+        ways = [tuple(Split(plan.dim, place * plan.sizes[0], plan.sizes[0]) for place in order) for order in orders]
+        return plan.doubt, [tuple(chain(fusion.base, view) for view in views) for views in ways], False
+    least = min(plan.sizes)
+    if not interleaves(path) or any(size % least for size in plan.sizes):
+        return "", [], False
+    known = next((style.head_dim for style in styles if style.head_dim), None)
+    sizes = [size for size in _sizes(known, least) if least > size]
+    heads = [_by_groups(fusion, plan, least // size, size) for size in sizes]
+    return (BY_HEAD if len(heads) or known is None else ""), heads, known is not None
+
+
+def _by_groups(fusion: Fusion, plan: Plan, groups: int, size: int) -> tuple[Operation, ...]:
+    """Take the parts out of a tensor that holds, group by group, the heads of each role."""
+    heads = [length // groups // size for length in plan.sizes]
+    before, after = fusion.shape[: plan.dim], fusion.shape[plan.dim + 1 :]
+    apart = chain(fusion.base, Reshape((*before, groups, sum(heads), size, *after)))
+    return tuple(
+        chain(apart, Split(plan.dim + 1, sum(heads[:role]), count), Reshape((*before, groups * count * size, *after)))
+        for role, count in enumerate(heads)
+    )

@@ -30,6 +30,8 @@ class Fusion:
 
     tensor: int
     parts: tuple[int, ...]  # in the order in which the tensor holds them
+    base: Operation  # lays the tensor out as torch does, before it is split
+    shape: tuple[int, ...]  # of the tensor in that layout
     plan: Plan | None = None  # None for a stack
     absent: frozenset[int] = frozenset()  # those of the parts that the other side does not have at all
 
@@ -71,7 +73,7 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
         if len(pieces) > 1:
             members = tuple(range(len(result), len(result) + len(pieces)))
             absent = [m for m, role in zip(members, plan.roles, strict=True) if role in plan.absent] if plan else []
-            fusions.append(Fusion(part.tensor, members, plan, frozenset(absent)))
+            fusions.append(Fusion(part.tensor, members, part.view, part.shape, plan, frozenset(absent)))
         result += pieces
     return result, fusions
 

@@ -117,6 +117,26 @@ class Permute(Operation):
 
 
 @dataclass(frozen=True, slots=True)
+class Flip(Operation):
+    """The slices of dimension ``dim`` in reverse order.
+
+    >>> Flip(0).apply([torch.tensor([1, 2])])
+    [tensor([2, 1])]
+    """
+
+    dim: int
+
+    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.flip(self.dim) for tensor in tensors]
+
+    def __str__(self) -> str:
+        return f"flip(dim {self.dim})"
+
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return [Trace(place, Copy(), self) for place in range(len(shapes))]
+
+
+@dataclass(frozen=True, slots=True)
 class Split(Operation):
     """The part ``start : start + length`` of dimension ``dim``.
 

@@ -112,7 +112,17 @@ RELATED: tuple[tuple[str, str, float], ...] = (
 FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gateup": ("gate", "up")}
 
 # Names that fused tensors have in code that lays the roles out head by head.
-INTERLEAVED: tuple[str, ...] = ("query_key_value", "linear_qkv")
+INTERLEAVED: frozenset[str] = frozenset({"query_key_value", "linear_qkv"})
+
+# Words for layers that give the scale and shift of an adaptive norm.
+MODULATION: frozenset[str] = frozenset({"ada", "modulation", "film"})
+
+# What configs call the number of heads, the width that they share, and the rows of one head.
+CONFIG_HEADS: tuple[tuple[str, ...], ...] = (
+    ("num_attention_heads", "n_heads", "n_head", "num_heads", "encoder_attention_heads"),
+    ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "hidden_dim"),
+    ("head_dim", "kv_channels", "head_size", "d_kv"),
+)
 
 # Names that tell code which rotates neighbouring rows of queries and keys, as Meta's Llama does.
 META_STYLE: frozenset[str] = frozenset({"wq", "wk", "tok_embeddings"})
