@@ -120,17 +120,35 @@ HUGGING_FACE: Shapes = {
 REST: Shapes = {"v": (16, 32), "o": (32, 32)}
 
 
-def test_rotary_layouts_are_doubted_and_the_other_one_is_offered() -> None:
+def rotated(*, frequencies: bool) -> Alignment:
     source = META | {f"layers.#.attention.w{role}.weight": shape for role, shape in REST.items()}
     target = HUGGING_FACE | {f"model.layers.#.self_attn.{role}_proj.weight": shape for role, shape in REST.items()}
-    alignment = autoalign.align(state(blocks(source) | {"rope.freqs": (4,)}), state(blocks(target)))
+    companion: Shapes = {"rope.freqs": (4,)} if frequencies else {}
+    return autoalign.align(state(blocks(source) | companion), state(blocks(target)))
+
+
+def test_rotary_layouts_are_doubted_and_the_others_are_offered() -> None:
+    alignment = rotated(frequencies=False)
     assert {match.target.split(".")[-2] for match in alignment.ambiguous} == {"q_proj", "k_proj"}
     assert {match.target.split(".")[-2] for match in alignment.matches} == {"v_proj", "o_proj"}
     query = alignment.ambiguous[0]
     assert "rotary" in query.warnings[0]
     weight = torch.randn(32, 32)
-    (turned,) = query.alternatives[0].operation.apply([weight])
-    assert torch.equal(turned, weight.reshape(4, 4, 2, 32).transpose(1, 2).reshape(32, 32))
+    offered = [way.operation.apply([weight])[0] for way in query.alternatives]
+    for size in (4, 8, 16):  # rows of a head
+        turned = weight.reshape(32 // size, size // 2, 2, 32).transpose(1, 2).reshape(32, 32)
+        assert any(torch.equal(turned, other) for other in offered), size
+
+
+def test_a_rotary_layout_is_taken_where_a_buffer_of_frequencies_tells_the_size_of_heads() -> None:
+    alignment = rotated(frequencies=True)
+    assert not alignment.ambiguous
+    query = next(match for match in alignment.matches if match.target.endswith("q_proj.weight"))
+    assert query.confidence < 0.9
+    assert "rotary" in query.warnings[0]
+    weight = torch.randn(32, 32)
+    assert torch.equal(query.operation.apply([weight])[0], weight.reshape(4, 4, 2, 32).transpose(1, 2).reshape(32, 32))
+    assert str(query.alternatives[0].operation) == "copy"
 
 
 def test_names_are_believed_where_nearly_all_are_shared() -> None:
