@@ -2,7 +2,8 @@
 
 A training script saves more than one state dict under one name. What a checkpoint holds is told from its structure:
 every mapping with tensors below it is looked at, whatever it is called, and the state of optimizers, schedulers and
-the like is left out. A tree of mappings that only mirrors the module tree is one state dict, with joined keys.
+the like is left out. A tree of mappings that only mirrors the module tree is one state dict, with joined keys, and so
+are trees of the same modules with different tensors, as Flax keeps parameters and batch statistics apart.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from autoalign.arrays import as_tensor, torch_dtype
 from autoalign.errors import CheckpointError, InputError
 from autoalign.specs import TensorSpec, specs_of
+from autoalign.stored import Stored
 
 # words in the names that people give to what they save; "model_state_dict" has three of them
 _MODEL_WORDS = frozenset({"state", "model", "module", "net", "network", "student", "online", "generator", "params"})
@@ -26,6 +29,7 @@ COPY_WORDS = frozenset({"ema", "teacher", "momentum", "target", "swa", "average"
 _TRAINING_WORDS = frozenset(
     {"optimizer", "optimizers", "optim", "opt", "scaler", "scheduler", "schedulers", "amp", "rng", "callbacks", "loops"}
 )
+_DEEPEST, _MOST = 64, 2**18  # mappings in each other, and in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +43,10 @@ class Entry:
     def read(self) -> Tensor:
         """Read the tensor, without its gradient history; a numpy array becomes a tensor over the same memory."""
         value = self.owner[self.name]
+        if isinstance(value, Stored):
+            return value.read()
         if isinstance(value, np.ndarray):
-            # torch refuses negative strides and warns of arrays that cannot be written to; only those are copied
-            return torch.from_numpy(np.require(value, requirements=("C", "W")))
+            return as_tensor(value, self.spec.dtype)
         if not isinstance(value, Tensor):
             raise InputError(f"{self.spec} was a tensor when it was first looked at and is a {type(value)} now.")
         return value.detach()
@@ -75,7 +80,7 @@ class _Node:
 def containers_of(root: Mapping[str, object]) -> tuple[Container, ...]:
     """Find the state dicts in a checkpoint, in its order; it is read once and not changed.
 
-    >>> weight = torch.zeros(2, 2)
+    >>> weight = np.zeros((2, 2))
     >>> saved = {"epoch": 3, "model": {"fc.weight": weight}, "optimizer": {"state": {0: {"exp_avg": weight}}}}
     >>> print(*containers_of(saved))
     'model' (1 tensors)
@@ -84,9 +89,9 @@ def containers_of(root: Mapping[str, object]) -> tuple[Container, ...]:
     ['conv.weight', 'fc.weight']
 
     Raises:
-        InputError: A numpy array is of a dtype that torch does not have.
+        InputError: A numpy array is of a dtype that torch does not have, or the mappings do not end.
     """
-    return tuple(_candidates(_tree(root), ""))
+    return tuple(_candidates(_tree(root, 0, count()), ""))
 
 
 def preferred(containers: Sequence[Container]) -> Container:
@@ -119,7 +124,11 @@ def named_container(root: Mapping[str, object], name: str, containers: Sequence[
     found = [container for container in containers if container.path == name]
     found = found or [container for container in containers if container.path.endswith(f".{name}")]
     if not found:
-        found = [_state_dict(node, path) for path, node in _paths(_tree(root), "") if path == name and node.children]
+        found = [
+            _state_dict(node, path)
+            for path, node in _paths(_tree(root, 0, count()), "")
+            if path == name and node.children
+        ]
     found = found or [c for c in containers if name_words(name) <= name_words(c.path.rpartition(".")[2]) and name]
     if len(found) == 1:
         return found[0]
@@ -130,7 +139,12 @@ def named_container(root: Mapping[str, object], name: str, containers: Sequence[
     )
 
 
-def _tree(mapping: Mapping[Any, object]) -> _Node:
+def _tree(mapping: Mapping[Any, object], depth: int, seen: Iterator[int]) -> _Node:
+    if depth > _DEEPEST or next(seen) >= _MOST:
+        raise InputError(
+            f"There are more than {_DEEPEST} mappings in each other, or one holds itself, or there are more than "
+            f"{_MOST} of them. Nothing was aligned. Give the state dict alone."
+        )
     children: dict[str, Entry | _Node] = {}
     extras: dict[str, object] = {}
     for name, value in mapping.items():
@@ -138,12 +152,12 @@ def _tree(mapping: Mapping[Any, object]) -> _Node:
             continue
         if name.rpartition(".")[2] == "_extra_state":
             extras[name] = value
-        elif isinstance(value, Tensor) or (isinstance(value, np.ndarray) and _is_numeric(value)):
+        elif isinstance(value, Tensor | Stored) or (isinstance(value, np.ndarray) and _is_numeric(value)):
             children[name] = Entry(_spec(name, value, held=isinstance(mapping, dict)), mapping, name)
         elif not isinstance(value, Mapping):
             extras[name] = value
         elif not name_words(name) & _TRAINING_WORDS:
-            node = _tree(value)
+            node = _tree(value, depth + 1, seen)
             if node.children:
                 children[name] = node
             else:
@@ -155,15 +169,16 @@ def _is_numeric(array: np.ndarray) -> bool:
     return array.dtype.kind in "biufc" or (array.dtype.kind == "V" and array.dtype.names is None)
 
 
-def _spec(key: str, value: Tensor | np.ndarray, *, held: bool) -> TensorSpec:
+def _spec(key: str, value: Tensor | Stored | np.ndarray, *, held: bool) -> TensorSpec:
+    if isinstance(value, Stored):
+        return TensorSpec(key, value.shape, value.dtype)
     if isinstance(value, np.ndarray):
-        try:
-            dtype = torch.from_numpy(np.empty(0, value.dtype)).dtype
-        except TypeError as error:
+        dtype = torch_dtype(value.dtype)
+        if dtype is None:
             raise InputError(
                 f"{key} {list(value.shape)} is a numpy array of dtype {value.dtype}, which torch cannot take over. "
                 "Nothing was aligned. Convert the array first, to float32 for example."
-            ) from error
+            )
         return TensorSpec(key, value.shape, dtype)
     (spec,) = specs_of({key: value})
     # a mapping that makes its values when asked may have two of them in the same memory, one after the other
@@ -175,14 +190,60 @@ def _candidates(node: _Node, path: str) -> Iterator[Container]:
     if len(nodes) == len(node.children) == 1:
         ((name, child),) = nodes.items()
         yield from _candidates(child, _join(path, name))
-    elif any(_has_named(name, child) for name, child in nodes.items()) or _has_copies(nodes.values()):
-        own = {name: child for name, child in node.children.items() if isinstance(child, Entry)}
+    elif _are_apart(node):
+        together = _collections(nodes)
+        own = {name: child for name, child in node.children.items() if isinstance(child, Entry) or name in together}
         if own:
-            yield _state_dict(replace(node, children=dict(own)), path)
+            yield _state_dict(replace(node, children=own), path)
         for name, child in nodes.items():
-            yield from _candidates(child, _join(path, name))
+            if name not in together:
+                yield from _candidates(child, _join(path, name))
     elif node.children:
         yield _state_dict(node, path)
+
+
+def _are_apart(node: _Node) -> bool:
+    """Whether the mappings in a mapping are state dicts of their own, and no parts of one."""
+    nodes = node.nodes()
+    if any("." in entry.name for _, entry in _flat(node, "")):  # there are whole state dicts, with joined keys
+        return any(_has_named(name, child) for name, child in nodes.items()) or _has_copies(nodes.values())
+    # In a tree of modules, `model` may as well be the module beside `lm_head`: what is below must tell.
+    words = {name: name_words(name) for name in nodes}
+    every = frozenset[str]().union(*words.values())
+    if every & _RIVAL_WORDS and every & _MODEL_WORDS:
+        return True
+    keys = {name: frozenset(key for key, _ in _flat(child, "")) for name, child in nodes.items()}
+
+    def are_copies(name: str, other: str) -> bool:
+        shared = keys[name] & keys[other]
+        nested = any("." in key for key in shared)  # while two layers have the same keys without being copies
+        named = words[name] & COPY_WORDS and words[other] & _MODEL_WORDS
+        return bool(2 * len(shared) >= min(len(keys[name]), len(keys[other])) and (nested or named))
+
+    known = [name for name in nodes if words[name] & (_MODEL_WORDS | COPY_WORDS)]
+    return any(are_copies(name, other) for name in known for other in nodes if name != other)
+
+
+def _collections(nodes: Mapping[str, _Node]) -> frozenset[str]:
+    """Name the mappings that hold different tensors of the same modules: Flax's parameters and batch statistics.
+
+    The same tensors of the same modules are those of a copy, or of another network.
+    """
+    taken: dict[str, frozenset[str]] = {}
+    for name, node in nodes.items():
+        if name_words(name) & (COPY_WORDS | _RIVAL_WORDS):
+            continue
+        keys = frozenset(key for key, _ in _flat(node, ""))
+        modules = _modules(keys)
+        known = frozenset().union(*taken.values())
+        shared = modules & _modules(known)
+        if not taken or (2 * len(shared) >= min(len(modules), len(_modules(known))) > 0 and not keys & known):
+            taken[name] = keys
+    return frozenset(taken) if len(taken) > 1 else frozenset()
+
+
+def _modules(keys: Iterable[str]) -> frozenset[str]:
+    return frozenset(module for key in keys if (module := key.rpartition(".")[0]))
 
 
 def _has_named(name: str, node: _Node) -> bool:

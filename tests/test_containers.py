@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autoalign import containers
 from autoalign.containers import containers_of, named_container, preferred
 from autoalign.errors import CheckpointError, InputError
 
@@ -59,9 +60,9 @@ def test_training_state_is_no_candidate() -> None:
 
 def test_single_tensors_beside_the_state_dict_do_not_hide_it() -> None:
     saved = {"step": torch.tensor(3), "weights": weights(40), "model": weights(2)}
-    containers = containers_of(saved)
-    assert [container.path for container in containers] == ["", "weights", "model"]
-    assert preferred(containers).path == "weights"
+    found = containers_of(saved)
+    assert [container.path for container in found] == ["", "weights", "model"]
+    assert preferred(found).path == "weights"
 
 
 @pytest.mark.parametrize(
@@ -88,10 +89,10 @@ def test_more_tensors_come_first_among_equal_names() -> None:
 
 
 def test_trained_weights_at_the_top_level_come_before_an_averaged_copy_below() -> None:
-    containers = containers_of({**weights(), "ema": weights()})
-    assert [container.path for container in containers] == ["", "ema"]
-    assert preferred(containers).path == ""
-    assert [entry.spec.key for entry in containers[0].entries] == list(weights())
+    found = containers_of({**weights(), "ema": weights()})
+    assert [container.path for container in found] == ["", "ema"]
+    assert preferred(found).path == ""
+    assert [entry.spec.key for entry in found[0].entries] == list(weights())
 
 
 def test_copies_are_kept_apart_under_any_name() -> None:
@@ -191,3 +192,96 @@ def test_tensors_that_are_made_when_asked_for_are_not_taken_for_tied() -> None:
     (container,) = containers_of(Made())
     assert [entry.spec.storage for entry in container.entries] == [None, None]
     assert container.entries[1].read().tolist() == [98.0] * 4
+
+
+def block(*kinds: str) -> dict[str, object]:
+    return {kind: np.zeros(2, np.float32) for kind in kinds}
+
+
+def flax_variables() -> tuple[dict[str, object], dict[str, object]]:
+    params = {
+        "Conv_0": block("kernel"),
+        "Block_0": {"BatchNorm_0": block("scale", "bias"), "Conv_0": block("kernel")},
+        "head": block("kernel", "bias"),
+    }
+    return params, {"Block_0": {"BatchNorm_0": block("mean", "var")}}
+
+
+def test_parameters_and_statistics_of_the_same_modules_are_one_state_dict() -> None:
+    params, statistics = flax_variables()
+    saved = {"step": 3, "params": params, "batch_stats": statistics, "opt_state": {"0": {"mu": params}}}
+    assert paths(saved) == [""]
+    assert keys(saved, "") == [
+        "params.Conv_0.kernel",
+        "params.Block_0.BatchNorm_0.scale",
+        "params.Block_0.BatchNorm_0.bias",
+        "params.Block_0.Conv_0.kernel",
+        "params.head.kernel",
+        "params.head.bias",
+        "batch_stats.Block_0.BatchNorm_0.mean",
+        "batch_stats.Block_0.BatchNorm_0.var",
+    ]
+    assert keys(saved, "batch_stats")[0] == "Block_0.BatchNorm_0.mean"
+    assert paths({"state": saved, "epoch": 3}) == ["state"]
+
+
+def test_a_copy_of_the_parameters_stays_apart_from_them_and_their_statistics() -> None:
+    params, statistics = flax_variables()
+    saved = {"ema_params": params, "params": params, "batch_stats": statistics}
+    assert paths(saved) == ["", "ema_params"]
+    assert preferred(containers_of(saved)).path == ""
+    assert len(keys(saved, "")) == 8
+    assert keys(saved, "ema_params")[0] == "Conv_0.kernel"
+
+
+def test_buffers_that_are_saved_beside_the_parameters_belong_to_them() -> None:
+    params = {"bn.weight": torch.ones(2), "fc.weight": torch.ones(2, 2)}
+    saved = {"params": params, "buffers": {"bn.running_mean": torch.ones(2)}, "params_ema": dict(params)}
+    assert paths(saved) == ["", "params_ema"]
+    assert keys(saved, "") == ["params.bn.weight", "params.fc.weight", "buffers.bn.running_mean"]
+
+
+def test_other_tensors_of_the_same_modules_in_another_network_stay_apart() -> None:
+    generator = {"conv.weight": torch.ones(2, 2)}
+    normalised = {"conv.weight_orig": torch.ones(2, 2), "conv.weight_u": torch.ones(2)}
+    assert paths({"generator": generator, "discriminator": normalised}) == ["generator", "discriminator"]
+
+
+@pytest.mark.parametrize("name", ["model", "net", "module", "generator", "target_embedding"])
+def test_a_module_of_a_tree_may_have_any_name(name: str) -> None:
+    params, _ = flax_variables()
+    saved = {"params": {name: params, "lm_head": block("kernel"), "source_embedding": block("embedding")}}
+    assert paths(saved) == ["params"]
+
+
+@pytest.mark.parametrize("names", [("params", "ema"), ("student", "teacher"), ("online", "target"), ("model", "other")])
+def test_copies_of_a_tree_are_kept_apart(names: tuple[str, str]) -> None:
+    params, _ = flax_variables()
+    assert paths(dict.fromkeys(names, params)) == list(names)
+
+
+def test_networks_of_a_pair_of_trees_are_kept_apart() -> None:
+    params, _ = flax_variables()
+    assert paths({"generator": params, "critic": {"a": block("kernel"), "b": block("kernel")}}) == [
+        "generator",
+        "critic",
+    ]
+
+
+def test_numpy_arrays_of_another_byte_order_are_read() -> None:
+    (container,) = containers_of({"a": np.arange(3, dtype=">f4")})
+    assert str(container.entries[0].spec) == "a [3] float32"
+    assert container.entries[0].read().tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_mappings_without_end_are_refused(doubled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "_MOST", 2**10)
+    endless: dict[str, object] = {"model": weights()}
+    if doubled:
+        for _ in range(60):
+            endless = {"a": endless, "b": endless}
+    else:
+        endless["self"] = endless
+    with pytest.raises(InputError, match="more than 64 mappings in each other, or one holds itself"):
+        containers_of(endless)

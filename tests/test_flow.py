@@ -16,7 +16,9 @@ FLOW = (
     # what a person reads
     *("folding", "leftovers", "layout", "report"),
     # any format -> tensor specs
-    *("containers", "checkpoint"),
+    *("arrays", "stored", "containers", "config"),
+    *("formats.npz", "formats.pickled", "formats.safetensors"),
+    "checkpoint",
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "kernels", "namesakes"),
     # candidates -> matching -> alignment
@@ -52,7 +54,7 @@ def own_imports(tree: ast.AST, *, deferred: bool) -> Iterator[str]:
             continue
         is_function = isinstance(node, ast.FunctionDef)
         if not deferred and isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("autoalign."):
-            yield node.module.split(".")[1]
+            yield node.module.removeprefix("autoalign.")
         if not (is_function and not deferred):
             yield from own_imports(node, deferred=deferred and not is_function)
 
@@ -60,7 +62,9 @@ def own_imports(tree: ast.AST, *, deferred: bool) -> Iterator[str]:
 def imported_by_module(*, deferred: bool) -> dict[str, set[str]]:
     package = Path(autoalign.__file__).parent
     return {
-        path.stem: set(own_imports(ast.parse(path.read_text(encoding="utf-8")), deferred=deferred))
+        ".".join(path.relative_to(package).with_suffix("").parts): set(
+            own_imports(ast.parse(path.read_text(encoding="utf-8")), deferred=deferred)
+        )
         for path in package.rglob("*.py")
         if path.stem != "__init__"
     }

@@ -1,0 +1,80 @@
+"""Files of ``torch.save``: a pickle of whatever a script saved, read with ``weights_only=True``, always."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from autoalign.errors import CheckpointError, UnsafeCheckpointError
+from autoalign.stored import Contents
+
+
+def is_pickled(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` is a pickle, alone or in a zip file."""
+    return head.startswith((b"PK\x03\x04", b"\x80"))
+
+
+def open_pickled(file: Path) -> Contents:
+    """Unpickle a file without running code of it.
+
+    Tensors of a zip file are mapped into memory; an older file is read as a whole.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds something else than a mapping.
+        UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
+    """
+    with file.open("rb") as stream:
+        zipped = stream.read(2) == b"PK"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what fails below or is no concern of ours, such as a pickle protocol
+            if zipped and file.suffix != ".safetensors":  # a suffix that torch.load takes at its word
+                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                with file.open("rb") as stream:
+                    loaded = torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the damaged part of a file led to
+        raise _read_error(file, error) from error
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(
+            f"{str(file)!r} holds a {type(loaded).__name__}, not a mapping of tensors. Nothing was aligned. "
+            "Save a state dict, such as torch.save(model.state_dict(), path)."
+        )
+    return Contents(loaded)
+
+
+def _read_error(file: Path, error: Exception) -> CheckpointError:
+    unsafe = _unsafe_globals(file, error)
+    if unsafe:
+        names = ", ".join(unsafe)
+        return UnsafeCheckpointError(
+            f"{str(file)!r} was not read: its pickle asks for {names}, and weights_only=True, which is always set, "
+            "refuses to run code from a file. If you trust its source, allow these names, as in "
+            f"`with torch.serialization.safe_globals([{names}]):` or by torch.serialization.add_safe_globals, "
+            "or re-save its tensors as safetensors where that code may run.",
+            unsafe,
+        )
+    if "TorchScript" in str(error):
+        return CheckpointError(
+            f"{str(file)!r} is a TorchScript archive, which holds a program. Nothing was read. "
+            "If you trust its source, pass torch.jit.load(path).state_dict()."
+        )
+    reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
+    return CheckpointError(
+        f"{str(file)!r} could not be read as a file of torch ({type(error).__name__}: {reason}). Nothing was read. "
+        "It may be truncated or damaged; compare its size with the original's."
+    )
+
+
+def _unsafe_globals(file: Path, error: Exception) -> tuple[str, ...]:
+    if not isinstance(error, pickle.UnpicklingError):
+        return ()
+    try:
+        return tuple(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)))
+    except ValueError:  # not a zip file; torch's message has the first one's name
+        return tuple(re.findall(r"GLOBAL (\S+)", str(error)))[:1]

@@ -1,0 +1,81 @@
+"""Files of safetensors: a JSON header with names, shapes and dtypes, then the data, which is mapped into memory."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoalign.errors import CheckpointError
+from autoalign.stored import Contents, Stored, natural
+
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+
+
+def is_safetensors(head: bytes, size: int) -> bool:
+    """Whether a file of this size that begins with ``head`` is one of safetensors."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size  # the length of a header, which is JSON
+
+
+def open_safetensors(file: Path) -> Contents:
+    """Read the header of a file of safetensors.
+
+    Raises:
+        CheckpointError: The file is damaged, or has a dtype that torch has not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    @cache
+    def opened() -> Any:
+        return safe_open(file, framework="pt")
+
+    def stored(key: str, header: Any) -> Stored:
+        shape = tuple(header.get_shape())
+        dtype = getattr(torch, _DTYPES.get(header.get_dtype(), ""), None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(
+                f"{key} {list(shape)} has dtype {header.get_dtype()}, which this version of torch cannot read."
+            )
+
+        def read() -> Tensor:
+            tensor: Tensor = opened().get_tensor(key)
+            return tensor
+
+        return Stored(shape, dtype, read)
+
+    try:
+        # for torch, the file would be mapped writable, which fails for one that is larger than the memory
+        with safe_open(file, framework="numpy") as header:
+            headers = [(key, header.get_slice(key)) for key in header.keys()]  # noqa: SIM118, it is no mapping
+            metadata = header.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} could not be read as a file of safetensors: {error}. "
+            "It may be truncated or damaged; compare its size with the original's."
+        ) from error
+    # the format sorts by dtype and name, which tells nothing; by number, at least the blocks are in their order
+    headers.sort(key=lambda header: natural(header[0]))
+    return Contents({key: stored(key, header) for key, header in headers}, "safetensors file", metadata)
