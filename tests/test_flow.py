@@ -12,7 +12,7 @@ import autoalign
 
 FLOW = (
     # values
-    *("errors", "specs", "operations", "alignment"),
+    *("errors", "specs", "operations", "adaptations", "alignment"),
     # what a person reads
     *("folding", "leftovers", "layout", "report"),
     # any format -> tensor specs
@@ -30,6 +30,8 @@ FLOW = (
         "decision",
         "doubts",
         "assembly",
+        "grids",
+        "adapting",
         "patterns",
         "repeats",
         "aligning",
