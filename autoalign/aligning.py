@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from torch import nn
 
+from autoalign.adapting import AdaptableSide, adapted, checked_adapt
 from autoalign.alignment import Alignment, Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
@@ -62,7 +64,14 @@ def align(
             and its replacement. Rules win over inference and steer the rest.
         include: Regexes; only the keys that match one take part.
         exclude: Regexes; the keys of either side that match one take no part.
-        adapt: Changes of values to allow; none can be made yet.
+        adapt: Changes of values to allow where a counterpart has another shape, none by default. What is so filled has
+            the status "adapted", a warning that says how, and no place in ``mapping``. One or more of: ``"head"``,
+            the first rows of a classifier; ``"vocab"``, those of embeddings and of output layers (rows that only the
+            target has keep its own values); ``"pos_embed"``, position embeddings interpolated, bicubically with
+            antialiasing on the grid of an image and linearly in a sequence; ``"rel_pos"``, tables of relative
+            positions interpolated for another window; ``"in_channels"``, the input channels of the first convolution
+            summed into one, or repeated and rescaled. A module on either side tells grids and windows that a state
+            dict does not; without one they are taken to be square, and nothing is adapted where they cannot be.
         min_confidence: Matches below it, in [0, 1], are listed as ambiguous and not loaded.
         container: Which of several state dicts in the checkpoint to use, such as ``"ema"``.
 
@@ -76,20 +85,28 @@ def align(
     """
     if not isinstance(min_confidence, int | float) or not 0 <= min_confidence <= 1:
         raise InputError(f"min_confidence must lie in [0, 1], not {min_confidence!r}. Nothing was aligned.")
-    if names := [adapt] if isinstance(adapt, str) else list(adapt):
-        raise InputError(f"adapt={names!r}: changes of values are not available. Nothing was aligned; leave adapt out.")
+    allowed = checked_adapt(adapt)
     own, other = checkpoint_of(source, container=container), checkpoint_of(target)
     out, unused = excluded_keys(include, exclude, list(own), list(other))
     sides = (
-        SideParts.of([spec for spec in own.specs if spec.key not in out]),
-        SideParts.of([spec for spec in other.specs if spec.key not in out]),
+        SideParts.of([spec for spec in own.specs if spec.key not in out], own.config),
+        SideParts.of([spec for spec in other.specs if spec.key not in out], other.config),
     )
     rules = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0].specs], [spec.key for spec in sides[1].specs])
-    for first, second in rules:
-        _check_rule(first, second, *sides)
     found = None if pins else _identical(*sides)
     matches, mismatched, notes = found or _align_repeats(*sides, pins)
+    if allowed:
+        modules = [side if isinstance(side, nn.Module) else None for side in (source, target)]
+        own_side, other_side = (AdaptableSide(side.specs, module) for side, module in zip(sides, modules, strict=True))
+        changed, failed = adapted(matches, mismatched, own_side, other_side, allowed, pins)
+        done = {match.target for match in changed}
+        matches = with_ties(*sides, [*(match for match in matches if match.target not in done), *changed])
+        done |= {match.target for match in matches}
+        mismatched = [mismatch for mismatch in mismatched if mismatch.key not in done]
+        notes = (*notes, *failed)
+    for first, second in rules:
+        _check_rule(first, second, *sides, matches)
     order = {spec.key: index for index, spec in enumerate(other.specs)}
     chosen = sorted(matches, key=lambda match: order[match.target])
     sure = {match.target for match in chosen if match.confidence >= min_confidence}
@@ -114,8 +131,10 @@ def _identical(source: SideParts, target: SideParts) -> _Outcome | None:
     return [Match(spec.key, (spec.key,), evidence={"name": 1.0, "shape": 1.0}) for spec in target.specs], [], ()
 
 
-def _check_rule(first: str, second: str, source: SideParts, target: SideParts) -> None:
-    """Refuse a rule that names two tensors of irreconcilable shapes."""
+def _check_rule(first: str, second: str, source: SideParts, target: SideParts, matches: Sequence[Match]) -> None:
+    """Refuse a rule that names two tensors of irreconcilable shapes, unless one was adapted to the other."""
+    if any(match.operation.adapts and match.target == second and first in match.sources for match in matches):
+        return
     shape = next((spec.shape for spec in source.specs if spec.key == first), None)
     wanted = next((spec.shape for spec in target.specs if spec.key == second), None)
     if shape is None or wanted is None or any(operation_between(shape, wanted, flipped=way) for way in (False, True)):
@@ -132,7 +151,10 @@ def _align_repeats(source: SideParts, target: SideParts, pins: Mapping[str, str]
         return _align(source, target, pins)
     stacks = [frozenset(spec.shape[0] for spec in side.specs if len(spec.shape) == 3) for side in (source, target)]
     runs = runs_of(source.specs, stacks[1], pins.values()), runs_of(target.specs, stacks[0], pins)
-    short = SideParts.of(shortened(source.specs, runs[0])), SideParts.of(shortened(target.specs, runs[1]))
+    short = (
+        SideParts.of(shortened(source.specs, runs[0]), source.config),
+        SideParts.of(shortened(target.specs, runs[1]), target.config),
+    )
     matches, mismatched, notes = _align(*short, pins)
     keys = [frozenset(spec.key for spec in side.specs) for side in (source, target)]
     return extended(matches, *runs, *keys), mismatched, notes

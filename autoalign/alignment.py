@@ -9,11 +9,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError
+from autoalign.adaptations import needs_target
+from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError
 from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
 
-Status = Literal["matched", "ambiguous", "mismatched", "missing"]
+Status = Literal["matched", "adapted", "ambiguous", "mismatched", "missing"]
+FILLED: frozenset[Status] = frozenset({"matched", "adapted"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Alignment:
     excluded: frozenset[str] = frozenset()  # keys of either side that include and exclude left out
     notes: tuple[str, ...] = ()  # statements about the whole, such as the choice of a container
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # the source's, read lazily
-    target_tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # the target's
+    target_tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # as they are now
 
     @cached_property
     def status(self) -> dict[str, Status]:
@@ -75,13 +77,13 @@ class Alignment:
         kinds: dict[str, Status] = {spec.key: "missing" for spec in self.target_specs}
         kinds.update((mismatch.key, "mismatched") for mismatch in self.mismatched)
         kinds.update((match.target, "ambiguous") for match in self.ambiguous)
-        kinds.update((match.target, "matched") for match in self.matches)
+        kinds.update((match.target, "adapted" if match.operation.adapts else "matched") for match in self.matches)
         return kinds
 
     @property
     def missing_keys(self) -> list[str]:
         """Target keys that get nothing: without a counterpart, excluded, mismatched or ambiguous (see ``status``)."""
-        return [key for key, status in self.status.items() if status != "matched"]
+        return [key for key, status in self.status.items() if status not in FILLED]
 
     @cached_property
     def unexpected_keys(self) -> list[str]:
@@ -97,13 +99,13 @@ class Alignment:
 
     @property
     def mapping(self) -> dict[str, str]:
-        """Checkpoint key to model key, for the matches that take one whole tensor each.
+        """Checkpoint key to model key, for the matches that take one whole tensor each and adapt nothing.
 
         A source key that fills several tied target keys is mapped to the first of them.
         """
         pairs: dict[str, str] = {}
         for match in self.matches:
-            if len(match.sources) == 1 and not match.operation.takes_part:
+            if len(match.sources) == 1 and not match.operation.takes_part and not match.operation.adapts:
                 pairs.setdefault(match.sources[0], match.target)
         return pairs
 
@@ -122,8 +124,20 @@ class Alignment:
         return {match.target: self.tensor(match) for match in self.matches}
 
     def tensor(self, match: Match) -> Tensor:
-        """Read the tensor of one match, of this alignment's ``matches`` or ``ambiguous``."""
-        (tensor,) = match.operation.apply([self.tensors[key] for key in match.sources])
+        """Read the tensor of one match, of this alignment's ``matches`` or ``ambiguous``.
+
+        Raises:
+            InputError: The operation keeps values of the target's own, which has none on the meta device.
+        """
+        tensors = [self.tensors[key] for key in match.sources]
+        if needs_target(match.operation):
+            tensors.append(self.target_tensors[match.target])
+            if tensors[-1].is_meta and not tensors[0].is_meta:
+                raise InputError(
+                    f"{match.target} is on the meta device and has no values that '{match.operation}' could keep. "
+                    "Nothing was changed. Give a model with values, or leave this kind out of adapt."
+                )
+        (tensor,) = match.operation.apply(tensors)
         return tensor
 
     def inverse(self) -> Alignment:
@@ -169,11 +183,13 @@ class Alignment:
         return iter((self.missing_keys, self.unexpected_keys))
 
     def __repr__(self) -> str:
-        if not self.missing_keys and not self.unexpected_keys:
+        adapted = sum(match.operation.adapts for match in self.matches)
+        if not self.missing_keys and not self.unexpected_keys and not adapted:
             return "<All keys matched successfully>"
         return (
-            f"<Alignment: {len(self.matches)} of {len(self.target_specs)} target keys matched, "
-            f"{len(self.missing_keys)} missing, {len(self.unexpected_keys)} unexpected>"
+            f"<Alignment: {len(self.matches) - adapted} of {len(self.target_specs)} target keys matched, "
+            + (f"{adapted} adapted, " if adapted else "")
+            + f"{len(self.missing_keys)} missing, {len(self.unexpected_keys)} unexpected>"
         )
 
     def __str__(self) -> str:

@@ -143,6 +143,8 @@ def _by_head(source: Part, interleaved: bool, styles: tuple[Style, Style]) -> Do
     ways: list[Operation] = []
     for size in _sizes(known, rows // 3 if rows % 3 == 0 else 0):
         heads = rows // 3 // size
+        if heads == 1:
+            continue  # a single head is not interleaved
         apart = (heads, 3, size, *rest) if interleaved else (3, heads, size, *rest)
         ways.append(chain(Reshape(apart), Permute((1, 0, 2, *range(3, len(apart)))), Reshape(source.shape)))
     return Doubt(BY_HEAD, tuple(ways), told=known is not None and bool(ways))
@@ -161,11 +163,11 @@ def _patches(source: Shape, target: Shape) -> Doubt | None:
 
 
 def _sizes(known: int | None, rows: int) -> list[int]:
-    """List the sizes that heads may have, the likeliest first; more than one head and more than one row."""
+    """List the sizes that heads may have, the likeliest first."""
     if known is not None:
         return [known] if rows and rows % known == 0 else []
     usual = {size: place for place, size in enumerate(_USUAL)}
-    sizes = [size for size in range(2, rows // 2 + 1) if rows % size == 0]
+    sizes = [size for size in range(2, rows + 1) if rows % size == 0]
     return sorted(sizes, key=lambda size: (usual.get(size, len(usual)), -size))
 
 

@@ -39,10 +39,11 @@ def counterparts(alignment: Alignment, side: Literal["source", "target"]) -> Cou
     uses: dict[str, str] = {}
     for match in alignment.matches:
         if side == "target":
-            uses[match.target] = f"filled from {' + '.join(match.sources)}"
+            how = "adapted" if match.operation.adapts else "filled"
+            uses[match.target] = f"{how} from {' + '.join(match.sources)}"
         else:
             for key in match.sources:
-                uses.setdefault(key, f"used for {match.target}")
+                uses.setdefault(key, f"{'adapted' if match.operation.adapts else 'used'} for {match.target}")
     by_shape: dict[_Shape, _Alike] = {}
     by_template: dict[str, list[TensorSpec]] = {}
     for spec in alignment.source_specs if side == "source" else alignment.target_specs:

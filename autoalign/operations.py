@@ -49,6 +49,11 @@ class Operation(ABC):
         """
         raise NotInvertibleError(f"'{self}' changes values; what it was made from cannot be got back.")
 
+    @property
+    def adapts(self) -> bool:
+        """Whether values are changed, made up or kept from the target, so that the result is no copy."""
+        return False
+
     def __str__(self) -> str:
         return type(self).__name__.lower()
 
@@ -252,6 +257,10 @@ class Grouped(Operation):
     def takes_part(self) -> bool:
         return self.operation.takes_part
 
+    @property
+    def adapts(self) -> bool:
+        return self.operation.adapts
+
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [
             result
@@ -276,6 +285,10 @@ class Parallel(Operation):
     @property
     def takes_part(self) -> bool:
         return any(operation.takes_part for operation in self.operations)
+
+    @property
+    def adapts(self) -> bool:
+        return any(operation.adapts for operation in self.operations)
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -304,6 +317,10 @@ class Chain(Operation):
     @property
     def takes_part(self) -> bool:
         return any(step.takes_part for step in self.steps)
+
+    @property
+    def adapts(self) -> bool:
+        return any(step.adapts for step in self.steps)
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         results = list(tensors)

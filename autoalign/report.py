@@ -28,8 +28,11 @@ def render(alignment: Alignment, *, width: int = 100, limit: int | None = SCREEN
         width: Characters of a line; a key that is longer is shortened in its middle.
         limit: Lines to aim at; sections that are too long for it are cut, and say so. None writes every row.
     """
+    copied = [match for match in alignment.matches if not match.operation.adapts]
+    adapted = [match for match in alignment.matches if match.operation.adapts]
     sections = {
-        "Matched: source -> target, tensors x shape, lowest confidence, operation": _matched_rows(alignment),
+        "Matched: source -> target, tensors x shape, lowest confidence, operation": _matched_rows(alignment, copied),
+        "Adapted: filled with changed values, as adapt allows": _matched_rows(alignment, adapted),
         "Mismatched: the counterpart has another shape": _mismatched_rows(alignment),
         "Ambiguous: proposed, but not loaded": _ambiguous_rows(alignment),
         "Missing: not filled": _missing_rows(alignment),
@@ -81,7 +84,7 @@ def _have(count: int) -> str:
 
 def _totals(alignment: Alignment) -> list[str]:
     source, target = _specs(alignment)
-    keys: dict[str, list[str]] = {"matched": [], "mismatched": [], "ambiguous": [], "missing": []}
+    keys: dict[str, list[str]] = {"matched": [], "adapted": [], "mismatched": [], "ambiguous": [], "missing": []}
     for key, status in alignment.status.items():
         keys[status].append(key)
     unexpected = alignment.unexpected_keys
@@ -118,12 +121,12 @@ def _percent(part: int, whole: int) -> str:
     return "< 0.1 %" if part and not tenths else f"{tenths / 10:.1f} %"
 
 
-def _matched_rows(alignment: Alignment) -> list[Row]:
+def _matched_rows(alignment: Alignment, filled: Sequence[Match]) -> list[Row]:
     specs = _specs(alignment)
-    entries = [((escaped(m.target), _folded(m.sources)), _agreeing(m, *specs)) for m in alignment.matches]
+    entries = [((escaped(m.target), _folded(m.sources)), _agreeing(m, *specs)) for m in filled]
     rows = []
     for row in fold(entries):
-        matches = [alignment.matches[member] for member in row.members]
+        matches = [filled[member] for member in row.members]
         (target, sources), (shape, operation) = row.texts, _described(matches[0], *specs)
         keys = (target,) if sources == target else (sources, target)
         lowest = min(match.confidence for match in matches)

@@ -12,7 +12,7 @@ import autoalign
 
 FLOW = (
     # values
-    *("errors", "specs", "operations", "joining", "alignment", "inversion"),
+    *("errors", "specs", "operations", "joining", "adaptations", "alignment", "inversion"),
     # what a person reads
     *("folding", "leftovers", "layout", "report"),
     # any format -> tensor specs
@@ -32,6 +32,8 @@ FLOW = (
         "decision",
         "doubts",
         "assembly",
+        "grids",
+        "adapting",
         "patterns",
         "repeats",
         "aligning",
