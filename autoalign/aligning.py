@@ -14,7 +14,7 @@ from autoalign.alignment import Alignment, Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
 from autoalign.checkpoint import Side, checkpoint_of
-from autoalign.decision import coherence, confidence_of, related
+from autoalign.decision import coherence, confidence_of, related, special_units
 from autoalign.doubts import DOUBTED
 from autoalign.errors import InputError, PatternError
 from autoalign.evidence import side_evidence
@@ -237,8 +237,9 @@ def _match_parts(
     confidence = confidence_of(assignment)
     confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
     if len(same) >= _MOST * min(len(own), len(other)):  # where names are shared, another name is another layer
-        known = np.isin(assignment.target, [j for _, j in fixed])
-        confidence = np.where(known | (assignment.cues["name"] >= _NAMESAKE), confidence, DOUBTED * confidence)
+        known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
+        special = np.isin(assignment.target, special_units(other, target.parts))
+        confidence = np.where(known | special, confidence, DOUBTED * confidence)
     found: dict[int, Found] = {}
     if not pins and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
         return None, _mismatches(source, target, own, other, same)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from autoalign.candidates import squeeze
 from autoalign.evidence import Floats
 from autoalign.graph import Path
 from autoalign.matching import Assignment
@@ -55,6 +56,16 @@ def related(
             return False
     filled = _filled(source[0], used[0]), _filled(target[0], used[1])
     return max(filled) >= _COMPLETE or filled[0] * filled[1] >= _TOGETHER
+
+
+def special_units(units: Sequence[Unit], parts: Sequence[Part]) -> list[int]:
+    """List the layers whose shape says something: not all of its sizes are the one that most layers have.
+
+    A matrix of the network's width by its width may be anything; one with as many rows as there are words may not.
+    """
+    sizes = [{size for _, part in unit.parts for size in squeeze(parts[part].shape)} for unit in units]
+    common = Counter(size for of in sizes for size in of).most_common(1)
+    return [index for index, of in enumerate(sizes) if of - {size for size, _ in common}]
 
 
 def _first_layer(units: Sequence[Unit], parts: Sequence[Part]) -> tuple[int, int] | None:

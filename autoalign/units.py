@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from autoalign.graph import Path
-from autoalign.names import components, kind
+from autoalign.names import components, kind, words
 from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
 from autoalign.vocabulary import COLLECTIONS
@@ -91,4 +91,17 @@ def units_of(parts: Sequence[Part]) -> list[Unit]:
         while values in groups.setdefault(path, {}):  # the same kind twice: no unit, but tensors of their own
             path = (*path, part.path[-1])
         groups[path][values] = index
+    _take_in_biases(groups)
     return [Unit(path, tuple(sorted(members.items()))) for path, members in groups.items()]
+
+
+def _take_in_biases(groups: dict[Path, dict[str, int]]) -> None:
+    """Give a bias that stands beside its layer (``q_bias`` beside ``query.weight``) to that layer."""
+    alone = [path for path, members in groups.items() if members.keys() == {"bias"}]
+    if not alone:
+        return
+    layers = {(path[:-1], words(path[-1])): path for path, members in groups.items() if members.keys() == {"weight"}}
+    for path in alone:
+        layer = layers.get((path[:-1], words(path[-1])))
+        if layer is not None and words(path[-1]):
+            groups[layer] |= groups.pop(path)
