@@ -52,7 +52,7 @@ def attend(
     """Attention over [batch, length, heads * head_dim], whose rows are ordered head by head."""
 
     def apart(x: Tensor, count: int) -> Tensor:
-        return x.unflatten(-1, (count, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], count, -1).transpose(1, 2)
 
     queries, keys, values = apart(q, heads), apart(k, kv_heads or heads), apart(v, kv_heads or heads)
     if rotate is not None:
@@ -310,9 +310,9 @@ def _decode(embed: nn.Module, blocks: nn.ModuleList, norm: nn.Module, head: nn.M
 
 
 class MetaLlama(nn.Module):
-    """Llama as Meta publishes it; its files hold the rotation's frequencies too."""
+    """Llama as Meta publishes it; files of its first versions hold the rotation's frequencies too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, frequencies: bool = True) -> None:
         super().__init__()
         self.tok_embeddings = nn.Embedding(VOCABULARY, WIDTH)
         self.norm = RMSNorm()
@@ -329,8 +329,9 @@ class MetaLlama(nn.Module):
             )
             for _ in range(DEPTH)
         )
-        self.rope = nn.Module()
-        self.rope.register_buffer("freqs", 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
+        if frequencies:
+            self.rope = nn.Module()
+            self.rope.register_buffer("freqs", 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return _decode(self.tok_embeddings, self.layers, self.norm, self.output, tokens)
@@ -721,7 +722,7 @@ class Kernel(nn.Module):
         self.contracted = contracted
 
     def forward(self, x: Tensor) -> Tensor:
-        result = torch.tensordot(x, self.kernel, self.contracted)
+        result: Tensor = torch.tensordot(x, self.kernel, self.contracted)
         return result if self.bias is None else result + self.bias
 
 
@@ -1012,10 +1013,10 @@ def _unroll(step: Step, x: Tensor, state: Any) -> Tensor:
 class TorchTagger(nn.Module):
     """A recurrent network of torch between an embedding and a linear layer."""
 
-    def __init__(self, kind: type[nn.RNNBase], layers: int = RNN_LAYERS, *, silent: str = "") -> None:
+    def __init__(self, kind: type[nn.LSTM | nn.GRU], layers: int = RNN_LAYERS, *, silent: str = "") -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, RNN_INPUT)
-        self.rnn = kind(RNN_INPUT, RNN_WIDTH, layers, batch_first=True)  # type: ignore[call-arg]
+        self.rnn = kind(RNN_INPUT, RNN_WIDTH, layers, batch_first=True)
         self.fc = nn.Linear(RNN_WIDTH, CLASSES)
         if silent:
             nn.init.zeros_(self.rnn.get_parameter(silent))
