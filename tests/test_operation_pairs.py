@@ -27,23 +27,31 @@ import autoalign
 from autoalign.alignment import Alignment, Match
 from autoalign.errors import PartialLoadWarning
 from autoalign.operations import Operation
-from tests import reference_models as reference
 from tests.pairs import relative_difference
 from tests.reference_models import (
+    encoders,
+    flax_models,
+    gpt,
+    keras_models,
+    kernels,
+    llama,
+    openai_clip,
+    recurrent,
+    vision,
+)
+from tests.reference_models.flax_models import FLAX_DEPTH
+from tests.reference_models.openai_clip import SHARED_WIDTH, TEXT_HEADS, TEXT_WIDTH
+from tests.reference_models.parts import (
     CLASSES,
     CONTEXT,
     DEPTH,
     EXPERTS,
-    FLAX_DEPTH,
     HEAD_DIM,
     HEADS,
     HIDDEN,
     IMAGE,
     KV_HEADS,
     PATCH,
-    SHARED_WIDTH,
-    TEXT_HEADS,
-    TEXT_WIDTH,
     VOCABULARY,
     WIDTH,
 )
@@ -116,7 +124,7 @@ def randomise(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
             parameter.data = 1.4 * values / parameter.numel() ** 0.25
     model.eval()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | reference.KernelBatchNorm):
+        if isinstance(module, nn.BatchNorm2d | kernels.KernelBatchNorm):
             module.train()
             module.momentum = 1.0
     output(model, inputs)
@@ -203,7 +211,7 @@ GLM = hf("Glm", **GROUPED, head_dim=HEAD_DIM)
 BERT = hf("Bert", "Model", max_position_embeddings=CONTEXT)
 
 
-def clip() -> nn.Module:
+def hf_clip() -> nn.Module:
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": TEXT_WIDTH,
@@ -269,13 +277,13 @@ def timm_swin() -> nn.Module:
 
 
 def torchvision_resnet() -> nn.Module:
-    blocks = [count for _, count in reference.RESNET_STAGES]
+    blocks = [count for _, count in flax_models.RESNET_STAGES]
     model: nn.Module = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, blocks, num_classes=CLASSES)
     return model
 
 
 def torchvision_mobilenet() -> nn.Module:
-    stages = [[t, width, count, stride] for t, width, count, stride in reference.MOBILE_STAGES]
+    stages = [[t, width, count, stride] for t, width, count, stride in keras_models.MOBILE_STAGES]
     model: nn.Module = torchvision.models.MobileNetV2(num_classes=CLASSES, inverted_residual_setting=stages)
     return model
 
@@ -287,22 +295,22 @@ PAIRS = (
     *both(
         Pair(
             "nn.TransformerEncoder -> separate projections",
-            reference.TorchEncoder,
-            reference.SeparateEncoder,
+            encoders.TorchEncoder,
+            encoders.SeparateEncoder,
             TOKENS,
             {r"\.[qkv]_proj\.": "Split"},
         ),
         {r"\.in_proj_": "Concatenate"},
     ),
     *both(
-        Pair("transformers.GPT2 -> nanoGPT", GPT2, reference.NanoGPT, TOKENS, {r"\.c_.*weight": "Transpose"}),
+        Pair("transformers.GPT2 -> nanoGPT", GPT2, gpt.NanoGPT, TOKENS, {r"\.c_.*weight": "Transpose"}),
         {r"\.c_.*weight": "Transpose"},
     ),
     *both(
         Pair(
             "transformers.GPT2 -> GPT with separate projections",
             GPT2,
-            reference.SeparateGPT,
+            gpt.SeparateGPT,
             TOKENS,
             {
                 r"\.(query|key|value)\.weight": "Split Transpose",
@@ -319,7 +327,7 @@ PAIRS = (
     *both(
         Pair(
             "transformers 4 Mixtral -> transformers 5 Mixtral",
-            reference.Mixtral4,
+            llama.Mixtral4,
             MIXTRAL,
             TOKENS,
             {r"\.gate_up_proj": "Concatenate Stack", r"\.down_proj": "Stack"},
@@ -330,14 +338,14 @@ PAIRS = (
         Pair(
             "transformers.Llama -> litgpt (blocks)",
             LLAMA,
-            reference.LitLlama,
+            llama.LitLlama,
             TOKENS,
             {r"\.attn\.qkv\.": "Concatenate"},
         ),
         {r"\.[qkv]_proj\.": "Split"},
     ),
     *both(
-        Pair("Meta Llama -> transformers.Llama", reference.MetaLlama, LLAMA, TOKENS, ROTARY, unused=r"^rope\.freqs$"),
+        Pair("Meta Llama -> transformers.Llama", llama.MetaLlama, LLAMA, TOKENS, ROTARY, unused=r"^rope\.freqs$"),
         OWN_ROTARY,
     ),
     *both(
@@ -353,8 +361,8 @@ PAIRS = (
     *both(
         Pair(
             "gated, fused as w12 -> gated, separate",
-            partial(reference.GatedEncoder, "w12"),
-            partial(reference.GatedEncoder, "separate"),
+            partial(encoders.GatedEncoder, "w12"),
+            partial(encoders.GatedEncoder, "separate"),
             TOKENS,
             {r"\.(gate|up)_proj\.": "Split"},
             fails=WHICH_W3,
@@ -364,8 +372,8 @@ PAIRS = (
     *both(
         Pair(
             "OpenAI CLIP -> transformers.CLIP",
-            reference.OpenAIClip,
-            clip,
+            openai_clip.OpenAIClip,
+            hf_clip,
             CAPTIONS,
             {r"\.[qkv]_proj\.": "Split", r"^(visual|text)_projection": "Transpose"},
         ),
@@ -373,41 +381,41 @@ PAIRS = (
     ),
     Pair(
         "Flax ViT -> timm.VisionTransformer",
-        reference.FlaxViT,
+        flax_models.FlaxViT,
         timm_vit(FLAX_DEPTH),
         IMAGES,
         {r"qkv\.weight": "Concatenate", r"patch_embed\.proj\.weight": "Permute", r"fc[12]\.weight": "Transpose"},
-        publish=reference.flat_arrays,
+        publish=kernels.flat_arrays,
     ),
     Pair(
         "Flax ResNet -> torchvision.ResNet",
-        reference.FlaxResNet,
+        flax_models.FlaxResNet,
         torchvision_resnet,
         IMAGES,
         {r"conv\d\.weight": "Permute", r"fc\.weight": "Transpose"},
-        publish=reference.flax_collections,
+        publish=kernels.flax_collections,
     ),
     Pair(
         "Keras MobileNetV2 -> torchvision.MobileNetV2",
-        reference.KerasMobileNet,
+        keras_models.KerasMobileNet,
         torchvision_mobilenet,
         IMAGES,
         {r"(features\.0|conv\.0)\.0\.weight": "Permute", r"classifier\.1\.weight": "Transpose"},
-        publish=partial(reference.flat_arrays, suffix=":0", ordered=False),
+        publish=partial(kernels.flat_arrays, suffix=":0", ordered=False),
     ),
     Pair(
         "TensorFlow BERT -> transformers.Bert",
-        reference.TensorFlowBert,
+        keras_models.TensorFlowBert,
         BERT,
         TOKENS,
         {r"(query|key|value|dense)\.weight": "Transpose"},
-        publish=reference.flat_arrays,
+        publish=kernels.flat_arrays,
     ),
     *both(
         Pair(
             "LSTM, a matrix for each gate -> nn.LSTM",
-            partial(reference.GateTagger, "ifgo"),
-            partial(reference.TorchTagger, nn.LSTM),
+            partial(recurrent.GateTagger, "ifgo"),
+            partial(recurrent.TorchTagger, nn.LSTM),
             TOKENS,
             {r"rnn\.": "Concatenate"},
             fails=GATES,
@@ -417,8 +425,8 @@ PAIRS = (
     *both(
         Pair(
             "GRU, a matrix for each gate -> nn.GRU",
-            partial(reference.GateTagger, "rzn"),
-            partial(reference.TorchTagger, nn.GRU),
+            partial(recurrent.GateTagger, "rzn"),
+            partial(recurrent.TorchTagger, nn.GRU),
             TOKENS,
             {r"rnn\.": "Concatenate"},
             fails=GATES,
@@ -427,11 +435,11 @@ PAIRS = (
     ),
     Pair(
         "Keras LSTM -> nn.LSTM",
-        partial(reference.KerasTagger, "lstm"),
-        partial(reference.TorchTagger, nn.LSTM, 1, silent="bias_hh_l0"),
+        partial(recurrent.KerasTagger, "lstm"),
+        partial(recurrent.TorchTagger, nn.LSTM, 1, silent="bias_hh_l0"),
         TOKENS,
         {r"rnn\.weight": "Transpose"},
-        publish=partial(reference.flat_arrays, suffix=":0"),
+        publish=partial(kernels.flat_arrays, suffix=":0"),
         absent=r"rnn\.bias_hh_l0",
     ),
     *both(
@@ -474,7 +482,7 @@ DOUBTED_PAIRS = (
     *both(
         Pair(
             "Meta Llama without frequencies -> transformers.Llama",
-            partial(reference.MetaLlama, frequencies=False),
+            partial(llama.MetaLlama, frequencies=False),
             LLAMA,
             TOKENS,
             ROTARY,
@@ -486,7 +494,7 @@ DOUBTED_PAIRS = (
     *both(
         Pair(
             "torchtune Llama -> transformers.Llama",
-            reference.TorchtuneLlama,
+            llama.TorchtuneLlama,
             LLAMA,
             TOKENS,
             ROTARY,
@@ -497,7 +505,7 @@ DOUBTED_PAIRS = (
     *both(
         Pair(
             "Mistral's Mixtral -> transformers 5 Mixtral",
-            reference.MistralMixtral,
+            llama.MistralMixtral,
             MIXTRAL,
             TOKENS,
             {r"\.gate_up_proj": "Concatenate Stack", **ROTARY},
@@ -509,7 +517,7 @@ DOUBTED_PAIRS = (
     *both(
         Pair(
             "litgpt (groups of heads) -> transformers.Llama",
-            partial(reference.LitLlama, "attn"),
+            partial(llama.LitLlama, "attn"),
             LLAMA,
             TOKENS,
             {r"\.[qkv]_proj\.": "Reshape"},
@@ -523,7 +531,7 @@ DOUBTED_PAIRS = (
         Pair(
             "transformers.GPTNeoX -> separate projections",
             GPT_NEOX,
-            partial(reference.ParallelDecoder, HEADS, HEAD_DIM // 4, bias=True),
+            partial(llama.ParallelDecoder, HEADS, HEAD_DIM // 4, bias=True),
             TOKENS,
             {r"\.[qkv]_proj\.": "Reshape"},
             doubted=r"\.[qkv]_proj\.",
@@ -535,7 +543,7 @@ DOUBTED_PAIRS = (
         Pair(
             "transformers.Falcon -> separate projections",
             FALCON,
-            partial(reference.ParallelDecoder, KV_HEADS, HEAD_DIM, bias=False),
+            partial(llama.ParallelDecoder, KV_HEADS, HEAD_DIM, bias=False),
             TOKENS,
             {r"\.[qkv]_proj\.": "Reshape"},
             doubted=r"\.[qkv]_proj\.",
@@ -546,7 +554,7 @@ DOUBTED_PAIRS = (
     *both(
         Pair(
             "ChatGLM2 -> transformers.Glm",
-            reference.ChatGLM,
+            llama.ChatGLM,
             GLM,
             TOKENS,
             {r"\.[qkv]_proj\.": "Split"},
@@ -558,8 +566,8 @@ DOUBTED_PAIRS = (
     *both(
         Pair(
             "gated, fused with the gate last -> gated, separate",
-            partial(reference.GatedEncoder, "net"),
-            partial(reference.GatedEncoder, "separate"),
+            partial(encoders.GatedEncoder, "net"),
+            partial(encoders.GatedEncoder, "separate"),
             TOKENS,
             {r"\.(gate|up)_proj\.": "Split"},
             doubted=r"\.(gate|up)_proj\.",
@@ -571,7 +579,7 @@ DOUBTED_PAIRS = (
     *both(
         Pair(
             "patches, channels first, through a linear layer -> timm.VisionTransformer",
-            partial(reference.PatchViT, channels_first=True),
+            partial(vision.PatchViT, channels_first=True),
             timm_vit(DEPTH, qkv_bias=False),
             IMAGES,
             {r"patch_embed\.proj\.weight": "Reshape"},
@@ -582,7 +590,7 @@ DOUBTED_PAIRS = (
     *both(
         Pair(
             "vit-pytorch, patches with channels last -> timm.VisionTransformer",
-            reference.PatchViT,
+            vision.PatchViT,
             timm_vit(DEPTH, qkv_bias=False),
             IMAGES,
             {r"patch_embed\.proj\.weight": "Reshape Permute"},
@@ -595,8 +603,8 @@ DOUBTED_PAIRS = (
     *both(
         Pair(
             "DiT -> DiT in diffusers' layout",
-            reference.DiT,
-            reference.DiffusersDiT,
+            vision.DiT,
+            vision.DiffusersDiT,
             NOISE,
             {r"norm_out\.linear\.": "Split Concatenate", r"to_[qkv]\.": "Split"},
             doubted=r"norm_out\.linear\.",
@@ -607,11 +615,11 @@ DOUBTED_PAIRS = (
     ),
     Pair(
         "Keras GRU -> nn.GRU",
-        partial(reference.KerasTagger, "gru"),
-        partial(reference.TorchTagger, nn.GRU, 1),
+        partial(recurrent.KerasTagger, "gru"),
+        partial(recurrent.TorchTagger, nn.GRU, 1),
         TOKENS,
         {r"rnn\.weight": "Transpose Concatenate", r"rnn\.bias": "Unstack Concatenate"},
-        publish=partial(reference.flat_arrays, suffix=":0"),
+        publish=partial(kernels.flat_arrays, suffix=":0"),
         fails=KERAS_GATES,
     ),
 )
