@@ -101,28 +101,29 @@ class TorchtuneLlama(nn.Module):
         return decode(self.tok_embeddings, self.layers, self.norm, self.output, tokens)
 
 
-class _LitAttention(nn.Module):
-    """Fused query, key and value, one after another (``qkv``) or group by group of heads (``attn``, as it once was)."""
+class _FusedAttention(nn.Module):
+    """Fused query, key and value, one after another or, ``grouped``, for one group of heads after another."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, fused: str, out: str, *, grouped: bool) -> None:
         super().__init__()
-        self.name = name
-        self.add_module(name, linear(WIDTH, (HEADS + 2 * KV_HEADS) * HEAD_DIM))
-        self.proj = linear(WIDTH, WIDTH)
+        self.names, self.grouped = (fused, out), grouped
+        self.add_module(fused, linear(WIDTH, (HEADS + 2 * KV_HEADS) * HEAD_DIM))
+        self.add_module(out, linear(WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.get_submodule(self.name)(x)
-        if self.name == "qkv":
-            q, k, v = rows.split([HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM], -1)
-        else:
+        fused, out = (self.get_submodule(name) for name in self.names)
+        rows = fused(x)
+        if self.grouped:
             groups = rows.unflatten(-1, (KV_HEADS, HEADS // KV_HEADS + 2, HEAD_DIM))
             q, k, v = groups[..., :-2, :].flatten(2), groups[..., -2, :].flatten(2), groups[..., -1, :].flatten(2)
-        result: Tensor = self.proj(attend(q, k, v, HEADS, KV_HEADS, causal=True, rotate=rotate_halves))
+        else:
+            q, k, v = rows.split([HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM], -1)
+        result: Tensor = out(attend(q, k, v, HEADS, KV_HEADS, causal=True, rotate=rotate_halves))
         return result
 
 
 class LitLlama(nn.Module):
-    """Llama in litgpt, whose fused projection has had two names and two orders of rows."""
+    """Llama in litgpt, whose fused projection is ``qkv`` in blocks and was ``attn`` in groups of heads."""
 
     def __init__(self, fused: str = "qkv") -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class LitLlama(nn.Module):
             DecoderBlock(
                 {
                     "norm_1": RMSNorm(),
-                    "attn": _LitAttention(fused),
+                    "attn": _FusedAttention(fused, "proj", grouped=fused == "attn"),
                     "norm_2": RMSNorm(),
                     "mlp": SwiGLU("fc_1", "fc_2", "proj"),
                 },
@@ -145,6 +146,32 @@ class LitLlama(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         transformer: Any = self.transformer
         return decode(transformer.wte, transformer.h, transformer.ln_f, self.lm_head, tokens)
+
+
+class InternLM(nn.Module):
+    """The second generation of InternLM: Meta's names, Hugging Face's rotation, and ``wqkv`` in groups of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = nn.ModuleList(
+            DecoderBlock(
+                {
+                    "attention": _FusedAttention("wqkv", "wo", grouped=True),
+                    "feed_forward": SwiGLU("w1", "w3", "w2"),
+                    "attention_norm": RMSNorm(),
+                    "ffn_norm": RMSNorm(),
+                },
+                "attention_norm attention ffn_norm feed_forward",
+            )
+            for _ in range(DEPTH)
+        )
+        modules = {"tok_embeddings": nn.Embedding(VOCABULARY, WIDTH), "layers": blocks, "norm": RMSNorm()}
+        self.model = nn.ModuleDict(modules)
+        self.output = linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        model: Any = self.model
+        return decode(model.tok_embeddings, model.layers, model.norm, self.output, tokens)
 
 
 class _Experts(nn.Module):
