@@ -38,6 +38,8 @@ class SideEvidence:
     list_rank: Ints  # [modules]: place in the list of siblings that differ in a number; -1 outside lists
     previous: Ints  # [units]: the unit before, within the same numbered block; -1 for the first
     next: Ints  # [units]: the unit after, within the same numbered block; -1 for the last
+    place: Ints  # [units]: place in the innermost list of siblings that differ in a number; -1 outside lists
+    length: Ints  # [units]: of that list
     templates: tuple[Ints, ...]  # for each of TEMPLATES, [units]: id of the unit's template
 
 
@@ -56,6 +58,7 @@ def side_evidence(paths: Sequence[Path], ancestry: Ancestry, classes: Ints, clas
         _list_ranks(ancestry.nodes),
         previous,
         following,
+        *_places(paths, classes),
         tuple(_template_ids(paths, kept, last) for kept, last in TEMPLATES),
     )
 
@@ -167,3 +170,26 @@ def _neighbours(ancestry: Ancestry) -> tuple[Ints, Ints]:
     previous[in_order[1:][together]] = in_order[:-1][together]
     following[in_order[:-1][together]] = in_order[1:][together]
     return previous, following
+
+
+def _places(paths: Sequence[Path], classes: Ints) -> tuple[Ints, Ints]:
+    """Find the place of each unit in the innermost list of equal modules that it belongs to, and how long that is."""
+    content: dict[Path, list[tuple[Path, int]]] = {}
+    for path, of in zip(paths, classes.tolist(), strict=True):
+        for depth, name in enumerate(path, start=1):
+            if numbers(name):
+                content.setdefault(path[:depth], []).append((path[depth:], of))
+    lists: dict[tuple[Path, str, frozenset[tuple[Path, int]]], list[Path]] = {}
+    for member, below in content.items():
+        lists.setdefault((member[:-1], stem(member[-1]), frozenset(below)), []).append(member)
+    ranks: dict[Path, tuple[int, int]] = {}
+    for members in lists.values():
+        members.sort(key=lambda member: numbers(member[-1]))
+        ranks.update((member, (rank, len(members))) for rank, member in enumerate(members) if len(members) > 1)
+    place, length = np.full(len(paths), -1, dtype=np.int64), np.zeros(len(paths), dtype=np.int64)
+    for index, path in enumerate(paths):
+        for depth in range(len(path), 0, -1):
+            if path[:depth] in ranks:
+                place[index], length[index] = ranks[path[:depth]]
+                break
+    return place, length

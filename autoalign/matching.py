@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from autoalign.candidates import Candidates
 from autoalign.evidence import Floats, Ints, SideEvidence, name_scores
 
-WEIGHTS = {"name": 1.0, "structure": 2.0, "pattern": 1.4, "order": 0.4, "shape": 0.6}
+WEIGHTS = {"name": 1.0, "structure": 2.0, "pattern": 1.4, "order": 0.4, "place": 0.4, "shape": 0.6}
 STEPS = 10
 SHARPNESS, SHARPENING = 2.0, 1.4  # of the first soft assignment, and its growth a step
 RANK_DECAY = 0.7  # a rank that is off by n agrees to exp(-RANK_DECAY * n)
@@ -37,7 +37,7 @@ class Assignment:
     score: Floats
     margin: Floats  # what the best rival would cost the whole assignment; the score where there is no rival
     runner_up: Ints  # the best other source unit for the target unit; -1 where there is none
-    cues: dict[str, Floats]  # name, structure, pattern, order, shape: the terms of the score before weighing
+    cues: dict[str, Floats]  # name, structure, pattern, order, place, shape: the terms of the score before weighing
 
 
 def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidates) -> Assignment:
@@ -49,6 +49,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     cues = {
         "name": name_scores(source.paths, target.paths)[rows, columns],
         "shape": candidates.fit,
+        "place": _same_place(source, target, rows, columns),
         "structure": np.zeros(len(rows), dtype=np.float32),
         "pattern": np.zeros(len(rows), dtype=np.float32),
         "order": np.zeros(len(rows), dtype=np.float32),
@@ -59,7 +60,8 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     ]
     neighbours = _neighbour_pairs(source, target, rows, columns)
     shape = (len(source.paths), len(target.paths))
-    score = cues["name"] * WEIGHTS["name"] + cues["shape"] * WEIGHTS["shape"] + 0.5 * structure.root_agreement
+    known = [cues[name] * WEIGHTS[name] for name in ("name", "place", "shape")]
+    score = np.sum([*known, 0.5 * structure.root_agreement], axis=0, dtype=np.float32)
     sharpness = SHARPNESS
     soft = _soft_assignment(score, sharpness, rows, columns, shape)
     for _ in range(STEPS):
@@ -80,6 +82,12 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         runner_up,
         {name: np.asarray(cue[chosen], dtype=np.float32) for name, cue in cues.items()},
     )
+
+
+def _same_place(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Floats:
+    """Tell the pairs of units that have the same place in lists of the same length: 1, else 0."""
+    listed = (source.length[rows] == target.length[columns]) & (source.length[rows] > 1)
+    return np.asarray(listed & (source.place[rows] == target.place[columns]), dtype=np.float32)
 
 
 class _StructureVotes:
