@@ -22,11 +22,13 @@ from autoalign.fusion import split_fused
 from autoalign.graph import ancestry
 from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
+from autoalign.names import kind
 from autoalign.namesakes import namesakes
+from autoalign.operations import Operation
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
 from autoalign.repeats import LARGE, extended, pair_count, runs_of, shortened
 from autoalign.scope import Scope, scope_of, within
-from autoalign.units import Unit, units_of
+from autoalign.units import Part, Unit, units_of
 
 _MOST = 0.9  # of the layers of the smaller side
 _NAMESAKE = 0.3  # how alike names must be where most names are the same on both sides
@@ -252,7 +254,7 @@ def _match_parts(
         stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
         sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
         for a, b in paired_parts(own[i], other[j]):
-            operation = operation_between(source.parts[a].shape, target.parts[b].shape, flipped=a in pairs.flipped)
+            operation = _operation(source.parts[a], target.parts[b], flipped=a in pairs.flipped)
             if operation is None or source.key(source.parts[a]) in taken or target.key(target.parts[b]) in pins:
                 continue
             if source.parts[a].numeric == target.parts[b].numeric:
@@ -261,6 +263,13 @@ def _match_parts(
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
     matched = [(i, j) for j, i in partners.items()]
     return found, _mismatches(source, target, own, other, (*left, *matched))
+
+
+def _operation(source: Part, target: Part, *, flipped: bool) -> Operation | None:
+    """Find the operation on a matched part; a bare matrix may stand for that of a layer, which is transposed."""
+    bare = (kind(source.path[-1])[0] == "other") != (kind(target.path[-1])[0] == "other")
+    ways = (flipped, True) if bare and not flipped else (flipped,)
+    return next((op for way in ways if (op := operation_between(source.shape, target.shape, flipped=way))), None)
 
 
 def _pinned_units(

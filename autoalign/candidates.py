@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.names import kind, words
-from autoalign.operations import Copy, Operation, Reshape, Transpose, chain
+from autoalign.operations import Copy, Operation, Permute, Reshape, Transpose, chain
 from autoalign.units import Part, Unit, units_of
 
 Shape = tuple[int, ...]
@@ -45,14 +45,16 @@ def operation_between(source: Shape, target: Shape, *, flipped: bool = False) ->
     """Find the operation on one tensor that turns one shape into another, if the shapes admit one.
 
     Dimensions of size one may come and go, and trailing dimensions may be flattened: the elements keep their order.
-    Matrices are transposed where ``flipped`` says that this layer type is laid out the other way round.
+    Matrices, and those of a stack, are transposed where ``flipped`` says that they are laid out the other way round.
 
     >>> operation_between((64, 32), (64, 32, 1, 1)), operation_between((5,), (6,))
     (Reshape(shape=(64, 32, 1, 1)), None)
     """
     if flipped and len(source) == len(squeeze(target)) == 2:
-        turned = source[::-1] == squeeze(target)
-        return chain(Transpose(), Copy() if len(target) == 2 else Reshape(target)) if turned else None
+        fits = source[::-1] == squeeze(target)
+        return chain(Transpose(), Copy() if len(target) == 2 else Reshape(target)) if fits else None
+    if flipped and len(source) == len(target) == 3:
+        return Permute((0, 2, 1)) if turned(source) == target else None
     if source == target:
         return Copy()
     if prod(source) != prod(target):
@@ -61,6 +63,15 @@ def operation_between(source: Shape, target: Shape, *, flipped: bool = False) ->
     if short == long or (len(short) == 2 and short[0] == long[0]):
         return Reshape(target)
     return None
+
+
+def turned(shape: Shape) -> Shape:
+    """Tell the shape of a transposed matrix, or of a stack of them.
+
+    >>> turned((2, 3)), turned((8, 2, 3))
+    ((3, 2), (8, 3, 2))
+    """
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def paired_parts(source: Unit, target: Unit) -> list[tuple[int, int]]:
@@ -84,19 +95,23 @@ def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[i
     matrices = [[part for part in parts if _is_matrix(part)] for parts in (source, target)]
     shapes = [Counter(part.shape for part in parts) for parts in matrices]
     layers = [Counter(part.shape for part in parts if _is_layer(part)) for parts in matrices]
-    forced_flip = {s for s in shapes[0] if s not in shapes[1] and s[::-1] in shapes[1] and s[::-1] not in shapes[0]}
-    forced_copy = {s for s in shapes[0] if s in shapes[1] and s[::-1] not in shapes[1]}
-    for_flip = sum(layers[0][shape] for shape in forced_flip if layers[1][shape[::-1]])
+    forced_flip = {s for s in shapes[0] if s not in shapes[1] and turned(s) in shapes[1] and turned(s) not in shapes[0]}
+    forced_copy = {s for s in shapes[0] if s in shapes[1] and turned(s) not in shapes[1]}
+    for_flip = sum(layers[0][shape] for shape in forced_flip if layers[1][turned(shape)])
     for_copy = sum(part.shape in forced_copy and _is_layer(part) for part in matrices[0])
     for_flip += sum(part.turned for parts in (source, target) for part in parts)
     layouts = _layout(source), _layout(target)
     most = layouts[0] != layouts[1] if all(layouts) else for_flip > for_copy and for_flip > 1
-    return frozenset(
-        index
-        for index, part in enumerate(source)
-        if _is_matrix(part)
-        and (part.turned or part.shape in forced_flip or (most and part.shape not in forced_copy and _is_layer(part)))
-    )
+    stacks = any(len(shape) == 3 for shape in forced_flip) and not any(len(shape) == 3 for shape in forced_copy)
+
+    def flips(part: Part) -> bool:
+        if part.turned or part.shape in forced_flip:
+            return True
+        if len(part.shape) == 3:
+            return stacks and part.shape[1] == part.shape[2]
+        return most and part.shape not in forced_copy and _is_layer(part)
+
+    return frozenset(index for index, part in enumerate(source) if _is_matrix(part) and flips(part))
 
 
 def _layout(parts: Sequence[Part]) -> int:
@@ -104,27 +119,29 @@ def _layout(parts: Sequence[Part]) -> int:
     votes = 0
     for unit in units_of(parts):
         kinds = dict(unit.parts)
-        if "bias" in kinds and "weight" in kinds and _is_matrix(parts[kinds["weight"]]):
+        if "bias" in kinds and "weight" in kinds and len(parts[kinds["weight"]].shape) == 2:
             (rows, columns), bias = parts[kinds["weight"]].shape, parts[kinds["bias"]].shape
             votes += (bias == (rows,)) - (bias == (columns,))
     return (votes > 0) - (votes < 0)
 
 
 def _is_matrix(part: Part) -> bool:
-    return len(part.shape) == 2 and min(part.shape) > 1
+    """Tell a matrix, or a stack of them."""
+    return len(part.shape) in (2, 3) and min(part.shape) > 1
 
 
 def _is_layer(part: Part) -> bool:
     """Tell a linear layer's matrix from a bare parameter or an embedding's."""
     embeds = any(word == "embed" for component in part.path[-2:] for word in words(component))
-    return kind(part.path[-1])[0] == "weight" and not embeds
+    return len(part.shape) == 2 and kind(part.path[-1])[0] == "weight" and not embeds
 
 
 def unit_fit(source: Signature, target: Signature) -> float:
     """Tell how well a source unit fits a target unit by shape alone: 0 where it cannot, 1 where every part fits."""
     own, other = {entry[0]: entry for entry in source}, {entry[0]: entry for entry in target}
     pairs = [(own[name], other[name]) for name in own if name in other]
-    if not pairs:
+    bare = not pairs
+    if bare:
         kinds = {*own, *other}
         if len(source) > 1 or len(target) > 1 or "other" not in kinds or not kinds <= {"other", "weight", "bias"}:
             return 0.0
@@ -136,6 +153,9 @@ def unit_fit(source: Signature, target: Signature) -> float:
         if numeric == wanted_numeric and operation_between(shape, wanted, flipped=flipped) is not None:
             fitting += 1
             fits += 1.0 if flipped or squeeze(shape) == squeeze(wanted) else 0.3
+        elif bare and operation_between(shape, wanted, flipped=True) is not None:
+            fitting += 1
+            fits += 1.0
         elif len(shape) != len(wanted) and len(squeeze(shape)) != len(squeeze(wanted)):
             return 0.0  # a norm is no matrix, a matrix no convolution
     if not fitting:
