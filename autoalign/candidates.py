@@ -17,6 +17,8 @@ from autoalign.units import Part, Unit, units_of
 Shape = tuple[int, ...]
 Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and flipped of each part of a unit
 
+_BARE = 0.25  # fit of a parameter that stands alone and the weight of a layer
+
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
@@ -161,8 +163,8 @@ def unit_fit(source: Signature, target: Signature) -> float:
     if not fitting:
         return 0.0
     vector = max(len(squeeze(entry[1])) for entry in source) < 2  # a norm with a bias is hardly a scale without one
-    fit = 0.2 ** (len(pairs) - fits)
-    for name in {*own} ^ {*other}:
+    fit = 0.2 ** (len(pairs) - fits) * (_BARE if bare and own.keys() != other.keys() else 1.0)
+    for name in () if bare else {*own} ^ {*other}:
         fit *= {"count": 0.98, "mean": 0.6, "var": 0.6}.get(name, 0.4 if vector else 0.25)
     return float(fit)
 

@@ -87,6 +87,8 @@ def units_of(parts: Sequence[Part]) -> list[Unit]:
     groups: dict[Path, dict[str, int]] = {}
     for index, part in enumerate(parts):
         values, rest = kind(part.path[-1])
+        if values == "bias" and rest and sum(size > 1 for size in part.shape) > 1:
+            values, rest = "other", part.path[-1]  # a table of biases is no bias of a layer
         path = (*part.path[:-1], rest) if rest else part.path[:-1] or ("",)  # a bare layer has no name
         while values in groups.setdefault(path, {}):  # the same kind twice: no unit, but tensors of their own
             path = (*path, part.path[-1])
