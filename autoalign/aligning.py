@@ -17,7 +17,7 @@ from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.decision import coherence, confidence_of, related, special_units
 from autoalign.doubts import DOUBTED
 from autoalign.errors import InputError, PatternError
-from autoalign.evidence import side_evidence
+from autoalign.evidence import is_alphabetical, side_evidence
 from autoalign.fusion import split_fused
 from autoalign.graph import ancestry
 from autoalign.matching import match_units
@@ -232,8 +232,11 @@ def _match_parts(
     fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
     pairs = _without(pairs, fixed)
     sides = [
-        side_evidence(paths := [unit.path for unit in units], ancestry(paths), classes, pairs.class_count)
-        for units, classes in ((own, pairs.source_class), (other, pairs.target_class))
+        side_evidence(paths := [unit.path for unit in units], ancestry(paths), classes, pairs.class_count, ordered=told)
+        for units, classes, told in (
+            (own, pairs.source_class, not is_alphabetical([spec.key for spec in source.specs])),
+            (other, pairs.target_class, not is_alphabetical([spec.key for spec in target.specs])),
+        )
     ]
     assignment = match_units(sides[0], sides[1], pairs)
     confidence = confidence_of(assignment)

@@ -30,6 +30,7 @@ class SideEvidence:
 
     paths: tuple[Path, ...]
     ancestry: Ancestry
+    ordered: bool  # whether siblings stand in the order of registration, not in that of the alphabet
     # Within each ancestor, among the units of the same class that stand equally deep below it:
     rank: NDArray[np.int32]  # [units, depth]: how many come before
     count: NDArray[np.int32]  # [units, depth]: how many there are
@@ -43,7 +44,9 @@ class SideEvidence:
     templates: tuple[Ints, ...]  # for each of TEMPLATES, [units]: id of the unit's template
 
 
-def side_evidence(paths: Sequence[Path], ancestry: Ancestry, classes: Ints, class_count: int) -> SideEvidence:
+def side_evidence(
+    paths: Sequence[Path], ancestry: Ancestry, classes: Ints, class_count: int, *, ordered: bool
+) -> SideEvidence:
     """Gather one side's evidence."""
     rank, count = _ranks(ancestry, classes, class_count)
     size, module_rank = _modules(ancestry, classes, class_count)
@@ -51,6 +54,7 @@ def side_evidence(paths: Sequence[Path], ancestry: Ancestry, classes: Ints, clas
     return SideEvidence(
         tuple(paths),
         ancestry,
+        ordered,
         rank,
         count,
         size,
@@ -61,6 +65,16 @@ def side_evidence(paths: Sequence[Path], ancestry: Ancestry, classes: Ints, clas
         *_places(paths, classes),
         tuple(_template_ids(paths, kept, last) for kept, last in TEMPLATES),
     )
+
+
+def is_alphabetical(keys: Sequence[str]) -> bool:
+    """Tell whether keys are sorted, as text or by their numbers, as files often have them; then order tells nothing.
+
+    >>> is_alphabetical(["fc.bias", "fc.weight"]), is_alphabetical(["fc.weight", "fc.bias"])
+    (True, False)
+    """
+    natural = [_NUMBER.sub(lambda number: number[0].zfill(8), key) for key in keys]
+    return list(keys) == sorted(keys) or natural == sorted(natural)
 
 
 def template(path: Path, kept: int = 0, last: int | None = None) -> str:

@@ -23,6 +23,7 @@ STEPS = 10
 SHARPNESS, SHARPENING = 2.0, 1.4  # of the first soft assignment, and its growth a step
 RANK_DECAY = 0.7  # a rank that is off by n agrees to exp(-RANK_DECAY * n)
 RANK_SHARE = 0.3  # how much of a vote hangs on the rank within the voting ancestors
+UNORDERED = 0.3  # of it for modules where one side's keys are sorted, so that their order tells little
 LIST_FLOOR = 0.1  # what remains of a vote between blocks of quite different places
 ALONE = 2.0  # the worth of leaving a unit without a partner
 UNPOOLED = 0.3  # the pattern score of a template that occurs once
@@ -104,7 +105,7 @@ class _StructureVotes:
         distance = np.abs(source.rank[rows][:, :, None] - target.rank[columns][:, None, :])
         agreement = np.exp(np.float32(-RANK_DECAY) * distance.astype(np.float32))
         agreement *= np.where(source.count[rows][:, :, None] == target.count[columns][:, None, :], 1.0, 0.7)
-        agreement = ((1 - RANK_SHARE) + RANK_SHARE * agreement) * valid
+                agreement = ((1 - RANK_SHARE) + RANK_SHARE * agreement) * valid
         self.agreement = agreement.astype(np.float32)
         each = np.arange(len(rows))
         self.root_agreement = self.agreement[each, self.depths[0] - 1, self.depths[1] - 1]
@@ -131,7 +132,8 @@ class _StructureVotes:
 
 def _module_agreement(source: SideEvidence, target: SideEvidence) -> Floats:
     """Tell how well the places of two modules among their like agree: [source modules, target modules]."""
-    by_content = 0.9 * np.exp(-RANK_DECAY * np.abs(source.module_rank[:, None] - target.module_rank[None, :]))
+    decay = RANK_DECAY * (1.0 if source.ordered and target.ordered else UNORDERED)
+    by_content = 0.9 * np.exp(-decay * np.abs(source.module_rank[:, None] - target.module_rank[None, :]))
     listed = (source.list_rank[:, None] >= 0) & (target.list_rank[None, :] >= 0)
     by_number = np.where(
         listed, np.exp(-RANK_DECAY * np.abs(source.list_rank[:, None] - target.list_rank[None, :])), 0.0
