@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from autoalign.adapting import AdaptableSide, adapted, checked_adapt
+from autoalign.adaptable import AdaptableSide
+from autoalign.adapting import adapted, checked_adapt
 from autoalign.alignment import Alignment, Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
@@ -100,13 +101,13 @@ def align(
     matches, mismatched, notes = found or _align_repeats(*sides, pins)
     if allowed:
         modules = [side if isinstance(side, nn.Module) else None for side in (source, target)]
-        own_side, other_side = (AdaptableSide(side.specs, module) for side, module in zip(sides, modules, strict=True))
-        changed, failed = adapted(matches, mismatched, own_side, other_side, allowed, pins)
-        done = {match.target for match in changed}
-        matches = with_ties(*sides, [*(match for match in matches if match.target not in done), *changed])
-        done |= {match.target for match in matches}
-        mismatched = [mismatch for mismatch in mismatched if mismatch.key not in done]
-        notes = (*notes, *failed)
+        views = AdaptableSide(own.specs, modules[0]), AdaptableSide(other.specs, modules[1])
+        changed, unable = adapted(matches, mismatched, *views, allowed, pins)
+        taken = {match.target for match in changed}
+        matches = with_ties(*sides, [*(match for match in matches if match.target not in taken), *changed])
+        taken = {match.target for match in matches}
+        mismatched = [mismatch for mismatch in mismatched if mismatch.key not in taken]
+        notes = (*notes, *unable)
     for first, second in rules:
         _check_rule(first, second, *sides, matches)
     order = {spec.key: index for index, spec in enumerate(other.specs)}
@@ -190,7 +191,8 @@ def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Ou
     matches = with_ties(source, target, [*pinned, *matches])
     done = {match.target for match in matches}
     notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
-    return matches, [mismatch for mismatch in (*refused, *mismatched) if mismatch.key not in done], notes
+    left = {mismatch.key: mismatch for mismatch in (*mismatched, *refused) if mismatch.key not in done}
+    return matches, list(left.values()), notes
 
 
 def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:

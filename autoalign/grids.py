@@ -1,8 +1,8 @@
 """Grids: how the positions of a table stand, as the names and modules around it tell.
 
-A token count alone does not tell a grid: 200 rows may be a class token and 199 words, or 10 x 20 patches. What counts is
-what stands around the table (words or patches, class and distillation tokens), and the sizes that a module has as its
-attributes; a square is assumed only where a module does not tell.
+A token count alone does not tell a grid: 200 rows may be a class token and 199 words, or 10 x 20 patches. What counts
+is what stands around the table (words or patches, class and distillation tokens), and the sizes that a module has as
+its attributes; a square is assumed only where no module tells.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def grid_of(spec: TensorSpec, specs: Sequence[TensorSpec], module: nn.Module | N
 
 
 def window_of(key: str, rows: int, module: nn.Module | None) -> Size | None:
-    """Find the window (h, w) of a table of relative positions with (2h - 1)(2w - 1) rows; None where nothing tells it."""
+    """Find the window (h, w) of a table of relative positions with (2h - 1)(2w - 1) rows, if anything tells it."""
     for level in _attributes(key, module):
         found = {(h, w) for attributes in level for h, w in _sizes(attributes) if (2 * h - 1) * (2 * w - 1) == rows}
         if found:
@@ -88,7 +88,7 @@ def _surroundings(spec: TensorSpec, specs: Sequence[TensorSpec]) -> tuple[int, P
     """Find what a table gives positions to, in the smallest module around it that tells.
 
     Returns:
-        The dimensions of the grid (1 for words or sound, 2 for images, 3 for videos, 0 if nothing tells), and the module.
+        The dimensions of the grid, 1 for words or sound, 2 for images, 3 for videos, 0 if nothing tells; the module.
     """
     path = components(spec.key)
     paths = {components(other.key): other for other in specs}
@@ -129,8 +129,8 @@ def _token_choices(scope: Path, specs: Sequence[TensorSpec], width: int) -> list
 
 def _reserved(key: str, module: nn.Module | None) -> int:
     """Count the rows before the first position: those up to the padding's, or those that an offset skips."""
-    *_, owner = _owners(key, module) or [None]
-    attributes = vars(owner) if owner is not None else {}
+    owners = _owners(key, module)
+    attributes = vars(owners[-1]) if owners else {}
     padding, offset = attributes.get("padding_idx"), attributes.get("offset")
     return padding + 1 if isinstance(padding, int) else offset if isinstance(offset, int) else 0
 

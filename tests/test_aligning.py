@@ -223,8 +223,12 @@ def test_unusable_options_are_refused() -> None:
         autoalign.align(*sides, exclude=3)  # type: ignore[arg-type]
     with pytest.raises(autoalign.InputError, match="min_confidence must lie in"):
         autoalign.align(*sides, min_confidence=2)
-    with pytest.raises(autoalign.InputError, match="adapt="):
-        autoalign.align(*sides, adapt=("heads",))
+    with pytest.raises(
+        autoalign.InputError, match=r"'heads' is no change of values.* 'head', 'vocab', 'pos_embed', 'rel_"
+    ):
+        autoalign.align(*sides, adapt=("vocab", "heads"))
+    with pytest.raises(autoalign.InputError, match="adapt=7 is no change of values"):
+        autoalign.align(*sides, adapt=7)  # type: ignore[arg-type]
 
 
 def test_an_exclusion_that_matches_nothing_is_said() -> None:
