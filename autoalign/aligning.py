@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
 
 from autoalign.adaptable import AdaptableSide
 from autoalign.adapting import adapted, checked_adapt
@@ -100,8 +99,7 @@ def align(
     found = None if pins else _identical(*sides)
     matches, mismatched, notes = found or _align_repeats(*sides, pins)
     if allowed:
-        modules = [side if isinstance(side, nn.Module) else None for side in (source, target)]
-        views = AdaptableSide(own.specs, modules[0]), AdaptableSide(other.specs, modules[1])
+        views = AdaptableSide(own.specs, own.module), AdaptableSide(other.specs, other.module)
         changed, unable = adapted(matches, mismatched, *views, allowed, pins)
         taken = {match.target for match in changed}
         matches = with_ties(*sides, [*(match for match in matches if match.target not in taken), *changed])
