@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import nn
@@ -18,7 +19,8 @@ class AdaptableSide:
     """One side of an alignment, as far as adapting needs it."""
 
     specs: tuple[TensorSpec, ...]
-    module: nn.Module | None  # the side itself, where it is a module
+    module: nn.Module | None = None  # the side itself, where it is a module
+    config: Mapping[str, object] = field(default_factory=dict)  # its makers' own
 
     @cached_property
     def by_key(self) -> dict[str, TensorSpec]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from autoalign.candidates import squeeze
 from autoalign.evidence import SideEvidence, name_scores
 from autoalign.graph import block_around
 from autoalign.units import Part, Unit
@@ -45,7 +46,7 @@ def mismatched_units(
     kinds = [_kind(source[0][i], source[1]) for i in rows], [_kind(target[0][j], target[1]) for j in columns]
     for row, i in enumerate(rows):
         for column, j in enumerate(columns):
-            if kinds[0][row] != kinds[1][column]:
+            if not _alike(kinds[0][row], kinds[1][column]):
                 scores[row, column] = -1
                 continue
             same_block = bool(blocks[0][i]) and counterpart.get(blocks[1][j]) == blocks[0][i]
@@ -61,6 +62,11 @@ def mismatched_units(
     ]
 
 
-def _kind(unit: Unit, parts: Sequence[Part]) -> tuple[int, ...]:
-    """Tell layers apart by the number of dimensions of each of their tensors."""
-    return tuple(len(parts[index].shape) for name, index in unit.parts if name in ("weight", "bias", "other"))
+def _kind(unit: Unit, parts: Sequence[Part]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Count the dimensions of each of a layer's tensors, with and without those of size one."""
+    shapes = [parts[index].shape for name, index in unit.parts if name in ("weight", "bias", "other")]
+    return tuple(map(len, shapes)), tuple(len(squeeze(shape)) for shape in shapes)
+
+
+def _alike(kind: tuple[tuple[int, ...], tuple[int, ...]], other: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
+    return kind[0] == other[0] or kind[1] == other[1]

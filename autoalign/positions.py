@@ -30,7 +30,7 @@ def positions_plan(source: TensorSpec, target: TensorSpec, own: AdaptableSide, o
     leading = source.shape[:-2] + target.shape[:-2]
     if source.shape[-1] != target.shape[-1] or any(size != 1 for size in leading):
         return "more differs than the number of positions."
-    grids = grid_of(source, own.specs, own.module), grid_of(target, other.specs, other.module)
+    grids = grid_of(source, own), grid_of(target, other)
     if grids[0] is None or grids[1] is None:
         side, rows = ("source", source.shape[-2]) if grids[0] is None else ("target", target.shape[-2])
         return f"nothing tells on what grid the {rows} rows of the {side} stand. A module tells more than a state dict."
@@ -41,9 +41,9 @@ def positions_plan(source: TensorSpec, target: TensorSpec, own: AdaptableSide, o
 
 def regridding_plan(source: TensorSpec, target: TensorSpec, own: AdaptableSide, other: AdaptableSide) -> Plan | None:
     """Plan to resize a table of positions of the same shape, if modules tell that its grid is another one."""
-    if source.shape[-2:] != target.shape[-2:] or len(source.shape) > 3 or not own.module or not other.module:
+    if source.shape[-2:] != target.shape[-2:] or len(source.shape) > 3:
         return None
-    grids = grid_of(source, own.specs, own.module), grid_of(target, other.specs, other.module)
+    grids = grid_of(source, own), grid_of(target, other)
     if not (grids[0] and grids[1] and grids[0].told and grids[1].told) or grids[0].size == grids[1].size:
         return None
     return _resizing(grids[0], grids[1], source.shape, target.shape) if len(grids[0].size) == 2 else None
@@ -111,8 +111,8 @@ def relative_plan(source: TensorSpec, target: TensorSpec, own: AdaptableSide, ot
             return "it has no centre."
         return Plan(ResizePositions(source.shape[:1], target.shape[:1]), text)
     for extra in _EXTRA_BIASES:
-        old = window_of(source.key, source.shape[0] - extra, own.module)
-        new = window_of(target.key, target.shape[0] - extra, other.module)
+        old = window_of(source.key, source.shape[0] - extra, own)
+        new = window_of(target.key, target.shape[0] - extra, other)
         if old and new:
             return Plan(ResizeBiases(old, new, extra), text)
     return "nothing tells for what windows the tables are. A module tells more than a state dict."

@@ -20,7 +20,7 @@ from autoalign.names import components, kind, numbers, stem, words
 from autoalign.operations import Copy, Operation, Parallel, chain
 
 _HEAD = frozenset({"head", "fc", "logits"})
-_VOCAB = frozenset({"tok", "embed", "lm", "vocab"})
+_VOCAB = frozenset({"tok", "embed", "vocab"})
 _NO_VOCAB = frozenset({"pos", "rel", "patch"})
 
 
@@ -99,7 +99,7 @@ def _standing(item: Mismatch, biases: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _is_vocabulary(item: Mismatch, source: AdaptableSide, target: AdaptableSide) -> bool:
-    """Tell a table of embeddings or the output layer that belongs to it: called so on both sides, without a bias."""
+    """Tell a table of embeddings: called so on both sides, without a bias."""
     own, other = named(item.source_key), named(item.key)
     lone = source.is_lone(item.source_key) and target.is_lone(item.key)
     return lone and bool(own & _VOCAB and other & _VOCAB) and not (own | other) & _NO_VOCAB and len(item.shape) > 1
