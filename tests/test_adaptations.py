@@ -439,14 +439,19 @@ def test_a_grid_that_is_no_square_is_told_by_the_module_alone() -> None:
     assert [item.key for item in alignment.mismatched] == ["pos_embed"]
     (note,) = alignment.notes
     assert note.startswith("pos_embed [1, 201, 24] was not adapted: nothing tells on what grid the 201 rows")
+    saved = {"model": target.state_dict(), "config": {"vision": {"image_size": [160, 320], "patch_size": 16}}}
+    alignment = autoalign.align(source, saved, adapt="pos_embed")
+    assert adapted(alignment) == {"pos_embed": "resize positions 14x14 -> 10x20 (bicubic)"}
 
 
 def test_a_table_of_the_same_shape_for_another_grid_is_no_copy() -> None:
     source, target = vit(img_size=(112, 448)), vit(img_size=(448, 112))
     assert not adapted(autoalign.align(source, target))
-    assert adapted(autoalign.align(source, target, adapt="pos_embed")) == {
-        "pos_embed": "resize positions 7x28 -> 28x7 (bicubic)"
-    }
+    for alignment in (
+        autoalign.align(source, target, adapt="pos_embed"),
+        autoalign.load(target, source, adapt="pos_embed"),
+    ):
+        assert adapted(alignment) == {"pos_embed": "resize positions 7x28 -> 28x7 (bicubic)"}
     assert not adapted(
         autoalign.align(source.state_dict(), target, adapt="pos_embed")
     )  # the same grid, for all we know
@@ -630,3 +635,24 @@ def test_values_to_keep_must_be_there() -> None:
     assert all(parameter.is_meta for parameter in larger.parameters())
     autoalign.load(smaller, source, adapt="head", assign=True)
     assert torch.equal(smaller.state_dict()["6.weight"], source["6.weight"][:1])
+
+
+def test_what_was_adapted_is_left_out_of_the_way_back() -> None:
+    source, target = values({**BODY, "fc.kernel": (16, 4)}), values({**BODY, "fc.weight": (9, 16)})
+    back = autoalign.align(source, target, adapt="head").inverse()
+    assert back.missing_keys == ["fc.kernel"]
+    assert back.notes == ("1 tensors were adapted and cannot be restored: fc.weight.",)
+
+
+def test_one_storage_is_adapted_from_one_source() -> None:
+    config = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1}
+    source = transformers.GPT2Model(transformers.GPT2Config(**config, eos_token_id=1))
+    larger = transformers.GPT2Config(**{**config, "vocab_size": 40, "n_positions": 24}, eos_token_id=1)
+    target = transformers.GPT2LMHeadModel(larger)
+    alignment = autoalign.load(target, source.state_dict(), strict=True, adapt=("vocab", "pos_embed"))
+    assert adapted(alignment) == {
+        "transformer.wte.weight": "take 32 rows, keep 8",
+        "transformer.wpe.weight": "resize positions 16 -> 24 (linear)",
+        "lm_head.weight": "take 32 rows, keep 8",
+    }
+    assert target.lm_head.weight is target.transformer.wte.weight
