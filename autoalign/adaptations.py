@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -28,7 +29,10 @@ _EXACT = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Adaptation(Operation, ABC):
-    """Base of the operations that change values; computed in at least float32, given back in the source's dtype."""
+    """Base of the operations that change values; computed in float32 or wider.
+
+    Results have the source's dtype, or a wider one where they keep values of a target of that dtype.
+    """
 
     @property
     def adapts(self) -> bool:
@@ -66,7 +70,7 @@ class TakeRows(Adaptation):
         taken = tensors[0].narrow(self.dim, 0, self.rows)
         if not self.kept:
             return [taken]
-        return [_joined([taken, tensors[1].narrow(self.dim, self.rows, self.kept)], self.dim)]
+        return [_joined([taken, tensors[1].narrow(self.dim, self.rows, self.kept)], self.dim, taken.device)]
 
     def __str__(self) -> str:
         return f"take {self.rows} rows" + (f", keep {self.kept}" if self.kept else "")
@@ -103,7 +107,7 @@ class ResizePositions(Adaptation):
             grid = _interpolated(planes, self.new).reshape(width, -1).T
         own = tensors[1].reshape(-1, width) if self.needs_target else rows
         first = [own[place, None] if row < 0 else rows[row, None] for place, row in enumerate(self.tokens)]
-        table = _joined([*first, grid], 0)
+        table = _joined([*first, grid], 0, grid.device)
         return [table.reshape(*tensors[0].shape[:-2], *table.shape)]
 
     def __str__(self) -> str:
@@ -173,7 +177,8 @@ class SumChannels(Adaptation):
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         (tensor,) = tensors
-        return [_wide(tensor).unflatten(1, (-1, self.size)).sum(dim=2).to(tensor.dtype)]
+        out, _, *kernel = tensor.shape
+        return [_wide(tensor).reshape(out, -1, self.size, *kernel).sum(dim=2).to(tensor.dtype)]
 
     def __str__(self) -> str:
         return f"sum {self.size} channels"
@@ -199,15 +204,9 @@ class RepeatChannels(Adaptation):
         return f"repeat to {self.channels} channels, rescaled"
 
 
-def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Join tensors of the source and of the target, whose precision is kept, where the source's are."""
-    first, *others = tensors
-    if not others:
-        return first
-    dtype = first.dtype
-    for tensor in others:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    device = tensors[-1].device if tensors[-1].is_meta else first.device
+def _joined(tensors: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:
+    """Join tensors of the source and of the target, neither of which loses precision."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     return torch.cat([tensor.to(device, dtype) for tensor in tensors], dim)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
 
-from autoalign.adapting import AdaptableSide, adapted, checked_adapt
+from autoalign.adaptable import AdaptableSide
+from autoalign.adapting import adapted, checked_adapt
 from autoalign.alignment import Alignment, Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
@@ -31,6 +31,7 @@ from autoalign.scope import Scope, scope_of, within
 from autoalign.units import Part, Unit, units_of
 
 _MOST = 0.9  # of the layers of the smaller side
+_HALF = 0.5  # of them, which fit under the same names: then the sides are related, however the rest is spread
 _NAMESAKE = 0.3  # how alike names must be where most names are the same on both sides
 _UNRELATED = (
     "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
@@ -98,15 +99,14 @@ def align(
     pins = pinned_pairs(rules, [spec.key for spec in sides[0].specs], [spec.key for spec in sides[1].specs])
     found = None if pins else _identical(*sides)
     matches, mismatched, notes = found or _align_repeats(*sides, pins)
-    if allowed:
-        modules = [side if isinstance(side, nn.Module) else None for side in (source, target)]
-        own_side, other_side = (AdaptableSide(side.specs, module) for side, module in zip(sides, modules, strict=True))
-        changed, failed = adapted(matches, mismatched, own_side, other_side, allowed, pins)
-        done = {match.target for match in changed}
-        matches = with_ties(*sides, [*(match for match in matches if match.target not in done), *changed])
-        done |= {match.target for match in matches}
-        mismatched = [mismatch for mismatch in mismatched if mismatch.key not in done]
-        notes = (*notes, *failed)
+    if allowed and (matches or pins):
+        views = AdaptableSide(own.specs, own.module, own.config), AdaptableSide(other.specs, other.module, other.config)
+        changed, unable = adapted(matches, mismatched, *views, allowed, pins)
+        taken = {match.target for match in changed}
+        matches = with_ties(*sides, [*(match for match in matches if match.target not in taken), *changed])
+        taken = {match.target for match in matches}
+        mismatched = [mismatch for mismatch in mismatched if mismatch.key not in taken]
+        notes = (*notes, *unable)
     for first, second in rules:
         _check_rule(first, second, *sides, matches)
     order = {spec.key: index for index, spec in enumerate(other.specs)}
@@ -165,6 +165,7 @@ def _align_repeats(source: SideParts, target: SideParts, pins: Mapping[str, str]
 def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Outcome:
     """Match two sides; pinned pairs are taken as they are and vote for the rest."""
     pinned, refused = _pinned(source, target, pins)
+    sides = source, target
     taken = set(pins.values())
     fixed = (
         [part for part in source.parts if source.key(part) in taken],
@@ -188,9 +189,32 @@ def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Ou
     if not (scope.decided and other_scope.decided):
         matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
     matches = with_ties(source, target, [*pinned, *matches])
-    done = {match.target for match in matches}
     notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
-    return matches, [mismatch for mismatch in (*refused, *mismatched) if mismatch.key not in done], notes
+    whole = [
+        replace(side, parts=tuple(within(side.parts, replace(around, path=()))))
+        for side, around in zip(sides, (scope, other_scope), strict=True)
+    ]
+    return matches, _left_over(matches, mismatched, _same_names(whole[0], whole[1]), refused), notes
+
+
+def _same_names(source: SideParts, target: SideParts) -> list[Mismatch]:
+    """List the tensors of the same name whose shapes no operation reconciles, in scope or not, and split or not."""
+    own, other = units_of(source.parts), units_of(target.parts)
+    same = namesakes([unit.path for unit in own], [unit.path for unit in other])
+    return _mismatches(source, target, own, other, same)
+
+
+def _left_over(
+    matches: Sequence[Match], found: Sequence[Mismatch], named: Sequence[Mismatch], refused: Sequence[Mismatch]
+) -> list[Mismatch]:
+    """Join the mismatches that were found by all that is known, by name, and by rule; the last are the surest."""
+    done = {match.target for match in matches}
+    used = {key for match in matches for key in match.sources}
+    known = {item.key: item for item in named if item.source_key not in used}
+    claimed = {item.source_key: item.key for item in known.values()}
+    found = [item for item in found if claimed.get(item.source_key, item.key) == item.key]
+    left = {item.key: item for item in found} | known | {item.key: item for item in refused}
+    return [item for key, item in left.items() if key not in done]
 
 
 def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
@@ -241,12 +265,15 @@ def _match_parts(
     assignment = match_units(sides[0], sides[1], pairs)
     confidence = confidence_of(assignment)
     confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
-    if len(same) >= _MOST * min(len(own), len(other)):  # where names are shared, another name is another layer
+    smaller = min(len(own), len(other))
+    by_name = len(same) >= _MOST * smaller
+    if by_name:  # where names are shared, another name is another layer
         known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
         special = np.isin(assignment.target, special_units(other, target.parts))
         confidence = np.where(known | special, confidence, DOUBTED * confidence)
+        by_name = int(np.isin(assignment.target, [j for _, j in same]).sum()) >= _HALF * smaller
     found: dict[int, Found] = {}
-    if not pins and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
+    if not (pins or by_name) and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
         return None, _mismatches(source, target, own, other, same)
     taken = set(pins.values())
     for place in range(len(assignment.source)):

@@ -50,6 +50,7 @@ class Checkpoint(Mapping[str, Tensor]):
     config: Mapping[str, object] = field(default_factory=dict)  # its makers' own, as it is; {} where there is none
     state_metadata: Mapping[str, Mapping[str, object]] | None = None  # a torch state dict's `_metadata`
     root: Mapping[str, object] | None = None  # the whole of what the containers are in
+    module: nn.Module | None = None  # the module whose state dict this is, where it was given as one
 
     @cached_property
     def _spec_of(self) -> dict[str, TensorSpec]:
@@ -129,7 +130,7 @@ def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
             )
         checkpoint = _of_mapping(state_dict, container)
         config, notes = module_config(side)
-        return replace(checkpoint, config=config, notes=(*checkpoint.notes, *notes))
+        return replace(checkpoint, module=side, config=config, notes=(*checkpoint.notes, *notes))
     if isinstance(side, Mapping):
         return _of_mapping(side, container)
     if isinstance(side, str | os.PathLike):

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from autoalign.candidates import squeeze
 from autoalign.evidence import Floats
-from autoalign.graph import Path
+from autoalign.graph import Path, block_around
 from autoalign.matching import Assignment
-from autoalign.names import numbers, stem
+from autoalign.names import stem
 from autoalign.units import Part, Unit
 
 _LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks
@@ -77,16 +77,11 @@ def _first_layer(units: Sequence[Unit], parts: Sequence[Part]) -> tuple[int, int
     return None
 
 
-def _block(path: Path) -> Path:
-    """Find the innermost numbered module around a layer."""
-    return path[: max((place + 1 for place, name in enumerate(path[:-1]) if numbers(name)), default=0)]
-
-
 def _filled(units: Sequence[Unit], used: NDArray[np.bool_]) -> float:
     """Measure the share of partnered layers in the blocks that have any."""
     blocks: dict[Path, list[bool]] = {}
     for unit, partnered in zip(units, used, strict=True):
-        blocks.setdefault(_block(unit.path), []).append(bool(partnered))
+        blocks.setdefault(block_around(unit.path), []).append(bool(partnered))
     touched = [block for block in blocks.values() if any(block)]
     return sum(map(sum, touched)) / max(sum(map(len, touched)), 1)
 
@@ -99,7 +94,7 @@ def coherence(assignment: Assignment, source: Sequence[Unit], target: Sequence[U
     likely = confidence > _LIKELY
     result = np.ones(len(confidence), dtype=np.float32)
     for units, index in ((source, assignment.source), (target, assignment.target)):
-        block = [_block(unit.path) for unit in units]
+        block = [block_around(unit.path) for unit in units]
         size, taken = Counter(block), Counter(block[i] for i in index[likely])
         typical: dict[Path, list[float]] = {}
         for path, count in taken.items():

@@ -19,6 +19,15 @@ Path = tuple[str, ...]
 _LEAF = "."  # stands before a tensor's own name; no component of a key contains it
 
 
+def block_around(path: Path) -> Path:
+    """Find the innermost numbered module around a layer, or the root.
+
+    >>> block_around(("layer1", "0", "conv2"))
+    ('layer1', '0')
+    """
+    return path[: max((place + 1 for place, name in enumerate(path[:-1]) if numbers(name)), default=0)]
+
+
 @dataclass(frozen=True, slots=True)
 class Ancestry:
     """The module graph as arrays. Leaf ``i`` is the tensor that was ``i``-th in the input."""

@@ -1,8 +1,8 @@
 """Grids: how the positions of a table stand, as the names and modules around it tell.
 
-A token count alone does not tell a grid: 200 rows may be a class token and 199 words, or 10 x 20 patches. What counts is
-what stands around the table (words or patches, class and distillation tokens), and the sizes that a module has as its
-attributes; a square is assumed only where a module does not tell.
+A token count alone does not tell a grid: 200 rows may be a class token and 199 words, or 10 x 20 patches. What counts
+is what stands around the table (words or patches, class and distillation tokens), and the sizes that a module has as
+its attributes, or a configuration names; a square is assumed only where these do not tell.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from math import isqrt, prod
 
 from torch import nn
 
+from autoalign.adaptable import AdaptableSide
 from autoalign.graph import Path
 from autoalign.names import components, kind, words
 from autoalign.specs import TensorSpec
@@ -44,23 +45,17 @@ class Grid:
     told: bool = False  # by a module, and not assumed
 
 
-def grid_of(spec: TensorSpec, specs: Sequence[TensorSpec], module: nn.Module | None) -> Grid | None:
-    """Find the grid of a table of positions, [..., rows, width]; None where nothing tells it.
-
-    Args:
-        spec: The table.
-        specs: All tensors of its side.
-        module: The side itself, where it is a module.
-    """
+def grid_of(spec: TensorSpec, side: AdaptableSide) -> Grid | None:
+    """Find the grid of a table of positions, [..., rows, width]; None where nothing tells it."""
     rows, width = spec.shape[-2:]
-    dims, scope = _surroundings(spec, specs)
+    dims, scope = _surroundings(spec, side.specs)
     if dims == 1:
-        reserved = _reserved(spec.key, module)
-        return Grid((rows - reserved,), ("reserved row",) * reserved, told=module is not None)
+        reserved = _reserved(spec.key, side.module)
+        return Grid((rows - reserved,), ("reserved row",) * reserved, told=side.module is not None)
     if dims != 2:
         return None
-    choices = _token_choices(scope, specs, width)
-    for level in _attributes(spec.key, module):
+    choices = _token_choices(scope, side.specs, width)
+    for level in _attributes(spec.key, side):
         sizes = {size for attributes in level for size in _sizes(attributes)}
         found = {(size, tokens) for size in sizes for tokens in choices if prod(size) + len(tokens) == rows}
         if found:
@@ -70,25 +65,25 @@ def grid_of(spec: TensorSpec, specs: Sequence[TensorSpec], module: nn.Module | N
     ]
     if len(square) != 1:
         return None
-    side = isqrt(rows - len(square[0]))
-    return Grid((side, side), square[0])
+    length = isqrt(rows - len(square[0]))
+    return Grid((length, length), square[0])
 
 
-def window_of(key: str, rows: int, module: nn.Module | None) -> Size | None:
-    """Find the window (h, w) of a table of relative positions with (2h - 1)(2w - 1) rows; None where nothing tells it."""
-    for level in _attributes(key, module):
+def window_of(key: str, rows: int, side: AdaptableSide) -> Size | None:
+    """Find the window (h, w) of a table of relative positions with (2h - 1)(2w - 1) rows, if anything tells it."""
+    for level in _attributes(key, side):
         found = {(h, w) for attributes in level for h, w in _sizes(attributes) if (2 * h - 1) * (2 * w - 1) == rows}
         if found:
             return found.pop() if len(found) == 1 else None
-    side = isqrt(max(rows, 0))
-    return ((side + 1) // 2, (side + 1) // 2) if side * side == rows and side % 2 else None
+    length = isqrt(max(rows, 0))
+    return ((length + 1) // 2, (length + 1) // 2) if length * length == rows and length % 2 else None
 
 
 def _surroundings(spec: TensorSpec, specs: Sequence[TensorSpec]) -> tuple[int, Path]:
     """Find what a table gives positions to, in the smallest module around it that tells.
 
     Returns:
-        The dimensions of the grid (1 for words or sound, 2 for images, 3 for videos, 0 if nothing tells), and the module.
+        The dimensions of the grid, 1 for words or sound, 2 for images, 3 for videos, 0 if nothing tells; the module.
     """
     path = components(spec.key)
     paths = {components(other.key): other for other in specs}
@@ -129,8 +124,8 @@ def _token_choices(scope: Path, specs: Sequence[TensorSpec], width: int) -> list
 
 def _reserved(key: str, module: nn.Module | None) -> int:
     """Count the rows before the first position: those up to the padding's, or those that an offset skips."""
-    *_, owner = _owners(key, module) or [None]
-    attributes = vars(owner) if owner is not None else {}
+    owners = _owners(key, module)
+    attributes = vars(owners[-1]) if owners else {}
     padding, offset = attributes.get("padding_idx"), attributes.get("offset")
     return padding + 1 if isinstance(padding, int) else offset if isinstance(offset, int) else 0
 
@@ -146,11 +141,19 @@ def _owners(key: str, module: nn.Module | None) -> list[nn.Module]:
     return owners
 
 
-def _attributes(key: str, module: nn.Module | None) -> Iterator[list[Mapping[str, object]]]:
-    """Yield the attributes of the modules in each module around a tensor, and of their configs; innermost first."""
-    for owner in reversed(_owners(key, module)):
+def _attributes(key: str, side: AdaptableSide) -> Iterator[list[Mapping[str, object]]]:
+    """Yield the attributes of the modules in each module around a tensor, innermost first; last the configurations."""
+    for owner in reversed(_owners(key, side.module)):
         inner = [vars(part) for part in owner.modules()]
         yield [*inner, *(getattr(held["config"], "__dict__", {}) for held in inner if "config" in held)]
+    yield list(_configs(side.config))
+
+
+def _configs(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    yield config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _configs(value)
 
 
 def _sizes(attributes: Mapping[str, object]) -> set[Size]:

@@ -26,6 +26,9 @@ def inverted(alignment: Alignment) -> Alignment:
     pieces: dict[str, dict[Operation, _Piece]] = {}
     changed: list[str] = []
     for match in alignment.matches:
+        if match.operation.adapts:
+            changed.append(match.target)
+            continue
         try:
             traces = match.operation.trace([shapes[key] for key in match.sources])
         except NotInvertibleError:

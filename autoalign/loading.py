@@ -62,7 +62,8 @@ def load(
             parameters stay tied; an optimizer made before keeps the old ones. A tensor of a mapping may come to be
             shared with the model, as with torch; tensors of a file are copied.
         progress: Called with the number of tensors read and of all, while they are read.
-        **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``.
+        **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``, and
+            ``adapt``, by which values are changed where a counterpart has another shape.
 
     Returns:
         The alignment. It unpacks, as in ``missing_keys, unexpected_keys = load(...)``, and ``print`` shows all of it.

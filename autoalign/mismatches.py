@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from autoalign.candidates import squeeze
 from autoalign.evidence import SideEvidence, name_scores
+from autoalign.graph import block_around
 from autoalign.units import Part, Unit
 
 _ENOUGH = 0.5  # of names alike, or of one neighbour in common, for a counterpart
+_NAMED = 0.1  # of names alike, for the block that both stand in to count
 
 
 def mismatched_units(
@@ -18,6 +22,8 @@ def mismatched_units(
     partners: Mapping[int, int],
 ) -> list[tuple[int, int]]:
     """Pair the layers that are left on both sides: of the same kind, and alike in name or in the same surroundings.
+
+    Surroundings are the neighbours, the block, and the end of the network.
 
     Args:
         source: Units, parts and evidence of the source.
@@ -33,12 +39,18 @@ def mismatched_units(
     if not rows or not columns:
         return []
     scores = name_scores([source[0][i].path for i in rows], [target[0][j].path for j in columns])
+    blocks = [[block_around(unit.path) for unit in side[0]] for side in (source, target)]
+    together = Counter((blocks[1][j], blocks[0][i]) for j, i in partners.items())
+    counterpart = dict(pair for pair, _ in reversed(together.most_common()))  # target block -> source block
+    last = len(source[0]) - 1, len(target[0]) - 1
     kinds = [_kind(source[0][i], source[1]) for i in rows], [_kind(target[0][j], target[1]) for j in columns]
     for row, i in enumerate(rows):
         for column, j in enumerate(columns):
-            if kinds[0][row] != kinds[1][column]:
+            if not _alike(kinds[0][row], kinds[1][column]):
                 scores[row, column] = -1
                 continue
+            same_block = bool(blocks[0][i]) and counterpart.get(blocks[1][j]) == blocks[0][i]
+            scores[row, column] += 0.5 * ((same_block and scores[row, column] > _NAMED) or (i, j) == last)
             for own, other in ((source[2].previous, target[2].previous), (source[2].next, target[2].next)):
                 scores[row, column] += 0.5 * (own[i] >= 0 and partners.get(int(other[j])) == own[i])
             scores[row, column] += source[0][i].path == target[0][j].path
@@ -50,6 +62,11 @@ def mismatched_units(
     ]
 
 
-def _kind(unit: Unit, parts: Sequence[Part]) -> tuple[int, ...]:
-    """Tell layers apart by the number of dimensions of each of their tensors."""
-    return tuple(len(parts[index].shape) for name, index in unit.parts if name in ("weight", "bias", "other"))
+def _kind(unit: Unit, parts: Sequence[Part]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Count the dimensions of each of a layer's tensors, with and without those of size one."""
+    shapes = [parts[index].shape for name, index in unit.parts if name in ("weight", "bias", "other")]
+    return tuple(map(len, shapes)), tuple(len(squeeze(shape)) for shape in shapes)
+
+
+def _alike(kind: tuple[tuple[int, ...], tuple[int, ...]], other: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
+    return kind[0] == other[0] or kind[1] == other[1]

@@ -223,8 +223,12 @@ def test_unusable_options_are_refused() -> None:
         autoalign.align(*sides, exclude=3)  # type: ignore[arg-type]
     with pytest.raises(autoalign.InputError, match="min_confidence must lie in"):
         autoalign.align(*sides, min_confidence=2)
-    with pytest.raises(autoalign.InputError, match="adapt="):
-        autoalign.align(*sides, adapt=("heads",))
+    with pytest.raises(
+        autoalign.InputError, match=r"'heads' is no change of values.* 'head', 'vocab', 'pos_embed', 'rel_"
+    ):
+        autoalign.align(*sides, adapt=("vocab", "heads"))
+    with pytest.raises(autoalign.InputError, match="adapt=7 is no change of values"):
+        autoalign.align(*sides, adapt=7)  # type: ignore[arg-type]
 
 
 def test_an_exclusion_that_matches_nothing_is_said() -> None:
@@ -271,3 +275,32 @@ def test_odd_keys_and_shapes_do_no_harm(source: dict[str, tuple[int, ...]], targ
     alignment = autoalign.align(state(source), state(target))
     assert list(alignment.status) == list(target)
     assert all(source[match.sources[0]] == target[match.target] for match in alignment.matches)
+
+
+def test_sides_whose_layers_have_the_same_names_are_related_though_blocks_are_filled_in_part() -> None:
+    block: Shapes = {"norm.weight": (8,), "qkv.weight": (24, 8), "proj.weight": (8, 8), "up.weight": (32, 8)}
+    sides = [
+        state(
+            blocks(
+                {f"blocks.#.{key}": shape for key, shape in (block | {"bias_table": (w, 4), "index": (w, w)}).items()}
+            )
+        )
+        for w in (49, 64)
+    ]
+    alignment = autoalign.align(*sides)
+    assert len(alignment.matches) == 12
+    assert sorted(item.key for item in alignment.mismatched) == sorted(alignment.missing_keys)
+
+
+def test_a_counterpart_of_another_shape_is_found_though_its_shape_looks_like_a_fused_one() -> None:
+    body = blocks({key: shape for key, shape in LINEAR.items() if "attn" in key})
+    source, target = body | {"embed.weight": (192, 64)}, body | {"embed.weight": (200, 64)}
+    alignment = autoalign.align(state(source), state(target))
+    assert [(item.key, item.source_shape) for item in alignment.mismatched] == [("embed.weight", (192, 64))]
+
+
+def test_the_last_layers_of_both_sides_are_counterparts_whatever_they_are_called() -> None:
+    alignment = autoalign.align(
+        state(blocks(LINEAR) | {"fc.weight": (10, 64)}), state(blocks(LINEAR) | {"classifier.1.weight": (7, 64)})
+    )
+    assert [(item.key, item.source_key) for item in alignment.mismatched] == [("classifier.1.weight", "fc.weight")]
