@@ -15,15 +15,15 @@ from torch.nn.parameter import is_lazy
 from autoalign.config import folder_config, module_config, saved_config
 from autoalign.containers import Container, containers_of, named_container, preferred
 from autoalign.errors import CheckpointError, InputError
-from autoalign.formats.npz import is_npz, open_npz
-from autoalign.formats.pickled import is_pickled, open_pickled
-from autoalign.formats.safetensors import is_safetensors, open_safetensors
+from autoalign.formats.file import open_file
+from autoalign.formats.folder import open_folder
+from autoalign.formats.sharded import is_index, open_index
 from autoalign.specs import TensorSpec
 from autoalign.stored import Contents
 
 Side: TypeAlias = nn.Module | Mapping[str, object] | str | os.PathLike[str]
 
-_HEAD = 2**12  # bytes of a file that are looked at to tell its format
+_FIRST_OF_PAIR = frozenset({"lora_A", "lora_embedding_A", "lora_down"})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,11 +95,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
         CheckpointError: The file cannot be read, holds no tensors, or has no such container.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
-    file = Path(path)
-    if not file.is_file():
-        problem = "is a folder; name a file in it" if file.is_dir() else "does not exist"
-        raise CheckpointError(f"{str(file)!r} {problem}. Nothing was read.")
-    return _of_contents(_contents(file), container, file)
+    return _of_contents(_contents(Path(path)), container, Path(path))
 
 
 def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
@@ -140,20 +136,13 @@ def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
     )
 
 
-def _contents(file: Path) -> Contents:
-    with file.open("rb") as stream:
-        head = stream.read(_HEAD)
-    if is_safetensors(head, file.stat().st_size):
-        return open_safetensors(file)
-    if is_npz(head):
-        return open_npz(file)
-    if is_pickled(head):
-        return open_pickled(file)
-    content = f"begins with {head[:32]!r}" if head else "is empty"
-    raise CheckpointError(
-        f"{str(file)!r} is neither a file of torch nor of safetensors: it {content}. Nothing was read. "
-        "Check that the download is complete and no web page or pointer file."
-    )
+def _contents(path: Path) -> Contents:
+    if path.is_dir():
+        return open_folder(path)
+    if not path.is_file():
+        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
+        raise CheckpointError(f"{str(path)!r} {problem}. Nothing was read.")
+    return open_index(path) if is_index(path) else open_file(path)
 
 
 def _of_contents(contents: Contents, container: str | None, path: Path) -> Checkpoint:
@@ -163,12 +152,24 @@ def _of_contents(contents: Contents, container: str | None, path: Path) -> Check
         checkpoint = _of_mapping(contents.root, container, str(path))
     except InputError as error:
         raise CheckpointError(f"{str(path)!r} cannot be used. {error}") from error
-    config, notes = folder_config(path if path.is_dir() else path.parent)
+    notes = _adapter_notes(checkpoint)
+    config, more = folder_config(path if path.is_dir() else path.parent)
     return replace(
         checkpoint,
-        notes=(*checkpoint.notes, *contents.notes, *notes),
+        notes=(*checkpoint.notes, *contents.notes, *notes, *more),
         metadata=contents.metadata,
-        config={**config, **checkpoint.config},
+        config={**config, **contents.config, **checkpoint.config},
+    )
+
+
+def _adapter_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Say so where a file holds changes to the weights of a model, which look like weights of small layers."""
+    layers = sum(not _FIRST_OF_PAIR.isdisjoint(spec.key.split(".")) for spec in checkpoint.specs)
+    if not layers:
+        return ()
+    return (
+        f"{layers} layers are given as LoRA matrices, which are changes to another model's weights and no weights. "
+        "To load the changed weights, merge the adapter into its model first, as PEFT's merge_and_unload does.",
     )
 
 

@@ -167,13 +167,6 @@ def test_whole_module_is_refused_with_its_class_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "module.pt")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-def test_torchscript_archive_is_named(tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
-    with pytest.raises(CheckpointError, match=r"is a TorchScript archive.*torch.jit.load\(path\).state_dict\(\)"):
-        open_checkpoint(tmp_path / "script.pt")
-
-
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model.pt' does not exist. Nothing was read."):
         open_checkpoint(tmp_path / "model.pt")
