@@ -81,18 +81,24 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = None) -> Checkpoint:
-    """Open a file of torch, safetensors or numpy, told apart by content, without reading tensor data where it can.
+    """Open a file or a folder of any format, told by its content, without reading tensor data where that is possible.
 
-    Files of torch are unpickled with ``weights_only=True``, always, so that no code of theirs runs. Tensors of a
-    safetensors file or of a zip file of torch are mapped into memory; an older file of torch is read as a whole.
+    Formats are safetensors, files of torch (of ``torch.save``, Lightning, DeepSpeed's merged ones), TorchScript
+    archives, npz files, GGUF and msgpack files (which need ``autoalign[formats]``), sharded checkpoints with or without
+    an index, folders as Hugging Face, PEFT and training scripts leave them, and ``torch.distributed.checkpoint``.
+
+    No code of a file ever runs: pickles are read with ``weights_only=True``, or less. Tensors are mapped into memory or
+    read one by one; only msgpack files and older ones of torch are read as a whole.
 
     Args:
-        path: A ``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` or ``.npz`` file.
+        path: A file, the index of a sharded checkpoint, or a folder.
         container: Which of several state dicts in the file to take, by its dotted path, such as ``"ema"``; by
             default the one that ``autoalign.containers.preferred`` names. ``notes`` says which one was taken.
 
     Raises:
-        CheckpointError: The file cannot be read, holds no tensors, or has no such container.
+        CheckpointError: The file cannot be read, holds no tensors, or has no such container; or there are several in
+            the folder.
+        DependencyError: The package that reads the format is not installed.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
     return _of_contents(_contents(Path(path)), container, Path(path))

@@ -51,10 +51,10 @@ def format_of(file: Path) -> str | None:
         CheckpointError: The file cannot be read.
     """
     head = head_of(file)
+    if is_gguf(head):  # first, since to safetensors its magic is the length of a header
+        return "GGUF"
     if is_safetensors(head, file.stat().st_size):
         return "safetensors"
-    if is_gguf(head):
-        return "GGUF"
     if is_npz(head):
         return "npz"
     if is_pickled(head):

@@ -5,6 +5,7 @@ Its shapes are in the order of torch here. Quantised tensors are blocks of packe
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-_MOST = 2**23  # values in a header; a vocabulary has some hundred thousand
+_MOST = 2**22  # values in a header; a vocabulary has some hundred thousand
 _LONGEST = 2**10  # values of an entry that is handed on; longer ones are vocabularies
 
 
@@ -44,7 +45,7 @@ def open_gguf(file: Path) -> Contents:
         DependencyError: The package ``gguf`` is not installed.
     """
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFEndian, GGUFReader, GGUFValueType
     except ImportError as error:
         raise DependencyError(
             "GGUF files are read through the package gguf, which is not installed. Nothing was read. "
@@ -52,15 +53,40 @@ def open_gguf(file: Path) -> Contents:
         ) from error
 
     class Reader(GGUFReader):  # type: ignore[misc]
-        """One that does not go on for as long as a damaged header may ask for."""
+        """One that stops at the end of the file, and takes lists as a whole where the package's own does item by item.
+
+        The lists are vocabularies of some hundred thousand words, over which it would take half a minute.
+        """
 
         asked = 0
 
-        def _get(self, *arguments: Any, **options: Any) -> Any:
+        def _get(self, offset: int, dtype: Any, count: int = 1, *arguments: Any, **options: Any) -> Any:
+            values = super()._get(offset, dtype, count, *arguments, **options)
             self.asked += 1
-            if self.asked > _MOST:
-                raise ValueError(f"more than {_MOST} values in the header")
-            return super()._get(*arguments, **options)
+            if len(values) < count or self.asked > _MOST:
+                raise ValueError(f"values beyond the end of the file, or more than {_MOST} in its header")
+            return values
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            types = [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
+            begin = orig_offs + kind.nbytes + count.nbytes
+            number = self.gguf_scalar_to_np.get(types[1])
+            if number is not None:
+                values = self._get(begin, number, int(count[0]))
+                return begin + values.nbytes - orig_offs, [kind, count, values], [2], types
+            if types[1] != GGUFValueType.STRING or count[0] > _MOST:
+                raise ValueError(f"a list of {count[0]} of {types[1].name}")
+            length, end, data = (
+                struct.Struct(">Q" if self.endianess == GGUFEndian.BIG else "<Q"),
+                begin,
+                memoryview(self.data),
+            )
+            for _ in range(int(count[0])):
+                end += length.size + length.unpack_from(data, end)[0]
+            return end - orig_offs, [kind, count, self._get(begin, np.uint8, end - begin)], [], types
 
     try:
         reader = Reader(file)
@@ -72,7 +98,7 @@ def open_gguf(file: Path) -> Contents:
             end = int(tensor.data_offset) + int(tensor.n_bytes)
         config = {name: value for name, field in reader.fields.items() if (value := _value(field)) is not None}
         root = {
-            str(tensor.name): _stored(tensor, big=reader.byte_order == "S")
+            str(tensor.name): _stored(tensor, big=reader.endianess == GGUFEndian.BIG)
             for tensor in reader.tensors
             if tensor.tensor_type.name in _DTYPES
         }
@@ -98,7 +124,7 @@ def open_gguf(file: Path) -> Contents:
 
 def _value(field: Any) -> object:
     """Take over an entry of the header that is short and of plain data."""
-    if field.name.startswith("GGUF.") or len(field.data) > _LONGEST:
+    if field.name.startswith("GGUF.") or not field.data or field.parts[field.data[0]].size > _LONGEST:
         return None
     value: object = field.contents()
     return value

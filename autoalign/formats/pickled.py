@@ -98,5 +98,5 @@ def _unsafe_globals(file: Path, error: Exception) -> tuple[str, ...]:
         return ()
     try:
         return tuple(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)))
-    except ValueError:  # not a zip file; torch's message has the first one's name
+    except Exception:  # not a zip file, or a damaged one; torch's message has the first one's name
         return tuple(re.findall(r"GLOBAL (\S+)", str(error)))[:1]

@@ -14,8 +14,8 @@ _LARGEST = 2**28  # bytes of an index
 
 
 def is_index(file: Path) -> bool:
-    """Whether a file is JSON, which an index is and no other format that is known."""
-    return head_of(file).lstrip().startswith(b"{")
+    """Whether a file is JSON, as an index is; the length that a file of safetensors begins with may look like it."""
+    return head_of(file).lstrip().startswith(b"{") and format_of(file) is None
 
 
 def open_index(file: Path) -> Contents:

@@ -137,3 +137,9 @@ def test_a_piece_that_is_damaged(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"could not be read as a folder of torch.distributed.checkpoint"):
         checkpoint["a"]
+
+
+def test_an_index_in_the_pickle_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
+    with pytest.raises(CheckpointError, match="there is a dict where metadata should be"):
+        open_checkpoint(tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from autoalign.checkpoint import open_checkpoint
 from autoalign.errors import CheckpointError, DependencyError
+from autoalign.formats.file import format_of
 
 gguf: Any = pytest.importorskip("gguf")
 
@@ -74,6 +76,13 @@ def test_truncated_file(tmp_path: Path, kept: float) -> None:
     path.write_bytes(content[: int(kept * len(content)) if kept < 1 else int(kept)])
     with pytest.raises(CheckpointError, match="could not be read as a GGUF file"):
         open_checkpoint(path)
+
+
+def test_a_large_file_whose_tensor_count_looks_like_json(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + ord("{").to_bytes(8, "little"))
+    os.truncate(path, 2**34)  # to safetensors, a file with a header of 14 GB
+    assert format_of(path) == "GGUF"
 
 
 def test_tensors_that_overlap(tmp_path: Path) -> None:
