@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# torch has integers of less than a byte too, which others keep in another way
+_INTEGERS = frozenset({"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
+
 
 def torch_dtype(dtype: np.dtype) -> torch.dtype | None:
     """Look up torch's counterpart of a numpy dtype, of any byte order; None where torch has none.
@@ -15,10 +18,20 @@ def torch_dtype(dtype: np.dtype) -> torch.dtype | None:
     >>> torch_dtype(np.dtype(">f4")), torch_dtype(np.dtype("U3"))
     (torch.float32, None)
     """
-    found = getattr(torch, dtype.name, None)
-    if not isinstance(found, torch.dtype) or found.itemsize != dtype.itemsize:
+    found = named_dtype(dtype.name)
+    return found if found is not None and found.itemsize == dtype.itemsize else None
+
+
+def named_dtype(name: str) -> torch.dtype | None:
+    """Look up the dtype that torch and numpy know by one name.
+
+    >>> named_dtype("bfloat16"), named_dtype("object")
+    (torch.bfloat16, None)
+    """
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
         return None
-    return found if dtype.kind in "biufc" or found.is_floating_point else None
+    return found if found.is_floating_point or found.is_complex or name in _INTEGERS else None
 
 
 def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -15,15 +15,15 @@ from torch.nn.parameter import is_lazy
 from autoalign.config import folder_config, module_config, saved_config
 from autoalign.containers import Container, containers_of, named_container, preferred
 from autoalign.errors import CheckpointError, InputError
-from autoalign.formats.npz import is_npz, open_npz
-from autoalign.formats.pickled import is_pickled, open_pickled
-from autoalign.formats.safetensors import is_safetensors, open_safetensors
+from autoalign.formats.file import open_file
+from autoalign.formats.folder import open_folder
+from autoalign.formats.sharded import is_index, open_index
 from autoalign.specs import TensorSpec
 from autoalign.stored import Contents
 
 Side: TypeAlias = nn.Module | Mapping[str, object] | str | os.PathLike[str]
 
-_HEAD = 2**12  # bytes of a file that are looked at to tell its format
+_FIRST_OF_PAIR = frozenset({"lora_A", "lora_embedding_A", "lora_down"})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,25 +82,27 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = None) -> Checkpoint:
-    """Open a file of torch, safetensors or numpy, told apart by content, without reading tensor data where it can.
+    """Open a file or a folder of any format, told by its content, without reading tensor data where that is possible.
 
-    Files of torch are unpickled with ``weights_only=True``, always, so that no code of theirs runs. Tensors of a
-    safetensors file or of a zip file of torch are mapped into memory; an older file of torch is read as a whole.
+    Formats are safetensors, files of torch (of ``torch.save``, Lightning, DeepSpeed's merged ones), TorchScript
+    archives, npz files, GGUF and msgpack files (which need ``autoalign[formats]``), sharded checkpoints with or without
+    an index, folders as Hugging Face, PEFT and training scripts leave them, and ``torch.distributed.checkpoint``.
+
+    No code of a file ever runs: pickles are read with ``weights_only=True``, or less. Tensors are mapped into memory or
+    read one by one; only msgpack files and older ones of torch are read as a whole.
 
     Args:
-        path: A ``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` or ``.npz`` file.
+        path: A file, the index of a sharded checkpoint, or a folder.
         container: Which of several state dicts in the file to take, by its dotted path, such as ``"ema"``; by
             default the one that ``autoalign.containers.preferred`` names. ``notes`` says which one was taken.
 
     Raises:
-        CheckpointError: The file cannot be read, holds no tensors, or has no such container.
+        CheckpointError: The file cannot be read, holds no tensors, or has no such container; or there are several in
+            the folder.
+        DependencyError: The package that reads the format is not installed.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
-    file = Path(path)
-    if not file.is_file():
-        problem = "is a folder; name a file in it" if file.is_dir() else "does not exist"
-        raise CheckpointError(f"{str(file)!r} {problem}. Nothing was read.")
-    return _of_contents(_contents(file), container, file)
+    return _of_contents(_contents(Path(path)), container, Path(path))
 
 
 def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
@@ -141,20 +143,13 @@ def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
     )
 
 
-def _contents(file: Path) -> Contents:
-    with file.open("rb") as stream:
-        head = stream.read(_HEAD)
-    if is_safetensors(head, file.stat().st_size):
-        return open_safetensors(file)
-    if is_npz(head):
-        return open_npz(file)
-    if is_pickled(head):
-        return open_pickled(file)
-    content = f"begins with {head[:32]!r}" if head else "is empty"
-    raise CheckpointError(
-        f"{str(file)!r} is neither a file of torch nor of safetensors: it {content}. Nothing was read. "
-        "Check that the download is complete and no web page or pointer file."
-    )
+def _contents(path: Path) -> Contents:
+    if path.is_dir():
+        return open_folder(path)
+    if not path.is_file():
+        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
+        raise CheckpointError(f"{str(path)!r} {problem}. Nothing was read.")
+    return open_index(path) if is_index(path) else open_file(path)
 
 
 def _of_contents(contents: Contents, container: str | None, path: Path) -> Checkpoint:
@@ -164,12 +159,24 @@ def _of_contents(contents: Contents, container: str | None, path: Path) -> Check
         checkpoint = _of_mapping(contents.root, container, str(path))
     except InputError as error:
         raise CheckpointError(f"{str(path)!r} cannot be used. {error}") from error
-    config, notes = folder_config(path if path.is_dir() else path.parent)
+    notes = _adapter_notes(checkpoint)
+    config, more = folder_config(path if path.is_dir() else path.parent)
     return replace(
         checkpoint,
-        notes=(*checkpoint.notes, *contents.notes, *notes),
+        notes=(*checkpoint.notes, *contents.notes, *notes, *more),
         metadata=contents.metadata,
-        config={**config, **checkpoint.config},
+        config={**config, **contents.config, **checkpoint.config},
+    )
+
+
+def _adapter_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Say so where a file holds changes to the weights of a model, which look like weights of small layers."""
+    layers = sum(not _FIRST_OF_PAIR.isdisjoint(spec.key.split(".")) for spec in checkpoint.specs)
+    if not layers:
+        return ()
+    return (
+        f"{layers} layers are given as LoRA matrices, which are changes to another model's weights and no weights. "
+        "To load the changed weights, merge the adapter into its model first, as PEFT's merge_and_unload does.",
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-_FILES = ("config.json", "params.json")  # of Hugging Face and many others, and of Meta
+_FILES = ("config.json", "params.json", "adapter_config.json")  # of Hugging Face and many others, Meta, and PEFT
 _KEYS = ("args", "config", "hparams", "hyper_parameters", "model_args")  # in saved mappings; later ones say more
 _LARGEST = 2**24  # bytes of a file
 _MOST = 2**16  # mappings and lists, of which a script may have saved anything

@@ -26,7 +26,7 @@ from autoalign.stored import Stored
 _MODEL_WORDS = frozenset({"state", "model", "module", "net", "network", "student", "online", "generator", "params"})
 _RIVAL_WORDS = frozenset({"discriminator", "critic", "d"})  # trained beside the model and seldom wanted: "net_d"
 COPY_WORDS = frozenset({"ema", "teacher", "momentum", "target", "swa", "average", "averaged", "shadow"})
-_TRAINING_WORDS = frozenset(
+TRAINING_WORDS = frozenset(
     {"optimizer", "optimizers", "optim", "opt", "scaler", "scheduler", "schedulers", "amp", "rng", "callbacks", "loops"}
 )
 _DEEPEST, _MOST = 64, 2**18  # mappings in each other, and in all
@@ -156,7 +156,7 @@ def _tree(mapping: Mapping[Any, object], depth: int, seen: Iterator[int]) -> _No
             children[name] = Entry(_spec(name, value, held=isinstance(mapping, dict)), mapping, name)
         elif not isinstance(value, Mapping):
             extras[name] = value
-        elif not name_words(name) & _TRAINING_WORDS:
+        elif not name_words(name) & TRAINING_WORDS:
             node = _tree(value, depth + 1, seen)
             if node.children:
                 children[name] = node

@@ -26,6 +26,7 @@ class Contents:
     root: Mapping[str, object]
     flat: str = ""  # what to call a file whose format has no containers; '' for one that may have them
     metadata: Mapping[str, str] = field(default_factory=dict)  # statements of the file about itself
+    config: Mapping[str, object] = field(default_factory=dict)  # as of ``Checkpoint``
     notes: tuple[str, ...] = ()  # statements for the report
 
 

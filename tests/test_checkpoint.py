@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -167,13 +169,6 @@ def test_whole_module_is_refused_with_its_class_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "module.pt")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-def test_torchscript_archive_is_named(tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
-    with pytest.raises(CheckpointError, match=r"is a TorchScript archive.*torch.jit.load\(path\).state_dict\(\)"):
-        open_checkpoint(tmp_path / "script.pt")
-
-
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model.pt' does not exist. Nothing was read."):
         open_checkpoint(tmp_path / "model.pt")
@@ -225,6 +220,69 @@ def test_file_without_tensors(tmp_path: Path, saved: object) -> None:
     torch.save(saved, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"There are no tensors in .*model.pt'; its first keys are"):
         open_checkpoint(tmp_path / "model.pt")
+
+
+def test_mappings_without_end_in_a_file(tmp_path: Path) -> None:
+    saved: dict[str, object] = {"model": {"weight": torch.ones(1)}}
+    saved["self"] = saved
+    torch.save(saved, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model.pt' cannot be used. There are more than 64 mappings"):
+        open_checkpoint(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("entries", "size", "problem"),
+    [
+        ('"a": [1, 0, 4], "b": [1, 0, 4]', 4, "invalid offset"),
+        ('"a": [1, 0, 4], "b": [1, 2, 6]', 6, "invalid offset"),
+        ('"a": [1, 0, 4], "b": [1, 8, 12]', 12, "invalid offset"),
+        ('"a": [1, 0, 8]', 8, "invalid"),
+        ('"a": [2, 0, 8]', 4, "incomplete|invalid|too large|not fully"),
+        ('"a": [4611686018427387904, 0, 4]', 4, "overflow|invalid"),
+        ('"a": [1, 0, 4], "a": [2, 0, 8]', 8, "two tensors of one name"),
+        ('"a": [-1, 0, 4]', 4, "invalid"),
+    ],
+)
+def test_safetensors_with_a_header_that_is_not_true(tmp_path: Path, entries: str, size: int, problem: str) -> None:
+    described = re.sub(
+        r"\[(\S+), (\d+), (\d+)\]", r'{"dtype": "F32", "shape": [\1], "data_offsets": [\2, \3]}', entries
+    )
+    header = f"{{{described}}}".encode()
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(CheckpointError, match=f"could not be read as a file of safetensors: .*({problem})"):
+        open_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.parametrize("length", [ord("{"), ord("{") * 256 + ord(" ")])
+def test_a_header_whose_length_looks_like_json(tmp_path: Path, length: int) -> None:
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'.ljust(length)
+    (tmp_path / "a").write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+    assert open_checkpoint(tmp_path / "a")["a"].item() == 0
+
+
+def test_a_name_may_look_like_a_part_of_a_header(tmp_path: Path) -> None:
+    save_file({'"data_offsets"': torch.ones(1), "data_offsets": torch.ones(1)}, tmp_path / "a")
+    assert len(open_checkpoint(tmp_path / "a")) == 2
+
+
+def test_a_compressed_file_of_torch_is_not_unpacked(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as old,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    with pytest.raises(CheckpointError, match=r"is a compressed zip file, as torch writes none, of \d+ bytes when"):
+        open_checkpoint(tmp_path / "b.pt")
+
+
+def test_a_damaged_pickle_in_a_sound_zip_file(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02\x00")
+        archive.writestr("a/version", b"3")
+    with pytest.raises(CheckpointError, match="could not be read as a file of torch"):
+        open_checkpoint(tmp_path / "a.pt")
 
 
 def test_file_that_is_no_mapping(tmp_path: Path) -> None:

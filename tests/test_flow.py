@@ -17,7 +17,18 @@ FLOW = (
     *("folding", "leftovers", "layout", "report"),
     # any format -> tensor specs
     *("arrays", "stored", "containers", "config"),
-    *("formats.npz", "formats.pickled", "formats.safetensors"),
+    *(
+        "formats.safetensors",
+        "formats.pickled",
+        "formats.torchscript",
+        "formats.npz",
+        "formats.gguf",
+        "formats.msgpack",
+        "formats.file",
+        "formats.sharded",
+        "formats.distributed",
+        "formats.folder",
+    ),
     "checkpoint",
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "kernels", "namesakes"),
@@ -45,7 +56,7 @@ FLOW = (
 # an alignment prints itself, and the report reads alignments
 BACKWARDS_WHEN_CALLED = {("alignment", "report"), ("alignment", "inversion")}
 # needed for a match or a screen, not for an import
-LATE = ("networkx", "rapidfuzz", "rich", "safetensors", "scipy")
+LATE = ("gguf", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")
 
 
 def own_imports(tree: ast.AST, *, deferred: bool) -> Iterator[str]:

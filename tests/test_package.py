@@ -60,5 +60,6 @@ def test_what_is_needed_to_run_is_declared() -> None:
         for path in (ROOT / "autoalign").rglob("*.py")
         for name in re.findall(r"^ *(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    optional = {re.split("[<>=]", requirement)[0] for requirement in project["optional-dependencies"]["demo"]}
+    extras = project["optional-dependencies"]
+    optional = {re.split("[<>=]", requirement)[0] for requirement in (*extras["demo"], *extras["formats"])}
     assert imported - sys.stdlib_module_names - {"autoalign"} == declared | optional

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def open_pickled(file: Path) -> Contents:
     """
     with file.open("rb") as stream:
         zipped = stream.read(2) == b"PK"
+    if zipped:
+        _check_sizes(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what fails below or is no concern of ours, such as a pickle protocol
@@ -45,7 +48,31 @@ def open_pickled(file: Path) -> Contents:
             f"{str(file)!r} holds a {type(loaded).__name__}, not a mapping of tensors. Nothing was aligned. "
             "Save a state dict, such as torch.save(model.state_dict(), path)."
         )
+    if "param_shapes" in loaded and "ds_version" in loaded and not _has_elements(loaded.get("module")):
+        raise CheckpointError(
+            f"{str(file)!r} is a part of a checkpoint of DeepSpeed's ZeRO, whose tensors are spread over many files. "
+            "Nothing was aligned. Merge them with the zero_to_fp32.py that lies beside them."
+        )
     return Contents(loaded)
+
+
+def _check_sizes(file: Path) -> None:
+    """Refuse a zip file that would be larger in memory than it is."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            total = sum(info.file_size for info in archive.infolist())
+    except Exception as error:
+        raise _read_error(file, error) from error
+    if total > file.stat().st_size:
+        raise CheckpointError(
+            f"{str(file)!r} is a compressed zip file, as torch writes none, of {total} bytes when unpacked. Nothing "
+            "was read. If you trust its source, unpack it and save it anew with torch.save."
+        )
+
+
+def _has_elements(state_dict: object) -> bool:
+    tensors = state_dict.values() if isinstance(state_dict, Mapping) else ()
+    return any(isinstance(tensor, torch.Tensor) and tensor.numel() for tensor in tensors)
 
 
 def _read_error(file: Path, error: Exception) -> CheckpointError:
@@ -59,11 +86,6 @@ def _read_error(file: Path, error: Exception) -> CheckpointError:
             "or re-save its tensors as safetensors where that code may run.",
             unsafe,
         )
-    if "TorchScript" in str(error):
-        return CheckpointError(
-            f"{str(file)!r} is a TorchScript archive, which holds a program. Nothing was read. "
-            "If you trust its source, pass torch.jit.load(path).state_dict()."
-        )
     reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0]
     return CheckpointError(
         f"{str(file)!r} could not be read as a file of torch ({type(error).__name__}: {reason}). Nothing was read. "
@@ -76,5 +98,5 @@ def _unsafe_globals(file: Path, error: Exception) -> tuple[str, ...]:
         return ()
     try:
         return tuple(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)))
-    except ValueError:  # not a zip file; torch's message has the first one's name
+    except Exception:  # not a zip file, or a damaged one; torch's message has the first one's name
         return tuple(re.findall(r"GLOBAL (\S+)", str(error)))[:1]

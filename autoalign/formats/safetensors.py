@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,10 @@ def open_safetensors(file: Path) -> Contents:
             )
 
         def read() -> Tensor:
-            tensor: Tensor = opened().get_tensor(key)
+            try:
+                tensor: Tensor = opened().get_tensor(key)
+            except Exception as error:  # of a file that was changed since, or of a shape that torch cannot hold
+                raise _damaged(file, error) from error
             return tensor
 
         return Stored(shape, dtype, read)
@@ -71,11 +75,31 @@ def open_safetensors(file: Path) -> Contents:
         with safe_open(file, framework="numpy") as header:
             headers = [(key, header.get_slice(key)) for key in header.keys()]  # noqa: SIM118, it is no mapping
             metadata = header.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{str(file)!r} could not be read as a file of safetensors: {error}. "
-            "It may be truncated or damaged; compare its size with the original's."
-        ) from error
+        _check_duplicates(file, len(headers))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(file, error) from error
     # the format sorts by dtype and name, which tells nothing; by number, at least the blocks are in their order
     headers.sort(key=lambda header: natural(header[0]))
     return Contents({key: stored(key, header) for key, header in headers}, "safetensors file", metadata)
+
+
+def _check_duplicates(file: Path, count: int) -> None:
+    """Refuse a header with two tensors of one name, of which the library takes either."""
+    with file.open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+    if header.count(b'"data_offsets"') > count:  # which a name may hold too
+        json.loads(header, object_pairs_hook=_mapping)
+
+
+def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("two tensors of one name")
+    return found
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{str(file)!r} could not be read as a file of safetensors: {error}. "
+        "It may be truncated or damaged; compare its size with the original's."
+    )

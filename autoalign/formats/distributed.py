@@ -1,0 +1,179 @@
+"""Folders of ``torch.distributed.checkpoint``: a file of metadata, and files with pieces of tensors.
+
+Torch's own reader unpickles the metadata whatever it asks for; here it can name torch's own records and nothing else.
+The pieces are read by torch, tensor for tensor, with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoalign.errors import CheckpointError, UnsafeCheckpointError
+from autoalign.stored import Contents, Stored
+
+_METADATA = ".metadata"
+_LARGEST = 2**30  # bytes of metadata
+
+
+def is_distributed(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of ``torch.distributed.checkpoint``."""
+    return (folder / _METADATA).is_file()
+
+
+def open_distributed(folder: Path) -> Contents:
+    """Read which tensors a folder holds, nested as they were saved.
+
+    Raises:
+        CheckpointError: The metadata is damaged, or tells of files that are not there or not in the folder.
+        UnsafeCheckpointError: The metadata asks for code.
+    """
+    try:
+        metadata = _read_metadata(folder / _METADATA)
+        _check_pieces(folder, metadata)
+        return Contents(_nested(folder, metadata))
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle may lead anywhere
+        raise _damaged(folder, error) from error
+
+
+def _read_metadata(file: Path) -> Any:
+    size = file.stat().st_size
+    if size > _LARGEST:
+        raise ValueError(f"metadata of {size} bytes")
+    metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
+    if type(metadata).__name__ != "Metadata":
+        raise ValueError(f"there is a {type(metadata).__name__} where metadata should be")
+    return metadata
+
+
+class _Unpickler(pickle._Unpickler):  # in Python, whose memory an index in a pickle cannot exhaust
+    """Reads what torch writes for its metadata."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        from torch.distributed.checkpoint import filesystem, metadata
+
+        if module == metadata.__name__ and name in _RECORDS:
+            return getattr(metadata, name)
+        if module == filesystem.__name__ and name == "_StorageInfo":
+            return getattr(filesystem, name)
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise UnsafeCheckpointError(
+            f"The metadata of a distributed checkpoint asks for {module}.{name}, which torch does not write there. "
+            "Nothing was read, since that may be code.",
+            (f"{module}.{name}",),
+        )
+
+
+_RECORDS = frozenset(
+    {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    }
+)
+_KNOWN: Mapping[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib", "WindowsPath"): PureWindowsPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,
+    ("pathlib._local", "WindowsPath"): PureWindowsPath,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+}
+
+
+def _check_pieces(folder: Path, metadata: Any) -> None:
+    """Make sure that every piece of every tensor is there, with as many bytes as it needs."""
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+    sizes: dict[str, int] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise ValueError(f"a tensor called {key!r}")
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        dtype = entry.properties.dtype
+        if any(size < 0 for size in entry.size) or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{key} has shape {list(entry.size)} and dtype {dtype}")
+        if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
+            raise ValueError(f"the pieces of {key} {list(entry.size)} do not make it up")
+        for chunk in entry.chunks:
+            place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            name = place.relative_path
+            if name not in sizes:
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise ValueError(f"a piece of {key} is in {name!r}, which is not in the folder")
+                if not (folder / name).is_file():
+                    raise ValueError(f"a piece of {key} is in {name!r}, which is missing")
+                sizes[name] = (folder / name).stat().st_size
+            packed = bool(getattr(place, "transform_descriptors", None))  # as compressed pieces are
+            needed = 0 if packed else prod(chunk.sizes) * dtype.itemsize
+            if not (place.offset >= 0 and needed <= place.length <= sizes[name] - place.offset):
+                raise ValueError(f"a piece of {key} has {place.length} bytes at {place.offset} of {name!r}")
+
+
+def _nested(folder: Path, metadata: Any) -> dict[str, object]:
+    """Nest the tensors as the state dict was that was saved."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    root: dict[str, object] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):  # pickled values, such as a learning rate
+            continue
+        *path, name = map(str, (metadata.planner_data or {}).get(key, (key,)))
+        level = root
+        for step in path:
+            inner = level.setdefault(step, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{step!r} is a tensor and holds {key!r}")
+            level = inner
+        if name in level:
+            raise ValueError(f"two tensors are called {key!r}")
+        level[name] = _stored(folder, metadata, key, entry)
+    return root
+
+
+def _stored(folder: Path, metadata: Any, key: str, entry: Any) -> Stored:
+    shape, dtype = tuple(entry.size), entry.properties.dtype
+
+    def read() -> Tensor:
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+        try:
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
+            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            planner.set_up_planner({key: tensor}, metadata)
+            reader = FileSystemReader(folder)
+            reader.set_up_storage_reader(metadata, is_coordinator=True)
+            reader.read_data(planner.create_local_plan(), planner).wait()
+        except Exception as error:
+            raise _damaged(folder, error) from error
+        return tensor
+
+    return Stored(shape, dtype, read)
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{str(folder)!r} could not be read as a folder of torch.distributed.checkpoint "
+        f"({type(error).__name__}: {error}). It may be incomplete or damaged."
+    )

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.state_dict_saver import save
+
+import autoalign
+from autoalign.checkpoint import open_checkpoint
+from autoalign.errors import CheckpointError, UnsafeCheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 2)))
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "half": torch.ones(2).half()}
+    save(state, checkpoint_id=folder, no_dist=True)
+    return model.state_dict()
+
+
+def test_tensors_are_read_one_at_a_time_and_nested_as_they_were_saved(tmp_path: Path) -> None:
+    expected = saved(tmp_path / "step1")
+    checkpoint = open_checkpoint(tmp_path / "step1", container="model")
+    assert list(checkpoint) == list(expected)
+    for spec in checkpoint.specs:
+        assert (spec.shape, spec.dtype) == (tuple(expected[spec.key].shape), expected[spec.key].dtype)
+        assert torch.equal(checkpoint[spec.key], expected[spec.key])
+    model = nn.Sequential(*network())
+    assert autoalign.load(model, tmp_path / "step1", container="model", strict=True).coverage == 1
+
+
+def test_a_flat_state_dict(tmp_path: Path) -> None:
+    expected = network().state_dict()
+    save(expected, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint = open_checkpoint(tmp_path)
+    assert (list(checkpoint), checkpoint.container) == (list(expected), "")
+
+
+def test_a_tensor_in_several_pieces(tmp_path: Path) -> None:
+    save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(1, 3)}, checkpoint_id=tmp_path, no_dist=True)
+    whole = read(tmp_path)
+    first, second = metadata.MetadataIndex("a", (0, 0)), metadata.MetadataIndex("a", (2, 0))
+    entry = whole.state_dict_metadata["a"]
+    assert isinstance(entry, metadata.TensorStorageMetadata)
+    entry.size = torch.Size((3, 3))
+    entry.chunks.append(metadata.ChunkStorageMetadata(torch.Size((2, 0)), torch.Size((1, 3))))
+    whole.storage_data[second] = whole.storage_data[metadata.MetadataIndex("b", (0, 0))]
+    write(tmp_path, whole)
+    assert open_checkpoint(tmp_path)["a"].tolist() == [[0, 1, 2], [3, 4, 5], [0, 0, 0]]
+    del whole.storage_data[first]
+    write(tmp_path, whole)
+    with pytest.raises(CheckpointError, match=r"could not be read as a folder of torch.distributed.checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+def read(folder: Path) -> metadata.Metadata:
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    assert isinstance(found, metadata.Metadata)
+    return found
+
+
+def write(folder: Path, changed: object) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(changed))
+
+
+class Attack:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.mkdir, (self.path,)
+
+
+def test_code_in_metadata_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    saved(tmp_path)
+    changed = read(tmp_path)
+    changed.planner_data = Attack(tmp_path / "trace")
+    write(tmp_path, changed)
+    with pytest.raises(UnsafeCheckpointError, match=r"asks for .*Path.*, which torch does not write there") as info:
+        open_checkpoint(tmp_path)
+    assert len(info.value.unsafe_globals) == 1
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"relative_path": "../other"}, "is in '../other', which is not in the folder"),
+        ({"relative_path": "/etc/passwd"}, "is in '/etc/passwd', which is not in the folder"),
+        ({"relative_path": "other"}, "is in 'other', which is missing"),
+        ({"offset": -1}, "bytes at -1 of"),
+        ({"offset": 2**40}, "bytes at 1099511627776 of"),
+        ({"length": 2**40}, "has 1099511627776 bytes at"),
+        ({"length": 3}, "has 3 bytes at"),
+    ],
+)
+def test_pieces_that_are_not_there(tmp_path: Path, change: dict[str, object], problem: str) -> None:
+    save({"a": torch.ones(2, 3)}, checkpoint_id=tmp_path, no_dist=True)
+    changed = read(tmp_path)
+    ((index, place),) = changed.storage_data.items()
+    fields = {"relative_path": place.relative_path, "offset": place.offset, "length": place.length} | change
+    changed.storage_data = {index: filesystem._StorageInfo(**fields)}
+    write(tmp_path, changed)
+    with pytest.raises(CheckpointError, match=problem):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(2**40, 3), (-2, 3), (3, 3)])
+def test_shapes_that_the_pieces_do_not_make_up(tmp_path: Path, size: tuple[int, ...]) -> None:
+    save({"a": torch.ones(2, 3)}, checkpoint_id=tmp_path, no_dist=True)
+    changed = read(tmp_path)
+    entry = changed.state_dict_metadata["a"]
+    assert isinstance(entry, metadata.TensorStorageMetadata)
+    entry.size = torch.Size(size)
+    write(tmp_path, changed)
+    with pytest.raises(CheckpointError, match=r"could not be read as a folder of torch.distributed.checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_piece_that_is_damaged(tmp_path: Path) -> None:
+    save({"a": torch.ones(2, 3)}, checkpoint_id=tmp_path, no_dist=True)
+    (file,) = tmp_path.glob("*.distcp")
+    file.write_bytes(bytes(file.stat().st_size))
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"could not be read as a folder of torch.distributed.checkpoint"):
+        checkpoint["a"]
+
+
+def test_an_index_in_the_pickle_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
+    with pytest.raises(CheckpointError, match="there is a dict where metadata should be"):
+        open_checkpoint(tmp_path)
