@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from autoalign.alignment import Candidate, Match
 from autoalign.doubts import DOUBTED, TOLD, Style, doubt_about, other_layouts, style_of
 from autoalign.fusion import BY_ORDER, Fusion
+from autoalign.graph import Path
 from autoalign.joining import joined, place_of
 from autoalign.kernels import as_in_torch
 from autoalign.names import components
@@ -63,8 +64,9 @@ def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) 
         for part in fusion.absent
         if len(target.parts[part].shape) == 1 and part not in found
     }
+    weights = {part.path[:-1]: part.shape for part in source.parts if len(part.shape) == 2}
     return [
-        _match(source, target, parts, found, styles, layouts)
+        _match(source, target, parts, found, styles, layouts, weights)
         for parts in wholes.values()
         if any(part in found for part in parts) and all(part in found or part in absent for part in parts)
     ]
@@ -76,17 +78,16 @@ class _Layouts:
 
     reason: str
     views: tuple[Operation, ...]  # what takes the part out of the tensor in each of them
-    told: bool
 
 
 def _layouts(side: SideParts, styles: tuple[Style, Style]) -> dict[int, _Layouts]:
     """Find, for the parts of fused tensors, how else they might be taken out."""
     result = {}
     for fusion in side.fusions:
-        reason, ways, told = other_layouts(fusion, components(side.specs[fusion.tensor].key), styles)
+        reason, ways = other_layouts(fusion, components(side.specs[fusion.tensor].key), styles)
         if reason:
             for place, part in enumerate(fusion.parts):
-                result[part] = _Layouts(reason, tuple(views[place] for views in ways), told)
+                result[part] = _Layouts(reason, tuple(views[place] for views in ways))
     return result
 
 
@@ -106,6 +107,7 @@ def _match(
     found: Mapping[int, Found],
     styles: tuple[Style, Style],
     layouts: tuple[Mapping[int, _Layouts], Mapping[int, _Layouts]],
+    weights: Mapping[Path, Shape],
 ) -> Match:
     least = min((found[part] for part in parts if part in found), key=lambda piece: piece.confidence)
     confidence, shape = least.confidence, target.specs[target.parts[parts[0]].tensor].shape
@@ -122,9 +124,8 @@ def _match(
         pieces.append(_Piece(source.key(own), chain(own.view, piece.operation), target.parts[part].shape))
         if known := layouts[0].get(piece.source):
             others[place] = tuple(chain(view, piece.operation) for view in known.views)
-            told |= known.told
             warnings.add(known.reason)
-        elif doubt := doubt_about(own, target.parts[part], piece.operation, styles):
+        elif doubt := doubt_about(own, target.parts[part], piece.operation, styles, weights.get(own.path[:-1], ())):
             others[place] = tuple(chain(own.view, way) for way in doubt.otherwise)
             told |= doubt.told
             warnings.add(doubt.reason)
@@ -134,7 +135,6 @@ def _match(
         ways.append(([replace(p, view=changed.get(k, p.view)) for k, p in enumerate(pieces)], views))
     known = next((layouts[1][part] for part in parts if part in layouts[1]), None)
     if known:
-        told |= known.told
         warnings.add(known.reason)
         ways += [(pieces, [layouts[1][part].views[turn] for part in parts]) for turn in range(len(known.views))]
     if told:

@@ -17,7 +17,7 @@ from autoalign.names import words
 from autoalign.operations import Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
 from autoalign.specs import TensorSpec
 from autoalign.units import Part
-from autoalign.vocabulary import CONFIG_HEADS, INTERLEAVED, META_STYLE, MODULATION
+from autoalign.vocabulary import CONFIG_HEADS, HALVES_STYLE, INTERLEAVED, META_STYLE, MODULATION
 
 DOUBTED = 0.45  # the most that a match in doubt is believed
 TOLD = 0.85  # the most that one is believed whose layout was told by more than its shape
@@ -48,6 +48,7 @@ class Style:
     """What a side tells of the code that it comes from."""
 
     meta: bool  # of Meta's code, which rotates neighbouring rows
+    halves: bool  # of Hugging Face's code, which rotates the halves of a head
     positions: bool  # has tables of positions, so nothing is rotated
     rotated: int | None  # rows of a head that are rotated, as a companion buffer of frequencies tells
     head_dim: int | None  # rows of a head, as its config or the norms of its heads tell
@@ -65,6 +66,7 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
     sizes = _head_dims(parts, gcd(*rows) if rows else 0, config)
     return Style(
         meta=bool(names & META_STYLE),
+        halves=names >= HALVES_STYLE,
         positions=any({"pos", "embed"} <= of or "rel" in of for of in found),
         rotated=frequencies.pop() if len(frequencies) == 1 else None,
         head_dim=sizes.pop() if len(sizes) == 1 else None,
@@ -93,8 +95,24 @@ def _words(part: Part) -> set[str]:
     return {word for component in part.path[-3:] for word in words(component)}
 
 
-def doubt_about(source: Part, target: Part, operation: Operation, styles: tuple[Style, Style]) -> Doubt | None:
-    """Tell what speaks against taking a source part by this operation for a target part."""
+def doubt_about(
+    source: Part, target: Part, operation: Operation, styles: tuple[Style, Style], weight: Shape
+) -> Doubt | None:
+    """Tell what speaks against taking a source part by this operation for a target part.
+
+    Args:
+        source: The part of the source.
+        target: The part of the target.
+        operation: From one to the other.
+        styles: Of both sides.
+        weight: The shape of the matrix of the source's layer, of which the part may be the bias.
+    """
+    if len(weight) == 2 and max(weight) == 2 * min(weight) and _modulates(source) | _modulates(target):
+        if source.path[-3:-1] == target.path[-3:-1]:
+            return None
+        dim = source.shape.index(max(weight))
+        halves = Reshape((*source.shape[:dim], 2, min(weight), *source.shape[dim + 1 :]))
+        return Doubt(_SHIFT, (chain(halves, Flip(dim), Reshape(source.shape), operation),))
     doubt = _doubt(source, target, styles)
     if doubt is None or not isinstance(operation, Transpose) or source.shape[0] >= source.shape[1]:
         return doubt and replace(doubt, otherwise=tuple(chain(way, operation) for way in doubt.otherwise))
@@ -112,11 +130,13 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | N
         return _rotary(source, styles)
     if {len(source.shape), len(target.shape)} in ({2, 4}, {2, 5}):
         return _patches(source.shape, target.shape)
-    modulated = [not MODULATION.isdisjoint(found) for found in (own, other)]
-    if modulated[0] != modulated[1] and len(source.shape) == 2 and source.shape[0] == 2 * source.shape[1]:
-        halves = Reshape((2, source.shape[0] // 2, source.shape[1]))
-        return Doubt(_SHIFT, (chain(halves, Flip(0), Reshape(source.shape)),))
     return None
+
+
+def _modulates(part: Part) -> bool:
+    """Tell a layer that gives the scale and shift of a norm: by its name, or because it stands in a norm."""
+    names = [set(words(name)) for name in part.path[-4:-1]]
+    return any(found & MODULATION for found in names) or any("norm" in found for found in names[:-1])
 
 
 def interleaves(path: Path) -> bool:
@@ -134,7 +154,8 @@ def _rotary(source: Part, styles: tuple[Style, Style]) -> Doubt:
             pairs = (heads, half, 2, *rest) if styles[0].meta else (heads, 2, half, *rest)
             swap = Permute((0, 2, 1, *range(3, len(pairs))))
             ways.append(chain(Reshape(pairs), swap, Reshape(source.shape)))
-    return Doubt(ROTARY, tuple(ways), told=known is not None and bool(ways))
+    told = known is not None and any(style.halves for style in styles)
+    return Doubt(ROTARY, tuple(ways), told=told and bool(ways))
 
 
 def _by_head(source: Part, interleaved: bool, styles: tuple[Style, Style]) -> Doubt:
@@ -147,7 +168,7 @@ def _by_head(source: Part, interleaved: bool, styles: tuple[Style, Style]) -> Do
             continue  # a single head is not interleaved
         apart = (heads, 3, size, *rest) if interleaved else (3, heads, size, *rest)
         ways.append(chain(Reshape(apart), Permute((1, 0, 2, *range(3, len(apart)))), Reshape(source.shape)))
-    return Doubt(BY_HEAD, tuple(ways), told=known is not None and bool(ways))
+    return Doubt(BY_HEAD, tuple(ways))
 
 
 def _patches(source: Shape, target: Shape) -> Doubt | None:
@@ -171,9 +192,7 @@ def _sizes(known: int | None, rows: int) -> list[int]:
     return sorted(sizes, key=lambda size: (usual.get(size, len(usual)), -size))
 
 
-def other_layouts(
-    fusion: Fusion, path: Path, styles: tuple[Style, Style]
-) -> tuple[str, list[tuple[Operation, ...]], bool]:
+def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tuple[str, list[tuple[Operation, ...]]]:
     """List the other ways to take the parts out of a fused tensor: in another order, or head by head.
 
     Args:
@@ -182,23 +201,22 @@ def other_layouts(
         styles: Of both sides.
 
     Returns:
-        The reason to doubt, empty for none; for each other layout, what takes each part out; and whether the first of
-        them is the right one by what else is known.
+        The reason to doubt, empty for none; and for each other layout, what takes each part out.
     """
     plan = fusion.plan
     if plan is None:
-        return "", [], False
+        return "", []
     if plan.doubt:
         orders = list(permutations(range(len(plan.sizes))))[1:] if len(set(plan.sizes)) == 1 else []
         ways = [tuple(Split(plan.dim, place * plan.sizes[0], plan.sizes[0]) for place in order) for order in orders]
-        return plan.doubt, [tuple(chain(fusion.base, view) for view in views) for views in ways], False
+        return plan.doubt, [tuple(chain(fusion.base, view) for view in views) for views in ways]
     least = min(plan.sizes)
     if not interleaves(path) or any(size % least for size in plan.sizes):
-        return "", [], False
+        return "", []
     known = next((style.head_dim for style in styles if style.head_dim), None)
     sizes = [size for size in _sizes(known, least) if least > size]
     heads = [_by_groups(fusion, plan, least // size, size) for size in sizes]
-    return (BY_HEAD if len(heads) or known is None else ""), heads, known is not None
+    return (BY_HEAD if heads or known is None else ""), heads
 
 
 def _by_groups(fusion: Fusion, plan: Plan, groups: int, size: int) -> tuple[Operation, ...]:

@@ -62,7 +62,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     neighbours = _neighbour_pairs(source, target, rows, columns)
     shape = (len(source.paths), len(target.paths))
     known = [cues[name] * WEIGHTS[name] for name in ("name", "place", "shape")]
-    score = np.sum([*known, 0.5 * structure.root_agreement], axis=0, dtype=np.float32)
+    score = np.asarray(np.sum([*known, 0.5 * structure.root_agreement], axis=0), dtype=np.float32)
     sharpness = SHARPNESS
     soft = _soft_assignment(score, sharpness, rows, columns, shape)
     for _ in range(STEPS):
@@ -70,7 +70,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         row_mass, column_mass = _masses(soft, rows, columns, shape)
         cues["pattern"] = np.mean([votes.scores(soft, row_mass, column_mass) for votes in patterns], axis=0)
         cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0) * candidates.adjacent
-        score = np.sum([cues[name] * weight for name, weight in WEIGHTS.items()], axis=0, dtype=np.float32)
+        score = np.asarray(np.sum([cues[name] * weight for name, weight in WEIGHTS.items()], axis=0), dtype=np.float32)
         sharpness *= SHARPENING
         soft = _soft_assignment(score, sharpness, rows, columns, shape)
     chosen = _exact_assignment(score, rows, columns, shape)
@@ -105,7 +105,7 @@ class _StructureVotes:
         distance = np.abs(source.rank[rows][:, :, None] - target.rank[columns][:, None, :])
         agreement = np.exp(np.float32(-RANK_DECAY) * distance.astype(np.float32))
         agreement *= np.where(source.count[rows][:, :, None] == target.count[columns][:, None, :], 1.0, 0.7)
-                agreement = ((1 - RANK_SHARE) + RANK_SHARE * agreement) * valid
+        agreement = ((1 - RANK_SHARE) + RANK_SHARE * agreement) * valid
         self.agreement = agreement.astype(np.float32)
         each = np.arange(len(rows))
         self.root_agreement = self.agreement[each, self.depths[0] - 1, self.depths[1] - 1]

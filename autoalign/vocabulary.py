@@ -103,6 +103,9 @@ RELATED: tuple[tuple[str, str, float], ...] = (
     ("head", "fc", 0.5),
     ("head", "proj", 0.2),
     ("head", "out", 0.3),
+    ("context", "add", 0.5),
+    ("text", "add", 0.5),
+    ("context", "text", 0.6),
     ("stage", "block", 0.5),
     ("stem", "patch", 0.4),
     ("scale", "weight", 0.4),
@@ -116,8 +119,11 @@ FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "
 # Names that fused tensors have in code that lays the roles out head by head.
 INTERLEAVED: frozenset[str] = frozenset({"query_key_value", "linear_qkv"})
 
+# Names that together tell Hugging Face's code, which rotates the halves of a head.
+HALVES_STYLE: frozenset[str] = frozenset({"embed_tokens", "input_layernorm"})
+
 # Words for layers that give the scale and shift of an adaptive norm.
-MODULATION: frozenset[str] = frozenset({"ada", "modulation", "film"})
+MODULATION: frozenset[str] = frozenset({"ada", "modulation", "film", "mod", "modf"})
 
 # What configs call the number of heads, the width that they share, and the rows of one head.
 CONFIG_HEADS: tuple[tuple[str, ...], ...] = (
