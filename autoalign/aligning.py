@@ -14,8 +14,8 @@ from autoalign.alignment import Alignment, Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
 from autoalign.checkpoint import Side, checkpoint_of
-from autoalign.decision import coherence, confidence_of, related, special_units
-from autoalign.doubts import DOUBTED
+from autoalign.decision import by_order_alone, coherence, confidence_of, related, special_units
+from autoalign.doubts import DOUBTED, TOLD
 from autoalign.errors import InputError, PatternError
 from autoalign.evidence import is_alphabetical, side_evidence
 from autoalign.fusion import split_fused
@@ -32,6 +32,7 @@ from autoalign.units import Part, Unit, units_of
 
 _MOST = 0.9  # of the layers of the smaller side
 _HALF = 0.5  # of them, which fit under the same names: then the sides are related, however the rest is spread
+_SAME_NAME = 0.6  # how alike names must be for a bias to be matched without its weight
 _NAMESAKE = 0.3  # how alike names must be where most names are the same on both sides
 _UNRELATED = (
     "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
@@ -267,10 +268,11 @@ def _match_parts(
     confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
     smaller = min(len(own), len(other))
     by_name = len(same) >= _MOST * smaller
+    special = special_units(other, target.parts)
+    order_alone = by_order_alone(assignment, own, other)
     if by_name:  # where names are shared, another name is another layer
         known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
-        special = np.isin(assignment.target, special_units(other, target.parts))
-        confidence = np.where(known | special, confidence, DOUBTED * confidence)
+        confidence = np.where(known | np.isin(assignment.target, special), confidence, DOUBTED * confidence)
         by_name = int(np.isin(assignment.target, [j for _, j in same]).sum()) >= _HALF * smaller
     found: dict[int, Found] = {}
     if not (pins or by_name) and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
@@ -282,7 +284,9 @@ def _match_parts(
         runner_up = int(assignment.runner_up[place])
         rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
         stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
+        stranded &= j not in special or evidence["name"] < _SAME_NAME
         sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
+        sureness = min(sureness, TOLD if order_alone[place] else 1.0)
         for a, b in paired_parts(own[i], other[j]):
             operation = _operation(source.parts[a], target.parts[b], flipped=a in pairs.flipped)
             if operation is None or source.key(source.parts[a]) in taken or target.key(target.parts[b]) in pins:

@@ -12,14 +12,17 @@ from autoalign.candidates import squeeze
 from autoalign.evidence import Floats
 from autoalign.graph import Path, block_around
 from autoalign.matching import Assignment
-from autoalign.names import stem
+from autoalign.names import numbers, stem
 from autoalign.units import Part, Unit
 
 _LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks
-_SOUND = 0.5  # the fit of shapes from which a pair is more than elements of equal number
+_SOUND = 0.3  # the fit of shapes from which a pair is more than elements of equal number
 _LEAST = 0.3  # of either side's layers that must have a partner
 _COMPLETE = 0.92  # filled share of one side's blocks that settles the relation alone
+_SHORT = 6  # members of a list that may as well be in reverse order
 _TOGETHER = 0.6  # product of both sides' filled shares that settles it together
+
+_List = tuple[Path, str]  # its parent and the stem of its members
 
 
 def confidence_of(assignment: Assignment) -> Floats:
@@ -56,6 +59,62 @@ def related(
             return False
     filled = _filled(source[0], used[0]), _filled(target[0], used[1])
     return max(filled) >= _COMPLETE or filled[0] * filled[1] >= _TOGETHER
+
+
+def by_order_alone(assignment: Assignment, source: Sequence[Unit], target: Sequence[Unit]) -> NDArray[np.bool_]:
+    """Find the pairs that only the order of a short list decides, or nothing but a name that a twin has too.
+
+    Long lists of blocks run from the input to the output in every library. Short ones whose members are equal may as
+    well run the other way round, as the levels of a pyramid do; where their numbers differ, nothing tells. A parameter
+    that stands alone and has a twin of its name and shape, which is left over, may be either.
+    """
+    pairs = list(zip(assignment.source.tolist(), assignment.target.tolist(), strict=True))
+    result = np.zeros(len(pairs), dtype=bool)
+    lists = _short_lists(source), _short_lists(target)
+    members = [(lists[0].get(source[i].path, {}), lists[1].get(target[j].path, {})) for i, j in pairs]
+    votes = Counter((a, b) for own, other in members for a in own for b in other if own[a][1] == other[b][1])
+    partner: dict[_List, _List] = {}
+    for (a, b), _ in votes.most_common():
+        partner.setdefault(a, b)
+    for place, (own, other) in enumerate(members):
+        result[place] = any(partner.get(a) in other and own[a][0] != other[partner[a]][0] for a in own)
+    used = {i for i, _ in pairs}
+    left = Counter(_name_alone(unit) for index, unit in enumerate(source) if index not in used)
+    for place, (i, _) in enumerate(pairs):
+        result[place] |= bool(_name_alone(source[i])) and left[_name_alone(source[i])] > 0
+    return result
+
+
+def _name_alone(unit: Unit) -> str:
+    """Name a parameter that belongs to no layer and no list; empty for all else."""
+    alone = unit.kinds == ("other",) and len(unit.path) > 1 and not any(map(numbers, unit.path))
+    return unit.path[-1] if alone else ""
+
+
+def _short_lists(units: Sequence[Unit]) -> dict[Path, dict[_List, tuple[tuple[int, ...], int]]]:
+    """Find, for each layer, the short lists of equal modules around it, its number in each and their lengths."""
+    content: dict[Path, set[tuple[Path, tuple[str, ...]]]] = {}
+    for unit in units:
+        for depth, name in enumerate(unit.path[:-1], start=1):
+            if numbers(name):
+                content.setdefault(unit.path[:depth], set()).add((unit.path[depth:], unit.kinds))
+    lists: dict[_List, list[Path]] = {}
+    for member in content:
+        lists.setdefault((member[:-1], stem(member[-1])), []).append(member)
+    short = {
+        member: (key, len(members))
+        for key, members in lists.items()
+        if 1 < len(members) <= _SHORT and len({frozenset(content[member]) for member in members}) == 1
+        for member in members
+    }
+    return {
+        unit.path: {
+            short[member][0]: (numbers(member[-1]), short[member][1])
+            for depth in range(1, len(unit.path))
+            if (member := unit.path[:depth]) in short
+        }
+        for unit in units
+    }
 
 
 def special_units(units: Sequence[Unit], parts: Sequence[Part]) -> list[int]:
