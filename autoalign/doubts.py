@@ -17,7 +17,7 @@ from autoalign.names import words
 from autoalign.operations import Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
 from autoalign.specs import TensorSpec
 from autoalign.units import Part
-from autoalign.vocabulary import CONFIG_HEADS, HALVES_STYLE, INTERLEAVED, META_STYLE, MODULATION
+from autoalign.vocabulary import CONFIG_HEADS, GROUPED, HALVES_STYLE, INTERLEAVED, META_STYLE, MODULATION
 
 DOUBTED = 0.45  # the most that a match in doubt is believed
 TOLD = 0.85  # the most that one is believed whose layout was told by more than its shape
@@ -134,9 +134,9 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | N
 
 
 def _modulates(part: Part) -> bool:
-    """Tell a layer that gives the scale and shift of a norm: by its name, or because it stands in a norm."""
+    """Tell a layer that gives the scale and shift of a norm: by its name, or as a part of the last norm."""
     names = [set(words(name)) for name in part.path[-4:-1]]
-    return any(found & MODULATION for found in names) or any("norm" in found for found in names[:-1])
+    return any(found & MODULATION for found in names) or any({"norm", "out"} <= found for found in names[:-1])
 
 
 def interleaves(path: Path) -> bool:
@@ -211,7 +211,8 @@ def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tu
         ways = [tuple(Split(plan.dim, place * plan.sizes[0], plan.sizes[0]) for place in order) for order in orders]
         return plan.doubt, [tuple(chain(fusion.base, view) for view in views) for views in ways]
     least = min(plan.sizes)
-    if not interleaves(path) or any(size % least for size in plan.sizes):
+    grouped = max(plan.sizes) > least and (plan.unnamed or not GROUPED.isdisjoint(path))
+    if not (interleaves(path) or grouped) or any(size % least for size in plan.sizes):
         return "", []
     known = next((style.head_dim for style in styles if style.head_dim), None)
     sizes = [size for size in _sizes(known, least) if least > size]

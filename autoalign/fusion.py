@@ -16,12 +16,12 @@ from autoalign.graph import Path, natural_order
 from autoalign.names import kind, words
 from autoalign.operations import Copy, Operation, Split, Transpose, Unstack, chain, output_shapes
 from autoalign.units import Part, Unit, units_of
-from autoalign.vocabulary import FUSED
+from autoalign.vocabulary import FUSED, GATE_FIRST
 
 Sizes = tuple[int, ...]
 
 BY_ORDER = "the parts were told apart by their order alone"
-UNTOLD = "nothing but their order tells query, key and value apart"
+UNTOLD = "nothing but their order tells the parts apart, and other code has them in another"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Plan:
     sizes: Sizes
     roles: tuple[str, ...]
     doubt: str = ""  # why the parts might be laid out otherwise
+    unnamed: bool = False  # whether the sizes of its parts alone tell that it is fused
     absent: frozenset[str] = frozenset()  # roles for which the other side has no tensor of this kind
 
 
@@ -207,10 +208,16 @@ class _Siblings:
                 return plan
         if shape in self.shapes or shape[::-1] in self.shapes or len(shape) < 2:
             return None
+        if not fused:
+            for (present, rest), sides in self.by_role.items():
+                for sizes in sorted(sides):
+                    if present == FUSED["qkv"] and rest == shape[1:] and len(set(sizes)) > 1 and sum(sizes) == shape[0]:
+                        return Plan(0, sizes, present, unnamed=True)
         for sizes in sorted(self.in_order.get(shape[1:], ())):
             if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]])):
                 roles = FUSED[fused[0]] if fused else FUSED["qkv"] if len(sizes) == 3 else FUSED["gateup"]
-                return Plan(0, sizes, roles, BY_ORDER if len(sizes) == 2 else UNTOLD)
+                told = len(sizes) == 2 and (fused or tuple(named) in GATE_FIRST)
+                return Plan(0, sizes, roles, BY_ORDER if told else UNTOLD)
         return None
 
     def _splits(self, word: str, shape: Sizes) -> Iterator[Plan]:

@@ -116,6 +116,9 @@ RELATED: tuple[tuple[str, str, float], ...] = (
 # Words for tensors that hold several roles, in the order in which they hold them.
 FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gateup": ("gate", "up")}
 
+# The words of a fused tensor's name in code that takes the first half for the gate.
+GATE_FIRST: frozenset[tuple[str, ...]] = frozenset({("linear", "in"), ("weight", "in")})
+
 # Names that fused tensors have in code that lays the roles out head by head.
 INTERLEAVED: frozenset[str] = frozenset({"query_key_value", "linear_qkv"})
 
@@ -131,6 +134,9 @@ CONFIG_HEADS: tuple[tuple[str, ...], ...] = (
     ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "hidden_dim"),
     ("head_dim", "kv_channels", "head_size", "d_kv"),
 )
+
+# Names of fused tensors that hold blocks in some code and, where keys are shared among queries, groups in other code.
+GROUPED: frozenset[str] = frozenset({"wqkv"})
 
 # Names that tell code which rotates neighbouring rows of queries and keys, as Meta's Llama does.
 META_STYLE: frozenset[str] = frozenset({"wq", "wk", "tok_embeddings"})

@@ -123,14 +123,17 @@ REST: Shapes = {"v": (16, 32), "o": (32, 32)}
 def rotated(*, frequencies: bool) -> Alignment:
     source = META | {f"layers.#.attention.w{role}.weight": shape for role, shape in REST.items()}
     target = HUGGING_FACE | {f"model.layers.#.self_attn.{role}_proj.weight": shape for role, shape in REST.items()}
+    source |= {"layers.#.attention_norm.weight": (32,)}
+    target |= {"model.layers.#.input_layernorm.weight": (32,)}
     companion: Shapes = {"rope.freqs": (4,)} if frequencies else {}
-    return autoalign.align(state(blocks(source) | companion), state(blocks(target)))
+    words = {"tok_embeddings.weight": (50, 32)}, {"model.embed_tokens.weight": (50, 32)}
+    return autoalign.align(state(words[0] | blocks(source) | companion), state(words[1] | blocks(target)))
 
 
 def test_rotary_layouts_are_doubted_and_the_others_are_offered() -> None:
     alignment = rotated(frequencies=False)
     assert {match.target.split(".")[-2] for match in alignment.ambiguous} == {"q_proj", "k_proj"}
-    assert {match.target.split(".")[-2] for match in alignment.matches} == {"v_proj", "o_proj"}
+    assert {"v_proj", "o_proj"} < {match.target.split(".")[-2] for match in alignment.matches}
     query = alignment.ambiguous[0]
     assert "rotary" in query.warnings[0]
     weight = torch.randn(32, 32)
