@@ -31,6 +31,7 @@ ROTARY = (
 )
 BY_HEAD = "right shape, but one side may interleave query, key and value by head"
 _PATCHES = "right shape, but the pixels of a patch may be flattened in another order (channels first or last)"
+_GATES = "right shape, but Keras orders the gates of a GRU as update, reset, new, and torch as reset, update, new"
 _SHIFT = "right shape, but scale and shift of an adaptive norm may be in the other order"
 
 
@@ -53,6 +54,7 @@ class Style:
     rotated: int | None  # rows of a head that are rotated, as a companion buffer of frequencies tells
     head_dim: int | None  # rows of a head, as its config or the norms of its heads tell
     rows: int  # which the size of a head divides
+    gated: frozenset[Path]  # recurrent layers of three gates in Keras' order, which is not torch's
 
 
 def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping[str, object]) -> Style:
@@ -71,7 +73,12 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
         rotated=frequencies.pop() if len(frequencies) == 1 else None,
         head_dim=sizes.pop() if len(sizes) == 1 else None,
         rows=gcd(*rows) if rows else 0,
+        gated=frozenset(part.path[:-1] for part in parts if _has_three_gates(part)),
     )
+
+
+def _has_three_gates(part: Part) -> bool:
+    return part.path[-1] == "recurrent_kernel" and len(part.shape) == 2 and part.shape[0] == 3 * part.shape[1]
 
 
 def _head_dims(parts: Sequence[Part], rows: int, config: Mapping[str, object]) -> set[int]:
@@ -107,7 +114,8 @@ def doubt_about(
         styles: Of both sides.
         weight: The shape of the matrix of the source's layer, of which the part may be the bias.
     """
-    if len(weight) == 2 and max(weight) == 2 * min(weight) and _modulates(source) | _modulates(target):
+    doubled = len(weight) == 2 and max(weight) == 2 * min(weight) and max(weight) in source.shape
+    if doubled and (_modulates(source) or _modulates(target)):
         if source.path[-3:-1] == target.path[-3:-1]:
             return None
         dim = source.shape.index(max(weight))
@@ -122,6 +130,8 @@ def doubt_about(
 
 def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | None:
     own, other = _words(source), _words(target)
+    if (source.path[:-1] in styles[0].gated) != (target.path[:-1] in styles[1].gated):
+        return Doubt(_GATES)
     if "qkv" in own and "qkv" in other and interleaves(source.path) != interleaves(target.path):
         return _by_head(source, interleaves(source.path), styles)
     split = {"q", "k"} & own & other and len(source.shape) == 2

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from autoalign.candidates import squeeze
 from autoalign.graph import Path, natural_order
-from autoalign.names import kind, words
+from autoalign.names import kind, numbers, words
 from autoalign.operations import Copy, Operation, Split, Transpose, Unstack, chain, output_shapes
 from autoalign.units import Part, Unit, units_of
 from autoalign.vocabulary import FUSED, GATE_FIRST
@@ -68,7 +68,8 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
         elif plan := _plan(index, unit, parts, siblings):
             leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
             own = {role: names.get((unit.path[:-1], role), role) for role in plan.roles}
-            pieces = _split(part, plan, [(*unit.path[:-1], own[role], leaf) for role in plan.roles])
+            above = unit.path if numbers(unit.path[-1]) else unit.path[:-1]  # several layers may stand in one module
+            pieces = _split(part, plan, [(*above, own[role], leaf) for role in plan.roles])
         else:
             pieces = [part]
         if len(pieces) > 1:
@@ -120,7 +121,7 @@ def _split(part: Part, plan: Plan, paths: Sequence[Path]) -> list[Part]:
 
 def _role_names(units: Sequence[Unit]) -> dict[tuple[Path, str], str]:
     """Find what a side itself calls a role below a module, as in ``q_bias`` beside ``qkv.weight``."""
-    roles = {role for known in FUSED.values() for role in known}
+    roles = {role for kinds in FUSED.values() for known in kinds for role in known}
     return {(unit.path[:-1], word): unit.path[-1] for unit in units for word in words(unit.path[-1]) if word in roles}
 
 
@@ -155,7 +156,7 @@ class _Siblings:
                 for word in words(name)
                 if shapes.get(values) and "norm" not in words(name)
             }
-            for roles in FUSED.values():
+            for roles in (roles for kinds in FUSED.values() for roles in kinds):
                 present = tuple(role for role in roles if role in sizes)
                 rests = {sizes[role][1:] for role in present}
                 if len(present) > 1 and len(rests) == 1:
@@ -211,17 +212,25 @@ class _Siblings:
         if not fused:
             for (present, rest), sides in self.by_role.items():
                 for sizes in sorted(sides):
-                    if present == FUSED["qkv"] and rest == shape[1:] and len(set(sizes)) > 1 and sum(sizes) == shape[0]:
+                    if (
+                        present == FUSED["qkv"][0]
+                        and rest == shape[1:]
+                        and len(set(sizes)) > 1
+                        and sum(sizes) == shape[0]
+                    ):
                         return Plan(0, sizes, present, unnamed=True)
         for sizes in sorted(self.in_order.get(shape[1:], ())):
-            if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]])):
-                roles = FUSED[fused[0]] if fused else FUSED["qkv"] if len(sizes) == 3 else FUSED["gateup"]
+            if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]][0])):
+                (roles, *_) = FUSED[fused[0] if fused else "qkv" if len(sizes) == 3 else "gateup"]
                 told = len(sizes) == 2 and (fused or tuple(named) in GATE_FIRST)
                 return Plan(0, sizes, roles, BY_ORDER if told else UNTOLD)
         return None
 
     def _splits(self, word: str, shape: Sizes) -> Iterator[Plan]:
-        roles = FUSED[word]
+        for roles in FUSED[word]:
+            yield from self._role_splits(roles, shape)
+
+    def _role_splits(self, roles: tuple[str, ...], shape: Sizes) -> Iterator[Plan]:
         for dim in range(len(shape) if len(shape) < 3 else 1):
             rest = (*shape[:dim], *shape[dim + 1 :])
             for present, sides in ((known, sizes) for (known, other), sizes in self.by_role.items() if other == rest):

@@ -18,7 +18,7 @@ from autoalign.vocabulary import FUSED
 
 Shape = tuple[int, ...]
 
-_ROLES = frozenset(role for roles in FUSED.values() for role in roles)
+_ROLES = frozenset(role for word in ("qkv", "gateup") for roles in FUSED[word] for role in roles)
 
 
 def as_in_torch(parts: Sequence[Part]) -> list[Part]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from autoalign.vocabulary import KINDS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, STATISTICS
 
 _SEPARATORS = re.compile(r"[./]")
+_LEAVES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}  # that start the name of a parameter
 _OUTPUT = re.compile(r":\d+$")  # of a TensorFlow variable, as in "kernel:0"
 _DIGITS = re.compile(r"\d{1,18}")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -80,8 +81,8 @@ def kind(component: str) -> tuple[str, str]:
     if component in STATISTICS:
         return STATISTICS[component], ""
     head, _, rest = component.partition("_")
-    if rest and head in ("weight", "bias"):
-        return head, rest
+    if rest and head.lower() in _LEAVES:
+        return _LEAVES[head.lower()], rest
     rest, _, tail = component.rpartition("_")
     canonical = words(tail)
     if len(canonical) == 1 and canonical[0] in KINDS and not tail[-1:].isdigit():

@@ -113,8 +113,15 @@ RELATED: tuple[tuple[str, str, float], ...] = (
     ("last", "out", 0.3),
 )
 
-# Words for tensors that hold several roles, in the order in which they hold them.
-FUSED: dict[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gateup": ("gate", "up")}
+# Words for tensors that hold several roles -> the roles in the order in which they hold them, which may be of several
+# kinds: the gates of an LSTM are input, forget, cell and output, those of a GRU reset, update and new.
+FUSED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "qkv": (("q", "k", "v"),),
+    "kv": (("k", "v"),),
+    "gateup": (("gate", "up"),),
+    "ih": (("ii", "if", "ig", "io"), ("ir", "iz", "in")),
+    "hh": (("hi", "hf", "hg", "ho"), ("hr", "hz", "hn")),
+}
 
 # The words of a fused tensor's name in code that takes the first half for the gate.
 GATE_FIRST: frozenset[tuple[str, ...]] = frozenset({("linear", "in"), ("weight", "in")})
