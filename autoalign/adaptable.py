@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from autoalign.candidates import squeeze
-from autoalign.names import components, kind, words
+from autoalign.names import components, kind, role_words
 from autoalign.operations import Operation
 from autoalign.specs import TensorSpec
 
@@ -56,4 +56,4 @@ def named(*keys: str) -> set[str]:
     >>> sorted(named("encoder.embed_positions.weight"))
     ['embed', 'encoder', 'pos', 'weight']
     """
-    return {word for key in keys for component in components(key)[-3:] for word in words(component)}
+    return {word for key in keys for word in role_words(components(key))}

@@ -191,11 +191,14 @@ def _align(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> _Ou
         matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
     matches = with_ties(source, target, [*pinned, *matches])
     notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
-    whole = [
-        replace(side, parts=tuple(within(side.parts, replace(around, path=()))))
-        for side, around in zip(sides, (scope, other_scope), strict=True)
-    ]
-    return matches, _left_over(matches, mismatched, _same_names(whole[0], whole[1]), refused), notes
+    named = []
+    if len({match.target for match in matches}) < len(target.specs):
+        whole = [
+            replace(side, parts=tuple(within(side.parts, replace(around, path=()))))
+            for side, around in zip(sides, (scope, other_scope), strict=True)
+        ]
+        named = _same_names(whole[0], whole[1])
+    return matches, _left_over(matches, mismatched, named, refused), notes
 
 
 def _same_names(source: SideParts, target: SideParts) -> list[Mismatch]:
@@ -269,7 +272,7 @@ def _match_parts(
     smaller = min(len(own), len(other))
     by_name = len(same) >= _MOST * smaller
     special = special_units(other, target.parts)
-    order_alone = by_order_alone(assignment, own, other)
+    order_alone = by_order_alone(assignment, (own, source.parts), (other, target.parts))
     if by_name:  # where names are shared, another name is another layer
         known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
         confidence = np.where(known | np.isin(assignment.target, special), confidence, DOUBTED * confidence)

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.names import kind, words
-from autoalign.operations import Copy, Operation, Permute, Reshape, Transpose, chain
+from autoalign.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, chain
 from autoalign.units import Part, Unit, units_of
 
-Shape = tuple[int, ...]
 Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and flipped of each part of a unit
 
 _BARE = 0.25  # fit of a parameter that stands alone and the weight of a layer

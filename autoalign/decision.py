@@ -61,7 +61,11 @@ def related(
     return max(filled) >= _COMPLETE or filled[0] * filled[1] >= _TOGETHER
 
 
-def by_order_alone(assignment: Assignment, source: Sequence[Unit], target: Sequence[Unit]) -> NDArray[np.bool_]:
+def by_order_alone(
+    assignment: Assignment,
+    source: tuple[Sequence[Unit], Sequence[Part]],
+    target: tuple[Sequence[Unit], Sequence[Part]],
+) -> NDArray[np.bool_]:
     """Find the pairs that only the order of a short list decides, or nothing but a name that a twin has too.
 
     Long lists of blocks run from the input to the output in every library. Short ones whose members are equal may as
@@ -70,8 +74,8 @@ def by_order_alone(assignment: Assignment, source: Sequence[Unit], target: Seque
     """
     pairs = list(zip(assignment.source.tolist(), assignment.target.tolist(), strict=True))
     result = np.zeros(len(pairs), dtype=bool)
-    lists = _short_lists(source), _short_lists(target)
-    members = [(lists[0].get(source[i].path, {}), lists[1].get(target[j].path, {})) for i, j in pairs]
+    lists = _short_lists(*source), _short_lists(*target)
+    members = [(lists[0][source[0][i].path], lists[1][target[0][j].path]) for i, j in pairs]
     votes = Counter((a, b) for own, other in members for a in own for b in other if own[a][1] == other[b][1])
     partner: dict[_List, _List] = {}
     for (a, b), _ in votes.most_common():
@@ -79,25 +83,28 @@ def by_order_alone(assignment: Assignment, source: Sequence[Unit], target: Seque
     for place, (own, other) in enumerate(members):
         result[place] = any(partner.get(a) in other and own[a][0] != other[partner[a]][0] for a in own)
     used = {i for i, _ in pairs}
-    left = Counter(_name_alone(unit) for index, unit in enumerate(source) if index not in used)
+    alone = [_alone(unit, source[1]) for unit in source[0]]
+    left = {twin for index, twin in enumerate(alone) if twin and index not in used}
     for place, (i, _) in enumerate(pairs):
-        result[place] |= bool(_name_alone(source[i])) and left[_name_alone(source[i])] > 0
+        result[place] |= alone[i] in left
     return result
 
 
-def _name_alone(unit: Unit) -> str:
-    """Name a parameter that belongs to no layer and no list; empty for all else."""
-    alone = unit.kinds == ("other",) and len(unit.path) > 1 and not any(map(numbers, unit.path))
-    return unit.path[-1] if alone else ""
+def _alone(unit: Unit, parts: Sequence[Part]) -> tuple[str, tuple[int, ...]] | None:
+    """Give the name and the shape of a parameter that belongs to no layer and no list; None for all else."""
+    if unit.kinds != ("other",) or len(unit.path) < 2 or any(map(numbers, unit.path)):
+        return None
+    return unit.path[-1], parts[unit.parts[0][1]].shape
 
 
-def _short_lists(units: Sequence[Unit]) -> dict[Path, dict[_List, tuple[tuple[int, ...], int]]]:
+def _short_lists(units: Sequence[Unit], parts: Sequence[Part]) -> dict[Path, dict[_List, tuple[tuple[int, ...], int]]]:
     """Find, for each layer, the short lists of equal modules around it, its number in each and their lengths."""
-    content: dict[Path, set[tuple[Path, tuple[str, ...]]]] = {}
+    content: dict[Path, set[tuple[Path, tuple[tuple[int, ...], ...]]]] = {}
     for unit in units:
         for depth, name in enumerate(unit.path[:-1], start=1):
             if numbers(name):
-                content.setdefault(unit.path[:depth], set()).add((unit.path[depth:], unit.kinds))
+                shapes = tuple(parts[part].shape for _, part in unit.parts)
+                content.setdefault(unit.path[:depth], set()).add((unit.path[depth:], shapes))
     lists: dict[_List, list[Path]] = {}
     for member in content:
         lists.setdefault((member[:-1], stem(member[-1])), []).append(member)

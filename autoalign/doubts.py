@@ -13,7 +13,7 @@ from math import gcd, prod
 
 from autoalign.fusion import Fusion, Plan
 from autoalign.graph import Path
-from autoalign.names import words
+from autoalign.names import role_words, words
 from autoalign.operations import Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
 from autoalign.specs import TensorSpec
 from autoalign.units import Part
@@ -64,7 +64,7 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
     frequencies = {
         2 * spec.shape[0] for spec in specs if spec.key.endswith(("rope.freqs", "inv_freq")) and len(spec.shape) == 1
     }
-    rows = [part.shape[0] for part in parts if len(part.shape) == 2 and {"q", "k"} & _words(part)]
+    rows = [part.shape[0] for part in parts if len(part.shape) == 2 and {"q", "k"} & role_words(part.path)]
     sizes = _head_dims(parts, gcd(*rows) if rows else 0, config)
     return Style(
         meta=bool(names & META_STYLE),
@@ -89,17 +89,18 @@ def _head_dims(parts: Sequence[Part], rows: int, config: Mapping[str, object]) -
         return values[0] if values else None
 
     heads, width, size = (stated(names) for names in CONFIG_HEADS)
-    if size or (heads and width and width % heads == 0):
-        return {size or width // heads}  # type: ignore[operator] # mypy cannot see that width and heads are there
+    if size:
+        return {size}
+    if heads and width and width % heads == 0:
+        return {width // heads}
     return {
         part.shape[0]
         for part in parts
-        if len(part.shape) == 1 and "norm" in _words(part) and {"q", "k"} & _words(part) and part.shape[0] < rows
+        if len(part.shape) == 1
+        and "norm" in role_words(part.path)
+        and {"q", "k"} & role_words(part.path)
+        and part.shape[0] < rows
     }
-
-
-def _words(part: Part) -> set[str]:
-    return {word for component in part.path[-3:] for word in words(component)}
 
 
 def doubt_about(
@@ -129,7 +130,7 @@ def doubt_about(
 
 
 def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | None:
-    own, other = _words(source), _words(target)
+    own, other = role_words(source.path), role_words(target.path)
     if (source.path[:-1] in styles[0].gated) != (target.path[:-1] in styles[1].gated):
         return Doubt(_GATES)
     if "qkv" in own and "qkv" in other and interleaves(source.path) != interleaves(target.path):

@@ -70,3 +70,11 @@ class PartialLoadWarning(UserWarning):
 
 class DependencyError(AutoAlignError, ImportError):
     """An optional package that is needed here is not installed."""
+
+    @classmethod
+    def reading(cls, what: str, package: str) -> DependencyError:
+        """Say that files of some kind cannot be read without a package."""
+        return cls(
+            f"{what} are read through the package {package}, which is not installed. Nothing was read. "
+            "Install it with: pip install 'autoalign[formats]'"
+        )

@@ -39,7 +39,7 @@ class SideEvidence:
     list_rank: Ints  # [modules]: place in the list of siblings that differ in a number; -1 outside lists
     previous: Ints  # [units]: the unit before, within the same numbered block; -1 for the first
     next: Ints  # [units]: the unit after, within the same numbered block; -1 for the last
-    place: Ints  # [units]: place in the innermost list of siblings that differ in a number; -1 outside lists
+    place: Ints  # [units]: place in the innermost list of equal modules; -1 outside lists
     length: Ints  # [units]: of that list
     templates: tuple[Ints, ...]  # for each of TEMPLATES, [units]: id of the unit's template
 

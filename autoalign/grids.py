@@ -15,7 +15,7 @@ from torch import nn
 
 from autoalign.adaptable import AdaptableSide
 from autoalign.graph import Path
-from autoalign.names import components, kind, words
+from autoalign.names import components, kind, role_words, words
 from autoalign.specs import TensorSpec
 
 Size = tuple[int, int]
@@ -101,7 +101,7 @@ def _dims_told(path: Path, spec: TensorSpec, paths: Mapping[Path, TensorSpec]) -
         return 0
     if len(spec.shape) > 2:
         return len(spec.shape) - 2
-    named = {word for component in path[-3:] for word in words(component)}
+    named = role_words(path)
     if "patch" in named:
         return 2
     lone = (*path[:-1], "bias") not in paths

@@ -12,11 +12,9 @@ from dataclasses import replace
 from math import prod
 
 from autoalign.names import words
-from autoalign.operations import Operation, Permute, Reshape, Transpose, chain, output_shapes
+from autoalign.operations import Operation, Permute, Reshape, Shape, Transpose, chain, output_shapes
 from autoalign.units import Part, Unit, units_of
 from autoalign.vocabulary import FUSED
-
-Shape = tuple[int, ...]
 
 _ROLES = frozenset(role for word in ("qkv", "gateup") for roles in FUSED[word] for role in roles)
 

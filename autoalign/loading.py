@@ -125,6 +125,8 @@ def load(
                 f"state_dict gives: {', '.join(untaken[:3])}. The model was not changed. Load into the inner module.",
                 alignment,
             )
+    if assign:  # the tensors that the model had are not the ones it has now
+        alignment = replace(alignment, target_tensors=checkpoint_of(model))
     logger.info("Loaded %s; %d keys missing, %d unexpected.", summary, *map(len, alignment))
     return alignment
 

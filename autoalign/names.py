@@ -51,6 +51,15 @@ def words(component: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def role_words(path: Sequence[str]) -> set[str]:
+    """Collect the words in the last three names of a path, which tell what a tensor is for.
+
+    >>> sorted(role_words(("encoder", "embed_positions", "weight")))
+    ['embed', 'encoder', 'pos', 'weight']
+    """
+    return {word for component in path[-3:] for word in words(component)}
+
+
 @lru_cache(maxsize=65536)
 def numbers(component: str) -> tuple[int, ...]:
     """List the numbers in a component.

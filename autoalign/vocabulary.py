@@ -133,7 +133,7 @@ INTERLEAVED: frozenset[str] = frozenset({"query_key_value", "linear_qkv"})
 HALVES_STYLE: frozenset[str] = frozenset({"embed_tokens", "input_layernorm"})
 
 # Words for layers that give the scale and shift of an adaptive norm.
-MODULATION: frozenset[str] = frozenset({"ada", "modulation", "film", "mod", "modf"})
+MODULATION: frozenset[str] = frozenset({"ada", "modulation", "film", "mod"})
 
 # What configs call the number of heads, the width that they share, and the rows of one head.
 CONFIG_HEADS: tuple[tuple[str, ...], ...] = (

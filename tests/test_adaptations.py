@@ -354,16 +354,12 @@ def test_an_output_layer_that_is_tied_in_the_target_alone_is_filled_with_its_emb
     assert torch.equal(target.state_dict()["lm_head.weight"][:32], source.state_dict()["model.embed_tokens.weight"])
 
 
+TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
 def test_words_and_positions_of_text_are_told_apart() -> None:
     def bert(vocab_size: int, length: int) -> nn.Module:
-        config = transformers.BertConfig(
-            vocab_size=vocab_size,
-            max_position_embeddings=length,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-        )
+        config = transformers.BertConfig(vocab_size=vocab_size, max_position_embeddings=length, **TEXT)
         model: nn.Module = transformers.BertForMaskedLM(config)
         return model
 
@@ -384,14 +380,7 @@ def test_words_and_positions_of_text_are_told_apart() -> None:
 
 def test_rows_that_a_module_reserves_are_no_positions() -> None:
     def roberta(length: int) -> nn.Module:
-        config = transformers.RobertaConfig(
-            vocab_size=32,
-            max_position_embeddings=length,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=24,
-        )
+        config = transformers.RobertaConfig(vocab_size=32, max_position_embeddings=length, **TEXT)
         model: nn.Module = transformers.RobertaModel(config)
         return model
 

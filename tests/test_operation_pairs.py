@@ -109,6 +109,19 @@ def both(forward: Pair, operations: Mapping[str, str], **changes: Any) -> tuple[
     return forward, replace(back, **changes)
 
 
+def both_in_doubt(
+    name: str,
+    source: Builder,
+    target: Builder,
+    inputs: Inputs,
+    operations: Mapping[str, str],
+    back: Mapping[str, str],
+) -> tuple[Pair, Pair]:
+    """Make a pair and its reverse, in each of which the keys of the first operation are in doubt."""
+    pair = Pair(name, source, target, inputs, operations, doubted=next(iter(operations)))
+    return both(pair, back, doubted=next(iter(back)))
+
+
 def randomise(model: nn.Module, inputs: Inputs, seed: int) -> nn.Module:
     """Give every parameter values of its own and every batch norm the statistics of the inputs, in place."""
     generator = torch.Generator().manual_seed(seed)
@@ -507,77 +520,53 @@ DOUBTED_PAIRS = (
         {r"\.experts\..*\.w[13]\.": "Unstack Split", **OWN_ROTARY},
         doubted=r"\.w[qk]\.",
     ),
-    *both(
-        Pair(
-            "litgpt (groups of heads) -> transformers.Llama",
-            partial(llama.LitLlama, "attn"),
-            LLAMA,
-            TOKENS,
-            {r"\.[qkv]_proj\.": "Reshape"},
-            doubted=r"\.[qkv]_proj\.",
-        ),
+    *both_in_doubt(
+        "litgpt (groups of heads) -> transformers.Llama",
+        partial(llama.LitLlama, "attn"),
+        LLAMA,
+        TOKENS,
+        {r"\.[qkv]_proj\.": "Reshape"},
         {r"\.attn\.attn\.": "Reshape Concatenate"},
-        doubted=r"\.attn\.attn\.",
     ),
-    *both(
-        Pair(
-            "InternLM2 -> transformers.Llama",
-            llama.InternLM,
-            LLAMA,
-            TOKENS,
-            {r"\.[qkv]_proj\.": "Reshape"},
-            doubted=r"\.[qkv]_proj\.",
-        ),
+    *both_in_doubt(
+        "InternLM2 -> transformers.Llama",
+        llama.InternLM,
+        LLAMA,
+        TOKENS,
+        {r"\.[qkv]_proj\.": "Reshape"},
         {r"\.wqkv\.": "Reshape Concatenate"},
-        doubted=r"\.wqkv\.",
     ),
-    *both(
-        Pair(
-            "transformers.GPTNeoX -> separate projections",
-            GPT_NEOX,
-            partial(llama.ParallelDecoder, HEADS, HEAD_DIM // 4, bias=True),
-            TOKENS,
-            {r"\.[qkv]_proj\.": "Reshape"},
-            doubted=r"\.[qkv]_proj\.",
-        ),
+    *both_in_doubt(
+        "transformers.GPTNeoX -> separate projections",
+        GPT_NEOX,
+        partial(llama.ParallelDecoder, HEADS, HEAD_DIM // 4, bias=True),
+        TOKENS,
+        {r"\.[qkv]_proj\.": "Reshape"},
         {r"query_key_value\.": "Reshape Concatenate"},
-        doubted=r"query_key_value\.",
     ),
-    *both(
-        Pair(
-            "transformers.Falcon -> separate projections",
-            FALCON,
-            partial(llama.ParallelDecoder, KV_HEADS, HEAD_DIM, bias=False),
-            TOKENS,
-            {r"\.[qkv]_proj\.": "Reshape"},
-            doubted=r"\.[qkv]_proj\.",
-        ),
+    *both_in_doubt(
+        "transformers.Falcon -> separate projections",
+        FALCON,
+        partial(llama.ParallelDecoder, KV_HEADS, HEAD_DIM, bias=False),
+        TOKENS,
+        {r"\.[qkv]_proj\.": "Reshape"},
         {r"query_key_value\.": "Reshape Concatenate"},
-        doubted=r"query_key_value\.",
     ),
-    *both(
-        Pair(
-            "ChatGLM2 -> transformers.Glm",
-            llama.ChatGLM,
-            GLM,
-            TOKENS,
-            {r"\.[qkv]_proj\.": "Split"},
-            doubted=r"\.[qkv]_proj\.",
-        ),
+    *both_in_doubt(
+        "ChatGLM2 -> transformers.Glm",
+        llama.ChatGLM,
+        GLM,
+        TOKENS,
+        {r"\.[qkv]_proj\.": "Split"},
         {r"query_key_value\.": "Concatenate"},
-        doubted=r"query_key_value\.",
     ),
-    *both(
-        Pair(
-            "gated, fused with the gate last -> gated, separate",
-            partial(encoders.GatedEncoder, "net"),
-            partial(encoders.GatedEncoder, "separate"),
-            TOKENS,
-            {r"\.(gate|up)_proj\.": "Split"},
-            doubted=r"\.(gate|up)_proj\.",
-        ),
+    *both_in_doubt(
+        "gated, fused with the gate last -> gated, separate",
+        partial(encoders.GatedEncoder, "net"),
+        partial(encoders.GatedEncoder, "separate"),
+        TOKENS,
+        {r"\.(gate|up)_proj\.": "Split"},
         {r"\.net\.0\.proj\.": "Concatenate"},
-        doubted=r"\.net\.0\.proj\.",
     ),
     *both(
         Pair(
@@ -589,29 +578,21 @@ DOUBTED_PAIRS = (
         ),
         {r"to_patch_embedding\.1\.weight": "Reshape"},
     ),
-    *both(
-        Pair(
-            "vit-pytorch, patches with channels last -> timm.VisionTransformer",
-            vision.PatchViT,
-            timm_vit(DEPTH, qkv_bias=False),
-            IMAGES,
-            {r"patch_embed\.proj\.weight": "Reshape Permute"},
-            doubted=r"patch_embed\.proj\.weight",
-        ),
+    *both_in_doubt(
+        "vit-pytorch, patches with channels last -> timm.VisionTransformer",
+        vision.PatchViT,
+        timm_vit(DEPTH, qkv_bias=False),
+        IMAGES,
+        {r"patch_embed\.proj\.weight": "Reshape Permute"},
         {r"to_patch_embedding\.1\.weight": "Permute Reshape"},
-        doubted=r"to_patch_embedding\.1\.weight",
     ),
-    *both(
-        Pair(
-            "DiT -> DiT in diffusers' layout",
-            vision.DiT,
-            vision.DiffusersDiT,
-            NOISE,
-            {r"norm_out\.linear\.": "Flip", r"to_[qkv]\.": "Split"},
-            doubted=r"norm_out\.linear\.",
-        ),
+    *both_in_doubt(
+        "DiT -> DiT in diffusers' layout",
+        vision.DiT,
+        vision.DiffusersDiT,
+        NOISE,
+        {r"norm_out\.linear\.": "Flip", r"to_[qkv]\.": "Split"},
         {r"final_layer\.adaLN_modulation\.1\.": "Flip", r"attn\.qkv\.": "Concatenate"},
-        doubted=r"final_layer\.adaLN_modulation\.1\.",
     ),
     Pair(
         "Keras GRU -> nn.GRU",

@@ -165,7 +165,7 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any) -> Stored:
             reader = FileSystemReader(folder)
             reader.set_up_storage_reader(metadata, is_coordinator=True)
             reader.read_data(planner.create_local_plan(), planner).wait()
-        except Exception as error:
+        except Exception as error:  # torch raises whatever the damaged part of a file led to
             raise _damaged(folder, error) from error
         return tensor
 

@@ -47,10 +47,7 @@ def open_gguf(file: Path) -> Contents:
     try:
         from gguf import GGUFEndian, GGUFReader, GGUFValueType
     except ImportError as error:
-        raise DependencyError(
-            "GGUF files are read through the package gguf, which is not installed. Nothing was read. "
-            "Install it with: pip install 'autoalign[formats]'"
-        ) from error
+        raise DependencyError.reading("GGUF files", "gguf") from error
 
     class Reader(GGUFReader):  # type: ignore[misc]
         """One that stops at the end of the file, and takes lists as a whole where the package's own does item by item.

@@ -43,10 +43,7 @@ def open_msgpack(file: Path) -> Contents:
     try:
         import msgpack
     except ImportError as error:
-        raise DependencyError(
-            "Files of Flax are read through the package msgpack, which is not installed. Nothing was read. "
-            "Install it with: pip install 'autoalign[formats]'"
-        ) from error
+        raise DependencyError.reading("Files of Flax", "msgpack") from error
 
     def extension(code: int, data: bytes) -> object:
         if code == _COMPLEX:

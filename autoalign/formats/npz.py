@@ -46,7 +46,7 @@ def open_npz(file: Path) -> Contents:
             try:
                 with opened().open(member) as stream:
                     return as_tensor(npy.read_array(stream, allow_pickle=False), dtype)
-            except Exception as error:
+            except Exception as error:  # as below
                 raise _damaged(file, error) from error
 
         return Stored(shape, dtype, read)

@@ -61,7 +61,7 @@ def _check_sizes(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             total = sum(info.file_size for info in archive.infolist())
-    except Exception as error:
+    except Exception as error:  # zipfile too raises whatever a damaged directory led to
         raise _read_error(file, error) from error
     if total > file.stat().st_size:
         raise CheckpointError(

@@ -92,7 +92,7 @@ def write_index(folder: Path, weight_map: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/tmp/secret.safetensors", "..", "a/../../x", ".", "a/b"])
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/secret.safetensors", "..", "a/../../x", ".", "a/b"])
 def test_an_index_that_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
