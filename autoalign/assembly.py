@@ -179,11 +179,14 @@ def _put_together(
     return sources, chain(steps[0] if len(set(steps)) == 1 else Parallel(tuple(steps)), *zeros, join)
 
 
-def with_ties(source: SideParts, target: SideParts, matches: Sequence[Match]) -> list[Match]:
+def with_ties(source: Sequence[TensorSpec], target: Sequence[TensorSpec], matches: Sequence[Match]) -> list[Match]:
     """Fill all keys of each tied target tensor from one source: that of the surest match among them."""
+    groups = tied_groups(target)
+    if not groups:
+        return list(matches)
     by_key = {match.target: match for match in matches}
-    storage = {spec.key: spec.storage for spec in source.specs if spec.storage is not None}
-    for keys in tied_groups(target.specs):
+    storage = {spec.key: spec.storage for spec in source if spec.storage is not None}
+    for keys in groups:
         known = [by_key[key] for key in keys if key in by_key]
         if not known:
             continue

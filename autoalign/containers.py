@@ -19,7 +19,7 @@ from torch import Tensor
 
 from autoalign.arrays import as_tensor, torch_dtype
 from autoalign.errors import CheckpointError, InputError
-from autoalign.specs import TensorSpec, specs_of
+from autoalign.specs import TensorSpec, spec_of
 from autoalign.stored import Stored
 
 # words in the names that people give to what they save; "model_state_dict" has three of them
@@ -150,7 +150,7 @@ def _tree(mapping: Mapping[Any, object], depth: int, seen: Iterator[int]) -> _No
     for name, value in mapping.items():
         if not isinstance(name, str):  # an optimizer's state has integer keys
             continue
-        if name.rpartition(".")[2] == "_extra_state":
+        if name.endswith("_extra_state") and name.rpartition(".")[2] == "_extra_state":
             extras[name] = value
         elif isinstance(value, Tensor | Stored) or (isinstance(value, np.ndarray) and _is_numeric(value)):
             children[name] = Entry(_spec(name, value, held=isinstance(mapping, dict)), mapping, name)
@@ -180,9 +180,8 @@ def _spec(key: str, value: Tensor | Stored | np.ndarray, *, held: bool) -> Tenso
                 "Nothing was aligned. Convert the array first, to float32 for example."
             )
         return TensorSpec(key, value.shape, dtype)
-    (spec,) = specs_of({key: value})
     # a mapping that makes its values when asked may have two of them in the same memory, one after the other
-    return spec if held else replace(spec, storage=None)
+    return spec_of(key, value) if held else replace(spec_of(key, value), storage=None)
 
 
 def _candidates(node: _Node, path: str) -> Iterator[Container]:

@@ -27,6 +27,19 @@ def components(key: str) -> tuple[str, ...]:
     return tuple(_SEPARATORS.split(_OUTPUT.sub("", key)))
 
 
+def split_key(key: str) -> tuple[str, str]:
+    """Split a key, or the name of a module, into that of the module around it and its own.
+
+    >>> split_key("encoder.layer.0"), split_key("weight")
+    (('encoder.layer', '0'), ('', 'weight'))
+    """
+    module, _, name = key.rpartition(".")
+    if "/" in name:
+        inner, _, name = name.rpartition("/")
+        module = f"{module}.{inner}" if module else inner
+    return module, name
+
+
 @lru_cache(maxsize=65536)
 def words(component: str) -> tuple[str, ...]:
     """List the words of one component in the vocabulary's canonical spelling, without its numbers.

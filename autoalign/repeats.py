@@ -1,33 +1,33 @@
 """Repeats: long lists of equal blocks, of which a few stand for all.
 
-Matching costs grow with the square of the layers. A list of 58 equal blocks is matched by its first few; the rest is
-paired by order, as these were. Lists in lists (experts in layers) are shortened each.
+The cost of matching grows with the square of the layers, and a network of a hundred thousand tensors has fifty kinds of
+them. Modules are told apart by a hash of the names and shapes below them (hash-consing, from the leaves up), so that
+equal subtrees have one number. A list of 58 equal blocks is matched by its first few; the rest is paired by order, as
+these were. Lists in lists (experts in layers) are shortened each.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autoalign.alignment import Match
-from autoalign.graph import Path
-from autoalign.names import components, kind, numbers, stem
+from autoalign.alignment import Candidate, Match, Mismatch
+from autoalign.names import components, kind, numbers, split_key, stem
 from autoalign.specs import TensorSpec
 
-LARGE = 100_000  # pairs of layers of equal shape from which on repeats are shortened
+LARGE = 100_000  # pairs of layers of equal shape up to which all blocks may be matched instead
 KEPT = 4  # blocks of each run that are matched
+
+_Members = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
     """The runs of equal blocks of one side: members of one list with the same tensors below."""
 
-    members: Mapping[tuple[Path, str], tuple[Path, ...]]  # (list, name of a kept member) -> all members of its run
-
-    def dropped(self) -> frozenset[Path]:
-        """List the members that are left out of matching."""
-        return frozenset(member for run in self.members.values() for member in run[KEPT:])
+    run_of: Mapping[str, _Members]  # kept member, a module's whole name -> all members of its run
+    modules: frozenset[str]  # those that are matched
 
 
 def pair_count(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) -> int:
@@ -45,89 +45,193 @@ def runs_of(
     """Find the runs of more than ``KEPT`` equal blocks.
 
     Lists of a length that must stay whole are passed over, and those around a pinned key.
+
+    >>> specs = [TensorSpec(f"h.{n}.weight", (2, 2), torch.float32) for n in range(6)]
+    >>> runs_of(specs).run_of["h.0"]
+    ('h.0', 'h.1', 'h.2', 'h.3', 'h.4', 'h.5')
     """
-    whole = {path[:depth] for path in map(components, pinned) for depth in range(len(path))}
-    content: dict[Path, list[tuple[Path, tuple[int, ...]]]] = {}
+    whole = {module for key in pinned for module in _above(key)}
+    children, kinds = _kinds(specs)
+    run_of: dict[str, _Members] = {}
+    modules: set[str] = set()
+    visited = [""]
+    while visited:
+        module = visited.pop()
+        modules.add(module)
+        left = set(below := children.get(module, []))
+        if len(below) > KEPT and module not in whole:
+            for run in _runs(below, kinds, lengths_to_keep):
+                run_of.update(dict.fromkeys(run[:KEPT], run))
+                left.difference_update(run[KEPT:])
+        visited.extend(left)
+    return Runs(run_of, frozenset(modules))
+
+
+def _kinds(specs: Sequence[TensorSpec]) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """List the modules in each module, and number the modules so that equal subtrees have equal numbers."""
+    leaves: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for spec in specs:
-        path = components(spec.key)
-        for depth in range(1, len(path)):
-            if numbers(path[depth - 1]):
-                content.setdefault(path[:depth], []).append((path[depth:], spec.shape))
-    lists: dict[tuple[Path, str], list[Path]] = {}
-    for member in content:
-        lists.setdefault((member[:-1], stem(member[-1])), []).append(member)
-    runs: dict[tuple[Path, str], tuple[Path, ...]] = {}
-    for (parent, _), found in lists.items():
-        if len(found) <= KEPT or len(found) in lengths_to_keep or parent in whole:
+        module, leaf = split_key(spec.key)
+        leaves.setdefault(module, []).append((leaf, spec.shape))
+    children: dict[str, list[str]] = {}
+    for module in leaves:
+        while module:
+            parent = split_key(module)[0]
+            siblings = children.setdefault(parent, [])
+            siblings.append(module)
+            if len(siblings) > 1 or parent in leaves:
+                break  # the parent has its place already, or gets it in its turn
+            module = parent
+    names: dict[object, int] = {}
+    kinds: dict[str, int] = {}
+    for module in sorted({*leaves, *children}, key=len, reverse=True):  # what is below a module has a longer name
+        below = frozenset((split_key(child)[1], kinds[child]) for child in children.get(module, ()))
+        content = (frozenset(leaves.get(module, ())), below)
+        kinds[module] = names.setdefault(content, len(names))
+    return children, kinds
+
+
+def _runs(modules: Sequence[str], kinds: Mapping[str, int], lengths_to_keep: frozenset[int]) -> Iterator[_Members]:
+    """Find the runs of equal modules among siblings."""
+    lists: dict[str, list[tuple[tuple[int, ...], str]]] = {}
+    for module in modules:
+        name = split_key(module)[1]
+        if number := numbers(name):
+            lists.setdefault(stem(name), []).append((number, module))
+    for found in lists.values():
+        if len(found) <= KEPT or len(found) in lengths_to_keep:
             continue
-        found.sort(key=lambda member: numbers(member[-1]))
-        kinds = [frozenset(content[member]) for member in found]
+        members = [module for _, module in sorted(found)]
         start = 0
-        for end in range(1, len(found) + 1):
-            if end == len(found) or kinds[end] != kinds[start]:
+        for end in range(1, len(members) + 1):
+            if end == len(members) or kinds[members[end]] != kinds[members[start]]:
                 if end - start > KEPT:
-                    run = tuple(found[start:end])
-                    runs.update({(parent, member[-1]): run for member in run[:KEPT]})
+                    yield tuple(members[start:end])
                 start = end
-    return Runs(runs)
+
+
+def _above(key: str) -> Iterator[str]:
+    """Name the modules above a key, from the nearest up to the root, whose name is empty."""
+    while key:
+        key = split_key(key)[0]
+        yield key
 
 
 def shortened(specs: Sequence[TensorSpec], runs: Runs) -> list[TensorSpec]:
     """Leave out the tensors of all but the first members of each run."""
-    dropped = runs.dropped()
-    kept = []
-    for spec in specs:
-        path = components(spec.key)
-        if not any(numbers(path[depth - 1]) and path[:depth] in dropped for depth in range(1, len(path))):
-            kept.append(spec)
-    return kept
+    return [spec for spec in specs if split_key(spec.key)[0] in runs.modules] if runs.run_of else list(specs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """How a source key goes on from the last matched block of a run to the ones after it."""
+
+    block: str  # the block that it is in
+    following: _Members  # the blocks after it
+    rest: str  # of the key
+
+    def to(self, step: int) -> str:
+        return self.following[step] + self.rest
 
 
 def extended(
-    matches: Sequence[Match], source: Runs, target: Runs, source_keys: frozenset[str], target_keys: frozenset[str]
-) -> list[Match]:
-    """Extend the matches of shortened sides to all members of their runs, pairing by order; inner lists first."""
-    result = {match.target: match for match in matches}
-    depths = sorted({len(parent) for parent, _ in target.members}, reverse=True)
-    for depth in depths:
-        for key in list(result):
-            path = components(key)
-            if len(path) <= depth + 1 or (run := target.members.get((path[:depth], path[depth]))) is None:
-                continue
-            if run[KEPT - 1][-1] != path[depth]:
-                continue  # the last of the kept members is continued
-            before = result.get(_moved(key, depth, run[KEPT - 2][-1]))
-            if before is None or before.operation != result[key].operation:
-                continue
-            for step, member in enumerate(run[KEPT:], start=1):
-                moved = _continued(before.sources, result[key].sources, source, step)
-                other = _moved(key, depth, member[-1])
-                if moved is None or other not in target_keys or not source_keys.issuperset(moved):
+    matches: Sequence[Match], mismatched: Sequence[Mismatch], source: Runs, target: Runs
+) -> tuple[list[Match], list[Mismatch]]:
+    """Extend what was found for shortened sides to all members of their runs, pairing by order; inner lists first.
+
+    What was found in the last of the matched blocks goes on in the ones after it, if it was found one block further
+    back in the block before.
+    """
+    found = {match.target: match for match in matches}
+    for run, key, suffix in _in_last_blocks(found, target):
+        last, before = found[key], found.get(run[KEPT - 2] + suffix)
+        if before is None or before.operation != last.operation:
+            continue
+        moves = _moves(before.sources, last.sources, source)
+        others = [(other, _along(other.sources, moves)) for other in last.alternatives]
+        for step in range(_steps(run, moves)):
+            moved = run[KEPT + step] + suffix
+            alternatives = [
+                Candidate(tuple([move.to(step) for move in way]), other.operation, other.score)
+                for other, way in others
+                if way
+            ]
+            found[moved] = Match(
+                moved,
+                tuple([move.to(step) for move in moves]),
+                last.operation,
+                last.confidence,
+                last.evidence,
+                tuple(alternatives),
+                last.warnings,
+            )
+    unlike = {mismatch.key: mismatch for mismatch in mismatched}
+    for run, key, suffix in _in_last_blocks(unlike, target):
+        last_one, one_before = unlike[key], unlike.get(run[KEPT - 2] + suffix)
+        if one_before is None:
+            continue
+        moves = _moves((one_before.source_key,), (last_one.source_key,), source)
+        for step in range(_steps(run, moves)):
+            moved = run[KEPT + step] + suffix
+            unlike[moved] = replace(last_one, key=moved, source_key=moves[0].to(step))
+    return list(found.values()), list(unlike.values())
+
+
+def _in_last_blocks(found: Mapping[str, object], runs: Runs) -> Iterator[tuple[_Members, str, str]]:
+    """List the keys in the last matched block of a run, inner runs first: the run, the key, and its end in the block.
+
+    Keys that are added to ``found`` meanwhile are listed too, where an outer run is concerned.
+    """
+    last = {run[KEPT - 1]: run for run in runs.run_of.values()}
+    for depth in sorted({len(components(block)) for block in last}, reverse=True):
+        blocks = {block: run for block, run in last.items() if len(components(block)) == depth}
+        for key in list(found):
+            for block in _above(key):
+                if block in blocks:
+                    yield blocks[block], key, key[len(block) :]
                     break
-                result[other] = replace(result[key], target=other, sources=moved, alternatives=())
-    return list(result.values())
 
 
-def _continued(before: tuple[str, ...], last: tuple[str, ...], runs: Runs, step: int) -> tuple[str, ...] | None:
-    """Move the sources of the last kept block ``step`` blocks on, if those of the block before are one block back."""
-    if len(before) != len(last):
-        return None
-    moved = []
-    for previous, current in zip(before, last, strict=True):
-        old, new = components(previous), components(current)
-        places = [place for place in range(len(new)) if len(old) != len(new) or old[place] != new[place]]
-        if len(places) != 1 or (run := runs.members.get((new[: places[0]], new[places[0]]))) is None:
-            return None
-        names = [member[-1] for member in run]
-        place = names.index(new[places[0]])
-        if place + step >= len(names) or place == 0 or names[place - 1] != old[places[0]]:
-            return None
-        moved.append(_moved(current, places[0], names[place + step]))
-    return tuple(moved)
+def _moves(before: tuple[str, ...], last: tuple[str, ...], runs: Runs) -> list[_Move]:
+    """Tell how the sources of a match go on, if those of the block before are one block back; else nothing."""
+    moves = [_move(*pair, runs) for pair in zip(before, last, strict=False)]
+    return [move for move in moves if move] if len(before) == len(last) and all(moves) else []
 
 
-def _moved(key: str, depth: int, name: str) -> str:
-    """Replace one component of a key, keeping its separators."""
-    path = components(key)
-    start = sum(len(part) + 1 for part in path[:depth])
-    return key[:start] + name + key[start + len(path[depth]) :]
+def _move(before: str, last: str, runs: Runs) -> _Move | None:
+    for block in _above(last):
+        if run := runs.run_of.get(block):
+            place, rest = run.index(block), last[len(block) :]
+            if place and before == run[place - 1] + rest:
+                return _Move(block, run[place + 1 :], rest)
+    return None
+
+
+def _along(sources: Sequence[str], moves: Sequence[_Move]) -> list[_Move]:
+    """Tell how other sources go on beside those of a match; nothing if one of them is in none of its blocks."""
+    way = [
+        next((replace(move, rest=key[len(move.block) :]) for move in moves if key.startswith(move.block)), None)
+        for key in sources
+    ]
+    return [move for move in way if move] if all(way) else []
+
+
+def _steps(run: _Members, moves: Sequence[_Move]) -> int:
+    return min(len(run) - KEPT, *(len(move.following) for move in moves)) if moves else 0
+
+
+def is_settled(
+    source: tuple[Sequence[TensorSpec], Runs], target: tuple[Sequence[TensorSpec], Runs], matches: Sequence[Match]
+) -> bool:
+    """Tell whether the first blocks settled all others: no tensors of one shape are left in the runs of both sides."""
+    used = {key for match in matches for key in match.sources}, {match.target for match in matches}
+    left: list[set[tuple[tuple[int, ...], bool]]] = []
+    for (specs, runs), done in zip((source, target), used, strict=True):
+        left.append(
+            {
+                (spec.shape, spec.dtype.is_floating_point)
+                for spec in specs
+                if spec.key not in done and any(m in runs.run_of or m not in runs.modules for m in _above(spec.key))
+            }
+        )
+    return left[0].isdisjoint(left[1])

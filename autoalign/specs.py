@@ -39,21 +39,23 @@ def specs_of(state_dict: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     >>> print(first, first.storage == second.storage)
     a [2, 3] float32 True
     """
-    return tuple(
-        TensorSpec(key, tuple(tensor.shape), tensor.dtype, _storage_id(tensor))
-        for key, tensor in state_dict.items()
-        if isinstance(tensor, Tensor)
-    )
+    return tuple(spec_of(key, tensor) for key, tensor in state_dict.items() if isinstance(tensor, Tensor))
 
 
-def _storage_id(tensor: Tensor) -> int | None:
-    if tensor.numel() == 0 or tensor.layout != torch.strided:
+def spec_of(key: str, tensor: Tensor) -> TensorSpec:
+    """Describe one tensor."""
+    shape = tuple(tensor.shape)
+    return TensorSpec(key, shape, tensor.dtype, _storage_id(tensor, shape))
+
+
+def _storage_id(tensor: Tensor, shape: tuple[int, ...]) -> int | None:
+    if 0 in shape or tensor.layout != torch.strided:
         return None
     try:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):  # a wrapper subclass without a storage of its own
         return None
-    return hash((storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()))
+    return hash((storage._cdata, tensor.storage_offset(), shape, tensor.stride()))
 
 
 def tied_groups(specs: Iterable[TensorSpec]) -> tuple[tuple[str, ...], ...]:

@@ -44,6 +44,7 @@ FLOW = (
         "doubts",
         "assembly",
         *("adaptable", "grids", "positions", "shared_rows", "adapting"),
+        "pairing",
         "patterns",
         "repeats",
         "aligning",

@@ -1,0 +1,222 @@
+"""Pairing: from the tensors of two sides to matches and mismatches, by one joint optimisation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from autoalign.alignment import Match, Mismatch
+from autoalign.assembly import Found, SideParts, assembled, with_ties
+from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
+from autoalign.decision import by_order_alone, coherence, confidence_of, related, special_units
+from autoalign.doubts import DOUBTED, TOLD
+from autoalign.evidence import is_alphabetical, side_evidence
+from autoalign.fusion import split_fused
+from autoalign.graph import ancestry
+from autoalign.matching import match_units
+from autoalign.mismatches import mismatched_units
+from autoalign.names import kind
+from autoalign.namesakes import namesakes
+from autoalign.operations import Operation
+from autoalign.scope import Scope, scope_of, within
+from autoalign.units import Part, Unit, units_of
+
+Outcome = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, mismatches and notes
+
+_MOST = 0.9  # of the layers of the smaller side
+_HALF = 0.5  # of them, which fit under the same names: then the sides are related, however the rest is spread
+_SAME_NAME = 0.6  # how alike names must be for a bias to be matched without its weight
+_NAMESAKE = 0.3  # how alike names must be where most names are the same on both sides
+_UNRELATED = (
+    "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
+    "of them. Nothing was matched. If they are related, name a pair of keys in rules."
+)
+
+
+def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Outcome:
+    """Match two sides; pinned pairs are taken as they are and vote for the rest."""
+    pinned, refused = _pinned(source, target, pins)
+    sides = source, target
+    taken = set(pins.values())
+    fixed = (
+        [part for part in source.parts if source.key(part) in taken],
+        [part for part in target.parts if target.key(part) in pins],
+    )
+    scope = scope_of(source.parts, target.parts, [part.path for part in fixed[0]])
+    kept = within(source.parts, scope)
+    other_scope = scope_of(target.parts, kept, [part.path for part in fixed[1]])
+    rest = (
+        [part for part in kept if source.key(part) not in taken],
+        [part for part in within(target.parts, other_scope) if target.key(part) not in pins],
+    )
+    split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
+    source = replace(source, parts=(*split[0][0], *fixed[0]), fusions=tuple(split[0][1]))
+    target = replace(target, parts=(*split[1][0], *fixed[1]), fusions=tuple(split[1][1]))
+    found, mismatched = _match_parts(source, target, pins)
+    if found is None:
+        empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
+        return [], mismatched, (f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED,)
+    matches = assembled(source, target, found)
+    if not (scope.decided and other_scope.decided):
+        matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
+    matches = with_ties(source.specs, target.specs, [*pinned, *matches])
+    notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
+    named = []
+    if len({match.target for match in matches}) < len(target.specs):
+        whole = [
+            replace(side, parts=tuple(within(side.parts, replace(around, path=()))))
+            for side, around in zip(sides, (scope, other_scope), strict=True)
+        ]
+        named = _same_names(whole[0], whole[1])
+    return matches, _left_over(matches, mismatched, named, refused), notes
+
+
+def _same_names(source: SideParts, target: SideParts) -> list[Mismatch]:
+    """List the tensors of the same name whose shapes no operation reconciles, in scope or not, and split or not."""
+    own, other = units_of(source.parts), units_of(target.parts)
+    same = namesakes([unit.path for unit in own], [unit.path for unit in other])
+    return _mismatches(source, target, own, other, same)
+
+
+def _left_over(
+    matches: Sequence[Match], found: Sequence[Mismatch], named: Sequence[Mismatch], refused: Sequence[Mismatch]
+) -> list[Mismatch]:
+    """Join the mismatches that were found by all that is known, by name, and by rule; the last are the surest."""
+    done = {match.target for match in matches}
+    used = {key for match in matches for key in match.sources}
+    known = {item.key: item for item in named if item.source_key not in used}
+    claimed = {item.source_key: item.key for item in known.values()}
+    found = [item for item in found if claimed.get(item.source_key, item.key) == item.key]
+    left = {item.key: item for item in found} | known | {item.key: item for item in refused}
+    return [item for key, item in left.items() if key not in done]
+
+
+def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
+    if not scope.copies:
+        return ()
+    used, others = ".".join(scope.taken), ", ".join(repr(".".join(path)) for path in scope.copies)
+    return (
+        f"The {side} holds {len(scope.copies) + 1} copies of what the other side has; {used!r} "
+        f"{'was taken' if scope.decided else 'is proposed and nothing was loaded'}, not {others}. "
+        f"To choose, exclude the others: exclude='^{re.escape('.'.join(scope.copies[0]))}[.]'.",
+    )
+
+
+def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:
+    """Make the matches that the rules fix; pairs of shapes that no operation reconciles are mismatches."""
+    flipped = {source.key(source.parts[index]) for index in flipped_parts(source.parts, target.parts)}
+    shapes = [{spec.key: spec.shape for spec in side.specs} for side in (source, target)]
+    matches, mismatched = [], []
+    for other, own in pins.items():
+        shape, wanted = shapes[0][own], shapes[1][other]
+        ways = (own in flipped, own not in flipped)
+        operation = next((op for way in ways if (op := operation_between(shape, wanted, flipped=way))), None)
+        if operation is None:
+            mismatched.append(Mismatch(other, own, wanted, shape))
+        else:
+            matches.append(Match(other, (own,), operation, evidence={"rule": 1.0}))
+    return matches, mismatched
+
+
+def _match_parts(
+    source: SideParts, target: SideParts, pins: Mapping[str, str]
+) -> tuple[dict[int, Found] | None, list[Mismatch]]:
+    """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
+    own, other = units_of(source.parts), units_of(target.parts)
+    pairs = candidates(own, source.parts, other, target.parts)
+    same = namesakes([unit.path for unit in own], [unit.path for unit in other])
+    fixed = _pinned_units(source, target, own, other, pins)
+    held = {i for i, _ in fixed}, {j for _, j in fixed}
+    fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
+    pairs = _without(pairs, fixed)
+    sides = [
+        side_evidence(paths := [unit.path for unit in units], ancestry(paths), classes, pairs.class_count, ordered=told)
+        for units, classes, told in (
+            (own, pairs.source_class, not is_alphabetical([spec.key for spec in source.specs])),
+            (other, pairs.target_class, not is_alphabetical([spec.key for spec in target.specs])),
+        )
+    ]
+    assignment = match_units(sides[0], sides[1], pairs)
+    confidence = confidence_of(assignment)
+    confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
+    smaller = min(len(own), len(other))
+    by_name = len(same) >= _MOST * smaller
+    special = special_units(other, target.parts)
+    order_alone = by_order_alone(assignment, (own, source.parts), (other, target.parts))
+    if by_name:  # where names are shared, another name is another layer
+        known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
+        confidence = np.where(known | np.isin(assignment.target, special), confidence, DOUBTED * confidence)
+        by_name = int(np.isin(assignment.target, [j for _, j in same]).sum()) >= _HALF * smaller
+    found: dict[int, Found] = {}
+    if not (pins or by_name) and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
+        return None, _mismatches(source, target, own, other, same)
+    taken = set(pins.values())
+    for place in range(len(assignment.source)):
+        i, j = int(assignment.source[place]), int(assignment.target[place])
+        evidence = {name: round(float(np.clip(cue[place], 0, 1)), 3) for name, cue in assignment.cues.items()}
+        runner_up = int(assignment.runner_up[place])
+        rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
+        stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
+        stranded &= j not in special or evidence["name"] < _SAME_NAME
+        sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
+        sureness = min(sureness, TOLD if order_alone[place] else 1.0)
+        for a, b in paired_parts(own[i], other[j]):
+            operation = _operation(source.parts[a], target.parts[b], flipped=a in pairs.flipped)
+            if operation is None or source.key(source.parts[a]) in taken or target.key(target.parts[b]) in pins:
+                continue
+            if source.parts[a].numeric == target.parts[b].numeric:
+                found[b] = Found(a, operation, sureness, evidence, rivals.get(b))
+    partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
+    left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
+    matched = [(i, j) for j, i in partners.items()]
+    return found, _mismatches(source, target, own, other, (*left, *matched))
+
+
+def _operation(source: Part, target: Part, *, flipped: bool) -> Operation | None:
+    """Find the operation on a matched part; a bare matrix may stand for that of a layer, which is transposed."""
+    bare = (kind(source.path[-1])[0] == "other") != (kind(target.path[-1])[0] == "other")
+    ways = (flipped, True) if bare and not flipped else (flipped,)
+    return next((op for way in ways if (op := operation_between(source.shape, target.shape, flipped=way))), None)
+
+
+def _pinned_units(
+    source: SideParts, target: SideParts, own: Sequence[Unit], other: Sequence[Unit], pins: Mapping[str, str]
+) -> list[tuple[int, int]]:
+    """List the pairs of units that hold pinned tensors, each unit once."""
+    holder = {source.key(source.parts[part]): index for index, unit in enumerate(own) for _, part in unit.parts}
+    pairs: dict[int, int] = {}
+    for index, unit in enumerate(other):
+        for _, part in unit.parts:
+            pin = pins.get(target.key(target.parts[part]))
+            if pin is not None and index not in pairs.values():
+                pairs.setdefault(holder[pin], index)
+    return list(pairs.items())
+
+
+def _without(pairs: Candidates, known: Sequence[tuple[int, int]]) -> Candidates:
+    """Leave out the rivals of the pairs that are known."""
+    if not known:
+        return pairs
+    rows, columns = (np.asarray(side) for side in zip(*known, strict=True))
+    partner = np.full(len(pairs.source_class), -1)
+    partner[rows] = columns
+    free = ~np.isin(pairs.source, rows) & ~np.isin(pairs.target, columns)
+    kept = free | (partner[pairs.source] == pairs.target)
+    return replace(
+        pairs, source=pairs.source[kept], target=pairs.target[kept], fit=pairs.fit[kept], adjacent=pairs.adjacent[kept]
+    )
+
+
+def _mismatches(
+    source: SideParts, target: SideParts, own: Sequence[Unit], other: Sequence[Unit], pairs: Iterable[tuple[int, int]]
+) -> list[Mismatch]:
+    """List the tensors of corresponding layers whose shapes no operation reconciles."""
+    left = [(source.parts[a], target.parts[b]) for i, j in pairs for a, b in paired_parts(own[i], other[j])]
+    return [
+        Mismatch(target.key(b), source.key(a), target.specs[b.tensor].shape, source.specs[a.tensor].shape)
+        for a, b in left
+        if not any(operation_between(a.shape, b.shape, flipped=way) for way in (False, True))
+    ]
