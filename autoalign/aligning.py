@@ -11,6 +11,7 @@ from autoalign.assembly import SideParts, with_ties
 from autoalign.candidates import operation_between
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.errors import InputError, PatternError
+from autoalign.garbage import collection_paused
 from autoalign.pairing import Outcome, paired
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
 from autoalign.repeats import LARGE, extended, is_settled, pair_count, runs_of, shortened
@@ -65,6 +66,20 @@ def align(
         PatternError: A rule or pattern is malformed, matches nothing, or joins tensors of irreconcilable shapes.
         CheckpointError: A file cannot be read.
     """
+    with collection_paused():
+        return _align(source, target, rules, include, exclude, adapt, min_confidence, container)
+
+
+def _align(
+    source: Side,
+    target: Side,
+    rules: RuleLike,
+    include: PatternLike,
+    exclude: PatternLike,
+    adapt: Iterable[str],
+    min_confidence: float,
+    container: str | None,
+) -> Alignment:
     if not isinstance(min_confidence, int | float) or not 0 <= min_confidence <= 1:
         raise InputError(f"min_confidence must lie in [0, 1], not {min_confidence!r}. Nothing was aligned.")
     allowed = checked_adapt(adapt)

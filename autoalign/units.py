@@ -8,6 +8,7 @@ of one module are a unit of their own.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -98,12 +99,19 @@ def units_of(parts: Sequence[Part]) -> list[Unit]:
 
 
 def _take_in_biases(groups: dict[Path, dict[str, int]]) -> None:
-    """Give a bias that stands beside its layer (``q_bias`` beside ``query.weight``) to that layer."""
+    """Give a bias that stands beside its layer (``q_bias`` beside ``query.weight``), or in it, to that layer.
+
+    One that stands in it has a name of its own (``gate.weight`` with ``gate.e_score_correction_bias``), and is the only
+    one that does.
+    """
     alone = [path for path, members in groups.items() if members.keys() == {"bias"}]
     if not alone:
         return
     layers = {(path[:-1], words(path[-1])): path for path, members in groups.items() if members.keys() == {"weight"}}
+    inside = Counter(path[:-1] for path in alone)
     for path in alone:
         layer = layers.get((path[:-1], words(path[-1])))
         if layer is not None and words(path[-1]):
             groups[layer] |= groups.pop(path)
+        elif inside[path[:-1]] == 1 and groups.get(path[:-1], {}).keys() == {"weight"}:
+            groups[path[:-1]] |= groups.pop(path)

@@ -16,7 +16,7 @@ FLOW = (
     # what a person reads
     *("folding", "leftovers", "layout", "report"),
     # any format -> tensor specs
-    *("arrays", "stored", "containers", "config"),
+    *("garbage", "arrays", "stored", "containers", "config"),
     *(
         "formats.safetensors",
         "formats.pickled",
