@@ -14,10 +14,7 @@ from autoalign.errors import InputError, PatternError
 from autoalign.garbage import collection_paused
 from autoalign.pairing import Outcome, paired
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
-from autoalign.repeats import LARGE, extended, is_settled, pair_count, runs_of, shortened
-from autoalign.specs import TensorSpec
-
-Specs = Sequence[TensorSpec]
+from autoalign.repeats import LARGE, Specs, extended, is_settled, pair_count, runs_of
 
 
 def align(
@@ -133,12 +130,11 @@ def _by_repeats(
     """Match two sides, long lists of equal blocks by their first members; all of them where these leave others open."""
     stacks = [frozenset(spec.shape[0] for spec in specs if len(spec.shape) == 3) for specs in (source, target)]
     runs = runs_of(source, stacks[1], pins.values()), runs_of(target, stacks[0], pins)
-    matches, mismatched, notes = paired(
-        SideParts.of(shortened(source, runs[0]), configs[0]), SideParts.of(shortened(target, runs[1]), configs[1]), pins
-    )
+    own, other = (SideParts.of(of.kept, config, of.counts) for of, config in zip(runs, configs, strict=True))
+    matches, mismatched, notes = paired(own, other, pins)
     if runs[0].run_of or runs[1].run_of:
         matches, mismatched = extended(matches, mismatched, *runs)
-        if not is_settled((source, runs[0]), (target, runs[1]), matches) and pair_count(source, target) <= LARGE:
+        if not is_settled(*runs, matches) and pair_count(source, target) <= LARGE:
             return paired(SideParts.of(source, configs[0]), SideParts.of(target, configs[1]), pins)
         matches = with_ties(source, target, matches)
     return matches, mismatched, notes

@@ -30,8 +30,8 @@ class SideParts:
     config: Mapping[str, object] = field(default_factory=dict)  # what is known of its network, as it was found
 
     @staticmethod
-    def of(specs: Sequence[TensorSpec], config: Mapping[str, object]) -> SideParts:
-        return SideParts(tuple(specs), tuple(as_in_torch(parts_of(specs))), config=config)
+    def of(specs: Sequence[TensorSpec], config: Mapping[str, object], counts: Sequence[int] | None = None) -> SideParts:
+        return SideParts(tuple(specs), tuple(as_in_torch(parts_of(specs, counts))), config=config)
 
     def key(self, part: Part) -> str:
         return self.specs[part.tensor].key

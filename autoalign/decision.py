@@ -13,7 +13,7 @@ from autoalign.evidence import Floats
 from autoalign.graph import Path, block_around
 from autoalign.matching import Assignment
 from autoalign.names import numbers, stem
-from autoalign.units import Part, Unit
+from autoalign.units import Part, Unit, counts_of
 
 _LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks
 _SOUND = 0.3  # the fit of shapes from which a pair is more than elements of equal number
@@ -50,14 +50,15 @@ def related(
         np.isin(np.arange(len(units)), index[likely])
         for (units, _), index in ((source, assignment.source), (target, assignment.target))
     )
-    if not likely.any() or max(used[0].mean(), used[1].mean()) < _LEAST:
+    counts = counts_of(*source), counts_of(*target)
+    if not likely.any() or max(np.average(by, weights=of) for by, of in zip(used, counts, strict=True)) < _LEAST:
         return False
     first = [_first_layer(*side) for side in (source, target)]
     if first[0] and first[1] and first[0][1] != first[1][1]:
         sound = likely & (assignment.cues["shape"] >= _SOUND)
         if first[0][0] not in assignment.source[sound] and first[1][0] not in assignment.target[sound]:
             return False
-    filled = _filled(source[0], used[0]), _filled(target[0], used[1])
+    filled = _filled(source[0], used[0], counts[0]), _filled(target[0], used[1], counts[1])
     return max(filled) >= _COMPLETE or filled[0] * filled[1] >= _TOGETHER
 
 
@@ -143,13 +144,12 @@ def _first_layer(units: Sequence[Unit], parts: Sequence[Part]) -> tuple[int, int
     return None
 
 
-def _filled(units: Sequence[Unit], used: NDArray[np.bool_]) -> float:
+def _filled(units: Sequence[Unit], used: NDArray[np.bool_], counts: NDArray[np.int64]) -> float:
     """Measure the share of partnered layers in the blocks that have any."""
-    blocks: dict[Path, list[bool]] = {}
-    for unit, partnered in zip(units, used, strict=True):
-        blocks.setdefault(block_around(unit.path), []).append(bool(partnered))
-    touched = [block for block in blocks.values() if any(block)]
-    return sum(map(sum, touched)) / max(sum(map(len, touched)), 1)
+    numbered: dict[Path, int] = {}
+    block = np.asarray([numbered.setdefault(block_around(unit.path), len(numbered)) for unit in units])
+    filled, size = np.bincount(block, used * counts), np.bincount(block, counts)
+    return float(filled.sum() / max(size[filled > 0].sum(), 1))
 
 
 def coherence(assignment: Assignment, source: Sequence[Unit], target: Sequence[Unit], confidence: Floats) -> Floats:

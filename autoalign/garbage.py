@@ -24,4 +24,7 @@ def collection_paused() -> Iterator[None]:
     try:
         yield
     finally:
+        if not gc.get_freeze_count():  # what was made is taken as old at once, without being walked over
+            gc.freeze()
+            gc.unfreeze()
         gc.enable()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autoalign.graph import Path
 from autoalign.names import numbers, stem
 
@@ -12,7 +15,9 @@ _ALIKE = 0.5  # share of the children of two modules that must have common names
 _SHARE = 0.5  # of the smaller side's layers that must be namesakes before the shared names are believed
 
 
-def namesakes(source: Sequence[Path], target: Sequence[Path]) -> list[tuple[int, int]]:
+def namesakes(
+    source: Sequence[Path], target: Sequence[Path], counts: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+) -> list[tuple[int, int]]:
     """Pair the layers of equal name, if most of one side has them and their surroundings are the same too.
 
     A name is believed only where the modules around it have most children in common, lists of another length aside:
@@ -22,7 +27,13 @@ def namesakes(source: Sequence[Path], target: Sequence[Path]) -> list[tuple[int,
 
     >>> namesakes([("a", "module", "0"), ("b", "module")], [("a", "0"), ("b",), ("head",)])
     [(0, 0), (1, 1)]
+
+    Args:
+        source: The layers of the source.
+        target: Those of the target.
+        counts: How many layers each of them stands for; one where it is left out.
     """
+    each = counts or (np.ones(len(source), dtype=np.int64), np.ones(len(target), dtype=np.int64))
     source, target = _unwrapped(source), _unwrapped(target)
     prefixes = _prefixes(source, target)
     if prefixes is None:
@@ -34,7 +45,7 @@ def namesakes(source: Sequence[Path], target: Sequence[Path]) -> list[tuple[int,
         for index, path in enumerate(target)
         if path[: len(other)] == other and path[len(other) :] in place
     ]
-    if len(pairs) < _SHARE * min(len(source), len(target)):
+    if share_of(pairs, each) < _SHARE:
         return []
     children = _children(source, own), _children(target, other)
     trusted: dict[Path, bool] = {(): True}
@@ -46,6 +57,12 @@ def namesakes(source: Sequence[Path], target: Sequence[Path]) -> list[tuple[int,
         return trusted[path]
 
     return [(i, j) for i, j in pairs if trust(source[i][len(own) : -1])]
+
+
+def share_of(pairs: Sequence[tuple[int, int]], counts: tuple[NDArray[np.int64], NDArray[np.int64]]) -> float:
+    """Tell what share of the smaller side's layers is paired; each counts as the number that it stands for."""
+    side = int(counts[1].sum() < counts[0].sum())
+    return sum(int(counts[side][pair[side]]) for pair in pairs) / max(int(counts[side].sum()), 1)
 
 
 def _unwrapped(paths: Sequence[Path]) -> list[Path]:

@@ -19,10 +19,10 @@ from autoalign.graph import ancestry
 from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
 from autoalign.names import kind
-from autoalign.namesakes import namesakes
+from autoalign.namesakes import namesakes, share_of
 from autoalign.operations import Operation
 from autoalign.scope import Scope, scope_of, within
-from autoalign.units import Part, Unit, units_of
+from autoalign.units import Part, Unit, counts_of, units_of
 
 Outcome = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, mismatches and notes
 
@@ -127,7 +127,8 @@ def _match_parts(
     """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
     own, other = units_of(source.parts), units_of(target.parts)
     pairs = candidates(own, source.parts, other, target.parts)
-    same = namesakes([unit.path for unit in own], [unit.path for unit in other])
+    counts = counts_of(own, source.parts), counts_of(other, target.parts)
+    same = namesakes([unit.path for unit in own], [unit.path for unit in other], counts)
     fixed = _pinned_units(source, target, own, other, pins)
     held = {i for i, _ in fixed}, {j for _, j in fixed}
     fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
@@ -142,14 +143,14 @@ def _match_parts(
     assignment = match_units(sides[0], sides[1], pairs)
     confidence = confidence_of(assignment)
     confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
-    smaller = min(len(own), len(other))
-    by_name = len(same) >= _MOST * smaller
+    by_name = share_of(same, counts) >= _MOST
     special = special_units(other, target.parts)
     order_alone = by_order_alone(assignment, (own, source.parts), (other, target.parts))
     if by_name:  # where names are shared, another name is another layer
         known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
         confidence = np.where(known | np.isin(assignment.target, special), confidence, DOUBTED * confidence)
-        by_name = int(np.isin(assignment.target, [j for _, j in same]).sum()) >= _HALF * smaller
+        found_too = set(assignment.target.tolist())
+        by_name = share_of([(i, j) for i, j in same if j in found_too], counts) >= _HALF
     found: dict[int, Found] = {}
     if not (pins or by_name) and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
         return None, _mismatches(source, target, own, other, same)

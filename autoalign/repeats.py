@@ -19,6 +19,7 @@ from autoalign.specs import TensorSpec
 LARGE = 100_000  # pairs of layers of equal shape up to which all blocks may be matched instead
 KEPT = 4  # blocks of each run that are matched
 
+Specs = Sequence[TensorSpec]
 _Members = tuple[str, ...]
 
 
@@ -26,11 +27,13 @@ _Members = tuple[str, ...]
 class Runs:
     """The runs of equal blocks of one side: members of one list with the same tensors below."""
 
+    specs: Specs  # of the side
     run_of: Mapping[str, _Members]  # kept member, a module's whole name -> all members of its run
-    modules: frozenset[str]  # those that are matched
+    kept: Specs  # what is matched: all tensors but those of the later members
+    counts: Sequence[int]  # of each of them: how many tensors it stands for
 
 
-def pair_count(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) -> int:
+def pair_count(source: Specs, target: Specs) -> int:
     """Count the pairs of weights and other parameters of equal shape, which is what matching costs."""
     shapes = [
         Counter(spec.shape for spec in specs if kind(components(spec.key)[-1])[0] in ("weight", "other"))
@@ -39,56 +42,66 @@ def pair_count(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) -> in
     return sum(count * shapes[1][shape] for shape, count in shapes[0].items())
 
 
-def runs_of(
-    specs: Sequence[TensorSpec], lengths_to_keep: frozenset[int] = frozenset(), pinned: Iterable[str] = ()
-) -> Runs:
+def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned: Iterable[str] = ()) -> Runs:
     """Find the runs of more than ``KEPT`` equal blocks.
 
     Lists of a length that must stay whole are passed over, and those around a pinned key.
 
+    >>> import torch
     >>> specs = [TensorSpec(f"h.{n}.weight", (2, 2), torch.float32) for n in range(6)]
-    >>> runs_of(specs).run_of["h.0"]
-    ('h.0', 'h.1', 'h.2', 'h.3', 'h.4', 'h.5')
+    >>> runs = runs_of(specs)
+    >>> runs.run_of["h.0"], [spec.key for spec in runs.kept][-1]
+    (('h.0', 'h.1', 'h.2', 'h.3', 'h.4', 'h.5'), 'h.3.weight')
     """
+    tensors: dict[str, list[int]] = {}  # of each module, by their places in specs
+    for place, spec in enumerate(specs):
+        tensors.setdefault(split_key(spec.key)[0], []).append(place)
+    children = _children(tensors)
+    kinds = _kinds(specs, tensors, children)
     whole = {module for key in pinned for module in _above(key)}
-    children, kinds = _kinds(specs)
     run_of: dict[str, _Members] = {}
-    modules: set[str] = set()
-    visited = [""]
+    kept: dict[int, int] = {}  # place -> how many it stands for
+    visited = [("", 1)]
     while visited:
-        module = visited.pop()
-        modules.add(module)
-        left = set(below := children.get(module, []))
+        module, count = visited.pop()
+        kept.update(dict.fromkeys(tensors.get(module, ()), count))
+        below = dict.fromkeys(children.get(module, ()), count)
         if len(below) > KEPT and module not in whole:
-            for run in _runs(below, kinds, lengths_to_keep):
+            for run in _runs(list(below), kinds, lengths_to_keep):
                 run_of.update(dict.fromkeys(run[:KEPT], run))
-                left.difference_update(run[KEPT:])
-        visited.extend(left)
-    return Runs(run_of, frozenset(modules))
+                for member in run[KEPT:]:
+                    del below[member]
+                below[run[KEPT - 1]] *= len(run) - KEPT + 1
+        visited.extend(below.items())
+    places = sorted(kept)
+    return Runs(specs, run_of, [specs[place] for place in places], [kept[place] for place in places])
 
 
-def _kinds(specs: Sequence[TensorSpec]) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """List the modules in each module, and number the modules so that equal subtrees have equal numbers."""
-    leaves: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for spec in specs:
-        module, leaf = split_key(spec.key)
-        leaves.setdefault(module, []).append((leaf, spec.shape))
+def _children(modules: Iterable[str]) -> dict[str, list[str]]:
+    """List the modules in each module."""
     children: dict[str, list[str]] = {}
-    for module in leaves:
+    known = set(modules)
+    for module in list(known):
         while module:
             parent = split_key(module)[0]
             siblings = children.setdefault(parent, [])
             siblings.append(module)
-            if len(siblings) > 1 or parent in leaves:
+            if len(siblings) > 1 or parent in known:
                 break  # the parent has its place already, or gets it in its turn
             module = parent
-    names: dict[object, int] = {}
+    return children
+
+
+def _kinds(specs: Specs, tensors: Mapping[str, Sequence[int]], children: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Number the modules so that those with the same names and shapes below have the same number."""
+    numbered: dict[object, int] = {}
     kinds: dict[str, int] = {}
-    for module in sorted({*leaves, *children}, key=len, reverse=True):  # what is below a module has a longer name
-        below = frozenset((split_key(child)[1], kinds[child]) for child in children.get(module, ()))
-        content = (frozenset(leaves.get(module, ())), below)
-        kinds[module] = names.setdefault(content, len(names))
-    return children, kinds
+    for module in sorted({*tensors, *children}, key=len, reverse=True):  # what is below a module has a longer name
+        start = len(module)
+        own = [(specs[place].key[start:], specs[place].shape) for place in tensors.get(module, ())]
+        below = [(child[start:], kinds[child]) for child in children.get(module, ())]
+        kinds[module] = numbered.setdefault((frozenset(own), frozenset(below)), len(numbered))
+    return kinds
 
 
 def _runs(modules: Sequence[str], kinds: Mapping[str, int], lengths_to_keep: frozenset[int]) -> Iterator[_Members]:
@@ -115,11 +128,6 @@ def _above(key: str) -> Iterator[str]:
     while key:
         key = split_key(key)[0]
         yield key
-
-
-def shortened(specs: Sequence[TensorSpec], runs: Runs) -> list[TensorSpec]:
-    """Leave out the tensors of all but the first members of each run."""
-    return [spec for spec in specs if split_key(spec.key)[0] in runs.modules] if runs.run_of else list(specs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,18 +228,20 @@ def _steps(run: _Members, moves: Sequence[_Move]) -> int:
     return min(len(run) - KEPT, *(len(move.following) for move in moves)) if moves else 0
 
 
-def is_settled(
-    source: tuple[Sequence[TensorSpec], Runs], target: tuple[Sequence[TensorSpec], Runs], matches: Sequence[Match]
-) -> bool:
+def is_settled(source: Runs, target: Runs, matches: Sequence[Match]) -> bool:
     """Tell whether the first blocks settled all others: no tensors of one shape are left in the runs of both sides."""
+    if len(matches) == len(target.specs):
+        return True
     used = {key for match in matches for key in match.sources}, {match.target for match in matches}
     left: list[set[tuple[tuple[int, ...], bool]]] = []
-    for (specs, runs), done in zip((source, target), used, strict=True):
+    for runs, done in zip((source, target), used, strict=True):
+        members = {block for run in runs.run_of.values() for block in run}
+        open_specs = [spec for spec in runs.specs if spec.key not in done]
         left.append(
             {
                 (spec.shape, spec.dtype.is_floating_point)
-                for spec in specs
-                if spec.key not in done and any(m in runs.run_of or m not in runs.modules for m in _above(spec.key))
+                for spec in open_specs
+                if not members.isdisjoint(_above(spec.key))
             }
         )
     return left[0].isdisjoint(left[1])

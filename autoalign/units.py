@@ -11,8 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from autoalign.graph import Path
 from autoalign.names import components, kind, words
@@ -33,10 +36,11 @@ class Part:
     numeric: str  # "float", "int" or "bool": tensors of one kind of number only match their like
     view: Operation = field(default_factory=Copy)  # takes the part out of its tensor
     turned: bool = False  # whether the split shows that the matrix is laid out the other way round
+    count: int = 1  # how many tensors of equal blocks it stands for
 
 
-def parts_of(specs: Sequence[TensorSpec]) -> list[Part]:
-    """Make one part of each tensor.
+def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -> list[Part]:
+    """Make one part of each tensor, which may stand for several (see ``repeats``).
 
     Integers of eight bits are quantised floats; wider ones are indices and counters. A layer's statistics that stand
     in a collection of their own, as those of Flax do, are taken back to the layer, and the names of a flat list of
@@ -52,8 +56,8 @@ def parts_of(specs: Sequence[TensorSpec]) -> list[Part]:
     if max(map(len, paths), default=0) == 2:  # the module tree is written into the layers' names
         paths = [(*_JOINT.split(path[0]), path[1]) if len(path) == 2 else path for path in paths]
     return [
-        Part(index, path, spec.shape, _numeric(spec.dtype))
-        for index, (path, spec) in enumerate(zip(paths, specs, strict=True))
+        Part(index, path, spec.shape, _numeric(spec.dtype), count=count)
+        for index, (path, spec, count) in enumerate(zip(paths, specs, counts or repeat(1, len(specs)), strict=True))
     ]
 
 
@@ -76,6 +80,11 @@ class Unit:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of values that the layer holds."""
         return tuple(name for name, _ in self.parts)
+
+
+def counts_of(units: Sequence[Unit], parts: Sequence[Part]) -> NDArray[np.int64]:
+    """Tell how many layers of equal blocks each unit stands for."""
+    return np.asarray([parts[unit.parts[0][1]].count for unit in units], dtype=np.int64)
 
 
 def units_of(parts: Sequence[Part]) -> list[Unit]:

@@ -249,19 +249,6 @@ def test_tied_targets_share_one_source_and_the_conflict_is_said() -> None:
     assert all("tied in the target" in match.warnings[0] for match in tied)
 
 
-def test_large_lists_are_matched_by_their_first_blocks_as_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    template: Shapes = {
-        f"#.{part}.{leaf}": shape for part in "abcd" for leaf, shape in (("weight", (6, 6)), ("bias", (6,)))
-    }
-    source = state({f"model.layers.{key}": shape for key, shape in blocks(template, 20).items()})
-    target = state({f"h.{key}": shape for key, shape in blocks(template, 20).items()})
-    whole = autoalign.align(source, target)
-    monkeypatch.setattr("autoalign.aligning.LARGE", 10)
-    short = autoalign.align(source, target)
-    assert whole.mapping == short.mapping
-    assert not short.missing_keys
-
-
 @pytest.mark.parametrize(
     ("source", "target"),
     [
