@@ -205,8 +205,14 @@ def candidates(
             members[side].setdefault(entry, []).append(index)
             class_of[side].append(classes.setdefault(main_class(entry), len(classes)))
     rows, columns, fits, adjacent = [], [], [], []
+    by_size: dict[int, list[Signature]] = {}  # number of elements of a tensor -> the target's signatures with one
+    for other in members[1]:
+        for size in {prod(shape) for _, shape, _, _ in other}:
+            by_size.setdefault(size, []).append(other)
     for own, sources in members[0].items():
-        for other, targets in members[1].items():
+        sizes = {prod(shape) for _, shape, _, _ in own}
+        for other in dict.fromkeys(other for size in sizes for other in by_size.get(size, ())):
+            targets = members[1][other]
             if fit := unit_fit(own, other):
                 rows.append(np.repeat(sources, len(targets)))
                 columns.append(np.tile(targets, len(sources)))

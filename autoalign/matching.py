@@ -64,7 +64,8 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     known = [cues[name] * WEIGHTS[name] for name in ("name", "place", "shape")]
     score = np.asarray(np.sum([*known, 0.5 * structure.root_agreement], axis=0), dtype=np.float32)
     sharpness = SHARPNESS
-    soft = _soft_assignment(score, sharpness, rows, columns, shape)
+    softmax = _Softmax(rows, columns)
+    soft = softmax(score, sharpness)
     for _ in range(STEPS):
         cues["structure"] = structure.scores(soft)
         row_mass, column_mass = _masses(soft, rows, columns, shape)
@@ -72,7 +73,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0) * candidates.adjacent
         score = np.asarray(np.sum([cues[name] * weight for name, weight in WEIGHTS.items()], axis=0), dtype=np.float32)
         sharpness *= SHARPENING
-        soft = _soft_assignment(score, sharpness, rows, columns, shape)
+        soft = softmax(score, sharpness)
     chosen = _exact_assignment(score, rows, columns, shape)
     margin, runner_up = _rivals(score, chosen, rows, columns, shape)
     return Assignment(
@@ -92,23 +93,25 @@ def _same_place(source: SideEvidence, target: SideEvidence, rows: Ints, columns:
 
 
 class _StructureVotes:
-    """Votes of assigned pairs for the correspondence of their ancestors, and what they say of each pair."""
+    """Votes of assigned pairs for the correspondence of their ancestors, and what they say of each pair.
+
+    The arrays over ancestors are [source depth, target depth, pairs], so that numpy runs along the pairs.
+    """
 
     def __init__(self, source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> None:
         own, other = source.ancestry, target.ancestry
         self.shape = (own.node_count, other.node_count)
-        above, above_other = own.ancestors[rows][:, :, None], other.ancestors[columns][:, None, :]
+        above, above_other = own.ancestors.T[:, None, rows], other.ancestors.T[None, :, columns]
         valid = (above >= 0) & (above_other >= 0)
         dump = self.shape[0] * self.shape[1]  # where the padding votes
-        self.pairs = np.where(valid, above.astype(np.int64) * self.shape[1] + above_other, dump)
-        self.depths = (above >= 0).sum(axis=1).ravel(), (above_other >= 0).sum(axis=2).ravel()
-        distance = np.abs(source.rank[rows][:, :, None] - target.rank[columns][:, None, :])
+        self.pairs = np.ascontiguousarray(np.where(valid, above.astype(np.int64) * self.shape[1] + above_other, dump))
+        self.depths = (above >= 0).sum(axis=0)[0], (above_other >= 0).sum(axis=1)[0]
+        distance = np.abs(source.rank.T[:, None, rows] - target.rank.T[None, :, columns])
         agreement = np.exp(np.float32(-RANK_DECAY) * distance.astype(np.float32))
-        agreement *= np.where(source.count[rows][:, :, None] == target.count[columns][:, None, :], 1.0, 0.7)
+        agreement *= np.where(source.count.T[:, None, rows] == target.count.T[None, :, columns], 1.0, 0.7)
         agreement = ((1 - RANK_SHARE) + RANK_SHARE * agreement) * valid
-        self.agreement = agreement.astype(np.float32)
-        each = np.arange(len(rows))
-        self.root_agreement = self.agreement[each, self.depths[0] - 1, self.depths[1] - 1]
+        self.agreement = np.ascontiguousarray(agreement, dtype=np.float32)
+        self.root_agreement = self.agreement[self.depths[0] - 1, self.depths[1] - 1, np.arange(len(rows))]
         sizes = []
         for ancestors, units, count in (
             (own.ancestors, rows, own.node_count),
@@ -119,14 +122,14 @@ class _StructureVotes:
         self.prior = _module_agreement(source, target) / np.sqrt(np.outer(*sizes))
 
     def scores(self, soft: Floats) -> Floats:
-        spread = np.broadcast_to(soft[:, None, None], self.pairs.shape)
+        spread = np.broadcast_to(soft, self.pairs.shape)
         mass = np.bincount(self.pairs.ravel(), spread.ravel(), self.prior.size + 1)
         votes = mass[:-1].reshape(self.shape) * self.prior
         strongest = np.outer(votes.max(axis=1) + 1e-9, votes.max(axis=0) + 1e-9)
         relative = np.append((votes / np.sqrt(strongest)).astype(np.float32).ravel(), np.float32(0))
         weighed = relative[self.pairs] * self.agreement
-        upward = weighed.max(axis=2).sum(axis=1) / self.depths[0]
-        downward = weighed.max(axis=1).sum(axis=1) / self.depths[1]
+        upward = weighed.max(axis=1).sum(axis=0) / self.depths[0]
+        downward = weighed.max(axis=0).sum(axis=0) / self.depths[1]
         return np.asarray((upward + downward) / 2, dtype=np.float32)
 
 
@@ -181,15 +184,26 @@ def _masses(soft: Floats, rows: Ints, columns: Ints, shape: tuple[int, int]) -> 
     return masses[0].astype(np.float32), masses[1].astype(np.float32)
 
 
-def _soft_assignment(score: Floats, sharpness: float, rows: Ints, columns: Ints, shape: tuple[int, int]) -> Floats:
-    """Turn scores into soft assignments: the geometric mean of both sides' softmax."""
-    result = np.ones(len(score))
-    for index, size in ((rows, shape[0]), (columns, shape[1])):
-        best = np.full(size, -np.inf)
-        np.maximum.at(best, index, score)
-        weight = np.exp(sharpness * (score - best[index]))
-        result *= weight / np.bincount(index, weight, size)[index]
-    return np.asarray(np.sqrt(result), dtype=np.float32)
+class _Softmax:
+    """Turns scores into soft assignments: the geometric mean of both sides' softmax."""
+
+    def __init__(self, rows: Ints, columns: Ints) -> None:
+        self.sides = []
+        for index in (rows, columns):
+            order = np.argsort(index, kind="stable")
+            starts = np.flatnonzero(np.diff(index[order], prepend=-1))
+            place = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(order)))
+            back = np.empty_like(place)
+            back[order] = place  # of each pair: its unit, among those that have pairs
+            self.sides.append((order, starts, back))
+
+    def __call__(self, score: Floats, sharpness: float) -> Floats:
+        result = np.ones(len(score))
+        for order, starts, unit in self.sides:
+            best = np.maximum.reduceat(score[order], starts)
+            weight = np.exp(sharpness * (score - best[unit]))
+            result *= weight / np.bincount(unit, weight)[unit]
+        return np.asarray(np.sqrt(result), dtype=np.float32)
 
 
 def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int, int]) -> NDArray[np.intp]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -17,7 +19,7 @@ from tests.strategies import Case, perturbed, tensors, transformer_cases
 ALL = 10**6  # blocks of a list that are matched: no list is longer
 
 
-def state(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
 
@@ -102,7 +104,7 @@ def test_mismatches_and_alternatives_go_on_in_later_blocks() -> None:
         )
         for index in range(repeats.KEPT)
     ]
-    unlike = [Mismatch(f"g.{index}.b", f"h.{index}.b", (4, 4), (4, 5)) for index in range(repeats.KEPT)]
+    unlike: list[Mismatch] = [Mismatch(f"g.{index}.b", f"h.{index}.b", (4, 4), (4, 5)) for index in range(repeats.KEPT)]
     matches, mismatched = repeats.extended(rival, unlike, own, other)
     assert [(match.target, match.sources) for match in matches] == [
         (f"g.{index}.a", (f"h.{index}.a",)) for index in range(9)
