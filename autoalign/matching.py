@@ -21,6 +21,7 @@ from autoalign.evidence import Floats, Ints, SideEvidence, name_scores
 WEIGHTS = {"name": 1.0, "structure": 2.0, "pattern": 1.4, "order": 0.4, "place": 0.4, "shape": 0.6}
 STEPS = 10
 SHARPNESS, SHARPENING = 2.0, 1.4  # of the first soft assignment, and its growth a step
+SETTLED = 0.002  # the largest change of a soft assignment that changes nothing
 RANK_DECAY = 0.7  # a rank that is off by n agrees to exp(-RANK_DECAY * n)
 RANK_SHARE = 0.3  # how much of a vote hangs on the rank within the voting ancestors
 UNORDERED = 0.3  # of it for modules where one side's keys are sorted, so that their order tells little
@@ -73,7 +74,9 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0) * candidates.adjacent
         score = np.asarray(np.sum([cues[name] * weight for name, weight in WEIGHTS.items()], axis=0), dtype=np.float32)
         sharpness *= SHARPENING
-        soft = softmax(score, sharpness)
+        before, soft = soft, softmax(score, sharpness)
+        if np.abs(soft - before).max() < SETTLED:
+            break
     chosen = _exact_assignment(score, rows, columns, shape)
     margin, runner_up = _rivals(score, chosen, rows, columns, shape)
     return Assignment(

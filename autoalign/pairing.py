@@ -20,7 +20,8 @@ from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
 from autoalign.names import kind
 from autoalign.namesakes import namesakes, share_of
-from autoalign.operations import Operation
+from autoalign.operations import Copy, Operation
+from autoalign.renaming import is_renamed
 from autoalign.scope import Scope, scope_of, within
 from autoalign.units import Part, Unit, counts_of, units_of
 
@@ -30,6 +31,8 @@ _MOST = 0.9  # of the layers of the smaller side
 _HALF = 0.5  # of them, which fit under the same names: then the sides are related, however the rest is spread
 _SAME_NAME = 0.6  # how alike names must be for a bias to be matched without its weight
 _NAMESAKE = 0.3  # how alike names must be where most names are the same on both sides
+_RENAMED = 0.99  # the confidence where only names differ, and consistently
+_ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 _UNRELATED = (
     "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
     "of them. Nothing was matched. If they are related, name a pair of keys in rules."
@@ -38,6 +41,9 @@ _UNRELATED = (
 
 def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Outcome:
     """Match two sides; pinned pairs are taken as they are and vote for the rest."""
+    if not pins and is_renamed(source.parts, target.parts):
+        renamed = {place: Found(place, Copy(), _RENAMED, _ALIKE, None) for place in range(len(source.parts))}
+        return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()
     pinned, refused = _pinned(source, target, pins)
     sides = source, target
     taken = set(pins.values())

@@ -31,7 +31,7 @@ FLOW = (
     ),
     "checkpoint",
     # names and the module graph
-    *("vocabulary", "names", "graph", "units", "kernels", "namesakes"),
+    *("vocabulary", "names", "graph", "units", "kernels", "namesakes", "renaming"),
     # candidates -> matching -> alignment
     *(
         "candidates",

@@ -52,7 +52,7 @@ def test_the_first_blocks_tell_what_all_blocks_tell(case: Case) -> None:
         patch.setattr(repeats, "KEPT", ALL)
         whole = autoalign.align(tensors(case.source), tensors(case.target))
     assert found(short) == found(whole)
-    assert short.status == whole.status
+    assert {key for key, status in short.status.items() if status == "matched"} == set(found(whole))
 
 
 @pytest.mark.parametrize(("layers", "more"), [(9, 0), (9, 3), (6, -1)])
