@@ -65,10 +65,13 @@ def dropped(entries: Sequence[Entry], random: Random) -> list[Entry]:
     return [entry for entry in entries if entry.path not in gone]
 
 
-def inserted(entries: Sequence[Entry], random: Random) -> list[Entry]:
-    """Add tensors that the other side lacks: further blocks at the end of a list, or adapters of another width."""
+def inserted(entries: Sequence[Entry], random: Random, *, blocks: bool) -> list[Entry]:
+    """Add tensors that the other side lacks: further blocks at the end of a list, or adapters of another width.
+
+    Further blocks only with ``blocks``: they would stand in the place of blocks that were dropped.
+    """
     lists = _lists_of_blocks(entries)
-    if lists and random.random() < 0.5:
+    if lists and blocks and random.random() < 0.5:
         place = random.choice(lists)
         return _with_more_blocks(entries, place, random.choice((1, 2)))
     return _with_adapters(entries, random, random.choice(lists) if lists else ())

@@ -45,9 +45,15 @@ def in_tree_order(entries: Sequence[Entry]) -> list[Entry]:
     )
 
 
-def _wrap_all(found: Sequence[Path], random: Random) -> Paths:
+def wrapped(entries: Sequence[Entry], random: Random) -> list[Entry]:
     """Put all keys under one wrapper, or two."""
     prefix = tuple(".".join(random.sample(WRAPPERS, random.choice((1, 1, 2)))).split("."))
+    return [replace(entry, path=(*prefix, *entry.path)) for entry in entries]
+
+
+def _wrap_all(found: Sequence[Path], random: Random) -> Paths:
+    """Put all keys under one wrapper."""
+    prefix = random.choice(WRAPPERS).split(".")
     return {path: (*prefix, *path) for path in found}
 
 

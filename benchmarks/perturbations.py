@@ -31,7 +31,7 @@ from benchmarks.architectures import Architecture, architectures
 from benchmarks.content_steps import dropped, inserted, shuffled
 from benchmarks.module_trees import path_of, telling_words, tree_of
 from benchmarks.naming_steps import Entry, renamed, renumbered, scrambled, with_leaf_names
-from benchmarks.nesting_steps import are_paths_of_a_tree, nested
+from benchmarks.nesting_steps import are_paths_of_a_tree, nested, wrapped
 
 Naming = Literal["kept", "synonyms", "made-up", "scrambled", "scrambled, leaves too"]
 Order = Literal["kept", "shuffled", "sorted"]
@@ -46,6 +46,7 @@ class Recipe:
     level: int  # of difficulty, a key of LEVELS
     naming: Naming = "kept"
     order: Order = "kept"
+    wrap: bool = False  # whether all keys get a prefix
     nesting: int = 0  # how many changes of it
     leaves: bool = False  # whether the layers' own tensors get names of another scheme
     renumber: bool = False
@@ -57,6 +58,7 @@ class Recipe:
             f"names {self.naming}": self.naming != "kept",
             "other leaf names": self.leaves,
             self.order: self.order != "kept",
+            "wrapped": self.wrap,
             f"nested x{self.nesting}": self.nesting > 0,
             "renumbered": self.renumber,
             "dropped": self.drop,
@@ -67,14 +69,15 @@ class Recipe:
 
 RECIPES = (
     Recipe(1, "synonyms"),
-    Recipe(1, nesting=1),
+    Recipe(1, wrap=True),
+    Recipe(1, "synonyms", wrap=True),
     Recipe(1, order="sorted"),
     Recipe(2, "made-up"),
+    Recipe(2, nesting=1),
     Recipe(2, "synonyms", nesting=2),
     Recipe(2, "synonyms", leaves=True),
     Recipe(2, "synonyms", order="shuffled"),
-    Recipe(2, "synonyms", renumber=True),
-    Recipe(3, renumber=True),  # names of equal shape are so exchanged for one another
+    Recipe(3, renumber=True),  # what had a name has another's now
     Recipe(3, "synonyms", order="sorted"),
     Recipe(3, "made-up", nesting=2, renumber=True),
     Recipe(3, "synonyms", order="shuffled", nesting=1),
@@ -150,9 +153,11 @@ def _perturbed(entries: list[Entry], recipe: Recipe, random: Random) -> list[Ent
     if recipe.drop:
         entries = dropped(entries, random)
     if recipe.insert:
-        entries = inserted(entries, random)
+        entries = inserted(entries, random, blocks=not recipe.drop)
     if recipe.order == "shuffled":
         entries = shuffled(entries, random, names_tell=not is_scrambled)
+    if recipe.wrap:
+        entries = wrapped(entries, random)
     if recipe.nesting:
         entries = nested(entries, random, recipe.nesting)
     if recipe.renumber:
