@@ -92,7 +92,7 @@ RECIPES = (
     Recipe(5, "scrambled"),
     Recipe(5, "scrambled", nesting=2, renumber=True),
     Recipe(5, "scrambled", order="shuffled"),
-    Recipe(5, "scrambled", drop=True),
+    Recipe(5, "scrambled", order="shuffled", drop=True),
     Recipe(5, "scrambled, leaves too"),
 )
 
