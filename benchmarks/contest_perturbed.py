@@ -8,13 +8,11 @@ from benchmarks.contest import Attempt, attempt_on_keys
 from benchmarks.peers import Peer
 from benchmarks.perturbations import LEVELS, case, on_meta
 
-MOST_TENSORS = 400  # so that the slow peers can be tried
 
-
-def attempts(peers: Sequence[Peer], count: int, seed: int = 0) -> Iterator[Attempt]:
-    """Try every matcher on the first cases of a seed."""
+def attempts(peers: Sequence[Peer], count: int, seed: int = 0, *, most_tensors: int | None) -> Iterator[Attempt]:
+    """Try every matcher on the first cases of a seed, and on architectures that are small enough for the slow ones."""
     for index in range(count):
-        one = case(index, seed, most_tensors=MOST_TENSORS)
+        one = case(index, seed, most_tensors=most_tensors)
         source, target = on_meta(one.source), on_meta(one.target)
         group = f"perturbed, {one.level} {LEVELS[one.level]}"
         for peer in peers:

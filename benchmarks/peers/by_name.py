@@ -37,7 +37,7 @@ def hungarian(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dic
     from scipy.optimize import linear_sum_assignment
 
     by_shape = _by_shape(source)
-    matched = {}
+    matched: dict[str, str] = {}
     for shape, keys in _by_shape(target).items():
         others = by_shape.get(shape, [])
         if others:
