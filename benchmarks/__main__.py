@@ -1,109 +1,249 @@
-"""Print the figures as markdown tables; the exit status is 1 if a budget is exceeded."""
+"""Measure accuracy and time of autoalign and of its peers in one run, and print the figures as markdown tables."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from statistics import median
+from typing import Any
 
-import torch
+from benchmarks import (
+    align_time,
+    baseline,
+    contest_gold,
+    contest_pairs,
+    contest_partial,
+    contest_perturbed,
+    file_loading,
+    gold,
+    import_time,
+    moe,
+    plots,
+    reliability,
+    scaling,
+    tables,
+)
+from benchmarks.contest import Attempt, Tally, tallied
+from benchmarks.judging import JudgedCase
+from benchmarks.machine import machine, machine_line
+from benchmarks.peers import PEERS, Peer
 
-from benchmarks import accuracy, align_time, import_time
-from benchmarks.accuracy import Accuracy
-from benchmarks.align_time import Timing
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured."""
+
+    repeats: int = 5
+    perturbed: int = 81  # cases; three of each recipe
+    pairs: int | None = None  # of each group; None for all
+    partial: int | None = None
+    gold: int | None = None
+    judged: int = 200  # perturbations for the reliability
+    judged_most_tensors: int | None = None
+    most_tensors: int = 400  # of an architecture that is perturbed for all matchers, the slow ones too
+    sizes: tuple[int, ...] = tuple(moe.SIZES)
+    file_bytes: int = 2_000_000_000
+    subjects: int | None = None  # of the time of align
+
+
+SMOKE = Plan(
+    repeats=1,
+    perturbed=27,
+    pairs=1,
+    partial=1,
+    gold=2,
+    judged=27,
+    judged_most_tensors=100,
+    most_tensors=100,
+    sizes=(1_000,),
+    file_bytes=30_000_000,
+    subjects=1,
+)
+
+
+@dataclass(slots=True)
+class Results:
+    """What was measured, by part."""
+
+    timings: list[align_time.Timing] = field(default_factory=list)
+    imports: tuple[float, ...] = ()
+    first_uses: tuple[float, ...] = ()
+    attempts: list[Attempt] = field(default_factory=list)
+    judged: list[JudgedCase] = field(default_factory=list)
+    points: list[scaling.Point] = field(default_factory=list)
+    loads: list[file_loading.Load] = field(default_factory=list)
+
+    @property
+    def tallies(self) -> list[Tally]:
+        return tallied(self.attempts)
+
+    def figures(self) -> dict[str, baseline.Figure]:
+        return dict(baseline.figures(self.timings, self.tallies, self.points, self.loads))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="measured runs of each subject (default: 15)")
-    parser.add_argument(
-        "--no-accuracy", action="store_true", help="leave out the benchmark's cases, which take minutes"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")
-    options = parser.parse_args(arguments)
+    """Measure, print, and return the exit status: 1 if a result is wrong or, with ``--check``, a figure is worse."""
+    options = _parser().parse_args(arguments)
+    plan = SMOKE if options.smoke else Plan()
+    if options.repeats:
+        plan = replace(plan, repeats=options.repeats)
+    if options.count:
+        plan = replace(plan, perturbed=options.count, judged=options.count)
+    peers = [peer for name, peer in PEERS.items() if not options.matchers or name in options.matchers]
+    print(f"{machine_line()}\n")
+    for peer in peers:
+        if not peer.is_available:
+            print(f"{peer.name} is left out: {peer.requires} is not installed.")
+    peers = [peer for peer in peers if peer.is_available]
+    results, lines = Results(), list[str]()
+    for part, measure in PARTS.items():
+        if part in (options.only or PARTS):
+            start = time.perf_counter()
+            new = [f"## {part}", "", *measure(results, plan, peers), ""]
+            print("\n".join(new), flush=True)
+            print(f"{part}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+            lines += new
+    if options.out:
+        save(results, lines, options.out)
+    if options.store:
+        baseline.store(results.figures())
+    faults = list(mistakes(results)) + (baseline.worse(results.figures()) if options.check else [])
+    print("\n".join(f"WORSE: {fault}" for fault in faults))
+    return 1 if faults else 0
 
-    print(f"{machine()}\n")
-    timings = [align_time.measure(subject, options.repeats) for subject in align_time.SUBJECTS]
-    print("\n".join(timing_table(timings)), end="\n\n")
-    processes = max(3, options.repeats // 3)
-    imports = import_time.measure(import_time.IMPORT, processes)
-    first_uses = import_time.measure(import_time.FIRST_USE, processes)
-    print("\n".join(import_table(imports, first_uses)), end="\n\n")
-    scores = accuracy.measure() if accuracy.is_available() and not options.no_accuracy else []
-    if scores:
-        print("\n".join(accuracy_table(scores)))
-    if options.json:
-        figures = {
-            "machine": machine(),
-            "align": [asdict(timing) | {"ratio": timing.ratio} for timing in timings],
-            "import_seconds": imports,
-            "first_use_seconds": first_uses,
-            "accuracy": [asdict(score) for score in scores],
+
+def _time(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
+    results.timings = [align_time.measure(subject, plan.repeats) for subject in align_time.SUBJECTS[: plan.subjects]]
+    return tables.timing_table(results.timings)
+
+
+def _import(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
+    results.imports = import_time.measure(import_time.IMPORT, plan.repeats)
+    results.first_uses = import_time.measure(import_time.FIRST_USE, plan.repeats)
+    return tables.import_table(results.imports, results.first_uses)
+
+
+def _pairs(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
+    return _contest(results, contest_pairs.attempts(peers, plan.pairs))
+
+
+def _perturbed(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
+    attempts = contest_perturbed.attempts(peers, plan.perturbed, most_tensors=plan.most_tensors)
+    return _contest(results, sorted(attempts, key=lambda one: one.group))
+
+
+def _partial(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
+    return _contest(results, contest_partial.attempts(peers, plan.partial))
+
+
+def _gold(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
+    if not gold.is_available():
+        return iter(["The gold cases are not beside this project."])
+    return _contest(results, contest_gold.attempts(peers, plan.gold))
+
+
+def _contest(results: Results, attempts: Iterable[Attempt]) -> Iterator[str]:
+    new = list(attempts)
+    results.attempts += new
+    return chain(tables.matrix(tallied(new)), [""], tables.accuracy_table(tallied(new)))
+
+
+def _reliability(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
+    results.judged = list(reliability.judged_cases(plan.judged, most_tensors=plan.judged_most_tensors))
+    return reliability.report(results.judged)
+
+
+def _scaling(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
+    results.points = list(scaling.measure(peers, plan.sizes, max(1, plan.repeats // 2)))
+    return tables.scaling_table(results.points)
+
+
+def _files(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
+    results.loads = list(file_loading.measure(plan.file_bytes, plan.repeats))
+    return tables.loading_table(results.loads)
+
+
+# each part measures, keeps the figures in the results, and gives its tables
+PARTS: dict[str, Callable[[Results, Plan, Sequence[Peer]], Iterator[str]]] = {
+    "time": _time,
+    "import": _import,
+    "pairs": _pairs,
+    "perturbed": _perturbed,
+    "partial": _partial,
+    "gold": _gold,
+    "reliability": _reliability,
+    "scaling": _scaling,
+    "files": _files,
+}
+
+
+def mistakes(results: Results) -> Iterator[str]:
+    """List the results that make a time of autoalign's meaningless."""
+    for point in results.points:
+        if point.peer == "autoalign" and not point.is_perfect:
+            counts = f"{point.right:,} of {point.tensors:,} right, {point.wrong:,} wrong"
+            yield f"scaling, {point.size:,}: {point.error or counts}"
+    for load in results.loads:
+        if not load.is_right:
+            yield f"{load.format}, {load.way}: values differ after the load"
+
+
+def save(results: Results, lines: Sequence[str], folder: Path) -> None:
+    """Write the tables, all figures and the plots to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figures.md").write_text("\n".join([machine_line(), "", *lines, ""]), encoding="utf-8")
+    (folder / "figures.json").write_text(json.dumps(_as_json(results), indent=1), encoding="utf-8")
+    if results.judged:
+        reliability.write(results.judged, folder)
+    by_peer: dict[str, dict[str, float]] = {}
+    for tally in results.tallies:
+        if tally.group.startswith("perturbed") and tally.gold:
+            by_peer.setdefault(tally.peer, {})[tally.group.removeprefix("perturbed, ")] = tally.right / tally.gold
+    if by_peer:
+        levels = sorted({level for shares in by_peer.values() for level in shares})
+        whole = {
+            peer: [shares[level] for level in levels] for peer, shares in by_peer.items() if len(shares) == len(levels)
         }
-        options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    is_within_budget = all(timing.is_within_budget for timing in timings) and median(imports) <= import_time.BUDGET
-    return 0 if is_within_budget else 1
+        plots.plot_accuracy(levels, whole, folder / "accuracy.png")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for point in results.points:
+        if point.seconds:
+            curves.setdefault(point.peer, []).append((point.tensors, point.median_seconds))
+    if curves:
+        plots.plot_scaling(curves, folder / "scaling.png")
 
 
-def machine() -> str:
-    """Name the versions and the machine that the figures belong to."""
-    packages = ("torch", "numpy", "scipy", "networkx", "rapidfuzz", "torchvision", "timm", "transformers")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    return (
-        f"Python {platform.python_version()}, {versions}; {platform.system()} {platform.machine()}, "
-        f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads of torch."
+def _as_json(results: Results) -> dict[str, Any]:
+    return {
+        "machine": machine(),
+        "align": [asdict(timing) | {"ratio": timing.ratio} for timing in results.timings],
+        "import_seconds": results.imports,
+        "first_use_seconds": results.first_uses,
+        "accuracy": [asdict(tally) for tally in results.tallies],
+        "scaling": [asdict(point) for point in results.points],
+        "files": [asdict(load) for load in results.loads],
+        "figures": {name: figure.value for name, figure in results.figures().items()},
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"some of: {', '.join(PARTS)}")
+    parser.add_argument("--matchers", nargs="+", choices=PEERS, metavar="NAME", help=f"some of: {', '.join(PEERS)}")
+    parser.add_argument("--repeats", type=int, help=f"measured runs of each time (default: {Plan().repeats})")
+    parser.add_argument(
+        "--count", type=int, help=f"perturbations (default: {Plan().perturbed}, {Plan().judged} judged)"
     )
-
-
-def timing_table(timings: Sequence[Timing]) -> Iterator[str]:
-    """Write a line for each subject."""
-    yield "| align | tensors | align, ms | load_state_dict, ms | ratio | budget | |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
-    for timing in timings:
-        budget = f"{timing.budget:g}x" if timing.budget is not None else ""
-        verdict = "" if timing.budget is None else "ok" if timing.is_within_budget else "OVER"
-        yield (
-            f"| {timing.name} | {timing.tensors} | {spread(timing.align, 1e3)} | {spread(timing.load_state_dict, 1e3)} "
-            f"| {timing.ratio:.1f}x | {budget} | {verdict} |"
-        )
-
-
-def import_table(imports: Sequence[float], first_uses: Sequence[float]) -> Iterator[str]:
-    """Write the times of the import and of the first use, a line each."""
-    yield "| on top of `import torch` | seconds | budget | |"
-    yield "| --- | ---: | ---: | --- |"
-    verdict = "ok" if median(imports) <= import_time.BUDGET else "OVER"
-    yield f"| `import autoalign` | {spread(imports, 1, digits=3)} | {import_time.BUDGET} | {verdict} |"
-    yield f"| the import and a first `align` | {spread(first_uses, 1, digits=3)} | | |"
-
-
-def accuracy_table(scores: Sequence[Accuracy]) -> Iterator[str]:
-    """Write a line for each group of cases."""
-    yield "| cases | number | perfect | tensors right | wrong | wrong at 0.9 or more | seconds |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-    for score in scores:
-        yield (
-            f"| {score.group} | {score.cases} | {score.perfect / score.cases:.1%} | {score.right / score.gold:.2%} "
-            f"| {score.wrong} ({score.wrong / score.gold:.2%}) | {score.sure_wrong} | {score.seconds:.1f} |"
-        )
-
-
-def spread(values: Sequence[float], unit: float, digits: int = 1) -> str:
-    """Write the median and, in brackets, the smallest and the largest of some values.
-
-    >>> spread([0.001, 0.004, 0.002], 1e3)
-    '2.0 (1.0 to 4.0)'
-    """
-    scaled = [value * unit for value in values]
-    return f"{median(scaled):.{digits}f} ({min(scaled):.{digits}f} to {max(scaled):.{digits}f})"
+    parser.add_argument("--smoke", action="store_true", help="a little of every part, in less than a minute")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write tables, figures and plots there")
+    parser.add_argument("--check", action="store_true", help="compare ratios and shares with the stored baseline")
+    parser.add_argument("--store", action="store_true", help="store the ratios and shares as the baseline")
+    return parser
 
 
 if __name__ == "__main__":

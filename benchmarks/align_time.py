@@ -1,4 +1,4 @@
-"""Time of ``align`` on two state dicts, in units of torch's own ``load_state_dict`` of the same model."""
+"""Time of ``align`` on two state dicts, against ``load_state_dict`` of the same model and against weightbridge."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import autoalign
+from benchmarks.peers import PEERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,19 @@ class Timing:
     tensors: int
     align: tuple[float, ...]
     load_state_dict: tuple[float, ...]
+    weightbridge: tuple[float, ...]  # empty where it is not installed
+    is_weightbridge_right: bool
     budget: float | None
 
     @property
     def ratio(self) -> float:
         """The median time of ``align`` over that of ``load_state_dict``."""
         return median(self.align) / median(self.load_state_dict)
+
+    @property
+    def peer_ratio(self) -> float | None:
+        """The median time of weightbridge over that of ``align``, where both find the truth."""
+        return median(self.weightbridge) / median(self.align) if self.is_weightbridge_right else None
 
     @property
     def is_within_budget(self) -> bool:
@@ -71,7 +79,14 @@ def renamed_key(key: str) -> str:
     'trunk.group1.unit2.conv1.weight'
     """
     words = {"features": "trunk", "denseblock": "group", "denselayer": "unit", "transition": "between"}
-    words |= {"blocks": "layers", "attn": "attention", "mlp": "ffn", "patch_embed": "embed", "head": "classifier"}
+    words |= {
+        "stages": "levels",
+        "blocks": "layers",
+        "attn": "attention",
+        "mlp": "ffn",
+        "patch_embed": "embed",
+        "head": "classifier",
+    }
     return re.sub(r"[a-z_]+", lambda found: words.get(found[0], found[0]), key)
 
 
@@ -80,11 +95,13 @@ SUBJECTS = (
         "resnet50, torchvision -> transformers",
         lambda: transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000)),
         torchvision_resnet_key,
-        budget=15,
+        budget=10,
     ),
-    Subject("resnet50, identical keys", torchvision.models.resnet50, lambda key: key, budget=3),
-    Subject("densenet121, renamed", torchvision.models.densenet121, renamed_key, budget=None),
-    Subject("vit_base, renamed", lambda: timm.create_model("vit_base_patch16_224"), renamed_key, budget=None),
+    Subject("densenet121, renamed", torchvision.models.densenet121, renamed_key, budget=10),
+    Subject("vit_base, renamed", lambda: timm.create_model("vit_base_patch16_224"), renamed_key, budget=10),
+    Subject("swin_base, renamed", lambda: timm.create_model("swin_base_patch4_window7_224"), renamed_key, budget=10),
+    Subject("resnet50, identical keys", torchvision.models.resnet50, lambda key: key, budget=2),
+    Subject("densenet121, identical keys", torchvision.models.densenet121, lambda key: key, budget=2),
 )
 
 
@@ -100,7 +117,29 @@ def measure(subject: Subject, repeats: int) -> Timing:
     truth = {subject.source_key(key): key for key in target}
     assert len(source) == len(target), f"{subject.name}: two keys were given one name"
     align_seconds, load_seconds = zip(*_repeated(model, source, target, truth, repeats), strict=True)
-    return Timing(subject.name, len(target), align_seconds[1:], load_seconds[1:], subject.budget)
+    peer_seconds, is_right = _weightbridge(source, target, truth, max(1, repeats // 5))
+    return Timing(
+        subject.name, len(target), align_seconds[1:], load_seconds[1:], peer_seconds, is_right, subject.budget
+    )
+
+
+def _weightbridge(
+    source: Mapping[str, Tensor], target: Mapping[str, Tensor], truth: Mapping[str, str], repeats: int
+) -> tuple[tuple[float, ...], bool]:
+    """Time weightbridge on the same two sides, and tell whether it finds the truth; it takes seconds for each call."""
+    peer = PEERS["weightbridge"]
+    if not peer.is_available:
+        return (), False
+    seconds, is_right = [], True
+    for _ in range(repeats):
+        start = time.perf_counter()
+        try:
+            found = peer.match(source, target)
+        except ValueError:  # a group stays ambiguous
+            found = {}
+        seconds.append(time.perf_counter() - start)
+        is_right &= found == {other: own for own, other in truth.items()}
+    return tuple(seconds), is_right
 
 
 def _repeated(

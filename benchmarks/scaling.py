@@ -1,0 +1,115 @@
+"""Time and memory of one mixture of experts at four sizes, each in a process of its own, every result checked.
+
+python -m benchmarks.scaling 91000 autoalign    # one measurement, as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from benchmarks.moe import INFERENCE, PUBLISHED, SIZES, state_dict, truth
+from benchmarks.peers import PEERS, Peer
+
+LIMIT = 120.0  # seconds that a process may take, after which the peer has no figure at this size
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One matcher at one size."""
+
+    peer: str
+    size: int  # the nominal number, a key of SIZES
+    tensors: int
+    right: int
+    wrong: int
+    seconds: tuple[float, ...]  # of each repeat, in one process
+    peak_bytes: int  # of resident memory above that before the first call
+    error: str = ""
+
+    @property
+    def median_seconds(self) -> float:
+        return median(self.seconds) if self.seconds else float("nan")
+
+    @property
+    def is_perfect(self) -> bool:
+        return self.right == self.tensors and not self.wrong
+
+
+def measure(peers: Sequence[Peer], sizes: Sequence[int], repeats: int) -> Iterator[Point]:
+    """Measure every matcher at every size, until one size is too much for it."""
+    for peer in peers:
+        for size in sizes:
+            point = _in_process(peer, size, repeats)
+            yield point
+            if point.error:
+                break
+
+
+def _in_process(peer: Peer, size: int, repeats: int) -> Point:
+    command = [sys.executable, "-m", "benchmarks.scaling", str(size), peer.name, str(repeats)]
+    if peer.most_tensors is not None and size > peer.most_tensors:
+        return Point(peer.name, size, 0, 0, 0, (), 0, f"more than {peer.most_tensors:,} tensors: not tried")
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=LIMIT * (1 + repeats),
+            cwd=Path(__file__).resolve().parents[1],
+        )
+    except subprocess.TimeoutExpired:
+        return Point(peer.name, size, 0, 0, 0, (), 0, "too slow")
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+        return Point(peer.name, size, 0, 0, 0, (), 0, lines[-1][:120])
+    figures = json.loads(done.stdout)
+    return Point(**figures | {"seconds": tuple(figures["seconds"])})
+
+
+def measured(peer: Peer, size: int, repeats: int) -> Point:
+    """Measure in this process: the first call counts too, since a person makes one; imports are done before it."""
+    moe = SIZES[size]
+    tiny = {"fc.weight": next(iter(state_dict(SIZES[min(SIZES)], PUBLISHED).values()))}
+    _quietly(lambda: peer.match(tiny, tiny))
+    source, target = state_dict(moe, PUBLISHED), state_dict(moe, INFERENCE)
+    true_keys = truth(moe, PUBLISHED, INFERENCE)
+    before = _peak()
+    seconds, mapping = [], {}
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mapping = peer.match(source, target)
+        seconds.append(time.perf_counter() - start)
+    right = sum(true_keys[key] == own for key, own in mapping.items())
+    return Point(peer.name, size, len(target), right, len(mapping) - right, tuple(seconds), max(_peak() - before, 0))
+
+
+def growth(points: Sequence[Point], small: int, large: int) -> float | None:
+    """Divide autoalign's time at one size by that at another."""
+    times = {point.size: point.median_seconds for point in points if point.peer == "autoalign" and point.seconds}
+    return times[large] / times[small] if {small, large} <= set(times) else None
+
+
+def _quietly(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except Exception:  # what it makes of one tensor does not matter
+        return
+
+
+def _peak() -> int:
+    """The largest resident size so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measured(PEERS[sys.argv[2]], int(sys.argv[1]), int(sys.argv[3])))))

@@ -1,0 +1,124 @@
+"""The figures as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from benchmarks import import_time
+from benchmarks.align_time import Timing
+from benchmarks.contest import Tally
+from benchmarks.file_loading import Load
+from benchmarks.scaling import Point, growth
+
+
+def spread(values: Sequence[float], unit: float, digits: int = 1) -> str:
+    """Write the median and, in brackets, the smallest and the largest of some values.
+
+    >>> spread([0.001, 0.004, 0.002], 1e3)
+    '2.0 (1.0 to 4.0)'
+    """
+    scaled = [value * unit for value in values]
+    return f"{median(scaled):.{digits}f} ({min(scaled):.{digits}f} to {max(scaled):.{digits}f})"
+
+
+def accuracy_table(tallies: Sequence[Tally]) -> Iterator[str]:
+    """Write a line for each group and matcher; what raised loaded nothing."""
+    yield "| group | matcher | cases | perfect | tensors right | wrong | raised | median, ms |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    for tally in tallies:
+        if not tally.cases:
+            continue
+        right = f"{tally.right / tally.gold:.2%}" if tally.gold else ""
+        yield (
+            f"| {tally.group} | {tally.peer} | {tally.cases} | {tally.perfect / tally.cases:.1%} | {right} "
+            f"| {tally.wrong:,} | {tally.raised} | {tally.median_seconds * 1e3:.1f} |"
+        )
+    reasons: dict[str, dict[str, int]] = {}
+    for tally in tallies:
+        for reason, count in tally.reasons.items():
+            own = reasons.setdefault(tally.peer, {})
+            own[reason] = own.get(reason, 0) + count
+    for peer, found in reasons.items():
+        yield (
+            f"\n{peer} loaded nothing or was not tried: " + ", ".join(f"{why} ({n})" for why, n in found.items()) + "."
+        )
+
+
+def matrix(tallies: Sequence[Tally]) -> Iterator[str]:
+    """Write a line for each group and a column for each matcher: perfect cases, and tensors right and wrong."""
+    peers = list(dict.fromkeys(tally.peer for tally in tallies))
+    cells = {(tally.group, tally.peer): _cell(tally) for tally in tallies}
+    yield f"| perfect; tensors right, wrong | cases | {' | '.join(peers)} |"
+    yield "| --- | ---: |" + " ---: |" * len(peers)
+    for group in dict.fromkeys(tally.group for tally in tallies):
+        count = max(tally.cases for tally in tallies if tally.group == group)
+        yield f"| {group} | {count} | " + " | ".join(cells.get((group, peer), "") for peer in peers) + " |"
+
+
+def _cell(tally: Tally) -> str:
+    if not tally.cases:
+        return ""
+    right = f"{tally.right / tally.gold:.1%}, " if tally.gold else ""
+    note = f" (of {tally.cases})" if tally.skipped else ""
+    return f"{tally.perfect / tally.cases:.0%}; {right}{tally.wrong:,}{note}"
+
+
+def timing_table(timings: Sequence[Timing]) -> Iterator[str]:
+    """Write a line for each subject."""
+    yield "| align | tensors | align, ms | load_state_dict, ms | ratio | budget | | weightbridge, ms | over align |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: |"
+    for timing in timings:
+        budget = f"{timing.budget:g}x" if timing.budget is not None else ""
+        verdict = "" if timing.budget is None else "ok" if timing.is_within_budget else "OVER"
+        peer = spread(timing.weightbridge, 1e3, digits=0) if timing.weightbridge else ""
+        over = f"{timing.peer_ratio:.0f}x" if timing.peer_ratio else "not right" if peer else ""
+        yield (
+            f"| {timing.name} | {timing.tensors} | {spread(timing.align, 1e3)} | {spread(timing.load_state_dict, 1e3)} "
+            f"| {timing.ratio:.1f}x | {budget} | {verdict} | {peer} | {over} |"
+        )
+
+
+def import_table(imports: Sequence[float], first_uses: Sequence[float]) -> Iterator[str]:
+    """Write the times of the import and of the first use, a line each."""
+    yield "| on top of `import torch` | seconds | budget | |"
+    yield "| --- | ---: | ---: | --- |"
+    verdict = "ok" if median(imports) <= import_time.BUDGET else "OVER"
+    yield f"| `import autoalign` | {spread(imports, 1, digits=3)} | {import_time.BUDGET} | {verdict} |"
+    yield f"| the import and a first `align` | {spread(first_uses, 1, digits=3)} | | |"
+
+
+def scaling_table(points: Sequence[Point]) -> Iterator[str]:
+    """Write a line for each matcher and size, and the growth."""
+    yield "| mixture of experts | matcher | tensors | right | wrong | seconds | peak memory, MB |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    for point in points:
+        if point.error:
+            yield f"| about {point.size:,} | {point.peer} | | | | {point.error} | |"
+        else:
+            yield (
+                f"| about {point.size:,} | {point.peer} | {point.tensors:,} | {point.right:,} | {point.wrong:,} "
+                f"| {spread(point.seconds, 1, digits=2)} | {point.peak_bytes / 1e6:.0f} |"
+            )
+    if (ratio := growth(points, 9_100, 91_000)) is not None:
+        yield f"\nFrom about 9,100 to 91,991 tensors the time of autoalign grows {ratio:.1f}-fold."
+
+
+def loading_table(loads: Sequence[Load]) -> Iterator[str]:
+    """Write a line for each format and way; the ratios are of medians, and of peaks."""
+    yield "| file | way | MB | seconds | times the format's own | peak memory, MB | over the file's size | right |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"
+    own = {load.format: load for load in loads if load.way == "own"}
+    names = {
+        ("autoalign", "safetensors"): "`autoalign.load`, renamed keys",
+        ("autoalign", "torch"): "`autoalign.load`, renamed keys",
+        ("own", "safetensors"): "`safetensors.torch.load_model`, same keys",
+        ("own", "torch"): "`torch.load(mmap=True)`, `load_state_dict`, same keys",
+    }
+    for load in loads:
+        ratio = load.median_seconds / own[load.format].median_seconds
+        yield (
+            f"| {load.format} | {names[load.way, load.format]} | {load.file_bytes / 1e6:,.0f} "
+            f"| {spread(load.seconds, 1, digits=2)} | {ratio:.2f}x | {load.peak_bytes / 1e6:,.0f} "
+            f"| {load.peak_bytes / load.file_bytes:.2f}x | {'yes' if load.is_right else 'NO'} |"
+        )
