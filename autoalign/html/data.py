@@ -39,6 +39,14 @@ class _Pool:
         return self.places.setdefault(value, len(self.places))
 
 
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """The tensors of a side that nothing joins or uses, each with the reason, and what the other side has for them."""
+
+    reasons: Mapping[str, str]
+    others: Counterparts | None  # None where nothing is left
+
+
 @dataclass(slots=True)
 class _Pools:
     names: _Pool = field(default_factory=_Pool)
@@ -57,13 +65,14 @@ def page_data(alignment: Alignment) -> dict[str, Any]:
     """
     links = _links(alignment)
     pools = _Pools()
-    leaves = {"source": _source_leaves(alignment, links), "target": _target_leaves(alignment, links)}
+    left = {"source": _left(alignment, "source"), "target": _left(alignment, "target")}
+    leaves = {
+        "source": _source_leaves(alignment, links, left["source"]),
+        "target": _target_leaves(alignment, links, left["target"]),
+    }
     trees = {side: tree(found) for side, found in leaves.items()}
     places = {side: _places(alignment, side, trees[side]) for side in ("source", "target")}
-    sides = {
-        side: _side(alignment, side, trees[side], places, pools)  # type: ignore[arg-type]
-        for side in ("source", "target")
-    }
+    sides = {side: _side(alignment, side, trees[side], left[side], places, pools) for side in ("source", "target")}
     return {
         "notes": [escaped(note) for note in alignment.notes],
         "statuses": list(LINKS),
@@ -90,9 +99,19 @@ def _link(status: Status, match: Match) -> _Link:
     return _Link(status, match, (status, operation, match.warnings), tuple(numbers))
 
 
-def _target_leaves(alignment: Alignment, links: Sequence[_Link]) -> list[Leaf]:
+def _left(alignment: Alignment, side: _Side) -> _Left:
+    specs = {spec.key: spec for spec in _specs(alignment, side)}
+    keys = [key for key, status in alignment.status.items() if status == "missing"]
+    if side == "source":
+        keys = alignment.unexpected_keys
+    if not keys:
+        return _Left({}, None)
+    others = counterparts(alignment, "target" if side == "source" else "source")
+    return _Left({key: reason(specs[key], others) for key in keys}, others)
+
+
+def _target_leaves(alignment: Alignment, links: Sequence[_Link], left: _Left) -> list[Leaf]:
     by_key = {link.match.target: link for link in links}
-    others = counterparts(alignment, "source")
     leaves = []
     for spec in alignment.target_specs:
         said: tuple[Hashable, ...] = (spec.shape, spec.dtype)
@@ -103,26 +122,25 @@ def _target_leaves(alignment: Alignment, links: Sequence[_Link]) -> list[Leaf]:
                 said, numbers = (*said, text), numbers + found
             said, numbers = (*said, *link.said), [*numbers, *link.numbers]
         else:
-            said = (*said, reason(spec, others))
+            said = (*said, left.reasons[spec.key])
         leaves.append(Leaf(escaped(spec.key), said, tuple(numbers)))
     return leaves
 
 
-def _source_leaves(alignment: Alignment, links: Sequence[_Link]) -> list[Leaf]:
+def _source_leaves(alignment: Alignment, links: Sequence[_Link], left: _Left) -> list[Leaf]:
     uses: dict[str, list[tuple[_Link, int, tuple[str, list[int]]]]] = {}
     for link in links:
-        found = template(link.match.target)
+        use = template(link.match.target)
         for place, key in enumerate(link.match.sources):
-            uses.setdefault(key, []).append((link, place, found))
-    unused, others = set(alignment.unexpected_keys), counterparts(alignment, "target")
+            uses.setdefault(key, []).append((link, place, use))
     leaves = []
     for spec in alignment.source_specs:
         said: tuple[Hashable, ...] = (spec.shape, spec.dtype)
         numbers: list[int] = []
-        for link, place, (text, found) in uses.get(spec.key, ()):
-            said, numbers = (*said, text, *link.said), [*numbers, *found, *link.numbers, place]
+        for link, place, (text, own) in uses.get(spec.key, ()):
+            said, numbers = (*said, text, *link.said), [*numbers, *own, *link.numbers, place]
         if not uses.get(spec.key):
-            said = (*said, reason(spec, others) if spec.key in unused else "tied")
+            said = (*said, left.reasons.get(spec.key, "tied"))
         leaves.append(Leaf(escaped(spec.key), said, tuple(numbers)))
     return leaves
 
@@ -134,13 +152,16 @@ def _specs(alignment: Alignment, side: str) -> tuple[TensorSpec, ...]:
 def _places(alignment: Alignment, side: str, found: Tree) -> dict[str, int]:
     """Number the tensors of a side in the order of its tree."""
     specs = _specs(alignment, side)
-    return {
-        specs[tensor].key: place for place, tensor in enumerate(tensor for tensor in found.tensors if tensor >= 0)
-    }
+    return {specs[tensor].key: place for place, tensor in enumerate(tensor for tensor in found.tensors if tensor >= 0)}
 
 
 def _side(
-    alignment: Alignment, side: _Side, found: Tree, places: Mapping[str, Mapping[str, int]], pools: _Pools
+    alignment: Alignment,
+    side: _Side,
+    found: Tree,
+    left: _Left,
+    places: Mapping[str, Mapping[str, int]],
+    pools: _Pools,
 ) -> dict[str, Any]:
     specs = [_specs(alignment, side)[tensor] for tensor in found.tensors if tensor >= 0]
     return {
@@ -152,32 +173,33 @@ def _side(
         "runs": [[node, length] for node, length in sorted(found.runs.items())],
         "shape": [pools.shapes.add(spec.shape) for spec in specs],
         "dtype": [pools.dtypes.add(str(spec.dtype).removeprefix("torch.")) for spec in specs],
-        "left": _left(alignment, side, found, places, pools),
+        "left": _rows_left(alignment, side, found, left, places, pools),
     }
 
 
-def _left(
-    alignment: Alignment, side: _Side, found: Tree, places: Mapping[str, Mapping[str, int]], pools: _Pools
+def _rows_left(
+    alignment: Alignment,
+    side: _Side,
+    found: Tree,
+    left: _Left,
+    places: Mapping[str, Mapping[str, int]],
+    pools: _Pools,
 ) -> list[list[int]]:
     """List what is missing or unexpected: the tensor, the reason, and its nearest counterpart with the difference."""
-    left = (
-        alignment.unexpected_keys
-        if side == "source"
-        else [key for key, status in alignment.status.items() if status == "missing"]
-    )
-    other: _Side = "target" if side == "source" else "source"
-    others = counterparts(alignment, other)
-    own, specs = places[side], {spec.key: spec for spec in _specs(alignment, side)}
-    first = [node for node in (n for n, tensor in enumerate(found.tensors) if tensor >= 0)]
+    if left.others is None:
+        return []
+    own, opposite = places[side], places["target" if side == "source" else "source"]
+    specs = {spec.key: spec for spec in _specs(alignment, side)}
+    nodes = [node for node, tensor in enumerate(found.tensors) if tensor >= 0]
     shown = found.representatives()
     sought = 0
     rows = []
-    for key in left:
-        spec, place = specs[key], own[key]
-        row = [place, pools.texts.add(escaped(reason(spec, others)))]
-        if shown[first[place]] == first[place] and sought < NEAREST:
+    for key, why in left.reasons.items():
+        place = own[key]
+        row = [place, pools.texts.add(escaped(why))]
+        if shown[nodes[place]] == nodes[place] and sought < NEAREST:
             sought += 1
-            row += _nearest(spec, others, places[other], pools)
+            row += _nearest(specs[key], left.others, opposite, pools)
         rows.append(row)
     return rows
 
@@ -227,7 +249,7 @@ def _kinds(operation: str) -> str:
     kinds: list[str] = []
     depth = 0
     for char in operation:
-        depth += char in "([" 
+        depth += char in "(["
         if not depth:
             kinds.append(char)
         depth -= char in ")]"

@@ -43,8 +43,10 @@ def document(alignment: Alignment, *, title: str = TITLE) -> str:
             "version": escape(__version__),
             "title": escape(escaped(title)),
             "lead": escape(found.lead),
-            "totals": _total("Target tensors filled", [(s.status, s.tensors) for s in found.target], tensors(found.target))
-            + _total("Target elements filled", [(s.status, s.elements) for s in found.target], elements(found.target))
+            "totals": _total(
+                "Target tensors filled", [(s.status, s.tensors) for s in found.target], tensors(found.target)
+            )
+            + _total("Elements filled", [(s.status, s.elements) for s in found.target], elements(found.target))
             + _total("Source tensors used", [(s.status, s.tensors) for s in found.source], tensors(found.source)),
             "notes": f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else "",
             "text": escape(render(alignment, width=120)),
@@ -119,10 +121,22 @@ def _total(name: str, parts: Sequence[tuple[str, int]], whole: int) -> str:
     described = ", ".join(f"{status} {count:,}" for status, count in parts)
     return (
         f'<div class="total"><div class="figures"><strong>{escape(percent(good, whole))}</strong>'
-        f'<span class="name">{name}: {good:,} of {whole:,}</span></div>'
+        f'<span class="name">{name}: {_short(good, whole)} of {_short(whole)}</span></div>'
         f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{described}">'
         f"<title>{described}</title>{rects}</svg></div>"
     )
+
+
+def _short(count: int, of: int = 0) -> str:
+    """Write a count in a few characters, without its unit if that is the unit of what follows.
+
+    >>> _short(45_395), _short(671_026_419_200), _short(56_000_000_000, 671_026_419_200)
+    ('45,395', '671.0 billion', '56.0')
+    """
+    for unit, name in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million")):
+        if count >= unit:
+            return f"{count // (unit // 10) / 10:,}" + ("" if of // unit in range(1, 1000) else f" {name}")
+    return f"{count:,}"
 
 
 def _fill(template: str, values: dict[str, str]) -> str:

@@ -49,9 +49,7 @@ def summary(alignment: Alignment) -> Summary:
     used: dict[str, list[int]] = {}
     for spec in alignment.source_specs:
         used.setdefault("unexpected" if spec.key in unexpected else "used", []).append(spec.numel)
-    return Summary(
-        _shares(STATUSES, by_status), _shares(("used", "unexpected"), used), len(alignment.excluded)
-    )
+    return Summary(_shares(STATUSES, by_status), _shares(("used", "unexpected"), used), len(alignment.excluded))
 
 
 def tensors(shares: Iterable[Share]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ def template(key: str) -> tuple[str, list[int]]:
     """Split a text into itself without its numbers, and its numbers.
 
     >>> template("layers.3.mlp.fc1")
-    ('layers.#.mlp.fc1', [3, 1])
+    ('layers.#.mlp.fc#', [3, 1])
     """
     return _NUMBER.sub("#", key), [int(number) for number in _NUMBER.findall(key)]
 
@@ -96,15 +96,16 @@ def _walk(leaves: Sequence[Leaf]) -> Iterator[tuple[str, int, int]]:
             stack.pop()
 
 
-def _children(depths: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-    children: list[list[int]] = [[] for _ in range(len(depths) + 1)]  # the last are those of the root
+def _children(depths: Sequence[int]) -> tuple[dict[int, list[int]], list[int]]:
+    """Find the children of each module, those of the root under -1, and where what is below each node ends."""
+    children: dict[int, list[int]] = {-1: []}
     ends = [len(depths)] * len(depths)
     path = [-1]
     for node, depth in enumerate(depths):
         for closed in path[depth + 1 :]:
             ends[closed] = node
         del path[depth + 1 :]
-        children[path[-1]].append(node)
+        children.setdefault(path[-1], []).append(node)
         path.append(node)
     return children, ends
 
@@ -113,7 +114,7 @@ def _runs(
     leaves: Sequence[Leaf],
     names: Sequence[str],
     tensors: Sequence[int],
-    children: Sequence[Sequence[int]],
+    children: Mapping[int, Sequence[int]],
     ends: Sequence[int],
 ) -> dict[int, int]:
     """Find the runs: siblings that differ in a number, of which the same is said, with numbers that grow alike."""
@@ -142,7 +143,7 @@ def _runs_of(
     siblings: Sequence[int], names: Sequence[str], kinds: Sequence[int], numbers: Callable[[int], NDArray[np.int64]]
 ) -> dict[int, int]:
     runs: dict[int, int] = {}
-    first, growth = 0, np.empty(0)  # of the run so far
+    first, growth = 0, np.zeros(0, dtype=np.bool_)  # of the run so far
     for place in range(1, len(siblings)):
         before, node = siblings[place - 1], siblings[place]
         growing = _growing(numbers(before), numbers(node)) if _follows(names, kinds, before, node) else None

@@ -11,6 +11,7 @@ function layOut(rows) {
   const anchors = anchorsOf(rows, ribbons);
   place(rows, anchors);
   stackRibbons(rows, ribbons);
+  for (const side of ["source", "target"]) findEnds(rows[side]);
   const blocks = { source: blocksOf(rows.source), target: blocksOf(rows.target) };
   const last = (side) => (rows[side].length ? rows[side][rows[side].length - 1].y + ROW : 0);
   return { rows, ribbons, blocks, bridges: bridgesBetween(rows, ribbons, blocks), height: Math.max(last("source"), last("target")) };
@@ -129,6 +130,15 @@ function stackRibbons(rows, ribbons) {
   }
 }
 
+// For each row the last row below it.
+function findEnds(rows) {
+  const above = [];
+  for (const row of [...rows, { level: -1, index: rows.length }]) {
+    while (above.length && above[above.length - 1].level >= row.level) above.pop().end = row.index - 1;
+    above.push(row);
+  }
+}
+
 // The open members of lists, the outermost ones: what a person calls the blocks of a network.
 function blocksOf(rows) {
   const blocks = [];
@@ -136,10 +146,8 @@ function blocksOf(rows) {
     const last = blocks[blocks.length - 1];
     row.block = null;
     if (last && row.index <= last.end) row.block = last;
-    else if (row.open && /(\d|\})$/.test(row.label)) {
-      let end = row.index;
-      while (rows[end + 1]?.level > row.level) end++;
-      row.block = { top: row.y, bottom: rows[end].y + ROW, end };
+    else if (row.open && row.listed) {
+      row.block = { top: row.y + 1, bottom: rows[row.end].y + ROW - 1, end: row.end };
       blocks.push(row.block);
     }
   }

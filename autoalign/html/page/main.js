@@ -110,11 +110,11 @@ function update() {
   applyFilters();
   refresh();
   const shown = state.visible.links.reduce((sum, one) => sum + one, 0);
-  const loose = ["source", "target"].map((side) =>
-    state.visible[side].reduce((sum, one, leaf) => sum + (one && !linksOf[side][leaf].length ? 1 : 0), 0));
+  const missing = state.visible.target.reduce((sum, one, leaf) => sum + (one && isMissing(leaf) ? 1 : 0), 0);
+  const unexpected = state.visible.source.reduce((sum, one, leaf) => sum + (one && isUnexpected(leaf) ? 1 : 0), 0);
   const parts = [`${shown.toLocaleString("en")} of ${links.count.toLocaleString("en")} matches`];
-  if (loose[1]) parts.push(`${loose[1].toLocaleString("en")} missing`);
-  if (loose[0]) parts.push(`${loose[0].toLocaleString("en")} unused`);
+  if (missing) parts.push(`${missing.toLocaleString("en")} missing`);
+  if (unexpected) parts.push(`${unexpected.toLocaleString("en")} unexpected`);
   $("shown").textContent = parts.join(", ");
   $("reset").hidden = !filtering();
 }

@@ -141,6 +141,7 @@ function rowOf(group, level) {
     const names = row.members.map((node) => data.names[side.names[node]]);
     row.label += (row.label && ".") + row.prefix + joinNames(names);
     if (row.length > 1) row.runs = [...(row.runs ?? []), row.id];
+    row.times *= row.length;
     if (row.unfoldedFrom) row.from = row.unfoldedFrom;
     row.node = row.members[0];
     row.tensor = Boolean(side.tensor[row.node]);
@@ -150,7 +151,7 @@ function rowOf(group, level) {
     row = { ...row, ...row.below[0], unfoldedFrom: row.below[0].unfoldedFrom };
   }
   row.tensors = row.members.reduce((sum, node) => sum + visibleBelow(side, node), 0);
-  row.times = row.members.length;
+  row.listed = /(\d|\})$/.test(row.label) && !row.tensor; // a member of a list, or a run of them: a block
   return row;
 }
 
@@ -161,7 +162,7 @@ function chooseByBudget(side) {
   while (level.length) {
     const next = [];
     for (const row of level) {
-      if (row.tensor || isPlain(side, row.node) || rows + row.below.length > BLOCKS) continue;
+      if (row.tensor || row.listed || isPlain(side, row.node) || rows + row.below.length > BLOCKS) continue;
       chosen.add(row.id);
       rows += row.below.length;
       next.push(...row.below.map((group) => rowOf(group, row.level + 1)));

@@ -68,9 +68,9 @@ function rowElement(row) {
     labelElement(row.label),
     row.runs ? timesElement(row) : "", row.from ? el("button", {
       type: "button", class: "times", tabindex: -1, title: "Fold the repeats again", "data-fold": row.from }, "fold") : "",
-    row.open ? "" : el("span", { class: "tail" }, tail(row)),
-    el("span", { class: "space" }), ...pills,
-    row.open ? "" : el("span", { class: "shape" }, shapes(row)), el("span", { class: "edge" }));
+    el("span", { class: "rest" }, ...(row.open ? [] : [
+      el("span", { class: "tail" }, tail(row)), el("span", { class: "shape" }, shapes(row))])),
+    ...pills, el("span", { class: "edge" }));
   node.style.setProperty("--level", row.level);
   node.style.transform = `translateY(${row.y}px)`;
   node.row = row;
@@ -165,12 +165,20 @@ function draw() {
 
 function drawBlocks(name, top, bottom) {
   const blocks = layout.blocks[name].filter((block) => block.bottom >= top && block.top <= bottom);
-  $(`${name}-blocks`).replaceChildren(...blocks.map((block) => {
-    const node = el("div", { class: "block" });
-    node.style.transform = `translateY(${block.top}px)`;
-    node.style.height = `${block.bottom - block.top}px`;
-    return node;
-  }));
+  const rows = layout.rows[name];
+  const guides = rows.filter((row) => row.open && row.y <= bottom && rows[row.end].y >= top).map((row) => {
+    const guide = upright("guide", row.y + ROW, rows[row.end].y + ROW - 4);
+    guide.style.setProperty("--level", row.level);
+    return guide;
+  });
+  $(`${name}-blocks`).replaceChildren(...blocks.map((block) => upright("block", block.top, block.bottom)), ...guides);
+}
+
+function upright(name, top, bottom) {
+  const node = el("div", { class: name });
+  node.style.transform = `translateY(${top}px)`;
+  node.style.height = `${bottom - top}px`;
+  return node;
 }
 
 const MOST = 2500; // ribbons at once
