@@ -63,33 +63,38 @@ def write(alignment: Alignment, path: str | os.PathLike[str], *, title: str = TI
     Raises:
         InputError: The path is no place for a file.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise InputError(
-            f"The report cannot be written to {str(target)!r}: there is no folder {str(target.parent)!r}. "
-            "Nothing was written. Make the folder first, or give another path."
-        )
-    if target.is_dir():
-        raise InputError(
-            f"The report cannot be written to {str(target)!r}, which is a folder. Nothing was written. "
-            "Give the path of a file in it."
-        )
     text = document(alignment, title=title)
-    temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:80]}.", suffix=".part")
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise InputError(
+                f"The report cannot be written to {str(target)!r}: there is no folder {str(target.parent)!r}. "
+                "Nothing was written. Make the folder first, or give another path."
+            )
+        if target.is_dir():
+            raise InputError(
+                f"The report cannot be written to {str(target)!r}, which is a folder. Nothing was written. "
+                "Give the path of a file in it."
+            )
+        _replace(target, text)
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"The report cannot be written to {str(path)!r}: {getattr(error, 'strerror', None) or error}. "
+            "What was there is unchanged. Give a path that can be written to."
+        ) from error
+
+
+def _replace(target: Path, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
+    try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
         Path(temporary).chmod(_mode(target))
         Path(temporary).replace(target)
-    except OSError as error:
-        raise InputError(
-            f"The report cannot be written to {str(target)!r}: {error.strerror or error}. "
-            "What was there is unchanged. Give a path that can be written to."
-        ) from error
     finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def script_safe(value: object) -> str:

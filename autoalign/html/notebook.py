@@ -74,5 +74,6 @@ def _row(row: Row) -> str:
         cells[0] = cells[0].replace("<td ", '<td colspan="2" ', 1)
     warnings = "".join(f"<div>⚠ {escape(warning)}</div>" for warning in row.warnings)
     *cells_before, verdict = (escape(cell) for cell in row.cells)
-    said = "".join(f'<td style="{_CELL};{_PALE}">{cell}</td>' for cell in (*cells_before, verdict + warnings))
+    said = "".join(f'<td style="{_CELL};{_PALE};white-space:nowrap">{cell}</td>' for cell in cells_before)
+    said += f'<td style="{_CELL};{_PALE}">{verdict}{warnings}</td>'
     return f'<tr style="background:none">{"".join(cells)}{said}</tr>'

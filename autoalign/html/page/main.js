@@ -252,6 +252,7 @@ function walk(name, event) {
     else moveTo(name, rows.slice(0, row.index).reverse().find((one) => one.level < row.level));
   } else if (event.key === "Enter" || event.key === " ") {
     selectRow(row);
+    $("panel").focus({ preventScroll: true });
   } else if (event.key === "*" || event.key === "+") {
     if (row.runs) unfold(row, row.runs[0]);
   } else if (event.key === "-") {

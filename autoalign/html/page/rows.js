@@ -82,8 +82,8 @@ function groupsBelow(side, members) {
     const seen = all.filter((node) => visibleBelow(side, node));
     if (!seen.length) return;
     const group = { side, all, members: seen, id: `${all[0]}x${all.length}`, length, unfoldedFrom, prefix: "" };
-    const listed = isList(side, all[0]) ? groupsBelow(side, all) : [];
-    if (!listed.length || listed.length > LISTS || unfoldedFrom || length > 1) {
+    const listed = length === 1 && !unfoldedFrom && isShortList(side, all[0]) ? groupsBelow(side, all) : [];
+    if (!listed.length || listed.length > LISTS) {
       groups.push(group);
       return;
     }
@@ -92,11 +92,13 @@ function groupsBelow(side, members) {
   }
 }
 
-// A list of modules, whose children are numbers; a short one needs no row of its own.
-function isList(side, node) {
-  if (side.tensor[node] || side.depth[node] > 30) return false;
-  for (let child = node + 1; child < side.end[node]; child = side.end[child]) {
-    if (side.tensor[child] || !/^\d+$/.test(data.names[side.names[child]])) return false;
+// A list of modules, whose children are numbers; where it has few rows below it needs none of its own.
+function isShortList(side, node) {
+  if (side.tensor[node]) return false;
+  let groups = 0;
+  for (let child = node + 1; child < side.end[node]; ) {
+    if (side.tensor[child] || !/^\d+$/.test(data.names[side.names[child]]) || ++groups > LISTS) return false;
+    child += (side.end[child] - child) * (state.fold ? side.run[child] || 1 : 1);
   }
   return true;
 }
@@ -134,30 +136,31 @@ function isOpen(group) {
 }
 
 // One row: a chain of modules with one child each is written as one name.
-function rowOf(group, level) {
+function rowOf(group, level, parents) {
   const side = group.side;
-  let row = { ...group, level, label: "", times: 1 };
+  let row = { ...group, level, label: "" };
   for (;;) {
     const names = row.members.map((node) => data.names[side.names[node]]);
     row.label += (row.label && ".") + row.prefix + joinNames(names);
     if (row.length > 1) row.runs = [...(row.runs ?? []), row.id];
-    row.times *= row.length;
     if (row.unfoldedFrom) row.from = row.unfoldedFrom;
     row.node = row.members[0];
     row.tensor = Boolean(side.tensor[row.node]);
     if (row.tensor) break;
     row.below = groupsBelow(side, row.all);
     if (row.below.length !== 1) break;
-    row = { ...row, ...row.below[0], unfoldedFrom: row.below[0].unfoldedFrom };
+    row = { ...row, ...row.below[0] };
   }
   row.tensors = row.members.reduce((sum, node) => sum + visibleBelow(side, node), 0);
+  row.times = Math.ceil(row.members.length / parents); // repeats in one module above
+  if (row.times === 1) row.runs = undefined;
   row.listed = /(\d|\})$/.test(row.label) && !row.tensor; // a member of a list, or a run of them: a block
   return row;
 }
 
 function chooseByBudget(side) {
   const chosen = new Set();
-  let level = groupsBelow(side, null).map((group) => rowOf(group, 0));
+  let level = groupsBelow(side, null).map((group) => rowOf(group, 0, 1));
   let rows = level.length;
   while (level.length) {
     const next = [];
@@ -165,7 +168,7 @@ function chooseByBudget(side) {
       if (row.tensor || row.listed || isPlain(side, row.node) || rows + row.below.length > BLOCKS) continue;
       chosen.add(row.id);
       rows += row.below.length;
-      next.push(...row.below.map((group) => rowOf(group, row.level + 1)));
+      next.push(...row.below.map((group) => rowOf(group, row.level + 1, row.members.length)));
     }
     level = next;
   }
@@ -174,20 +177,21 @@ function chooseByBudget(side) {
 
 function rowsOf(side, limit = Infinity) {
   const rows = [];
-  const stack = [groupsBelow(side, null).map((group, k, all) => ({ group, level: 0, place: k + 1, of: all.length }))];
+  const stack = [groupsBelow(side, null).map((group, k, all) => ({ group, level: 0, parents: 1, place: k + 1, of: all.length }))];
   while (stack.length && rows.length < limit) {
     const next = stack[stack.length - 1].shift();
     if (!next) {
       stack.pop();
       continue;
     }
-    const row = rowOf(next.group, next.level);
+    const row = rowOf(next.group, next.level, next.parents);
     row.place = next.place;
     row.of = next.of;
     row.open = !row.tensor && isOpen(row);
     rows.push(row);
     if (row.open) {
-      stack.push(row.below.map((group, k) => ({ group, level: next.level + 1, place: k + 1, of: row.below.length })));
+      const [level, parents, of] = [next.level + 1, row.members.length, row.below.length];
+      stack.push(row.below.map((group, k) => ({ group, level, parents, place: k + 1, of })));
     }
   }
   return rows;
