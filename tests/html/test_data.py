@@ -12,7 +12,7 @@ from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.html.data import page_data
 from autoalign.layout import escaped
 from autoalign.operations import Concatenate, Copy
-from tests.html.examples import FUSED, HOSTILE, MIXED, hostile, many
+from tests.html.examples import FUSED, HOSTILE, MIXED, hostile, many, spec
 
 
 def keys(side: dict[str, Any], names: list[str]) -> list[str]:
@@ -93,9 +93,7 @@ def test_evidence_alternatives_and_warnings() -> None:
     match = Match(
         "t", ("s",), Copy(), 0.7, {"name": 0.12345}, (Candidate(("r", "s"), Concatenate(0), 0.0),), ("look <here>",)
     )
-    specs = page_data(MIXED) and MIXED.source_specs[:1]
-    source = tuple(replace(specs[0], key=key) for key in "sr")
-    data = page_data(Alignment((match,), (), (), source, (replace(specs[0], key="t"),)))
+    data = page_data(Alignment((match,), (), (), (spec("s", 3), spec("r", 3)), (spec("t", 3),)))
     links = data["links"]
     assert data["evidence"][links["evidence"][0]] == {"name": 0.123}
     assert [data["texts"][text] for text in links["warnings"][0]] == ["look <here>"]

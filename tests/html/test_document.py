@@ -35,6 +35,7 @@ class Page(HTMLParser):
         self._open = tag
 
     def handle_endtag(self, tag: str) -> None:
+        assert tag
         self._open = ""
 
     def handle_data(self, data: str) -> None:

@@ -162,13 +162,17 @@ function makeTools() {
     refresh();
   });
   let waiting = 0;
-  $("search").addEventListener("input", (event) => {
+  const search = () => {
     clearTimeout(waiting);
-    waiting = setTimeout(() => {
-      state.query = event.target.value;
-      update();
-    }, 120);
+    if (state.query === $("search").value) return;
+    state.query = $("search").value;
+    update();
+  };
+  $("search").addEventListener("input", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(search, 120);
   });
+  $("search").addEventListener("change", search);
   $("reset").addEventListener("click", () => {
     state.query = $("search").value = state.operation = $("operation").value = "";
     state.kinds.clear();

@@ -17,7 +17,7 @@ function select(selection) {
   showPanel();
   for (const name of ["source", "target"]) {
     for (const [k, node] of drawn[name]) {
-      const selected = Boolean(isSelected(layout.rows[name][k]));
+      const selected = isSelected(layout.rows[name][k]);
       node.classList.toggle("selected", selected);
       node.setAttribute("aria-selected", String(selected));
     }

@@ -69,19 +69,19 @@ function groupsBelow(side, members) {
     const id = `${all[0]}x${all.length}`;
     if (length > 1 && state.unfolded[side.name].has(id)) {
       for (let k = 0; k < length; k++) {
-        push((members ?? [-1]).map((member) => member + child - first + k * size), 1, id);
+        push((members ?? [-1]).map((member) => member + child - first + k * size), 1, id, k === 0);
       }
     } else {
-      push(all, length, "");
+      push(all, length, "", false);
     }
     child += size * length;
   }
   return groups;
 
-  function push(all, length, unfoldedFrom) {
+  function push(all, length, unfoldedFrom, isFirst) {
     const seen = all.filter((node) => visibleBelow(side, node));
     if (!seen.length) return;
-    const group = { side, all, members: seen, id: `${all[0]}x${all.length}`, length, unfoldedFrom, prefix: "" };
+    const group = { side, all, members: seen, id: `${all[0]}x${all.length}`, length, unfoldedFrom, isFirst, prefix: "" };
     const listed = length === 1 && !unfoldedFrom && isShortList(side, all[0]) ? groupsBelow(side, all) : [];
     if (!listed.length || listed.length > LISTS) {
       groups.push(group);
@@ -143,7 +143,7 @@ function rowOf(group, level, parents) {
     const names = row.members.map((node) => data.names[side.names[node]]);
     row.label += (row.label && ".") + row.prefix + joinNames(names);
     if (row.length > 1) row.runs = [...(row.runs ?? []), row.id];
-    if (row.unfoldedFrom) row.from = row.unfoldedFrom;
+    if (row.unfoldedFrom) [row.from, row.first] = [row.unfoldedFrom, row.isFirst]; // the run that can be folded again
     row.node = row.members[0];
     row.tensor = Boolean(side.tensor[row.node]);
     if (row.tensor) break;

@@ -66,7 +66,7 @@ function rowElement(row) {
   node.append(
     el("span", { class: "indent" }), el("span", { class: row.tensor ? "twist none" : "twist" }),
     labelElement(row.label),
-    row.runs ? timesElement(row) : "", row.from ? el("button", {
+    row.runs ? timesElement(row) : "", row.from && row.first ? el("button", {
       type: "button", class: "times", tabindex: -1, title: "Fold the repeats again", "data-fold": row.from }, "fold") : "",
     el("span", { class: "rest" }, ...(row.open ? [] : [
       el("span", { class: "tail" }, tail(row)), el("span", { class: "shape" }, shapes(row))])),
@@ -79,7 +79,7 @@ function rowElement(row) {
 
 const rowId = (row) => `${row.side.name}-${row.id}`;
 const rank = (kind) => [...WORST, "missing", "unexpected"].indexOf(kind);
-const isSelected = (row) => state.selected?.row && rowId(state.selected.row) === rowId(row);
+const isSelected = (row) => Boolean(state.selected?.row) && rowId(state.selected.row) === rowId(row);
 
 function timesElement(row) {
   return el("button", {
