@@ -144,9 +144,9 @@ def test_the_chips_are_legend_and_filter(browser: Browser) -> None:
     assert (browser.rows("source"), browser.rows("target")) == ([], ["extra.weight", "pooler.weight"])
     browser.click(".chip", "ambiguous")
     assert (browser.rows("source"), len(browser.rows("target"))) == (["twin1.weight"], 3)
-    assert browser.text("#shown") == "1 of 16 matches, 2 missing, 1 unexpected"
+    assert browser.text("#shown") == "0 of 13 matches, 1 ambiguous, 2 missing, 1 unexpected"
     browser.click("#reset")
-    assert browser.text("#shown") == "16 of 16 matches, 2 missing, 5 unexpected"
+    assert browser.text("#shown") == "13 of 13 matches, 1 ambiguous, 2 mismatched, 2 missing, 5 unexpected"
     browser.click(".chip", "unexpected")
     assert browser.rows("source") == ["twin1.weight", "twin2.weight", "fc", "ema.decay"]
 

@@ -109,12 +109,15 @@ function lightUp() {
 function update() {
   applyFilters();
   refresh();
-  const shown = state.visible.links.reduce((sum, one) => sum + one, 0);
-  const missing = state.visible.target.reduce((sum, one, leaf) => sum + (one && isMissing(leaf) ? 1 : 0), 0);
-  const unexpected = state.visible.source.reduce((sum, one, leaf) => sum + (one && isUnexpected(leaf) ? 1 : 0), 0);
-  const parts = [`${shown.toLocaleString("en")} of ${links.count.toLocaleString("en")} matches`];
-  if (missing) parts.push(`${missing.toLocaleString("en")} missing`);
-  if (unexpected) parts.push(`${unexpected.toLocaleString("en")} unexpected`);
+  const shown = Object.fromEntries(KINDS.map(([kind]) => [kind, 0]));
+  state.visible.links.forEach((one, link) => { shown[kindOf[link]] += one; });
+  state.visible.target.forEach((one, leaf) => { shown.missing += one && isMissing(leaf) ? 1 : 0; });
+  state.visible.source.forEach((one, leaf) => { shown.unexpected += one && isUnexpected(leaf) ? 1 : 0; });
+  const loaded = (numbers) => ["sure", "good", "low", "poor", "adapted"].reduce((sum, kind) => sum + numbers[kind], 0);
+  const parts = [`${loaded(shown).toLocaleString("en")} of ${loaded(counts).toLocaleString("en")} matches`];
+  for (const kind of ["ambiguous", "mismatched", "missing", "unexpected"]) {
+    if (shown[kind]) parts.push(`${shown[kind].toLocaleString("en")} ${kind}`);
+  }
   $("shown").textContent = parts.join(", ");
   $("reset").hidden = !filtering();
 }
