@@ -11,7 +11,8 @@ import argparse
 import base64
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -43,18 +44,25 @@ def take(folder: Path) -> list[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch) / "report.html"
         alignment().to_html(page, title="transformers ViT → timm vit_base_patch16_224, 10 classes")
-        options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-        for flag in (*_FLAGS, f"--user-data-dir={scratch}/profile"):
-            options.add_argument(flag)
-        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-        try:
+        with chromium(Path(scratch) / "profile") as driver:
             for scheme in ("light", "dark"):
                 files.append(folder / f"report-{scheme}.png")
                 files[-1].write_bytes(_photograph(driver, page, scheme))
-        finally:
-            driver.quit()
     return files
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
+    """Start a headless browser with a profile of its own."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    for flag in (*_FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        yield driver
+    finally:
+        driver.quit()
 
 
 def _photograph(driver: webdriver.Chrome, page: Path, scheme: str) -> bytes:

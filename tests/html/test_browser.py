@@ -123,6 +123,8 @@ def test_what_is_missing_unexpected_and_mismatched_is_marked(browser: Browser) -
         "pooler.weight": "missing",
     }
     assert browser.run("return document.querySelectorAll('.loose').length") == 4
+    browser.click("#target .row", "head")
+    assert "≠ dim 0: 1000, needs 10" in browser.text("#panel .detail")
     browser.click("#target .row", "extra.weight")
     assert "no source tensor of this shape" in browser.text("#panel")
     browser.click("#target .row", "pooler.weight")

@@ -106,6 +106,8 @@ function lightUp() {
   }
 }
 
+const loadedOf = (numbers) => ["sure", "good", "low", "poor", "adapted"].reduce((sum, kind) => sum + numbers[kind], 0);
+
 function update() {
   applyFilters();
   refresh();
@@ -113,8 +115,7 @@ function update() {
   state.visible.links.forEach((one, link) => { shown[kindOf[link]] += one; });
   state.visible.target.forEach((one, leaf) => { shown.missing += one && isMissing(leaf) ? 1 : 0; });
   state.visible.source.forEach((one, leaf) => { shown.unexpected += one && isUnexpected(leaf) ? 1 : 0; });
-  const loaded = (numbers) => ["sure", "good", "low", "poor", "adapted"].reduce((sum, kind) => sum + numbers[kind], 0);
-  const parts = [`${loaded(shown).toLocaleString("en")} of ${loaded(counts).toLocaleString("en")} matches`];
+  const parts = [`${loadedOf(shown).toLocaleString("en")} of ${loadedOf(counts).toLocaleString("en")} matches`];
   for (const kind of ["ambiguous", "mismatched", "missing", "unexpected"]) {
     if (shown[kind]) parts.push(`${shown[kind].toLocaleString("en")} ${kind}`);
   }
@@ -123,6 +124,7 @@ function update() {
 }
 
 function makeChips() {
+  if (loadedOf(counts)) $("chips").append(el("span", { class: "legend" }, "Confidence"));
   for (const [kind, title] of KINDS) {
     if (!counts[kind]) continue;
     const chip = el("button", { type: "button", class: "chip", "aria-pressed": "false", "data-kind": kind },
@@ -179,7 +181,7 @@ function makeTools() {
   $("reset").addEventListener("click", () => {
     state.query = $("search").value = state.operation = $("operation").value = "";
     state.kinds.clear();
-    for (const chip of $("chips").children) chip.setAttribute("aria-pressed", "false");
+    for (const chip of $("chips").querySelectorAll("button")) chip.setAttribute("aria-pressed", "false");
     update();
     $("search").focus();
   });

@@ -173,7 +173,7 @@ function matchParts(link) {
   parts.push(el("h3", {}, links.sources[link].length > 1 ? `${links.sources[link].length} source tensors` : "Source tensor"));
   parts.push(tensorList(source, links.sources[link], "source"));
   const operation = data.operations[links.operation[link]][0];
-  parts.push(el("div", { class: "operation" }, status === "mismatched" ? "≠" : `↓ ${operation}`));
+  parts.push(el("div", { class: "operation" }, status === "mismatched" ? `≠ ${differing(link)}` : `↓ ${operation}`));
   parts.push(el("h3", {}, "Target tensor"), tensorList(target, [links.target[link]], "target"));
   if (status === "mismatched") return parts;
   parts.push(el("h3", {}, "Confidence"), meter(confidence, `k-${kind}`, percent(confidence), "Confidence"));
@@ -193,6 +193,14 @@ function matchParts(link) {
     parts.push(el("p", { class: "none" }, "No alternative was close."));
   }
   return parts;
+}
+
+// In which dimensions the shapes of a mismatched pair differ.
+function differing(link) {
+  const has = data.shapes[sides.source.shape[links.sources[link][0]]];
+  const needs = data.shapes[sides.target.shape[links.target[link]]];
+  if (has.length !== needs.length) return "";
+  return needs.flatMap((size, dim) => (size === has[dim] ? [] : [`dim ${dim}: ${has[dim]}, needs ${size}`])).join("; ");
 }
 
 function looseParts(group, index) {

@@ -241,25 +241,28 @@ function joint(row, width, top) {
   return { node: svg("path", { class: "joint", d: `M${x} ${y}V${y + BAND}` }), rank: 30 };
 }
 
+// What is done on the way, written on the ribbon, or beside the joint of several that it is done to together.
 function labelOf(ribbon, width, top) {
-  const rows = layout.rows;
-  const text = [...ribbon.operations].slice(0, 2).join(", ");
-  if (!text && ribbon.kind !== "mismatched") return [];
-  const joins = rows.target[ribbon.target].ribbons;
-  const parts = rows.source[ribbon.source].ribbons;
-  let at = 0.5;
-  if (joins.length > 1) {
-    if (joins[(joins.length - 1) >> 1] !== ribbon) return [];
-    at = 0.8;
-  } else if (parts.length > 1) {
-    if (parts[(parts.length - 1) >> 1] !== ribbon && [...parts[0].operations].join() === [...ribbon.operations].join()) return [];
-    at = 0.24;
+  const { source, target } = layout.rows;
+  const operations = [...ribbon.operations].slice(0, 2).join(", ");
+  if (!operations && ribbon.kind !== "mismatched") return [];
+  const joined = target[ribbon.target].ribbons;
+  const parted = source[ribbon.source].ribbons;
+  const isMiddle = (list) => list[(list.length - 1) >> 1] === ribbon;
+  let [at, anchor] = [0.5, "middle"];
+  if (joined.length > 1) {
+    if (!isMiddle(joined)) return [];
+    [at, anchor] = [1 - 8 / width, "end"];
+  } else if (parted.length > 1 && parted.every((other) => [...other.operations].join(", ") === operations)) {
+    if (!isMiddle(parted)) return [];
+    [at, anchor] = [8 / width, "start"];
   }
   const from = (ribbon.from[0] + ribbon.from[1]) / 2;
   const to = (ribbon.to[0] + ribbon.to[1]) / 2;
-  const share = at * at * (3 - 2 * at);
-  const node = svg("text", { class: `on-ribbon k-${ribbon.kind}`, x: width * at, y: from + (to - from) * share - top + 3.5 });
-  node.textContent = ribbon.kind === "mismatched" ? "≠" : text.length > 28 ? `${text.slice(0, 27)}…` : text;
+  const y = from + (to - from) * at * at * (3 - 2 * at) - top + 3.5;
+  const node = svg("text", { class: `on-ribbon k-${ribbon.kind}`, x: width * at, y, "text-anchor": anchor });
+  const fits = Math.floor((width - 24) / 6.4); // characters
+  node.textContent = ribbon.kind === "mismatched" ? "≠" : operations.length > fits ? `${operations.slice(0, fits - 1)}…` : operations;
   return [node];
 }
 
