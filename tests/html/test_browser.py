@@ -39,7 +39,7 @@ def test_repeated_blocks_are_one_and_fused_tensors_are_joined(browser: Browser) 
     ]
     assert browser.texts(".on-ribbon") == ["concatenate"]
     assert browser.run("return document.querySelectorAll('.joint').length") == 1
-    assert browser.text("#shown") == "49 of 49 matches"
+    assert browser.text("#shown") == "49 matches"
 
 
 def test_unfolding_shows_each_block_on_both_sides_and_folding_undoes_it(browser: Browser) -> None:
@@ -148,7 +148,7 @@ def test_the_chips_are_legend_and_filter(browser: Browser) -> None:
     assert (browser.rows("source"), len(browser.rows("target"))) == (["twin1.weight"], 3)
     assert browser.text("#shown") == "0 of 13 matches, 1 ambiguous, 2 missing, 1 unexpected"
     browser.click("#reset")
-    assert browser.text("#shown") == "13 of 13 matches, 1 ambiguous, 2 mismatched, 2 missing, 5 unexpected"
+    assert browser.text("#shown") == "13 matches"
     browser.click(".chip", "unexpected")
     assert browser.rows("source") == ["twin1.weight", "twin2.weight", "fc", "ema.decay"]
 

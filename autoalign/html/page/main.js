@@ -115,8 +115,9 @@ function update() {
   state.visible.links.forEach((one, link) => { shown[kindOf[link]] += one; });
   state.visible.target.forEach((one, leaf) => { shown.missing += one && isMissing(leaf) ? 1 : 0; });
   state.visible.source.forEach((one, leaf) => { shown.unexpected += one && isUnexpected(leaf) ? 1 : 0; });
-  const parts = [`${loadedOf(shown).toLocaleString("en")} of ${loadedOf(counts).toLocaleString("en")} matches`];
-  for (const kind of ["ambiguous", "mismatched", "missing", "unexpected"]) {
+  const all = `${loadedOf(counts).toLocaleString("en")} matches`;
+  const parts = [filtering() ? `${loadedOf(shown).toLocaleString("en")} of ${all}` : all];
+  for (const kind of filtering() ? ["ambiguous", "mismatched", "missing", "unexpected"] : []) {
     if (shown[kind]) parts.push(`${shown[kind].toLocaleString("en")} ${kind}`);
   }
   $("shown").textContent = parts.join(", ");

@@ -89,7 +89,7 @@ function timesElement(row) {
 
 function labelElement(label) {
   const at = state.query ? label.toLowerCase().indexOf(state.query.toLowerCase()) : -1;
-  if (at < 0) return el("span", { class: "label" }, label);
+  if (at < 0) return el("span", { class: "label" }, label || "(empty)");
   const end = at + state.query.length;
   return el("span", { class: "label" }, label.slice(0, at), el("mark", {}, label.slice(at, end)), label.slice(end));
 }
