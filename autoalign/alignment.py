@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -178,6 +179,28 @@ class Alignment:
             from autoalign.report import ambiguous_message
 
             raise AmbiguousAlignmentError(ambiguous_message(self), self)
+
+    def to_html(self, path: str | os.PathLike[str], *, title: str = "Alignment report") -> None:
+        """Write the report as one HTML file: both module trees, what joins them, and the evidence of each match.
+
+        The file needs nothing but itself and a browser. It is replaced as a whole, or left as it was.
+
+        Args:
+            path: Of the file.
+            title: Above the report, such as the names of both sides.
+
+        Raises:
+            InputError: The file cannot be written there.
+        """
+        from autoalign.html.document import write
+
+        write(self, path, title=title)
+
+    def _repr_html_(self) -> str:
+        """Write the short form of the report that a notebook shows."""
+        from autoalign.html.notebook import notebook_html
+
+        return notebook_html(self)
 
     def __iter__(self) -> Iterator[list[str]]:
         return iter((self.missing_keys, self.unexpected_keys))

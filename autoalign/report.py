@@ -28,17 +28,7 @@ def render(alignment: Alignment, *, width: int = 100, limit: int | None = SCREEN
         width: Characters of a line; a key that is longer is shortened in its middle.
         limit: Lines to aim at; sections that are too long for it are cut, and say so. None writes every row.
     """
-    copied = [match for match in alignment.matches if not match.operation.adapts]
-    adapted = [match for match in alignment.matches if match.operation.adapts]
-    sections = {
-        "Matched: source -> target, tensors x shape, lowest confidence, operation": _matched_rows(alignment, copied),
-        "Adapted: filled with changed values, as adapt allows": _matched_rows(alignment, adapted),
-        "Mismatched: the counterpart has another shape": _mismatched_rows(alignment),
-        "Ambiguous: proposed, but not loaded": _ambiguous_rows(alignment),
-        "Missing: not filled": _missing_rows(alignment),
-        "Unexpected: in the source and not used": _unexpected_rows(alignment),
-    }
-    sections = {title: under_headings(rows) for title, rows in sections.items() if rows}
+    sections = {title: under_headings(rows) for title, rows in rows_of(alignment).items() if rows}
     tables = {title: lay_out(rows, width) for title, rows in sections.items()}
     lines = _totals(alignment)
     for note in alignment.notes:
@@ -48,6 +38,20 @@ def render(alignment: Alignment, *, width: int = 100, limit: int | None = SCREEN
     for (title, table), budget in zip(tables.items(), budgets, strict=True):
         lines += ["", title, *cut(sections[title], table, budget, "autoalign.report.render(alignment, limit=None)")]
     return "\n".join(lines)
+
+
+def rows_of(alignment: Alignment) -> dict[str, list[Row]]:
+    """List the folded rows of each section of a report, by its title; a section may have none."""
+    copied = [match for match in alignment.matches if not match.operation.adapts]
+    adapted = [match for match in alignment.matches if match.operation.adapts]
+    return {
+        "Matched: source -> target, tensors x shape, lowest confidence, operation": _matched_rows(alignment, copied),
+        "Adapted: filled with changed values, as adapt allows": _matched_rows(alignment, adapted),
+        "Mismatched: the counterpart has another shape": _mismatched_rows(alignment),
+        "Ambiguous: proposed, but not loaded": _ambiguous_rows(alignment),
+        "Missing: not filled": _missing_rows(alignment),
+        "Unexpected: in the source and not used": _unexpected_rows(alignment),
+    }
 
 
 def incomplete_message(alignment: Alignment) -> str:
@@ -106,13 +110,13 @@ def _totals(alignment: Alignment) -> list[str]:
 
 def _total(title: str, keys: Sequence[str], specs: dict[str, TensorSpec]) -> str:
     elements, whole = sum(specs[key].numel for key in keys), sum(spec.numel for spec in specs.values())
-    return f"{title:<10}{len(keys):>10,}{elements:>20,}{_percent(elements, whole):>9}"
+    return f"{title:<10}{len(keys):>10,}{elements:>20,}{percent(elements, whole):>9}"
 
 
-def _percent(part: int, whole: int) -> str:
+def percent(part: int, whole: int) -> str:
     """Write a share, rounded down, so that 100 % means all.
 
-    >>> _percent(9999, 10000), _percent(1, 10**6), _percent(0, 0)
+    >>> percent(9999, 10000), percent(1, 10**6), percent(0, 0)
     ('99.9 %', '< 0.1 %', '-')
     """
     if not whole:

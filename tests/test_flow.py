@@ -15,6 +15,7 @@ FLOW = (
     *("errors", "specs", "operations", "joining", "adaptations", "alignment", "inversion"),
     # what a person reads
     *("folding", "leftovers", "layout", "report"),
+    *("html.tree", "html.data", "html.summary", "html.document", "html.notebook"),
     # any format -> tensor specs
     *("garbage", "arrays", "stored", "containers", "config"),
     *(
@@ -55,7 +56,12 @@ FLOW = (
     *("demo", "cli", "__main__"),
 )
 # an alignment prints itself, and the report reads alignments
-BACKWARDS_WHEN_CALLED = {("alignment", "report"), ("alignment", "inversion")}
+BACKWARDS_WHEN_CALLED = {
+    ("alignment", "report"),
+    ("alignment", "inversion"),
+    ("alignment", "html.document"),
+    ("alignment", "html.notebook"),
+}
 # needed for a match or a screen, not for an import
 LATE = ("gguf", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")
 
