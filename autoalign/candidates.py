@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -30,6 +30,8 @@ class Candidates:
     source_class: NDArray[np.int64]  # [source units]: equal for units whose tensors have equal shapes
     target_class: NDArray[np.int64]  # [target units]: the same classes
     class_count: int
+    source_kind: NDArray[np.int64]  # [source units]: equal for units with the same kinds and shapes of tensors
+    target_kind: NDArray[np.int64]  # [target units]: numbers of its own
     flipped: frozenset[int]  # source parts whose matrix is transposed
 
 
@@ -227,5 +229,14 @@ def candidates(
         np.asarray(class_of[0], dtype=np.int64),
         np.asarray(class_of[1], dtype=np.int64),
         len(classes),
+        _numbered(len(class_of[0]), members[0]),
+        _numbered(len(class_of[1]), members[1]),
         flipped,
     )
+
+
+def _numbered(count: int, members: Mapping[Signature, Sequence[int]]) -> NDArray[np.int64]:
+    kinds = np.zeros(count, dtype=np.int64)
+    for number, units in enumerate(members.values()):
+        kinds[units] = number
+    return kinds

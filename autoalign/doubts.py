@@ -115,6 +115,8 @@ def doubt_about(
         styles: Of both sides.
         weight: The shape of the matrix of the source's layer, of which the part may be the bias.
     """
+    if not source.shape:
+        return None
     doubled = len(weight) == 2 and max(weight) == 2 * min(weight) and max(weight) in source.shape
     if doubled and (_modulates(source) or _modulates(target)):
         if source.path[-3:-1] == target.path[-3:-1]:

@@ -39,6 +39,7 @@ class Assignment:
     score: Floats
     margin: Floats  # what the best rival would cost the whole assignment; the score where there is no rival
     runner_up: Ints  # the best other source unit for the target unit; -1 where there is none
+    names: Floats  # how alike the names of all units are: [source units, target units]
     cues: dict[str, Floats]  # name, structure, pattern, order, place, shape: the terms of the score before weighing
 
 
@@ -47,9 +48,10 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     rows, columns = candidates.source, candidates.target
     if not len(rows):
         none = np.zeros(0, dtype=np.float32)
-        return Assignment(rows, columns, none, none, rows, dict.fromkeys(WEIGHTS, none))
+        return Assignment(rows, columns, none, none, rows, none, dict.fromkeys(WEIGHTS, none))
+    names = name_scores(source.paths, target.paths)
     cues = {
-        "name": name_scores(source.paths, target.paths)[rows, columns],
+        "name": names[rows, columns],
         "shape": candidates.fit,
         "place": _same_place(source, target, rows, columns),
         "structure": np.zeros(len(rows), dtype=np.float32),
@@ -85,6 +87,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         score[chosen].astype(np.float32),
         margin,
         runner_up,
+        names,
         {name: np.asarray(cue[chosen], dtype=np.float32) for name, cue in cues.items()},
     )
 

@@ -56,7 +56,31 @@ def namesakes(
             trusted[path] = trust(path[:-1]) and len(own & other) >= _ALIKE * len(own | other)
         return trusted[path]
 
-    return [(i, j) for i, j in pairs if trust(source[i][len(own) : -1])]
+    shifted = _shifted(source, own, target, other)
+
+    def renumbered(path: Path) -> bool:
+        return any((path[:depth], stem(path[depth])) in shifted for depth in range(len(path)))
+
+    found = [(i, j) for i, j in pairs if trust(source[i][len(own) : -1])]
+    return [(i, j) for i, j in found if not renumbered(source[i][len(own) :])] if shifted else found
+
+
+def _shifted(source: Sequence[Path], own: Path, target: Sequence[Path], other: Path) -> set[tuple[Path, str]]:
+    """Find the lists whose numbers begin elsewhere on one side than on the other, so that no number means the same."""
+    lists: tuple[dict[tuple[Path, str], set[tuple[int, ...]]], ...] = ({}, {})
+    for known, paths, prefix in zip(lists, (source, target), (own, other), strict=True):
+        for path in paths:
+            for depth in range(len(prefix), len(path)):
+                if place := numbers(path[depth]):
+                    known.setdefault((path[len(prefix) : depth], stem(path[depth])), set()).add(place)
+    return {
+        name
+        for name, places in lists[0].items()
+        if len(places) > 1
+        and (there := lists[1].get(name, places)) != places
+        and min(there) != min(places)
+        and not (there <= places or places <= there)
+    }
 
 
 def share_of(pairs: Sequence[tuple[int, int]], counts: tuple[NDArray[np.int64], NDArray[np.int64]]) -> float:

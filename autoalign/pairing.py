@@ -14,6 +14,7 @@ from autoalign.candidates import Candidates, candidates, flipped_parts, operatio
 from autoalign.decision import by_order_alone, coherence, confidence_of, related, special_units
 from autoalign.doubts import DOUBTED, TOLD
 from autoalign.evidence import is_alphabetical, side_evidence
+from autoalign.exchange import settled
 from autoalign.fusion import split_fused
 from autoalign.graph import ancestry
 from autoalign.matching import match_units
@@ -146,9 +147,10 @@ def _match_parts(
             (other, pairs.target_class, not is_alphabetical([spec.key for spec in target.specs])),
         )
     ]
-    assignment = match_units(sides[0], sides[1], pairs)
+    kinds = pairs.source_kind, pairs.target_kind
+    assignment, most = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds)
     confidence = confidence_of(assignment)
-    confidence = confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1)
+    confidence = np.minimum(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1), most)
     by_name = share_of(same, counts) >= _MOST
     special = special_units(other, target.parts)
     order_alone = by_order_alone(assignment, (own, source.parts), (other, target.parts))

@@ -40,6 +40,7 @@ FLOW = (
         "scope",
         "evidence",
         "matching",
+        "exchange",
         "mismatches",
         "decision",
         "doubts",

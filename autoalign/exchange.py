@@ -1,0 +1,257 @@
+"""Exchanges: what would be as good if two alike modules took each other's place, and what tells that they must not.
+
+A score measures a pair against its rivals one at a time. Where two modules have the same shapes below them, all of
+their layers could be exchanged at once, and where they stand in every block, in every block at once: then structure and
+pooled evidence would say the same as before. What is left to tell them apart is what does not depend on the matching:
+names, numbers, order, and other places where one of them stands without the other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
+
+import numpy as np
+
+from autoalign.evidence import Floats, Ints, SideEvidence, template
+from autoalign.graph import Path, block_around
+from autoalign.matching import Assignment
+from autoalign.names import numbers, stem
+
+UNTOLD = 0.6  # the confidence where nothing tells two modules apart, or something speaks for their exchange
+BY_ORDER = 0.85  # the confidence where their order alone does
+_CLEAR = 0.05  # how much better names must fit one way than the other to tell anything
+_ROUNDS = 3
+_UNLIKE = 0.5  # share of the layers of two modules that may be in one of them alone
+_MANY = 12  # alike siblings of which only neighbours are compared
+
+_Pairs = tuple[tuple[int, int], ...]  # places in the assignment that would exchange their sources
+_Key = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """All exchanges of one kind: the same two modules in every block that has them."""
+
+    pairs: _Pairs
+    anchors: int  # layers that only one of the two has: how many more are matched to the same place as these than not
+    is_list: bool  # whether the two are members of one numbered list, on both sides
+    names: float  # how much better the names fit as they are, in about [-2, 2]
+    numbers: int  # whether the numbers of the two agree as they are: 1, when exchanged: -1, or neither: 0
+    order: int  # whether their order is the same on both sides: 1, the other way round: -1, or says nothing: 0
+    elsewhere: int  # pairs of layers of the same names that cannot be exchanged and are matched likewise
+
+    @property
+    def is_better(self) -> bool:
+        """Whether what tells the two apart says that they should exchange places."""
+        if self.numbers > 0:
+            return False
+        by_name = self.names < -_CLEAR and self.elsewhere <= 0 and self.anchors <= 0
+        return by_name or (self.anchors < 0 and self.names < _CLEAR)
+
+    @property
+    def sureness(self) -> float:
+        """How far the matches as they are may be believed, in [0, 1]."""
+        if self.numbers < 0 or self.anchors < 0 or self.names < -_CLEAR:
+            return UNTOLD
+        if self.names >= _CLEAR or self.elsewhere > 0 or self.anchors > 0 or self.numbers > 0:
+            return 1.0
+        if self.order > 0:
+            return 1.0 if self.is_list else BY_ORDER
+        return UNTOLD
+
+
+def settled(
+    assignment: Assignment, source: SideEvidence, target: SideEvidence, kinds: tuple[Ints, Ints]
+) -> tuple[Assignment, Floats]:
+    """Carry out the exchanges that are better, and tell how far what is left may be believed.
+
+    Args:
+        assignment: The chosen pairs of units.
+        source: Evidence of the source.
+        target: Evidence of the target.
+        kinds: [units] of each side: equal where all tensors of a unit have the same kinds and shapes.
+
+    Returns:
+        The assignment, and for each of its pairs the confidence that it cannot exceed.
+    """
+    for _ in range(_ROUNDS):
+        found = exchanges(assignment, source, target, kinds)
+        better = [exchange for exchange in found if exchange.is_better]
+        if not better:
+            break
+        assignment = exchanged(assignment, better)
+    sureness = np.ones(len(assignment.source), dtype=np.float32)
+    for exchange in found:
+        places = [place for pair in exchange.pairs for place in pair]
+        sureness[places] = np.minimum(sureness[places], exchange.sureness)
+    return assignment, sureness
+
+
+def exchanges(
+    assignment: Assignment, source: SideEvidence, target: SideEvidence, kinds: tuple[Ints, Ints]
+) -> list[Exchange]:
+    """Find what could be exchanged; the arguments are those of ``settled``."""
+    alike = kinds[0][assignment.source] * (int(kinds[1].max(initial=0)) + 1) + kinds[1][assignment.target]
+    place_of = {int(unit): place for place, unit in enumerate(assignment.target)}
+    found: dict[tuple[_Key, bool], list[_Instance]] = {}
+    for one in _instances(assignment, source, target, place_of, alike):
+        key = tuple(template(path) for path in (*one.modules, *one.ends))
+        gain = float(np.mean([_gain(assignment, *pair) for pair in one.pairs]))
+        found.setdefault((key, gain < 0), []).append(replace(one, gain=gain))
+    templates = [
+        (template(source.paths[i]), template(target.paths[j]))
+        for i, j in zip(assignment.source.tolist(), assignment.target.tolist(), strict=True)
+    ]
+    together = Counter(templates)
+    result = []
+    for (key, _), instances in found.items():
+        pairs = tuple(pair for one in instances for pair in one.pairs)
+        is_list = key[0] == key[1] and key[2] == key[3]
+        order = sum(_order(assignment, source, target, *pair) for pair in pairs)
+        inside = Counter(templates[place] for pair in pairs for place in pair)
+        result.append(
+            Exchange(
+                pairs,
+                sum(one.anchors for one in instances),
+                is_list,
+                float(np.mean([one.gain for one in instances])),
+                int(np.sign(sum(_numbers_agree(one.ends, one.modules) for one in instances))),
+                int(np.sign(order)) if is_list or (source.ordered and target.ordered) else 0,
+                min(together[names_] - count for names_, count in inside.items()),
+            )
+        )
+    return result
+
+
+def _gain(assignment: Assignment, p: int, q: int) -> float:
+    names = assignment.names
+    i, j, k, m = assignment.source[p], assignment.target[p], assignment.source[q], assignment.target[q]
+    return float(names[i, j] + names[k, m] - names[i, m] - names[k, j])
+
+
+def _order(assignment: Assignment, source: SideEvidence, target: SideEvidence, p: int, q: int) -> int:
+    own = source.ancestry.order[assignment.source[p]] < source.ancestry.order[assignment.source[q]]
+    other = target.ancestry.order[assignment.target[p]] < target.ancestry.order[assignment.target[q]]
+    return 1 if own == other else -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Instance:
+    """One exchange of two modules of the target, or of two of its layers."""
+
+    modules: tuple[Path, Path]
+    ends: tuple[Path, Path]  # the modules of the source that they are matched to, as far as these differ
+    pairs: _Pairs
+    anchors: int
+    gain: float = 0.0
+
+
+def exchanged(assignment: Assignment, chosen: Sequence[Exchange]) -> Assignment:
+    """Carry exchanges out, each layer at most once."""
+    source, moved = assignment.source.copy(), set[int]()
+    for exchange in sorted(chosen, key=lambda one: one.names):
+        places = {place for pair in exchange.pairs for place in pair}
+        if moved.isdisjoint(places):
+            moved |= places
+            for p, q in exchange.pairs:
+                source[[p, q]] = source[[q, p]]
+    cues = {**assignment.cues, "name": assignment.names[source, assignment.target]}
+    return replace(assignment, source=source, cues=cues)
+
+
+def _instances(
+    assignment: Assignment,
+    source: SideEvidence,
+    target: SideEvidence,
+    place_of: Mapping[int, int],
+    alike: Ints,
+) -> Iterator[_Instance]:
+    """List pairs of target modules that share most shapes below, and of layers of one block that have the same."""
+    paths = target.paths
+    below: dict[Path, list[int]] = {}
+    for unit in place_of:
+        for depth in range(1, len(paths[unit]) + 1):
+            below.setdefault(paths[unit][:depth], []).append(unit)
+    siblings: dict[Path, list[Path]] = {}
+    for module in below:
+        siblings.setdefault(module[:-1], []).append(module)
+    layers: dict[tuple[Path, int], list[Path]] = {}
+    unit_at = {paths[unit]: unit for unit in place_of}
+    for path, unit in unit_at.items():
+        layers.setdefault((block_around(path), int(alike[place_of[unit]])), []).append(path)
+
+    def instances(
+        first: Path, second: Path, pairs: Sequence[tuple[int, int]], rest: Sequence[int]
+    ) -> Iterator[_Instance]:
+        by_ends: dict[tuple[Path, Path], list[tuple[int, int]]] = {}  # some may be exchanged and others not
+        for pair in ((place_of[a], place_of[b]) for a, b in pairs):
+            ends = _parting(*(source.paths[assignment.source[place]] for place in pair))
+            if ends is not None:
+                by_ends.setdefault(ends, []).append(pair)
+        for ends, places in by_ends.items():
+            anchors = 0
+            for unit in rest:
+                path, own = source.paths[assignment.source[place_of[unit]]], paths[unit][: len(first)] == first
+                inside = [path[: len(end)] == end for end in ends]
+                anchors += (inside[0] - inside[1]) * (1 if own else -1)
+            yield _Instance((first, second), ends, tuple(places), anchors)
+
+    for modules in siblings.values():
+        for first, second in _compared(modules):
+            pairs, rest = _counterparts(first, second, below, paths, lambda unit: int(alike[place_of[unit]]))
+            if pairs and len(rest) <= _UNLIKE * 2 * len(pairs):
+                yield from instances(first, second, pairs, rest)
+    for within in layers.values():
+        for first, second in _compared(within):
+            if first[:-1] != second[:-1]:  # siblings were compared already
+                yield from instances(first, second, [(unit_at[first], unit_at[second])], [])
+
+
+def _compared(modules: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    lists: dict[str, list[Path]] = {}
+    for module in modules:
+        lists.setdefault(stem(module[-1]) if numbers(module[-1]) else "", []).append(module)
+    if len(lists) == 1 and "" not in lists:
+        yield from pairwise(sorted(modules, key=lambda module: numbers(module[-1])))
+    elif len(modules) > _MANY:
+        yield from pairwise(modules)
+    else:
+        yield from combinations(modules, 2)
+
+
+def _counterparts(
+    first: Path, second: Path, below: Mapping[Path, Sequence[int]], paths: Sequence[Path], kind: Callable[[int], int]
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Pair the layers of two modules that have equal shapes, by their names within them, or else by their order.
+
+    Returns:
+        The pairs, and the layers that are left.
+    """
+    own = {paths[unit][len(first) :]: unit for unit in below[first]}
+    other = {paths[unit][len(second) :]: unit for unit in below[second]}
+    pairs = [(unit, other[name]) for name, unit in own.items() if name in other and kind(unit) == kind(other[name])]
+    done = {unit for pair in pairs for unit in pair}
+    queues: dict[int, list[int]] = {}
+    for unit in other.values():
+        if unit not in done:
+            queues.setdefault(kind(unit), []).append(unit)
+    left = (unit for unit in own.values() if unit not in done)
+    pairs += [(unit, queues[kind(unit)].pop(0)) for unit in left if queues.get(kind(unit))]
+    done = {unit for pair in pairs for unit in pair}
+    return pairs, [unit for unit in (*below[first], *below[second]) if unit not in done]
+
+
+def _parting(first: Path, second: Path) -> tuple[Path, Path] | None:
+    """Cut two paths after the first component in which they differ."""
+    depth = next((depth for depth, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+    return None if depth is None else (first[: depth + 1], second[: depth + 1])
+
+
+def _numbers_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
+    own, other = ([numbers(path[-1]) for path in side] for side in (source, target))
+    if not all(own) or not all(other) or own[0] == own[1] or other[0] == other[1]:
+        return 0
+    return int(own == other) - int(own == other[::-1])
