@@ -49,7 +49,8 @@ FLOW = (
         "aligning",
     ),
     # the only part that moves data
-    *("module_state", "transaction", "loading"),
+    *("module_state", "transaction", "reading", "loading"),
+    *("writers.blocks", "writers.safetensors", "writers.staging", "converting"),
     # the command line
     *("demo", "cli", "__main__"),
 )
