@@ -32,9 +32,7 @@ logger = logging.getLogger(__name__)
 FORMATS = ("safetensors",)
 
 _SUFFIX = ".safetensors"
-_OTHERS = frozenset(
-    {".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".zip"}
-)
+_OTHERS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip"})
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
 _UNDONE = "Nothing was written."
 

@@ -53,9 +53,9 @@ def header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     try:
         text = json.dumps(listed, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
+        part = error.object[max(error.start - 20, 0) : error.end + 20]
         raise InputError(
-            f"{error.object[max(error.start - 20, 0) : error.end + 20]!r}, in a key or in the metadata, is no Unicode text, "
-            "which safetensors needs. Nothing was written."
+            f"{part!r}, in a key or in the metadata, is no Unicode text, which safetensors needs. Nothing was written."
         ) from error
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > _LARGEST:

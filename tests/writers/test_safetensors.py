@@ -47,7 +47,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return tensor.mT if tensor.ndim > 1 and draw(st.booleans()) else tensor
 
 
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 
 @given(
@@ -115,7 +115,7 @@ def test_big_endian_machines_write_the_same_file(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.qint8])
 def test_dtypes_that_the_format_has_not_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(InputError, match="safetensors has no such dtype. Nothing was written. Pass dtype="):
+    with pytest.raises(InputError, match=r"safetensors has no such dtype. Nothing was written. Pass dtype="):
         header([TensorSpec("a", (1,), dtype)], {})
 
 
