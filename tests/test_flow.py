@@ -14,7 +14,7 @@ FLOW = (
     # values
     *("errors", "specs", "operations", "joining", "adaptations", "alignment", "inversion"),
     # what a person reads
-    *("folding", "leftovers", "layout", "report"),
+    *("folding", "leftovers", "layout", "report", "markdown", "summary", "tree"),
     # any format -> tensor specs
     *("arrays", "stored", "containers", "config"),
     *(
@@ -50,9 +50,22 @@ FLOW = (
     ),
     # the only part that moves data
     *("module_state", "transaction", "reading", "loading"),
-    *("writers.blocks", "writers.safetensors", "writers.staging", "converting"),
+    *("blocks", "writers.safetensors", "writers.staging", "converting", "differing"),
     # the command line
-    *("demo", "cli", "__main__"),
+    "demo",
+    *("cli.codes", "cli.terminal", "cli.options", "cli.targets", "cli.reports"),
+    *(
+        "cli.commands.align",
+        "cli.commands.load_check",
+        "cli.commands.convert",
+        "cli.commands.rules",
+        "cli.commands.inspect",
+        "cli.commands.diff",
+        "cli.commands.verify",
+        "cli.commands.demo",
+        "cli.commands.completion",
+    ),
+    *("cli.app", "__main__"),
 )
 # an alignment prints itself, and the report reads alignments
 BACKWARDS_WHEN_CALLED = {("alignment", "report"), ("alignment", "inversion")}

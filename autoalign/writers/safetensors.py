@@ -13,10 +13,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from autoalign.blocks import blocks
 from autoalign.errors import InputError
 from autoalign.formats.safetensors import DTYPES
 from autoalign.specs import TensorSpec
-from autoalign.writers.blocks import blocks
 
 _NAMES = {getattr(torch, name): known for known, name in DTYPES.items() if hasattr(torch, name)}
 _ALIGNMENT = 8  # bytes, of the header
