@@ -169,7 +169,9 @@ def size_text(count: int) -> str:
 
 
 def prefix_of(specs: Sequence[TensorSpec]) -> tuple[str, int]:
-    """Guess the prefix that a wrapper has put before the names: the innermost module that nearly all tensors are in.
+    """Guess the prefix that a wrapper has put before the names.
+
+    It is the module at the top that nearly all tensors are in, and what is between it and the first branching.
 
     >>> import torch
     >>> prefix_of([TensorSpec(f"module.net.{name}.weight", (), torch.float32) for name in "abc"])
@@ -183,10 +185,12 @@ def prefix_of(specs: Sequence[TensorSpec]) -> tuple[str, int]:
         for place, char in enumerate(spec.key):
             if char == ".":
                 counts[spec.key[: place + 1]] = counts.get(spec.key[: place + 1], 0) + 1
-    found = max(
-        (prefix for prefix, count in counts.items() if count >= _NEARLY * len(specs) and count > 1), key=len, default=""
-    )
-    return found, counts.get(found, 0)
+    prefix, count = "", len(specs)
+    for name, inner in sorted(counts.items(), key=lambda item: item[0].count(".")):
+        enough = inner == count if prefix else inner >= _NEARLY * count
+        if name.startswith(prefix) and enough and inner > 1 and not any(char.isdecimal() for char in name):
+            prefix, count = name, inner
+    return prefix, count if prefix else 0
 
 
 def copies_of(specs: Sequence[TensorSpec]) -> tuple[str, ...]:

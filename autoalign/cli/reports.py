@@ -27,12 +27,15 @@ def show_alignment(alignment: Alignment, options: argparse.Namespace, source: st
         more: Statements to end the report with.
     """
     if options.format == "json":
-        show(json.dumps({"source": source, "target": target, **as_dict(alignment), "remarks": more}, indent=2))
+        show(
+            json.dumps({"source": source, "target": target, **as_dict(alignment), "remarks": more}, indent=2),
+            plain=True,
+        )
     elif options.format == "markdown":
         lines = [f"{code(escaped(source))} → {code(escaped(target))}", "", render_markdown(alignment)]
-        show("\n".join([*lines, *(f"\n{statement}" for statement in more)]))
+        show("\n".join([*lines, *(f"\n{statement}" for statement in more)]), plain=True)
     elif options.format == "html":
-        show(_html(alignment))
+        show(_html(alignment), plain=True)
     else:
         limit = None if options.all else SCREEN
         report = render(alignment, width=width(), limit=limit, everything="--all")

@@ -6,9 +6,11 @@ import ast
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -65,7 +67,8 @@ def built(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
     library, name, arguments = found[1], found[2], found[3] or "()"
     positional, named = _arguments(arguments, text)
     try:
-        with redirect_stdout(sys.stderr):  # whatever its code prints is no result
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():  # whatever its code prints is no result
+            warnings.simplefilter("ignore")  # of how a library will initialise weights in future
             maker = _MAKERS.get(library, _maker_of_factory)(*((name,) if library in _MAKERS else (library, name)))
             made = _made(lambda: maker(*positional, **named), values=values)
     except AutoAlignError:
@@ -88,12 +91,12 @@ def _arguments(text: str, spec: str) -> tuple[list[Any], dict[str, Any]]:
             raise ValueError("it is no call")
         named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
         if len(named) != len(call.keywords):
-            raise ValueError("** is no name")
+            raise ValueError("** gives no names")
         return [ast.literal_eval(argument) for argument in call.args], named
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise InputError(
-            f"The arguments {text} of {spec!r} could not be read: {error}. Nothing was done. "
-            "Write numbers, strings, lists and the like, as in timm:resnet50(num_classes=10)."
+            f"The arguments {text} of {spec!r} are not as they must be: numbers, strings, lists and the like, "
+            "as in timm:resnet50(num_classes=10). Nothing was done."
         ) from error
 
 
@@ -117,11 +120,8 @@ def _maker_of_torchvision(name: str) -> _Maker:
     builder = models.get_model_builder(name)
 
     def make(**options: object) -> object:
-        from inspect import signature
-
-        known = signature(builder).parameters
-        off = {"weights": None, "weights_backbone": None, "init_weights": False}  # downloads, and what takes minutes
-        return builder(**{key: value for key, value in off.items() if key in known}, **options)
+        downloads = {"weights", "weights_backbone"} & signature(builder).parameters.keys()
+        return builder(**{**dict.fromkeys(downloads), **options})
 
     return make
 

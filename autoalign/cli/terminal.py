@@ -20,6 +20,16 @@ _STYLES = {
     r" -> ": "dim",
 }
 _WIDTH = 100
+_OPTIONS = {  # what messages call arguments, and what they are called here
+    "Pass overwrite=True": "Pass --overwrite",
+    "Pass strict=False": "Leave out --strict",
+    "Pass max_shard_size=": "Pass --max-shard-size",
+    "Pass container=": "Pass --container",
+    "Pass dtype=": "Pass --dtype",
+    "Pass rules=": "Pass --rule",
+    "as rules=": "as --rule",
+    "leave this kind out of adapt": "leave this kind out of --adapt",
+}
 
 
 def printable(text: str) -> str:
@@ -46,9 +56,9 @@ def width() -> int:
     return max(shutil.get_terminal_size((_WIDTH, 0)).columns, 40) if sys.stdout.isatty() else _WIDTH
 
 
-def show(text: str) -> None:
-    """Write a result."""
-    if not has_colours(sys.stdout):
+def show(text: str, *, plain: bool = False) -> None:
+    """Write a result; ``plain`` is for what programs read."""
+    if plain or not has_colours(sys.stdout):
         print(text)
         return
     from rich.console import Console
@@ -61,7 +71,9 @@ def show(text: str) -> None:
 
 
 def complain(message: str) -> None:
-    """Write a message on stderr."""
+    """Write a message on stderr, in the words of the command line."""
+    for argument, option in _OPTIONS.items():
+        message = message.replace(argument, option)
     print(f"autoalign: {printable(message)}", file=sys.stderr)
 
 

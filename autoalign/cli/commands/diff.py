@@ -40,15 +40,17 @@ def run(options: argparse.Namespace) -> int:
 
     from autoalign.checkpoint import checkpoint_of
     from autoalign.cli.targets import side_of
-    from autoalign.cli.terminal import progress, show
+    from autoalign.cli.terminal import complain, progress, show
     from autoalign.differing import differences
 
     first = checkpoint_of(side_of(options.first, values=True), container=options.container)
     second = checkpoint_of(side_of(options.second, values=True), container=options.other_container)
     with progress("Comparing") as report:
         found = differences(first, second, report)
+    if not set(first) & set(second):
+        complain("note: the two have no key in common; autoalign align shows which of them correspond")
     if options.format == "json":
-        show(json.dumps({"first": options.first, "second": options.second, **_as_dict(found)}, indent=2))
+        show(json.dumps({"first": options.first, "second": options.second, **_as_dict(found)}, indent=2), plain=True)
     else:
         show("\n".join(_lines(found, options.first, options.second, markdown=options.format == "markdown")))
     return COMPLETE if found.none else INCOMPLETE
@@ -74,10 +76,8 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
             rows.append(Row(row.texts, (_times(members), row.fields[0], values + where), len(members)))
         return rows
 
-    same_kind = [
-        item for item in found.changed if (item.first.shape, item.first.dtype) == (item.second.shape, item.second.dtype)
-    ]
-    other_kind = [item for item in found.changed if item not in same_kind]
+    same_kind = [item for item in found.changed if _kind(item.first) == _kind(item.second)]
+    other_kind = [item for item in found.changed if _kind(item.first) != _kind(item.second)]
     parts = {
         f"Only in {escaped(first)}": folded(found.only_first),
         f"Only in {escaped(second)}": folded(found.only_second),
@@ -91,13 +91,8 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
         count = sum(row.tensors for row in rows)
         if markdown:
             cells = len(rows[0].cells)
-            lines += [
-                "",
-                f"### {words(title)} ({count:,})",
-                "",
-                f"| keys |{' |' * cells}",
-                f"| --- |{' --- |' * cells}",
-            ]
+            lines += ["", f"### {words(title)} ({count:,})", ""]
+            lines += [f"| keys |{' |' * cells}", f"| --- |{' --- |' * cells}"]
             lines += [f"| {' | '.join([code(row.keys[0]), *map(words, row.cells)])} |" for row in rows]
         else:
             lines += ["", f"{title}: {count:,}", *(line for table in lay_out(rows, width()) for line in table)]

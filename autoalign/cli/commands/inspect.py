@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
             {"key": spec.key, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
             for spec in checkpoint.specs
         ]
-        show(json.dumps({"checkpoint": options.checkpoint, **asdict(facts), "tensors": listed}, indent=2))
+        show(json.dumps({"checkpoint": options.checkpoint, **asdict(facts), "tensors": listed}, indent=2), plain=True)
         return COMPLETE
     tree = render_tree(tree_of(checkpoint.specs), dtype=next(iter(facts.dtypes), ""), depth=options.depth)
     said = _said(facts)
@@ -113,16 +113,13 @@ def _said(facts: _Facts) -> list[str]:
     from autoalign.tree import size_text
 
     count = sum(facts.dtypes.values())
-    dtypes = ", ".join(
-        f"{dtype} ({times:,})" if len(facts.dtypes) > 1 else dtype for dtype, times in facts.dtypes.items()
-    )
-    lines = [f"{facts.kind}: {count:,} tensors, {facts.elements:,} elements, {size_text(facts.bytes)}, {dtypes}"]
+    counted = [f"{times:,} {dtype}" for dtype, times in facts.dtypes.items()] if len(facts.dtypes) > 1 else facts.dtypes
+    size = f"{facts.elements:,} elements, {size_text(facts.bytes)}"
+    lines = [f"{facts.kind}: {count:,} tensors, {size}, {', '.join(counted)}"]
     if len(facts.containers) > 1 or facts.container:
-        others = [escaped(name) or "the top level" for name in facts.containers if name != facts.container]
-        lines.append(
-            f"container: {escaped(facts.container) or 'the top level'}"
-            + (f"; others: {', '.join(others)}" * bool(others))
-        )
+        names = {name: escaped(name) or "the top level" for name in (facts.container, *facts.containers)}
+        taken = names.pop(facts.container)
+        lines.append(f"container: {taken}" + (f"; others: {', '.join(names.values())}" if names else ""))
     if facts.prefix:
         which = "all keys" if facts.tensors_with_prefix == count else f"{facts.tensors_with_prefix:,} of {count:,} keys"
         lines.append(f"prefix: {escaped(facts.prefix)} of {which}")

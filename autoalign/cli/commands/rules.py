@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     rules = getattr(alignment, "rules", None)
     if rules is None:
         raise InputError("This version infers no rules. Nothing was done.")
-    show(_written(rules(), options.format, options.name))
+    show(_written(rules(), options.format, options.name), plain=options.format != "text")
     return code_of(alignment)
 
 

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
             "difference": divergence.difference,
         }
         result = {"equal": found.equal, "max_difference": found.max_difference, "first_divergence": first}
-        show(json.dumps({"source": options.source, "target": options.target, **result}, indent=2))
+        show(json.dumps({"source": options.source, "target": options.target, **result}, indent=2), plain=True)
     else:
         show(str(found))
     return COMPLETE if found.equal else INCOMPLETE
