@@ -41,5 +41,7 @@ def _parsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
     found = [parser]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
+            for choice in action._choices_actions:  # the short help, since shells show one line
+                action.choices[choice.dest].description = choice.help
             found += [inner for each in action.choices.values() for inner in _parsers(each)]
     return found

@@ -95,7 +95,7 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
             lines += [f"| keys |{' |' * cells}", f"| --- |{' --- |' * cells}"]
             lines += [f"| {' | '.join([code(row.keys[0]), *map(words, row.cells)])} |" for row in rows]
         else:
-            lines += ["", f"{title}: {count:,}", *(line for table in lay_out(rows, width()) for line in table)]
+            lines += ["", f"{title}: {count:,}", *(line.rstrip() for table in lay_out(rows, width()) for line in table)]
     return lines
 
 
