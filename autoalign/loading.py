@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -14,16 +15,20 @@ from torch import Tensor, nn
 from autoalign.aligning import align
 from autoalign.alignment import Alignment
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
-from autoalign.errors import AlignmentError, InputError, NothingLoadedError, PartialLoadWarning
-from autoalign.module_state import absent_counters, extra_states, source_modules, state_metadata, without_counters
-from autoalign.reading import nothing_message, read_match, require_complete, summary
+from autoalign.errors import (
+    AlignmentError,
+    CheckpointError,
+    IncompatibleTensorsError,
+    InputError,
+    NothingLoadedError,
+    PartialLoadWarning,
+)
+from autoalign.module_state import absent_counters, extra_states, source_modules, state_metadata
 from autoalign.transaction import cannot_fail, transaction
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], object]
-
-_UNCHANGED = "The model was not changed."
 
 
 def load(
@@ -78,13 +83,18 @@ def load(
     alignment = align(source, model, **align_options)
     modules = source_modules(alignment)
     counters = absent_counters(model, source, alignment, modules)
-    alignment = without_counters(alignment, counters, "keep what they had")
+    if counters:
+        kept = tuple(spec for spec in alignment.target_specs if spec.key not in counters)
+        note = f"{len(counters)} num_batches_tracked keep what they had: the checkpoint is from before torch had them."
+        alignment = replace(alignment, target_specs=kept, notes=(*alignment.notes, note))
     if not alignment.matches:
-        undone = "Nothing was loaded and the model was not changed."
-        raise NothingLoadedError(nothing_message(alignment, source, type(model).__name__, undone), alignment)
+        raise NothingLoadedError(_nothing_message(model, source, alignment), alignment)
     if strict:
-        advice = f"{_UNCHANGED} Pass strict=False to load the {len(alignment.matches)} that match."
-        require_complete(alignment, advice)
+        try:
+            alignment.raise_if_incomplete()
+        except IncompatibleTensorsError as error:
+            advice = f"The model was not changed. Pass strict=False to load the {len(alignment.matches)} that match."
+            raise IncompatibleTensorsError(f"{error}\n{advice}", alignment) from None
 
     targets = model.state_dict(keep_vars=True)
     tensors = _read(source, alignment, targets, assign=assign, progress=progress)
@@ -92,13 +102,17 @@ def load(
     state_dict.update(extra_states(source, targets, modules))
     state_dict._metadata = state_metadata(source, alignment, targets, modules, counters)  # type: ignore[attr-defined]
 
-    loaded = summary(alignment, source, type(model).__name__)
+    share = math.floor(1000 * alignment.coverage) / 10  # rounded down, so that a part is never called 100 %
+    summary = (
+        f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
+        f"of {type(model).__name__} from {source!r}"
+    )
     unfilled = [key for key in alignment.missing_keys if key not in alignment.excluded]
     if unfilled:  # before anything is changed, since a warning may be turned into an error
         named = ", ".join(unfilled[:4]) + (", ..." if len(unfilled) > 4 else "")
         left = "stay on meta, without values" if any(targets[key].is_meta for key in unfilled) else "keep their values"
         warnings.warn(
-            f"Loading {loaded}. {len(unfilled)} {left}: {named}. print(alignment) shows all.",
+            f"Loading {summary}. {len(unfilled)} {left}: {named}. print(alignment) shows all.",
             PartialLoadWarning,
             stacklevel=2,
         )
@@ -113,7 +127,7 @@ def load(
             )
     if assign:  # the tensors that the model had are not the ones it has now
         alignment = replace(alignment, target_tensors=checkpoint_of(model))
-    logger.info("Loaded %s; %d keys missing, %d unexpected.", loaded, *map(len, alignment))
+    logger.info("Loaded %s; %d keys missing, %d unexpected.", summary, *map(len, alignment))
     return alignment
 
 
@@ -136,8 +150,17 @@ def _read(
     assigned: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for done, match in enumerate(alignment.matches, start=1):
-        target = targets[match.target]
-        tensor = read_match(alignment, match, target.shape, _UNCHANGED)
+        target, tensor = targets[match.target], alignment.tensor(match)
+        if tensor.is_meta:
+            raise InputError(
+                f"{', '.join(match.sources)} of the checkpoint is on the meta device and has no values. "
+                "The model was not changed. Give a checkpoint with values."
+            )
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"size mismatch for {match.target}: {', '.join(match.sources)} was read with shape "
+                f"{list(tensor.shape)} where {list(target.shape)} was announced. The model was not changed."
+            )
         if assign:
             tensor = assigned.setdefault(id(target), _assignable(tensor, target, copy=source.path is not None))
         elif _memory(tensor) in memories:  # the model's own values may change before they are copied
@@ -161,3 +184,28 @@ def _memory(tensor: Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # a tensor subclass without a storage of its own
         return None
+
+
+def _nothing_message(model: nn.Module, source: Checkpoint, alignment: Alignment) -> str:
+    lines = [
+        f"No tensor of {source!r} could be aligned with the {len(alignment.target_specs)} tensors of "
+        f"{type(model).__name__}. Nothing was loaded and the model was not changed."
+    ]
+    numels = {spec.numel for spec in source.specs}
+    unlike = sum(spec.numel not in numels for spec in alignment.target_specs)
+    if unlike:
+        lines.append(f"  {unlike} of the model's tensors have a size that no tensor of the checkpoint has.")
+    if alignment.excluded:
+        lines.append(f"  {len(alignment.excluded)} keys were left out by include and exclude.")
+    if alignment.ambiguous:
+        lines.append(f"  {len(alignment.ambiguous)} have proposals that were not sure enough:")
+        lines += [
+            f"    {match.target} from {', '.join(match.sources)} (confidence {match.confidence:.2f})"
+            for match in alignment.ambiguous[:3]
+        ]
+    if alignment.mismatched:
+        lines.append(f"  {len(alignment.mismatched)} have counterparts of another shape:")
+        lines += [f"    {mismatch}" for mismatch in alignment.mismatched[:3]]
+    lines += [f"  {note}" for note in alignment.notes]
+    lines.append("Check that both are the same network, or pass what you know as rules=.")
+    return "\n".join(lines)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from autoalign.alignment import Alignment
 from autoalign.layout import escaped
-from autoalign.report import sections, totals
+from autoalign.report import render, rows_of
 
 _WORDS = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
 
 def render_markdown(alignment: Alignment) -> str:
     """Write an alignment as Markdown: totals, notes, and a table of the folded rows of each kind."""
-    lines = ["```text", *totals(alignment), "```", *(f"- {words(escaped(note))}" for note in alignment.notes)]
-    for title, rows in sections(alignment).items():
+    head, _, _ = render(replace(alignment, notes=())).partition("\n\n")
+    lines = ["```text", *head.split("\n"), "```", *(f"- {words(escaped(note))}" for note in alignment.notes)]
+    for title, rows in rows_of(alignment).items():
+        if not rows:
+            continue
         name, _, meaning = title.partition(": ")
         lines += ["", f"### {name}", "", f"{meaning}:" if meaning else "", ""]
         between = len(rows[0].cells)

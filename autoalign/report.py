@@ -14,11 +14,16 @@ from autoalign.specs import TensorSpec
 
 SCREEN = 40  # lines
 
-_EVERYTHING = "autoalign.report.render(alignment, limit=None)"
 _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 
 
-def render(alignment: Alignment, *, width: int = 100, limit: int | None = SCREEN, everything: str = _EVERYTHING) -> str:
+def render(
+    alignment: Alignment,
+    *,
+    width: int = 100,
+    limit: int | None = SCREEN,
+    everything: str = "autoalign.report.render(alignment, limit=None)",
+) -> str:
     """Write an alignment as plain text: totals, what was matched how, and what was not and why.
 
     Rows of repeated blocks and of siblings are folded where all that is said of them agrees; of their confidences the
@@ -28,25 +33,25 @@ def render(alignment: Alignment, *, width: int = 100, limit: int | None = SCREEN
         alignment: What to report.
         width: Characters of a line; a key that is longer is shortened in its middle.
         limit: Lines to aim at; sections that are too long for it are cut, and say so. None writes every row.
-        everything: How to get all rows, to be said where some are left out.
+        everything: How to get every row, to be said where some are left out.
     """
-    rows_of = {title: under_headings(rows) for title, rows in sections(alignment).items()}
-    tables = {title: lay_out(rows, width) for title, rows in rows_of.items()}
-    lines = totals(alignment)
+    sections = {title: under_headings(rows) for title, rows in rows_of(alignment).items() if rows}
+    tables = {title: lay_out(rows, width) for title, rows in sections.items()}
+    lines = _totals(alignment)
     for note in alignment.notes:
         lines += textwrap.wrap(f"Note: {escaped(note)}", width, subsequent_indent="  ")
     sizes = [sum(map(len, table)) for table in tables.values()]
     budgets = sizes if limit is None else share(sizes, limit - len(lines) - 2 * len(tables))
     for (title, table), budget in zip(tables.items(), budgets, strict=True):
-        lines += ["", title, *cut(rows_of[title], table, budget, everything)]
+        lines += ["", title, *cut(sections[title], table, budget, everything)]
     return "\n".join(lines)
 
 
-def sections(alignment: Alignment) -> dict[str, list[Row]]:
-    """Fold what is to be said of the keys of an alignment into rows, by title; there is no section without rows."""
+def rows_of(alignment: Alignment) -> dict[str, list[Row]]:
+    """List the folded rows of each section of a report, by its title; a section may have none."""
     copied = [match for match in alignment.matches if not match.operation.adapts]
     adapted = [match for match in alignment.matches if match.operation.adapts]
-    rows_of = {
+    return {
         "Matched: source -> target, tensors x shape, lowest confidence, operation": _matched_rows(alignment, copied),
         "Adapted: filled with changed values, as adapt allows": _matched_rows(alignment, adapted),
         "Mismatched: the counterpart has another shape": _mismatched_rows(alignment),
@@ -54,7 +59,6 @@ def sections(alignment: Alignment) -> dict[str, list[Row]]:
         "Missing: not filled": _missing_rows(alignment),
         "Unexpected: in the source and not used": _unexpected_rows(alignment),
     }
-    return {title: rows for title, rows in rows_of.items() if rows}
 
 
 def incomplete_message(alignment: Alignment) -> str:
@@ -89,8 +93,7 @@ def _have(count: int) -> str:
     return "has" if count == 1 else "have"
 
 
-def totals(alignment: Alignment) -> list[str]:
-    """Count the tensors and elements of each status, in lines that align."""
+def _totals(alignment: Alignment) -> list[str]:
     source, target = _specs(alignment)
     keys: dict[str, list[str]] = {"matched": [], "adapted": [], "mismatched": [], "ambiguous": [], "missing": []}
     for key, status in alignment.status.items():

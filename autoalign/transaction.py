@@ -40,10 +40,10 @@ def transaction(model: nn.Module, *, keep_values: bool) -> Iterator[None]:
         if keep_values:
             yield
         else:
-            with interrupts_held():
+            with _interrupts_held():
                 yield
     except BaseException:
-        with interrupts_held(), torch.no_grad():
+        with _interrupts_held(), torch.no_grad():
             for registry, entries in registries:
                 registry.clear()
                 registry.update(entries)
@@ -121,7 +121,7 @@ def _extra_states(model: nn.Module) -> list[tuple[nn.Module, object]]:
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
+def _interrupts_held() -> Iterator[None]:
     """Hold back Ctrl-C until the block is through, in the one thread that it can reach."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

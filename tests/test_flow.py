@@ -49,7 +49,7 @@ FLOW = (
         "aligning",
     ),
     # the only part that moves data
-    *("module_state", "transaction", "reading", "loading"),
+    *("module_state", "transaction", "preparing", "loading"),
     *("blocks", "writers.safetensors", "writers.staging", "converting", "differing"),
     # the command line
     "demo",

@@ -31,13 +31,11 @@ def run(options: argparse.Namespace) -> int:
 
     from autoalign.cli.reports import show_alignment
     from autoalign.cli.targets import model_of
-    from autoalign.cli.terminal import progress
     from autoalign.layout import escaped
     from autoalign.loading import load
 
     model = model_of(options.target)
-    with progress("Loading") as report:
-        alignment = load(model, options.checkpoint, strict=options.strict, progress=report, **align_options(options))
+    alignment = load(model, options.checkpoint, strict=options.strict, **align_options(options))
     held = model.state_dict()
     odd = [
         match.target

@@ -1,4 +1,4 @@
-"""Reading: the tensors of an alignment one by one, checked, and what is said where there is nothing to read."""
+"""Preparing: what is checked and said before tensors are moved, and the checked reading of one."""
 
 from __future__ import annotations
 
