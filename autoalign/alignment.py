@@ -157,12 +157,6 @@ class Alignment:
 
         return inverted(self)
 
-    def to_dict(self) -> dict[str, object]:
-        """Put all that the alignment says into plain data, as JSON knows it; operations are given as text."""
-        from autoalign.summary import as_dict
-
-        return as_dict(self)
-
     def raise_if_incomplete(self) -> None:
         """Raise unless every target key is matched and every source key is used.
 

@@ -68,7 +68,7 @@ FLOW = (
     *("cli.app", "__main__"),
 )
 # an alignment prints itself, and the report reads alignments
-BACKWARDS_WHEN_CALLED = {("alignment", "report"), ("alignment", "inversion"), ("alignment", "summary")}
+BACKWARDS_WHEN_CALLED = {("alignment", "report"), ("alignment", "inversion")}
 # needed for a match or a screen, not for an import
 LATE = ("gguf", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")
 

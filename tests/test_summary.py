@@ -5,6 +5,7 @@ import json
 import torch
 
 from autoalign import align
+from autoalign.summary import as_dict
 
 
 def test_all_is_plain_data() -> None:
@@ -15,7 +16,7 @@ def test_all_is_plain_data() -> None:
         "new": torch.empty(9),
     }
     alignment = align(source, target, rules=[("fc.weight", "fc.weight")], exclude="new", adapt="head")
-    found = json.loads(json.dumps(alignment.to_dict()))
+    found = json.loads(json.dumps(as_dict(alignment)))
     assert [match["target"] for match in found["matches"]] == [match.target for match in alignment.matches]
     assert found["tensors"] == {"source": 3, "target": 5}
     assert found["missing_keys"] == alignment.missing_keys

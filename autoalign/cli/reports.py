@@ -13,6 +13,7 @@ from autoalign.errors import InputError
 from autoalign.layout import escaped
 from autoalign.markdown import code, render_markdown
 from autoalign.report import SCREEN, render
+from autoalign.summary import as_dict
 
 
 def show_alignment(alignment: Alignment, options: argparse.Namespace, source: str, target: str, *more: str) -> None:
@@ -27,7 +28,7 @@ def show_alignment(alignment: Alignment, options: argparse.Namespace, source: st
     """
     if options.format == "json":
         show(
-            json.dumps({"source": source, "target": target, **alignment.to_dict(), "remarks": more}, indent=2),
+            json.dumps({"source": source, "target": target, **as_dict(alignment), "remarks": more}, indent=2),
             plain=True,
         )
     elif options.format == "markdown":
