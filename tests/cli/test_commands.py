@@ -4,6 +4,7 @@ import json
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import autoalign
 from autoalign import cli
 from autoalign.alignment import Alignment
+from autoalign.cli.commands.rules import _source
 from tests.cli.factories import Network
 
 RENAMED = "tests.cli.factories:Network(renamed=True)"
@@ -298,6 +300,8 @@ def test_rules_are_printed_in_the_forms_of_others(checkpoint: str, capsys: pytes
     assert "layer" in found["text"]
     json.loads(found["json"])
     names: dict[str, object] = {}
+    exec(found["transformers"], names)
+    assert len(names["conversions"]) == len(eval(found["key_mapping"])) > 0  # type: ignore[arg-type]
     exec(found["python"], names)
     renamed = names["renamed"](load_file(checkpoint), Network(renamed=True))  # type: ignore[operator]
     assert renamed.keys() == Network(renamed=True).state_dict().keys()
@@ -322,3 +326,20 @@ def test_inputs_have_shapes(shape: str, capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(autoalign, "verify", lambda *_: None, raising=False)
     assert cli.main(["verify", RENAMED, RENAMED, "--input", shape]) == cli.ERROR
     assert f"--input {shape!r} is no shape, such as 1,3,224,224" in capsys.readouterr().err
+
+
+def test_conversions_of_transformers_are_written_as_python() -> None:
+    loading = pytest.importorskip("transformers.core_model_loading")
+    made = [
+        loading.WeightRenaming(r"^a\.(\d+)\.", r"b.\1."),
+        loading.WeightConverter(["q", "k"], ["qkv"], operations=[loading.Concatenate(1), loading.Transpose(0, 1)]),
+    ]
+    source = _source(made)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    renaming, converter = names["conversions"]
+    assert (renaming.source_patterns, renaming.target_patterns) == (made[0].source_patterns, made[0].target_patterns)
+    assert (converter.source_patterns, converter.target_patterns) == (["q", "k"], ["qkv"])
+    joined, turned = converter.operations
+    assert (joined.dim, turned.dim0, turned.dim1) == (1, 0, 1)
+    assert _source(names["conversions"]) == source

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from inspect import signature
+from pprint import pformat
+from typing import Any
 
 from autoalign.cli.codes import code_of
 from autoalign.cli.options import TARGET, Commands, add_align, add_format, add_sides, align_options, command
@@ -53,21 +57,43 @@ def run(options: argparse.Namespace) -> int:
     return code_of(alignment)
 
 
-def _written(rules: object, form: str, name: str) -> str:
-    from pprint import pformat
-    from typing import Any
-
-    found: Any = rules
+def _written(rules: Any, form: str, name: str) -> str:
     match form:
         case "json":
-            return str(found.to_json())
+            return str(rules.to_json())
         case "python":
-            return str(found.to_python(name)).rstrip("\n")
+            return str(rules.to_python(name)).rstrip("\n")
         case "key_mapping":
-            return pformat(found.to_key_mapping(), width=100, sort_dicts=False)
+            return pformat(rules.to_key_mapping(), width=100, sort_dicts=False)
         case "revise_keys":
-            return pformat(found.to_revise_keys(), width=100)
+            return pformat(rules.to_revise_keys(), width=100)
         case "transformers":
-            return pformat(found.to_transformers(), width=100)
+            return _source(rules.to_transformers())
         case _:
-            return str(found)
+            return str(rules)
+
+
+def _source(conversions: Sequence[Any]) -> str:
+    """Write objects of transformers as the Python that makes them, which their repr does not say."""
+    lines, names = [], set()
+    for conversion in conversions:
+        operations = getattr(conversion, "operations", [])
+        patterns = [_original(conversion, side) for side in ("source_patterns", "target_patterns")]
+        arguments = [repr(side[0] if len(side) == 1 else side) for side in patterns]
+        if operations:
+            arguments.append(f"operations=[{', '.join(map(_call, operations))}]")
+        names |= {type(part).__name__ for part in (conversion, *operations)}
+        lines.append(f"    {type(conversion).__name__}({', '.join(arguments)}),")
+    imported = f"from transformers.core_model_loading import {', '.join(sorted(names))}\n\n" if names else ""
+    return "\n".join([f"{imported}conversions = [", *lines, "]"])
+
+
+def _original(conversion: Any, side: str) -> list[str]:
+    return list(getattr(conversion, f"_original_{side}", None) or getattr(conversion, side))
+
+
+def _call(operation: Any) -> str:
+    usual = {name: known.default for name, known in signature(type(operation)).parameters.items()}
+    given = {name: getattr(operation, name) for name in usual if hasattr(operation, name)}
+    told = [f"{name}={value!r}" for name, value in given.items() if value != usual[name] or name.startswith("dim")]
+    return f"{type(operation).__name__}({', '.join(told)})"
