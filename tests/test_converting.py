@@ -287,15 +287,15 @@ def watch():
 
 with torch.device("meta"):
     target = {f"blocks.{i}.{name}": torch.empty(size) for i in range(6) for name, size in
-        [("q.weight", (1024, 2048)), ("k.weight", (1024, 2048)), ("v.weight", (1024, 2048)),
-         ("up.weight", (2048, 4096))]}
+        [("q.weight", (1024, 1024)), ("k.weight", (1024, 1024)), ("v.weight", (1024, 1024)),
+         ("up.weight", (1024, 4096))]}
 source = sys.argv[1]
 align(source, target)  # imports what it needs
 peak, done = 0, False
 before = resident()
 thread = threading.Thread(target=watch)
 thread.start()
-convert(source, target, sys.argv[2] + "/out", strict=True, dtype="float16", max_shard_size="100MB")
+convert(source, target, sys.argv[2] + "/out", strict=True, dtype="float16", max_shard_size="50MB")
 done = True
 thread.join()
 print(peak - before)
@@ -306,9 +306,9 @@ print(peak - before)
 def test_little_more_than_the_largest_tensor_is_in_memory(tmp_path: Path) -> None:
     tensors = {}
     for block in range(6):
-        tensors[f"h.{block}.qkv.weight"] = torch.ones(3072, 2048)
-        tensors[f"h.{block}.up.kernel"] = torch.ones(4096, 2048)  # transposed
-    largest, total = 2**25, sum(tensor.nbytes for tensor in tensors.values())
+        tensors[f"h.{block}.qkv.weight"] = torch.ones(3072, 1024)
+        tensors[f"h.{block}.up.kernel"] = torch.ones(4096, 1024)  # transposed
+    largest, total = 2**24, sum(tensor.nbytes for tensor in tensors.values())
     save_file(tensors, tmp_path / "source.safetensors")
     del tensors
     done = subprocess.run(
@@ -317,6 +317,6 @@ def test_little_more_than_the_largest_tensor_is_in_memory(tmp_path: Path) -> Non
         text=True,
         check=True,
     )
-    assert total > 3 * (largest + 2**26)
+    assert total > 2 * (largest + 2**26)
     assert int(done.stdout) < largest + 2**26
     assert len(names_in(tmp_path / "out")) == 2 + 1

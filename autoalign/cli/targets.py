@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from inspect import signature
@@ -21,7 +21,7 @@ from autoalign.errors import AutoAlignError, DependencyError, InputError
 
 _SPEC = re.compile(r"([A-Za-z_][\w.]*):(.+?)(\(.*\))?", re.DOTALL)
 
-_Maker = Callable[..., object]
+_Make = Callable[[], object]
 
 
 def side_of(text: str, *, values: bool = False) -> Side:
@@ -69,13 +69,15 @@ def built(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
     try:
         with redirect_stdout(sys.stderr), warnings.catch_warnings():  # whatever its code prints is no result
             warnings.simplefilter("ignore")  # of how a library will initialise weights in future
-            maker = _MAKERS.get(library, _maker_of_factory)(*((name,) if library in _MAKERS else (library, name)))
-            made = _made(lambda: maker(*positional, **named), values=values)
+            if library in _MAKERS and positional:
+                raise TypeError("its arguments have names")
+            make = _MAKERS[library](name, named) if library in _MAKERS else _factory(library, name, positional, named)
+            made = _made(make, values=values)
     except AutoAlignError:
         raise
     except Exception as error:  # it is code of others
         raise InputError(
-            f"{text!r} could not be built: {type(error).__name__}: {str(error) or 'without a message'}. "
+            f"{text!r} could not be built: {type(error).__name__}: {str(error).rstrip('.') or 'without a message'}. "
             "Nothing was done."
         ) from error
     if not isinstance(made, nn.Module | Mapping):
@@ -100,7 +102,7 @@ def _arguments(text: str, spec: str) -> tuple[list[Any], dict[str, Any]]:
         ) from error
 
 
-def _made(make: Callable[[], object], *, values: bool) -> object:
+def _made(make: _Make, *, values: bool) -> object:
     if not values:
         try:
             with torch.device("meta"):
@@ -110,53 +112,42 @@ def _made(make: Callable[[], object], *, values: bool) -> object:
     return make()
 
 
-def _maker_of_timm(name: str) -> _Maker:
+def _timm(name: str, options: Mapping[str, Any]) -> _Make:
     timm = _library("timm")
-    return lambda **options: timm.create_model(name, **options)
+    return lambda: timm.create_model(name, **options)
 
 
-def _maker_of_torchvision(name: str) -> _Maker:
-    models = _library("torchvision").models
-    builder = models.get_model_builder(name)
-
-    def make(**options: object) -> object:
-        downloads = {"weights", "weights_backbone"} & signature(builder).parameters.keys()
-        return builder(**{**dict.fromkeys(downloads), **options})
-
-    return make
+def _torchvision(name: str, options: Mapping[str, Any]) -> _Make:
+    builder = _library("torchvision").models.get_model_builder(name)
+    downloads = {"weights", "weights_backbone"} & signature(builder).parameters.keys()
+    return lambda: builder(**{**dict.fromkeys(downloads), **options})
 
 
-def _maker_of_transformers(name: str) -> _Maker:
+def _transformers(name: str, options: Mapping[str, Any]) -> _Make:
     transformers = _library("transformers")
     class_name, at, path = name.partition("@")
-    own = getattr(transformers, class_name, None) if class_name.isidentifier() else None
+    own: Any = getattr(transformers, class_name, None) if class_name.isidentifier() else None
     if at and not isinstance(own, type):
         raise InputError(f"transformers has no class {class_name!r}. Nothing was done.")
-
-    def make(**options: object) -> object:
-        if isinstance(own, type) and not at:
-            return own(own.config_class(**options))  # type: ignore[attr-defined]
-        config, unused = transformers.AutoConfig.from_pretrained(path or name, return_unused_kwargs=True, **options)
-        if unused:
-            raise TypeError(f"the configuration has no {', '.join(unused)}")
-        kind: Any = own or transformers.AutoModel
-        return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-
-    return make
+    if isinstance(own, type) and not at:
+        config = own.config_class(**options)  # type: ignore[attr-defined]
+        return lambda: own(config)
+    config, unused = transformers.AutoConfig.from_pretrained(path or name, return_unused_kwargs=True, **options)
+    if unused:
+        raise TypeError(f"the configuration has no {', '.join(unused)}")
+    kind = own or transformers.AutoModel
+    return lambda: kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
 
 
-def _maker_of_factory(module_name: str, name: str) -> _Maker:
+def _factory(module_name: str, name: str, positional: Sequence[Any], named: Mapping[str, Any]) -> _Make:
     if "" not in sys.path and os.getcwd() not in sys.path:  # noqa: PTH109, as Python itself puts it there
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
     made: Any = import_module(module_name)
     for part in name.split("."):
         made = getattr(made, part)
-
-    def make(*positional: object, **named: object) -> object:
-        plain = isinstance(made, nn.Module | Mapping) and not (positional or named)
-        return made if plain else made(*positional, **named)
-
-    return make
+    if isinstance(made, nn.Module | Mapping) and not (positional or named):
+        return lambda: made
+    return lambda: made(*positional, **named)
 
 
 def _library(name: str) -> Any:
@@ -170,8 +161,8 @@ def _library(name: str) -> Any:
         ) from error
 
 
-_MAKERS: dict[str, Callable[..., _Maker]] = {
-    "timm": _maker_of_timm,
-    "torchvision": _maker_of_torchvision,
-    "transformers": _maker_of_transformers,
+_MAKERS: dict[str, Callable[[str, Mapping[str, Any]], _Make]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
 }

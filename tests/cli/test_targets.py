@@ -112,6 +112,7 @@ def test_models_of_transformers_are_made_from_a_configuration(tmp_path: Path) ->
         (f"{FACTORIES}:failing", r"could not be built: KeyError: 'width'. Nothing was done."),
         (f"{FACTORIES}:number", r"could not be built: TypeError: 'int' object is not callable"),
         (f"{FACTORIES}:Network(layers=3)", r"could not be built: TypeError: .*unexpected keyword argument 'layers'"),
+        ("timm:resnet18(10)", r"could not be built: TypeError: its arguments have names"),
         ("torch:Size", r"gives a Size and no nn.Module or state dict"),
     ],
 )
