@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 2**22  # elements
+BLOCK = 2**20  # elements: few megabytes, and enough for a strided view to be read in whole cache lines
 
 
 def blocks(tensor: Tensor, size: int = BLOCK) -> Iterator[Tensor]:

@@ -82,9 +82,14 @@ def write_safetensors(
     """
     stream.write(header(specs, metadata))
     for spec in specs:
-        for block in blocks(_dense(spec.key, read(spec))):
-            plain = block.resolve_conj().resolve_neg().to("cpu", spec.dtype)
-            stream.write(_little_endian(plain).numpy().data)
+        _write_values(stream, _dense(spec.key, read(spec)), spec.dtype)
+
+
+def _write_values(stream: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Write the values of a tensor, of which nothing is held when this is done."""
+    for block in blocks(tensor):
+        plain = block.resolve_conj().resolve_neg().to("cpu", dtype)
+        stream.write(_little_endian(plain).numpy().data)
 
 
 def _dense(key: str, tensor: Tensor) -> Tensor:
