@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from autoalign.aligning import align
     from autoalign.alignment import Alignment, Candidate, Match, Mismatch
     from autoalign.checkpoint import Checkpoint, open_checkpoint
+    from autoalign.converting import convert
     from autoalign.errors import (
         AlignmentError,
         AmbiguousAlignmentError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         InputError,
         NothingLoadedError,
         NotInvertibleError,
+        OutputError,
         PartialLoadWarning,
         PatternError,
         UnsafeCheckpointError,
@@ -43,11 +45,13 @@ __all__ = [
     "Mismatch",
     "NotInvertibleError",
     "NothingLoadedError",
+    "OutputError",
     "PartialLoadWarning",
     "PatternError",
     "UnsafeCheckpointError",
     "__version__",
     "align",
+    "convert",
     "load",
     "open_checkpoint",
 ]
@@ -60,6 +64,7 @@ _MODULES = {
     "Mismatch": "alignment",
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
+    "convert": "converting",
     "load": "loading",
 }  # and all others are in errors
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from autoalign.cli import main
+from autoalign.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

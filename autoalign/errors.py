@@ -36,6 +36,10 @@ class UnsafeCheckpointError(CheckpointError):
         self.unsafe_globals = unsafe_globals
 
 
+class OutputError(AutoAlignError, OSError):
+    """A file cannot be written, or is there already and was not to be overwritten."""
+
+
 class NotInvertibleError(AutoAlignError, ValueError):
     """An operation changed values or lost what it was made from, so that it cannot be undone."""
 
@@ -65,7 +69,7 @@ class NothingLoadedError(AlignmentError):
 
 
 class PartialLoadWarning(UserWarning):
-    """A load filled a part of the model only; the rest keeps what it had."""
+    """A load filled a part of the model only, and the rest keeps what it had; or a conversion wrote a part of it."""
 
 
 class DependencyError(AutoAlignError, ImportError):

@@ -149,17 +149,17 @@ def _join(run: list[_Box], moving: frozenset[int]) -> _Box:
 
 def _write(template: _Template, slots: list[tuple[int, int]], box: _Box) -> tuple[str, ...]:
     """Write the keys of a box, with each index as its range."""
-    numbers = (_write_range([value + distance for value in box.ranges[index]]) for index, distance in slots)
+    numbers = (write_range([value + distance for value in box.ranges[index]]) for index, distance in slots)
     texts = []
     for first, *others in template:
         texts.append(first + "".join(next(numbers) + text for text in others))
     return tuple(texts)
 
 
-def _write_range(values: list[int]) -> str:
+def write_range(values: list[int]) -> str:
     """Write ascending numbers, each run of three or more as its ends.
 
-    >>> print(_write_range([3]), _write_range([0, 1, 2, 3]), _write_range([0, 2, 3]), _write_range([0, 4, 8, 12]))
+    >>> print(write_range([3]), write_range([0, 1, 2, 3]), write_range([0, 2, 3]), write_range([0, 4, 8, 12]))
     3 {0...3} {0,2,3} {0,4,...,12}
     """
     if len(values) == 1:

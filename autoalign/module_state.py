@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -50,6 +51,15 @@ def absent_counters(
                 continue
         counters.add(key)
     return frozenset(counters)
+
+
+def without_counters(alignment: Alignment, counters: frozenset[str], fate: str) -> Alignment:
+    """Take the counters that a checkpoint is too old for out of what an alignment is to fill, with a note."""
+    if not counters:
+        return alignment
+    kept = tuple(spec for spec in alignment.target_specs if spec.key not in counters)
+    note = f"{len(counters)} num_batches_tracked {fate}: the checkpoint is from before torch had them."
+    return replace(alignment, target_specs=kept, notes=(*alignment.notes, note))
 
 
 def extra_states(source: Checkpoint, targets: Mapping[str, object], modules: Mapping[str, str]) -> dict[str, object]:

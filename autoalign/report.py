@@ -17,7 +17,13 @@ SCREEN = 40  # lines
 _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 
 
-def render(alignment: Alignment, *, width: int = 100, limit: int | None = SCREEN) -> str:
+def render(
+    alignment: Alignment,
+    *,
+    width: int = 100,
+    limit: int | None = SCREEN,
+    everything: str = "autoalign.report.render(alignment, limit=None)",
+) -> str:
     """Write an alignment as plain text: totals, what was matched how, and what was not and why.
 
     Rows of repeated blocks and of siblings are folded where all that is said of them agrees; of their confidences the
@@ -27,6 +33,7 @@ def render(alignment: Alignment, *, width: int = 100, limit: int | None = SCREEN
         alignment: What to report.
         width: Characters of a line; a key that is longer is shortened in its middle.
         limit: Lines to aim at; sections that are too long for it are cut, and say so. None writes every row.
+        everything: How to get every row, to be said where some are left out.
     """
     sections = {title: under_headings(rows) for title, rows in rows_of(alignment).items() if rows}
     tables = {title: lay_out(rows, width) for title, rows in sections.items()}
@@ -36,7 +43,7 @@ def render(alignment: Alignment, *, width: int = 100, limit: int | None = SCREEN
     sizes = [sum(map(len, table)) for table in tables.values()]
     budgets = sizes if limit is None else share(sizes, limit - len(lines) - 2 * len(tables))
     for (title, table), budget in zip(tables.items(), budgets, strict=True):
-        lines += ["", title, *cut(sections[title], table, budget, "autoalign.report.render(alignment, limit=None)")]
+        lines += ["", title, *cut(sections[title], table, budget, everything)]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ FLOW = (
     # values
     *("errors", "specs", "operations", "joining", "adaptations", "alignment", "inversion"),
     # what a person reads
-    *("folding", "leftovers", "layout", "report"),
+    *("folding", "leftovers", "layout", "report", "markdown", "summary", "tree"),
     *("html.tree", "html.data", "html.summary", "html.document", "html.notebook"),
     # any format -> tensor specs
     *("garbage", "arrays", "stored", "containers", "config"),
@@ -52,9 +52,23 @@ FLOW = (
         "aligning",
     ),
     # the only part that moves data
-    *("module_state", "transaction", "loading"),
+    *("module_state", "transaction", "preparing", "loading"),
+    *("blocks", "writers.safetensors", "writers.staging", "converting", "differing"),
     # the command line
-    *("demo", "cli", "__main__"),
+    "demo",
+    *("cli.codes", "cli.terminal", "cli.options", "cli.targets", "cli.reports"),
+    *(
+        "cli.commands.align",
+        "cli.commands.load_check",
+        "cli.commands.convert",
+        "cli.commands.rules",
+        "cli.commands.inspect",
+        "cli.commands.diff",
+        "cli.commands.verify",
+        "cli.commands.demo",
+        "cli.commands.completion",
+    ),
+    *("cli.app", "__main__"),
 )
 # an alignment prints itself, and the report reads alignments
 BACKWARDS_WHEN_CALLED = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from autoalign.errors import CheckpointError
 from autoalign.stored import Contents, Stored, natural
 
-_DTYPES = {
+DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
@@ -55,7 +55,7 @@ def open_safetensors(file: Path) -> Contents:
 
     def stored(key: str, header: Any) -> Stored:
         shape = tuple(header.get_shape())
-        dtype = getattr(torch, _DTYPES.get(header.get_dtype(), ""), None)
+        dtype = getattr(torch, DTYPES.get(header.get_dtype(), ""), None)
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(
                 f"{key} {list(shape)} has dtype {header.get_dtype()}, which this version of torch cannot read."

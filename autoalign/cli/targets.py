@@ -1,0 +1,168 @@
+"""Models that are named on the command line, as ``timm:resnet50(num_classes=10)``."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoalign.checkpoint import Side
+from autoalign.errors import AutoAlignError, DependencyError, InputError
+
+_SPEC = re.compile(r"([A-Za-z_][\w.]*):(.+?)(\(.*\))?", re.DOTALL)
+
+_Make = Callable[[], object]
+
+
+def side_of(text: str, *, values: bool = False) -> Side:
+    """Take an argument as one side of an alignment: a path if there is such a file or folder, else a model.
+
+    Args:
+        text: The argument.
+        values: Build a model with its initial values, and not on the meta device.
+
+    Raises:
+        InputError: There is no such path, and no such model.
+    """
+    return text if os.path.lexists(text) else built(text, values=values)
+
+
+def model_of(text: str) -> nn.Module:
+    """Build a model with its initial values.
+
+    Raises:
+        InputError: It cannot be built, or is no module.
+        DependencyError: The library that it is from is not installed.
+    """
+    model = None if os.path.lexists(text) else built(text, values=True)
+    if not isinstance(model, nn.Module):
+        what = "a path" if model is None else f"a {type(model).__name__}"
+        raise InputError(f"{text!r} is {what} and no model, such as timm:resnet50. Nothing was done.")
+    return model
+
+
+def built(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
+    """Build what is named, on the meta device where no values are asked for and its code can do without.
+
+    Raises:
+        InputError: It cannot be built, or is no module and no state dict.
+        DependencyError: The library that it is from is not installed.
+    """
+    found = _SPEC.fullmatch(text)
+    if not found:
+        raise InputError(
+            f"{text!r} is no file or folder that is there, and names no model, as timm:resnet50 and "
+            "package.module:factory do. Nothing was done."
+        )
+    library, name, arguments = found[1], found[2], found[3] or "()"
+    positional, named = _arguments(arguments, text)
+    try:
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():  # whatever its code prints is no result
+            warnings.simplefilter("ignore")  # of how a library will initialise weights in future
+            if library in _MAKERS and positional:
+                raise TypeError("its arguments have names")
+            make = _MAKERS[library](name, named) if library in _MAKERS else _factory(library, name, positional, named)
+            made = _made(make, values=values)
+    except AutoAlignError:
+        raise
+    except Exception as error:  # it is code of others
+        raise InputError(
+            f"{text!r} could not be built: {type(error).__name__}: {str(error).rstrip('.') or 'without a message'}. "
+            "Nothing was done."
+        ) from error
+    if not isinstance(made, nn.Module | Mapping):
+        raise InputError(f"{text!r} gives a {type(made).__name__} and no nn.Module or state dict. Nothing was done.")
+    return made
+
+
+def _arguments(text: str, spec: str) -> tuple[list[Any], dict[str, Any]]:
+    """Read arguments as they are written in a call; they are literals, and nothing is evaluated."""
+    try:
+        call = ast.parse(f"f{text}", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError("it is no call")
+        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+        if len(named) != len(call.keywords):
+            raise ValueError("** gives no names")
+        return [ast.literal_eval(argument) for argument in call.args], named
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        raise InputError(
+            f"The arguments {text} of {spec!r} are not as they must be: numbers, strings, lists and the like, "
+            "as in timm:resnet50(num_classes=10). Nothing was done."
+        ) from error
+
+
+def _made(make: _Make, *, values: bool) -> object:
+    if not values:
+        try:
+            with torch.device("meta"):
+                return make()
+        except Exception:  # code that computes with values fails there, and is run once more
+            pass
+    return make()
+
+
+def _timm(name: str, options: Mapping[str, Any]) -> _Make:
+    timm = _library("timm")
+    return lambda: timm.create_model(name, **options)
+
+
+def _torchvision(name: str, options: Mapping[str, Any]) -> _Make:
+    builder = _library("torchvision").models.get_model_builder(name)
+    downloads = {"weights", "weights_backbone"} & signature(builder).parameters.keys()
+    return lambda: builder(**{**dict.fromkeys(downloads), **options})
+
+
+def _transformers(name: str, options: Mapping[str, Any]) -> _Make:
+    transformers = _library("transformers")
+    class_name, at, path = name.partition("@")
+    own: Any = getattr(transformers, class_name, None) if class_name.isidentifier() else None
+    if at and not isinstance(own, type):
+        raise InputError(f"transformers has no class {class_name!r}. Nothing was done.")
+    if isinstance(own, type) and not at:
+        config = own.config_class(**options)  # type: ignore[attr-defined]
+        return lambda: own(config)
+    config, unused = transformers.AutoConfig.from_pretrained(path or name, return_unused_kwargs=True, **options)
+    if unused:
+        raise TypeError(f"the configuration has no {', '.join(unused)}")
+    kind = own or transformers.AutoModel
+    return lambda: kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+
+
+def _factory(module_name: str, name: str, positional: Sequence[Any], named: Mapping[str, Any]) -> _Make:
+    if "" not in sys.path and os.getcwd() not in sys.path:  # noqa: PTH109, as Python itself puts it there
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    made: Any = import_module(module_name)
+    for part in name.split("."):
+        made = getattr(made, part)
+    if isinstance(made, nn.Module | Mapping) and not (positional or named):
+        return lambda: made
+    return lambda: made(*positional, **named)
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        if error.name != name:  # it is there, and something that it needs is not
+            raise
+        raise DependencyError(
+            f"{name} is not installed. Nothing was done. Install it with: pip install {name}"
+        ) from error
+
+
+_MAKERS: dict[str, Callable[[str, Mapping[str, Any]], _Make]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "transformers": _transformers,
+}

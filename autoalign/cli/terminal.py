@@ -1,0 +1,91 @@
+"""What is written where: results on stdout, in colours on a terminal; progress and complaints on stderr."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+_STYLES = {
+    r"^(Matched|Equal):?.*$": "bold green",
+    r"^(Adapted|Ambiguous|Values)\b.*:.*$": "bold yellow",
+    r"^(Mismatched|Missing|Other|Only)\b.*:.*$": "bold red",
+    r"^Unexpected\b.*:.*$": "bold magenta",
+    r"^(Note|Warning):.*$": "italic",
+    r"^    ! .*$": "yellow",
+    r"\[[0-9, ]*\]": "cyan",
+    r" -> ": "dim",
+}
+_WIDTH = 100
+_OPTIONS = {  # what messages call arguments, and what they are called here
+    "Pass overwrite=True": "Pass --overwrite",
+    "Pass strict=False": "Leave out --strict",
+    "Pass max_shard_size=": "Pass --max-shard-size",
+    "Pass container=": "Pass --container",
+    "Pass dtype=": "Pass --dtype",
+    "Pass rules=": "Pass --rule",
+    "as rules=": "as --rule",
+    "leave this kind out of adapt": "leave this kind out of --adapt",
+}
+
+
+def printable(text: str) -> str:
+    r"""Write what could break or disguise the lines of a terminal as escapes: all that is not printable but newlines.
+
+    Keys in reports are escaped already, by ``autoalign.layout.escaped``; this is for text of any origin.
+
+    >>> print(printable("a\x1b[31m\nb\u202e"))
+    a\x1b[31m
+    b\u202e
+    """
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether to use colours: on a terminal that has them, unless NO_COLOR is set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def width() -> int:
+    """Characters of a line: the terminal's, or 100 for what is no terminal."""
+    return max(shutil.get_terminal_size((_WIDTH, 0)).columns, 40) if sys.stdout.isatty() else _WIDTH
+
+
+def show(text: str, *, plain: bool = False) -> None:
+    """Write a result; ``plain`` is for what programs read."""
+    if plain or not has_colours(sys.stdout):
+        print(text)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    styled = Text(text)
+    for pattern, style in _STYLES.items():
+        styled.highlight_regex(f"(?m){pattern}", style)
+    Console(highlight=False, soft_wrap=True).print(styled)
+
+
+def complain(message: str) -> None:
+    """Write a message on stderr, in the words of the command line."""
+    for argument, option in _OPTIONS.items():
+        message = message.replace(argument, option)
+    print(f"autoalign: {printable(message)}", file=sys.stderr)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something is, on a terminal only; give the function to be called with what is done and with all."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _all: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

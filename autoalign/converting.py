@@ -1,0 +1,263 @@
+"""Converting: write a checkpoint anew in the names and shapes of another implementation, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoalign.aligning import align
+from autoalign.alignment import Alignment
+from autoalign.arrays import named_dtype
+from autoalign.checkpoint import Side, checkpoint_of
+from autoalign.errors import InputError, NothingLoadedError, OutputError, PartialLoadWarning
+from autoalign.loading import Progress
+from autoalign.module_state import absent_counters, source_modules, without_counters
+from autoalign.preparing import nothing_message, read_match, require_complete, summary
+from autoalign.specs import TensorSpec
+from autoalign.writers.safetensors import header, in_file_order, write_safetensors
+from autoalign.writers.staging import staged
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("safetensors",)
+
+_SUFFIX = ".safetensors"
+_OTHERS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip"})
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
+_UNDONE = "Nothing was written."
+
+
+def convert(
+    checkpoint: Side,
+    target: Side,
+    output_path: str | os.PathLike[str],
+    *,
+    format: str = "safetensors",  # noqa: A002, the field's own word
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "50GB",
+    metadata: Mapping[str, str] | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **align_options: Any,
+) -> Alignment:
+    """Write a checkpoint anew, in the target's names, shapes and layout.
+
+    Tensors are read, changed and written one by one, so that little more than the largest of them is in memory; what
+    a file format maps into memory is not counted. All that ``align`` matches is written: each key of the target has a
+    tensor of its own, those that are tied in the target too, so that the file loads without code that ties them. The
+    output appears when it is complete. If this raises, or is interrupted, there is nothing new and nothing changed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "fc.safetensors")
+    ...     alignment = convert({"module.fc.weight": torch.ones(3, 2)}, {"head.weight": torch.empty(3, 2)}, path)
+    ...     print(alignment.mapping, sorted(file.name for file in Path(folder).iterdir()))
+    {'module.fc.weight': 'head.weight'} ['fc.safetensors']
+
+    Args:
+        checkpoint: The source: a path, a mapping of tensors, a module, or an open ``Checkpoint``.
+        target: What to write it for, in any of the same forms. Its values are not needed; it may be on ``meta``.
+        output_path: A file, ``NAME.safetensors``, or else a folder, in which the file is ``model.safetensors``.
+        format: ``"safetensors"``.
+        dtype: What floating-point tensors are converted to, such as ``torch.float16`` or ``"bfloat16"``; by default all
+            keep the dtype that they have in the checkpoint.
+        max_shard_size: Bytes of data in a file, or a text such as ``"5GB"`` or ``"4GiB"``. What is larger is written
+            as ``NAME-00001-of-00002.safetensors`` and so on, with the index ``NAME.safetensors.index.json``; a tensor
+            that is larger has a file of its own.
+        metadata: Entries for the file's metadata, beside and before those of the source's. ``format`` is always ``pt``.
+        strict: Raise unless every key of the target gets a tensor and every tensor of the checkpoint is used.
+        overwrite: Replace an output that is there, with its index and shards.
+        progress: Called with the number of tensors written and of all, while they are written.
+        **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``,
+            and ``adapt``.
+
+    Returns:
+        The alignment; its ``matches`` are what was written.
+
+    Raises:
+        NothingLoadedError: No tensor of the checkpoint could be aligned with the target.
+        IncompatibleTensorsError: With ``strict``, some key is missing or unexpected.
+        OutputError: The output is there already, or cannot be written.
+        InputError: An argument cannot be used, the checkpoint has no values, or safetensors does not hold its dtypes.
+        CheckpointError: The checkpoint's file cannot be read.
+
+    Warns:
+        PartialLoadWarning: Keys of the target that ``exclude`` and ``include`` did not leave out are not in the output.
+    """
+    if format not in FORMATS:
+        raise InputError(f"format={format!r} is none that can be written. {_UNDONE} Choose {', '.join(FORMATS)}.")
+    cast, limit = _floating_dtype(dtype), shard_size(max_shard_size)
+    folder, stem = _place(Path(output_path))
+    older = _older(folder, stem)
+    if older and not overwrite:
+        raise OutputError(
+            f"{str(folder / older[0])!r} exists. {_UNDONE} Pass overwrite=True to replace it, or name another output."
+        )
+    source, wanted = checkpoint_of(checkpoint, container=align_options.pop("container", None)), checkpoint_of(target)
+    alignment = align(source, wanted, **align_options)
+    name = repr(wanted) if wanted.module is None else type(wanted.module).__name__
+    if wanted.module is not None:
+        counters = absent_counters(wanted.module, source, alignment, source_modules(alignment))
+        alignment = without_counters(alignment, counters, "are not written")
+    states = [key for key in source.extras if key.rpartition(".")[2] == "_extra_state"]
+    if states:
+        note = f"{len(states)} extra states of modules are no tensors and are not written: {', '.join(states[:3])}."
+        alignment = replace(alignment, notes=(*alignment.notes, note))
+    if not alignment.matches:
+        raise NothingLoadedError(nothing_message(alignment, source, name, _UNDONE), alignment)
+    if strict:
+        advice = f"{_UNDONE} Pass strict=False to write the {len(alignment.matches)} that match."
+        require_complete(alignment, advice)
+    shards = sharded(_output_specs(alignment, cast), limit)
+    described = _metadata(source.metadata, metadata)
+    for shard in shards:
+        header(shard, described)  # raises what it does before anything is written
+    written = summary(alignment, source, name)
+    unfilled = [key for key in alignment.missing_keys if key not in alignment.excluded]
+    if unfilled:
+        named = ", ".join(unfilled[:4]) + (", ..." if len(unfilled) > 4 else "")
+        warnings.warn(
+            f"Writing {written}. {len(unfilled)} are not in the output: {named}. print(alignment) shows all.",
+            PartialLoadWarning,
+            stacklevel=2,
+        )
+    _write(alignment, shards, described, folder, stem, older, progress)
+    logger.info("Wrote %s to %s.", written, folder)
+    return alignment
+
+
+def shard_size(size: int | str) -> int:
+    """Take a number of bytes, or a text that says it, as Hugging Face's libraries do.
+
+    >>> shard_size("5GB"), shard_size("1.5 GiB"), shard_size(100)
+    (5000000000, 1610612736, 100)
+
+    Raises:
+        InputError: It says no positive number of bytes.
+    """
+    found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if found:
+        unit = found[2].lower()
+        base = 1024 if unit.endswith("i") else 1000
+        size = int(float(found[1]) * base ** (" kmgt".index(unit[0]) if unit else 0))
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"max_shard_size={size!r} is no number of bytes, such as 5_000_000 or '5GB'. {_UNDONE}")
+    return size
+
+
+def sharded(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """Cut a list of tensors, in its order, into files of at most ``limit`` bytes of data, or of one tensor.
+
+    >>> specs = [TensorSpec(key, (4,), torch.float32) for key in "abc"]
+    >>> [[spec.key for spec in shard] for shard in sharded(specs, 32)]
+    [['a', 'b'], ['c']]
+    """
+    shards: list[list[TensorSpec]] = []
+    left = 0
+    for spec in specs:
+        size = spec.numel * spec.dtype.itemsize
+        if not shards or size > left:
+            shards.append([])
+            left = limit
+        shards[-1].append(spec)
+        left -= size
+    return [in_file_order(shard) for shard in shards]
+
+
+def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = named_dtype(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise InputError(f"dtype={dtype!r} is no floating-point dtype, such as 'bfloat16'. {_UNDONE}")
+    return found
+
+
+def _place(path: Path) -> tuple[Path, str]:
+    """Tell the folder of an output and the stem of the names of its files."""
+    if path.is_dir() or path.suffix.lower() not in {_SUFFIX, *_OTHERS}:
+        return path, "model"
+    if path.suffix != _SUFFIX:
+        raise InputError(f"{str(path)!r} would be a file of safetensors; call it *.safetensors. {_UNDONE}")
+    return path.parent, path.stem
+
+
+def _older(folder: Path, stem: str) -> list[str]:
+    """List the files in a folder that an output of this name would replace or be confused with."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{str(folder)!r} exists and is no folder. {_UNDONE}")
+    ours = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", re.ASCII)
+    try:
+        return sorted(file.name for file in folder.iterdir() if ours.fullmatch(file.name)) if folder.is_dir() else []
+    except OSError as error:
+        raise OutputError(f"{str(folder)!r} cannot be written to: {error}. {_UNDONE}") from error
+
+
+def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[TensorSpec]:
+    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
+    dtypes = {spec.key: spec.dtype for spec in alignment.source_specs}
+    specs = []
+    for match in alignment.matches:
+        dtype = reduce(torch.promote_types, [dtypes[key] for key in match.sources])
+        floating = dtype.is_floating_point
+        specs.append(TensorSpec(match.target, shapes[match.target], cast if cast and floating else dtype))
+    return specs
+
+
+def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dict[str, str]:
+    entries = {**source, **(given or {}), "format": "pt"}
+    odd = [key for key, value in entries.items() if not (isinstance(key, str) and isinstance(value, str))]
+    if odd:
+        raise InputError(f"The metadata of {odd[0]!r} is no text, as safetensors wants all of it. {_UNDONE}")
+    return entries
+
+
+def _write(
+    alignment: Alignment,
+    shards: Sequence[Sequence[TensorSpec]],
+    metadata: Mapping[str, str],
+    folder: Path,
+    stem: str,
+    older: Sequence[str],
+    progress: Progress | None,
+) -> None:
+    names = [f"{stem}{_SUFFIX}"]
+    if len(shards) > 1:
+        names = [f"{stem}-{number:05}-of-{len(shards):05}{_SUFFIX}" for number in range(1, len(shards) + 1)]
+        names.append(f"{stem}{_SUFFIX}.index.json")
+    matches = {match.target: match for match in alignment.matches}
+    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
+    done = 0
+
+    def read(spec: TensorSpec) -> torch.Tensor:
+        nonlocal done
+        tensor = read_match(alignment, matches[spec.key], shapes[spec.key], _UNDONE)
+        done += 1
+        if progress is not None:
+            progress(done, len(matches))
+        return tensor
+
+    with staged(folder, names, older) as paths:
+        for shard, path in zip(shards, paths, strict=False):  # the index is no shard
+            with path.open("xb") as stream:
+                write_safetensors(stream, shard, read, metadata)
+                stream.flush()
+                os.fsync(stream.fileno())
+        if len(shards) > 1:
+            paths[-1].write_text(_index(shards, names), encoding="utf-8")
+
+
+def _index(shards: Sequence[Sequence[TensorSpec]], names: Sequence[str]) -> str:
+    """Write the index as Hugging Face's libraries do."""
+    files = {spec.key: name for shard, name in zip(shards, names, strict=False) for spec in shard}
+    total = sum(spec.numel * spec.dtype.itemsize for shard in shards for spec in shard)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,1 @@
+"""Formats that are written, one module for each."""

@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import autoalign
+from autoalign import cli
+from autoalign.alignment import Alignment
+from autoalign.cli.commands.rules import _source
+from tests.cli.factories import Network
+
+RENAMED = "tests.cli.factories:Network(renamed=True)"
+WIDER = "tests.cli.factories:Network(classes=9, renamed=True)"
+HOSTILE = ["a\x1b[2J.weight", "\u202eevil.weight", "[red]x[/red].weight", "new\nline.weight", "b|`c.weight"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    save_file(Network().state_dict(), tmp_path / "net.safetensors", {"license": "MIT"})
+    return str(tmp_path / "net.safetensors")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> str:
+    save_file(
+        {key: torch.rand(place + 2, 3) for place, key in enumerate(HOSTILE)},
+        tmp_path / "hostile.safetensors",
+        {"key\x1b]0;": "value\x9b"},
+    )
+    return str(tmp_path / "hostile.safetensors")
+
+
+def test_inspect_shows_a_folded_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = {f"module.blocks.{i}.{leaf}": torch.zeros(2, 3) for i in range(12) for leaf in ("q.weight", "k.weight")}
+    torch.save(
+        {"model": {**blocks, "module.steps": torch.tensor(3)}, "ema": blocks, "epoch": 3}, tmp_path / "training.pt"
+    )
+    assert cli.main(["inspect", str(tmp_path / "training.pt")]) == cli.COMPLETE
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    head, _, tree = output.partition("\n\n")
+    assert "  torch: 25 tensors, 145 elements, 584 B, 24 float32, 1 int64\n" in head
+    assert "  container: model; others: ema\n" in head
+    assert "  prefix: module. of all keys\n" in head
+    assert tree == textwrap.dedent(
+        """\
+        module                   584 B  25 tensors
+          steps                         [] int64
+          blocks.{0...11}  12 x   48 B  2 tensors
+            q                     24 B  weight [2, 3]
+            k                     24 B  weight [2, 3]
+        """
+    )
+
+
+def test_inspect_gives_json_and_markdown_and_stops_at_a_depth(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", checkpoint, "--format", "json"]) == cli.COMPLETE
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "safetensors"
+    assert found["metadata"] == {"license": "MIT"}
+    assert {"key": "layer1.weight", "shape": [4, 2], "dtype": "float32"} in found["tensors"]
+    assert cli.main(["inspect", "timm:resnet18", "--format", "markdown", "--depth", "1"]) == cli.COMPLETE
+    output = capsys.readouterr().out
+    assert "- model: 122 tensors" in output
+    assert re.search(r"^layer1 +.* 24 tensors$|^layer1\.\{0,1\} ", output, re.MULTILINE)
+    assert "conv2" not in output
+
+
+def test_inspect_names_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = {f"{side}.{key}": value for side in ("student", "teacher") for key, value in Network().state_dict().items()}
+    save_file(both, tmp_path / "both.safetensors")
+    cli.main(["inspect", str(tmp_path / "both.safetensors")])
+    assert "  copies of one network: student, teacher\n" in capsys.readouterr().out
+
+
+def test_align_reports_and_tells_whether_it_is_complete(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["align", checkpoint, RENAMED]) == cli.COMPLETE
+    output, errors = capsys.readouterr()
+    assert output.startswith(f"{checkpoint} -> {RENAMED}\n\n10 of 10 target tensors are filled")
+    assert errors == ""
+    assert cli.main(["align", checkpoint, WIDER]) == cli.INCOMPLETE
+    assert "Mismatched: the counterpart has another shape" in capsys.readouterr().out
+    assert cli.main(["align", checkpoint, WIDER, "--exclude", "^head", "--exclude", "^out"]) == cli.COMPLETE
+    assert cli.main(["align", checkpoint, WIDER, "--adapt", "head"]) == cli.COMPLETE
+
+
+def test_align_takes_the_options_of_the_call(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: dict[str, object] = {}
+
+    def align(source: object, target: object, **options: object) -> Alignment:
+        seen.update(options, source=source, target=target)
+        return Alignment((), (), (), (), ())
+
+    monkeypatch.setattr("autoalign.aligning.align", align)
+    flags = ["--rule", "(?<=a)b=c", "--rule", "x=y", "--include", "i", "--exclude", "e1", "--exclude", "e2"]
+    flags += ["--adapt", "head", "--adapt", "vocab", "--min-confidence", "0.9", "--container", "ema"]
+    assert cli.main(["align", checkpoint, checkpoint, *flags]) == cli.COMPLETE
+    capsys.readouterr()
+    assert seen == {
+        "source": checkpoint,
+        "target": checkpoint,
+        "rules": [("(?<=a)b", "c"), ("x", "y")],
+        "include": ["i"],
+        "exclude": ["e1", "e2"],
+        "adapt": ["head", "vocab"],
+        "min_confidence": 0.9,
+        "container": "ema",
+    }
+
+
+@pytest.mark.parametrize("rule", ["nonsense", "=b", "a="])
+def test_a_rule_without_two_sides_is_an_error(rule: str, checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["align", checkpoint, RENAMED, "--rule", rule]) == cli.ERROR
+    assert (
+        capsys.readouterr().err == f"autoalign: error: --rule {rule!r} is not of the form A=B. Nothing was aligned.\n"
+    )
+
+
+def test_align_gives_json(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["align", checkpoint, WIDER, "--format", "json"]) == cli.INCOMPLETE
+    found = json.loads(capsys.readouterr().out)
+    assert found["missing_keys"] == ["head.weight", "head.bias"]
+    filled = [f"fc{number}.{leaf}" for number in range(1, 5) for leaf in ("weight", "bias")]
+    assert [match["target"] for match in found["matches"]] == filled
+    assert found["matches"][0]["sources"] == ["layer1.weight"]
+    assert found["mismatched_keys"][0]["shape"] == [9, 7]
+
+
+def test_align_cuts_long_reports_unless_all_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({f"layer_{chr(97 + i)}.weight": torch.zeros(i + 1, 3) for i in range(26 * 2)}, tmp_path / "a.safetensors")
+    path = str(tmp_path / "a.safetensors")
+    cli.main(["align", path, path])
+    assert capsys.readouterr().out.rstrip().endswith("tensors: --all")
+    cli.main(["align", path, path, "--all"])
+    output = capsys.readouterr().out
+    assert "--all" not in output
+    assert len(output.splitlines()) > 52
+
+
+def test_html_is_what_the_alignment_writes(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        Alignment,
+        "to_html",
+        lambda _, path, title: Path(path).write_text(f"<p>größe {title}</p>", encoding="utf-8"),
+        raising=False,
+    )
+    assert cli.main(["align", checkpoint, RENAMED, "--format", "html"]) == cli.COMPLETE
+    assert capsys.readouterr().out == f"<p>größe {checkpoint} -> {RENAMED}</p>\n"
+
+
+def test_load_check_loads_and_looks_at_the_values(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["load-check", checkpoint, RENAMED]) == cli.COMPLETE
+    output, errors = capsys.readouterr()
+    assert output.endswith("\nLoaded 10 of 10 tensors into Network; all their values are finite.\n")
+    assert errors == ""
+    tensors = load_file(checkpoint)
+    tensors["layer2.bias"][1] = float("nan")
+    save_file(tensors, checkpoint)
+    assert cli.main(["load-check", checkpoint, RENAMED]) == cli.COMPLETE
+    assert "1 of them hold values that are not finite: fc2.bias." in capsys.readouterr().out
+    assert cli.main(["load-check", checkpoint, WIDER]) == cli.INCOMPLETE
+    assert capsys.readouterr().err == ""  # the report says it all
+    assert cli.main(["load-check", checkpoint, WIDER, "--strict"]) == cli.INCOMPLETE
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("autoalign: incomplete: 2 of 10 target tensors have no compatible source.\n")
+    assert errors.endswith("Leave out --strict to load the 8 that match.\n")
+    assert cli.main(["load-check", checkpoint, checkpoint]) == cli.ERROR
+    assert "is a path and no model" in capsys.readouterr().err
+
+
+def test_convert_writes_in_the_names_of_the_target(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out.safetensors")
+    command = ["convert", checkpoint, "--to", RENAMED, "-o", out, "--dtype", "float16", "--metadata", "by=us=them"]
+    assert cli.main(command) == cli.COMPLETE
+    output, errors = capsys.readouterr()
+    assert output.endswith(f"\nWrote 10 tensors to {out}.\n")
+    assert errors == ""
+    wanted = autoalign.align(checkpoint, Network(renamed=True)).state_dict()
+    found = load_file(out)
+    assert all(torch.equal(found[key], value.half()) for key, value in wanted.items())
+    assert autoalign.open_checkpoint(out).metadata == {"license": "MIT", "by": "us=them", "format": "pt"}
+    assert cli.main(command) == cli.ERROR
+    assert "exists. Nothing was written. Pass --overwrite to replace it" in capsys.readouterr().err
+    assert cli.main([*command, "--overwrite", "--max-shard-size", "60"]) == cli.COMPLETE
+    assert (tmp_path / "out.safetensors.index.json").is_file()
+    assert not Path(out).exists()
+
+
+def test_convert_that_is_incomplete_says_so(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["convert", checkpoint, "--to", WIDER, "-o", str(out), "--strict"]) == cli.INCOMPLETE
+    assert not out.exists()
+    assert "Nothing was written. Leave out --strict to write the 8 that match." in capsys.readouterr().err
+    assert cli.main(["convert", checkpoint, "--to", WIDER, "-o", str(out)]) == cli.INCOMPLETE
+    assert len(load_file(out / "model.safetensors")) == 8
+    assert cli.main(["convert", checkpoint, "--to", WIDER, "-o", "x", "--metadata", "nonsense"]) == cli.ERROR
+    assert "--metadata 'nonsense' is not of the form KEY=VALUE" in capsys.readouterr().err
+
+
+def test_convert_keeps_values_that_only_the_target_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = "transformers:BertModel(vocab_size=6, hidden_size=12, num_hidden_layers=1, num_attention_heads=2)"
+    own = {"vocab_size": 4, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers = pytest.importorskip("transformers")
+    save_file(transformers.BertModel(transformers.BertConfig(**own)).state_dict(), tmp_path / "bert.safetensors")
+    out = tmp_path / "out.safetensors"
+    command = ["convert", str(tmp_path / "bert.safetensors"), "--to", target, "-o", str(out), "--adapt", "vocab"]
+    assert cli.main(command) == cli.COMPLETE
+    capsys.readouterr()
+    assert load_file(out)["embeddings.word_embeddings.weight"].shape == (6, 12)
+
+
+def test_diff_tells_keys_kinds_and_values(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["diff", checkpoint, checkpoint]) == cli.COMPLETE
+    assert capsys.readouterr() == ("Equal: 10 tensors\n", "")
+    other = load_file(checkpoint)
+    del other["out.bias"]
+    other["layer1.bias"][2] += 0.5
+    other["layer2.bias"] = other["layer2.bias"].double()
+    other["out.weight"] = torch.zeros(3, 6)
+    other["new"] = torch.zeros(1)
+    save_file(other, tmp_path / "b.safetensors")
+    paths = [checkpoint, str(tmp_path / "b.safetensors")]
+    assert cli.main(["diff", *paths]) == cli.INCOMPLETE
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    said = re.sub(r" +", " ", output)
+    assert said.startswith("Equal: 6 tensors\n")
+    assert f"Only in {checkpoint}: 1\n out.bias [3] float32\n" in said
+    assert "b.safetensors: 1\n new [1] float32\n" in said
+    assert " layer2.bias [5] float32 -> [5] float64 equal values\n" in said
+    assert " out.weight [3, 7] float32 -> [3, 6] float32\n" in said
+    assert re.search(r" layer1.bias \[4\] float32 0.5 \(0?\.?[\d.]+\)\n", said)
+    assert cli.main(["diff", *paths, "--format", "json"]) == cli.INCOMPLETE
+    found = json.loads(capsys.readouterr().out)
+    assert [item["key"] for item in found["changed"]] == ["layer1.bias", "layer2.bias", "out.weight"]
+    assert [item["difference"] for item in found["changed"]] == [pytest.approx(0.5), 0.0, None]
+    assert cli.main(["diff", *paths, "--format", "markdown"]) == cli.INCOMPLETE
+    assert "| `layer1.bias` |" in capsys.readouterr().out
+
+
+def test_diff_of_two_containers_and_of_nothing_in_common(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Network().state_dict()
+    moved = {key: value + 1 for key, value in own.items()}
+    torch.save({"model": own, "ema": moved}, tmp_path / "two.pt")
+    path = str(tmp_path / "two.pt")
+    assert cli.main(["diff", path, path, "--other-container", "ema"]) == cli.INCOMPLETE
+    assert (
+        "Values that differ, the largest difference, and its share of the largest value: 10" in capsys.readouterr().out
+    )
+    assert cli.main(["diff", checkpoint, RENAMED]) == cli.INCOMPLETE
+    assert "note: the two have no key in common; autoalign align shows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "json"])
+def test_keys_cannot_break_the_terminal(form: str, hostile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (
+        ["inspect", hostile],
+        ["align", hostile, hostile],
+        ["align", hostile, "timm:resnet18"],
+        ["diff", hostile, "tests.cli.factories:Network"],
+        ["load-check", hostile, "timm:resnet18"],
+    ):
+        if command[0] == "load-check" and form != "text":
+            continue
+        cli.main([*command, "--format", form])
+        output, errors = capsys.readouterr()
+        assert all(line.isprintable() for line in (output + errors).split("\n"))
+        if form == "markdown":  # a key has no line of its own, whatever is in it
+            assert "new\nline" not in output
+
+
+@pytest.mark.skipif(not hasattr(Alignment, "rules"), reason="needs Alignment.rules")
+def test_rules_are_printed_in_the_forms_of_others(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for form in ("text", "json", "key_mapping", "revise_keys", "transformers", "python"):
+        assert cli.main(["rules", checkpoint, RENAMED, "--format", form, "--name", "renamed"]) == cli.COMPLETE
+        found[form], errors = capsys.readouterr()
+        assert errors == ""
+    assert "layer" in found["text"]
+    json.loads(found["json"])
+    names: dict[str, object] = {}
+    exec(found["transformers"], names)
+    assert len(names["conversions"]) == len(eval(found["key_mapping"])) > 0  # type: ignore[arg-type]
+    exec(found["python"], names)
+    renamed = names["renamed"](load_file(checkpoint), Network(renamed=True))  # type: ignore[operator]
+    assert renamed.keys() == Network(renamed=True).state_dict().keys()
+
+
+def test_rules_need_a_name_of_a_function(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["rules", checkpoint, RENAMED, "--format", "python", "--name", "a b"]) == cli.ERROR
+    assert "--name 'a b' is no name of a Python function" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("verify" not in autoalign.__all__, reason="needs autoalign.verify")
+def test_verify_runs_both_models(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["verify", "tests.cli.factories:Network", RENAMED, "--input", "7,2"]
+    assert cli.main(command) == cli.COMPLETE
+    assert cli.main([*command, "--format", "json"]) == cli.COMPLETE
+    capsys.readouterr()
+    assert cli.main(["verify", "tests.cli.factories:Network", WIDER, "--input", "7,2"]) == cli.INCOMPLETE
+
+
+@pytest.mark.parametrize("shape", ["1,3,", "x", "1,3:nonsense", "", "1:int64:x"])
+def test_inputs_have_shapes(shape: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoalign, "verify", lambda *_: None, raising=False)
+    assert cli.main(["verify", RENAMED, RENAMED, "--input", shape]) == cli.ERROR
+    assert f"--input {shape!r} is no shape, such as 1,3,224,224" in capsys.readouterr().err
+
+
+def test_conversions_of_transformers_are_written_as_python() -> None:
+    loading = pytest.importorskip("transformers.core_model_loading")
+    made = [
+        loading.WeightRenaming(r"^a\.(\d+)\.", r"b.\1."),
+        loading.WeightConverter(["q", "k"], ["qkv"], operations=[loading.Concatenate(1), loading.Transpose(0, 1)]),
+    ]
+    source = _source(made)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    renaming, converter = names["conversions"]
+    assert (renaming.source_patterns, renaming.target_patterns) == (made[0].source_patterns, made[0].target_patterns)
+    assert (converter.source_patterns, converter.target_patterns) == (["q", "k"], ["qkv"])
+    joined, turned = converter.operations
+    assert (joined.dim, turned.dim0, turned.dim1) == (1, 0, 1)
+    assert _source(names["conversions"]) == source

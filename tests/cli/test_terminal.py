@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoalign.cli.terminal import complain, printable, progress, show, width
+
+REPORT = "Matched: source -> target\n  a.weight -> b.weight  [64, 3]  [bold]0.99[/bold]\nMissing: not filled"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal_stdout(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    stream = Terminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return stream
+
+
+@settings(max_examples=50)
+@given(st.text(max_size=50))
+def test_text_is_printable_and_keeps_its_lines(text: str) -> None:
+    made = printable(text)
+    assert made.count("\n") == text.count("\n")
+    assert all(line.isprintable() for line in made.split("\n"))
+
+
+def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = terminal_stdout(monkeypatch)
+    show(REPORT)
+    assert "\x1b[" in stdout.getvalue()
+    assert re.sub(r"\x1b\[[0-9;]*m", "", stdout.getvalue()) == REPORT + "\n"  # and markup is none
+
+
+def test_what_programs_read_has_no_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = terminal_stdout(monkeypatch)
+    show(REPORT, plain=True)
+    assert stdout.getvalue() == REPORT + "\n"
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colours_can_be_turned_off(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = terminal_stdout(monkeypatch)
+    monkeypatch.setenv(name, value)
+    show(REPORT)
+    assert stdout.getvalue() == REPORT + "\n"
+
+
+def test_a_pipe_has_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    show(REPORT)
+    assert capsys.readouterr().out == REPORT + "\n"
+    assert width() == 100
+
+
+def test_lines_are_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = terminal_stdout(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "77")
+    assert stdout.isatty()
+    assert width() == 77
+
+
+def test_complaints_are_in_the_words_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    complain("error: 'a\x1b[2J' exists. Pass overwrite=True to replace it.")
+    assert capsys.readouterr().err == r"autoalign: error: 'a\x1b[2J' exists. Pass --overwrite to replace it." + "\n"
+
+
+def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("Writing") as report:
+        report(1, 2)
+    assert capsys.readouterr() == ("", "")
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("Writing") as report:
+        report(1, 2)
+    assert "Writing" in stream.getvalue()
