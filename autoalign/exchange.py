@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -18,11 +19,12 @@ import numpy as np
 from autoalign.evidence import Floats, Ints, SideEvidence, template
 from autoalign.graph import Path, block_around
 from autoalign.matching import Assignment
-from autoalign.names import numbers, stem
+from autoalign.names import numbers, stem, word_similarity, words
 
 UNTOLD = 0.6  # the confidence where nothing tells two modules apart, or something speaks for their exchange
 BY_ORDER = 0.85  # the confidence where their order alone does
 _CLEAR = 0.05  # how much better names must fit one way than the other to tell anything
+_OWN = 0.5  # weight of the own names of two modules beside those of the layers in them
 _ROUNDS = 3
 _UNLIKE = 0.5  # share of the layers of two modules that may be in one of them alone
 _MANY = 12  # alike siblings of which only neighbours are compared
@@ -99,7 +101,7 @@ def exchanges(
     found: dict[tuple[_Key, bool], list[_Instance]] = {}
     for one in _instances(assignment, source, target, place_of, alike):
         key = tuple(template(path) for path in (*one.modules, *one.ends))
-        gain = float(np.mean([_gain(assignment, *pair) for pair in one.pairs]))
+        gain = float(np.mean([_gain(assignment, *pair) for pair in one.pairs])) + _OWN * _own_gain(one)
         found.setdefault((key, gain < 0), []).append(replace(one, gain=gain))
     templates = [
         (template(source.paths[i]), template(target.paths[j]))
@@ -130,6 +132,22 @@ def _gain(assignment: Assignment, p: int, q: int) -> float:
     names = assignment.names
     i, j, k, m = assignment.source[p], assignment.target[p], assignment.source[q], assignment.target[q]
     return float(names[i, j] + names[k, m] - names[i, m] - names[k, j])
+
+
+def _own_gain(one: _Instance) -> float:
+    """Tell how much better the own names of two modules fit as they are, whatever the layers in them are called."""
+    (a, b), (x, y) = (
+        [tuple(word for name in path[_shared(*pair) :] for word in words(name)) for path in pair]
+        for pair in (one.modules, one.ends)
+    )
+    return _likeness(x, a) + _likeness(y, b) - _likeness(x, b) - _likeness(y, a)
+
+
+@lru_cache(maxsize=4096)
+def _likeness(own: tuple[str, ...], other: tuple[str, ...]) -> float:
+    if own == other or not own or not other:
+        return float(own == other != ())
+    return float(word_similarity(own, other).sum() / np.sqrt(len(own) * len(other)))
 
 
 def _order(assignment: Assignment, source: SideEvidence, target: SideEvidence, p: int, q: int) -> int:
@@ -246,8 +264,15 @@ def _counterparts(
 
 def _parting(first: Path, second: Path) -> tuple[Path, Path] | None:
     """Cut two paths after the first component in which they differ."""
-    depth = next((depth for depth, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
-    return None if depth is None else (first[: depth + 1], second[: depth + 1])
+    depth = _shared(first, second)
+    return None if depth == min(len(first), len(second)) else (first[: depth + 1], second[: depth + 1])
+
+
+def _shared(first: Path, second: Path) -> int:
+    """Count the components that two paths begin with alike."""
+    return next(
+        (depth for depth, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _numbers_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
