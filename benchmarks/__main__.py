@@ -28,10 +28,14 @@ from benchmarks import (
     scaling,
     tables,
 )
+from benchmarks.architectures import Choice
 from benchmarks.contest import Attempt, Tally, tallied
 from benchmarks.judging import JudgedCase
 from benchmarks.machine import machine, machine_line
 from benchmarks.peers import PEERS, Peer
+from benchmarks.perturbations import ALL
+
+_FEW, _QUICK = Choice(few=True), Choice(most_tensors=400)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +48,9 @@ class Plan:
     partial: int | None = None
     gold: int | None = None
     judged: int = 200  # perturbations for the reliability
-    judged_most_tensors: int | None = None
-    most_tensors: int = 400  # of an architecture that is perturbed for all matchers, the slow ones too
+    judged_among: Choice = ALL
+    contested: Choice = _QUICK  # what is perturbed for all matchers, the slow ones too
+    slow_peers: bool = True  # whether the peers take part in the scaling series
     sizes: tuple[int, ...] = tuple(moe.SIZES)
     file_bytes: int = 2_000_000_000
     subjects: int | None = None  # of the time of align
@@ -58,8 +63,9 @@ SMOKE = Plan(
     partial=1,
     gold=2,
     judged=27,
-    judged_most_tensors=100,
-    most_tensors=100,
+    judged_among=_FEW,
+    contested=_FEW,
+    slow_peers=False,
     sizes=(1_000,),
     file_bytes=30_000_000,
     subjects=1,
@@ -133,7 +139,7 @@ def _pairs(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]
 
 
 def _perturbed(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
-    attempts = contest_perturbed.attempts(peers, plan.perturbed, most_tensors=plan.most_tensors)
+    attempts = contest_perturbed.attempts(peers, plan.perturbed, choice=plan.contested)
     return _contest(results, sorted(attempts, key=lambda one: one.group))
 
 
@@ -154,12 +160,14 @@ def _contest(results: Results, attempts: Iterable[Attempt]) -> Iterator[str]:
 
 
 def _reliability(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
-    results.judged = list(reliability.judged_cases(plan.judged, most_tensors=plan.judged_most_tensors))
+    results.judged = list(reliability.judged_cases(plan.judged, choice=plan.judged_among))
     return reliability.report(results.judged)
 
 
 def _scaling(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
-    results.points = list(scaling.measure(peers, plan.sizes, max(1, plan.repeats // 2)))
+    results.points = list(
+        scaling.measure(peers if plan.slow_peers else peers[:1], plan.sizes, max(1, plan.repeats // 2))
+    )
     return tables.scaling_table(results.points)
 
 

@@ -6,7 +6,6 @@ python -m benchmarks.scaling 91000 autoalign    # one measurement, as JSON
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.memory import peak_bytes
 from benchmarks.moe import INFERENCE, PUBLISHED, SIZES, state_dict, truth
 from benchmarks.peers import PEERS, Peer
 
@@ -82,14 +82,16 @@ def measured(peer: Peer, size: int, repeats: int) -> Point:
     _quietly(lambda: peer.match(tiny, tiny))
     source, target = state_dict(moe, PUBLISHED), state_dict(moe, INFERENCE)
     true_keys = truth(moe, PUBLISHED, INFERENCE)
-    before = _peak()
+    before = peak_bytes()
     seconds, mapping = [], {}
     for _ in range(repeats):
         start = time.perf_counter()
         mapping = peer.match(source, target)
         seconds.append(time.perf_counter() - start)
     right = sum(true_keys[key] == own for key, own in mapping.items())
-    return Point(peer.name, size, len(target), right, len(mapping) - right, tuple(seconds), max(_peak() - before, 0))
+    return Point(
+        peer.name, size, len(target), right, len(mapping) - right, tuple(seconds), max(peak_bytes() - before, 0)
+    )
 
 
 def growth(points: Sequence[Point], small: int, large: int) -> float | None:
@@ -103,12 +105,6 @@ def _quietly(call: Callable[[], object]) -> None:
         call()
     except Exception:  # what it makes of one tensor does not matter
         return
-
-
-def _peak() -> int:
-    """The largest resident size so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":
