@@ -57,7 +57,7 @@ class Plan:
 
 
 SMOKE = Plan(
-    repeats=1,
+    repeats=2,
     perturbed=27,
     pairs=1,
     partial=1,
