@@ -127,7 +127,11 @@ def measured_gold(name: str, repeats: int) -> Point:
 
 def growth(points: Sequence[Point], small: int, large: int) -> float | None:
     """Divide autoalign's time at one size by that at another."""
-    times = {point.size: point.median_seconds for point in points if point.peer == "autoalign" and point.seconds}
+    times = {
+        point.size: point.median_seconds
+        for point in points
+        if point.peer == "autoalign" and point.size and point.seconds
+    }
     return times[large] / times[small] if {small, large} <= set(times) else None
 
 

@@ -269,7 +269,8 @@ def test_the_command_writes_tables_figures_and_plots(tmp_path: Path, capsys: pyt
     assert "autoalign" in (tmp_path / "figures.md").read_text()
 
 
-def test_an_attempt_is_only_perfect_if_nothing_is_wrong_and_nothing_was_raised() -> None:
+def test_an_attempt_is_perfect_if_all_is_found_and_nothing_is_wrong() -> None:
     assert Attempt("peer", "group", "case", 3, 3, 0, 0.1).is_perfect
     assert not Attempt("peer", "group", "case", 3, 3, 1, 0.1).is_perfect
-    assert not Attempt("peer", "group", "case", 0, 0, 0, 0.1, error="ValueError").is_perfect
+    assert not Attempt("peer", "group", "case", 3, 0, 0, 0.1, error="ValueError").is_perfect
+    assert Attempt("peer", "unrelated", "case", 0, 0, 0, 0.1, error="ValueError").is_perfect
