@@ -39,9 +39,9 @@ class _Loaded:
 
 
 def attempts(peers: Sequence[Peer], limit: int | None = None) -> Iterator[Attempt]:
-    """Try every matcher on the pairs, or on the first ``limit`` of each group."""
+    """Try every matcher on the pairs, or on ``limit`` of each group, from the second on, which are smaller."""
     for group, pairs in GROUPS.items():
-        for pair in pairs[:limit]:
+        for pair in pairs if limit is None else pairs[1 : 1 + limit]:
             yield from _attempts(peers, group, pair)
 
 
