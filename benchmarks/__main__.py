@@ -28,10 +28,14 @@ from benchmarks import (
     scaling,
     tables,
 )
+from benchmarks.architectures import Choice
 from benchmarks.contest import Attempt, Tally, tallied
 from benchmarks.judging import JudgedCase
 from benchmarks.machine import machine, machine_line
 from benchmarks.peers import PEERS, Peer
+from benchmarks.perturbations import ALL
+
+_FEW, _QUICK = Choice(few=True), Choice(most_tensors=400)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +43,31 @@ class Plan:
     """How much is measured."""
 
     repeats: int = 5
+    processes: int = 5  # measured processes of each import and each way to load a file
     perturbed: int = 81  # cases; three of each recipe
     pairs: int | None = None  # of each group; None for all
     partial: int | None = None
     gold: int | None = None
     judged: int = 200  # perturbations for the reliability
-    judged_most_tensors: int | None = None
-    most_tensors: int = 400  # of an architecture that is perturbed for all matchers, the slow ones too
+    judged_among: Choice = ALL
+    contested: Choice = _QUICK  # what is perturbed for all matchers, the slow ones too
+    slow_peers: bool = True  # whether the peers take part in the scaling series
     sizes: tuple[int, ...] = tuple(moe.SIZES)
     file_bytes: int = 2_000_000_000
     subjects: int | None = None  # of the time of align
 
 
 SMOKE = Plan(
-    repeats=1,
+    repeats=3,
+    processes=1,
     perturbed=27,
     pairs=1,
     partial=1,
     gold=2,
     judged=27,
-    judged_most_tensors=100,
-    most_tensors=100,
+    judged_among=_FEW,
+    contested=_FEW,
+    slow_peers=False,
     sizes=(1_000,),
     file_bytes=30_000_000,
     subjects=1,
@@ -91,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     plan = SMOKE if options.smoke else Plan()
     if options.repeats:
-        plan = replace(plan, repeats=options.repeats)
+        plan = replace(plan, repeats=options.repeats, processes=options.repeats)
     if options.count:
         plan = replace(plan, perturbed=options.count, judged=options.count)
     peers = [peer for name, peer in PEERS.items() if not options.matchers or name in options.matchers]
@@ -123,8 +131,8 @@ def _time(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
 
 
 def _import(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
-    results.imports = import_time.measure(import_time.IMPORT, plan.repeats)
-    results.first_uses = import_time.measure(import_time.FIRST_USE, plan.repeats)
+    results.imports = import_time.measure(import_time.IMPORT, plan.processes)
+    results.first_uses = import_time.measure(import_time.FIRST_USE, plan.processes)
     return tables.import_table(results.imports, results.first_uses)
 
 
@@ -133,7 +141,7 @@ def _pairs(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]
 
 
 def _perturbed(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
-    attempts = contest_perturbed.attempts(peers, plan.perturbed, most_tensors=plan.most_tensors)
+    attempts = contest_perturbed.attempts(peers, plan.perturbed, choice=plan.contested)
     return _contest(results, sorted(attempts, key=lambda one: one.group))
 
 
@@ -154,17 +162,21 @@ def _contest(results: Results, attempts: Iterable[Attempt]) -> Iterator[str]:
 
 
 def _reliability(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
-    results.judged = list(reliability.judged_cases(plan.judged, most_tensors=plan.judged_most_tensors))
+    results.judged = list(reliability.judged_cases(plan.judged, choice=plan.judged_among))
     return reliability.report(results.judged)
 
 
 def _scaling(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
-    results.points = list(scaling.measure(peers, plan.sizes, max(1, plan.repeats // 2)))
+    results.points = list(
+        scaling.measure(peers if plan.slow_peers else peers[:1], plan.sizes, max(1, plan.repeats // 2))
+    )
+    if plan.gold is None:
+        results.points += scaling.measure_gold(max(1, plan.repeats // 2))
     return tables.scaling_table(results.points)
 
 
 def _files(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
-    results.loads = list(file_loading.measure(plan.file_bytes, plan.repeats))
+    results.loads = list(file_loading.measure(plan.file_bytes, plan.processes))
     return tables.loading_table(results.loads)
 
 
@@ -185,9 +197,11 @@ PARTS: dict[str, Callable[[Results, Plan, Sequence[Peer]], Iterator[str]]] = {
 def mistakes(results: Results) -> Iterator[str]:
     """List the results that make a time of autoalign's meaningless."""
     for point in results.points:
-        if point.peer == "autoalign" and not point.is_perfect:
+        # layouts that no shape shows are listed as ambiguous in a gold case, and so are not loaded
+        is_faulty = not point.is_perfect if point.size else bool(point.wrong or point.error)
+        if point.peer == "autoalign" and is_faulty:
             counts = f"{point.right:,} of {point.tensors:,} right, {point.wrong:,} wrong"
-            yield f"scaling, {point.size:,}: {point.error or counts}"
+            yield f"scaling, {point.case}, {point.size:,}: {point.error or counts}"
     for load in results.loads:
         if not load.is_right:
             yield f"{load.format}, {load.way}: values differ after the load"

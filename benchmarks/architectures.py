@@ -50,6 +50,42 @@ class _ParametersOnMeta(TorchFunctionMode):
         return func(*args, **options)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which architectures take part; all by default."""
+
+    most_tensors: int | None = None  # leaves out what has more
+    few: bool = False  # only some small ones, which are built in seconds and need no cache
+
+    def architectures(self) -> tuple[Architecture, ...]:
+        return _chosen(self)
+
+
+@cache
+def _chosen(choice: Choice) -> tuple[Architecture, ...]:
+    found = few_architectures() if choice.few else architectures()
+    return tuple(one for one in found if choice.most_tensors is None or len(one.specs) <= choice.most_tensors)
+
+
+@cache
+def few_architectures() -> tuple[Architecture, ...]:
+    """Build some small architectures of several kinds."""
+    return tuple(
+        architecture_of(name, build_on_meta(builder))
+        for name, builder in (
+            ("torchvision.resnet18", partial(torchvision.models.resnet18)),
+            ("torchvision.squeezenet1_1", partial(torchvision.models.squeezenet1_1)),
+            ("torchvision.mobilenet_v2", partial(torchvision.models.mobilenet_v2)),
+            ("torchvision.shufflenet_v2_x0_5", partial(torchvision.models.shufflenet_v2_x0_5)),
+            ("timm.vit_tiny_patch16_224", partial(timm.create_model, "vit_tiny_patch16_224")),
+            ("timm.convnext_atto", partial(timm.create_model, "convnext_atto")),
+            ("timm.mixer_s32_224", partial(timm.create_model, "mixer_s32_224")),
+            ("timm.test_efficientnet", partial(timm.create_model, "test_efficientnet")),
+            ("timm.swin_tiny_patch4_window7_224", partial(timm.create_model, "swin_tiny_patch4_window7_224")),
+        )
+    )
+
+
 @cache
 def architectures() -> tuple[Architecture, ...]:
     """List all architectures, from the cache's file where there is one for these versions.

@@ -14,6 +14,7 @@ from benchmarks.scaling import Point, growth
 
 FILE = Path(__file__).with_name("baseline.json")
 TOLERANCE = 1.6  # a time's ratio may grow by this factor, as a shared machine's ratios do by chance
+SMALLEST_FILE = 500_000_000  # bytes; the time of a smaller one says little about loading
 SHARE_TOLERANCE = 0.005  # a share of right tensors may fall by so much
 
 
@@ -45,7 +46,7 @@ def figures(
         yield "growth from 9,100 to 91,000 tensors", Figure(ratio)
     own = {load.format: load.median_seconds for load in loads if load.way == "own"}
     for load in loads:
-        if load.way == "autoalign":
+        if load.way == "autoalign" and load.file_bytes >= SMALLEST_FILE:
             megabytes = round(load.file_bytes / 1e8) * 100
             name = f"autoalign.load over the format's own, {load.format}, about {megabytes:,} MB"
             yield name, Figure(load.median_seconds / own[load.format])

@@ -78,7 +78,10 @@ def inserted(entries: Sequence[Entry], random: Random, *, blocks: bool) -> list[
 
 
 def _lists_of_blocks(entries: Sequence[Entry]) -> list[Path]:
-    """Find the lists whose last two items hold the same names and shapes, and modules in them."""
+    """Find the lists whose last two items hold the same names and shapes, and modules in them.
+
+    A list holds a twentieth of all tensors at least, so that it is one of blocks and not of branches within a block.
+    """
     tree = tree_of((entry.path, entry.shape) for entry in entries)
     return [
         path
@@ -87,6 +90,7 @@ def _lists_of_blocks(entries: Sequence[Entry]) -> list[Path]:
         if len(names) > 1 and all(name.isdecimal() for name in names)
         for first, last in [[_content(node.children[name]) for name in names[-2:]]]
         if first == last and any(len(below) > 1 for below, _ in last)
+        if len(_content(node)) * 20 >= len(entries)
     ]
 
 

@@ -38,8 +38,8 @@ class Attempt:
 
     @property
     def is_perfect(self) -> bool:
-        """Whether all that there is was found, and nothing else."""
-        return self.right == self.gold and not self.wrong and not self.error
+        """Whether all that there is was found, and nothing else; where there is nothing, to refuse is right."""
+        return self.right == self.gold and not self.wrong
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +39,9 @@ class _Loaded:
 
 
 def attempts(peers: Sequence[Peer], limit: int | None = None) -> Iterator[Attempt]:
-    """Try every matcher on the pairs, or on the first ``limit`` of each group."""
+    """Try every matcher on the pairs, or on ``limit`` of each group, from the second on, which are smaller."""
     for group, pairs in GROUPS.items():
-        for pair in pairs[:limit]:
+        for pair in pairs if limit is None else pairs[1 : 1 + limit]:
             yield from _attempts(peers, group, pair)
 
 
@@ -49,11 +50,8 @@ def _attempts(peers: Sequence[Peer], group: str, pair: Pair) -> Iterator[Attempt
     target_model = pair.target().eval()
     wanted = output(source_model, pair.image_size)
     source = source_model.state_dict()
-    initial = {key: tensor.clone() for key, tensor in target_model.state_dict().items()}
-    loads = []
-    for peer in peers:
-        target_model.load_state_dict(initial)
-        loads.append(_load(peer, source, target_model, initial, wanted, pair.image_size))
+    initial = deepcopy(target_model.state_dict())  # with the versions of its modules
+    loads = [_load(peer, source, target_model, initial, wanted, pair.image_size) for peer in peers]
     proved = next((load.aligned for load in loads if load.is_equal), None)
     counted = [key for key in initial if not re.search(pair.absent, key)]
     for load in loads:
@@ -73,7 +71,7 @@ def _load(
     peer: Peer,
     source: Mapping[str, Tensor],
     model: nn.Module,
-    initial: Mapping[str, Tensor],
+    initial: dict[str, Tensor],
     wanted: Tensor,
     image_size: int,
 ) -> _Loaded:
@@ -87,7 +85,9 @@ def _load(
         text = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         return _Loaded(peer.name, {}, False, time.perf_counter() - start, error=text)
     seconds = time.perf_counter() - start
-    model.load_state_dict(aligned, strict=False)
+    values = deepcopy(initial)
+    values.update(aligned)
+    model.load_state_dict(values)
     return _Loaded(peer.name, aligned, relative_difference(output(model, image_size), wanted) < TOLERANCE, seconds)
 
 

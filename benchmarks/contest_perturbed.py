@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from benchmarks.architectures import Choice
 from benchmarks.contest import Attempt, attempt_on_keys
 from benchmarks.peers import Peer
-from benchmarks.perturbations import LEVELS, case, on_meta
+from benchmarks.perturbations import ALL, LEVELS, case, on_meta
 
 
-def attempts(peers: Sequence[Peer], count: int, seed: int = 0, *, most_tensors: int | None) -> Iterator[Attempt]:
-    """Try every matcher on the first cases of a seed, and on architectures that are small enough for the slow ones."""
+def attempts(peers: Sequence[Peer], count: int, seed: int = 0, choice: Choice = ALL) -> Iterator[Attempt]:
+    """Try every matcher on the first cases of a seed, and on the chosen architectures."""
     for index in range(count):
-        one = case(index, seed, most_tensors=most_tensors)
+        one = case(index, seed, choice)
         source, target = on_meta(one.source), on_meta(one.target)
         group = f"perturbed, {one.level} {LEVELS[one.level]}"
         for peer in peers:

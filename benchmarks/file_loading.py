@@ -9,7 +9,6 @@ and whether every value is right.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.memory import peak_bytes
 
 LAYERS = 24
 FORMATS = ("safetensors", "torch")
@@ -75,27 +76,31 @@ def renamed_key(key: str) -> str:
 
 
 def measure(file_bytes: int, repeats: int) -> Iterator[Load]:
-    """Write one file of each format and key set, and load each in its ways, in turn; nothing stays on the disk."""
+    """Load a file of each format in its ways, in turn, each load in a process of its own; no file is left over."""
+    for format_ in FORMATS:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = write(Path(folder), format_, file_bytes)
+            loads = [_in_process(path, way, file_bytes) for _ in range(repeats) for way, path in paths.items()]
+            for way, path in paths.items():
+                own = [load for load in loads if load.way == way]
+                seconds = tuple(load.seconds[0] for load in own)
+                peak = max(load.peak_bytes for load in own)
+                yield Load(format_, way, path.stat().st_size, seconds, peak, all(load.is_right for load in own))
+
+
+def write(folder: Path, format_: str, file_bytes: int) -> dict[str, Path]:
+    """Write the file of each way: with other keys for autoalign, and with the model's for the format's own."""
     from safetensors.torch import save_file
 
-    with tempfile.TemporaryDirectory() as folder:
-        model = model_of(file_bytes)
-        tensors = _filled(model.state_dict())
-        for format_ in FORMATS:
-            paths = {way: Path(folder) / f"{way}.{format_}" for way in ("autoalign", "own")}
-            for way, path in paths.items():
-                named = {renamed_key(key) if way == "autoalign" else key: tensor for key, tensor in tensors.items()}
-                if format_ == "safetensors":
-                    save_file(named, path)
-                else:
-                    torch.save(named, path)
-            loads = [(way, _in_process(path, way, file_bytes)) for _ in range(repeats) for way, path in paths.items()]
-            for way, path in paths.items():
-                own = [load for name, load in loads if name == way]
-                size, seconds = path.stat().st_size, tuple(load.seconds[0] for load in own)
-                peak = max(load.peak_bytes for load in own)
-                yield Load(format_, way, size, seconds, peak, all(load.is_right for load in own))
-                path.unlink()
+    paths = {way: folder / f"{way}.{format_}" for way in ("autoalign", "own")}
+    tensors = _filled(model_of(file_bytes).state_dict())
+    for way, path in paths.items():
+        named = {renamed_key(key) if way == "autoalign" else key: tensor for key, tensor in tensors.items()}
+        if format_ == "safetensors":
+            save_file(named, path)
+        else:
+            torch.save(named, path)
+    return paths
 
 
 def _filled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,11 +124,11 @@ def loaded(path: Path, way: str, file_bytes: int) -> Load:
     load = _ways()[way, format_]
     for tensor in model.state_dict().values():
         tensor.zero_()  # so that the model's own pages are in memory
-    before = _peak()
+    before = peak_bytes()
     start = time.perf_counter()
     load(model, path)
     seconds = time.perf_counter() - start
-    peak = max(_peak() - before, 0)
+    peak = max(peak_bytes() - before, 0)
     is_right = all(bool((tensor == number).all()) for number, tensor in enumerate(model.state_dict().values(), start=1))
     return Load(format_, way, path.stat().st_size, (seconds,), peak, is_right)
 
@@ -147,12 +152,6 @@ def _ways() -> dict[tuple[str, str], Callable[[nn.Module, Path], object]]:
         ("own", "torch"): torch_own,
         ("own", "safetensors"): safetensors_own,
     }
-
-
-def _peak() -> int:
-    """The largest resident size so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import autoalign
 from autoalign.alignment import Alignment, Match
 from autoalign.operations import Copy
 from benchmarks import gold, perturbations
+from benchmarks.architectures import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,9 @@ class JudgedCase:
         return sum(not match.is_right for match in self.matches if match.is_loaded)
 
 
-def judged_perturbation(index: int, seed: int, most_tensors: int | None = None) -> JudgedCase:
+def judged_perturbation(index: int, seed: int, choice: Choice = perturbations.ALL) -> JudgedCase:
     """Make a perturbation, align it and judge the result; only copies of the true source are right."""
-    case = perturbations.case(index, seed, most_tensors=most_tensors)
+    case = perturbations.case(index, seed, choice)
 
     def is_right(match: Match, _: Alignment) -> bool:
         truth = case.truth[match.target]

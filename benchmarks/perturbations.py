@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from autoalign.specs import TensorSpec
-from benchmarks.architectures import Architecture, architectures
+from benchmarks.architectures import Architecture, Choice
 from benchmarks.content_steps import dropped, inserted, shuffled
 from benchmarks.module_trees import path_of, telling_words, tree_of
 from benchmarks.naming_steps import Entry, renamed, renumbered, scrambled, with_leaf_names
@@ -36,6 +36,7 @@ from benchmarks.nesting_steps import are_paths_of_a_tree, nested, wrapped
 Naming = Literal["kept", "synonyms", "made-up", "scrambled", "scrambled, leaves too"]
 Order = Literal["kept", "shuffled", "sorted"]
 
+ALL = Choice()
 LEVELS = {1: "easy", 2: "moderate", 3: "hard", 4: "severe", 5: "scrambled"}
 
 
@@ -114,20 +115,20 @@ class Case:
         return self.recipe.level
 
 
-def cases(count: int, seed: int = 0, *, most_tensors: int | None = None) -> Iterator[Case]:
+def cases(count: int, seed: int = 0, choice: Choice = ALL) -> Iterator[Case]:
     """Yield the first cases of a seed; all recipes come equally often, and all architectures nearly so.
 
     Args:
         count: How many.
         seed: Another one gives other cases.
-        most_tensors: Leave out the architectures that have more.
+        choice: Of which architectures.
     """
-    return (case(index, seed, most_tensors=most_tensors) for index in range(count))
+    return (case(index, seed, choice) for index in range(count))
 
 
-def case(index: int, seed: int = 0, *, most_tensors: int | None = None) -> Case:
+def case(index: int, seed: int = 0, choice: Choice = ALL) -> Case:
     """Make one case, the same for the same arguments whatever was made before."""
-    chosen = [one for one in architectures() if most_tensors is None or len(one.specs) <= most_tensors]
+    chosen = choice.architectures()
     round_, place = divmod(index, len(chosen))
     order = Random(f"{seed}:{round_}").sample(range(len(chosen)), len(chosen))
     return perturbed(chosen[order[place]], RECIPES[index % len(RECIPES)], Random(f"{seed}:{index}"), f"{seed}-{index}")

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_FEWEST = 20  # matches in a bin whose share says something
+
+
 class Reliable(Protocol):
     """A bin of matches by confidence."""
 
@@ -24,11 +27,20 @@ class Reliable(Protocol):
 
 def plot_reliability(bins: Sequence[Reliable], path: Path) -> None:
     """Draw the share of right matches over the mean confidence of each bin, with the number of matches beside it."""
-    filled = [one for one in bins if one.count]
+    filled = [one for one in bins if one.count >= _FEWEST]
+    sparse = [one for one in bins if 0 < one.count < _FEWEST]
     with _axes(path) as axes:
         axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="as sure as right")
         axes.plot([one.mean_confidence for one in filled], [one.share for one in filled], marker="o", label="autoalign")
-        for one in filled:
+        axes.plot(
+            [one.mean_confidence for one in sparse],
+            [one.share for one in sparse],
+            "o",
+            color="0.7",
+            markerfacecolor="none",
+            label=f"fewer than {_FEWEST} matches",
+        )
+        for one in [*filled, *sparse]:
             axes.annotate(
                 f"{one.count:,}", (one.mean_confidence, one.share), (4, -10), textcoords="offset points", fontsize=7
             )

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import gold
-from benchmarks.architectures import architectures
+from benchmarks.architectures import Choice
 from benchmarks.judging import JudgedCase, judged_gold, judged_perturbation
-from benchmarks.perturbations import LEVELS
+from benchmarks.perturbations import ALL, LEVELS
 
 EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 SURE = 0.9
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         judged_cases(
             options.count,
             options.seed,
-            most_tensors=options.most_tensors,
+            choice=Choice(options.most_tensors),
             with_gold=not options.no_gold,
             processes=options.processes,
             progress=lambda done: print(f"{done} cases", file=sys.stderr) if done % 100 == 0 else None,
@@ -77,14 +77,14 @@ def judged_cases(
     count: int,
     seed: int = 0,
     *,
-    most_tensors: int | None = None,
+    choice: Choice = ALL,
     with_gold: bool = False,
     processes: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[JudgedCase]:
     """Judge the perturbations of a seed and then the gold cases that are there, always in the same order."""
-    architectures()  # builds the cache once, before other processes read it
-    generated = partial(judged_perturbation, seed=seed, most_tensors=most_tensors)
+    choice.architectures()  # builds the cache once, before other processes read it
+    generated = partial(judged_perturbation, seed=seed, choice=choice)
     paths = gold.paths() if with_gold else []
     if processes == 1:
         yield from _counted(chain(map(generated, range(count)), map(judged_gold, paths)), progress)

@@ -1,12 +1,13 @@
 """Time and memory of one mixture of experts at four sizes, each in a process of its own, every result checked.
 
-python -m benchmarks.scaling 91000 autoalign    # one measurement, as JSON
+So are the gold cases of large language models, where they lie beside this project.
+
+    python -m benchmarks.scaling 91000 autoalign 1    # one measurement, as JSON
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -15,6 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
+
+import autoalign
+from benchmarks import gold
+from benchmarks.memory import peak_bytes
 from benchmarks.moe import INFERENCE, PUBLISHED, SIZES, state_dict, truth
 from benchmarks.peers import PEERS, Peer
 
@@ -26,13 +32,14 @@ class Point:
     """One matcher at one size."""
 
     peer: str
-    size: int  # the nominal number, a key of SIZES
-    tensors: int
+    size: int  # the nominal number, a key of SIZES; 0 for a gold case
+    tensors: int  # of the target that have a source
     right: int
     wrong: int
     seconds: tuple[float, ...]  # of each repeat, in one process
     peak_bytes: int  # of resident memory above that before the first call
     error: str = ""
+    case: str = "mixture of experts"
 
     @property
     def median_seconds(self) -> float:
@@ -53,8 +60,15 @@ def measure(peers: Sequence[Peer], sizes: Sequence[int], repeats: int) -> Iterat
                 break
 
 
-def _in_process(peer: Peer, size: int, repeats: int) -> Point:
-    command = [sys.executable, "-m", "benchmarks.scaling", str(size), peer.name, str(repeats)]
+def measure_gold(repeats: int) -> Iterator[Point]:
+    """Measure autoalign on the gold cases of large models; none where they are absent."""
+    for path in gold.paths():
+        if path.name.startswith("scale."):
+            yield _in_process(PEERS["autoalign"], 0, repeats, path.name)
+
+
+def _in_process(peer: Peer, size: int, repeats: int, case: str = "") -> Point:
+    command = [sys.executable, "-m", "benchmarks.scaling", case or str(size), peer.name, str(repeats)]
     if peer.most_tensors is not None and size > peer.most_tensors:
         return Point(peer.name, size, 0, 0, 0, (), 0, f"more than {peer.most_tensors:,} tensors: not tried")
     try:
@@ -82,19 +96,42 @@ def measured(peer: Peer, size: int, repeats: int) -> Point:
     _quietly(lambda: peer.match(tiny, tiny))
     source, target = state_dict(moe, PUBLISHED), state_dict(moe, INFERENCE)
     true_keys = truth(moe, PUBLISHED, INFERENCE)
-    before = _peak()
+    before = peak_bytes()
     seconds, mapping = [], {}
     for _ in range(repeats):
         start = time.perf_counter()
         mapping = peer.match(source, target)
         seconds.append(time.perf_counter() - start)
     right = sum(true_keys[key] == own for key, own in mapping.items())
-    return Point(peer.name, size, len(target), right, len(mapping) - right, tuple(seconds), max(_peak() - before, 0))
+    return Point(
+        peer.name, size, len(target), right, len(mapping) - right, tuple(seconds), max(peak_bytes() - before, 0)
+    )
+
+
+def measured_gold(name: str, repeats: int) -> Point:
+    """Measure a gold case in this process; a match is right if it reads the gold source keys."""
+    one = {"fc.weight": torch.empty(2, 3)}
+    autoalign.align(one, one)
+    (case,) = gold.gold_cases(name)
+    before = peak_bytes()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        alignment = autoalign.align(case.source, case.target)
+        seconds.append(time.perf_counter() - start)
+    peak = max(peak_bytes() - before, 0)
+    judged = [case.is_right(match, alignment) for match in alignment.matches if match.target in case.expressions]
+    right, wrong = sum(judged), len(judged) - sum(judged)
+    return Point("autoalign", 0, case.gold_count, right, wrong, tuple(seconds), peak, case=case.name)
 
 
 def growth(points: Sequence[Point], small: int, large: int) -> float | None:
     """Divide autoalign's time at one size by that at another."""
-    times = {point.size: point.median_seconds for point in points if point.peer == "autoalign" and point.seconds}
+    times = {
+        point.size: point.median_seconds
+        for point in points
+        if point.peer == "autoalign" and point.size and point.seconds
+    }
     return times[large] / times[small] if {small, large} <= set(times) else None
 
 
@@ -105,11 +142,7 @@ def _quietly(call: Callable[[], object]) -> None:
         return
 
 
-def _peak() -> int:
-    """The largest resident size so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 if __name__ == "__main__":
-    print(json.dumps(asdict(measured(PEERS[sys.argv[2]], int(sys.argv[1]), int(sys.argv[3])))))
+    what, matcher, times = sys.argv[1:]
+    found = measured(PEERS[matcher], int(what), int(times)) if what.isdecimal() else measured_gold(what, int(times))
+    print(json.dumps(asdict(found)))

@@ -48,7 +48,7 @@ PEERS: dict[str, Peer] = {
     for peer in (
         Peer("autoalign", ours.match, ours.tensors),
         Peer("weightbridge", weight_bridge.match, requires="weightbridge", most_tensors=3_000),
-        Peer("torch_liberator", liberator.match, requires="torch_liberator", most_tensors=3_000),
+        Peer("torch_liberator", liberator.match, requires="torch_liberator", most_tensors=1_000),
         Peer("lit-wsl", lit_wsl.match, requires="lit_wsl", most_tensors=200),
         Peer("timm remap", by_order.timm_remap, requires="timm"),
         Peer("order in shape", by_order.within_shape),
