@@ -34,8 +34,8 @@ class Scope:
 def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Path] = ()) -> Scope:
     """Find the smallest module that holds as many layers of the other side's shapes as the whole side does.
 
-    Among several copies one is taken as a whole, never mixed: the one with a pinned tensor, else the one that is no
-    moving average.
+    Among several copies one is taken as a whole, never mixed: the one with a pinned tensor, else the one that the other
+    side calls by its name, else the one that is no moving average.
     """
     units = units_of(parts)
     wanted = Counter(shapes for unit in units_of(others) if (shapes := _shapes(unit.parts, others)))
@@ -56,8 +56,14 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
         above = tree.nodes[module]
         return frozenset(unit.path[len(above) :] for unit in units if unit.path[: len(above)] == above)
 
-    def rank(path: Path) -> tuple[bool, bool]:
-        return not any(name[: len(path)] == path for name in pinned), _is_average(path)
+    called = frozenset(word for part in others for component in part.path[:-1] for word in name_words(component))
+
+    def rank(path: Path, rivals: Sequence[Path]) -> tuple[bool, bool, bool]:
+        own = frozenset(word for component in path for word in name_words(component))
+        own -= frozenset(
+            word for rival in rivals if rival != path for component in rival for word in name_words(component)
+        )
+        return not any(name[: len(path)] == path for name in pinned), not own & called, _is_average(path)
 
     inner = [module for module in range(1, len(held)) if held[module].total() < _WORTH * held[0].total()]
     enough = [module for module in inner if (held[module] & wanted).total() >= _NEARLY * usable]
@@ -65,9 +71,10 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
     for module in enough:
         copies.setdefault(names_below(module), []).append(tree.nodes[module])
     for paths in copies.values():  # outer modules come before inner ones
-        paths.sort(key=rank)
         if len(paths) > 1:
-            return Scope((), paths[0], tuple(paths[1:]), rank(paths[0]) < rank(paths[1]))
+            ranks = {path: rank(path, paths) for path in paths}
+            first, second, *_ = ordered = sorted(paths, key=ranks.__getitem__)
+            return Scope((), first, tuple(ordered[1:]), ranks[first] < ranks[second])
     whole = [module for module in enough if (held[module] & wanted).total() == usable]
     least = min((held[module].total() for module in whole), default=0)
     smallest = [tree.nodes[module] for module in whole if held[module].total() == least]
