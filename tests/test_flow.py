@@ -32,6 +32,8 @@ FLOW = (
     "checkpoint",
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "kernels", "namesakes"),
+    # a call of a model
+    *("transaction", "preservation", "execution"),
     # candidates -> matching -> alignment
     *(
         "candidates",
@@ -49,7 +51,7 @@ FLOW = (
         "aligning",
     ),
     # the only part that moves data
-    *("module_state", "transaction", "loading"),
+    *("module_state", "loading"),
     # the command line
     *("demo", "cli", "__main__"),
 )
