@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from autoalign.errors import InputError
@@ -59,8 +60,13 @@ def execution_order(module: nn.Module, example_inputs: object) -> list[str]:
     return sorted(tracer.keys, key=lambda key: tracer.first_use.get(key, tracer.never))
 
 
-def call(model: nn.Module, inputs: object) -> Any:
+def call(model: nn.Module, inputs: object, values: Mapping[str, Tensor] | None = None) -> Any:
     """Call a model on inputs of any form, which are copied and taken to its device; chance is seeded.
+
+    Args:
+        model: What is called.
+        inputs: As for ``execution_order``.
+        values: Tensors to use in place of the model's own, by key; the model is not changed.
 
     Raises:
         InputError: The call fails.
@@ -69,20 +75,26 @@ def call(model: nn.Module, inputs: object) -> Any:
     placed = _placed(inputs, device)
     seed_all(0)
     try:
-        if isinstance(placed, Mapping):
-            return model(**placed)
-        if isinstance(placed, tuple):
-            *arguments, last = placed or (None,)
-            if placed and isinstance(last, dict) and all(isinstance(name, str) for name in last):
-                return model(*arguments, **last)
-            return model(*placed)
-        return model(placed)
+        arguments, options = _arguments(placed)
+        if values is None:
+            return model(*arguments, **options)
+        return functional_call(model, dict(values), arguments, options)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} cannot be called on the example inputs: {type(error).__name__}: {error}. "
             "It was left as it was. Give what it is called with: a tensor, a tuple of its arguments, or a dict of "
             "keyword arguments."
         ) from error
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if not isinstance(inputs, tuple):
+        return (inputs,), {}
+    if inputs and isinstance(inputs[-1], dict) and all(isinstance(name, str) for name in inputs[-1]):
+        return inputs[:-1], inputs[-1]
+    return inputs, {}
 
 
 def _placed(value: Any, device: torch.device | None) -> Any:

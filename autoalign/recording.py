@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from autoalign.execution import UseTracer, call
 
@@ -49,7 +48,6 @@ class Call:
     gave: list[Tensor] = field(default_factory=list)  # copies of its outputs
     given_sums: Sums | None = None  # of the first floating point tensor
     gave_sums: Sums | None = None
-    inner: bool = False  # whether modules inside were called
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +83,6 @@ def record(
     def begin(name: str) -> Any:
         def hook(_: nn.Module, arguments: Any, options: Any) -> None:
             tracer.paused = True
-            if open_calls:
-                open_calls[-1].inner = True
             this = Call(name, counts.get(name, 0), tracer.now())
             counts[name] = this.index + 1
             tensors = list(flat_tensors((arguments, options)).values())
@@ -121,23 +117,12 @@ def record(
             handles.append(module.register_forward_pre_hook(begin(name), with_kwargs=True))
             handles.append(module.register_forward_hook(finish(name), with_kwargs=True))
         with tracer:
-            result = call(model, inputs) if values is None else call(_Filled(model, values), inputs)
+            result = call(model, inputs, values)
     finally:
         for handle in handles:
             handle.remove()
     outputs = {name: tensor.detach().clone() for name, tensor in flat_tensors(result).items()}
     return Recording(tuple(calls), outputs, tracer.first_use, tuple(tracer.functions))
-
-
-class _Filled:
-    """A model that is called with other values than its own."""
-
-    def __init__(self, model: nn.Module, values: Mapping[str, Tensor]) -> None:
-        self.model, self.values = model, dict(values)
-        self.parameters, self.buffers = model.parameters, model.buffers
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return functional_call(self.model, self.values, arguments, options)
 
 
 def flat_tensors(value: Any, name: str = "", depth: int = 0) -> dict[str, Tensor]:
