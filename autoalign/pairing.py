@@ -131,7 +131,7 @@ def features(operation: Operation, source: Sequence[Shape], target: Shape, count
     (elements,) = operation.apply(numbered)
     dims = [dim for dim, size in enumerate(target) if size == count]
     for dim in dims:
-        rows = elements.movedim(dim, 0).flatten(1) - 1
+        rows = elements.movedim(dim, 0).reshape(count, -1) - 1
         for counted in range(min(map(len, source))):
             found = _followed(rows, source, offsets, counted)
             if found is not None:
@@ -166,7 +166,7 @@ def feature_rows(call: Call, count: int, last: bool) -> Tensor | None:
     dims = [output.dim() - 1, 1] if last else [1, output.dim() - 1]
     for dim in dims:
         if 0 <= dim < output.dim() and output.shape[dim] == count:
-            return output.movedim(dim, 0).flatten(1)
+            return output.movedim(dim, 0).reshape(count, -1)
     return None
 
 

@@ -146,11 +146,13 @@ def verify(
     with preserved(source_model, target_model):
         subject = _Subject(source_model, target_model, inputs, alignment, tolerance)
         budget = _Budget(trials, seconds)
-        if subject.loaded:
-            found = subject.verified(as_it_is=True, budget=budget)
-            if not given or not found.equal or found.first_divergence is not None:
-                return found
-        return subject.verified(as_it_is=False, budget=budget)
+        if not subject.loaded:
+            return subject.verified(as_it_is=False, budget=budget)
+        found = subject.verified(as_it_is=True, budget=budget)
+        if not given or not found.equal:
+            return found
+        by_alignment = subject.verified(as_it_is=False, budget=budget)
+        return found if by_alignment.equal and by_alignment.first_divergence is None else by_alignment
 
 
 def _check(alignment: Alignment, source: nn.Module, target: nn.Module) -> None:
@@ -344,9 +346,13 @@ class _Subject:
         )
 
     def _tied(self, fills: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give tied parameters one tensor."""
+        """Give tied parameters one tensor, and parameters' places to parameters."""
         first: dict[int, Tensor] = {}
-        return {key: first.setdefault(id(self.own[key]), tensor) for key, tensor in fills.items()}
+        for key, tensor in fills.items():
+            if id(self.own[key]) not in first:
+                is_parameter = isinstance(self.own[key], nn.Parameter)
+                first[id(self.own[key])] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        return {key: first[id(self.own[key])] for key in fills}
 
     def _divergence(self, outcome: _Outcome, scene: Scene) -> Divergence | None:
         finding = outcome.finding

@@ -208,6 +208,6 @@ def measure(subject: Subject, count: int, way: Way, seed: int = 0) -> tuple[Loca
         name = named(verification)
         located += name in modules
         first += name == modules[0]
-        if name not in modules:
+        if name != modules[0]:
             missed.append(f"{subject.name}, {way}: changed {', '.join(trial.changed)}; {verification.first_divergence}")
     return Localisation(subject.name, way, count, located, first, time.perf_counter() - start), missed
