@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autoalign.aligning import align
     from autoalign.alignment import Alignment, Candidate, Match, Mismatch
+    from autoalign.causes import Divergence
     from autoalign.checkpoint import Checkpoint, open_checkpoint
     from autoalign.errors import (
         AlignmentError,
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
         PatternError,
         UnsafeCheckpointError,
     )
+    from autoalign.execution import execution_order
+    from autoalign.explanation import Explanation
     from autoalign.loading import load
+    from autoalign.verification import Verification
+    from autoalign.verifying import verify
 
 __version__ = "0.1.0"
 
@@ -37,6 +42,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "DependencyError",
+    "Divergence",
+    "Explanation",
     "IncompatibleTensorsError",
     "InputError",
     "Match",
@@ -46,10 +53,13 @@ __all__ = [
     "PartialLoadWarning",
     "PatternError",
     "UnsafeCheckpointError",
+    "Verification",
     "__version__",
     "align",
+    "execution_order",
     "load",
     "open_checkpoint",
+    "verify",
 ]
 
 _MODULES = {
@@ -61,6 +71,11 @@ _MODULES = {
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "load": "loading",
+    "Divergence": "causes",
+    "Verification": "verification",
+    "verify": "verifying",
+    "Explanation": "explanation",
+    "execution_order": "execution",
 }  # and all others are in errors
 
 

@@ -186,7 +186,9 @@ def _events(compared: Compared) -> list[_Event]:
         given = relative_difference(call.given[0], partner.given[0]) if call.given and partner.given else None
         events.append(_Event(call.start, False, call, partner, pair, given))
         if call.end >= 0 and partner.end >= 0:
-            events.append(_Event(call.end, True, call, partner, pair, _output_difference(compared, pair, call, partner)))
+            events.append(
+                _Event(call.end, True, call, partner, pair, _output_difference(compared, pair, call, partner))
+            )
     return sorted(events, key=lambda event: event.time)
 
 

@@ -138,7 +138,7 @@ class UseTracer(TorchFunctionMode):
         if key not in self.first_use:
             self.first_use[key] = self.now()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self.paused:
             return result
@@ -152,8 +152,15 @@ class UseTracer(TorchFunctionMode):
         for tensor in _tensors_in((args, kwargs)):
             for key in self._keys_of.get(id(tensor), ()):
                 self.use(key)
-        self.functions.append((self.now(), name))
+        self.functions.append((self.now(), name + _settings(args, kwargs or {})))
         return result
+
+
+def _settings(arguments: Any, options: Mapping[str, Any]) -> str:
+    """Write the numbers and words that a function is given, such as a scale, an eps or a kind of approximation."""
+    given = [repr(value) for value in arguments if isinstance(value, str | float)]
+    given += [f"{name}={value!r}" for name, value in options.items() if isinstance(value, str | float)]
+    return f"({', '.join(given)})" if given else ""
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

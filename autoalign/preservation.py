@@ -47,16 +47,20 @@ def preserved(*models: nn.Module) -> Iterator[None]:
 def seed_all(seed: int) -> None:
     """Seed what a model may draw from, without starting CUDA."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if _uses_cuda():
         torch.cuda.manual_seed_all(seed)
-    np.random.seed(seed)  # noqa: NPY002, the generator that models use
+    np.random.seed(seed)
     random.seed(seed)
+
+
+def _uses_cuda() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _random_states() -> Callable[[], None]:
     """Note the states of all random generators, and return what puts them back."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else []
 
     def restore() -> None:
         torch.set_rng_state(states[0])

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from math import isclose
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from autoalign.execution import UseTracer, call

@@ -24,7 +24,7 @@ _MOST_PARTS = 4  # whose orders are all tried
 
 
 def listed_options(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
-    """Give the alternatives of the suspects' matches; those of one doubt together, in all layers.
+    """Give the other layouts of the suspects' matches that are in doubt; those of one doubt together, in all layers.
 
     Args:
         matches: What fills the target, with what is only proposed.
@@ -33,19 +33,25 @@ def listed_options(matches: Mapping[str, Match], suspects: Sequence[str]) -> Ite
     done = set()
     for key in suspects:
         match = matches[key]
-        if not match.alternatives or match.warnings in done:
+        if not match.warnings or match.warnings in done:
             continue
         done.add(match.warnings)
         group = [m for m in matches.values() if m.alternatives and m.warnings == match.warnings]
-        if not match.warnings:
-            group = [m for m in group if _template(m.target) == _template(key)]
-        for turn in range(max(len(m.alternatives) for m in group)):
+        for turn in range(max((len(m.alternatives) for m in group), default=0)):
             option: Option = {}
             for member in group:
                 if turn < len(member.alternatives):
                     other = member.alternatives[turn]
                     option |= _taken(matches, member, other.sources, other.operation)
             yield option
+
+
+def rivals(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
+    """Give each suspect's next best source, and what had that the suspect's."""
+    for key in suspects:
+        if not matches[key].warnings:
+            for other in matches[key].alternatives:
+                yield _taken(matches, matches[key], other.sources, other.operation)
 
 
 def _taken(matches: Mapping[str, Match], match: Match, sources: tuple[str, ...], operation: Operation) -> Option:
@@ -59,7 +65,10 @@ def _taken(matches: Mapping[str, Match], match: Match, sources: tuple[str, ...],
 
 
 def other_options(
-    matches: Mapping[str, Match], suspects: Sequence[str], shapes: Mapping[str, Shape], source_shapes: Mapping[str, Shape]
+    matches: Mapping[str, Match],
+    suspects: Sequence[str],
+    shapes: Mapping[str, Shape],
+    source_shapes: Mapping[str, Shape],
 ) -> Iterator[Option]:
     """Give what often goes wrong around the suspects.
 
@@ -69,6 +78,7 @@ def other_options(
         shapes: Of the target's keys.
         source_shapes: Of the source's.
     """
+    yield from rivals(matches, suspects)
     yield from exchanges(matches, suspects, shapes)
     for key in suspects:
         if (operation := _turned(matches[key], shapes[key])) is not None:

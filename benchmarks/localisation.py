@@ -19,7 +19,8 @@ from autoalign.aligning import align
 from autoalign.alignment import Alignment, Match
 from autoalign.execution import execution_order
 from autoalign.operations import Transpose, chain
-from autoalign.verifying import Verification, verify
+from autoalign.verification import Verification
+from autoalign.verifying import verify
 
 Way = Literal["loaded", "given"]
 

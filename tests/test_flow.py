@@ -50,13 +50,17 @@ FLOW = (
         "repeats",
         "aligning",
     ),
+    # why, and proof by a call of both
+    "explanation",
+    *("recording", "comparing", "pairing", "divergence", "settings", "causes", "trials"),
+    *("subject", "search", "verification", "verifying"),
     # the only part that moves data
     *("module_state", "loading"),
     # the command line
     *("demo", "cli", "__main__"),
 )
 # an alignment prints itself, and the report reads alignments
-BACKWARDS_WHEN_CALLED = {("alignment", "report"), ("alignment", "inversion")}
+BACKWARDS_WHEN_CALLED = {("alignment", "report"), ("alignment", "inversion"), ("alignment", "explanation")}
 # needed for a match or a screen, not for an import
 LATE = ("gguf", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")
 
