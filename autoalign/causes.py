@@ -12,16 +12,16 @@ from torch import nn
 from autoalign.alignment import Alignment, Match
 from autoalign.divergence import Finding
 from autoalign.pairing import Pair
-from autoalign.recording import Recording
+from autoalign.recording import Call, Recording, Sums
 from autoalign.settings import computes, described, setting_differences
 
 Cause = Literal["weights", "configuration", "code", "missing", "precision"]
 
 _MOVES = frozenset(  # of torch's functions: those that move values or make masks, and compute nothing
-    "T __get__ __getitem__ __setitem__ _assert_async arange cat chunk clone contiguous cpu data detach dropout dropout_ "  # noqa: SIM905
-    "empty expand expand_as feature_dropout flatten float full lift_fresh masked_fill masked_fill_ movedim narrow ones "
-    "permute repeat reshape select split squeeze stack swapaxes tensor to transpose tril triu type type_as unbind "
-    "unflatten unsqueeze view view_as zeros zeros_like".split()
+    "T __get__ __getitem__ __setitem__ _assert_async arange cat chunk clone contiguous cpu data detach "  # noqa: SIM905
+    "dropout dropout_ empty expand expand_as feature_dropout flatten float full lift_fresh masked_fill masked_fill_ "
+    "movedim narrow ones permute repeat reshape select split squeeze stack swapaxes tensor to transpose tril triu type "
+    "type_as unbind unflatten unsqueeze view view_as zeros zeros_like".split()
 )
 _ACTIVATIONS = frozenset({"relu", "relu6", "gelu", "silu", "elu", "leaky_relu", "tanh", "sigmoid", "hardswish", "mish"})
 _SPELLINGS = {  # of functions that do the same
@@ -180,7 +180,35 @@ def between_differences(scene: Scene, finding: Finding) -> tuple[list[str], list
     for name, partner in zip(*(names[:-_AROUND:-1] for names in around), strict=False):
         both = (model.get_submodule(n) for model, n in zip(scene.models, (name, partner), strict=True))
         settings += [f"{partner}.{text}".lstrip(".") for text in setting_differences(*both)]
-    return settings, others
+    return settings or _odd_modules(scene, finding), others
+
+
+def _odd_modules(scene: Scene, finding: Finding) -> list[str]:
+    """Find modules without tensors of their own that are given the same on both sides and give something else.
+
+    Tables that are no part of the state dict, such as the angles of rotary embeddings, show so.
+    """
+    calls: list[dict[tuple[str, int], Call]] = []
+    for model, recording, end in zip(scene.models, scene.recordings, (finding.source_time, finding.time), strict=True):
+        kinds: dict[tuple[str, int], Call] = {}
+        for call in recording.calls:
+            module = model.get_submodule(call.module)
+            if 0 <= call.end < end and not list(module.state_dict()):
+                kind = type(module).__name__
+                kinds[kind, sum(known == kind for known, _ in kinds)] = call
+        calls.append(kinds)
+    odd = []
+    for (kind, number), call in calls[1].items():
+        partner = calls[0].get((kind, number))
+        if partner is None or not _alike(call.given_sums, partner.given_sums):
+            continue
+        if _alike(call.gave_sums, partner.gave_sums) is False:
+            odd.append(f"outputs of {partner.module} / of {call.module} from equal inputs")
+    return odd[:1]
+
+
+def _alike(sums: Sums | None, other: Sums | None) -> bool | None:
+    return None if sums is None or other is None else sums.like(other)
 
 
 def _exchanged(own: Counter[str], other: Counter[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import torch
@@ -186,18 +187,19 @@ def _events(compared: Compared) -> list[_Event]:
         given = relative_difference(call.given[0], partner.given[0]) if call.given and partner.given else None
         events.append(_Event(call.start, False, call, partner, pair, given))
         if call.end >= 0 and partner.end >= 0:
-            events.append(
-                _Event(call.end, True, call, partner, pair, _output_difference(compared, pair, call, partner))
-            )
+            gave = _output_difference(compared, pair, call, partner, alike=given is not None and pair.whole)
+            events.append(_Event(call.end, True, call, partner, pair, gave))
     return sorted(events, key=lambda event: event.time)
 
 
-def _output_difference(compared: Compared, pair: Pair, call: Call, partner: Call) -> float | None:
+def _output_difference(compared: Compared, pair: Pair, call: Call, partner: Call, *, alike: bool) -> float | None:
+    """Compare what two modules give; ``alike`` tells that what they are given has one size."""
     if not call.gave or not partner.gave:
         return None
     match = pair.match
     if not pair.whole or (len(match.sources) == 1 and type(match.operation).__name__ == "Copy"):
-        return relative_difference(call.gave[0], partner.gave[0])
+        apart = relative_difference(call.gave[0], partner.gave[0])
+        return inf if apart is None and alike else apart
     output = call.gave[0]
     last = f"target:{call.module}" in compared.last
     shapes = [compared.shapes[key] for key in match.sources]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ def preserved(*models: nn.Module) -> Iterator[None]:
 
     What is put back: the mode of every submodule, what is registered in it, the values of parameters and buffers
     (a copy is kept on the CPU) and extra states; the random states of torch on the CPU and on CUDA devices in use, of
-    numpy and of Python. In the block attention runs module by module, so that hooks see all of it. Whoever sets hooks
-    in the block removes them.
+    numpy and of Python. In the block matrices are multiplied in full precision on CUDA devices in use, and
+    attention runs module by module, so that hooks see all of it. Whoever sets hooks in the block removes them.
 
     >>> dropout = nn.Dropout()
     >>> with preserved(dropout):
@@ -35,6 +36,7 @@ def preserved(*models: nn.Module) -> Iterator[None]:
                 stack.callback(setattr, module, "training", module.training)
             stack.callback(snapshot(model, keep_values=True))
         stack.callback(_random_states())
+        stack.callback(_exact_arithmetic())
         fast_path = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(torch.no_grad())
@@ -55,6 +57,23 @@ def seed_all(seed: int) -> None:
 
 def _uses_cuda() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _exact_arithmetic() -> Callable[[], None]:
+    """Turn TF32 off where CUDA is in use, and return what puts its settings back."""
+    if not _uses_cuda():
+        return lambda: None
+    backends: list[tuple[Any, str, Any]] = []
+    for owner in (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)):
+        name, exact = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
+        backends.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, exact)
+
+    def restore() -> None:
+        for owner, name, value in backends:
+            setattr(owner, name, value)
+
+    return restore
 
 
 def _random_states() -> Callable[[], None]:

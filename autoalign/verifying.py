@@ -76,7 +76,7 @@ def verify(
         target_inputs: The same for the target, where it is called in another way.
         alignment: What to check; by default that of the two models.
         tolerance: The largest difference of outputs that are called equal, as a share of the largest value of each;
-            by default 1e-3 for float32, 1e-2 for float16, 5e-2 for bfloat16 and 1e-6 for float64.
+            by default 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16 and 1e-6 for float64.
         trials: How many calls of the target may be made to try alternatives; 0 for none.
         seconds: For how long alternatives may be tried; no limit by default.
         **align_options: As for ``align``, where no alignment is given.
