@@ -45,11 +45,7 @@ def execution_order(module: nn.Module, example_inputs: object) -> list[str]:
         InputError: The call fails.
     """
     tracer = UseTracer(module.state_dict(keep_vars=True))
-    handles = [
-        owner.register_forward_hook(_finished(tracer, name), always_call=False)
-        for name, owner in module.named_modules()
-        if not isinstance(owner, torch.jit.ScriptModule) or not name
-    ]
+    handles = [owner.register_forward_hook(_finished(tracer, name)) for name, owner in module.named_modules()]
     with preserved(module):
         try:
             with tracer:

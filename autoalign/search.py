@@ -132,7 +132,7 @@ def _options(subject: Subject, state: State) -> Iterator[tuple[Option, bool]]:
     used = state.outcome.compared.target.first_use
     finding = state.outcome.finding
     end = finding.time if finding is not None else 2**61
-    before = sorted((k for k in state.matches if used.get(k, 2**61) <= end), key=lambda key: -used[key])
+    before = sorted((k for k in state.matches if k in used and used[k] <= end), key=lambda key: -used[key])
     called = {call.module for call in state.outcome.compared.target.calls}
     owned = owners(subject.models[1], list(state.matches), called)
     own = [key for key in state.matches if finding and owned[key][0] == finding.call.module]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,6 +88,11 @@ def verify(
     for model in (source_model, target_model):
         if not isinstance(model, nn.Module):
             raise InputError(f"verify calls two nn.Modules, and {type(model).__name__} is none. Nothing was verified.")
+        if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+            raise InputError(
+                f"{type(model).__name__} has tensors on the meta device, which have no values. Nothing was verified. "
+                "Load it first, with assign=True."
+            )
     given = alignment is not None
     if alignment is None:
         alignment = align(source_model, target_model, **align_options)
