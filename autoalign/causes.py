@@ -93,7 +93,7 @@ def diverged(scene: Scene, finding: Finding) -> Divergence:
     if missing:
         text = f"{_listed(missing)} got nothing from the source."
         return Divergence(finding.source, module, difference, "missing", text, tuple(missing))
-    if pair and pair.mixed:
+    if pair and pair.is_mixed:
         fills = _listed([f"{key} from {' + '.join(scene.matches[key].sources)}" for key in pair.mixed])
         text = f"Its tensors come from several modules: {fills}, the rest from {finding.source}."
         return Divergence(finding.source, module, difference, "weights", text, pair.mixed)

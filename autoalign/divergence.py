@@ -125,7 +125,7 @@ def first_finding(compared: Compared, wrong: Collection[str], right: Collection[
             continue
         else:
             started = begun.get(id(event.call))
-            if event.call.module not in wrong and not event.pair.mixed and computed(event.call.gave_sums):
+            if event.call.module not in wrong and not event.pair.is_mixed and computed(event.call.gave_sums):
                 continue
             kind = "own" if id(event.call) not in inner else "inside"
             if started is not None:

@@ -27,6 +27,11 @@ class Pair:
     whole: bool  # whether the tensors are those of one layer, so that outputs are a function of inputs and them
     mixed: tuple[str, ...] = ()  # the target's keys in this module that come from other modules than ``source``
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the tensors of one layer come from several."""
+        return self.whole and bool(self.mixed)
+
 
 def owners(model: nn.Module, keys: Collection[str], called: Collection[str]) -> dict[str, tuple[str, bool]]:
     """Find, for each key, the module that uses it: its own, or the innermost around it that is called.
@@ -79,6 +84,8 @@ def paired_modules(
             chosen, key=lambda m: (max(votes[source_owner[key][0]] for key in m.sources), sizes.get(m.target, 0))
         )
         source = max((source_owner[key][0] for key in best.sources), key=lambda owner: votes[owner])
+        if not layer and 2 * votes[source] <= len(chosen):
+            continue  # parameters that stand alone in different modules are no evidence for any of them
         known = {source_owner[key][0] for key in best.sources}
         mixed = tuple(m.target for m in chosen if not known & {source_owner[key][0] for key in m.sources})
         sources = tuple(source_owner[key][0] for key in best.sources)

@@ -19,6 +19,7 @@ from autoalign.operations import Chain, Concatenate, Operation, Parallel, Shape,
 Option = dict[str, Match]  # target key -> the match that takes the place of its present one
 
 _NUMBER = re.compile(r"\d+")
+_NEAREST = 4  # suspects that are laid out otherwise before any are exchanged
 _PARTS = (2, 3)  # that a tensor which is fused on both sides may have
 _MOST_PARTS = 4  # whose orders are all tried
 
@@ -78,15 +79,22 @@ def other_options(
         shapes: Of the target's keys.
         source_shapes: Of the source's.
     """
+    nearest, others = suspects[:_NEAREST], suspects[_NEAREST:]
+    yield from _relaid(matches, nearest, shapes, source_shapes)
     yield from rivals(matches, suspects)
     yield from exchanges(matches, suspects, shapes)
-    for key in suspects:
+    yield from _relaid(matches, others, shapes, source_shapes)
+
+
+def _relaid(
+    matches: Mapping[str, Match], keys: Sequence[str], shapes: Mapping[str, Shape], source_shapes: Mapping[str, Shape]
+) -> Iterator[Option]:
+    """Lay tensors out otherwise: square matrices transposed, parts in another order."""
+    for key in keys:
         if (operation := _turned(matches[key], shapes[key])) is not None:
             yield {key: replace(matches[key], operation=operation)}
-    for key in suspects:
         for sources in _orders(matches[key], source_shapes):
             yield {key: replace(matches[key], sources=sources)}
-    for key in suspects:
         yield from _parts_reordered(matches, key, shapes)
 
 

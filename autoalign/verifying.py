@@ -166,7 +166,7 @@ def _divergence(subject: Subject, outcome: Outcome, scene: Scene) -> Divergence 
     if outcome.equal:
         pair = scene.pairs.get(finding.call.module) if finding else None
         shown = finding is not None and (
-            any(scene.owner[key] == finding.call.module for key in scene.wrong) or (pair is not None and pair.mixed)
+            any(scene.owner[key] == finding.call.module for key in scene.wrong) or (pair is not None and pair.is_mixed)
         )
         if shown and finding is not None:
             return diverged(scene, finding)

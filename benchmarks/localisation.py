@@ -6,11 +6,16 @@ The target is loaded so and verified; or the spoilt alignment is verified, which
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +28,7 @@ from autoalign.verification import Verification
 from autoalign.verifying import verify
 
 Way = Literal["loaded", "given"]
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +206,6 @@ def named(verification: Verification) -> str | None:
 
 def measure(subject: Subject, count: int, way: Way, seed: int = 0) -> tuple[Localisation, list[str]]:
     """Count how often the module of a changed tensor is named; also describe the trials where it was not."""
-    import time
-
     located = first = 0
     start, missed = time.perf_counter(), []
     for trial, verification in attempts(subject, count, way, seed):
@@ -212,3 +216,43 @@ def measure(subject: Subject, count: int, way: Way, seed: int = 0) -> tuple[Loca
         if name != modules[0]:
             missed.append(f"{subject.name}, {way}: changed {', '.join(trial.changed)}; {verification.first_divergence}")
     return Localisation(subject.name, way, count, located, first, time.perf_counter() - start), missed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a table and what was missed; the exit status is 1 if anything was."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.localisation", description=__doc__)
+    parser.add_argument("--trials", type=int, default=200, help="of all subjects and both ways together (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of tensors (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")
+    options = parser.parse_args(arguments)
+    kinds = [(subject, way) for subject in SUBJECTS for way in WAYS]
+    results, missed = [], []
+    for place, (subject, way) in enumerate(kinds):
+        count = options.trials // len(kinds) + (place < options.trials % len(kinds))
+        result, lines = measure(subject, count, way, options.seed)
+        results.append(result)
+        missed += lines
+    print("\n".join(table(results)))
+    print("\n".join(missed))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1), encoding="utf-8")
+    return 0 if all(result.located == result.trials for result in results) else 1
+
+
+def table(results: Sequence[Localisation]) -> Iterator[str]:
+    """Write a line for each subject and way, and one for all."""
+    yield "| source -> target | verified | trials | module named | the first one | seconds a trial |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: |"
+    words = {"loaded": "the loaded target", "given": "the alignment"}
+    for r in results:
+        yield (
+            f"| {r.name} | {words[r.way]} | {r.trials} | {r.located / max(r.trials, 1):.1%} "
+            f"| {r.first / max(r.trials, 1):.1%} | {r.seconds / max(r.trials, 1):.1f} |"
+        )
+    trials, located, first = (sum(getattr(r, name) for r in results) for name in ("trials", "located", "first"))
+    seconds = sum(r.seconds for r in results)
+    yield f"| all | | {trials} | {located / trials:.1%} | {first / trials:.1%} | {seconds / trials:.1f} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -427,15 +427,13 @@ def test_what_often_goes_wrong_in_all_layers_is_found(
 def test_halves_that_are_fused_on_both_sides_in_another_order_are_found() -> None:
     source = with_values(GatedEncoder("net"), 1)
     target = with_values(GatedEncoder("w12"), 2)
-    names = {r"\.net\.0\.proj\.": ".w12.", r"\.net\.2\.": ".w3."}
-    verification = verify(source, target, TOKENS, alignment=autoalign.align(source, target, rules=names))
+    verification = verify(source, target, TOKENS)
     assert verification.equal
-    assert {kinds_of(match.operation) for match in verification.taken} == {"Chain"}
+    assert verification.trials < 30
     assert len(verification.taken) == 2 * DEPTH  # weights and biases
-
-
-def kinds_of(operation: Operation) -> str:
-    return type(operation).__name__
+    target.load_state_dict(verification.alignment.state_dict())
+    restored = verification.alignment.inverse().state_dict()
+    assert all(torch.equal(restored[key], tensor) for key, tensor in source.state_dict().items())
 
 
 @pytest.mark.parametrize("way", ["loaded", "given"])
