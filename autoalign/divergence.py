@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
@@ -23,6 +23,18 @@ Kind = Literal["own", "mispaired", "before", "inside", "gradual"]
 
 
 @dataclass(frozen=True, slots=True)
+class Event:
+    """The begin or the end of a call, on both sides."""
+
+    time: int
+    ending: bool
+    call: Call
+    partner: Call
+    pair: Pair
+    difference: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Compared:
     """Two recordings and what belongs together in them."""
 
@@ -33,6 +45,7 @@ class Compared:
     target_shapes: Mapping[str, Shape]
     last: Collection[str]  # modules of either side, as "source:name", whose features are in the last dimension
     tolerance: float  # of modules
+    events: tuple[Event, ...] = ()  # in the target's order; filled by `compare`
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +64,6 @@ class Finding:
     elsewhere: tuple[str, ...] = ()  # the source's modules that are given what this one is given
 
 
-@dataclass(frozen=True, slots=True)
-class _Event:
-    time: int
-    ending: bool
-    call: Call
-    partner: Call
-    pair: Pair
-    difference: float | None
-
-
 def module_tolerance(tolerance: float, recordings: Sequence[Recording]) -> float:
     """Choose the tolerance of modules by that of outputs and by the types that occur."""
     dtypes = {t.dtype for recording in recordings for c in recording.calls for t in c.gave if t.is_floating_point()}
@@ -77,7 +80,24 @@ def features_last(model: nn.Module) -> set[str]:
     }
 
 
-def first_finding(compared: Compared, wrong: Collection[str], right: Collection[str]) -> Finding | None:
+def compare(compared: Compared) -> Compared:
+    """Compare what paired modules are given and give, call by call."""
+    partners = {(call.module, call.index): call for call in compared.source.calls}
+    events = []
+    for call in compared.target.calls:
+        pair = compared.pairs.get(call.module)
+        partner = partners.get((pair.source, call.index)) if pair else None
+        if pair is None or partner is None:
+            continue
+        given = relative_difference(call.given[0], partner.given[0]) if call.given and partner.given else None
+        events.append(Event(call.start, False, call, partner, pair, given))
+        if call.end >= 0 and partner.end >= 0:
+            gave = _output_difference(compared, pair, call, partner, alike=given is not None and pair.whole)
+            events.append(Event(call.end, True, call, partner, pair, gave))
+    return replace(compared, events=tuple(sorted(events, key=lambda event: event.time)))
+
+
+def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
     """Find the first module, in the target's order of execution, that does not do what its partner does.
 
     Differences at the borders of modules that are drawn elsewhere (a norm with its activation) are told from real ones
@@ -86,12 +106,11 @@ def first_finding(compared: Compared, wrong: Collection[str], right: Collection[
     Args:
         compared: The recordings.
         wrong: Modules of the target that hold other tensors than they should: what they compute is not excused.
-        right: Modules of the target that are known to compute the right values at other borders.
 
     Returns:
         The finding; None if there is none.
     """
-    events = _events(compared)
+    events = compared.events
     inner = _containers(compared.target)
     known = [sums for call in compared.source.calls for sums in (call.given_sums, call.gave_sums) if sums is not None]
     by_size: dict[int, list[Sums]] = {}
@@ -102,7 +121,7 @@ def first_finding(compared: Compared, wrong: Collection[str], right: Collection[
         return sums is not None and any(sums.like(other) for other in by_size.get(sums.numel, ()))
 
     noise, since, source_since = 0.0, -1, -1
-    begun: dict[int, _Event] = {}  # calls whose inputs differ, and that are judged when they end
+    begun: dict[int, Event] = {}  # calls whose inputs differ, and that are judged when they end
     endings = {id(event.call): event for event in events if event.ending}
     for position, event in enumerate(events):
         if event.difference is None:
@@ -121,8 +140,6 @@ def first_finding(compared: Compared, wrong: Collection[str], right: Collection[
                 begun[id(event.call)] = event
                 continue
             kind = "mispaired" if computed(event.call.given_sums) else "before"
-        elif event.call.module in right:
-            continue
         else:
             started = begun.get(id(event.call))
             if event.call.module not in wrong and not event.pair.is_mixed and computed(event.call.gave_sums):
@@ -152,7 +169,7 @@ def first_finding(compared: Compared, wrong: Collection[str], right: Collection[
 
 def worst_finding(compared: Compared) -> Finding | None:
     """Find the first module whose difference is too large although it grew little by little."""
-    events = [event for event in _events(compared) if event.difference is not None]
+    events = [event for event in compared.events if event.difference is not None]
     for position, event in enumerate(events):
         if (event.difference or 0.0) > compared.tolerance:
             ends = event.partner.end if event.ending else event.partner.start
@@ -164,7 +181,7 @@ def worst_finding(compared: Compared) -> Finding | None:
 
 def last_agreement(compared: Compared) -> tuple[int, int]:
     """Tell the times, on both sides, of the last event at which both agree."""
-    agreed = [e for e in _events(compared) if e.difference is not None and e.difference <= compared.tolerance]
+    agreed = [e for e in compared.events if e.difference is not None and e.difference <= compared.tolerance]
     if not agreed:
         return -1, -1
     event = agreed[-1]
@@ -173,23 +190,7 @@ def last_agreement(compared: Compared) -> tuple[int, int]:
 
 def event_count(compared: Compared) -> int:
     """Count the events at which both sides can be compared."""
-    return sum(event.difference is not None for event in _events(compared))
-
-
-def _events(compared: Compared) -> list[_Event]:
-    partners = {(call.module, call.index): call for call in compared.source.calls}
-    events = []
-    for call in compared.target.calls:
-        pair = compared.pairs.get(call.module)
-        partner = partners.get((pair.source, call.index)) if pair else None
-        if pair is None or partner is None:
-            continue
-        given = relative_difference(call.given[0], partner.given[0]) if call.given and partner.given else None
-        events.append(_Event(call.start, False, call, partner, pair, given))
-        if call.end >= 0 and partner.end >= 0:
-            gave = _output_difference(compared, pair, call, partner, alike=given is not None and pair.whole)
-            events.append(_Event(call.end, True, call, partner, pair, gave))
-    return sorted(events, key=lambda event: event.time)
+    return sum(event.difference is not None for event in compared.events)
 
 
 def _output_difference(compared: Compared, pair: Pair, call: Call, partner: Call, *, alike: bool) -> float | None:
@@ -239,7 +240,7 @@ def _containers(recording: Recording) -> set[int]:
     return found
 
 
-def _elsewhere(compared: Compared, event: _Event) -> tuple[str, ...]:
+def _elsewhere(compared: Compared, event: Event) -> tuple[str, ...]:
     """List the source's modules that are given what the target's module is given."""
     sums = event.call.given_sums
     if sums is None:

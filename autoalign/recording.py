@@ -5,33 +5,35 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from math import isclose
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from autoalign.execution import UseTracer, call
 
 _MOST_NESTED = 8  # levels of lists and mappings in an output
-_ALIKE = 1e-4  # relative difference of the sums of tensors that are called the same
+_ROUNDINGS = 100  # by which the sums of tensors that are called the same may differ, within these bounds
+_FINEST, _COARSEST = 1e-5, 1e-2
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What is kept of a tensor to recognise it, whatever its layout."""
+    """What is kept of a tensor to recognise its values in any layout: sums of powers, which do not depend on order."""
 
     numel: int
-    total: float
-    absolute: float
-    squares: float
+    signed: tuple[float, ...]  # of the values and of their cubes
+    absolute: tuple[float, ...]  # of the absolute values to the power of 1, 2, 3 and 4
+    precision: float  # relative difference of sums that are called the same
 
     def like(self, other: Sums) -> bool:
         """Tell whether two tensors have the same values, in any order, as far as sums tell."""
-        return (
-            self.numel == other.numel
-            and isclose(self.absolute, other.absolute, rel_tol=_ALIKE, abs_tol=1e-12)
-            and isclose(self.squares, other.squares, rel_tol=_ALIKE, abs_tol=1e-12)
-            and abs(self.total - other.total) <= _ALIKE * max(self.absolute, other.absolute, 1e-12)
+        allowed = max(self.precision, other.precision)
+        scales = [max(pair) for pair in zip(self.absolute, other.absolute, strict=True)]
+        sums = [*zip(self.absolute, other.absolute, strict=True), *zip(self.signed, other.signed, strict=True)]
+        return self.numel == other.numel and all(
+            abs(own - theirs) <= allowed * scale or (own == theirs)
+            for (own, theirs), scale in zip(sums, [*scales, scales[0], scales[2]], strict=True)
         )
 
 
@@ -127,6 +129,7 @@ def record(
 def flat_tensors(value: Any, name: str = "", depth: int = 0) -> dict[str, Tensor]:
     """Collect the tensors in nested lists, mappings and dataclasses, by their paths.
 
+    >>> import torch
     >>> list(flat_tensors({"logits": torch.ones(1), "hidden": (torch.ones(1),)}))
     ['logits', 'hidden.0']
     """
@@ -154,10 +157,17 @@ def _sums(tensors: list[Tensor]) -> Sums | None:
 
 
 def sums_of(tensor: Tensor) -> Sums:
-    """Sum up a tensor in double precision.
+    """Sum up the powers of a tensor's values in double precision.
 
-    >>> sums_of(torch.tensor([1.0, -2.0]))
-    Sums(numel=2, total=-1.0, absolute=3.0, squares=5.0)
+    >>> import torch
+    >>> sums = sums_of(torch.tensor([1.0, -2.0]))
+    >>> sums.signed, sums.absolute, sums.like(sums_of(torch.tensor([[-2.0], [1.0]])))
+    ((-1.0, -7.0), (3.0, 5.0, 9.0, 17.0), True)
     """
     values = tensor.detach().double().flatten()
-    return Sums(values.numel(), float(values.sum()), float(values.abs().sum()), float(values.square().sum()))
+    squares, sizes = values.square(), values.abs()
+    cubes = squares * sizes
+    absolute = [float(power.sum()) for power in (sizes, squares, cubes, squares.square())]
+    signed = float(values.sum()), float((squares * values).sum())
+    precision = min(max(_ROUNDINGS * torch.finfo(tensor.dtype).eps, _FINEST), _COARSEST)
+    return Sums(values.numel(), signed, tuple(absolute), precision)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autoalign.alignment import Alignment, Match
 from autoalign.causes import Scene
 from autoalign.comparing import OutputDifference, output_differences, relative_difference, tolerance_of
-from autoalign.divergence import Compared, Finding, event_count, features_last, first_finding, module_tolerance
+from autoalign.divergence import Compared, Finding, compare, event_count, features_last, first_finding, module_tolerance
 from autoalign.pairing import owners, paired_modules
 from autoalign.recording import record
 
@@ -86,22 +86,22 @@ class Subject:
     def _held(self) -> tuple[dict[str, str], bool]:
         """Find the target's tensors that are not what the alignment gives, and whether it was loaded at all."""
         tensors = {key: self.value(match) for key, match in self.matches.items() if key in self.own}
-        sums: dict[tuple[int, float], list[str]] = {}
+        agreeing = {key for key, tensor in tensors.items() if _agree(self.own[key].detach(), tensor)}
+        sizes = {self.own[key].numel() for key in tensors.keys() - agreeing} - {1}
+        prints: dict[tuple[int, float], list[str]] = {}  # of the tensors that one which disagrees may be
+        for key, tensor in tensors.items():
+            if tensor.numel() in sizes:
+                prints.setdefault(_print_of(tensor), []).append(key)
         wrong: dict[str, str] = {}
         told = held = 0
         for key, tensor in tensors.items():
-            if tensor.numel() > 1:
-                sums.setdefault(_print_of(tensor), []).append(key)
-        for key, tensor in tensors.items():
-            own = self.own[key].detach()
-            agrees = torch.equal(own, tensor) or (relative_difference(own, tensor) or 0.0) <= _EXACT
-            other = () if agrees or own.numel() <= 1 else sums.get(_print_of(own), ())
-            if not agrees:
-                wrong[key] = self._describe(key, own, tensor, [k for k in other if torch.equal(tensors[k], own)])
-            is_free = isinstance(self.own[key], nn.Parameter) and own.numel() > 1
-            if is_free and not bool((tensor == tensor.flatten()[0]).all()):
+            own, others = self.own[key].detach(), []
+            if key not in agreeing:
+                others = prints.get(_print_of(own), []) if own.numel() in sizes else []
+                wrong[key] = self._describe(key, own, tensor, [k for k in others if torch.equal(tensors[k], own)])
+            if isinstance(self.own[key], nn.Parameter) and own.numel() > 1 and not _is_constant(tensor):
                 told += 1
-                held += agrees or bool(other)
+                held += key in agreeing or bool(others)
         return wrong, held >= _HELD * told
 
     def _describe(self, key: str, own: Tensor, tensor: Tensor, like: Sequence[str]) -> str:
@@ -127,20 +127,22 @@ class Subject:
         target_owner = owners(self.models[1], list(self.target_shapes), called)
         pairs = paired_modules(list(matches.values()), self.source_owner, target_owner, self.sizes)
         tolerance = self.wanted_tolerance or tolerance_of(self.source.outputs, target.outputs)
-        compared = Compared(
-            self.source,
-            target,
-            pairs,
-            self.shapes,
-            self.target_shapes,
-            self.last,
-            module_tolerance(tolerance, (self.source, target)),
+        compared = compare(
+            Compared(
+                self.source,
+                target,
+                pairs,
+                self.shapes,
+                self.target_shapes,
+                self.last,
+                module_tolerance(tolerance, (self.source, target)),
+            )
         )
         differences = output_differences(target.outputs, self.source.outputs)
         largest = max((item.difference for item in differences), default=inf)
         equal = largest <= tolerance
         guilty = {target_owner[key][0] for key in wrong if key in target_owner}
-        finding = first_finding(compared, guilty, ())
+        finding = first_finding(compared, guilty)
         position: float = inf if equal else finding.position if finding is not None else 2**31
         return Outcome(tuple(differences), largest, equal, finding, position, compared, event_count(compared))
 
@@ -173,6 +175,14 @@ class Subject:
                 is_parameter = isinstance(self.own[key], nn.Parameter)
                 first[id(self.own[key])] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
         return {key: first[id(self.own[key])] for key in fills}
+
+
+def _agree(own: Tensor, tensor: Tensor) -> bool:
+    return torch.equal(own, tensor) or (relative_difference(own, tensor) or 0.0) <= _EXACT
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    return bool((tensor == tensor.flatten()[0]).all())
 
 
 def _print_of(tensor: Tensor) -> tuple[int, float]:

@@ -133,7 +133,10 @@ def _verified(subject: Subject, *, as_it_is: bool, budget: Budget) -> Verificati
     notes = []
     if not base.differences:
         sides = [{name: list(t.shape) for name, t in r.outputs.items()} for r in (subject.source, base.compared.target)]
-        notes.append(f"No outputs have the same size: {sides[0]} of the source, {sides[1]} of the target.")
+        notes.append(
+            f"No outputs have the same size: {sides[0]} of the source, {sides[1]} of the target. "
+            "Wrap one of them, so that both give the same."
+        )
     state = State(known, base, ())
     explained = divergence is not None and any(key in wrong for key in divergence.keys)
     if not base.equal and not explained and base.differences:
@@ -175,7 +178,8 @@ def _divergence(subject: Subject, outcome: Outcome, scene: Scene) -> Divergence 
         return diverged(scene, finding)
     if (finding := worst_finding(outcome.compared)) is not None:
         return diverged(scene, finding)
-    return _at_the_end(outcome, scene)
+    ending = _at_the_end(outcome, scene)
+    return ending if outcome.differences or ending.cause == "missing" else None  # nothing is known to differ
 
 
 def _at_the_end(outcome: Outcome, scene: Scene) -> Divergence:

@@ -185,6 +185,15 @@ def test_tensors_that_got_nothing_are_named(pair: tuple[Any, Any]) -> None:
     )
 
 
+def test_outputs_that_cannot_be_compared_are_neither_equal_nor_a_divergence(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    verification = verify(source, nn.Sequential(target, nn.ZeroPad1d(1)), INPUTS)
+    assert not verification.equal
+    assert verification.first_divergence is None
+    assert verification.compared == 10
+    assert "Wrap one of them" in str(verification)
+
+
 def test_borders_of_modules_that_are_drawn_elsewhere_are_no_divergence() -> None:
     """A norm of timm holds the activation that follows it, and torchvision's does not."""
     source = like_images(tv("regnet_y_400mf")(), 64, seed=1)
