@@ -104,10 +104,30 @@ def verify(
         if not subject.loaded:
             return _verified(subject, as_it_is=False, budget=budget)
         found = _verified(subject, as_it_is=True, budget=budget)
-        if not given or not found.equal:
+        if not found.equal or found.taken or not (given or found.first_divergence):
             return found
         by_alignment = _verified(subject, as_it_is=False, budget=budget)
-        return found if by_alignment.equal and by_alignment.first_divergence is None else by_alignment
+        if by_alignment.equal and by_alignment.first_divergence is None:
+            return found
+        return by_alignment if given else _otherwise_right(found, by_alignment)
+
+
+def _otherwise_right(found: Verification, by_alignment: Verification) -> Verification:
+    """Say that a target is right as it is, and that the alignment would fill it otherwise."""
+    better = by_alignment if by_alignment.equal else found
+    note = "The target is right as it is. The alignment of the two models alone is not: " + (
+        f"{len(better.taken)} of its matches had to be taken otherwise."
+        if by_alignment.equal
+        else f"{by_alignment.first_divergence}"
+    )
+    return replace(
+        found,
+        first_divergence=None,
+        alignment=better.alignment,
+        taken=better.taken,
+        trials=by_alignment.trials,
+        notes=(*found.notes, note),
+    )
 
 
 def _check(alignment: Alignment, source: nn.Module, target: nn.Module) -> None:
@@ -213,8 +233,8 @@ def _unseen(subject: Subject, scene: Scene) -> Divergence | None:
 
 
 def _located(subject: Subject, divergence: Divergence | None, state: State, base: Outcome) -> Divergence | None:
-    """Say which layer is at fault, if trials told."""
-    if divergence is None or not state.found:
+    """Say which layer is at fault, if trials told: only equal outputs prove that what was tried is right."""
+    if divergence is None or not state.found or not state.outcome.equal:
         return divergence
     used = base.compared.target.first_use
     keys = sorted(state.found, key=lambda key: used.get(key, 2**61))
@@ -225,8 +245,7 @@ def _located(subject: Subject, divergence: Divergence | None, state: State, base
         return divergence
     match = state.matches[keys[0]]
     pair = base.compared.pairs.get(module)
-    verb = "makes the outputs equal" if state.outcome.equal else "makes both agree for longer"
-    text = f"{match.target} = {' + '.join(match.sources)}: {match.operation} {verb}."
+    text = f"{match.target} = {' + '.join(match.sources)}: {match.operation} makes the outputs equal."
     source = subject.source_owner[match.sources[0]][0] if pair is None else pair.source
     return Divergence(source, module, divergence.difference, "weights", text, tuple(keys), divergence.between)
 
