@@ -118,12 +118,14 @@ def _step(
         return True
 
     for option, listed in _options(subject, state):
-        if budget.is_spent or (listed_only and not listed):
+        if budget.is_spent or (best is not None and not listed):
             break
+        if listed_only and not listed:
+            continue
         if tried(option) and best is not None and not best[0].outcome.equal and not listed:
             tried(in_all_layers(state.matches, option, subject.target_shapes))
         if best is not None and (best[0].outcome.equal or not listed):
-            break
+            break  # listed ones are all tried, and the best is kept
     return best
 
 
