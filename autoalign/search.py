@@ -159,12 +159,12 @@ def _likely(subject: Subject, state: State, own: Sequence[str]) -> Iterator[Opti
     matches, finding = state.matches, state.outcome.finding
     module_of = {key: subject.source_owner[match.sources[0]][0] for key, match in matches.items()}
     assert finding is not None
-    pair = state.outcome.compared.pairs.get(finding.call.module)
     pairs: list[tuple[str, str]] = []
     if finding.kind == "mispaired":  # the module that is given the same
         pairs += [(mine, key) for key in matches if module_of[key] in finding.elsewhere for mine in own]
-    if pair is not None:  # a tensor that comes from elsewhere than the rest
-        pairs += [(mine, key) for mine in pair.mixed for key in matches if module_of[key] == pair.source]
+    for module in dict.fromkeys(module_of[key] for key in own):  # one that has a part of the tensors should have all
+        others = [mine for mine in own if module_of[mine] != module]
+        pairs += [(mine, key) for mine in others for key in matches if module_of[key] == module]
     for mine, other in pairs:
         if other not in own:
             yield from exchanges(matches, (mine, other), subject.target_shapes)
