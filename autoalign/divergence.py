@@ -93,6 +93,14 @@ def compare(compared: Compared) -> Compared:
         events.append(Event(call.start, False, call, partner, pair, given))
         if call.end >= 0 and partner.end >= 0:
             gave = _output_difference(compared, pair, call, partner, alike=given is not None and pair.whole)
+            if (
+                gave is None
+                and given is None
+                and pair.whole
+                and all((call.given, partner.given, call.gave, partner.gave))
+            ):
+                # two layers of other sizes: no partners, if another layer of the source is given the same
+                gave = inf if pair.is_mixed or _given_the_same(compared, call) else None
             events.append(Event(call.end, True, call, partner, pair, gave))
     return replace(compared, events=tuple(sorted(events, key=lambda event: event.time)))
 
@@ -145,6 +153,8 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
             if event.call.module not in wrong and not event.pair.is_mixed and computed(event.call.gave_sums):
                 continue
             kind = "own" if id(event.call) not in inner else "inside"
+            if event.difference == inf and computed(event.call.given_sums) and not _is_comparable(event):
+                kind = "mispaired"
             if started is not None:
                 kind = "mispaired" if computed(event.call.given_sums) else "before"
         if kind == "before":  # the innermost call around it that has a wrong partner, if there is one
@@ -162,7 +172,7 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
             source_since,
             event.time,
             event.partner.end if event.ending else event.partner.start,
-            _elsewhere(compared, event) if kind == "mispaired" else (),
+            _given_the_same(compared, event.call) if kind == "mispaired" else (),
         )
     return None
 
@@ -191,6 +201,10 @@ def last_agreement(compared: Compared) -> tuple[int, int]:
 def event_count(compared: Compared) -> int:
     """Count the events at which both sides can be compared."""
     return sum(event.difference is not None for event in compared.events)
+
+
+def _is_comparable(event: Event) -> bool:
+    return event.call.given[0].numel() == event.partner.given[0].numel()
 
 
 def _output_difference(compared: Compared, pair: Pair, call: Call, partner: Call, *, alike: bool) -> float | None:
@@ -240,14 +254,14 @@ def _containers(recording: Recording) -> set[int]:
     return found
 
 
-def _elsewhere(compared: Compared, event: Event) -> tuple[str, ...]:
-    """List the source's modules that are given what the target's module is given."""
-    sums = event.call.given_sums
+def _given_the_same(compared: Compared, call: Call) -> tuple[str, ...]:
+    """List the source's modules that are given what a module of the target is given."""
+    sums = call.given_sums
     if sums is None:
         return ()
     names = (
-        call.module
-        for call in compared.source.calls
-        if call.given and call.given_sums is not None and call.given_sums.like(sums)
+        other.module
+        for other in compared.source.calls
+        if other.given and other.given_sums is not None and other.given_sums.like(sums)
     )
     return tuple(dict.fromkeys(names))

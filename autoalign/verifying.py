@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from math import inf
 from typing import Any
 
 from torch import Tensor, nn
@@ -188,8 +189,13 @@ def _divergence(subject: Subject, outcome: Outcome, scene: Scene) -> Divergence 
     finding = outcome.finding
     if outcome.equal:
         pair = scene.pairs.get(finding.call.module) if finding else None
-        shown = finding is not None and (
-            any(scene.owner[key] == finding.call.module for key in scene.wrong) or (pair is not None and pair.is_mixed)
+        shown = (
+            finding is not None
+            and finding.difference < inf
+            and (
+                any(scene.owner[key] == finding.call.module for key in scene.wrong)
+                or (pair is not None and pair.is_mixed)
+            )
         )
         if shown and finding is not None:
             return diverged(scene, finding)
