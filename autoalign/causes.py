@@ -152,6 +152,15 @@ def _before(scene: Scene, finding: Finding, used: Mapping[str, int]) -> Divergen
         return found("weights", f". {doubts[0]}: {scene.matches[doubts[0]].warnings[0]}.", doubts)
     if functions:
         return found("code", f": {_listed(functions)} (source / target).", suspects)
+    holders = {scene.owner.get(key, "") for key in suspects}
+    if len(holders) == 1:  # nothing else was used in between
+        (holder,) = holders
+        pair = scene.pairs.get(holder)
+        text = (
+            f"{where}, where only {_listed(suspects)} of {holder or 'the model itself'} is used: it is filled wrongly."
+        )
+        source = pair.source if pair else finding.source
+        return Divergence(source, holder, finding.difference, "weights", text, suspects, between)
     text = f"{_listed(suspects)} may be filled wrongly" if suspects else "tensors used before it may be exchanged"
     return found("code", f", which call the same functions: {text}, or settings differ that no module shows.", suspects)
 
