@@ -11,7 +11,7 @@ from torch import nn
 
 from autoalign.alignment import Alignment, Match
 from autoalign.divergence import Finding
-from autoalign.pairing import Pair
+from autoalign.counterparts import Pair
 from autoalign.recording import Call, Recording, Sums
 from autoalign.settings import computes, described, setting_differences
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from autoalign.comparing import relative_difference
 from autoalign.operations import Shape
-from autoalign.pairing import Pair, feature_rows, features
+from autoalign.counterparts import Pair, feature_rows, features
 from autoalign.recording import Call, Recording, Sums
 
 _FINER = 30  # modules are held to a tolerance that many times smaller than outputs, since errors grow

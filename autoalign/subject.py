@@ -13,7 +13,7 @@ from autoalign.alignment import Alignment, Match
 from autoalign.causes import Scene
 from autoalign.comparing import OutputDifference, output_differences, relative_difference, tolerance_of
 from autoalign.divergence import Compared, Finding, compare, event_count, features_last, first_finding, module_tolerance
-from autoalign.pairing import owners, paired_modules
+from autoalign.counterparts import owners, paired_modules
 from autoalign.recording import record
 
 _HELD = 0.5  # of the tensors with values of their own that a target must hold to count as loaded

@@ -16,7 +16,7 @@ from autoalign.causes import Divergence, Scene, diverged
 from autoalign.divergence import Finding, last_agreement, worst_finding
 from autoalign.errors import InputError
 from autoalign.names import kind
-from autoalign.pairing import owners
+from autoalign.counterparts import owners
 from autoalign.preservation import preserved
 from autoalign.search import Budget, State, search
 from autoalign.subject import Outcome, Subject

@@ -52,7 +52,7 @@ FLOW = (
     ),
     # why, and proof by a call of both
     "explanation",
-    *("recording", "comparing", "pairing", "divergence", "settings", "causes", "trials"),
+    *("recording", "comparing", "counterparts", "divergence", "settings", "causes", "trials"),
     *("subject", "search", "verification", "verifying"),
     # the only part that moves data
     *("module_state", "loading"),
