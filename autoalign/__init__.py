@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autoalign.aligning import align
     from autoalign.alignment import Alignment, Candidate, Match, Mismatch
+    from autoalign.causes import Divergence
     from autoalign.checkpoint import Checkpoint, open_checkpoint
     from autoalign.converting import convert
     from autoalign.errors import (
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
         PatternError,
         UnsafeCheckpointError,
     )
+    from autoalign.execution import execution_order
+    from autoalign.explanation import Explanation
     from autoalign.loading import load
+    from autoalign.verification import Verification
+    from autoalign.verifying import verify
 
 __version__ = "0.1.0"
 
@@ -39,6 +44,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "DependencyError",
+    "Divergence",
+    "Explanation",
     "IncompatibleTensorsError",
     "InputError",
     "Match",
@@ -49,11 +56,14 @@ __all__ = [
     "PartialLoadWarning",
     "PatternError",
     "UnsafeCheckpointError",
+    "Verification",
     "__version__",
     "align",
     "convert",
+    "execution_order",
     "load",
     "open_checkpoint",
+    "verify",
 ]
 
 _MODULES = {
@@ -66,6 +76,11 @@ _MODULES = {
     "open_checkpoint": "checkpoint",
     "convert": "converting",
     "load": "loading",
+    "Divergence": "causes",
+    "Verification": "verification",
+    "verify": "verifying",
+    "Explanation": "explanation",
+    "execution_order": "execution",
 }  # and all others are in errors
 
 

@@ -6,14 +6,17 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from autoalign.adaptations import needs_target
-from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError
+from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError, NothingLoadedError
 from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
+
+if TYPE_CHECKING:
+    from autoalign.explanation import Explanation
 
 Status = Literal["matched", "adapted", "ambiguous", "mismatched", "missing"]
 FILLED: frozenset[Status] = frozenset({"matched", "adapted"})
@@ -117,6 +120,11 @@ class Alignment:
         total = sum(numel.values())
         return sum(numel[match.target] for match in self.matches) / total if total else 1.0
 
+    @property
+    def coverage_of_tensors(self) -> float:
+        """The loaded share of the target's tensors, in [0, 1], whatever their sizes; 1 for a target without tensors."""
+        return len(self.matches) / len(self.target_specs) if self.target_specs else 1.0
+
     def state_dict(self) -> dict[str, Tensor]:
         """Read the matched target keys' tensors, in the target's names, shapes and order; dtypes are the source's.
 
@@ -158,16 +166,73 @@ class Alignment:
 
         return inverted(self)
 
+    def explain(self, key: str) -> Explanation:
+        r"""Tell in a few lines why a key of either side is filled from what it is, or is not, and what would change it.
+
+        ``print`` it, or read its fields: the cues of a match with their weights, its rivals, warnings, and the options
+        (a line of ``rules=``, ``exclude=``, ``adapt=``, ``min_confidence=``) that would decide otherwise. A key that
+        both sides have is taken for the target's.
+
+        >>> import torch, autoalign
+        >>> alignment = autoalign.align({"fc.bias": torch.ones(2)}, {"head.bias": torch.zeros(2)}, exclude="fc")
+        >>> print(alignment.explain("head.bias"))
+        head.bias (target): missing
+          [2] float32 gets nothing, and keeps its values
+          why: the source tensors of this shape are excluded
+          to change it: exclude=r'^head\.bias$', if it is to be trained anew
+
+        Raises:
+            InputError: Neither side has the key; close ones are named.
+        """
+        from autoalign.explanation import explained
+
+        return explained(self, key)
+
     def raise_if_incomplete(self) -> None:
         """Raise unless every target key is matched and every source key is used.
 
+        As ``assert_consumed`` of TensorFlow's restore status. Excluded keys count as missing and unexpected.
+
         Raises:
-            IncompatibleTensorsError: Lists every missing, mismatched, ambiguous and unexpected key.
+            IncompatibleTensorsError: Lists every missing, mismatched, ambiguous and unexpected key, with both shapes.
         """
         if self.missing_keys or self.unexpected_keys:
             from autoalign.report import incomplete_message
 
             raise IncompatibleTensorsError(incomplete_message(self), self)
+
+    def raise_if_missing(self) -> None:
+        """Raise unless every target key is matched, as TensorFlow's ``assert_existing_objects_matched``.
+
+        Raises:
+            IncompatibleTensorsError: Lists every missing, mismatched and ambiguous key, with both shapes.
+        """
+        if self.missing_keys:
+            from autoalign.report import incomplete_message
+
+            raise IncompatibleTensorsError(incomplete_message(self, unexpected=False), self)
+
+    def raise_if_unexpected(self) -> None:
+        """Raise unless every source key is used.
+
+        Raises:
+            IncompatibleTensorsError: Lists every unexpected key, with its shape and that of what comes near.
+        """
+        if self.unexpected_keys:
+            from autoalign.report import incomplete_message
+
+            raise IncompatibleTensorsError(incomplete_message(self, missing=False), self)
+
+    def raise_if_nothing_matched(self) -> None:
+        """Raise if no target key is matched, as TensorFlow's ``assert_nontrivial_match``.
+
+        Raises:
+            NothingLoadedError: Lists the first keys of both sides, with their shapes.
+        """
+        if not self.matches:
+            from autoalign.report import nothing_message
+
+            raise NothingLoadedError(nothing_message(self), self)
 
     def raise_if_ambiguous(self) -> None:
         """Raise if a target key has proposals that were not loaded because none is clearly right.

@@ -14,6 +14,7 @@ from autoalign.specs import TensorSpec
 
 SCREEN = 40  # lines
 
+_FIRST = 5  # keys of each side where nothing is matched
 _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 
 
@@ -61,18 +62,23 @@ def rows_of(alignment: Alignment) -> dict[str, list[Row]]:
     }
 
 
-def incomplete_message(alignment: Alignment) -> str:
-    """Name the keys of either side that are left, why and with the nearest counterparts, and the next step."""
-    missing, unexpected = len(alignment.missing_keys), len(alignment.unexpected_keys)
+def incomplete_message(alignment: Alignment, *, missing: bool = True, unexpected: bool = True) -> str:
+    """Name the keys of either side that are left, why and with the nearest counterparts, and the next step.
+
+    Args:
+        alignment: What is incomplete.
+        missing: Whether to name the target's keys that are missing.
+        unexpected: Whether to name the source's keys that are used for nothing.
+    """
     lines = []
-    if missing:
-        lines.append(
-            f"{missing} of {len(alignment.target_specs)} target tensors {_have(missing)} no compatible source."
-        )
-        lines += _listed([*_mismatched_rows(alignment), *_ambiguous_rows(alignment), *_missing_rows(alignment)])
-    if unexpected:
-        lines.append(f"{unexpected} of {len(alignment.source_specs)} source tensors {_have(unexpected)} no use.")
-        lines += _listed(_unexpected_rows(alignment))
+    lost, left = len(alignment.missing_keys), len(alignment.unexpected_keys)
+    if missing and lost:
+        lines.append(f"{lost} of {len(alignment.target_specs)} target tensors {_have(lost)} no compatible source.")
+        ambiguous = _ambiguous_rows(alignment, both=True)
+        lines += _listed([*_mismatched_rows(alignment), *ambiguous, *_missing_rows(alignment)])
+    if unexpected and left:
+        lines.append(f"{left} of {len(alignment.source_specs)} source tensors {_have(left)} no use.")
+        lines += _listed(_unexpected_rows(alignment, both=True))
     lines.append("Pass rules= to name counterparts, if there are any.")
     return "\n".join(lines)
 
@@ -83,9 +89,20 @@ def ambiguous_message(alignment: Alignment) -> str:
     return "\n".join(
         [
             f"{count} of {len(alignment.target_specs)} target tensors {_have(count)} no clear source.",
-            *_listed(_ambiguous_rows(alignment)),
+            *_listed(_ambiguous_rows(alignment, both=True)),
             f"They are not loaded. Name the sources, as in rules=[({first.sources[0]!r}, {first.target!r})].",
         ]
+    )
+
+
+def nothing_message(alignment: Alignment) -> str:
+    """Say that nothing is matched, with the first keys of both sides, and the next step."""
+    lines = [f"None of {len(alignment.target_specs)} target tensors has a source."]
+    for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
+        rows = [Row((escaped(spec.key),), (_kind(spec),), 1) for spec in specs[:_FIRST]]
+        lines += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
+    return "\n".join(
+        [*lines, *alignment.notes, "Check that both are the same network, or pass what is known as rules=."]
     )
 
 
@@ -146,7 +163,8 @@ def _matched_rows(alignment: Alignment, filled: Sequence[Match]) -> list[Row]:
     return rows
 
 
-def _ambiguous_rows(alignment: Alignment) -> list[Row]:
+def _ambiguous_rows(alignment: Alignment, *, both: bool = False) -> list[Row]:
+    """Write the proposals that were not loaded, with ``both`` the shapes of all sources too."""
     specs = _specs(alignment)
     entries = []
     for match in alignment.ambiguous:
@@ -158,6 +176,9 @@ def _ambiguous_rows(alignment: Alignment) -> list[Row]:
         (target, sources, *rivals), (shape, operation) = row.texts, _described(matches[0], *specs)
         lowest = min(match.confidence for match in matches)
         others = [str(other.operation) for other in matches[0].alternatives[:1]]
+        if both:
+            operation = str(matches[0].operation) + _of_shapes(matches[0].sources, specs[0])
+            rivals = [f"{rivals[0]}{_of_shapes(matches[0].alternatives[0].sources, specs[0])}"] if rivals else []
         why = f"rival: {rivals[0]}" if rivals else f"or {others[0]}" if others else "below min_confidence"
         verdict = f"{operation}, confidence {lowest:.2f}, {why}"
         cells = (_times(matches), shape, verdict)
@@ -194,7 +215,8 @@ def _missing_rows(alignment: Alignment) -> list[Row]:
     return rows
 
 
-def _unexpected_rows(alignment: Alignment) -> list[Row]:
+def _unexpected_rows(alignment: Alignment, *, both: bool = False) -> list[Row]:
+    """Write what the source has and the target does not use, with ``both`` the shapes of counterparts too."""
     unused = set(alignment.unexpected_keys)
     specs = [spec for spec in alignment.source_specs if spec.key in unused]
     if not specs:
@@ -202,6 +224,7 @@ def _unexpected_rows(alignment: Alignment) -> list[Row]:
     others = counterparts(alignment, "target")
     related = {key: ("proposed for", match.target) for match in alignment.ambiguous for key in match.sources}
     related |= {item.source_key: ("of another shape than", item.key) for item in alignment.mismatched}
+    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
     entries = []
     for spec in specs:
         why, *target = related.get(spec.key, (reason(spec, others),))
@@ -210,6 +233,8 @@ def _unexpected_rows(alignment: Alignment) -> list[Row]:
     for row in fold(entries):
         (key, *target), first, (_, _, why) = row.texts, specs[row.members[0]], row.fields
         verdict = " ".join([escaped(why), *target])
+        if both and target:
+            verdict += f" {list(shapes[related[first.key][1]])}"
         if not target and (near := nearest(first, others)):
             verdict += f"; nearest: {escaped(near.key)} {list(near.shape)}"
         rows.append(Row((key,), (_times(row.members), _kind(first), verdict), len(row.members)))
@@ -237,6 +262,11 @@ def _described(match: Match, source: dict[str, TensorSpec], target: dict[str, Te
     if origin.dtype != spec.dtype:
         operation += f", {_dtype(origin)} to {_dtype(spec)}"
     return str(list(spec.shape)), operation
+
+
+def _of_shapes(keys: Sequence[str], specs: dict[str, TensorSpec]) -> str:
+    """Write the shapes of some tensors, each once."""
+    return " of " + ", ".join(dict.fromkeys(str(list(specs[key].shape)) for key in keys))
 
 
 def _kind(spec: TensorSpec) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,27 @@ def transaction(model: nn.Module, *, keep_values: bool) -> Iterator[None]:
         model: The module that the block changes.
         keep_values: Keep a copy of all values, on the CPU, for as long as the block runs.
     """
+    restore = snapshot(model, keep_values=keep_values)
+    try:
+        if keep_values:
+            yield
+        else:
+            with _interrupts_held():
+                yield
+    except BaseException:
+        restore()
+        raise
+
+
+def snapshot(model: nn.Module, *, keep_values: bool) -> Callable[[], None]:
+    """Note what a module holds, and return what puts it back: registries, and with ``keep_values`` values too.
+
+    Tensors that have not changed are not written to, so that what autograd saved of them stays valid.
+
+    Args:
+        model: The module that will be changed.
+        keep_values: Keep a copy of all values, on the CPU, and of the extra states.
+    """
     registries: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (registry, dict(registry))
         for module in model.modules()
@@ -36,23 +57,20 @@ def transaction(model: nn.Module, *, keep_values: bool) -> Iterator[None]:
     ]
     values = _values(model) if keep_values else []
     extra_states = _extra_states(model) if keep_values else []
-    try:
-        if keep_values:
-            yield
-        else:
-            with _interrupts_held():
-                yield
-    except BaseException:
+
+    def restore() -> None:
         with _interrupts_held(), torch.no_grad():
             for registry, entries in registries:
                 registry.clear()
                 registry.update(entries)
             for tensor, memory, value in values:
                 tensor.data = memory  # undoes an assignment to `.data`, which may have changed the shape
-                memory.copy_(value)
+                if not _holds(memory, value):
+                    memory.copy_(value)
             for module, state in extra_states:
                 module.set_extra_state(state)
-        raise
+
+    return restore
 
 
 def cannot_fail(model: nn.Module, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
@@ -109,6 +127,13 @@ def _values(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
         for tensor in (*model.parameters(), *model.buffers())
         if not tensor.is_meta and _is_writable(tensor)  # nothing else has a value that a load could change
     ]
+
+
+def _holds(memory: Tensor, value: Tensor) -> bool:
+    try:
+        return torch.equal(memory.cpu(), value)
+    except (NotImplementedError, RuntimeError):  # a layout or dtype that is not compared
+        return False
 
 
 def _extra_states(model: nn.Module) -> list[tuple[nn.Module, object]]:

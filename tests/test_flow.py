@@ -33,6 +33,8 @@ FLOW = (
     "checkpoint",
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "kernels", "namesakes", "renaming"),
+    # a call of a model
+    *("transaction", "preservation", "execution"),
     # candidates -> matching -> alignment
     *(
         "candidates",
@@ -51,8 +53,12 @@ FLOW = (
         "repeats",
         "aligning",
     ),
+    # why, and proof by a call of both
+    "explanation",
+    *("recording", "comparing", "counterparts", "divergence", "settings", "causes", "trials"),
+    *("subject", "search", "verification", "verifying"),
     # the only part that moves data
-    *("module_state", "transaction", "preparing", "loading"),
+    *("module_state", "preparing", "loading"),
     *("blocks", "writers.safetensors", "writers.staging", "converting", "differing"),
     # the command line
     "demo",
@@ -74,6 +80,7 @@ FLOW = (
 BACKWARDS_WHEN_CALLED = {
     ("alignment", "report"),
     ("alignment", "inversion"),
+    ("alignment", "explanation"),
     ("alignment", "html.document"),
     ("alignment", "html.notebook"),
 }

@@ -156,10 +156,10 @@ def test_the_inverse_of_a_whole_network_is_its_checkpoint() -> None:
 @pytest.mark.parametrize("assign", [False, True])
 def test_the_inverse_of_a_load_is_the_model_as_it_is_now(assign: bool) -> None:
     checkpoint = {"net.0.weight": torch.randn(6, 4), "net.1.weight": torch.randn(2, 6)}
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.Linear(6, 2, bias=False))
-    alignment = autoalign.load(model, checkpoint, assign=assign)
+    first, second = torch.nn.Linear(4, 6, bias=False), torch.nn.Linear(6, 2, bias=False)
+    alignment = autoalign.load(torch.nn.Sequential(first, second), checkpoint, assign=assign)
     with torch.no_grad():
-        model[0].weight.add_(1)
+        first.weight.add_(1)
     back = alignment.inverse().state_dict()
-    assert torch.equal(back["net.0.weight"], model[0].weight)
+    assert torch.equal(back["net.0.weight"], first.weight)
     assert torch.equal(back["net.1.weight"], checkpoint["net.1.weight"])

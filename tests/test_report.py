@@ -329,7 +329,7 @@ def test_the_message_of_an_ambiguous_alignment() -> None:
         str(caught.value)
         == """\
 1 of 16 target tensors has no clear source.
-  twin1.weight -> one.weight  [7, 16]  copy, confidence 0.50, rival: twin2.weight
+  twin1.weight -> one.weight  [7, 16]  copy of [7, 16], confidence 0.50, rival: twin2.weight of [7, 16]
 They are not loaded. Name the sources, as in rules=[('twin1.weight', 'one.weight')]."""
     )
 

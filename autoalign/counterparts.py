@@ -1,0 +1,184 @@
+"""Pairing: which modules of two networks do the same, by what an alignment says of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoalign.alignment import Match
+from autoalign.names import kind
+from autoalign.operations import Copy, Operation, Reshape, Shape
+from autoalign.recording import Call
+
+_LARGEST = 2**26  # elements of a tensor whose rows are followed through an operation
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A module of the target and the one of the source that does the same."""
+
+    target: str
+    source: str
+    match: Match  # of the tensor that tells so
+    sources: tuple[str, ...]  # the modules that hold its sources
+    whole: bool  # whether the tensors are those of one layer, so that outputs are a function of inputs and them
+    mixed: tuple[str, ...] = ()  # the target's keys in this module that come from other modules than ``source``
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the tensors of one layer come from several."""
+        return self.whole and bool(self.mixed)
+
+
+def owners(model: nn.Module, keys: Collection[str], called: Collection[str]) -> dict[str, tuple[str, bool]]:
+    """Find, for each key, the module that uses it: its own, or the innermost around it that is called.
+
+    Returns:
+        The name of the module as ``named_modules`` gives it, and whether the tensor is the module's own.
+    """
+    first_name: dict[int, str] = {}
+    name_of = {name: first_name.setdefault(id(m), name) for name, m in model.named_modules(remove_duplicate=False)}
+    found = {}
+    for key in keys:
+        parts = key.split(".")[:-1]
+        depth = len(parts)
+        while depth and name_of.get(".".join(parts[:depth])) not in called:
+            depth -= 1
+        found[key] = name_of.get(".".join(parts[:depth]), ""), depth == len(parts)
+    return found
+
+
+def paired_modules(
+    matches: Sequence[Match],
+    source_owner: Mapping[str, tuple[str, bool]],
+    target_owner: Mapping[str, tuple[str, bool]],
+    sizes: Mapping[str, int],
+) -> dict[str, Pair]:
+    """Pair the modules of the target with those of the source: by most of their tensors, and the largest in doubt.
+
+    Args:
+        matches: What fills the target.
+        source_owner: The modules of the source's keys, as ``owners`` gives them.
+        target_owner: Those of the target's.
+        sizes: The elements of each target key.
+    """
+    groups: dict[str, list[Match]] = {}
+    for match in matches:
+        if match.target in target_owner and all(key in source_owner for key in match.sources):
+            groups.setdefault(target_owner[match.target][0], []).append(match)
+    result = {}
+    for module, members in groups.items():
+        layer = [match for match in members if _of_layer(match, source_owner, target_owner)]
+        alone = [match for match in members if _of_none(match, source_owner, target_owner)]
+        chosen = layer or alone
+        if not chosen:
+            continue
+        votes: dict[str, int] = {}
+        for match in chosen:
+            for owner in {source_owner[key][0] for key in match.sources}:
+                votes[owner] = votes.get(owner, 0) + 1
+        best = max(
+            chosen, key=lambda m: (max(votes[source_owner[key][0]] for key in m.sources), sizes.get(m.target, 0))
+        )
+        source = max((source_owner[key][0] for key in best.sources), key=lambda owner: votes[owner])
+        if not layer and 2 * votes[source] <= len(chosen):
+            continue  # parameters that stand alone in different modules are no evidence for any of them
+        known = {source_owner[key][0] for key in best.sources}
+        mixed = tuple(m.target for m in chosen if not known & {source_owner[key][0] for key in m.sources})
+        sources = tuple(source_owner[key][0] for key in best.sources)
+        result[module] = Pair(module, source, best, sources, bool(layer), mixed)
+    return result
+
+
+def _of_layer(
+    match: Match, source_owner: Mapping[str, tuple[str, bool]], target_owner: Mapping[str, tuple[str, bool]]
+) -> bool:
+    """Tell whether a match fills a weight or the like of a layer from such of layers."""
+    own = [target_owner[match.target][1], *(source_owner[key][1] for key in match.sources)]
+    return all(own) and all(_is_layers(key) for key in (match.target, *match.sources))
+
+
+def _of_none(
+    match: Match, source_owner: Mapping[str, tuple[str, bool]], target_owner: Mapping[str, tuple[str, bool]]
+) -> bool:
+    """Tell whether a match fills a parameter that stands alone from one such."""
+    owned = target_owner[match.target][1] and all(source_owner[key][1] for key in match.sources)
+    return owned and len(match.sources) == 1 and not any(_is_layers(key) for key in (match.target, *match.sources))
+
+
+def _is_layers(key: str) -> bool:
+    values, rest = kind(key.rpartition(".")[2])
+    return values != "other" and not rest
+
+
+def features(operation: Operation, source: Sequence[Shape], target: Shape, count: int) -> tuple[Tensor, int] | None:
+    """Follow the output features of a layer through the operation that made its weight.
+
+    >>> from autoalign.operations import Split
+    >>> features(Split(0, 2, 2), [(6, 3)], (2, 3), 2)
+    (tensor([2, 3]), 0)
+
+    Args:
+        operation: From the weights of the source's layers to that of the target's.
+        source: The shapes of the source's weights.
+        target: The shape of the target's weight.
+        count: The output features of the target's layer.
+
+    Returns:
+        For each feature, its place among those of all source layers together; and which dimension of the source's
+        weights counts them. None where every feature is its namesake, or nothing can be told.
+    """
+    if isinstance(operation, Copy | Reshape) or operation.adapts or sum(map(_numel, source)) > _LARGEST:
+        return None
+    offsets = [sum(map(_numel, source[:place])) for place in range(len(source))]
+    numbered = [torch.arange(1, _numel(s) + 1).reshape(s) + start for s, start in zip(source, offsets, strict=True)]
+    (elements,) = operation.apply(numbered)
+    dims = [dim for dim, size in enumerate(target) if size == count]
+    for dim in dims:
+        rows = elements.movedim(dim, 0).reshape(count, -1) - 1
+        for counted in range(min(map(len, source))):
+            found = _followed(rows, source, offsets, counted)
+            if found is not None:
+                return found, counted
+    return None
+
+
+def _followed(rows: Tensor, source: Sequence[Shape], offsets: Sequence[int], counted: int) -> Tensor | None:
+    """Find the one feature of the source that each row consists of; None where a row has several or made-up values."""
+    if bool((rows < 0).any()):
+        return None
+    place, before = torch.full_like(rows, -1), 0
+    for shape, start in zip(source, offsets, strict=True):
+        inside = (rows >= start) & (rows < start + _numel(shape))
+        step = _numel(shape[counted + 1 :])
+        place = torch.where(inside, (rows - start) // step % shape[counted] + before, place)
+        before += shape[counted]
+    return place[:, 0] if bool((place == place[:, :1]).all()) else None
+
+
+def feature_rows(call: Call, count: int, last: bool) -> Tensor | None:
+    """Lay the first output of a layer out as [features, all else].
+
+    Args:
+        call: The call whose output it is.
+        count: The number of features.
+        last: Whether features are to be looked for in the last dimension first, or in the second.
+    """
+    if not call.gave:
+        return None
+    output = call.gave[0]
+    dims = [output.dim() - 1, 1] if last else [1, output.dim() - 1]
+    for dim in dims:
+        if 0 <= dim < output.dim() and output.shape[dim] == count:
+            return output.movedim(dim, 0).reshape(count, -1)
+    return None
+
+
+def _numel(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

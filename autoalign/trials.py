@@ -1,0 +1,229 @@
+"""Trials: other ways to fill a target that may be the right ones, where two networks stop computing the same.
+
+An option changes some matches. What the alignment lists as alternatives comes first, in all layers at once; then what
+often goes wrong: tensors of equal shape exchanged, square matrices transposed, parts of a fused tensor in another
+order. Options are tried against the networks' outputs, and only what makes them equal is believed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations, permutations, product
+
+from autoalign.alignment import Match
+from autoalign.names import components
+from autoalign.operations import Chain, Concatenate, Operation, Parallel, Shape, Split, Transpose, chain
+
+Option = dict[str, Match]  # target key -> the match that takes the place of its present one
+
+_NUMBER = re.compile(r"\d+")
+_NEAREST = 4  # suspects that are laid out otherwise before any are exchanged
+_PARTS = (2, 3)  # that a tensor which is fused on both sides may have
+_MOST_PARTS = 4  # whose orders are all tried
+
+
+def listed_options(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
+    """Give the other layouts of the suspects' matches that are in doubt; those of one doubt together, in all layers.
+
+    Args:
+        matches: What fills the target, with what is only proposed.
+        suspects: Target keys, the likeliest first.
+    """
+    done = set()
+    for key in suspects:
+        match = matches[key]
+        if not match.warnings or match.warnings in done:
+            continue
+        done.add(match.warnings)
+        group = [m for m in matches.values() if m.alternatives and m.warnings == match.warnings]
+        for turn in range(max((len(m.alternatives) for m in group), default=0)):
+            option: Option = {}
+            for member in group:
+                if turn < len(member.alternatives):
+                    other = member.alternatives[turn]
+                    option |= _taken(matches, member, other.sources, other.operation)
+            yield option
+
+
+def rivals(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
+    """Give each suspect's next best source, and what had that the suspect's."""
+    for key in suspects:
+        if not matches[key].warnings:
+            for other in matches[key].alternatives:
+                yield _taken(matches, matches[key], other.sources, other.operation)
+
+
+def _taken(matches: Mapping[str, Match], match: Match, sources: tuple[str, ...], operation: Operation) -> Option:
+    """Fill a key from other sources; the key that had them gets this one's."""
+    option = {match.target: replace(match, sources=sources, operation=operation)}
+    if sorted(sources) != sorted(match.sources):
+        for other in matches.values():
+            if other.sources == sources and other.target != match.target:
+                option[other.target] = replace(other, sources=match.sources, operation=match.operation)
+    return option
+
+
+def other_options(
+    matches: Mapping[str, Match],
+    suspects: Sequence[str],
+    shapes: Mapping[str, Shape],
+    source_shapes: Mapping[str, Shape],
+) -> Iterator[Option]:
+    """Give what often goes wrong around the suspects.
+
+    Args:
+        matches: What fills the target.
+        suspects: Target keys, the likeliest first.
+        shapes: Of the target's keys.
+        source_shapes: Of the source's.
+    """
+    nearest, others = suspects[:_NEAREST], suspects[_NEAREST:]
+    yield from _relaid(matches, nearest, shapes, source_shapes)
+    yield from rivals(matches, suspects)
+    yield from exchanges(matches, suspects, shapes)
+    yield from _relaid(matches, others, shapes, source_shapes)
+
+
+def _relaid(
+    matches: Mapping[str, Match], keys: Sequence[str], shapes: Mapping[str, Shape], source_shapes: Mapping[str, Shape]
+) -> Iterator[Option]:
+    """Lay tensors out otherwise: square matrices transposed, parts in another order."""
+    for key in keys:
+        if (operation := _turned(matches[key], shapes[key])) is not None:
+            yield {key: replace(matches[key], operation=operation)}
+        for sources in _orders(matches[key], source_shapes):
+            yield {key: replace(matches[key], sources=sources)}
+        yield from _parts_reordered(matches, key, shapes)
+
+
+def exchanges(matches: Mapping[str, Match], suspects: Sequence[str], shapes: Mapping[str, Shape]) -> Iterator[Option]:
+    """Exchange what fills suspects of equal shape: whole layers, then single tensors, then three in a circle."""
+    modules: dict[str, list[str]] = {}
+    for key in suspects:
+        modules.setdefault(key.rpartition(".")[0], []).append(key)
+    for first, second in _nearest_pairs(list(modules)):
+        option: Option = {}
+        for key in modules[first]:
+            partner = f"{second}.{key.rpartition('.')[2]}".lstrip(".")
+            if partner in modules[second] and shapes[partner] == shapes[key]:
+                option |= _exchanged(matches, key, partner)
+        if len(option) > 2:
+            yield option
+    for first, second in _nearest_pairs(suspects):
+        if shapes[first] == shapes[second]:
+            yield _exchanged(matches, first, second)
+    groups: dict[tuple[Shape, str], list[str]] = {}
+    for key in suspects:
+        groups.setdefault((shapes[key], key.rpartition(".")[2]), []).append(key)
+    for group in groups.values():
+        if len(group) > 2:
+            first, second, third = group[:3]
+            for order in ((second, third, first), (third, first, second)):
+                yield {
+                    key: replace(matches[key], sources=matches[other].sources, operation=matches[other].operation)
+                    for key, other in zip((first, second, third), order, strict=True)
+                }
+
+
+def _nearest_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = [(i + j, i, j) for i, j in combinations(range(len(names)), 2)]
+    return [(names[i], names[j]) for _, i, j in sorted(pairs)]
+
+
+def _exchanged(matches: Mapping[str, Match], first: str, second: str) -> Option:
+    one, other = matches[first], matches[second]
+    return {
+        first: replace(one, sources=other.sources, operation=other.operation),
+        second: replace(other, sources=one.sources, operation=one.operation),
+    }
+
+
+def _turned(match: Match, shape: Shape) -> Operation | None:
+    """Transpose a square matrix; None for all else."""
+    if match.operation.adapts or len(shape) != 2 or shape[0] != shape[1]:
+        return None
+    steps = match.operation.steps if isinstance(match.operation, Chain) else (match.operation,)
+    return chain(*steps[:-1]) if steps[-1] == Transpose() else chain(match.operation, Transpose())
+
+
+def _parts_reordered(matches: Mapping[str, Match], key: str, shapes: Mapping[str, Shape]) -> Iterator[Option]:
+    """Take a tensor that is fused on both sides apart into halves or thirds, and give their other orders.
+
+    The bias of a layer follows its weight.
+    """
+    if len(shapes[key]) < 2:
+        return
+    bias = f"{key.rpartition('.')[0]}.bias".lstrip(".")
+    for count, dim in product(_PARTS, (0, len(shapes[key]) - 1)):
+        size = shapes[key][dim]
+        if size % count or size == count or (count == 3 and size not in {3 * other for other in shapes[key]}):
+            continue
+        members = {key: dim}
+        if bias in matches and shapes.get(bias) == (size,):
+            members[bias] = 0
+        if any(len(matches[k].sources) > 1 or matches[k].operation.adapts for k in members):
+            continue
+        for order in list(permutations(range(count)))[1:]:
+            yield {k: _in_parts(matches[k], along, size // count, order) for k, along in members.items()}
+
+
+def _in_parts(match: Match, dim: int, length: int, order: Sequence[int]) -> Match:
+    parts = tuple(chain(match.operation, Split(dim, place * length, length)) for place in order)
+    operation = chain(Parallel(parts), Concatenate(dim))
+    return replace(match, sources=match.sources * len(order), operation=operation)
+
+
+def _orders(match: Match, source_shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ...]]:
+    """Give the sources of a fused tensor in other orders, where they have one shape."""
+    alike = len({source_shapes.get(key) for key in match.sources}) == 1
+    if 1 < len(match.sources) <= _MOST_PARTS and alike:
+        for order in list(permutations(match.sources))[1:]:
+            yield tuple(order)
+
+
+def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[str, Shape]) -> Option:
+    """Extend an option to the other layers of the same names; the option itself where there are none."""
+    keys = list(option)
+    if len(keys) == 1:
+        (key,) = keys
+        changed = option[key]
+        result = dict(option)
+        for other, match in matches.items():
+            same = _template(other) == _template(key) and shapes[other] == shapes[key]
+            if not same or other == key or match.operation != matches[key].operation:
+                continue
+            if changed.sources == matches[key].sources:
+                result[other] = replace(match, operation=changed.operation)
+            elif set(changed.sources) == set(matches[key].sources) and len(match.sources) == len(matches[key].sources):
+                places = [matches[key].sources.index(source) for source in changed.sources]
+                sources = tuple(match.sources[place] for place in places)
+                result[other] = replace(match, sources=sources, operation=changed.operation)
+        return result
+    common = 0
+    split = [components(key) for key in keys]
+    while all(len(path) > common + 1 and path[common] == split[0][common] for path in split):
+        common += 1
+    prefix = ".".join(split[0][:common])
+    suffix = {key: key[len(prefix) :] for key in keys}
+    moved = {key: next((k for k in keys if _same_fill(matches[k], option[key])), key) for key in keys}
+    result = dict(option)
+    for other in matches:
+        start = other[: -len(suffix[keys[0]])]
+        if not other.endswith(suffix[keys[0]]) or start == prefix or _template(start) != _template(prefix):
+            continue
+        there = {key: start + suffix[key] for key in keys}
+        if all(name in matches and shapes[name] == shapes[key] for key, name in there.items()):
+            for key in keys:
+                fill = matches[there[moved[key]]]
+                result[there[key]] = replace(matches[there[key]], sources=fill.sources, operation=fill.operation)
+    return result
+
+
+def _same_fill(match: Match, other: Match) -> bool:
+    return match.sources == other.sources and match.operation == other.operation
+
+
+def _template(key: str) -> str:
+    return _NUMBER.sub("#", key)
