@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PartialLoadWarning,
         PatternError,
         UnsafeCheckpointError,
+        ValueWarning,
     )
     from autoalign.loading import load
 
@@ -46,6 +47,7 @@ __all__ = [
     "PartialLoadWarning",
     "PatternError",
     "UnsafeCheckpointError",
+    "ValueWarning",
     "__version__",
     "align",
     "load",

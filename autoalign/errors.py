@@ -68,6 +68,10 @@ class PartialLoadWarning(UserWarning):
     """A load filled a part of the model only; the rest keeps what it had."""
 
 
+class ValueWarning(UserWarning):
+    """What is loaded has NaN, or values that the model's dtype cannot hold."""
+
+
 class DependencyError(AutoAlignError, ImportError):
     """An optional package that is needed here is not installed."""
 

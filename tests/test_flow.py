@@ -49,7 +49,8 @@ FLOW = (
         "aligning",
     ),
     # the only part that moves data
-    *("module_state", "transaction", "loading"),
+    *("module_state", "lazy_modules", "transaction", "progress", "copying", "values", "reading"),
+    *("regions", "sharded", "loading"),
     # the command line
     *("demo", "cli", "__main__"),
 )

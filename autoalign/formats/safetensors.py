@@ -68,7 +68,7 @@ def open_safetensors(file: Path) -> Contents:
                 raise _damaged(file, error) from error
             return tensor
 
-        return Stored(shape, dtype, read)
+        return Stored(shape, dtype, read, mapped=True)
 
     try:
         # for torch, the file would be mapped writable, which fails for one that is larger than the memory
