@@ -2,7 +2,9 @@
 
 Time is compared with what torch and safetensors offer for a file with the model's own names, in the same process and in
 turn: from the disk, after the system was told to drop the pages of the file that it has in memory, and again from
-memory, where there is nothing to wait for but the copy itself, and alignment shows the most. Memory is what a process of its own takes beyond the model: the most that its anonymous memory (``RssAnon`` of
+memory, where there is nothing to wait for but the copy itself, and alignment shows the most.
+
+Memory is what a process of its own takes beyond the model: the most that its anonymous memory (``RssAnon`` of
 ``/proc/self/status``) grows while it loads, looked at every two milliseconds. Pages of the mapped file are not in it,
 since the system may take them back at any time; neither are they in the figures of the others.
 """
@@ -172,7 +174,7 @@ def _measured(folder: Path, kind: str, repeats: int) -> Loading:
     model = network()
     timed = {name: way for name, way in ways(folder, kind).items() if name != "assign"}
     seconds: dict[bool, dict[str, list[float]]] = {warm: {name: [] for name in timed} for warm in (False, True)}
-    for name, way in timed.items():
+    for way in timed.values():
         way(model)
         _check(model, folder)
     for warm in seconds:
@@ -193,7 +195,8 @@ def _measured(folder: Path, kind: str, repeats: int) -> Loading:
         len(tensors),
         (folder / f"renamed.{kind}").stat().st_size,
         max(tensor.nbytes for tensor in tensors),
-        *({name: tuple(times) for name, times in seconds[warm].items()} for warm in (False, True)),
+        {name: tuple(times) for name, times in seconds[False].items()},
+        {name: tuple(times) for name, times in seconds[True].items()},
         memory,
     )
 
