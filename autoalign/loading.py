@@ -267,16 +267,15 @@ def _fill_sharded(
     """Move what is matched into the parts of a model that this and other processes hold; the first of them reports."""
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
     check_devices(alignment, targets, assign=assign)
-    findings = Findings()
+    own, findings = Findings(), Findings()
     reported = progress if ranks.is_first else False
     with (
         progress_of(reported, len(alignment.matches), _size(alignment), since) as step,
         transaction(model, keep_values=True),
     ):
-        fill_sharded(model, source, alignment, ranks, findings, step, assign=assign)
-    for other in ranks.gathered(findings):
-        if other is not findings:
-            findings.merged(other)
+        fill_sharded(model, source, alignment, ranks, own, step, assign=assign)
+    for found in ranks.gathered(own):
+        findings.merge(found)
     if assign:
         alignment = replace(alignment, target_tensors=checkpoint_of(model))
     if ranks.is_first:

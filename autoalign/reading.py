@@ -38,7 +38,7 @@ class Findings:
             if key not in self.nan and (count := nan_count(tensor)):
                 self.nan[key] = count, tensor.numel()
 
-    def merged(self, other: Findings) -> None:
+    def merge(self, other: Findings) -> None:
         """Take over what was found in other parts of the same tensors."""
         self.losses.update(other.losses)
         for key, (count, size) in other.nan.items():

@@ -27,6 +27,7 @@ FLOW = (
         "formats.file",
         "formats.sharded",
         "formats.distributed",
+        "formats.distributed_writing",
         "formats.folder",
     ),
     "checkpoint",
