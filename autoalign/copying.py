@@ -65,7 +65,7 @@ def memory_of(tensor: Tensor) -> int | None:
     """Tell apart the storages of tensors; None for a subclass without one of its own."""
     try:
         return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, ValueError):  # the last of a lazy one
         return None
 
 

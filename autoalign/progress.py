@@ -37,7 +37,7 @@ def progress_of(progress: Progress | bool | None, tensors: int, size: int, since
     def step(done: int, done_size: int) -> None:
         nonlocal bar
         if bar is None and (progress or time.perf_counter() - since > PATIENCE):
-            bar = _bar()
+            bar = _bar(transient=progress is None)
             bar.start()
             bar.add_task("Loading", total=size, tensors=tensors, done=done)
         if bar is not None:
@@ -54,7 +54,7 @@ def _ignore(_: object) -> None:
     """Drop what a caller's function returns."""
 
 
-def _bar() -> Any:
+def _bar(*, transient: bool) -> Any:
     from rich.console import Console  # late, as all that a load without a bar does not need
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -65,4 +65,4 @@ def _bar() -> Any:
         TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(stderr=True), transient=transient)

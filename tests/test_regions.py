@@ -62,14 +62,15 @@ def tensors(shapes: list[Shape]) -> list[Tensor]:
     return [torch.arange(100.0 * k, 100.0 * k + prod(shape)).reshape(shape) for k, shape in enumerate(shapes)]
 
 
+def regional(source: Tensor) -> Regional:
+    return Regional(tuple(source.shape), source.dtype, lambda region: narrowed(source, region))
+
+
 @given(st.data())
 def test_a_region_is_that_of_the_whole_result(data: st.DataObject) -> None:
     operation, shapes = data.draw(st.sampled_from(CASES))
     sources = tensors(shapes)
-    regionals = [
-        Regional(tuple(source.shape), source.dtype, lambda region, source=source: narrowed(source, region))
-        for source in sources
-    ]
+    regionals = [regional(source) for source in sources]
     (expected,), (result,) = operation.apply(sources), evaluated(operation, regionals)
     assert result.shape == expected.shape
     region = []
@@ -85,14 +86,14 @@ def read_elements(operation: Operation, shapes: list[Shape], region: Region) -> 
     """Count the elements that are read of each source for a region of the result."""
     counts = [0] * len(shapes)
 
-    def regional(place: int, source: Tensor) -> Regional:
+    def counted(place: int, source: Tensor) -> Regional:
         def read(region: Region) -> Tensor:
             counts[place] += prod(count for _, count in region)
             return narrowed(source, region)
 
         return Regional(tuple(source.shape), source.dtype, read)
 
-    (result,) = evaluated(operation, [regional(place, source) for place, source in enumerate(tensors(shapes))])
+    (result,) = evaluated(operation, [counted(place, source) for place, source in enumerate(tensors(shapes))])
     result.read(region)
     return counts
 

@@ -32,7 +32,7 @@ def paths(tmp_path: Path, file: str) -> dict[str, str]:
     """Write the same checkpoint as one file, as two with an index, and as a distributed one."""
     tensors = list(state_dict().items())
     (tmp_path / "shards").mkdir()
-    listed = {}
+    listed: dict[str, str] = {}
     for number, part in enumerate((tensors[::2], tensors[1::2]), start=1):
         name = f"model-{number:05}-of-00002.safetensors"
         save_file(dict(part), tmp_path / "shards" / name)
@@ -65,5 +65,5 @@ def test_a_model_on_a_mesh_of_cuda_devices(tmp_path: Path, file: str) -> None:
 
 def test_a_plain_model_has_no_ranks() -> None:
     assert ranks_of(nn.Linear(2, 2)) is None
-    with pytest.raises(InputError, match="Expected an nn.Module"):
+    with pytest.raises(InputError, match=r"Expected an nn.Module"):
         load({}, {})  # type: ignore[arg-type]

@@ -38,8 +38,9 @@ def write_distributed(
     Raises:
         CheckpointError: The folder holds something, or a tensor is of another shape or dtype than its spec.
     """
-    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -60,4 +61,8 @@ def write_distributed(
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=threads)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process is what is meant
-        save(empty, storage_writer=writer, planner=Planner(flatten_state_dict=False), no_dist=True)
+        try:
+            save(empty, storage_writer=writer, planner=Planner(flatten_state_dict=False), no_dist=True)
+        except CheckpointException as error:  # which is no Exception, and hides what was raised in `read`
+            failure = next(iter(error.failures.values()), None)
+            raise (failure[0] if isinstance(failure, tuple) else error) from None
