@@ -18,6 +18,7 @@ from autoalign.errors import CheckpointError, InputError
 from autoalign.formats.file import open_file
 from autoalign.formats.folder import open_folder
 from autoalign.formats.sharded import is_index, open_index
+from autoalign.hub import downloaded, is_remote
 from autoalign.specs import TensorSpec
 from autoalign.stored import Contents, Region, narrowed
 
@@ -110,7 +111,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
     read one by one; only msgpack files and older ones of torch are read as a whole.
 
     Args:
-        path: A file, the index of a sharded checkpoint, or a folder.
+        path: A file, the index of a sharded checkpoint, or a folder. Or an address: ``hf://owner/name``, optionally
+            with ``@revision`` and the path of a file in it, or ``https://...`` of a file or an index; what it leads to
+            is downloaded once (see ``autoalign.hub``).
         container: Which of several state dicts in the file to take, by its dotted path, such as ``"ema"``; by
             default the one that ``autoalign.containers.preferred`` names. ``notes`` says which one was taken.
 
@@ -120,7 +123,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
         DependencyError: The package that reads the format is not installed.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
-    return _of_contents(_contents(Path(path)), container, Path(path))
+    local = downloaded(str(path)) if is_remote(path) else Path(path)
+    checkpoint = _of_contents(_contents(local), container, local)
+    return replace(checkpoint, path=str(path)) if is_remote(path) else checkpoint
 
 
 def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:

@@ -76,9 +76,9 @@ class DependencyError(AutoAlignError, ImportError):
     """An optional package that is needed here is not installed."""
 
     @classmethod
-    def reading(cls, what: str, package: str) -> DependencyError:
-        """Say that files of some kind cannot be read without a package."""
+    def reading(cls, what: str, package: str, extra: str = "formats") -> DependencyError:
+        """Say that files of some kind cannot be read without a package, which an extra of this one brings."""
         return cls(
             f"{what} are read through the package {package}, which is not installed. Nothing was read. "
-            "Install it with: pip install 'autoalign[formats]'"
+            f"Install it with: pip install 'autoalign[{extra}]'"
         )

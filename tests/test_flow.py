@@ -30,7 +30,7 @@ FLOW = (
         "formats.distributed_writing",
         "formats.folder",
     ),
-    "checkpoint",
+    *("hub", "checkpoint"),
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "kernels", "namesakes"),
     # candidates -> matching -> alignment
@@ -58,7 +58,7 @@ FLOW = (
 # an alignment prints itself, and the report reads alignments
 BACKWARDS_WHEN_CALLED = {("alignment", "report"), ("alignment", "inversion")}
 # needed for a match or a screen, not for an import
-LATE = ("gguf", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")
+LATE = ("gguf", "huggingface_hub", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")
 
 
 def own_imports(tree: ast.AST, *, deferred: bool) -> Iterator[str]:
