@@ -126,7 +126,6 @@ def _from_hub(address: str) -> Path:
         api = HfApi(endpoint=where["endpoint"])
         try:
             info = api.model_info(where["repo_id"], revision=where["revision"])
-            where["revision"] = info.sha  # of all files the same, even if one is being replaced
             names = [file.rfilename for file in info.siblings or ()]
         except Exception as error:
             if getattr(error, "response", None) is not None:  # the hub was reached and refused
@@ -136,6 +135,7 @@ def _from_hub(address: str) -> Path:
         beside = [str(PurePosixPath(chosen).parent / name) for name in _BESIDE]
         folder = snapshot([chosen, *(name for name in beside if name in names)])
         if chosen.endswith(".index.json"):
+            where["revision"] = folder.name  # the commit, so that all are of the same
             snapshot(str(PurePosixPath(chosen).parent / shard) for shard in _inside(folder / chosen))
     except CheckpointError:
         raise
