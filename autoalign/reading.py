@@ -15,6 +15,7 @@ from autoalign.alignment import Alignment, Match
 from autoalign.checkpoint import Checkpoint
 from autoalign.copying import Fill, copies_in_place, memory_of
 from autoalign.errors import CheckpointError, InputError
+from autoalign.layout import escaped
 from autoalign.operations import Copy
 from autoalign.progress import Step
 from autoalign.values import loss_of_kind, loss_of_range, nan_count
@@ -49,10 +50,10 @@ class Findings:
         """Say what was found, a line for each kind."""
         lines = []
         if self.losses:
-            listed = _listed([f"{key} ({loss})" for key, loss in self.losses.items()])
+            listed = _listed([f"{escaped(key)} ({loss})" for key, loss in self.losses.items()])
             lines.append(f"{len(self.losses)} tensors of the model have a dtype that cannot hold the values: {listed}.")
         if self.nan:
-            listed = _listed([f"{key} ({count:,} of {size:,})" for key, (count, size) in self.nan.items()])
+            listed = _listed([f"{escaped(key)} ({count:,} of {size:,})" for key, (count, size) in self.nan.items()])
             lines.append(f"{len(self.nan)} tensors of the checkpoint have NaN: {listed}.")
         return lines
 
