@@ -110,6 +110,11 @@ def load(
         if dtype is not None or device is not None:
             raise InputError("A sharded model is given its dtype and device when it is sharded. Nothing was loaded.")
 
+    if dtype is not None:  # what it is about to be
+        specs = alignment.target_specs
+        converted_specs = (replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in specs)
+        alignment = replace(alignment, target_specs=tuple(converted_specs))
+
     def fill() -> Alignment:
         if ranks is not None:
             return _fill_sharded(model, source, alignment, ranks, assign=assign, progress=progress, since=since)
@@ -220,9 +225,12 @@ def _fill(
             _load_state_dict(model, source, alignment, counters, targets, tensors, options)
         else:
             # what is mapped is only read as it is copied, and then a function of the caller's may raise
-            with transaction(model, keep_values=callable(progress) and source.is_held):
+            is_cancellable = callable(progress) and source.is_held
+            _check_unchanged(model, alignment, targets)
+            with transaction(model, keep_values=is_cancellable):
                 copy_all(fills, step if source.is_held else _no_step)
-                _check_unchanged(model, alignment, targets)
+                if is_cancellable:
+                    _check_unchanged(model, alignment, targets)
     if "assign" in options:  # the tensors that the model had are not the ones it has now
         alignment = replace(alignment, target_tensors=checkpoint_of(model))
     logger.info("Loaded %s; %d keys missing, %d unexpected.", summary, *map(len, alignment))
@@ -332,7 +340,7 @@ def _check_unchanged(model: nn.Module, alignment: Alignment, targets: Mapping[st
     if gone:
         raise AlignmentError(
             f"The model changed while it was loaded: it has other tensors now for {', '.join(gone[:3])}"
-            f"{', ...' if len(gone) > 3 else ''}. What it had was put back. Load when nothing else changes the model.",
+            f"{', ...' if len(gone) > 3 else ''}. Nothing was loaded. Load when nothing else changes the model.",
             alignment,
         )
 

@@ -3,12 +3,16 @@ from __future__ import annotations
 import io
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from autoalign import progress as module
+from autoalign.errors import AlignmentError
 from autoalign.loading import load
 from autoalign.progress import Progress, progress_of
 
@@ -68,6 +72,24 @@ def test_a_bar_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         step(0, 0)
         raise ValueError("now")
     assert stopped == ["stopped"]
+
+
+def test_a_model_that_changes_while_it_is_read_is_not_filled(tmp_path: Path) -> None:
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    arrays = {f"x.{key}": np.ones(tensor.shape, np.float32) for key, tensor in model.state_dict().items()}
+    with (tmp_path / "a").open("wb") as stream:
+        np.savez(stream, **arrays)
+    new, kept = nn.Linear(2, 2), model[0].weight
+    before = [kept.clone(), new.weight.clone(), model[1].weight.clone()]
+
+    def change(done: int, _: int) -> None:
+        if done == 2:
+            model[0] = new
+
+    with pytest.raises(AlignmentError, match=r"The model changed while it was loaded: .* Nothing was loaded"):
+        load(model, tmp_path / "a", progress=change)
+    for tensor, value in zip((kept, new.weight, model[1].weight), before, strict=True):
+        assert torch.equal(tensor, value)
 
 
 def test_a_model_that_changes_while_it_is_loaded_is_put_back() -> None:

@@ -218,6 +218,7 @@ def test_dtype_converts_the_model_as_it_is_loaded() -> None:
         assert torch.equal(model.state_dict()[key], wanted)
         assert model.state_dict()[key].dtype == wanted.dtype
     assert alignment.target_tensors["0.weight"].dtype == torch.bfloat16
+    assert "copy, float32 to bfloat16" in str(alignment)
 
 
 @pytest.mark.parametrize("assign", [False, True])
