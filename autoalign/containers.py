@@ -61,7 +61,7 @@ class Entry:
 
     def packing(self) -> str | None:
         """Name the kind of a tensor whose elements are not its values; None of others."""
-        if not isinstance(self.owner, dict):
+        if type(self.owner) not in (dict, OrderedDict):
             return None
         value = self.owner[self.name]
         return packing_of(value) if isinstance(value, Tensor) else None

@@ -76,7 +76,7 @@ def test_a_bar_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_that_changes_while_it_is_read_is_not_filled(tmp_path: Path) -> None:
     model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
-    arrays = {f"x.{key}": np.ones(tensor.shape, np.float32) for key, tensor in model.state_dict().items()}
+    arrays: Any = {f"x.{key}": np.ones(tensor.shape, np.float32) for key, tensor in model.state_dict().items()}
     with (tmp_path / "a").open("wb") as stream:
         np.savez(stream, **arrays)
     new, kept = nn.Linear(2, 2), model[0].weight
