@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         PartialLoadWarning,
         PatternError,
         UnsafeCheckpointError,
+        ValueWarning,
     )
     from autoalign.execution import execution_order
     from autoalign.explanation import Explanation
@@ -56,6 +57,7 @@ __all__ = [
     "PartialLoadWarning",
     "PatternError",
     "UnsafeCheckpointError",
+    "ValueWarning",
     "Verification",
     "__version__",
     "align",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -132,13 +132,17 @@ class Alignment:
         """
         return {match.target: self.tensor(match) for match in self.matches}
 
-    def tensor(self, match: Match) -> Tensor:
+    def tensor(self, match: Match, sources: Sequence[Tensor] | None = None) -> Tensor:
         """Read the tensor of one match, of this alignment's ``matches`` or ``ambiguous``.
+
+        Args:
+            match: What is to be read.
+            sources: Its sources, if they were read already.
 
         Raises:
             InputError: The operation keeps values of the target's own, which has none on the meta device.
         """
-        tensors = [self.tensors[key] for key in match.sources]
+        tensors = [self.tensors[key] for key in match.sources] if sources is None else list(sources)
         if needs_target(match.operation):
             tensors.append(self.target_tensors[match.target])
             if tensors[-1].is_meta and not tensors[0].is_meta:

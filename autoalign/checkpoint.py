@@ -18,8 +18,9 @@ from autoalign.errors import CheckpointError, InputError
 from autoalign.formats.file import open_file
 from autoalign.formats.folder import open_folder
 from autoalign.formats.sharded import is_index, open_index
+from autoalign.hub import downloaded, is_remote
 from autoalign.specs import TensorSpec
-from autoalign.stored import Contents
+from autoalign.stored import Contents, Region, narrowed
 
 Side: TypeAlias = nn.Module | Mapping[str, object] | str | os.PathLike[str]
 
@@ -41,6 +42,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
     specs: tuple[TensorSpec, ...]
     read: Callable[[str], Tensor]  # from a key of `specs` to its tensor
+    read_region: Callable[[str, Region], Tensor] | None = None  # a part of a tensor; None where that is read as a whole
+    is_held: bool = False  # whether reading takes no memory and cannot fail, since all is mapped or in memory
     path: str | None = None  # of the file; None for what was in memory
     container: str = ""  # dotted path of the state dict that was taken, '' for the top level
     containers: tuple[str, ...] = ("",)  # all that could have been taken
@@ -50,6 +53,7 @@ class Checkpoint(Mapping[str, Tensor]):
     config: Mapping[str, object] = field(default_factory=dict)  # its makers' own, as it is; {} where there is none
     state_metadata: Mapping[str, Mapping[str, object]] | None = None  # a torch state dict's `_metadata`
     root: Mapping[str, object] | None = None  # the whole of what the containers are in
+    left_out: tuple[TensorSpec, ...] = ()  # tensors that are packed, as quantised ones are, which `specs` has not
     module: nn.Module | None = None  # the module whose state dict this is, where it was given as one
 
     @cached_property
@@ -60,6 +64,21 @@ class Checkpoint(Mapping[str, Tensor]):
         if key not in self._spec_of:
             raise KeyError(key)
         return self.read(key)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Look up what is known of a tensor."""
+        return self._spec_of[key]
+
+    def region(self, key: str, region: Region) -> Tensor:
+        """Read the part of a tensor that starts, in each dimension, at the first number and is as long as the second.
+
+        Mapped files and pieces of distributed checkpoints are read in this part only, other formats as a whole.
+
+        >>> import torch
+        >>> checkpoint_of({"a": torch.arange(6).reshape(2, 3)}).region("a", ((1, 1), (0, 2)))
+        tensor([[3, 4]])
+        """
+        return narrowed(self[key], region) if self.read_region is None else self.read_region(key, region)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._spec_of)
@@ -92,7 +111,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
     read one by one; only msgpack files and older ones of torch are read as a whole.
 
     Args:
-        path: A file, the index of a sharded checkpoint, or a folder.
+        path: A file, the index of a sharded checkpoint, or a folder. Or an address: ``hf://owner/name``, optionally
+            with ``@revision`` and the path of a file in it, or ``https://...`` of a file or an index; what it leads to
+            is downloaded once (see ``autoalign.hub``).
         container: Which of several state dicts in the file to take, by its dotted path, such as ``"ema"``; by
             default the one that ``autoalign.containers.preferred`` names. ``notes`` says which one was taken.
 
@@ -102,7 +123,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
         DependencyError: The package that reads the format is not installed.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
-    return _of_contents(_contents(Path(path)), container, Path(path))
+    local = downloaded(str(path)) if is_remote(path) else Path(path)
+    checkpoint = _of_contents(_contents(local), container, local)
+    return replace(checkpoint, path=str(path)) if is_remote(path) else checkpoint
 
 
 def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
@@ -123,16 +146,14 @@ def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
         other = _of_mapping(side if side.root is None else side.root, container, side.path)
         return replace(other, metadata=side.metadata, config={**side.config, **other.config})
     if isinstance(side, nn.Module):
-        state_dict = side.state_dict(keep_vars=True)
-        lazy = [key for key, value in state_dict.items() if isinstance(value, Tensor) and is_lazy(value)]
+        lazy = uninitialized(side)
         if lazy:
             raise InputError(
-                f"{len(lazy)} tensors of {type(side).__name__} have no shape yet: {', '.join(lazy[:3])}. "
-                "Nothing was aligned. Call the model once on an example input, which initializes lazy modules."
+                f"{len(lazy)} tensors of {type(side).__name__} have no shape yet: {', '.join(list(lazy)[:3])}. Nothing "
+                "was aligned. Call the model once on an example input, which initializes lazy modules; load, too, "
+                "gives them the shapes of tensors with their names."
             )
-        checkpoint = _of_mapping(state_dict, container)
-        config, notes = module_config(side)
-        return replace(checkpoint, module=side, config=config, notes=(*checkpoint.notes, *notes))
+        return of_module(side, side.state_dict(keep_vars=True), container=container)
     if isinstance(side, Mapping):
         return _of_mapping(side, container)
     if isinstance(side, str | os.PathLike):
@@ -141,6 +162,19 @@ def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
         f"Expected an nn.Module, a mapping of tensors, a path or a Checkpoint, not {type(side).__name__}. "
         "Nothing was aligned."
     )
+
+
+def uninitialized(module: nn.Module) -> dict[str, Tensor]:
+    """List the tensors of a module that have no shape yet."""
+    items = module.state_dict(keep_vars=True).items()
+    return {key: value for key, value in items if isinstance(value, Tensor) and is_lazy(value)}
+
+
+def of_module(module: nn.Module, state_dict: Mapping[str, object], *, container: str | None = None) -> Checkpoint:
+    """Take a state dict as a checkpoint that is known to be a module's."""
+    checkpoint = _of_mapping(state_dict, container)
+    config, notes = module_config(module)
+    return replace(checkpoint, module=module, config=config, notes=(*checkpoint.notes, *notes))
 
 
 def _contents(path: Path) -> Contents:
@@ -194,10 +228,19 @@ def _of_mapping(root: Mapping[str, object], container: str | None, path: str | N
             f"There are no tensors in {path or type(root).__name__!r}; its first keys are {list(root)[:3]}. "
             "Nothing was aligned. Give a state dict, or a mapping or file that holds one."
         )
+    packed = {entry.spec: kind for entry in chosen.entries if (kind := entry.packing())}
+    if packed:
+        chosen = replace(chosen, entries=tuple(entry for entry in chosen.entries if entry.spec not in packed))
     entries = {entry.spec.key: entry for entry in chosen.entries}
     notes = []
+    if packed:
+        listed = ", ".join(f"{spec.key} ({kind})" for spec, kind in list(packed.items())[:3])
+        notes.append(
+            f"{len(packed)} tensors are quantised or packed in another way, and their elements are no values: they "
+            f"were left out: {listed}{', ...' if len(packed) > 3 else ''}. Load before quantising, or dequantise first."
+        )
     if len(containers) > 1 and container is None:
-        others = ", ".join(str(other) for other in containers if other is not chosen)
+        others = ", ".join(str(other) for other in containers if other.path != chosen.path)
         notes.append(
             f"The container {chosen} was taken, trained weights and well-known names first. "
             f"Pass container= to take another: {others}."
@@ -205,6 +248,8 @@ def _of_mapping(root: Mapping[str, object], container: str | None, path: str | N
     return Checkpoint(
         specs=tuple(entry.spec for entry in chosen.entries),
         read=lambda key: entries[key].read(),
+        read_region=lambda key, region: entries[key].read_region(region),
+        is_held=all(entry.is_held for entry in chosen.entries),
         path=path,
         container=chosen.path,
         containers=tuple(other.path for other in containers),
@@ -213,4 +258,5 @@ def _of_mapping(root: Mapping[str, object], container: str | None, path: str | N
         config=saved_config(root, chosen.path),
         state_metadata=chosen.state_metadata,
         root=root,
+        left_out=tuple(packed),
     )

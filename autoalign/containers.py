@@ -9,6 +9,7 @@ are trees of the same modules with different tensors, as Flax keeps parameters a
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from autoalign.arrays import as_tensor, torch_dtype
 from autoalign.errors import CheckpointError, InputError
-from autoalign.specs import TensorSpec, spec_of
-from autoalign.stored import Stored
+from autoalign.specs import TensorSpec, packing_of, spec_of
+from autoalign.stored import Region, Stored, narrowed
 
 # words in the names that people give to what they save; "model_state_dict" has three of them
 _MODEL_WORDS = frozenset({"state", "model", "module", "net", "network", "student", "online", "generator", "params"})
@@ -50,6 +51,28 @@ class Entry:
         if not isinstance(value, Tensor):
             raise InputError(f"{self.spec} was a tensor when it was first looked at and is a {type(value)} now.")
         return value.detach()
+
+    def read_region(self, region: Region) -> Tensor:
+        """Read a part of the tensor; of most formats that is a view of what is mapped, or a part of what was read."""
+        value = self.owner[self.name]
+        if isinstance(value, Stored) and value.read_region is not None:
+            return value.read_region(region)
+        return narrowed(self.read(), region)
+
+    def packing(self) -> str | None:
+        """Name the kind of a tensor whose elements are not its values; None of others."""
+        if type(self.owner) not in (dict, OrderedDict):
+            return None
+        value = self.owner[self.name]
+        return packing_of(value) if isinstance(value, Tensor) else None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether reading the tensor takes no memory and cannot fail."""
+        if type(self.owner) not in (dict, OrderedDict):  # one that makes its values when asked may do anything
+            return False
+        value = self.owner[self.name]
+        return value.mapped if isinstance(value, Stored) else isinstance(value, Tensor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ from autoalign.alignment import Alignment
 from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.errors import InputError, NothingLoadedError, OutputError, PartialLoadWarning
-from autoalign.loading import Progress
 from autoalign.module_state import absent_counters, source_modules, without_counters
 from autoalign.preparing import nothing_message, read_match, require_complete, summary
+from autoalign.progress import Progress
 from autoalign.specs import TensorSpec
 from autoalign.writers.safetensors import header, in_file_order, write_safetensors
 from autoalign.writers.staging import staged

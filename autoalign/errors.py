@@ -72,13 +72,17 @@ class PartialLoadWarning(UserWarning):
     """A load filled a part of the model only, and the rest keeps what it had; or a conversion wrote a part of it."""
 
 
+class ValueWarning(UserWarning):
+    """What is loaded has NaN, or values that the model's dtype cannot hold."""
+
+
 class DependencyError(AutoAlignError, ImportError):
     """An optional package that is needed here is not installed."""
 
     @classmethod
-    def reading(cls, what: str, package: str) -> DependencyError:
-        """Say that files of some kind cannot be read without a package."""
+    def reading(cls, what: str, package: str, extra: str = "formats") -> DependencyError:
+        """Say that files of some kind cannot be read without a package, which an extra of this one brings."""
         return cls(
             f"{what} are read through the package {package}, which is not installed. Nothing was read. "
-            "Install it with: pip install 'autoalign[formats]'"
+            f"Install it with: pip install 'autoalign[{extra}]'"
         )

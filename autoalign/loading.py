@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from autoalign.aligning import align
 from autoalign.alignment import Alignment
-from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
+from autoalign.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
+from autoalign.copying import copy_all
 from autoalign.errors import (
     AlignmentError,
-    CheckpointError,
     IncompatibleTensorsError,
     InputError,
     NothingLoadedError,
     PartialLoadWarning,
+    ValueWarning,
 )
+from autoalign.lazy_modules import named_sources, shaped
 from autoalign.module_state import absent_counters, extra_states, source_modules, state_metadata
-from autoalign.transaction import cannot_fail, transaction
+from autoalign.progress import Progress, progress_of
+from autoalign.reading import Findings, check_devices, fills_of, tensors_of
+from autoalign.sharded import Ranks, fill_sharded, ranks_of
+from autoalign.transaction import cannot_fail, converted, copies_surely, takes_copies, transaction
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], object]
+_CALLER = 5  # frames from a warning to what called ``load``
 
 
 def load(
@@ -38,14 +45,20 @@ def load(
     strict: bool = False,
     assign: bool = False,
     progress: Progress | bool | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
     **align_options: Any,
 ) -> Alignment:
     """Load every tensor of a checkpoint that can be aligned with the model, whatever it is called.
 
-    Values go into the model's own tensors, whose dtype and device stay, through torch's ``load_state_dict``, so that
-    load hooks, versions of modules and extra states work as they do there. It is all or nothing: if this raises, the
-    model holds what it held before. There is one thing that cannot be taken back: a Ctrl-C while values are copied
-    into a model without load hooks of its own takes effect when the copy is complete.
+    Values are copied into the model's own tensors, whose dtype and device stay. Where the model or a part of it has
+    loading code of its own, such as hooks, they go through torch's ``load_state_dict``, so that hooks, versions of
+    modules and extra states work as they do there. It is all or nothing: if this raises, the model holds what it held
+    before. There is one thing that cannot be taken back: a Ctrl-C while values are copied into a model without loading
+    code takes effect when the copy is complete.
+
+    A model with sharded tensors (FSDP2, tensor parallelism) is loaded on all its ranks at once, each of which reads
+    what it holds; the first of them alone warns and logs.
 
     >>> model, other = nn.Linear(2, 1), nn.Linear(2, 1)
     >>> load(model, {"module.fc.weight": other.weight, "module.fc.bias": other.bias})
@@ -54,14 +67,20 @@ def load(
     True
 
     Args:
-        model: The module to fill.
+        model: The module to fill. Tensors of lazy modules get the shapes that the checkpoint's have under their names.
         checkpoint: A path, a mapping of tensors, a module, or an open ``Checkpoint``.
         strict: Raise unless every key of the model gets a tensor and every tensor of the checkpoint is used.
         assign: Give the model new tensors instead of copying into those it has, as the meta device needs. They have
             the dtype, the ``requires_grad`` and, unless that was meta, the device of the old ones, and tied
             parameters stay tied; an optimizer made before keeps the old ones. A tensor of a mapping may come to be
-            shared with the model, as with torch; tensors of a file are copied.
-        progress: Called with the number of tensors read and of all, while they are read.
+            shared with the model, as with torch. A tensor of a mapped file (safetensors, torch) is not copied: it is
+            read when it is used, and the file must not be overwritten while the model is.
+        progress: Whether to show a bar on stderr: by default if stderr is a terminal and the load takes more than two
+            seconds. Or what to call with the number of tensors done and of all; it may raise to cancel the load, for
+            which the old values are kept meanwhile.
+        dtype: What to convert the model's floating-point tensors to, as ``model.to`` does, before they are filled.
+        device: Where to move the model's tensors, as ``model.to`` does, before they are filled. If the load fails, both
+            are undone, for which the old tensors are kept meanwhile.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``, and
             ``adapt``, by which values are changed where a counterpart has another shape.
 
@@ -71,18 +90,57 @@ def load(
     Raises:
         NothingLoadedError: No tensor of the checkpoint could be aligned with the model.
         IncompatibleTensorsError: With ``strict``, some key is missing or unexpected.
+        AlignmentError: The model changed while it was loaded, or its ranks do not agree.
         InputError: The model or the checkpoint is of a kind that cannot be used, or one of them has no values on meta.
         CheckpointError: The checkpoint's file cannot be read.
 
     Warns:
         PartialLoadWarning: Keys of the model that ``exclude`` and ``include`` did not leave out keep their values.
+        ValueWarning: A tensor of the checkpoint has NaN, or the model's dtype cannot hold its values. Rounding to
+            another floating-point type of 16 bits or more is not warned of.
     """
+    since = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
-    source = checkpoint_of(checkpoint, container=align_options.pop("container", None))
-    alignment = align(source, model, **align_options)
-    modules = source_modules(alignment)
-    counters = absent_counters(model, source, alignment, modules)
+    ranks = ranks_of(model)
+    if ranks is None:
+        source, alignment, counters = _prepared(model, checkpoint, align_options, strict=strict)
+    else:
+        source, alignment, counters = _prepared_together(model, checkpoint, align_options, ranks, strict=strict)
+        if dtype is not None or device is not None:
+            raise InputError("A sharded model is given its dtype and device when it is sharded. Nothing was loaded.")
+
+    if dtype is not None:  # what it is about to be
+        specs = alignment.target_specs
+        converted_specs = (replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in specs)
+        alignment = replace(alignment, target_specs=tuple(converted_specs))
+
+    def fill() -> Alignment:
+        if ranks is not None:
+            return _fill_sharded(model, source, alignment, ranks, assign=assign, progress=progress, since=since)
+        return _fill(model, source, alignment, counters, options, progress, since)
+
+    options = {"assign": True, "dtype": dtype, "device": device} if assign else {}
+    if dtype is None and device is None:
+        return fill()
+    with transaction(model, keep_values=False, keep_memory=True):
+        if not assign:
+            converted(model, dtype, device)
+        filled = fill()
+        if assign:  # what is not new
+            converted(model, dtype, device)
+    return replace(filled, target_tensors=checkpoint_of(model))
+
+
+_Prepared = tuple[Checkpoint, Alignment, frozenset[str]]
+
+
+def _prepared(model: nn.Module, checkpoint: Side, options: Mapping[str, Any], *, strict: bool) -> _Prepared:
+    """Decide what is loaded from where, and which BatchNorm counters the checkpoint is too old to have."""
+    container = options.get("container")
+    source = checkpoint_of(checkpoint, container=container)
+    alignment = _aligned(model, source, {name: value for name, value in options.items() if name != "container"})
+    counters = absent_counters(model, source, alignment, source_modules(alignment))
     if counters:
         kept = tuple(spec for spec in alignment.target_specs if spec.key not in counters)
         note = f"{len(counters)} num_batches_tracked keep what they had: the checkpoint is from before torch had them."
@@ -95,29 +153,106 @@ def load(
         except IncompatibleTensorsError as error:
             advice = f"The model was not changed. Pass strict=False to load the {len(alignment.matches)} that match."
             raise IncompatibleTensorsError(f"{error}\n{advice}", alignment) from None
+    return source, alignment, counters
 
-    targets = model.state_dict(keep_vars=True)
-    tensors = _read(source, alignment, targets, assign=assign, progress=progress)
+
+def _prepared_together(
+    model: nn.Module, checkpoint: Side, options: Mapping[str, Any], ranks: Ranks, *, strict: bool
+) -> _Prepared:
+    """Decide on every rank what is loaded from where; if one cannot, all raise."""
+    try:
+        prepared = _prepared(model, checkpoint, options, strict=strict)
+    except Exception as error:
+        ranks.agree(None, error)
+        raise
+    ranks.agree(prepared[1], None)
+    return prepared
+
+
+def _aligned(model: nn.Module, source: Checkpoint, options: Mapping[str, Any]) -> Alignment:
+    """Align, with shapes for what has none yet, and with a place in the report for what is left out."""
+    lazy = uninitialized(model)
+    if lazy:
+        known = named_sources(lazy, source)
+        if len(known) < len(lazy):
+            rest = align(source, shaped(model, lazy, known), **options)
+            known |= named_sources({key: lazy[key] for key in lazy if key not in known}, source, rest)
+        target = shaped(model, lazy, known)
+    else:
+        target = checkpoint_of(model)
+    alignment = align(source, target, **options)
+    left_out = target.left_out
+    notes = tuple(f"Of the model, {note[0].lower()}{note[1:]}" for note in target.notes if left_out)
+    if lazy:
+        unknown = len(lazy) - len(known)
+        notes += (f"{len(known)} tensors of lazy modules have the shapes of those with their names in the checkpoint.",)
+        notes += (f"{unknown} tensors of lazy modules stay without a shape.",) if unknown else ()
+    if not left_out and not source.left_out:
+        return replace(alignment, notes=(*alignment.notes, *notes))
+    order = {key: place for place, key in enumerate(model.state_dict(keep_vars=True))}
+    return replace(
+        alignment,
+        source_specs=(*alignment.source_specs, *source.left_out),
+        target_specs=tuple(sorted((*alignment.target_specs, *left_out), key=lambda spec: order[spec.key])),
+        notes=(*alignment.notes, *notes),
+    )
+
+
+def _fill(
+    model: nn.Module,
+    source: Checkpoint,
+    alignment: Alignment,
+    counters: frozenset[str],
+    options: Mapping[str, Any],
+    progress: Progress | bool | None,
+    since: float,
+) -> Alignment:
+    """Move what is matched into a model that is this process's own, and say what was done."""
+    targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    check_devices(alignment, targets, assign="assign" in options)
+    findings = Findings()
+    summary = _summary(model, source, alignment)
+    with progress_of(progress, len(alignment.matches), _size(alignment), since) as step:
+        fills = None
+        if "assign" not in options and takes_copies(model, [match.target for match in alignment.matches]):
+            fills = fills_of(source, alignment, targets, findings, _no_step if source.is_held else step)
+            if not all(copies_surely(given, part) for fill in fills for part, given in fill.copies):
+                fills = None
+        if fills is None:
+            tensors = tensors_of(source, alignment, targets, findings, step, **options)
+        _warn(summary, alignment, targets, findings)  # before a change, since a warning may be turned into an error
+        if fills is None:
+            _load_state_dict(model, source, alignment, counters, targets, tensors, options)
+        else:
+            # what is mapped is only read as it is copied, and then a function of the caller's may raise
+            is_cancellable = callable(progress) and source.is_held
+            _check_unchanged(model, alignment, targets)
+            with transaction(model, keep_values=is_cancellable):
+                copy_all(fills, step if source.is_held else _no_step)
+                if is_cancellable:
+                    _check_unchanged(model, alignment, targets)
+    if "assign" in options:  # the tensors that the model had are not the ones it has now
+        alignment = replace(alignment, target_tensors=checkpoint_of(model))
+    logger.info("Loaded %s; %d keys missing, %d unexpected.", summary, *map(len, alignment))
+    return findings.noted(alignment)
+
+
+def _load_state_dict(
+    model: nn.Module,
+    source: Checkpoint,
+    alignment: Alignment,
+    counters: frozenset[str],
+    targets: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+) -> None:
+    """Load by torch's own function, with what it passes on to modules beside tensors."""
+    modules = source_modules(alignment)
     state_dict: OrderedDict[str, object] = OrderedDict(tensors)
     state_dict.update(extra_states(source, targets, modules))
     state_dict._metadata = state_metadata(source, alignment, targets, modules, counters)  # type: ignore[attr-defined]
-
-    share = math.floor(1000 * alignment.coverage) / 10  # rounded down, so that a part is never called 100 %
-    summary = (
-        f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
-        f"of {type(model).__name__} from {source!r}"
-    )
-    unfilled = [key for key in alignment.missing_keys if key not in alignment.excluded]
-    if unfilled:  # before anything is changed, since a warning may be turned into an error
-        named = ", ".join(unfilled[:4]) + (", ..." if len(unfilled) > 4 else "")
-        left = "stay on meta, without values" if any(targets[key].is_meta for key in unfilled) else "keep their values"
-        warnings.warn(
-            f"Loading {summary}. {len(unfilled)} {left}: {named}. print(alignment) shows all.",
-            PartialLoadWarning,
-            stacklevel=2,
-        )
     with transaction(model, keep_values=not cannot_fail(model, targets, tensors)):
-        result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if assign else {}))
+        result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if "assign" in options else {}))
         untaken = [key for key in getattr(result, "unexpected_keys", ()) if key in tensors]
         if untaken:
             raise AlignmentError(
@@ -125,65 +260,89 @@ def load(
                 f"state_dict gives: {', '.join(untaken[:3])}. The model was not changed. Load into the inner module.",
                 alignment,
             )
-    if assign:  # the tensors that the model had are not the ones it has now
-        alignment = replace(alignment, target_tensors=checkpoint_of(model))
-    logger.info("Loaded %s; %d keys missing, %d unexpected.", summary, *map(len, alignment))
-    return alignment
 
 
-def _read(
+def _fill_sharded(
+    model: nn.Module,
     source: Checkpoint,
     alignment: Alignment,
-    targets: Mapping[str, Tensor],
+    ranks: Ranks,
     *,
     assign: bool,
     progress: Progress | bool | None,
-) -> dict[str, Tensor]:
-    """Read what is loaded, and find out beforehand whatever would make the load fail halfway or do nothing."""
-    on_meta = [match.target for match in alignment.matches if targets[match.target].is_meta]
-    if on_meta and not assign:
-        raise InputError(
-            f"{len(on_meta)} tensors of the model are on the meta device, where a copy does nothing: "
-            f"{', '.join(on_meta[:3])}. The model was not changed. Pass assign=True to give it new tensors."
+    since: float,
+) -> Alignment:
+    """Move what is matched into the parts of a model that this and other processes hold; the first of them reports."""
+    targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    check_devices(alignment, targets, assign=assign)
+    own, findings = Findings(), Findings()
+    reported = progress if ranks.is_first else False
+    with (
+        progress_of(reported, len(alignment.matches), _size(alignment), since) as step,
+        transaction(model, keep_values=True),
+    ):
+        fill_sharded(model, source, alignment, ranks, own, step, assign=assign)
+    for found in ranks.gathered(own):
+        findings.merge(found)
+    if assign:
+        alignment = replace(alignment, target_tensors=checkpoint_of(model))
+    if ranks.is_first:
+        summary = _summary(model, source, alignment)
+        logger.info("Loaded %s; %d keys missing, %d unexpected.", summary, *map(len, alignment))
+        _warn(summary, alignment, targets, findings)
+    return findings.noted(alignment)
+
+
+def _no_step(_done: int, _size: int) -> None:
+    """Report nothing of what takes no time."""
+
+
+def _size(alignment: Alignment) -> int:
+    sizes = {spec.key: spec.numel * spec.dtype.itemsize for spec in alignment.target_specs}
+    return sum(sizes[match.target] for match in alignment.matches)
+
+
+def _summary(model: nn.Module, source: Checkpoint, alignment: Alignment) -> str:
+    share = math.floor(1000 * alignment.coverage) / 10  # rounded down, so that a part is never called 100 %
+    return (
+        f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
+        f"of {type(model).__name__} from {source!r}"
+    )
+
+
+def _warn(summary: str, alignment: Alignment, targets: Mapping[str, Tensor], findings: Findings) -> None:
+    """Warn of what is not filled, and of values, on behalf of the caller of ``load``."""
+    unfilled = [key for key in alignment.missing_keys if key not in alignment.excluded]
+    if unfilled:
+        named = ", ".join(unfilled[:4]) + (", ..." if len(unfilled) > 4 else "")
+        left = "stay on meta, without values" if any(targets[key].is_meta for key in unfilled) else "keep their values"
+        warnings.warn(
+            f"Loading {summary}. {len(unfilled)} {left}: {named}. print(alignment) shows all.",
+            PartialLoadWarning,
+            stacklevel=_CALLER,
         )
-    memories = {_memory(target) for target in targets.values() if isinstance(target, Tensor)} - {None}
-    assigned: dict[int, Tensor] = {}
-    tensors: dict[str, Tensor] = {}
-    for done, match in enumerate(alignment.matches, start=1):
-        target, tensor = targets[match.target], alignment.tensor(match)
-        if tensor.is_meta:
-            raise InputError(
-                f"{', '.join(match.sources)} of the checkpoint is on the meta device and has no values. "
-                "The model was not changed. Give a checkpoint with values."
-            )
-        if tensor.shape != target.shape:
-            raise CheckpointError(
-                f"size mismatch for {match.target}: {', '.join(match.sources)} was read with shape "
-                f"{list(tensor.shape)} where {list(target.shape)} was announced. The model was not changed."
-            )
-        if assign:
-            tensor = assigned.setdefault(id(target), _assignable(tensor, target, copy=source.path is not None))
-        elif _memory(tensor) in memories:  # the model's own values may change before they are copied
-            tensor = tensor.clone()
-        tensors[match.target] = tensor
-        if callable(progress):
-            progress(done, len(alignment.matches))
-    ties = {key: assigned[id(target)] for key, target in targets.items() if id(target) in assigned}
-    return tensors | ties  # a tied key that no match fills would keep the old tensor
+    if statements := findings.statements():
+        warnings.warn(
+            f"Loading {summary}. {' '.join(statements)} They are loaded as they are.",
+            ValueWarning,
+            stacklevel=_CALLER,
+        )
 
 
-def _assignable(tensor: Tensor, target: Tensor, *, copy: bool) -> Tensor:
-    device = tensor.device if target.is_meta else target.device
-    # a copy of a tensor that is mapped from a file, since overwriting the file would take the model's values away
-    tensor = tensor.to(device=device, dtype=target.dtype, copy=copy)
-    return nn.Parameter(tensor, requires_grad=target.requires_grad) if isinstance(target, nn.Parameter) else tensor
+def _check_unchanged(model: nn.Module, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:
+    """Refuse to have filled tensors that the model does not have any more.
 
-
-def _memory(tensor: Tensor) -> int | None:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # a tensor subclass without a storage of its own
-        return None
+    Raises:
+        AlignmentError: The model has others now.
+    """
+    now: Mapping[str, object] = model.state_dict(keep_vars=True)
+    gone = [match.target for match in alignment.matches if now.get(match.target) is not targets[match.target]]
+    if gone:
+        raise AlignmentError(
+            f"The model changed while it was loaded: it has other tensors now for {', '.join(gone[:3])}"
+            f"{', ...' if len(gone) > 3 else ''}. Nothing was loaded. Load when nothing else changes the model.",
+            alignment,
+        )
 
 
 def _nothing_message(model: nn.Module, source: Checkpoint, alignment: Alignment) -> str:

@@ -64,11 +64,11 @@ def without_counters(alignment: Alignment, counters: frozenset[str], fate: str) 
 
 def extra_states(source: Checkpoint, targets: Mapping[str, object], modules: Mapping[str, str]) -> dict[str, object]:
     """Find the extra state of each module that has one in the checkpoint's module that corresponds to it."""
-    own = {key: _translated(key, modules) for key in targets if key.rpartition(".")[2] == "_extra_state"}
+    own = {key: translated(key, modules) for key in targets if key.rpartition(".")[2] == "_extra_state"}
     return {key: source.extras[source_key] for key, source_key in own.items() if source_key in source.extras}
 
 
-def _translated(key: str, modules: Mapping[str, str]) -> str:
+def translated(key: str, modules: Mapping[str, str]) -> str:
     """Translate a key by the nearest module above it that corresponds, since its own may hold no tensors."""
     parts = key.split(".")
     for depth in range(len(parts) - 1, -1, -1):

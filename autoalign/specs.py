@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,23 @@ def _storage_id(tensor: Tensor, shape: tuple[int, ...]) -> int | None:
     except (NotImplementedError, RuntimeError):  # a wrapper subclass without a storage of its own
         return None
     return hash((storage._cdata, tensor.storage_offset(), shape, tensor.stride()))
+
+
+def packing_of(tensor: Tensor) -> str | None:
+    """Name the kind of a tensor whose elements are not its values, as those of quantised tensors; None of others.
+
+    >>> packing_of(torch.zeros(2)) is None
+    True
+    """
+    kind: type[object] = type(tensor)
+    if tensor.is_quantized:
+        return str(tensor.dtype).removeprefix("torch.")
+    if kind.__module__.startswith("torch.distributed."):  # sharded ones hold plain tensors
+        return None
+    packed: object = tensor  # for type checkers, no tensor is of such a class
+    if is_traceable_wrapper_subclass(packed) or getattr(packed, "quant_state", None) is not None:
+        return kind.__name__  # of torchao, of nested tensors, and of bitsandbytes
+    return None
 
 
 def tied_groups(specs: Iterable[TensorSpec]) -> tuple[tuple[str, ...], ...]:

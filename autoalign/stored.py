@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Region: TypeAlias = tuple[tuple[int, int], ...]  # of a tensor: where it starts and how long it is, in each dimension
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,8 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor] = field(repr=False)
+    mapped: bool = False  # whether reading it takes no memory and cannot fail, as where the file is mapped into memory
+    read_region: Callable[[Region], Tensor] | None = field(default=None, repr=False)  # where that reads less
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,18 @@ class Contents:
     metadata: Mapping[str, str] = field(default_factory=dict)  # statements of the file about itself
     config: Mapping[str, object] = field(default_factory=dict)  # as of ``Checkpoint``
     notes: tuple[str, ...] = ()  # statements for the report
+
+
+def narrowed(tensor: Tensor, region: Region) -> Tensor:
+    """Take a region of a tensor, as a view.
+
+    >>> narrowed(torch.arange(6).reshape(2, 3), ((1, 1), (0, 2)))
+    tensor([[3, 4]])
+    """
+    for dim, (start, length) in enumerate(region):
+        if (start, length) != (0, tensor.shape[dim]):
+            tensor = tensor.narrow(dim, start, length)
+    return tensor
 
 
 def natural(key: str) -> list[tuple[int, str]]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _LOADING_METHODS = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
 
 
 @contextmanager
-def transaction(model: nn.Module, *, keep_values: bool) -> Iterator[None]:
+def transaction(model: nn.Module, *, keep_values: bool, keep_memory: bool = False) -> Iterator[None]:
     """Put a module back as it was if the block raises, an interrupt included.
 
     What is put back: which submodules, parameters and buffers are registered, and with ``keep_values`` also the values
@@ -26,21 +28,24 @@ def transaction(model: nn.Module, *, keep_values: bool) -> Iterator[None]:
 
     Args:
         model: The module that the block changes.
-        keep_values: Keep a copy of all values, on the CPU, for as long as the block runs.
+        keep_values: Keep a copy of all values, on the CPU, for as long as the block runs; of a sharded tensor, of
+            this process's part of it.
+        keep_memory: Keep hold of the memory of all tensors, for a block that gives them other memory, as a conversion
+            to another dtype or device does.
     """
-    restore = snapshot(model, keep_values=keep_values)
+    restore = snapshot(model, keep_values=keep_values, keep_memory=keep_memory)
     try:
         if keep_values:
             yield
         else:
-            with _interrupts_held():
+            with interrupts_held():
                 yield
     except BaseException:
         restore()
         raise
 
 
-def snapshot(model: nn.Module, *, keep_values: bool) -> Callable[[], None]:
+def snapshot(model: nn.Module, *, keep_values: bool, keep_memory: bool = False) -> Callable[[], None]:
     """Note what a module holds, and return what puts it back: registries, and with ``keep_values`` values too.
 
     Tensors that have not changed are not written to, so that what autograd saved of them stays valid.
@@ -48,6 +53,7 @@ def snapshot(model: nn.Module, *, keep_values: bool) -> Callable[[], None]:
     Args:
         model: The module that will be changed.
         keep_values: Keep a copy of all values, on the CPU, and of the extra states.
+        keep_memory: As in ``transaction``.
     """
     registries: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (registry, dict(registry))
@@ -55,15 +61,27 @@ def snapshot(model: nn.Module, *, keep_values: bool) -> Callable[[], None]:
         for registry in (module._parameters, module._buffers, module._modules)
         if isinstance(registry, dict)  # a compiled TorchScript module shows a view of its own
     ]
+    for _, entries in registries:  # what is materialised in place cannot be put back, but its like can
+        entries.update((name, _like_lazy(tensor)) for name, tensor in entries.items() if is_lazy(tensor))
+    memories = [_held(tensor) for tensor in _tensors(model)] if keep_memory else []
     values = _values(model) if keep_values else []
     extra_states = _extra_states(model) if keep_values else []
 
     def restore() -> None:
-        with _interrupts_held(), torch.no_grad():
+        with interrupts_held(), torch.no_grad():
             for registry, entries in registries:
                 registry.clear()
                 registry.update(entries)
+            for tensor, held, grad, grad_held in memories:
+                tensor.grad = None  # which has the dtype of what was undone
+                tensor.data = held
+                if grad is not None and grad_held is not None:
+                    grad.data = grad_held
+                    tensor.grad = grad
             for tensor, memory, value in values:
+                if memory is None:
+                    local_part(tensor).copy_(value)
+                    continue
                 tensor.data = memory  # undoes an assignment to `.data`, which may have changed the shape
                 if not _holds(memory, value):
                     memory.copy_(value)
@@ -71,6 +89,17 @@ def snapshot(model: nn.Module, *, keep_values: bool) -> Callable[[], None]:
                 module.set_extra_state(state)
 
     return restore
+
+
+def converted(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | int | None) -> None:
+    """Give a model's tensors another dtype, where they are of floating point, or device; those on meta stay there."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+    model._apply(convert)  # type: ignore[no-untyped-call]
 
 
 def cannot_fail(model: nn.Module, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
@@ -85,12 +114,17 @@ def cannot_fail(model: nn.Module, targets: Mapping[str, Tensor], tensors: Mappin
         targets: Its state dict.
         tensors: What is loaded, of the targets' shapes.
     """
+    return takes_copies(model, tensors.keys()) and all(copies_surely(t, targets[key]) for key, t in tensors.items())
+
+
+def takes_copies(model: nn.Module, keys: Collection[str]) -> bool:
+    """Tell whether loading these keys means to copy into tensors of the model, and nothing else."""
     loadable = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     loadable.update(name for name, _ in model.named_buffers(remove_duplicate=False))
     return (
-        tensors.keys() <= loadable
+        loadable.issuperset(keys)
         and not any(_has_own_loading_code(module) for module in model.modules())
-        and all(_copies_surely(tensor, targets[key]) for key, tensor in tensors.items())
+        and not torch.__future__.get_swap_module_params_on_conversion()
     )
 
 
@@ -103,7 +137,8 @@ def _has_own_loading_code(module: nn.Module) -> bool:
     )
 
 
-def _copies_surely(tensor: Tensor, target: Tensor) -> bool:
+def copies_surely(tensor: Tensor, target: Tensor) -> bool:
+    """Tell whether torch is sure to copy one tensor into another of the same shape."""
     dtypes = (tensor.dtype, target.dtype)
     return (
         all(type(side) in (Tensor, nn.Parameter) and side.layout == torch.strided for side in (tensor, target))
@@ -121,10 +156,27 @@ def _is_writable(tensor: Tensor) -> bool:
     )
 
 
-def _values(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
+
+
+def _like_lazy(tensor: Any) -> Tensor:
+    """Make another tensor without a shape, of the same kind."""
+    made: Tensor = type(tensor)(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
+    return made
+
+
+def _held(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Hold on to the memory of a tensor and of its gradient."""
+    grad = tensor.grad if tensor.is_leaf else None
+    return tensor, tensor.detach(), grad, None if grad is None else grad.detach()
+
+
+def _values(model: nn.Module) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """Copy the values of a model's tensors, with the memory that they are in; None for that of a sharded tensor."""
     return [
-        (tensor, tensor.detach(), tensor.detach().to("cpu", copy=True))
-        for tensor in (*model.parameters(), *model.buffers())
+        (tensor, None if is_sharded(tensor) else tensor.detach(), local_part(tensor).to("cpu", copy=True))
+        for tensor in _tensors(model)
         if not tensor.is_meta and _is_writable(tensor)  # nothing else has a value that a load could change
     ]
 
@@ -134,6 +186,18 @@ def _holds(memory: Tensor, value: Tensor) -> bool:
         return torch.equal(memory.cpu(), value)
     except (NotImplementedError, RuntimeError):  # a layout or dtype that is not compared
         return False
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is spread over several processes, as those of FSDP2 and of tensor parallelism are."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # without which there is none, and which takes long
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Take this process's part of a sharded tensor, and all of any other, without gradient."""
+    part: Any = tensor.detach()
+    return part.to_local() if is_sharded(part) else part  # type: ignore[no-any-return]
 
 
 def _extra_states(model: nn.Module) -> list[tuple[nn.Module, object]]:
@@ -146,7 +210,7 @@ def _extra_states(model: nn.Module) -> list[tuple[nn.Module, object]]:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Hold back Ctrl-C until the block is through, in the one thread that it can reach."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

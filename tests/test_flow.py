@@ -28,9 +28,10 @@ FLOW = (
         "formats.file",
         "formats.sharded",
         "formats.distributed",
+        "formats.distributed_writing",
         "formats.folder",
     ),
-    "checkpoint",
+    *("hub", "checkpoint"),
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "kernels", "namesakes", "renaming"),
     # a call of a model
@@ -58,7 +59,8 @@ FLOW = (
     *("recording", "comparing", "counterparts", "divergence", "settings", "causes", "trials"),
     *("subject", "search", "verification", "verifying"),
     # the only part that moves data
-    *("module_state", "preparing", "loading"),
+    *("module_state", "lazy_modules", "progress", "copying", "values", "reading"),
+    *("regions", "sharded", "preparing", "loading"),
     *("blocks", "writers.safetensors", "writers.staging", "converting", "differing"),
     # the command line
     "demo",
@@ -85,7 +87,7 @@ BACKWARDS_WHEN_CALLED = {
     ("alignment", "html.notebook"),
 }
 # needed for a match or a screen, not for an import
-LATE = ("gguf", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")
+LATE = ("gguf", "huggingface_hub", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")
 
 
 def own_imports(tree: ast.AST, *, deferred: bool) -> Iterator[str]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
-from autoalign.checkpoint import checkpoint_of
+from autoalign.checkpoint import checkpoint_of, open_checkpoint
 from autoalign.errors import (
     AlignmentError,
     CheckpointError,
@@ -263,14 +263,23 @@ def test_assign_fills_parameters_of_integers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip"])
-def test_assigned_tensors_survive_the_file(tmp_path: Path, source: Network, kind: str) -> None:
+def test_assigned_tensors_are_those_of_the_mapped_file(tmp_path: Path, source: Network, kind: str) -> None:
     path = tmp_path / "model"
     with torch.device("meta"):
         model = Network()
     save: Any = save_file if kind == "safetensors" else torch.save
     save(source.state_dict(), path)
     load(model, path, assign=True)
-    path.write_bytes(b"")  # a mapped tensor would end the process here
+    with Path("/proc/self/maps").open() as maps:
+        mapped = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(str(path))]
+    ranges = [(int(start, 16), int(end, 16)) for start, end in mapped]
+    for tensor in values(model):
+        assert any(start <= tensor.data_ptr() < end for start, end in ranges)
+    with torch.no_grad():
+        model.head.weight.zero_()  # stays in memory
+    assert torch.equal(open_checkpoint(path)["head.weight"], source.head.weight)
+    path.unlink()  # as a file is that another one takes the place of
+    model.head.weight.data.copy_(source.head.weight)
     assert_same(model, snapshot(source))
 
 

@@ -61,5 +61,7 @@ def test_what_is_needed_to_run_is_declared() -> None:
         for name in re.findall(r"^ *(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     extras = project["optional-dependencies"]
-    optional = {re.split("[<>=]", requirement)[0] for requirement in (*extras["demo"], *extras["formats"])}
+    optional = {
+        re.split("[<>=]", requirement)[0] for requirement in (*extras["demo"], *extras["formats"], *extras["hub"])
+    }
     assert imported - sys.stdlib_module_names - {"autoalign"} == declared | optional

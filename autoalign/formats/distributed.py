@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autoalign.errors import CheckpointError, UnsafeCheckpointError
-from autoalign.stored import Contents, Stored
+from autoalign.stored import Contents, Region, Stored
 
 _METADATA = ".metadata"
 _LARGEST = 2**30  # bytes of metadata
@@ -154,22 +154,33 @@ def _nested(folder: Path, metadata: Any) -> dict[str, object]:
 def _stored(folder: Path, metadata: Any, key: str, entry: Any) -> Stored:
     shape, dtype = tuple(entry.size), entry.properties.dtype
 
-    def read() -> Tensor:
+    def read_region(region: Region) -> Tensor:
         from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
         from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+        from torch.distributed.checkpoint.planner import LoadPlan
+        from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+        class Planner(DefaultLoadPlanner):
+            """Takes the one tensor that is filled for every part of it."""
+
+            def lookup_tensor(self, index: object) -> Tensor:  # noqa: ARG002, there is only one
+                return tensor
+
+        starts, sizes = torch.Size([start for start, _ in region]), torch.Size([length for _, length in region])
         try:
-            tensor = torch.empty(shape, dtype=dtype, device="cpu")
-            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            tensor = torch.empty(sizes, dtype=dtype, device="cpu")
+            planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
             planner.set_up_planner({key: tensor}, metadata)
             reader = FileSystemReader(folder)
             reader.set_up_storage_reader(metadata, is_coordinator=True)
-            reader.read_data(planner.create_local_plan(), planner).wait()
+            items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(starts, sizes)])
+            reader.read_data(LoadPlan(items), planner).wait()
         except Exception as error:  # torch raises whatever the damaged part of a file led to
             raise _damaged(folder, error) from error
         return tensor
 
-    return Stored(shape, dtype, read)
+    return Stored(shape, dtype, lambda: read_region(tuple((0, size) for size in shape)), read_region=read_region)
 
 
 def _damaged(folder: Path, error: Exception) -> CheckpointError:

@@ -86,7 +86,7 @@ def open_gguf(file: Path) -> Contents:
             return end - orig_offs, [kind, count, self._get(begin, np.uint8, end - begin)], [], types
 
     try:
-        reader = Reader(file)
+        reader = Reader(file, "c")  # mapped so that a write to a tensor stays in memory
         tensors = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
         end = int(reader.data_offset)
         for tensor in tensors:
@@ -136,4 +136,4 @@ def _stored(tensor: Any, *, big: bool) -> Stored:
     def read() -> Tensor:
         return as_tensor(np.asarray(data), dtype)
 
-    return Stored(tuple(reversed([int(size) for size in tensor.shape])), dtype, read)
+    return Stored(tuple(reversed([int(size) for size in tensor.shape])), dtype, read, mapped=not big)

@@ -18,6 +18,7 @@ from autoalign.errors import CheckpointError
 from autoalign.stored import Contents, Stored
 
 _LONGEST = 2**16  # bytes of an array's header that are read; one of numbers has about a hundred
+_MOST = 2**18  # arrays
 _SUFFIX = ".npy"
 
 
@@ -55,6 +56,8 @@ def open_npz(file: Path) -> Contents:
     left_out: dict[str, str] = {}  # from a name to why
     try:
         with zipfile.ZipFile(file) as archive:
+            if len(archive.infolist()) > _MOST:
+                raise ValueError(f"{len(archive.infolist()):,} members, and no more than {_MOST:,} are read")
             for info in archive.infolist():
                 if not info.filename.endswith(_SUFFIX):
                     continue

@@ -14,6 +14,8 @@ import torch
 from autoalign.errors import CheckpointError, UnsafeCheckpointError
 from autoalign.stored import Contents
 
+_LARGEST = 2**27  # bytes of a pickle, which holds no tensor data and takes a second for each two million
+
 
 def is_pickled(head: bytes) -> bool:
     """Whether a file that begins with ``head`` is a pickle, alone or in a zip file."""
@@ -61,8 +63,14 @@ def _check_sizes(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             total = sum(info.file_size for info in archive.infolist())
+            pickled = max((i.file_size for i in archive.infolist() if i.filename.endswith("/data.pkl")), default=0)
     except Exception as error:  # zipfile too raises whatever a damaged directory led to
         raise _read_error(file, error) from error
+    if pickled > _LARGEST:
+        raise CheckpointError(
+            f"{str(file)!r} has a pickle of {pickled:,} bytes beside its tensors, and no more than {_LARGEST:,} are "
+            "read. Nothing was read. If you trust its source, save its state dict alone."
+        )
     if total > file.stat().st_size:
         raise CheckpointError(
             f"{str(file)!r} is a compressed zip file, as torch writes none, of {total} bytes when unpacked. Nothing "

@@ -34,6 +34,8 @@ DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
 }
+_ENTRY = b'"data_offsets"'  # is in each of a header
+_MOST, _LONGEST = 2**18, 10**8  # tensors, and bytes of a header, by the library's own limit
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
@@ -45,7 +47,7 @@ def open_safetensors(file: Path) -> Contents:
     """Read the header of a file of safetensors.
 
     Raises:
-        CheckpointError: The file is damaged, or has a dtype that torch has not.
+        CheckpointError: The file is damaged, or has nothing but dtypes that torch has not.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -53,14 +55,7 @@ def open_safetensors(file: Path) -> Contents:
     def opened() -> Any:
         return safe_open(file, framework="pt")
 
-    def stored(key: str, header: Any) -> Stored:
-        shape = tuple(header.get_shape())
-        dtype = getattr(torch, DTYPES.get(header.get_dtype(), ""), None)
-        if not isinstance(dtype, torch.dtype):
-            raise CheckpointError(
-                f"{key} {list(shape)} has dtype {header.get_dtype()}, which this version of torch cannot read."
-            )
-
+    def stored(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
         def read() -> Tensor:
             try:
                 tensor: Tensor = opened().get_tensor(key)
@@ -68,27 +63,53 @@ def open_safetensors(file: Path) -> Contents:
                 raise _damaged(file, error) from error
             return tensor
 
-        return Stored(shape, dtype, read)
+        return Stored(shape, dtype, read, mapped=True)
 
     try:
+        _check_count(file)
         # for torch, the file would be mapped writable, which fails for one that is larger than the memory
         with safe_open(file, framework="numpy") as header:
             headers = [(key, header.get_slice(key)) for key in header.keys()]  # noqa: SIM118, it is no mapping
             metadata = header.metadata() or {}
-        _check_duplicates(file, len(headers))
+        if _header_of(file).count(_ENTRY) > len(headers):  # which a name may hold too
+            json.loads(_header_of(file), object_pairs_hook=_mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, error) from error
     # the format sorts by dtype and name, which tells nothing; by number, at least the blocks are in their order
     headers.sort(key=lambda header: natural(header[0]))
-    return Contents({key: stored(key, header) for key, header in headers}, "safetensors file", metadata)
+    root: dict[str, object] = {}
+    left_out = []
+    for key, tensor in headers:
+        dtype = getattr(torch, DTYPES.get(tensor.get_dtype(), ""), None)
+        if isinstance(dtype, torch.dtype):
+            root[key] = stored(key, tuple(tensor.get_shape()), dtype)
+        else:
+            left_out.append(f"{key} {tensor.get_shape()} {tensor.get_dtype()}")
+    listed = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+    if left_out and not root:
+        raise CheckpointError(
+            f"All tensors of {str(file)!r} have a dtype that this version of torch cannot read: {listed}. Nothing was "
+            "read. A newer torch may read them; quantised ones must be dequantised first."
+        )
+    notes = (
+        (f"{len(left_out)} tensors have a dtype that this version of torch cannot read and were left out: {listed}.",)
+        if left_out
+        else ()
+    )
+    return Contents(root, "safetensors file", metadata, notes=notes)
 
 
-def _check_duplicates(file: Path, count: int) -> None:
-    """Refuse a header with two tensors of one name, of which the library takes either."""
+def _check_count(file: Path) -> None:
+    """Refuse a header that would take long and much memory to read."""
+    count = _header_of(file).count(_ENTRY)
+    if count > _MOST:
+        raise ValueError(f"it announces {count:,} tensors, and no more than {_MOST:,} are read")
+
+
+def _header_of(file: Path) -> bytes:
     with file.open("rb") as stream:
-        header = stream.read(int.from_bytes(stream.read(8), "little"))
-    if header.count(b'"data_offsets"') > count:  # which a name may hold too
-        json.loads(header, object_pairs_hook=_mapping)
+        length = int.from_bytes(stream.read(8), "little")
+        return stream.read(length) if length <= _LONGEST else b""  # which the library refuses
 
 
 def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:

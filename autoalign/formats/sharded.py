@@ -10,7 +10,7 @@ from autoalign.errors import CheckpointError
 from autoalign.formats.file import format_of, head_of, open_file
 from autoalign.stored import Contents, natural
 
-_LARGEST = 2**28  # bytes of an index
+_LARGEST = 2**26  # bytes of an index
 
 
 def is_index(file: Path) -> bool:

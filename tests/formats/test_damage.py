@@ -1,4 +1,4 @@
-"""Damaged files: real files of each format are mutated; each is read right, or refused by an error of ours.
+"""Damaged files: real files of each format are mutated; each is loaded right, or refused by an error of ours.
 
 ``AUTOALIGN_FUZZ=10000 pytest tests/formats/test_damage.py`` tries that many of each kind; a failure names its seed.
 """
@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autoalign.checkpoint import open_checkpoint
-from autoalign.errors import CheckpointError
+from autoalign.checkpoint import Checkpoint, open_checkpoint
+from autoalign.errors import CheckpointError, NothingLoadedError
+from autoalign.loading import load
 
-INPUTS = int(os.environ.get("AUTOALIGN_FUZZ", "40"))  # of each kind
-SLOWEST, LARGEST = 10.0, 2**20  # seconds for an input; KiB by which the process may grow over all of a kind
+INPUTS = int(os.environ.get("AUTOALIGN_FUZZ", "190"))  # of each kind, and over two thousand of all
+SLOWEST, LARGEST = 5.0, 2**20  # seconds for an input; KiB by which the process may grow over all of a kind
 NUMBERS = (0, 1, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -166,8 +167,21 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
     return packed.getvalue()
 
 
-def opened_right(path: Path) -> bool:
-    """Read all of a checkpoint; False if it is refused, anything else than what it announces is an error."""
+class Target(nn.Module):
+    """A model with the tensors of the files, and one that none of them has."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        for place, spec in enumerate(checkpoint.specs):
+            module = nn.Module()
+            module.register_buffer(spec.key.rpartition(".")[2], torch.full(spec.shape, 7.0).to(spec.dtype))
+            self.add_module(f"layer{place}", module)
+        self.register_buffer("other", torch.full((5, 7), 7.0))
+
+
+def loaded_right(path: Path, model: Target) -> bool:
+    """Read and load a checkpoint; False if it is refused, anything else than what it announces is an error."""
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     try:
         checkpoint = open_checkpoint(path)
         for spec in checkpoint.specs:
@@ -176,8 +190,27 @@ def opened_right(path: Path) -> bool:
             if tensor.numel() < 2**20:
                 tensor.clone()  # touches all of its memory
     except CheckpointError:
+        with pytest.raises(CheckpointError, match=r"\w"):
+            load(model, path)
+        assert all(same(tensor, before[key]) for key, tensor in model.state_dict().items())
         return False
+    try:
+        alignment = load(model, path)
+        before |= alignment.state_dict()
+    except NothingLoadedError:
+        pass
+    assert all(same(tensor, before[key]) for key, tensor in model.state_dict().items())
+    for tensor in model.buffers():
+        tensor.copy_(torch.full_like(tensor, 7))
     return True
+
+
+def same(tensor: Tensor, other: Tensor) -> bool:
+    return torch.equal(bits(tensor), bits(other.to(tensor.dtype)))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 @pytest.mark.filterwarnings(
@@ -188,15 +221,18 @@ def test_damaged_files_are_refused_or_read_right(tmp_path: Path, write: Callable
     file = write(tmp_path)
     given = tmp_path if file.suffix in (".distcp", "") and file.name != "a" else file
     content = file.read_bytes()
-    assert opened_right(given)
+    model = Target(open_checkpoint(given))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert loaded_right(given, model)
     before, refused = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
     for seed in range(INPUTS):
         file.write_bytes(damaged(content, random.Random(seed)))
         start = time.perf_counter()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of numpy, which reads numbers beyond their range
-                refused += not opened_right(given)
+                warnings.simplefilter("ignore")  # of numbers beyond their range, of keys that are lost, of NaN
+                refused += not loaded_right(given, model)
         except BaseException as error:
             raise AssertionError(f"{write.__name__} with seed {seed}: {type(error).__name__}: {error}") from error
         assert time.perf_counter() - start < SLOWEST, seed

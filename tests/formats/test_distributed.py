@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 import autoalign
 from autoalign.checkpoint import open_checkpoint
 from autoalign.errors import CheckpointError, UnsafeCheckpointError
+from autoalign.formats.distributed_writing import write_distributed
+from autoalign.specs import TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
 
@@ -143,3 +147,52 @@ def test_an_index_in_the_pickle_takes_no_memory(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
     with pytest.raises(CheckpointError, match="there is a dict where metadata should be"):
         open_checkpoint(tmp_path)
+
+
+def test_only_the_pieces_of_a_region_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(1, 3)}, checkpoint_id=tmp_path, no_dist=True)
+    whole = read(tmp_path)
+    entry = whole.state_dict_metadata["a"]
+    assert isinstance(entry, metadata.TensorStorageMetadata)
+    entry.size = torch.Size((3, 3))
+    entry.chunks.append(metadata.ChunkStorageMetadata(torch.Size((2, 0)), torch.Size((1, 3))))
+    whole.storage_data[metadata.MetadataIndex("a", (2, 0))] = whole.storage_data[metadata.MetadataIndex("b", (0, 0))]
+    write(tmp_path, whole)
+    checkpoint = open_checkpoint(tmp_path)
+    pieces: list[int] = []
+    loaded = torch.load
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        pieces.append(1)
+        return loaded(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", counted)
+    assert checkpoint.region("a", ((1, 1), (1, 2))).tolist() == [[4, 5]]
+    assert len(pieces) == 1
+    assert checkpoint.region("a", ((1, 2), (1, 2))).tolist() == [[4, 5], [0, 0]]
+    assert len(pieces) == 3
+
+
+SPECS = [TensorSpec("a.weight", (2, 3), torch.bfloat16), TensorSpec("a.count", (), torch.int64)]
+
+
+def test_a_folder_is_written_tensor_by_tensor(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.ones(2, 3).bfloat16(), "a.count": torch.tensor(3)}
+    asked: list[str] = []
+    write_distributed(tmp_path / "step", SPECS, lambda key: asked.append(key) or tensors[key])  # type: ignore[func-returns-value]
+    assert sorted(asked) == ["a.count", "a.weight"]
+    checkpoint = open_checkpoint(tmp_path / "step")
+    assert {key: tensor.tolist() for key, tensor in checkpoint.items()} == {k: t.tolist() for k, t in tensors.items()}
+    into = {"a.weight": torch.zeros(2, 3).bfloat16(), "a.count": torch.tensor(0)}
+    load(into, checkpoint_id=tmp_path / "step", no_dist=True)  # as torch reads it
+    assert torch.equal(into["a.weight"], tensors["a.weight"])
+    with pytest.raises(CheckpointError, match=r"is not an empty folder. Nothing was written"):
+        write_distributed(tmp_path / "step", SPECS, tensors.__getitem__)
+
+
+@pytest.mark.parametrize("given", [torch.ones(3, 2).bfloat16(), torch.ones(2, 3)])
+def test_what_was_not_announced_is_not_written(tmp_path: Path, given: Tensor) -> None:
+    with pytest.raises(CheckpointError, match=r"a.weight \[2, 3\] bfloat16 was announced, and"):
+        write_distributed(tmp_path / "step", SPECS[:1], lambda _: given)
+    with pytest.raises(CheckpointError, match=r"None of its own is a checkpoint"):
+        open_checkpoint(tmp_path / "step")

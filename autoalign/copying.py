@@ -1,0 +1,120 @@
+"""Copies: how a match fills the model's own tensor without a second one, and all such copies at once.
+
+Most operations only move elements. What they do to each source is then a copy from a view of the source into a view of
+the target, which takes no memory of its own and cannot fail halfway.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autoalign.errors import NotInvertibleError
+from autoalign.operations import Operation
+from autoalign.progress import Step
+
+_BATCH = 2**24  # bytes that a thread copies at a time
+_PARALLEL = 2**26  # bytes from which on threads are worth their start
+_THREADS = 4  # more do not copy faster, and these read ahead of each other from a disk
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """How one target tensor is filled: copies from views of the sources into views of it."""
+
+    target: Tensor  # without gradient
+    copies: tuple[tuple[Tensor, Tensor], ...]  # of target and source, of equal shapes
+
+    @property
+    def size(self) -> int:
+        """Bytes of the target."""
+        return self.target.numel() * self.target.dtype.itemsize
+
+
+def copies_in_place(operation: Operation, sources: Sequence[Tensor], target: Tensor) -> Fill | None:
+    """Find the copies between views by which an operation fills a target; None where it takes more than copies.
+
+    >>> from autoalign.operations import Concatenate
+    >>> target = torch.zeros(3)
+    >>> fill = copies_in_place(Concatenate(0), [torch.ones(1), torch.full((2,), 2.0)], target)
+    >>> copy_all([fill], lambda done, size: None)
+    >>> target
+    tensor([1., 2., 2.])
+    """
+    try:
+        traces = operation.trace([tuple(source.shape) for source in sources])
+    except NotInvertibleError:
+        return None
+    pairs = []
+    for source, trace in zip(sources, traces, strict=True):
+        (part,), (given,) = trace.restore.apply([target]), trace.view.apply([source])
+        if trace.output or part.shape != given.shape or memory_of(part) != memory_of(target):
+            return None
+        pairs.append((part, given))
+    if sum(part.numel() for part, _ in pairs) != target.numel():  # zeros are in none of the sources
+        return None
+    return Fill(target, tuple(pairs))
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """Tell apart the storages of tensors; None for a subclass without one of its own."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError, ValueError):  # the last of a lazy one
+        return None
+
+
+def copy_all(fills: Sequence[Fill], step: Step) -> None:
+    """Carry out the copies, in order for each storage of the model, and on several threads where that is faster.
+
+    Args:
+        fills: What to copy. Two that fill the same memory are carried out one after the other.
+        step: Called after every batch of copies with what is done, in this thread.
+    """
+    batches = list(_batches(fills))
+    done = size = 0
+    if sum(fill.size for fill in fills) < _PARALLEL or not all(_is_plain(fill) for fill in fills):
+        for fill in fills:
+            _copy([fill])
+            done, size = done + 1, size + fill.size
+            step(done, size)
+        return
+    with ThreadPoolExecutor(min(_THREADS, 2 * (os.cpu_count() or 1)), "autoalign") as threads:
+        waiting = {threads.submit(_copy, batch): batch for batch in batches}
+        for future in as_completed(waiting):
+            future.result()
+            done, size = done + len(waiting[future]), size + sum(fill.size for fill in waiting[future])
+            step(done, size)
+
+
+def _copy(fills: Iterable[Fill]) -> None:
+    with torch.no_grad():  # which is each thread's own
+        for fill in fills:
+            for part, given in fill.copies:
+                part.copy_(given)
+
+
+def _batches(fills: Iterable[Fill]) -> Iterator[list[Fill]]:
+    """Gather the fills of each storage, and small ones of several."""
+    by_memory: dict[int | None, list[Fill]] = {}
+    for fill in fills:
+        by_memory.setdefault(memory_of(fill.target), []).append(fill)
+    batch: list[Fill] = []
+    for group in by_memory.values():
+        batch += group
+        if sum(fill.size for fill in batch) >= _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _is_plain(fill: Fill) -> bool:
+    """Whether any thread may carry it out: on another device, copies belong to a stream that is this thread's."""
+    tensors = (tensor for pair in fill.copies for tensor in pair)
+    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)

@@ -1,0 +1,224 @@
+"""Reading: what each match needs is read and looked at before anything is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from autoalign.adaptations import needs_target
+from autoalign.alignment import Alignment, Match
+from autoalign.checkpoint import Checkpoint
+from autoalign.copying import Fill, copies_in_place, memory_of
+from autoalign.errors import CheckpointError, InputError
+from autoalign.layout import escaped
+from autoalign.operations import Copy
+from autoalign.progress import Step
+from autoalign.values import loss_of_kind, loss_of_range, nan_count
+
+_FEW = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a person should know of the values that are loaded."""
+
+    losses: dict[str, str] = field(default_factory=dict)  # from a target key to what its dtype cannot hold
+    nan: dict[str, tuple[int, int]] = field(default_factory=dict)  # from a source key to NaN and all elements looked at
+
+    def examine(self, match: Match, sources: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Look at what a match loads into a tensor of some dtype."""
+        for key, tensor in zip(match.sources, sources, strict=True):
+            loss = loss_of_kind(tensor.dtype, dtype) or loss_of_range(tensor, dtype)
+            if loss and match.target not in self.losses:
+                self.losses[match.target] = f"{_name(tensor.dtype)} to {_name(dtype)}: {loss}"
+            if key not in self.nan and (count := nan_count(tensor)):
+                self.nan[key] = count, tensor.numel()
+
+    def merge(self, other: Findings) -> None:
+        """Take over what was found in other parts of the same tensors."""
+        self.losses.update(other.losses)
+        for key, (count, size) in other.nan.items():
+            known = self.nan.get(key, (0, 0))
+            self.nan[key] = known[0] + count, known[1] + size
+
+    def statements(self) -> list[str]:
+        """Say what was found, a line for each kind."""
+        lines = []
+        if self.losses:
+            listed = _listed([f"{escaped(key)} ({loss})" for key, loss in self.losses.items()])
+            lines.append(f"{len(self.losses)} tensors of the model have a dtype that cannot hold the values: {listed}.")
+        if self.nan:
+            listed = _listed([f"{escaped(key)} ({count:,} of {size:,})" for key, (count, size) in self.nan.items()])
+            lines.append(f"{len(self.nan)} tensors of the checkpoint have NaN: {listed}.")
+        return lines
+
+    def noted(self, alignment: Alignment) -> Alignment:
+        """Say in an alignment what was found."""
+        if not self.losses and not self.nan:
+            return alignment
+        matches = tuple(
+            replace(match, warnings=(*match.warnings, f"the cast loses values, {self.losses[match.target]}"))
+            if match.target in self.losses
+            else match
+            for match in alignment.matches
+        )
+        return replace(alignment, matches=matches, notes=(*alignment.notes, *self.statements()))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:_FEW]) + (", ..." if len(items) > _FEW else "")
+
+
+def check_devices(alignment: Alignment, targets: Mapping[str, Tensor], *, assign: bool) -> None:
+    """Refuse to copy into tensors of the model that are on the meta device.
+
+    Raises:
+        InputError: There are some.
+    """
+    on_meta = [match.target for match in alignment.matches if targets[match.target].is_meta]
+    if on_meta and not assign:
+        raise InputError(
+            f"{len(on_meta)} tensors of the model are on the meta device, where a copy does nothing: "
+            f"{', '.join(on_meta[:3])}. The model was not changed. Pass assign=True to give it new tensors."
+        )
+
+
+def fills_of(
+    source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tensor], findings: Findings, step: Step
+) -> list[Fill]:
+    """Find the copies that fill the model's tensors; what takes more than copies is worked out here.
+
+    Raises:
+        InputError: The checkpoint has no values.
+        CheckpointError: A tensor has another shape than announced, or cannot be read.
+    """
+    memories = _memories(targets)
+    fills, size = [], 0
+    for done, (match, sources) in enumerate(_read(source, alignment), start=1):
+        target = targets[match.target].detach()
+        findings.examine(match, sources, target.dtype)
+        fill = None if needs_target(match.operation) else copies_in_place(match.operation, sources, target)
+        if fill is None:
+            tensor = alignment.tensor(match, sources)
+            _check_shape(match, tensor, target.shape)
+            fill = Fill(target, ((target, tensor),))
+        # the model's own values may change before they are copied
+        copies = [(part, given.clone() if memory_of(given) in memories else given) for part, given in fill.copies]
+        fills.append(Fill(target, tuple(copies)))
+        size += fill.size
+        step(done, size)
+    return fills
+
+
+def tensors_of(
+    source: Checkpoint,
+    alignment: Alignment,
+    targets: Mapping[str, Tensor],
+    findings: Findings,
+    step: Step,
+    *,
+    assign: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
+) -> dict[str, Tensor]:
+    """Work out what ``load_state_dict`` is given.
+
+    Args:
+        source: The checkpoint.
+        alignment: What is loaded from where.
+        targets: The model's state dict.
+        findings: Where to say what is found of the values.
+        step: Called after every tensor.
+        assign: Make tensors of the targets' dtypes and devices, that take their places.
+        dtype: Of those of floating point, in place of the target's.
+        device: Of those, in place of the target's.
+
+    Raises:
+        InputError: The checkpoint has no values.
+        CheckpointError: A tensor has another shape than announced, or cannot be read.
+    """
+    memories = _memories(targets)
+    assigned: dict[int, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    size = 0
+    for done, (match, sources) in enumerate(_read(source, alignment), start=1):
+        target = targets[match.target]
+        wanted = dtype if dtype is not None and target.dtype.is_floating_point else target.dtype
+        if isinstance(match.operation, Copy):
+            sources = [_like(tensor, target) for tensor in sources]
+        findings.examine(match, sources, wanted)
+        tensor = alignment.tensor(match, sources)
+        if not is_lazy(target):
+            _check_shape(match, tensor, target.shape)
+        if assign:
+            tensor = assigned.setdefault(id(target), _assignable(tensor, target, wanted, device))
+        elif memory_of(tensor) in memories:  # as above
+            tensor = tensor.clone()
+        tensors[match.target] = tensor
+        size += tensor.numel() * tensor.dtype.itemsize
+        step(done, size)
+    ties = {key: assigned[id(target)] for key, target in targets.items() if id(target) in assigned}
+    return tensors | ties  # a tied key that no match fills would keep the old tensor
+
+
+def _memories(targets: Mapping[str, Tensor]) -> set[int | None]:
+    return {memory_of(target) for target in targets.values() if isinstance(target, Tensor)} - {None}
+
+
+def _read(source: Checkpoint, alignment: Alignment) -> Iterator[tuple[Match, list[Tensor]]]:
+    """Read the sources of each match, each once if that takes memory."""
+    uses = Counter(key for match in alignment.matches for key in match.sources)
+    kept: dict[str, Tensor] = {}
+    for match in alignment.matches:
+        tensors = []
+        for key in match.sources:
+            tensor = kept[key] if key in kept else source[key]
+            if tensor.is_meta:
+                raise InputError(
+                    f"{', '.join(match.sources)} of the checkpoint is on the meta device and has no values. "
+                    "The model was not changed. Give a checkpoint with values."
+                )
+            uses[key] -= 1
+            if not source.is_held:
+                kept[key] = tensor
+                if not uses[key]:
+                    del kept[key]
+            if tensor.layout != torch.strided and not isinstance(match.operation, Copy):
+                tensor = tensor.to_dense()
+            tensors.append(tensor)
+        yield match, tensors
+
+
+def _like(tensor: Tensor, target: Tensor) -> Tensor:
+    """Give a tensor the layout of another, between which torch does not copy."""
+    if is_lazy(target) or tensor.layout == target.layout:
+        return tensor
+    if target.layout == torch.strided:
+        return tensor.to_dense()
+    return tensor.to_dense().to_sparse(layout=target.layout)
+
+
+def _check_shape(match: Match, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"size mismatch for {match.target}: {', '.join(match.sources)} was read with shape "
+            f"{list(tensor.shape)} where {list(shape)} was announced. The model was not changed."
+        )
+
+
+def _assignable(tensor: Tensor, target: Tensor, dtype: torch.dtype, device: torch.device | str | int | None) -> Tensor:
+    if device is None:
+        device = tensor.device if target.is_meta else target.device
+    tensor = tensor.to(device=device, dtype=dtype)
+    if tensor.layout == torch.strided and not tensor.is_contiguous():  # as a transposed view of what is mapped
+        tensor = tensor.contiguous()
+    return nn.Parameter(tensor, requires_grad=target.requires_grad) if isinstance(target, nn.Parameter) else tensor

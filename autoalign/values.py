@@ -1,0 +1,108 @@
+"""Values that a person should know of before they are in a model: NaN, and what a cast to another dtype loses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_SAMPLE = 2**10  # elements in a row that are looked at, at three places of a tensor
+
+
+def nan_count(tensor: Tensor) -> int:
+    """Count the NaN in a tensor, if there are some in a sample of it; 0 if not.
+
+    Small tensors are looked at as a whole. Of others, three stretches are, so that a mapped file is not read for it.
+
+    >>> nan_count(torch.full((64, 64), torch.nan))
+    4096
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not _has_values(tensor):
+        return 0
+    if tensor.layout != torch.strided:
+        return 0 if tensor.layout != torch.sparse_coo else nan_count(tensor._values())
+    parts = [tensor] if tensor.numel() <= 3 * _SAMPLE else [_stretch(tensor, place) for place in (0, 1, 2)]
+    if not any(bool(_is_nan(part).any()) for part in parts):
+        return 0
+    return int(_is_nan(tensor).sum())
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values that can be looked at, as a fake one has not."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
+
+
+def _stretch(tensor: Tensor, place: int) -> Tensor:
+    """Take a stretch at the beginning, in the middle or at the end of a tensor, as a view."""
+    while tensor.dim() > 1:
+        tensor = tensor[(len(tensor) - 1) * place // 2]
+    length = min(_SAMPLE, len(tensor))
+    return tensor.narrow(0, (len(tensor) - length) * place // 2, length)
+
+
+def _is_nan(tensor: Tensor) -> Tensor:
+    return torch.isnan(tensor.float() if tensor.dtype.itemsize == 1 else tensor)  # of which torch has none for float8
+
+
+def loss_of_kind(source: torch.dtype, target: torch.dtype) -> str | None:
+    """Say what any cast from one dtype to another loses; None where that is nothing but the last digits.
+
+    >>> loss_of_kind(torch.float32, torch.int8)
+    'fractions are cut off'
+    >>> loss_of_kind(torch.float32, torch.bfloat16) is None
+    True
+    """
+    if source == target:
+        return None
+    if source.is_complex and not target.is_complex:
+        return "imaginary parts are dropped"
+    if target == torch.bool:
+        return "all but zero becomes True"
+    if source.is_floating_point and not (target.is_floating_point or target.is_complex):
+        return "fractions are cut off"
+    if target.is_floating_point and target.itemsize == 1:
+        return "values are rounded to 8 bits"
+    return None
+
+
+def loss_of_range(tensor: Tensor, target: torch.dtype) -> str | None:
+    """Say what a cast loses of the values that a tensor has; it is only read where its dtype has a wider range.
+
+    >>> loss_of_range(torch.tensor([1.0, 7e4]), torch.float16)
+    'values up to 7e+04 become infinite'
+    >>> loss_of_range(torch.tensor([1, 300]), torch.uint8)
+    'values from 1 to 300 do not fit'
+    >>> loss_of_range(torch.ones(1), torch.float16) is None
+    True
+    """
+    source = tensor.dtype
+    if source == target or source.is_complex or tensor.layout != torch.strided or not _has_values(tensor):
+        return None
+    if source.is_floating_point:
+        if not target.is_floating_point or target.itemsize == 1 or not _limit(source) > 2 * _limit(target):
+            return None
+        low, high = (float(value) for value in torch.aminmax(torch.nan_to_num(tensor, 0, 0, 0)))
+        largest = max(high, -low)
+        # what is rounded to the largest number is within the range
+        fits = bool(torch.isfinite(torch.tensor(largest, dtype=torch.float64).to(source).to(target)))
+        return None if fits else f"values up to {largest:.1g} become infinite"
+    if source == torch.bool or target == torch.bool:
+        return None
+    exact = _exact_integers(target)
+    if exact is None or (source.itemsize < 8 and exact[1] >= 2 ** (8 * source.itemsize) and exact[0] < 0):
+        return None
+    low, high = (int(value) for value in torch.aminmax(tensor.long()))
+    return None if exact[0] <= low and high <= exact[1] else f"values from {low} to {high} do not fit"
+
+
+def _limit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max
+
+
+def _exact_integers(dtype: torch.dtype) -> tuple[int, int] | None:
+    """Tell between which numbers a dtype holds every integer; None for a complex one, which is seldom."""
+    if dtype.is_complex:
+        return None
+    if not dtype.is_floating_point:
+        return torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    most = round(2 / torch.finfo(dtype).eps)
+    return -most, most

@@ -1,0 +1,256 @@
+"""What each process of the tests of sharded models does; a module that a spawned process can import."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import autoalign
+from autoalign.checkpoint import checkpoint_of, open_checkpoint
+from autoalign.errors import AlignmentError, CheckpointError, PartialLoadWarning, ValueWarning
+from autoalign.stored import Region
+
+WIDTH = 8
+distributed: Any = importlib.import_module("torch.distributed")
+multiprocessing: Any = importlib.import_module("torch.multiprocessing")
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attn = Attention()
+        self.fc1 = nn.Linear(WIDTH, 4 * WIDTH)
+        self.fc2 = nn.Linear(4 * WIDTH, WIDTH)
+
+
+class Network(nn.Module):
+    """A transformer; one weight has a number of rows that no number of ranks divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, 7)
+        self.register_buffer("steps", torch.tensor(0))
+
+
+def filled(seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    model = Network()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.steps.fill_(seed + 3)  # type: ignore[operator]
+    return model
+
+
+def other_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the network's tensors the names and layout of another code: q, k and v apart, weights transposed."""
+    words = {"embed": "wte", "blocks": "h", "norm": "ln_1", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj", "proj": "o_proj"}
+    result = {}
+    for key, tensor in state_dict.items():
+        name = ".".join(words.get(word, word) for word in key.split("."))
+        parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)) if ".qkv." in name else [("", tensor)]  # noqa: B905
+        for part, value in parts:
+            is_matrix = ".attn." in name or ".mlp." in name
+            result[name.replace("qkv", part)] = (value.t() if is_matrix and value.dim() == 2 else value).clone(
+                memory_format=torch.contiguous_format
+            )
+    return result
+
+
+def run(world: int, works: Sequence[tuple[Callable[..., None], tuple[object, ...]]], folder: Path) -> None:
+    """Run functions, one after the other, in as many processes as there are ranks; a failure of one is raised here."""
+    multiprocessing.spawn(_rank, (world, works, str(folder)), nprocs=world)
+
+
+def _rank(rank: int, world: int, works: Sequence[tuple[Callable[..., None], tuple[object, ...]]], folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error", PartialLoadWarning)
+    store = distributed.FileStore(str(Path(folder) / f"store-{world}"), world)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    for work, arguments in works:  # what a failing rank leaves the others waiting for is ended by ``spawn``
+        work(rank, world, *arguments)
+    distributed.destroy_process_group()
+
+
+def fully_sharded(world: int, model: nn.Module, device: str = "cpu") -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device, (world,))
+    blocks: Any = model.blocks
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def tensor_parallel(world: int, model: nn.Module) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {"blocks.*.attn.qkv": ColwiseParallel(), "blocks.*.attn.proj": RowwiseParallel()}
+    plan |= {"blocks.*.fc1": ColwiseParallel(), "blocks.*.fc2": RowwiseParallel()}
+    return parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
+
+
+def both_ways(world: int, model: nn.Module) -> Any:
+    """Shard a model by FSDP2 over pairs of ranks that are tensor parallel."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "model"))
+    plan = {"blocks.*.fc1": ColwiseParallel(), "blocks.*.fc2": RowwiseParallel()}
+    parallelize_module(model, mesh["model"], plan)
+    return fully_shard(model, mesh=mesh["data"])
+
+
+SHARDINGS: dict[str, Callable[[int, nn.Module], Any]] = {
+    "fsdp": fully_sharded,
+    "tensor parallel": tensor_parallel,
+    "both": both_ways,
+}
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
+def assert_loaded(model: nn.Module, expected: nn.Module) -> None:
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(whole(model.state_dict()[key]).cpu(), tensor), key
+
+
+def loads_from(rank: int, world: int, paths: dict[str, str], sharding: str) -> None:
+    for kind, path in paths.items():
+        model = SHARDINGS[sharding](world, filled(1))
+        alignment = autoalign.load(model, path, strict=True)
+        assert_loaded(model, filled())
+        assert alignment.coverage == 1, (rank, kind)
+    with torch.device("meta"):
+        model = SHARDINGS[sharding](world, Network())
+    autoalign.load(model, next(iter(paths.values())), strict=True, assign=True)
+    assert_loaded(model, filled())
+    assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
+
+
+def reads_its_part(rank: int, world: int, path: str) -> None:
+    """Each rank reads what it holds, operations included, and no more."""
+    source = open_checkpoint(path)
+    read: dict[str, int] = {}
+
+    def region(key: str, asked: Region) -> Tensor:
+        tensor = source.region(key, asked)
+        read[key] = read.get(key, 0) + tensor.numel()
+        return tensor
+
+    def never(key: str) -> Tensor:
+        raise AssertionError(f"{key} was read as a whole")
+
+    model = fully_sharded(world, filled(1))
+    autoalign.load(model, replace(source, read=never, read_region=region), strict=True)
+    assert_loaded(model, filled())
+    held = sum(p.to_local().numel() for p in model.parameters()) + 1  # and the buffer, which every rank has
+    assert sum(read.values()) == held, (rank, read)
+
+
+def reports_once(rank: int, world: int, path: str) -> None:
+    messages: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger = logging.getLogger("autoalign.loading")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Handler())
+    steps: list[tuple[int, int]] = []
+    model = fully_sharded(world, filled(1))
+    source = dict(open_checkpoint(path))
+    source.pop("head.bias")
+    source["head.weight"][:] = torch.nan
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        alignment = autoalign.load(model, source, progress=lambda done, total: steps.append((done, total)))
+    ours = [warning.category for warning in caught if "Loading" in str(warning.message)]
+    assert ours == ([PartialLoadWarning, ValueWarning] if rank == 0 else [])
+    assert len(messages) == (rank == 0)
+    assert bool(steps) == (rank == 0)
+    assert any("head.weight (56 of 56)" in note for note in alignment.notes), alignment.notes
+    assert all(str(warning.filename) == __file__ for warning in caught if warning.category in ours)
+
+
+def fails_together(rank: int, world: int, path: str) -> None:
+    """What fails on one rank fails on all, and no rank's part is changed."""
+    before = [p.detach().clone() for p in filled(1).parameters()]
+    model = fully_sharded(world, filled(1))
+
+    def unchanged() -> None:
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            assert torch.equal(whole(parameter), value)
+
+    mine = path if rank else f"{path}.absent"
+    expect(CheckpointError if rank == 0 else AlignmentError, "does not exist", model, mine)
+    unchanged()
+    source: Any = dict(open_checkpoint(path))
+    if rank == world - 1:
+        source["transformer.ln_f.weight"] = source.pop("h.1.ln_1.weight")
+    expect(AlignmentError, "nothing was loaded on any", model, source, strict=False)
+    unchanged()
+
+    def broken(key: str, region: Region) -> Tensor:
+        if rank == 1 and key.startswith("h.1.mlp"):
+            raise OSError("the disk is gone")
+        return sound.region(key, region)
+
+    sound = checkpoint_of(dict(open_checkpoint(path)))
+    expect(
+        CheckpointError, "Rank 1 could not read its part.*the disk is gone", model, replace(sound, read_region=broken)
+    )
+    unchanged()
+    autoalign.load(model, path, strict=True)
+    assert_loaded(model, filled())
+
+
+def expect(kind: type[Exception], text: str, model: nn.Module, source: Any, *, strict: bool = True) -> None:
+    import pytest
+
+    with pytest.raises(kind, match=text):
+        autoalign.load(model, source, strict=strict)
+
+
+def adapts(_rank: int, world: int, path: str) -> None:
+    """Rows that only the model has stay its own, wherever they are."""
+    source = dict(open_checkpoint(path))
+    source["wte.weight"] = source["wte.weight"][:9]
+    model, own = fully_sharded(world, filled(1)), filled(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        autoalign.load(model, source, adapt=("vocab",))
+    found = whole(model.embed.weight)
+    assert torch.equal(found[:9], filled().embed.weight[:9])
+    assert torch.equal(found[9:], own.embed.weight[9:])
+
+
+def on_cuda(rank: int, world: int, path: str) -> None:
+    torch.cuda.set_device(rank)
+    model = fully_sharded(world, filled(1).cuda(), "cuda")
+    autoalign.load(model, path, strict=True)
+    assert_loaded(model, filled())

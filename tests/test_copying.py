@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import itertools
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoalign import copying
+from autoalign.copying import Fill, copies_in_place, copy_all
+from autoalign.operations import Operation
+from tests.test_regions import CASES, Shape, tensors
+
+WITHOUT_A_VIEW = {"flip(dim 1)", "zeros[2] at 1 + concatenate(dim 0)", "resize positions 2x2 -> 3x4 (bicubic)"}
+
+
+def ignored(_done: int, _size: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize(("operation", "shapes"), CASES, ids=str)
+@pytest.mark.parametrize("strided", [False, True])
+def test_operations_that_move_elements_fill_a_target_in_place(
+    operation: Operation, shapes: list[Shape], strided: bool
+) -> None:
+    sources = tensors(shapes)
+    (expected,) = operation.apply(sources)
+    target = torch.full_like(expected, -1)
+    if strided:  # as in the channels_last format
+        target = torch.full([2 * size for size in expected.shape], -1.0)[
+            tuple(slice(None, None, 2) for _ in target.shape)
+        ]
+    fill = copies_in_place(operation, sources, target)
+    if fill is None:
+        assert str(operation) in WITHOUT_A_VIEW or strided
+        return
+    assert str(operation) not in WITHOUT_A_VIEW
+    assert all(copying.memory_of(part) == copying.memory_of(target) for part, _ in fill.copies)
+    copy_all([fill], ignored)
+    assert torch.equal(target, expected)
+
+
+def test_large_copies_are_made_in_several_threads_and_those_of_one_memory_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(copying, "_PARALLEL", 1)
+    monkeypatch.setattr(copying, "_BATCH", 64)
+    targets = [torch.zeros(10) for _ in range(8)]
+    fills = [Fill(target, ((target, torch.full((10,), float(place))),)) for place, target in enumerate(targets)]
+    twice = [Fill(targets[0], ((targets[0], torch.full((10,), value)),)) for value in (5.0, 6.0, 7.0)]
+    steps: list[tuple[int, int]] = []
+    copy_all([*fills, *twice], lambda done, size: steps.append((done, size)))
+    assert [int(target[0]) for target in targets] == [7, 1, 2, 3, 4, 5, 6, 7]
+    assert all(bool((target == target[0]).all()) for target in targets)
+    assert steps == sorted(steps)
+    assert steps[-1] == (11, 11 * 40)
+
+
+def test_copies_change_versions_and_no_gradients() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    version = parameter._version
+    copy_all([Fill(parameter.detach(), ((parameter.detach(), torch.ones(3)),))], ignored)
+    assert parameter.tolist() == [1, 1, 1]
+    assert parameter._version == version + 1
+    assert parameter.requires_grad
+    assert parameter.is_leaf
+
+
+def test_copies_of_other_dtypes_are_casts() -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for source, target in itertools.permutations(dtypes, 2):
+        given, into = torch.tensor([1.5, -2.0], dtype=source), torch.zeros(2, dtype=target)
+        copy_all([Fill(into, ((into, given),))], ignored)
+        assert into.tolist() == [1.5, -2]
+
+
+def test_a_fill_knows_its_size() -> None:
+    tensor: Tensor = torch.zeros(2, 3, dtype=torch.bfloat16)
+    assert Fill(tensor, ()).size == 2 * prod(tensor.shape)
