@@ -21,6 +21,7 @@ KEPT = 4  # blocks of each run that are matched
 
 Specs = Sequence[TensorSpec]
 _Members = tuple[str, ...]
+_Kind = tuple[tuple[int, ...], bool]  # shape, and whether of floating point
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,19 +230,21 @@ def _steps(run: _Members, moves: Sequence[_Move]) -> int:
 
 
 def is_settled(source: Runs, target: Runs, matches: Sequence[Match]) -> bool:
-    """Tell whether the first blocks settled all others: no tensors of one shape are left in the runs of both sides."""
+    """Tell whether the first blocks settled all others.
+
+    They did not where a tensor in a run of one side is left, and one of its shape on the other side.
+    """
     if len(matches) == len(target.specs):
         return True
     used = {key for match in matches for key in match.sources}, {match.target for match in matches}
-    left: list[set[tuple[tuple[int, ...], bool]]] = []
+    left: list[tuple[set[_Kind], set[_Kind]]] = []  # of each side: in runs, and in all
     for runs, done in zip((source, target), used, strict=True):
         members = {block for run in runs.run_of.values() for block in run}
         open_specs = [spec for spec in runs.specs if spec.key not in done]
-        left.append(
-            {
-                (spec.shape, spec.dtype.is_floating_point)
-                for spec in open_specs
-                if not members.isdisjoint(_above(spec.key))
-            }
-        )
-    return left[0].isdisjoint(left[1])
+        in_runs = [spec for spec in open_specs if not members.isdisjoint(_above(spec.key))]
+        left.append((set(map(_kind, in_runs)), set(map(_kind, open_specs))))
+    return left[0][0].isdisjoint(left[1][1]) and left[0][1].isdisjoint(left[1][0])
+
+
+def _kind(spec: TensorSpec) -> _Kind:
+    return spec.shape, spec.dtype.is_floating_point

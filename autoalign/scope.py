@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from autoalign.candidates import squeeze
 from autoalign.containers import COPY_WORDS, name_words
@@ -56,7 +57,7 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
         above = tree.nodes[module]
         return frozenset(unit.path[len(above) :] for unit in units if unit.path[: len(above)] == above)
 
-    called = frozenset(word for part in others for component in part.path[:-1] for word in name_words(component))
+    called = frozenset(word for component in _shared_prefix(others) for word in name_words(component))
 
     def rank(path: Path, rivals: Sequence[Path]) -> tuple[bool, bool, bool]:
         own = frozenset(word for component in path for word in name_words(component))
@@ -93,6 +94,11 @@ def within(parts: Sequence[Part], scope: Scope) -> list[Part]:
 
 def _shapes(members: Sequence[tuple[str, int]], parts: Sequence[Part]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((values, squeeze(parts[index].shape)) for values, index in members if values in ("weight", "other"))
+
+
+def _shared_prefix(parts: Sequence[Part]) -> Path:
+    first, last = min(part.path for part in parts), max(part.path for part in parts)  # what these share, all share
+    return tuple(own for own, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last, strict=False)))
 
 
 def _is_average(path: Path) -> bool:

@@ -27,15 +27,20 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    import warnings
+
     import torch
 
     from autoalign.cli.reports import show_alignment
     from autoalign.cli.targets import model_of
+    from autoalign.errors import ValueWarning
     from autoalign.layout import escaped
     from autoalign.loading import load
 
     model = model_of(options.target)
-    alignment = load(model, options.checkpoint, strict=options.strict, **align_options(options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ValueWarning)  # the verdict and the notes of the report say the same
+        alignment = load(model, options.checkpoint, strict=options.strict, **align_options(options))
     held = model.state_dict()
     odd = [
         match.target
