@@ -20,11 +20,14 @@ if TYPE_CHECKING:
         InputError,
         NothingLoadedError,
         NotInvertibleError,
+        PairMismatchError,
         PartialLoadWarning,
         PatternError,
+        RulesError,
         UnsafeCheckpointError,
     )
     from autoalign.loading import load
+    from autoalign.rules import Rule, Rules
 
 __version__ = "0.1.0"
 
@@ -43,8 +46,12 @@ __all__ = [
     "Mismatch",
     "NotInvertibleError",
     "NothingLoadedError",
+    "PairMismatchError",
     "PartialLoadWarning",
     "PatternError",
+    "Rule",
+    "Rules",
+    "RulesError",
     "UnsafeCheckpointError",
     "__version__",
     "align",
@@ -61,6 +68,8 @@ _MODULES = {
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "load": "loading",
+    "Rule": "rules",
+    "Rules": "rules",
 }  # and all others are in errors
 
 

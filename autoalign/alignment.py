@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from autoalign.adaptations import needs_target
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError
 from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
+
+if TYPE_CHECKING:
+    from autoalign.rules import Rules
 
 Status = Literal["matched", "adapted", "ambiguous", "mismatched", "missing"]
 FILLED: frozenset[Status] = frozenset({"matched", "adapted"})
@@ -156,6 +159,22 @@ class Alignment:
         from autoalign.inversion import inverted
 
         return inverted(self)
+
+    def rules(self) -> Rules:
+        r"""Find the shortest ordered list of renamings and operations that does what the alignment does.
+
+        On this pair it gives exactly this alignment's ``state_dict``, which is checked when it is made. Sizes and
+        numbers of layers are left open where they can be, so that rules hold for deeper and wider networks of the kind.
+
+        >>> import torch, autoalign
+        >>> checkpoint = {f"layers.{i}.fc.weight": torch.rand(i + 1, 9) for i in range(3)}
+        >>> model = {f"blocks.{i}.linear.weight": torch.empty(i + 1, 9) for i in range(3)}
+        >>> print(autoalign.align(checkpoint, model).rules())
+        ^layers\.(\d+)\.fc\. -> blocks.\1.linear.
+        """
+        from autoalign.induction import induced
+
+        return induced(self)
 
     def raise_if_incomplete(self) -> None:
         """Raise unless every target key is matched and every source key is used.
