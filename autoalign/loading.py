@@ -38,6 +38,7 @@ def load(
     strict: bool = False,
     assign: bool = False,
     progress: Progress | bool | None = None,
+    alignment: Alignment | None = None,
     **align_options: Any,
 ) -> Alignment:
     """Load every tensor of a checkpoint that can be aligned with the model, whatever it is called.
@@ -62,6 +63,8 @@ def load(
             parameters stay tied; an optimizer made before keeps the old ones. A tensor of a mapping may come to be
             shared with the model, as with torch; tensors of a file are copied.
         progress: Called with the number of tensors read and of all, while they are read.
+        alignment: One that was made before for the same keys and shapes, such as ``Alignment.read`` gives. It is
+            applied as it is, and nothing is matched.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``, and
             ``adapt``, by which values are changed where a counterpart has another shape.
 
@@ -73,6 +76,7 @@ def load(
         IncompatibleTensorsError: With ``strict``, some key is missing or unexpected.
         InputError: The model or the checkpoint is of a kind that cannot be used, or one of them has no values on meta.
         CheckpointError: The checkpoint's file cannot be read.
+        PairMismatchError: Keys or shapes are not those that ``alignment`` was made for.
 
     Warns:
         PartialLoadWarning: Keys of the model that ``exclude`` and ``include`` did not leave out keep their values.
@@ -80,7 +84,10 @@ def load(
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
     source = checkpoint_of(checkpoint, container=align_options.pop("container", None))
-    alignment = align(source, model, **align_options)
+    if alignment is not None and align_options:
+        names = ", ".join(align_options)
+        raise InputError(f"An alignment is applied as it is, and {names} would change it. Nothing was loaded.")
+    alignment = align(source, model, **align_options) if alignment is None else alignment.applied_to(source, model)
     modules = source_modules(alignment)
     counters = absent_counters(model, source, alignment, modules)
     if counters:
