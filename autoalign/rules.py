@@ -10,8 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from os.path import commonprefix
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -343,8 +342,16 @@ def _made(rule: Rule, instance: _Instance, shapes: Mapping[str, Shape]) -> list[
         for index in [None] if count is None else range(count):
             sliced = operation if index is None else at(operation, index)
             name = expand(target, instance.captured, index) + instance.rest
-            result.append(Match(name, picked, exact(sliced, own)))
+            result.append(Match(name, picked, _tried(exact(sliced, own), tuple(own))))
     return result
+
+
+@lru_cache(maxsize=4096)
+def _tried(operation: Operation, shapes: tuple[Shape, ...]) -> Operation:
+    """Give an operation back if it takes tensors of these shapes and makes one of them; else torch says why not."""
+    if _changes(operation) and not operation.adapts and len(output_shapes(operation, shapes)) != 1:
+        raise InputError(f"'{operation}' does not make one tensor of {len(shapes)}")
+    return operation
 
 
 def equal_parts(operations: Sequence[Operation]) -> Portion | None:
@@ -364,10 +371,15 @@ def _braced(texts: Sequence[str]) -> str:
     """
     if len(texts) < 2:
         return "".join(texts)
-    start, end = len(commonprefix(texts)), len(commonprefix([text[::-1] for text in texts]))
-    end = min(end, min(map(len, texts)) - start)
+    start = _shared(texts)
+    end = min(_shared([text[::-1] for text in texts]), min(map(len, texts)) - start)
     middles = [text[start : len(text) - end] for text in texts]
     return f"{texts[0][:start]}{{{', '.join(middles)}}}{texts[0][len(texts[0]) - end :]}"
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """Count the characters with which all texts begin."""
+    return next((place for place, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), min(map(len, texts)))
 
 
 def _changes(operation: Operation) -> bool:

@@ -13,6 +13,9 @@ import autoalign
 FLOW = (
     # values
     *("errors", "specs", "operations", "joining", "adaptations", "alignment", "inversion"),
+    # alignment -> rules
+    *("relative", "serial", "resizing", "indices", "rules", "fitting", "moves", "drafts", "wording", "induction"),
+    *("exports.renaming", "exports.transformers", "exports.python"),
     # what a person reads
     *("folding", "leftovers", "layout", "report"),
     # any format -> tensor specs
@@ -30,6 +33,7 @@ FLOW = (
         "formats.folder",
     ),
     "checkpoint",
+    "saving",
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "kernels", "namesakes"),
     # candidates -> matching -> alignment
@@ -53,8 +57,11 @@ FLOW = (
     # the command line
     *("demo", "cli", "__main__"),
 )
-# an alignment prints itself, and the report reads alignments
-BACKWARDS_WHEN_CALLED = {("alignment", "report"), ("alignment", "inversion")}
+# what an alignment and its rules offer as methods stands in modules that read alignments and rules
+BACKWARDS_WHEN_CALLED = {
+    *(("alignment", module) for module in ("report", "inversion", "induction", "saving")),
+    *(("rules", f"exports.{module}") for module in ("python", "renaming", "transformers")),
+}
 # needed for a match or a screen, not for an import
 LATE = ("gguf", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")
 
