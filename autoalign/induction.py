@@ -20,7 +20,7 @@ from autoalign.moves import Move, moves_of
 from autoalign.rules import Rule, Rules
 from autoalign.wording import worded
 
-_End = "$"
+_END = "$"  # stands for the end of a key in the tree
 _NEVER = 1_000_000  # rules
 _NUMBERS = re.compile(r"\(\d+(?:\|\d+)*\)|(?<![\d|(])\d+(?![\d|)])")  # particular ones, in a part of a pattern
 _Way = tuple[int, Parts] | None  # rewrite the first parts of a key to these, or drop the key
@@ -127,9 +127,9 @@ def ordered(drafts: Sequence[Draft], *, shorten: bool) -> list[Rule]:
     for draft in drafts:
         if draft.renames:
             if draft.targets or draft.sources[0][-1] not in suffixes or len(draft.sources[0]) < 2:
-                _place(root, (*draft.sources[0], _End)).leaf = draft
+                _place(root, (*draft.sources[0], _END)).leaf = draft
             continue
-        rule, parts = _shortened(draft) if shorten else (_rule(draft), (*draft.sources[0], _End))
+        rule, parts = _shortened(draft) if shorten else (_rule(draft), (*draft.sources[0], _END))
         if (rule.sources, rule.targets, rule.operations) not in groups:
             groups[rule.sources, rule.targets, rule.operations] = rule
             _place(root, parts).own.append(rule)
@@ -169,7 +169,7 @@ def _shortened(draft: Draft) -> tuple[Rule, Parts]:
             break
         count += 1
     if not count:
-        return _rule(draft), (*first, _End)
+        return _rule(draft), (*first, _END)
     sources = tuple(f"^{_joined(source[:-count])}\\." for source in draft.sources)
     targets = tuple(".".join(target[:-count]) + "." for target in draft.targets)
     return Rule(sources, targets, draft.operations, tied=draft.tied), first[:-count]
@@ -179,7 +179,9 @@ def _ways(node: _Node) -> list[_Way]:
     """List the ways in which a rule at a node would be right for some key below it."""
     below_it = list(node.walk())
     ways: dict[_Way, None] = {}
-    if not any(below.own or (below.leaf and below.leaf.targets) for below in below_it):
+    if not any(below.own or (below.leaf and below.leaf.targets) for below in below_it) and node.children.keys() != {
+        _END
+    }:
         ways[None] = None  # what is dropped is said exactly, or a sibling's tensors would vanish unseen
     for below in below_it:
         if below.leaf is None or not below.leaf.targets:
@@ -213,10 +215,10 @@ def _cost(node: _Node, way: _Way) -> int:
     """Count the rules that are needed at a node and below it, where a rule above it does ``way``."""
     if way in node.costs:
         return node.costs[way][0]
-    best, choice = _below(node, way), way
+    best, choice = _below(node, way, way), way
     if best:
         for own in _ways(node):
-            cost = 1 + _below(node, own)
+            cost = 1 + _below(node, own, way)
             # of equally few rules those with shorter patterns, if nothing below them needs another one
             if own != way and (cost < best or (cost == best == 1 and node.depth > 0)):
                 best, choice = cost, own
@@ -224,13 +226,18 @@ def _cost(node: _Node, way: _Way) -> int:
     return best
 
 
-def _below(node: _Node, way: _Way) -> int:
+def _below(node: _Node, way: _Way, above: _Way) -> int:
     own = 0 if node.leaf is None or _right(way, node.leaf) else _NEVER
-    return own + sum(_cost(child, _inherited(node, part, way)) for part, child in node.children.items())
+    return own + sum(_cost(child, _inherited(node, part, way, above)) for part, child in node.children.items())
 
 
-def _inherited(node: _Node, part: str, way: _Way) -> _Way:
-    """Tell what the keys below a child get from above: nothing if rules of a more general sibling come before."""
+def _inherited(node: _Node, part: str, way: _Way, above: _Way) -> _Way:
+    """Tell what the keys below a child get: nothing from here if rules of a more general sibling come before.
+
+    A key that ends at a node is not taken by the node's own rule, whose pattern ends with a dot.
+    """
+    if part == _END:
+        return above
     general = _NUMBERS.sub(r"(\\d+)", part)
     sibling = node.children.get(general)
     if general == part or sibling is None or sibling.children.keys().isdisjoint(node.children[part].children):
@@ -243,10 +250,10 @@ def _emitted(node: _Node, way: _Way, parts: Parts) -> list[Rule]:
     choice = node.costs[way][1]
     result = []
     for part, child in sorted(node.children.items(), key=lambda item: item[0].count(r"\d")):
-        result += _emitted(child, _inherited(node, part, choice), (*parts, part))
+        result += _emitted(child, _inherited(node, part, choice, way), (*parts, part))
     result += node.own
     if choice != way:
-        complete = parts[-1:] == (_End,)
+        complete = parts[-1:] == (_END,)
         pattern = _joined(parts[:-1]) + "$" if complete else "".join(f"{part}\\." for part in parts)
         targets: tuple[str, ...] = ()
         if choice is not None:

@@ -88,7 +88,7 @@ def moves_of(alignment: Alignment) -> tuple[list[Move], list[Match]]:
             else chain(Pick(tuple(map(keys.index, match.sources))), match.operation)
             for match in members
         )
-        storages = {storage[match.target] for match in members}
+        storages = {storage.get(match.target) for match in members}
         tied = len(members) > 1 and len(storages) == 1 and None not in storages
         moves.append(_move(keys, tuple(members), operations, tuple(shapes[key] for key in keys), tied=tied))
     return moves, kept

@@ -21,7 +21,7 @@ from autoalign.operations import (
 from autoalign.relative import Each, Portion, Regroup, Relative, Sized, ZerosLike
 
 Sample = tuple[Operation, tuple[Shape, ...]]  # an operation and the shapes of its inputs
-_COUNT = 4  # a leading size up to this is that of a role (q, k, v; two halves; colours) and not of heads
+_COUNT = 3  # a leading size up to this may be a number of roles (q, k, v; two halves; colours) and not of heads
 
 
 def size_free(samples: Sequence[Sample], *, even: bool = False, spread: bool = False) -> Operation | None:
@@ -130,7 +130,7 @@ def _regroup(reshapes: Sequence[tuple[Sequence[Shape], Shape]]) -> Operation | N
     if len({(len(shape), tuple(map(str, groups))) for shape, _, groups in rows}) > 1:
         return None
     dims: list[tuple[int, ...] | int] = []
-    shape, wanted, groups = rows[0]
+    _, wanted, groups = rows[0]
     free = False
     place_of = {place: (own, places) for own, places in groups for place in places}
     for place in range(len(wanted)):
@@ -139,8 +139,8 @@ def _regroup(reshapes: Sequence[tuple[Sequence[Shape], Shape]]) -> Operation | N
         if len(places) == 1:
             dims.append(own)
             continue
-        heads = not free and wanted[place] == max(_leading([wanted[p] for p in places]), default=0)
         varies = len(sizes) > 1
+        heads = place == _open_place([wanted[p] for p in places], places)
         if (varies or (heads and not _varying(rows, places, beside=place))) and not free:
             dims.append(-1)
             free = True
@@ -152,9 +152,11 @@ def _regroup(reshapes: Sequence[tuple[Sequence[Shape], Shape]]) -> Operation | N
     return result if all(_fits(result, own, want) for own, want, _ in rows) else None
 
 
-def _leading(sizes: Sequence[int]) -> list[int]:
-    """Choose the size that is left open in a dimension that is taken apart: the number of heads comes first."""
-    return [next((size for size in sizes if size > _COUNT), sizes[0])]
+def _open_place(sizes: Sequence[int], places: Sequence[int]) -> int | None:
+    """Choose what is left open in a dimension that is taken apart: the number of heads, which comes first or second."""
+    if sizes[0] > _COUNT:
+        return places[0]
+    return places[1] if len(places) > 2 else None
 
 
 def _varying(rows: Sequence[tuple[Shape, Shape, object]], places: Sequence[int], *, beside: int) -> bool:

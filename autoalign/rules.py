@@ -379,7 +379,10 @@ def _braced(texts: Sequence[str]) -> str:
 
 def _shared(texts: Sequence[str]) -> int:
     """Count the characters with which all texts begin."""
-    return next((place for place, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), min(map(len, texts)))
+    return next(
+        (place for place, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1),
+        min(map(len, texts)),
+    )
 
 
 def _changes(operation: Operation) -> bool:

@@ -62,9 +62,7 @@ def alignment_from_plain(data: Mapping[str, Any]) -> Alignment:
         alignment = Alignment(
             matches=tuple(map(_match_from_plain, data["matches"])),
             ambiguous=tuple(map(_match_from_plain, data["ambiguous"])),
-            mismatched=tuple(
-                Mismatch(key, own, shapes[1][key], shapes[0][own]) for key, own in data["mismatched"]
-            ),
+            mismatched=tuple(Mismatch(key, own, shapes[1][key], shapes[0][own]) for key, own in data["mismatched"]),
             source_specs=source,
             target_specs=target,
             excluded=frozenset(data["excluded"]),

@@ -80,8 +80,7 @@ def renamings(draw: st.DrawFn) -> tuple[list[str], list[str]]:
     return keys, [renamed[place] if place in used else "" for place in range(len(keys))]
 
 
-@few
-@settings(max_examples=150)
+@settings(few, max_examples=150)
 @given(renamings())
 def test_any_renaming_whatever_is_reproduced(names: tuple[list[str], list[str]]) -> None:
     keys, targets = names
@@ -147,7 +146,7 @@ def test_words_that_stay_are_captured() -> None:
         ({f"f.{i}.w": f"g.{3 * i + 1}.w" for i in range(4)}, r"g.{3*\1 + 1}."),
         ({f"s.{s}.{b}.w": f"f.{(0, 2, 5)[s] + b}.w" for s, b in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)]},
          r"f.{(0, 2, 5)[\1] + \2}."),
-        ({f"f.{i}.w": f"s.{(0, 0, 1, 1, 1, 2)[i]}.w{i}" for i in range(6)}, r"s.{(0, 0, 1, 1, 1, 2)[\1]}.w\1"),
+        ({f"f.{i}.w": f"s.{(0, 0, 0, 1, 2, 2)[i]}.w{i}" for i in range(6)}, r"s.{(0, 0, 0, 1, 2, 2)[\1]}.w\1"),
     ],
 )  # fmt: skip
 def test_arithmetic_where_lists_are_counted_otherwise(names: dict[str, str], text: str) -> None:
@@ -165,7 +164,7 @@ def test_what_is_not_used_is_dropped_and_what_is_used_is_the_general_case() -> N
     assert str(rules).splitlines() == [
         r"^l\.(3|4|5|6|7|8)\. -> (dropped)",
         r"^l\.(\d+)\.table$   -> (dropped)",
-        r"^l\.                -> m.",
+        r"^l\.(\d+)\.         -> m.\1.",
         r"^head$              -> (dropped)",
     ]
 
@@ -197,6 +196,7 @@ def test_values_that_the_model_keeps_are_no_rule_and_said_so() -> None:
         ([(Reshape((8, 3, 16, 16)), (8, 768))], False, "reshape [d0, 3, -1, 16]"),
         ([(Reshape((2, 6)), (12,)), (Reshape((2, 8)), (16,))], False, "reshape [2, -1]"),
         ([(Reshape((2, 6)), (12,)), (Reshape((4, 5)), (20,))], False, None),
+        ([(Reshape((3, 4)), (12,))], False, "reshape [3, 4]"),
         ([(Reshape(()), (1,))], False, "reshape []"),
         ([(Chain((Transpose(), Split(0, 0, 2))), (3, 4))], True, "transpose + part 1 of 2 (dim 0)"),
     ],
@@ -308,7 +308,6 @@ def test_experts_may_be_more() -> None:
         (torchvision.models.resnet50, lambda: timm.create_model("resnet50"), 0),
         (torchvision.models.vit_b_16, lambda: timm.create_model("vit_base_patch16_224"), 12),
         (torchvision.models.swin_t, lambda: timm.create_model("swin_tiny_patch4_window7_224"), 20),
-        (torchvision.models.regnet_y_400mf, lambda: timm.create_model("regnety_004"), 14),
     ],
 )
 def test_real_networks_take_few_rules(source: object, target: object, most: int) -> None:

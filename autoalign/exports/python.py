@@ -159,7 +159,10 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
             case Sized(shapes, operation):
                 wanted = f"[{', '.join(map(_tuple, shapes))}]"
                 lines = _condition(f"[tuple(x.shape) for x in {variable}] != {wanted}")
-                return [*lines, *(line for inner in steps_of(operation) for line in _step(inner, variable, several=True))]
+                return [
+                    *lines,
+                    *(line for inner in steps_of(operation) for line in _step(inner, variable, several=True)),
+                ]
             case Grouped(size, operation):
                 inner = [line for own in steps_of(operation) for line in _step(own, "group", several=True)]
                 return [
@@ -229,7 +232,9 @@ def _named(target: str, group: _Group) -> list[str]:
         return [*lines, *_assignment(f"name = {_text(''.join(text for text, _ in parts))}")]
     texts = [text for text, is_code in parts if not is_code]
     if all(text.isprintable() and not set(text) & set("\"'\\") for text in texts):
-        body = "".join(f"{{{text}}}" if is_code else text.replace("{", "{{").replace("}", "}}") for text, is_code in parts)
+        body = "".join(
+            f"{{{text}}}" if is_code else text.replace("{", "{{").replace("}", "}}") for text, is_code in parts
+        )
         return [*lines, *_assignment(f'name = f"{body}"')]
     return [*lines, "name = " + " + ".join(f"str({text})" if is_code else _text(text) for text, is_code in parts)]
 

@@ -77,7 +77,9 @@ def in_order(steps: Sequence[Step], write: Callable[[Step, str], list[Renaming]]
     marked = [
         step.target is not None
         and any(
-            _may_meet(_given(step), taken[later]) for later in range(place + 1, len(steps)) if steps[later].target is not None
+            _may_meet(_given(step), taken[later])
+            for later in range(place + 1, len(steps))
+            if steps[later].target is not None
         )
         for place, step in enumerate(steps)
     ]
@@ -216,7 +218,9 @@ def _given(step: Step) -> frozenset[str]:
 
 def _filled(texts: Sequence[str], groups: Sequence[str]) -> frozenset[str]:
     choices = [["#"] if group == r"\d+" else group.split("|") for group in groups]
-    if prod(map(len, choices)) > _MOST or any(_SPECIAL.search(word) for words in choices for word in words if word != "#"):
+    if prod(map(len, choices)) > _MOST or any(
+        _SPECIAL.search(word) for words in choices for word in words if word != "#"
+    ):
         return frozenset({""})
     keys = ("".join(map("".join, zip_longest(texts, words, fillvalue=""))) for words in product(*choices))
     return frozenset(re.sub(r"\d+", "#", key) for key in keys)
@@ -224,5 +228,3 @@ def _filled(texts: Sequence[str], groups: Sequence[str]) -> frozenset[str]:
 
 def _body(source: str) -> str:
     return re.sub(r"(?<!\\)\((?!\?)", "(?:", source.removeprefix("^"))
-
-
