@@ -23,14 +23,17 @@ if TYPE_CHECKING:
         NothingLoadedError,
         NotInvertibleError,
         OutputError,
+        PairMismatchError,
         PartialLoadWarning,
         PatternError,
+        RulesError,
         UnsafeCheckpointError,
         ValueWarning,
     )
     from autoalign.execution import execution_order
     from autoalign.explanation import Explanation
     from autoalign.loading import load
+    from autoalign.rules import Rule, Rules
     from autoalign.verification import Verification
     from autoalign.verifying import verify
 
@@ -54,8 +57,12 @@ __all__ = [
     "NotInvertibleError",
     "NothingLoadedError",
     "OutputError",
+    "PairMismatchError",
     "PartialLoadWarning",
     "PatternError",
+    "Rule",
+    "Rules",
+    "RulesError",
     "UnsafeCheckpointError",
     "ValueWarning",
     "Verification",
@@ -83,6 +90,8 @@ _MODULES = {
     "verify": "verifying",
     "Explanation": "explanation",
     "execution_order": "execution",
+    "Rule": "rules",
+    "Rules": "rules",
 }  # and all others are in errors
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -16,7 +16,9 @@ from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
 
 if TYPE_CHECKING:
+    from autoalign.checkpoint import Side
     from autoalign.explanation import Explanation
+    from autoalign.rules import Rules
 
 Status = Literal["matched", "adapted", "ambiguous", "mismatched", "missing"]
 FILLED: frozenset[Status] = frozenset({"matched", "adapted"})
@@ -191,6 +193,72 @@ class Alignment:
         from autoalign.explanation import explained
 
         return explained(self, key)
+
+    def rules(self) -> Rules:
+        r"""Find the shortest ordered list of renamings and operations that does what the alignment does.
+
+        On this pair it gives exactly this alignment's ``state_dict``, which is checked when it is made. Sizes and
+        numbers of layers are left open where they can be, so that rules hold for deeper and wider networks of the kind.
+
+        >>> import torch, autoalign
+        >>> checkpoint = {f"layers.{i}.fc.weight": torch.rand(i + 1, 9) for i in range(3)}
+        >>> model = {f"blocks.{i}.linear.weight": torch.empty(i + 1, 9) for i in range(3)}
+        >>> print(autoalign.align(checkpoint, model).rules())
+        ^layers\.(\d+)\.fc\. -> blocks.\1.linear.
+        """
+        from autoalign.induction import induced
+
+        return induced(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the alignment as plain data that JSON can hold: both sides' keys and shapes, matches, operations, notes.
+
+        >>> import torch, autoalign
+        >>> autoalign.align({"a": torch.ones(2)}, {"b": torch.zeros(2)}, rules={"a": "b"}).to_dict()["matches"]
+        [{'target': 'b', 'sources': ['a'], 'confidence': 1.0, 'evidence': {'rule': 1.0}}]
+        """
+        from autoalign.saving import alignment_to_plain
+
+        return alignment_to_plain(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the alignment to a JSON file, for ``read``; a file that is there is replaced as a whole."""
+        from autoalign.saving import save
+
+        save(self, path)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Alignment:
+        """Read an alignment that was saved.
+
+        It holds no tensors yet: give it to ``load(model, checkpoint, alignment=...)``, or to ``applied_to``.
+
+        Raises:
+            InputError: The file is no saved alignment, or one of another version.
+        """
+        from autoalign.saving import read
+
+        return read(path)
+
+    def applied_to(self, source: Side, target: Side, *, container: str | None = None) -> Alignment:
+        """Apply the alignment to a pair of the same keys and shapes, without matching.
+
+        >>> import torch, autoalign
+        >>> first, second = {"a": torch.ones(2)}, {"a": torch.zeros(2)}
+        >>> autoalign.align(first, {"b.a": torch.ones(2)}).applied_to(second, {"b.a": torch.ones(2)}).state_dict()
+        {'b.a': tensor([0., 0.])}
+
+        Args:
+            source: The checkpoint, in any of the forms that ``align`` takes.
+            target: The model, in any of the same forms.
+            container: Which of several state dicts in the checkpoint to use.
+
+        Raises:
+            PairMismatchError: Keys or shapes differ from those that the alignment was made for; the text lists them.
+        """
+        from autoalign.saving import applied
+
+        return applied(self, source, target, container=container)
 
     def raise_if_incomplete(self) -> None:
         """Raise unless every target key is matched and every source key is used.

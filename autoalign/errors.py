@@ -68,6 +68,14 @@ class NothingLoadedError(AlignmentError):
     """No tensor of the checkpoint could be aligned with the model."""
 
 
+class PairMismatchError(AlignmentError):
+    """A saved alignment was made for other keys or shapes than those it is applied to."""
+
+
+class RulesError(AutoAlignError, ValueError):
+    """Rules do not hold for a state dict, or are more than an export can say."""
+
+
 class PartialLoadWarning(UserWarning):
     """A load filled a part of the model only, and the rest keeps what it had; or a conversion wrote a part of it."""
 

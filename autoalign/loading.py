@@ -47,6 +47,7 @@ def load(
     progress: Progress | bool | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
+    alignment: Alignment | None = None,
     **align_options: Any,
 ) -> Alignment:
     """Load every tensor of a checkpoint that can be aligned with the model, whatever it is called.
@@ -81,6 +82,8 @@ def load(
         dtype: What to convert the model's floating-point tensors to, as ``model.to`` does, before they are filled.
         device: Where to move the model's tensors, as ``model.to`` does, before they are filled. If the load fails, both
             are undone, for which the old tensors are kept meanwhile.
+        alignment: One that was made before for the same keys and shapes, such as ``Alignment.read`` gives. It is
+            applied as it is, and nothing is matched.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``, and
             ``adapt``, by which values are changed where a counterpart has another shape.
 
@@ -93,6 +96,7 @@ def load(
         AlignmentError: The model changed while it was loaded, or its ranks do not agree.
         InputError: The model or the checkpoint is of a kind that cannot be used, or one of them has no values on meta.
         CheckpointError: The checkpoint's file cannot be read.
+        PairMismatchError: Keys or shapes are not those that ``alignment`` was made for.
 
     Warns:
         PartialLoadWarning: Keys of the model that ``exclude`` and ``include`` did not leave out keep their values.
@@ -104,21 +108,21 @@ def load(
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
     ranks = ranks_of(model)
     if ranks is None:
-        source, alignment, counters = _prepared(model, checkpoint, align_options, strict=strict)
+        source, found, counters = _prepared(model, checkpoint, align_options, alignment, strict=strict)
     else:
-        source, alignment, counters = _prepared_together(model, checkpoint, align_options, ranks, strict=strict)
+        source, found, counters = _prepared_together(model, checkpoint, align_options, alignment, ranks, strict=strict)
         if dtype is not None or device is not None:
             raise InputError("A sharded model is given its dtype and device when it is sharded. Nothing was loaded.")
 
     if dtype is not None:  # what it is about to be
-        specs = alignment.target_specs
+        specs = found.target_specs
         converted_specs = (replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in specs)
-        alignment = replace(alignment, target_specs=tuple(converted_specs))
+        found = replace(found, target_specs=tuple(converted_specs))
 
     def fill() -> Alignment:
         if ranks is not None:
-            return _fill_sharded(model, source, alignment, ranks, assign=assign, progress=progress, since=since)
-        return _fill(model, source, alignment, counters, options, progress, since)
+            return _fill_sharded(model, source, found, ranks, assign=assign, progress=progress, since=since)
+        return _fill(model, source, found, counters, options, progress, since)
 
     options = {"assign": True, "dtype": dtype, "device": device} if assign else {}
     if dtype is None and device is None:
@@ -135,11 +139,18 @@ def load(
 _Prepared = tuple[Checkpoint, Alignment, frozenset[str]]
 
 
-def _prepared(model: nn.Module, checkpoint: Side, options: Mapping[str, Any], *, strict: bool) -> _Prepared:
+def _prepared(
+    model: nn.Module, checkpoint: Side, options: Mapping[str, Any], made: Alignment | None, *, strict: bool
+) -> _Prepared:
     """Decide what is loaded from where, and which BatchNorm counters the checkpoint is too old to have."""
     container = options.get("container")
     source = checkpoint_of(checkpoint, container=container)
-    alignment = _aligned(model, source, {name: value for name, value in options.items() if name != "container"})
+    rest = {name: value for name, value in options.items() if name != "container"}
+    if made is not None and rest:
+        raise InputError(
+            f"An alignment is applied as it is, and {changes} would change it. Nothing was loaded."
+        )
+    alignment = _aligned(model, source, rest) if made is None else made.applied_to(source, model)
     counters = absent_counters(model, source, alignment, source_modules(alignment))
     if counters:
         kept = tuple(spec for spec in alignment.target_specs if spec.key not in counters)
@@ -157,11 +168,17 @@ def _prepared(model: nn.Module, checkpoint: Side, options: Mapping[str, Any], *,
 
 
 def _prepared_together(
-    model: nn.Module, checkpoint: Side, options: Mapping[str, Any], ranks: Ranks, *, strict: bool
+    model: nn.Module,
+    checkpoint: Side,
+    options: Mapping[str, Any],
+    made: Alignment | None,
+    ranks: Ranks,
+    *,
+    strict: bool,
 ) -> _Prepared:
     """Decide on every rank what is loaded from where; if one cannot, all raise."""
     try:
-        prepared = _prepared(model, checkpoint, options, strict=strict)
+        prepared = _prepared(model, checkpoint, options, made, strict=strict)
     except Exception as error:
         ranks.agree(None, error)
         raise

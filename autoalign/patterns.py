@@ -14,8 +14,8 @@ PatternLike = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
 def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) -> dict[str, str]:
     r"""Find the pairs that the rules fix: target key -> source key.
 
-    A rule is a pair of keys, or a regex with its replacement (``re.sub`` on the source key; the first rule whose
-    regex occurs in a key is applied to it). A renamed key that the target does not have fixes nothing.
+    A rule is a pair of keys, or a regex with its replacement. These are applied to a source key by ``re.sub``, one after
+    another, until it is one of the target's. A key that becomes none of them fixes nothing.
 
     >>> pinned_pairs({r"^old\.": "new."}, ["old.a", "b"], ["new.a", "b"])
     {'new.a': 'old.a'}
@@ -43,18 +43,23 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
     for key in source:
         if key in taken:
             continue
+        renamed, trail = key, []
         for number, (pattern, replacement) in enumerate(renamings):
             try:
-                renamed, count = pattern.subn(replacement, key)
+                renamed, count = pattern.subn(replacement, renamed)
             except (re.error, IndexError) as error:
                 raise PatternError(
                     f"The replacement {replacement!r} does not fit {pattern.pattern!r}: {error}."
                 ) from error
-            if count:
-                used[number] = True
-                if renamed in other and renamed not in pins:
+            if not count:
+                continue
+            used[number] = True
+            trail.append(number)
+            if renamed in other:
+                if renamed not in pins:
                     _pin(pins, key, renamed)
-                fixed[number] |= renamed in other
+                for applied in trail:
+                    fixed[applied] = True
                 break
     for (pattern, replacement), applied, hit in zip(renamings, used, fixed, strict=True):
         if applied and not hit:

@@ -13,6 +13,9 @@ import autoalign
 FLOW = (
     # values
     *("errors", "specs", "operations", "joining", "adaptations", "alignment", "inversion"),
+    # alignment -> rules
+    *("relative", "serial", "resizing", "indices", "rules", "fitting", "moves", "drafts", "wording", "induction"),
+    *("exports.renaming", "exports.transformers", "exports.python"),
     # what a person reads
     *("folding", "leftovers", "layout", "report", "markdown", "summary", "tree"),
     *("html.tree", "html.data", "html.summary", "html.document", "html.notebook"),
@@ -31,7 +34,7 @@ FLOW = (
         "formats.distributed_writing",
         "formats.folder",
     ),
-    *("hub", "checkpoint"),
+    *("hub", "checkpoint", "saving"),
     # names and the module graph
     *("vocabulary", "names", "graph", "units", "kernels", "namesakes", "renaming"),
     # a call of a model
@@ -78,13 +81,11 @@ FLOW = (
     ),
     *("cli.app", "__main__"),
 )
-# an alignment prints itself, and the report reads alignments
+# what an alignment and its rules offer as methods stands in modules that read alignments and rules
 BACKWARDS_WHEN_CALLED = {
-    ("alignment", "report"),
-    ("alignment", "inversion"),
-    ("alignment", "explanation"),
-    ("alignment", "html.document"),
-    ("alignment", "html.notebook"),
+    *(("alignment", module) for module in ("report", "inversion", "explanation", "induction", "saving")),
+    *(("alignment", f"html.{module}") for module in ("document", "notebook")),
+    *(("rules", f"exports.{module}") for module in ("python", "renaming", "transformers")),
 }
 # needed for a match or a screen, not for an import
 LATE = ("gguf", "huggingface_hub", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")

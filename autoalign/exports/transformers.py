@@ -1,0 +1,174 @@
+"""Rules as the objects by which transformers 5 converts checkpoints while it loads them.
+
+There, renamings come first and may know one capture; then one ``WeightConverter`` at most takes a key, by a text that
+occurs in it. So a rule with an operation becomes both: renamings give its tensors the target's name with a placeholder
+in the place of its last words, and a converter joins or splits what has the placeholder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from autoalign.errors import DependencyError, RulesError
+from autoalign.exports.renaming import CannotSayError, Step, in_order, one_by_one
+from autoalign.indices import literal, tokens_of
+from autoalign.operations import Concatenate, Grouped, Operation, Permute, Split, Stack, Transpose, steps_of
+from autoalign.relative import Sized
+from autoalign.rules import Rule, Rules, equal_parts
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+_LIST = r"(?P<n>\d+)"
+
+
+def conversions(rules: Rules) -> list[WeightRenaming | WeightConverter]:
+    """Write rules as objects of transformers; see ``Rules.to_transformers``."""
+    try:
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError as error:
+        raise DependencyError(
+            "WeightRenaming and WeightConverter are transformers' own, from version 5 on, which is not installed. "
+            "Nothing was exported. Install it with: pip install 'transformers>=5'"
+        ) from error
+    steps: list[Step] = []
+    converters: list[WeightConverter] = []
+    refused: list[str] = []
+    for number, rule in enumerate(rules.rules):
+        try:
+            if rule.has_arithmetic:
+                raise CannotSayError("numbers in names are computed")
+            if rule.renames:
+                steps.append(Step(rule.sources[0], rule.targets[0] if rule.targets else None))
+                one_by_one(steps[-1], "")
+            else:
+                own, converter = _converted(rule, number)
+                for step in own:
+                    one_by_one(step, "")
+                steps += own
+                converters.append(converter)
+        except CannotSayError as error:
+            refused.append(f"  {rule}  ({error})")
+    if refused:
+        raise RulesError(
+            f"{len(refused)} of {len(rules)} rules are more than transformers' conversions can say. Nothing was "
+            "exported. Use to_python, or apply.\n" + "\n".join(refused)
+        )
+    renamings = [WeightRenaming(*renaming) for renaming in in_order(steps, one_by_one)]
+    return [*renamings, *converters]
+
+
+def _converted(rule: Rule, number: int) -> tuple[list[Step], WeightConverter]:
+    """Write a rule with an operation: renamings to placeholders, and what converts those."""
+    from transformers.core_model_loading import WeightConverter
+
+    fronts, words = zip(*map(_parted, rule.targets), strict=True)
+    if len(set(fronts)) > 1 or not all(words) or len(set(words)) < len(words):
+        raise CannotSayError("its targets differ in more than their last words")
+    placeholders = [f"~{number}_{place}~" for place in range(len(rule.sources))]
+    steps = [
+        Step(source.replace(_LIST, r"\d+"), fronts[0] + placeholder)
+        for source, placeholder in zip(rule.sources, placeholders, strict=True)
+    ]
+    operations = list(_operations(rule))
+    return steps, WeightConverter(list(placeholders), list(words), operations)
+
+
+def _parted(target: str) -> tuple[str, str]:
+    """Part a replacement after its last reference, or after its first word if it has none."""
+    tokens = tokens_of(target)
+    if isinstance(tokens[-1], str) and len(tokens) > 1:
+        words = tokens[-1]
+        return target[: len(target) - len(literal(words))], words
+    return ("", str(tokens[0])) if isinstance(tokens[0], str) else (target, "")
+
+
+def _operations(rule: Rule) -> Iterator[ConversionOps]:
+    """Write the operations of a rule as transformers'."""
+    from transformers.core_model_loading import Chunk
+    from transformers.core_model_loading import Split as Parts
+    from transformers.core_model_loading import Transpose as Turn
+
+    operations = [rule.operation(place) for place in range(len(rule.targets))]
+    if len(rule.sources) > 1 or _LIST in rule.sources[0]:
+        if len(operations) > 1:
+            raise CannotSayError("several tensors make several")
+        yield from _joining(steps_of(operations[0]), _LIST in rule.sources[0], len(rule.sources))
+        return
+    if len(operations) == 1:
+        for step in steps_of(operations[0]):
+            yield Turn(*_turn(step))
+        return
+    steps = [steps_of(operation) for operation in operations]
+    shared = steps[0][:-1]
+    if any(own[:-1] != shared for own in steps):
+        raise CannotSayError("its parts are laid out in different ways")
+    for step in shared:
+        yield Turn(*_turn(step))
+    last = [own[-1] for own in steps]
+    if parts := equal_parts(last):
+        yield Chunk(parts.dim)
+    else:
+        yield Parts(_uneven(last))
+
+
+def _joining(steps: Sequence[Operation], listed: bool, count: int) -> Iterator[ConversionOps]:
+    """Write what joins tensors; transformers takes those of one pattern after another, and a list's as a stack."""
+    from transformers.core_model_loading import Concatenate as Join
+    from transformers.core_model_loading import MergeModulelist
+    from transformers.core_model_loading import Transpose as Turn
+
+    match list(steps):
+        case [Concatenate(dim)] if not listed or count == 1:
+            yield Join(dim)
+        case [Transpose(), Concatenate(dim)] if not listed:  # the other way around, since a turn takes one tensor
+            yield Join(1 - dim)
+            yield Turn(0, 1)
+        case [Concatenate(dim), *turns] if not listed:
+            yield Join(dim)
+            for step in turns:
+                yield Turn(*_turn(step))
+        case [Stack(dim)] if listed and count == 1:
+            yield MergeModulelist(dim)
+        case [Transpose(), Stack(0)] if listed and count == 1:
+            yield MergeModulelist(0)
+            yield Turn(1, 2)
+        case [Grouped(size, Concatenate(dim)), Stack(along)] if listed and size == count:
+            yield MergeModulelist(along)
+            yield Join(dim + (dim >= along))
+        case [Transpose(), Grouped(size, Concatenate(dim)), Stack(0)] if listed and size == count:
+            yield MergeModulelist(0)
+            yield Join(2 - dim)
+            yield Turn(1, 2)
+        case _:
+            raise CannotSayError("what joins its tensors has no counterpart")
+
+
+def _turn(step: Operation) -> tuple[int, int]:
+    """Give the two dimensions that a step exchanges."""
+    if isinstance(step, Transpose):
+        return 0, 1
+    if isinstance(step, Permute):
+        moved = [place for place, dim in enumerate(step.dims) if place != dim]
+        if len(moved) == 2:
+            return moved[0], moved[1]
+    raise CannotSayError(f"'{step}' has no counterpart")
+
+
+def _uneven(operations: Sequence[Operation]) -> int:
+    """Give the dimension that is split into parts, one after another, of the sizes that the model has."""
+    end = 0
+    dims = set()
+    for operation in operations:
+        if not isinstance(operation, Sized) or not isinstance(operation.operation, Split):
+            raise CannotSayError(f"'{operation}' has no counterpart")
+        split = operation.operation
+        dims.add(split.dim)
+        if split.start != end or len(dims) > 1:
+            raise CannotSayError("its parts do not follow one another")
+        end += split.length
+        size = operation.shapes[0][split.dim]
+    if end != size:
+        raise CannotSayError("its parts are not all of a tensor")
+    return dims.pop()

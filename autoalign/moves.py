@@ -1,0 +1,242 @@
+"""Moves: what becomes of the tensors of a source, one by one, with the numbers of their keys set apart.
+
+A move is the smallest part of an alignment that a rule can say: one tensor renamed, several joined, one split, a list
+of experts stacked, a tensor dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from autoalign.alignment import Alignment, Match
+from autoalign.indices import NUMBER, SLICE, shifted
+from autoalign.operations import Operation, Shape, Split, Stack, Unstack, chain, steps_of
+from autoalign.relative import Pick
+from autoalign.resizing import Sample
+
+Texts = tuple[str, ...]  # a key without its numbers: the text before, between and after them
+_LIST = 4  # tensors of one list that are joined, from which on they are a list and not named parts
+_MARK = "\0"  # around what stands for the number of a list's member
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Source tensors, and the target tensors that are made of them alone."""
+
+    keys: tuple[str, ...]  # of the sources, in the operations' order
+    matches: tuple[Match, ...]  # none: the tensors are dropped
+    operations: tuple[Operation, ...]  # on the sources, one for each match
+    shapes: tuple[Shape, ...]  # of the sources
+    tied: bool  # whether all targets share one storage
+    sources: tuple[Texts, ...]  # one for each pattern; a list of experts has one
+    targets: tuple[Texts, ...]
+    numbers: tuple[int, ...]  # in the sources' patterns
+    results: tuple[tuple[int, ...], ...]  # in each target
+    spread: bool = False  # whether the targets are those of every slice in turn
+
+    @property
+    def picks(self) -> tuple[Operation, ...]:
+        """For each operation what takes its inputs from the sources."""
+        return tuple(chain(*(step for step in steps_of(own) if isinstance(step, Pick))) for own in self.operations)
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """Each operation on its own inputs, with their shapes."""
+        result = []
+        for own in self.operations:
+            pick, rest = steps_of(own)[:1], steps_of(own)
+            shapes = self.shapes
+            if pick and isinstance(pick[0], Pick):
+                shapes, rest = tuple(shapes[place] for place in pick[0].places), rest[1:]
+            result.append((chain(*rest), shapes))
+        return tuple(result)
+
+    @property
+    def even(self) -> bool:
+        """Whether a tensor is split into equal parts."""
+        splits = [step for operation in self.operations for step in steps_of(operation) if isinstance(step, Split)]
+        lengths = {split.length for split in splits}
+        starts = {split.start for split in splits}
+        return len(lengths) == 1 and len(starts) > 1 and all(start % min(lengths) == 0 for start in starts)
+
+
+def moves_of(alignment: Alignment) -> tuple[list[Move], list[Match]]:
+    """Take an alignment apart into moves, in the source's order.
+
+    Returns:
+        The moves, and the matches that no rule can say, since they keep values of the target.
+    """
+    from autoalign.adaptations import needs_target
+
+    shapes = {spec.key: spec.shape for spec in alignment.source_specs}
+    storage = {spec.key: spec.storage for spec in alignment.target_specs}
+    kept = [match for match in alignment.matches if needs_target(match.operation)]
+    matches = [match for match in alignment.matches if not needs_target(match.operation)]
+    together = _together(matches)
+    moves, done = [], set()
+    for spec in alignment.source_specs:
+        if spec.key in done:
+            continue
+        members = together.get(spec.key, [])
+        keys = tuple(dict.fromkeys(key for match in members for key in match.sources)) or (spec.key,)
+        done.update(keys)
+        operations = tuple(
+            match.operation
+            if match.sources == keys
+            else chain(Pick(tuple(map(keys.index, match.sources))), match.operation)
+            for match in members
+        )
+        storages = {storage.get(match.target) for match in members}
+        tied = len(members) > 1 and len(storages) == 1 and None not in storages
+        moves.append(_move(keys, tuple(members), operations, tuple(shapes[key] for key in keys), tied=tied))
+    return moves, kept
+
+
+def _together(matches: Sequence[Match]) -> dict[str, list[Match]]:
+    """Join the matches that share a source, by each source."""
+    together: dict[str, list[Match]] = {}
+    for match in matches:
+        joined = [match]
+        for group in {id(group): group for key in match.sources if (group := together.get(key))}.values():
+            joined = [*group, *joined]
+        together.update(dict.fromkeys((key for each in joined for key in each.sources), joined))
+    return together
+
+
+def _move(
+    keys: tuple[str, ...],
+    matches: tuple[Match, ...],
+    operations: tuple[Operation, ...],
+    shapes: tuple[Shape, ...],
+    *,
+    tied: bool,
+) -> Move:
+    names = tuple(match.target for match in matches)
+    listed = _listed(keys) if _is_list(operations, keys) else None
+    sources, numbers = listed or _aligned(keys)
+    spread = _spread(names, operations) if len(keys) == 1 else None
+    if spread is not None:
+        targets, results, count = spread
+        operations = operations[:count]
+    else:
+        split = [_parts(name) for name in names]
+        targets, results = tuple(texts for texts, _ in split), tuple(own for _, own in split)
+    return Move(keys, matches, operations, shapes, tied, sources, targets, numbers, results, spread=spread is not None)
+
+
+def _parts(key: str) -> tuple[Texts, tuple[int, ...]]:
+    parts = NUMBER.split(key)
+    return tuple(parts[0::2]), tuple(map(int, parts[1::2]))
+
+
+def _aligned(keys: Sequence[str]) -> tuple[tuple[Texts, ...], tuple[int, ...]]:
+    """Set apart the numbers that several keys have in common; others are text, which tells the keys from each other."""
+    parts = [_parts(key) for key in keys]
+    (first, numbers), *others = parts
+    if not others:
+        return (first,), numbers
+    common = min(len(own) for _, own in parts)
+    shared = [place for place in range(common) if all(own[place] == numbers[place] for _, own in others)]
+    return tuple(_without(texts, own, shared) for texts, own in parts), tuple(numbers[place] for place in shared)
+
+
+def _without(texts: Texts, numbers: Sequence[int], kept: Sequence[int]) -> Texts:
+    """Make text of the numbers that are not to be set apart."""
+    result = [texts[0]]
+    for place, (number, text) in enumerate(zip(numbers, texts[1:], strict=True)):
+        if place in kept:
+            result.append(text)
+        else:
+            result[-1] += f"{number}{text}"
+    return tuple(result)
+
+
+def _is_list(operations: Sequence[Operation], keys: Sequence[str]) -> bool:
+    stacked = any(isinstance(step, Stack) for operation in operations for step in steps_of(operation))
+    return len(keys) > 1 and (stacked or len(keys) > _LIST)
+
+
+def _listed(keys: Sequence[str]) -> tuple[tuple[Texts, ...], tuple[int, ...]] | None:
+    """See keys as those of a list of modules, member by member, each with the same patterns."""
+    parts = [_parts(key) for key in keys]
+    for size in range(1, len(keys) // 2 + 1):
+        if len(keys) % size or any(len(own) != len(parts[0][1]) for _, own in parts):
+            continue
+        members = [parts[start : start + size] for start in range(0, len(keys), size)]
+        if any([texts for texts, _ in member] != [texts for texts, _ in members[0]] for member in members):
+            continue
+        for place in range(len(parts[0][1])):
+            fits = all(
+                own[place] == index and _other(own, place) == _other(parts[0][1], place)
+                for index, member in enumerate(members)
+                for _, own in member
+            )
+            if fits:
+                return tuple(_marked(texts, place, SLICE) for texts, _ in members[0]), _other(parts[0][1], place)
+    return None
+
+
+def _spread(
+    names: Sequence[str], operations: Sequence[Operation]
+) -> tuple[tuple[Texts, ...], tuple[tuple[int, ...], ...], int] | None:
+    """See targets as those of a list of modules, slice by slice; return also how many targets a slice has."""
+    slices = [[step.index for step in steps_of(own) if isinstance(step, Unstack)] for own in operations]
+    if len(names) < 2 or any(len(own) != 1 for own in slices):
+        return None
+    groups: dict[int, list[int]] = {}
+    for place, (index,) in enumerate(slices):
+        groups.setdefault(index, []).append(place)
+    size = len(groups[min(groups)])
+    if sorted(groups) != list(range(len(groups))) or any(len(group) != size for group in groups.values()):
+        return None
+    first = [_parts(names[place]) for place in groups[0]]
+    if [place for index in sorted(groups) for place in groups[index]][:size] != list(range(size)):
+        return None
+    for place in range(min(len(own) for _, own in first)):
+        start = first[0][1][place]
+        fits = all(
+            texts == first[member][0]
+            and own[place] == start + index
+            and _other(own, place) == _other(first[member][1], place)
+            for index, group in groups.items()
+            for member, (texts, own) in enumerate(_parts(names[at]) for at in group)
+        )
+        if fits:
+            marked = tuple(_marked(texts, place, shifted(SLICE, start)) for texts, _ in first)
+            return marked, tuple(_other(own, place) for _, own in first), size
+    return None
+
+
+def _other(numbers: tuple[int, ...], place: int) -> tuple[int, ...]:
+    return numbers[:place] + numbers[place + 1 :]
+
+
+def _marked(texts: Texts, place: int, mark: str) -> Texts:
+    return (*texts[:place], f"{texts[place]}{_MARK}{mark}{_MARK}{texts[place + 1]}", *texts[place + 2 :])
+
+
+def pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """Split text into what is literal, and what stands for the number of a list's member."""
+    for place, part in enumerate(re.split(_MARK, text)):
+        yield part, place % 2 == 1
+
+
+def by_prefix(moves: Sequence[Move]) -> Mapping[tuple[Texts, Texts], dict[tuple[int, ...], int] | None]:
+    """Collect the numbers of sources, and those of targets, by the texts before them.
+
+    Returns:
+        For the texts before a number of a source and before one of a target: which number followed which, given the
+        source's numbers up to there. None where that is no function.
+    """
+    found: dict[tuple[Texts, Texts], dict[tuple[int, ...], int] | None] = {}
+    for move in moves:
+        texts = move.sources[0]
+        for i in range(len(move.numbers)):
+            for other, results in zip(move.targets, move.results, strict=True):
+                for j in range(len(results)):
+                    rows = found.setdefault((texts[: i + 1], other[: j + 1]), {})
+                    if rows is not None and rows.setdefault(move.numbers[: i + 1], results[j]) != results[j]:
+                        found[texts[: i + 1], other[: j + 1]] = None
+    return found

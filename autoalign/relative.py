@@ -1,0 +1,249 @@
+"""Operations without sizes: what a rule says of a whole family of networks, however wide each is.
+
+The operations of a match hold the sizes of its own tensors. Here the same is said relative to the shapes that come in:
+``the second of three equal parts`` instead of ``rows 768 to 1536``. ``exact`` turns it back for given shapes. Where
+sizes cannot be left out, ``Sized`` keeps them and refuses any others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from torch import Tensor
+
+from autoalign.errors import InputError
+from autoalign.operations import (
+    Chain,
+    Grouped,
+    InsertZeros,
+    Operation,
+    Parallel,
+    Reshape,
+    Shape,
+    Split,
+    Trace,
+    Unstack,
+    chain,
+    output_shapes,
+    steps_of,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Relative(Operation, ABC):
+    """Base of the operations that depend on the shapes of their inputs."""
+
+    @abstractmethod
+    def exact(self, shapes: Sequence[Shape]) -> Operation:
+        """Say the same for inputs of the given shapes."""
+
+    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.exact([tuple(tensor.shape) for tensor in tensors]).apply(tensors)
+
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return self.exact(shapes).trace(shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class Portion(Relative):
+    """The portion ``start : start + length`` of dimension ``dim``, which counts ``of``: one of three thirds.
+
+    >>> import torch
+    >>> Portion(0, 1, 1, 2).apply([torch.arange(6)])
+    [tensor([3, 4, 5])]
+    """
+
+    dim: int
+    start: int
+    length: int
+    of: int
+
+    @property
+    def takes_part(self) -> bool:
+        return True
+
+    def exact(self, shapes: Sequence[Shape]) -> Operation:
+        return _each([self._split(shape) for shape in shapes])
+
+    def _split(self, shape: Shape) -> Operation:
+        unit, rest = divmod(shape[self.dim], self.of) if self.dim < len(shape) else (0, 1)
+        if rest:
+            raise InputError(f"'{self}' does not divide a tensor of shape {list(shape)}. Nothing was converted.")
+        return Split(self.dim, self.start * unit, self.length * unit)
+
+    def __str__(self) -> str:
+        if self.length == 1:
+            return f"part {self.start + 1} of {self.of} (dim {self.dim})"
+        return f"parts {self.start + 1} to {self.start + self.length} of {self.of} (dim {self.dim})"
+
+
+@dataclass(frozen=True, slots=True)
+class Regroup(Relative):
+    """A reshape in terms of the dimensions that come in.
+
+    >>> print(Regroup(((0,), (1, 2))))
+    reshape [d0, d1*d2]
+    >>> import torch
+    >>> Regroup(((0,), (1, 2))).apply([torch.empty(2, 3, 4)])[0].shape
+    torch.Size([2, 12])
+    """
+
+    dims: tuple[tuple[int, ...] | int, ...]  # for each dimension those it is the product of, or a size; -1: the rest
+
+    def exact(self, shapes: Sequence[Shape]) -> Operation:
+        return _each([self._reshape(shape) for shape in shapes])
+
+    def _reshape(self, shape: Shape) -> Operation:
+        if len(shape) <= max((d for dim in self.dims if not isinstance(dim, int) for d in dim), default=-1):
+            raise InputError(f"'{self}' does not fit a tensor of shape {list(shape)}. Nothing was converted.")
+        sizes = [dim if isinstance(dim, int) else prod(shape[d] for d in dim) for dim in self.dims]
+        total, known = prod(shape), prod(size for size in sizes if size != -1)
+        if -1 in sizes and known and total % known == 0:
+            sizes[sizes.index(-1)] = total // known
+        if prod(sizes) != total or -1 in sizes:
+            raise InputError(f"'{self}' does not fit a tensor of shape {list(shape)}. Nothing was converted.")
+        return Reshape(tuple(sizes))
+
+    def __str__(self) -> str:
+        named = (str(dim) if isinstance(dim, int) else "*".join(f"d{d}" for d in dim) or "1" for dim in self.dims)
+        return f"reshape [{', '.join(named)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class ZerosLike(Relative):
+    """Zeros of the shape of input ``like`` before input ``index``."""
+
+    index: int
+    like: int
+
+    def exact(self, shapes: Sequence[Shape]) -> Operation:
+        return InsertZeros(self.index, shapes[self.like])
+
+    def __str__(self) -> str:
+        return f"zeros at {self.index}, shaped like {self.like}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pick(Operation):
+    """Some of the inputs, by their places.
+
+    >>> Pick((1,)).apply(["a", "b"])
+    ['b']
+    """
+
+    places: tuple[int, ...]
+
+    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensors[place] for place in self.places]
+
+    def __str__(self) -> str:
+        return f"take {', '.join(str(place + 1) for place in self.places)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Each(Operation):
+    """Every slice of dimension ``dim`` in turn, each into a target of its own; ``at`` makes it one of them."""
+
+    dim: int
+
+    @property
+    def takes_part(self) -> bool:
+        return True
+
+    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [part for tensor in tensors for part in tensor.unbind(self.dim)]
+
+    def __str__(self) -> str:
+        return f"slice n (dim {self.dim})"
+
+
+@dataclass(frozen=True, slots=True)
+class Sized(Relative):
+    """An operation that holds for some sizes only, and refuses tensors of others."""
+
+    shapes: tuple[Shape, ...]
+    operation: Operation
+
+    @property
+    def takes_part(self) -> bool:
+        return self.operation.takes_part
+
+    @property
+    def adapts(self) -> bool:
+        return self.operation.adapts
+
+    def exact(self, shapes: Sequence[Shape]) -> Operation:
+        if tuple(shapes) != self.shapes:
+            raise InputError(
+                f"'{self.operation}' was found for {_listed(self.shapes)} and cannot be carried over to "
+                f"{_listed(shapes)}. Nothing was converted. Align this pair itself."
+            )
+        return self.operation
+
+    def __str__(self) -> str:
+        return f"{self.operation} of {_listed(self.shapes[:1])} only"
+
+
+def exact(operation: Operation, shapes: Sequence[Shape]) -> Operation:
+    """Say what an operation does to inputs of the given shapes, in absolute sizes.
+
+    >>> exact(Portion(0, 2, 1, 3), [(6, 5)])
+    Split(dim=0, start=4, length=2)
+    """
+    return _exact(operation, tuple(shapes))
+
+
+@lru_cache(maxsize=4096)
+def _exact(operation: Operation, shapes: tuple[Shape, ...]) -> Operation:
+    match operation:
+        case Relative():
+            return operation.exact(shapes)
+        case Chain(steps):
+            done: list[Operation] = []
+            current = list(shapes)
+            for place, step in enumerate(steps, start=1):
+                done.append(exact(step, current))
+                if place < len(steps):
+                    current = output_shapes(done[-1], current)
+            return chain(*done)
+        case Grouped(size, inner):
+            ways = [exact(inner, shapes[start : start + size]) for start in range(0, len(shapes), size)]
+            if len(set(ways)) > 1:
+                raise InputError(f"'{operation}' does not fit tensors of unequal shapes. Nothing was converted.")
+            return Grouped(size, ways[0])
+        case Parallel(operations):
+            return Parallel(tuple(exact(own, [shape]) for own, shape in zip(operations, shapes, strict=True)))
+    return operation
+
+
+def at(operation: Operation, index: int) -> Operation:
+    """Take one slice where an operation takes each.
+
+    >>> at(Each(0), 2)
+    Unstack(dim=0, index=2)
+    """
+    steps = [Unstack(step.dim, index) if isinstance(step, Each) else step for step in steps_of(operation)]
+    return chain(*steps)
+
+
+def slice_count(operation: Operation, shapes: Sequence[Shape]) -> int | None:
+    """Tell how many slices ``Each`` takes of inputs of the given shapes; None for an operation without it."""
+    before: list[Operation] = []
+    for step in steps_of(operation):
+        if isinstance(step, Each):
+            (shape,) = output_shapes(exact(chain(*before), shapes), shapes)
+            return shape[step.dim]
+        before.append(step)
+    return None
+
+
+def _each(operations: Sequence[Operation]) -> Operation:
+    return operations[0] if len(set(operations)) == 1 else Parallel(tuple(operations))
+
+
+def _listed(shapes: Sequence[Shape]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)

@@ -1,0 +1,417 @@
+r"""Rules: an ordered list of regex renamings and operations, which turns a state dict into another without matching.
+
+The first rule whose pattern matches the beginning of a key takes the key, once; what a pattern leaves over of a key is
+kept at the end of the new one. A key that no rule takes keeps its name. See ``autoalign.indices`` for replacements.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from autoalign.alignment import Match
+from autoalign.errors import InputError, PatternError, RulesError
+from autoalign.indices import SLICE, Arithmetic, expand, tokens_of
+from autoalign.operations import Copy, Operation, Shape, output_shapes
+from autoalign.relative import Pick, Portion, at, exact, slice_count
+from autoalign.serial import from_plain, to_plain
+from autoalign.specs import specs_of
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+VERSION = 1
+_SHOWN = 5  # problems that an error lists
+_WIDTH = 70  # of the patterns' column, before it is given up
+_REFERENCE = re.compile(r"\\[1-9]|\(\?P=|\(\?\(")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    r"""What becomes of the keys that some patterns match.
+
+    >>> print(Rule((r"^layers\.(\d+)\.attn\.",), (r"encoder.blocks.\1.attention.",)))
+    ^layers\.(\d+)\.attn\. -> encoder.blocks.\1.attention.
+    """
+
+    sources: tuple[str, ...]  # patterns; several for tensors that are joined, (?P<n>\d+) for a list that is joined
+    targets: tuple[str, ...] = ()  # replacements; several for a tensor that is split; none: the tensor is dropped
+    operations: tuple[Operation, ...] = ()  # for each target; none: copies
+    tied: bool = False  # whether the targets are one tensor of the model, so that filling the first is enough
+
+    def operation(self, place: int) -> Operation:
+        """What fills a target."""
+        return self.operations[place] if self.operations else Copy()
+
+    @property
+    def renames(self) -> bool:
+        """Whether the rule does no more than give a tensor a new name, or drop it."""
+        return (
+            len(self.sources) == 1 and (len(self.targets) < 2 or self.tied) and not any(map(_changes, self.operations))
+        )
+
+    @property
+    def has_arithmetic(self) -> bool:
+        """Whether a new name holds a number that is computed."""
+        tokens = (token for target in self.targets for token in tokens_of(target))
+        return any(isinstance(token, Arithmetic) and not token.is_plain for token in tokens)
+
+    def __str__(self) -> str:
+        return " -> ".join(self.sides)
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The two sides as a person reads them."""
+        sources = _braced(self.sources)
+        if not self.targets:
+            return sources, "(dropped)"
+        operations = [self.operation(place) for place in range(len(self.targets))]
+        if len(set(operations)) == 1:
+            note = f"   {operations[0]}" if _changes(operations[0]) else "   (tied)" if self.tied else ""
+            return sources, (_braced(self.targets) or '""') + note
+        if parts := equal_parts(operations):
+            return sources, f"{_braced(self.targets)}   {len(operations)} equal parts (dim {parts.dim})"
+        return sources, ", ".join(
+            f"{target} = {operation}" if _changes(operation) else target
+            for target, operation in zip(self.targets, operations, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Rules:
+    r"""An ordered list of rules. Made by ``Alignment.rules``, read from JSON, or written by hand.
+
+    >>> import torch
+    >>> rules = Rules((Rule((r"^fc\.",)), Rule((r"^layer(\d+)\.",), (r"stages.{\1 - 1}.",))))
+    >>> print(rules)
+    ^fc\.         -> (dropped)
+    ^layer(\d+)\. -> stages.{\1 - 1}.
+    >>> list(rules.apply({"layer1.weight": torch.ones(2), "fc.weight": torch.ones(2), "stem": torch.ones(1)}))
+    ['stages.0.weight', 'stem']
+    """
+
+    rules: tuple[Rule, ...]
+    notes: tuple[str, ...] = ()  # what the rules leave out of the alignment that they were made from
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            _check(rule)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    @cached_property
+    def _patterns(self) -> list[tuple[int, int, re.Pattern[str]]]:
+        return [
+            (r, p, re.compile(source)) for r, rule in enumerate(self.rules) for p, source in enumerate(rule.sources)
+        ]
+
+    @cached_property
+    def _any(self) -> re.Pattern[str]:
+        """All patterns at once; the last group that took part tells which one matched."""
+        texts = (pattern.pattern.replace(f"(?P<{SLICE}>", "(") for _, _, pattern in self._patterns)
+        return re.compile("|".join(f"(?:{text})()" for text in texts))
+
+    @cached_property
+    def _place_of(self) -> dict[int, int]:
+        places, group = {}, 0
+        for place, (_, _, pattern) in enumerate(self._patterns):
+            group += pattern.groups + 1
+            places[group] = place
+        return places
+
+    def rule_of(self, key: str) -> Rule | None:
+        r"""Tell which rule takes a key; None for a key that keeps its name.
+
+        >>> print(Rules((Rule((r"^old\.",), ("new.",)),)).rule_of("old.weight"))
+        ^old\. -> new.
+        """
+        match = self._any.match(key) if self.rules else None
+        return None if match is None else self.rules[self._patterns[self._place_of[match.lastindex or 0]][0]]
+
+    def plan(self, shapes: Mapping[str, Shape]) -> list[Match]:
+        r"""Say what becomes of tensors of the given shapes.
+
+        >>> rules = Rules((Rule((r"^q\.", r"^k\."), ("qk.",), (__import__("autoalign").operations.Concatenate(0),)),))
+        >>> [(match.target, match.sources, str(match.operation)) for match in rules.plan({"q.b": (2,), "k.b": (2,)})]
+        [('qk.b', ('q.b', 'k.b'), 'concatenate(dim 0)')]
+
+        Args:
+            shapes: By key.
+
+        Returns:
+            For each tensor that results its name, its sources, and the operation in absolute sizes.
+
+        Raises:
+            RulesError: The rules do not hold here: a part is missing, a size does not fit, two tensors get one name.
+        """
+        matches, problems = self.attempt(shapes)
+        if problems:
+            texts = list(dict.fromkeys(problems.values()))
+            more = [f"... and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
+            listed = "\n  ".join([*texts[:_SHOWN], *more])
+            raise RulesError(f"The rules do not hold for this state dict. Nothing was converted.\n  {listed}")
+        return matches
+
+    def attempt(self, shapes: Mapping[str, Shape]) -> tuple[list[Match], dict[str, str]]:
+        """Do as ``plan`` does, and list the source keys that no result is made of with the reasons, instead of raising."""
+        found: dict[tuple[int, tuple[str | None, ...], str], _Instance] = {}
+        planned: list[Match | tuple[int, _Instance]] = []
+        for key in shapes:
+            match = self._any.match(key) if self.rules else None
+            if match is None:
+                planned.append(Match(key, (key,)))
+                continue
+            number, place, pattern = self._patterns[self._place_of[match.lastindex or 0]]
+            if not self.rules[number].targets:
+                continue
+            match = pattern.match(key)
+            assert match is not None
+            captured, member = list(match.groups()), -1
+            if SLICE in pattern.groupindex:
+                member = int(captured[pattern.groupindex[SLICE] - 1])
+                captured[pattern.groupindex[SLICE] - 1] = None
+            identity = number, tuple(captured), key[match.end() :]
+            if identity not in found:
+                found[identity] = _Instance(identity[1], identity[2], [{} for _ in self.rules[number].sources])
+                planned.append((number, found[identity]))
+            found[identity].keys[place][member] = key
+        matches: dict[str, Match] = {}
+        problems: dict[str, str] = {}
+        for item in planned:
+            made = [item] if isinstance(item, Match) else []
+            if isinstance(item, tuple):
+                rule, instance = self.rules[item[0]], item[1]
+                try:
+                    made = _made(rule, instance, shapes)
+                except (InputError, IndexError, RuntimeError, ValueError) as error:  # what torch says of a wrong rank
+                    keys = [key for of in instance.keys for key in of.values()]
+                    problems.update(dict.fromkeys(keys, f"{', '.join(keys)}: {error} ({rule})"))
+            for each in made:
+                first = matches.setdefault(each.target, each)
+                if first is not each:
+                    text = f"{each.target} is filled from {', '.join(first.sources)} and {', '.join(each.sources)}"
+                    problems.update(dict.fromkeys((*first.sources, *each.sources), text))
+        return list(matches.values()), problems
+
+    def apply(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r"""Rename and convert a state dict, without any matching; the given one is not changed.
+
+        >>> import torch
+        >>> Rules((Rule((r"^module\.",), ("",)),)).apply({"module.bias": torch.ones(1)})
+        {'bias': tensor([1.])}
+
+        Args:
+            state_dict: Tensors by key, with values or on the meta device.
+
+        Returns:
+            The new tensors, in the order in which their sources stand; they may be views of the given ones.
+
+        Raises:
+            RulesError: The rules do not hold for this state dict.
+        """
+        specs = getattr(state_dict, "specs", None) or specs_of(state_dict)
+        result = {}
+        for match in self.plan({spec.key: spec.shape for spec in specs}):
+            (result[match.target],) = match.operation.apply([state_dict[key] for key in match.sources])
+        return result
+
+    def to_json(self) -> str:
+        """Write the rules as JSON, for ``from_json``."""
+        rules: list[dict[str, Any]] = []
+        for rule in self.rules:
+            data: dict[str, Any] = {"sources": list(rule.sources), "targets": list(rule.targets)}
+            if rule.operations:
+                data["operations"] = [to_plain(operation) for operation in rule.operations]
+            rules.append(data | ({"tied": True} if rule.tied else {}))
+        return json.dumps({"version": VERSION, "rules": rules, "notes": list(self.notes)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Rules:
+        """Read rules from JSON.
+
+        >>> rules = Rules((Rule(("^a",), ("b",)),))
+        >>> Rules.from_json(rules.to_json()) == rules
+        True
+
+        Raises:
+            InputError: The text is no JSON of rules, or of a later version.
+        """
+        try:
+            data = json.loads(text)
+            if data["version"] != VERSION:
+                raise InputError(f"These rules have version {data['version']!r}; this autoalign reads {VERSION}.")
+            return cls(
+                tuple(
+                    Rule(
+                        _strings(rule["sources"]),
+                        _strings(rule["targets"]),
+                        tuple(map(from_plain, rule.get("operations", ()))),
+                        tied=rule.get("tied", False) is True,
+                    )
+                    for rule in data["rules"]
+                ),
+                _strings(data["notes"]),
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"This is no JSON of autoalign's rules: {error!r}. Nothing was read.") from error
+
+    def to_key_mapping(self) -> dict[str, str]:
+        """Export as the ``key_mapping`` of transformers' ``from_pretrained``, which ``align`` takes as ``rules`` too.
+
+        It renames only: dropped tensors keep a name that the model does not have, or the one they have.
+
+        Raises:
+            RulesError: Some rules do more than rename; they are named.
+        """
+        from autoalign.exports.renaming import key_mapping
+
+        return key_mapping(self)
+
+    def to_revise_keys(self) -> list[tuple[str, str]]:
+        """Export as the ``revise_keys`` of mmengine: patterns and replacements, which ``re.sub`` applies one by one.
+
+        Raises:
+            RulesError: Some rules do more than rename; they are named.
+        """
+        from autoalign.exports.renaming import revise_keys
+
+        return revise_keys(self)
+
+    def to_transformers(self) -> list[WeightRenaming | WeightConverter]:
+        """Export as ``WeightRenaming`` and ``WeightConverter`` objects of transformers 5.
+
+        Raises:
+            RulesError: Some rules are more than those can say; they are named.
+            DependencyError: transformers 5 is not installed.
+        """
+        from autoalign.exports.transformers import conversions
+
+        return conversions(self)
+
+    def to_python(self, name: str = "checkpoint_filter_fn") -> str:
+        """Export as the source of a function ``name(state_dict, model)``, which needs torch and not this package.
+
+        Raises:
+            RulesError: Some rules hold operations that have no short form in Python; they are named.
+            InputError: The name is no identifier.
+        """
+        from autoalign.exports.python import source_of
+
+        return source_of(self, name)
+
+    def __str__(self) -> str:
+        sides = [rule.sides for rule in self.rules]
+        width = min(max((len(first) for first, _ in sides), default=0), _WIDTH)
+        return "\n".join([*(f"{first:<{width}} -> {rest}" for first, rest in sides), *self.notes])
+
+
+@dataclass(frozen=True, slots=True)
+class _Instance:
+    """The keys that one rule takes together."""
+
+    captured: tuple[str | None, ...]
+    rest: str  # of the keys, beyond the patterns
+    keys: list[dict[int, str]]  # for each pattern the keys by their places in a list; -1 outside of lists
+
+
+def _made(rule: Rule, instance: _Instance, shapes: Mapping[str, Shape]) -> list[Match]:
+    lacking = [source for source, keys in zip(rule.sources, instance.keys, strict=True) if not keys]
+    if lacking:
+        raise InputError(f"there is no {', '.join(lacking)} beside it")
+    members = sorted(instance.keys[0])
+    if any(sorted(keys) != members for keys in instance.keys) or members not in ([-1], list(range(len(members)))):
+        raise InputError("the members of a list are not complete")
+    sources = tuple(keys[member] for member in members for keys in instance.keys)
+    result = []
+    for place, target in enumerate(rule.targets):
+        picked, operation = sources, rule.operation(place)
+        if isinstance(operation, Pick):
+            picked, operation = tuple(sources[p] for p in operation.places), Copy()
+        elif (steps := getattr(operation, "steps", ())) and isinstance(steps[0], Pick):
+            picked, operation = tuple(sources[p] for p in steps[0].places), type(operation)(steps[1:])
+            operation = operation if len(steps) > 2 else steps[1]
+        own = [shapes[key] for key in picked]
+        count = slice_count(operation, own)
+        for index in [None] if count is None else range(count):
+            sliced = operation if index is None else at(operation, index)
+            name = expand(target, instance.captured, index) + instance.rest
+            result.append(Match(name, picked, _tried(exact(sliced, own), tuple(own))))
+    return result
+
+
+@lru_cache(maxsize=4096)
+def _tried(operation: Operation, shapes: tuple[Shape, ...]) -> Operation:
+    """Give an operation back if it takes tensors of these shapes and makes one of them; else torch says why not."""
+    if _changes(operation) and not operation.adapts and len(output_shapes(operation, shapes)) != 1:
+        raise InputError(f"'{operation}' does not make one tensor of {len(shapes)}")
+    return operation
+
+
+def equal_parts(operations: Sequence[Operation]) -> Portion | None:
+    """Give the first of operations that take all equal parts of a tensor, in order; else None."""
+    first = operations[0]
+    if not isinstance(first, Portion):
+        return None
+    parts = [Portion(first.dim, place, 1, len(operations)) for place in range(len(operations))]
+    return first if list(operations) == parts else None
+
+
+def _braced(texts: Sequence[str]) -> str:
+    """Write several texts as one, with what differs in braces.
+
+    >>> _braced(["a.q.w", "a.k.w"])
+    'a.{q, k}.w'
+    """
+    if len(texts) < 2:
+        return "".join(texts)
+    start = _shared(texts)
+    end = min(_shared([text[::-1] for text in texts]), min(map(len, texts)) - start)
+    middles = [text[start : len(text) - end] for text in texts]
+    return f"{texts[0][:start]}{{{', '.join(middles)}}}{texts[0][len(texts[0]) - end :]}"
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """Count the characters with which all texts begin."""
+    return next(
+        (place for place, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1),
+        min(map(len, texts)),
+    )
+
+
+def _changes(operation: Operation) -> bool:
+    return not isinstance(operation, Copy)
+
+
+def _check(rule: Rule) -> None:
+    if not rule.sources or (rule.operations and len(rule.operations) != len(rule.targets)):
+        raise PatternError(f"The rule '{rule}' needs a pattern, and as many operations as targets or none.")
+    groups = set()
+    for source in rule.sources:
+        try:
+            pattern = re.compile(source)
+        except re.error as error:
+            raise PatternError(f"{source!r} is no regular expression: {error}.") from error
+        if set(pattern.groupindex) - {SLICE} or _REFERENCE.search(source.replace(r"\\", "")):
+            raise PatternError(f"{source!r} has named groups or references, which the patterns of rules cannot have.")
+        groups.add(pattern.groups)
+    for target in rule.targets:
+        used = {
+            group
+            for token in tokens_of(target)
+            for group in ((token,) if isinstance(token, int) else token.groups if isinstance(token, Arithmetic) else ())
+        }
+        if len(groups) > 1 or max(used, default=0) > max(groups):
+            raise PatternError(f"The replacement {target!r} refers to what {', '.join(rule.sources)} does not capture.")
+
+
+def _strings(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{values!r} is no list of strings")
+    return tuple(values)
