@@ -147,9 +147,8 @@ def _prepared(
     source = checkpoint_of(checkpoint, container=container)
     rest = {name: value for name, value in options.items() if name != "container"}
     if made is not None and rest:
-        raise InputError(
-            f"An alignment is applied as it is, and {changes} would change it. Nothing was loaded."
-        )
+        changes = ", ".join(rest)
+        raise InputError(f"An alignment is applied as it is, and {changes} would change it. Nothing was loaded.")
     alignment = _aligned(model, source, rest) if made is None else made.applied_to(source, model)
     counters = absent_counters(model, source, alignment, source_modules(alignment))
     if counters:
