@@ -62,6 +62,8 @@ def test_what_is_needed_to_run_is_declared() -> None:
     }
     extras = project["optional-dependencies"]
     optional = {
-        re.split("[<>=]", requirement)[0] for requirement in (*extras["demo"], *extras["formats"], *extras["hub"])
+        re.split("[<>=]", requirement)[0]
+        for extra in ("demo", "formats", "hub", "transformers")
+        for requirement in extras[extra]
     }
     assert imported - sys.stdlib_module_names - {"autoalign"} == declared | optional
