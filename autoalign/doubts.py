@@ -17,7 +17,7 @@ from autoalign.names import role_words, words
 from autoalign.operations import Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
 from autoalign.specs import TensorSpec
 from autoalign.units import Part
-from autoalign.vocabulary import CONFIG_HEADS, GROUPED, HALVES_STYLE, INTERLEAVED, META_STYLE, MODULATION
+from autoalign.vocabulary import CONFIG_HEADS, GATE_FIRST, GROUPED, HALVES_STYLE, INTERLEAVED, META_STYLE, MODULATION
 
 DOUBTED = 0.45  # the most that a match in doubt is believed
 TOLD = 0.85  # the most that one is believed whose layout was told by more than its shape
@@ -32,6 +32,7 @@ ROTARY = (
 BY_HEAD = "right shape, but one side may interleave query, key and value by head"
 _PATCHES = "right shape, but the pixels of a patch may be flattened in another order (channels first or last)"
 _GATES = "right shape, but Keras orders the gates of a GRU as update, reset, new, and torch as reset, update, new"
+_HALVES = "right shape, but one side may hold the gate first and the other what it gates"
 _SHIFT = "right shape, but scale and shift of an adaptive norm may be in the other order"
 
 
@@ -54,6 +55,7 @@ class Style:
     rotated: int | None  # rows of a head that are rotated, as a companion buffer of frequencies tells
     head_dim: int | None  # rows of a head, as its config or the norms of its heads tell
     rows: int  # which the size of a head divides
+    doubled: frozenset[Path]  # layers that hold a gate and what it gates, as the width of the layer after them tells
     gated: frozenset[Path]  # recurrent layers of three gates in Keras' order, which is not torch's
 
 
@@ -73,8 +75,31 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
         rotated=frequencies.pop() if len(frequencies) == 1 else None,
         head_dim=sizes.pop() if len(sizes) == 1 else None,
         rows=gcd(*rows) if rows else 0,
+        doubled=_doubled(parts),
         gated=frozenset(part.path[:-1] for part in parts if _has_three_gates(part)),
     )
+
+
+def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
+    below: dict[Path, set[Shape]] = {}
+    matrices = [part for part in parts if len(part.shape) == 2 and not part.view.takes_part]
+    for part in matrices:
+        for up in range(2, 5):
+            below.setdefault(part.path[:-up], set()).add(part.shape)
+    found = set()
+    for part in matrices:
+        rows, columns = part.shape
+        after = (columns, rows // 2)
+        # keys and values together have twice as many rows as columns, often
+        if rows % 2 == 0 and rows != 2 * columns and any(after in below[part.path[:-up]] for up in range(2, 5)):
+            found.add(part.path[:-1])
+    return frozenset(found)
+
+
+def _order_of_halves(path: Path) -> tuple[str, ...]:
+    """Name what tells the order of a gate and what it gates: that the gate is first, or else the layer's name."""
+    found = words(path[-2]) if len(path) > 1 else ()
+    return ("gateup",) if "gateup" in found or found in GATE_FIRST else found
 
 
 def _has_three_gates(part: Part) -> bool:
@@ -135,6 +160,10 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | N
     own, other = role_words(source.path), role_words(target.path)
     if (source.path[:-1] in styles[0].gated) != (target.path[:-1] in styles[1].gated):
         return Doubt(_GATES)
+    both_doubled = source.path[:-1] in styles[0].doubled and target.path[:-1] in styles[1].doubled
+    if both_doubled and _order_of_halves(source.path) != _order_of_halves(target.path):
+        halves = (2, source.shape[0] // 2, *source.shape[1:])
+        return Doubt(_HALVES, (chain(Reshape(halves), Flip(0), Reshape(source.shape)),))
     if "qkv" in own and "qkv" in other and interleaves(source.path) != interleaves(target.path):
         return _by_head(source, interleaves(source.path), styles)
     split = {"q", "k"} & own & other and len(source.shape) == 2

@@ -294,3 +294,19 @@ def test_the_last_layers_of_both_sides_are_counterparts_whatever_they_are_called
         state(blocks(LINEAR) | {"fc.weight": (10, 64)}), state(blocks(LINEAR) | {"classifier.1.weight": (7, 64)})
     )
     assert [(item.key, item.source_key) for item in alignment.mismatched] == [("classifier.1.weight", "fc.weight")]
+
+
+@pytest.mark.parametrize(("first", "second", "doubted"), [("net.0.proj", "w12", True), ("w12", "gate_up_proj", False)])
+def test_a_gate_that_may_be_the_other_half_is_doubted(first: str, second: str, doubted: bool) -> None:
+    def gated(name: str) -> Shapes:
+        return blocks(
+            {"#.norm.weight": (8,), f"#.ff.{name}.weight": (48, 8), "#.ff.down.weight": (8, 24), "#.o.weight": (8, 8)}
+        )
+
+    alignment = autoalign.align(state(gated(first)), state(gated(second)))
+    assert [match.target for match in alignment.ambiguous] == [f"{n}.ff.{second}.weight" for n in range(3) if doubted]
+    for match in alignment.ambiguous:
+        assert "gate first" in match.warnings[0]
+        (way,) = (candidate.operation for candidate in match.alternatives)
+        halves = way.apply([torch.arange(48.0)[:, None].expand(48, 8)])[0][:, 0]
+        assert torch.equal(halves, torch.arange(48.0).roll(24))

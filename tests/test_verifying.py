@@ -455,8 +455,6 @@ def test_halves_that_are_fused_on_both_sides_in_another_order_are_found() -> Non
     target.load_state_dict(verification.alignment.state_dict())
     again = verify(source, target, TOKENS)
     assert (again.equal, again.as_it_is, again.first_divergence) == (True, True, None)
-    assert again.taken == verification.taken
-    assert again.notes[0].startswith("The target is right as it is.")
     restored = verification.alignment.inverse().state_dict()
     assert all(torch.equal(restored[key], tensor) for key, tensor in source.state_dict().items())
 
