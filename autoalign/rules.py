@@ -160,7 +160,7 @@ class Rules:
         return matches
 
     def attempt(self, shapes: Mapping[str, Shape]) -> tuple[list[Match], dict[str, str]]:
-        """Do as ``plan`` does, and list the source keys that no result is made of with the reasons, instead of raising."""
+        """Do as ``plan`` does, and give the source keys that nothing is made of with the reasons, instead of raising."""
         found: dict[tuple[int, tuple[str | None, ...], str], _Instance] = {}
         planned: list[Match | tuple[int, _Instance]] = []
         for key in shapes:

@@ -118,7 +118,7 @@ def one_by_one(step: Step, mark: str) -> list[Renaming]:
     """
     avoided, own, groups = _taken_apart(step.source)
     other = _texts_of(step.target or "", len(groups))
-    if any(set(text) & set("()\\^") for text in other) or (groups and other[-1][:1].isdigit()):
+    if r"\1" in step.source or any(set(text) & set("()\\^") for text in other) or (groups and other[-1][:1].isdigit()):
         raise CannotSayError(f"The rule '{step.source} -> {step.target}' has a name with special characters")
     end = "$" if own[-1].endswith("$") else ""
     own[-1] = own[-1].removesuffix("$")
