@@ -25,11 +25,11 @@ from transformers.core_model_loading import (
 )
 
 import autoalign
-from autoalign import InputError, Rule, Rules, RulesError
+from autoalign import InputError, Match, Rule, Rules, RulesError
 from autoalign.operations import Chain, Concatenate, Grouped, Operation, Stack, Transpose
 from autoalign.relative import Portion
 from tests.strategies import Case, perturbed, written_cases
-from tests.test_induction import few, renamings
+from tests.test_induction import few, made, renamings
 from tests.test_rules import EVERY_KIND, tensors
 
 RENAMINGS = Rules(
@@ -83,8 +83,6 @@ def test_what_is_dropped_is_passed_by() -> None:
 @settings(few, max_examples=100)
 @given(renamings())
 def test_renamings_agree_with_apply_on_any_names(names: tuple[list[str], list[str]]) -> None:
-    from tests.test_induction import Match, made
-
     keys, targets = names
     source = {key: torch.empty(1, device="meta") for key in keys}
     matches = [Match(target, (key,)) for key, target in zip(keys, targets, strict=True) if target]
@@ -93,7 +91,7 @@ def test_renamings_agree_with_apply_on_any_names(names: tuple[list[str], list[st
         rules.to_key_mapping()
     except RulesError:
         return
-    for match in rules.plan({key: (1,) for key in keys}):
+    for match in rules.plan(dict.fromkeys(keys, (1,))):
         assert renamed(rules, match.sources[0]) == [match.target, match.target]
 
 
@@ -272,8 +270,6 @@ def test_python_does_what_the_rules_do() -> None:
 @settings(few, max_examples=60)
 @given(renamings())
 def test_python_agrees_with_apply_on_any_names(names: tuple[list[str], list[str]]) -> None:
-    from tests.test_induction import Match, made
-
     keys, targets = names
     source = {key: torch.rand(1) for key in keys}
     matches = [Match(target, (key,)) for key, target in zip(keys, targets, strict=True) if target]

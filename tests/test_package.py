@@ -61,5 +61,6 @@ def test_what_is_needed_to_run_is_declared() -> None:
         for name in re.findall(r"^ *(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     extras = project["optional-dependencies"]
-    optional = {re.split("[<>=]", requirement)[0] for requirement in (*extras["demo"], *extras["formats"])}
+    wanted = (*extras["demo"], *extras["formats"], *extras["bench"])
+    optional = {re.split("[<>=[]", requirement)[0] for requirement in wanted} - {"autoalign"}
     assert imported - sys.stdlib_module_names - {"autoalign"} == declared | optional

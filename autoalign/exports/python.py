@@ -243,11 +243,11 @@ def _code(arithmetic: Arithmetic, group: _Group) -> str:
     """Write arithmetic in Python; a table is a dict, which refuses what it does not hold."""
 
     class Written(ast.NodeTransformer):
-        def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802, the visitor's own name
+        def visit_Name(self, node: ast.Name) -> ast.AST:
             text = node.id if node.id == SLICE else f"int({group(int(node.id[1:]))})"
             return ast.parse(text, mode="eval").body
 
-        def visit_Tuple(self, node: ast.Tuple) -> ast.AST:  # noqa: N802, the visitor's own name
+        def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
             return ast.Dict([ast.Constant(place) for place in range(len(node.elts))], list(node.elts))
 
     tree = ast.parse(ast.unparse(arithmetic.tree), mode="eval").body

@@ -86,8 +86,9 @@ def _parted(target: str) -> tuple[str, str]:
 
 def _operations(rule: Rule) -> Iterator[ConversionOps]:
     """Write the operations of a rule as transformers'."""
-    from transformers.core_model_loading import Chunk, Transpose as Turn
+    from transformers.core_model_loading import Chunk
     from transformers.core_model_loading import Split as Parts
+    from transformers.core_model_loading import Transpose as Turn
 
     operations = [rule.operation(place) for place in range(len(rule.targets))]
     if len(rule.sources) > 1 or _LIST in rule.sources[0]:
