@@ -113,7 +113,7 @@ def _operations(members: Sequence[Move]) -> tuple[Operation, ...] | None:
 
 
 def _sketch(members: Sequence[Move], joint: _Joint, captured: set[Texts]) -> _Sketch | None:
-    """Sketch one rule for all members; None where no arithmetic gives the targets' numbers, or no operation fits all."""
+    """Sketch one rule for all members; None where no arithmetic gives their numbers, or no operation fits all."""
     operations = _operations(members)
     if operations is None:
         return None
@@ -151,8 +151,8 @@ def _expression(
         return str(values[0])
     for place in range(len(columns)):
         own: dict[tuple[int, ...], int] = {}
-        rows = zip(zip(*columns[: place + 1], strict=True), values, strict=True)
-        if all(own.setdefault(numbers, value) == value for numbers, value in rows) and (result := fitted(own)):
+        pairs = zip(zip(*columns[: place + 1], strict=True), values, strict=True)
+        if all(own.setdefault(numbers, value) == value for numbers, value in pairs) and (result := fitted(own)):
             known.append((result[0], abs(place + 1 - len(other)), result[1]))
     return min(known)[2] if known else None
 

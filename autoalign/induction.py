@@ -189,9 +189,9 @@ def _ways(node: _Node) -> list[_Way]:
         (target,), plain = below.leaf.targets, below.leaf.plain
         rest = plain[node.depth :]
         head = target[: len(target) - len(rest)]
-        if len(rest) <= len(target) and target[len(head) :] == rest and (rest or below is node):
-            if _refers(head) <= _groups(below.leaf.sources[0][: node.depth]):
-                ways[node.depth, head] = None
+        fits = len(rest) <= len(target) and target[len(head) :] == rest and (rest or below is node)
+        if fits and _refers(head) <= _groups(below.leaf.sources[0][: node.depth]):
+            ways[node.depth, head] = None
     return list(ways)
 
 

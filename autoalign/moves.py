@@ -75,7 +75,8 @@ def moves_of(alignment: Alignment) -> tuple[list[Move], list[Match]]:
     kept = [match for match in alignment.matches if needs_target(match.operation)]
     matches = [match for match in alignment.matches if not needs_target(match.operation)]
     together = _together(matches)
-    moves, done = [], set()
+    moves: list[Move] = []
+    done: set[str] = set()
     for spec in alignment.source_specs:
         if spec.key in done:
             continue

@@ -14,8 +14,8 @@ PatternLike = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
 def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) -> dict[str, str]:
     r"""Find the pairs that the rules fix: target key -> source key.
 
-    A rule is a pair of keys, or a regex with its replacement. These are applied to a source key by ``re.sub``, one after
-    another, until it is one of the target's. A key that becomes none of them fixes nothing.
+    A rule is a pair of keys, or a regex with its replacement. These are applied to a source key by ``re.sub``, one
+    after another, until it is one of the target's. A key that becomes none of them fixes nothing.
 
     >>> pinned_pairs({r"^old\.": "new."}, ["old.a", "b"], ["new.a", "b"])
     {'new.a': 'old.a'}

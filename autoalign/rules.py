@@ -18,7 +18,7 @@ from torch import Tensor
 from autoalign.alignment import Match
 from autoalign.errors import InputError, PatternError, RulesError
 from autoalign.indices import SLICE, Arithmetic, expand, tokens_of
-from autoalign.operations import Copy, Operation, Shape, output_shapes
+from autoalign.operations import Copy, Operation, Shape, chain, output_shapes, steps_of
 from autoalign.relative import Pick, Portion, at, exact, slice_count
 from autoalign.serial import from_plain, to_plain
 from autoalign.specs import specs_of
@@ -160,7 +160,7 @@ class Rules:
         return matches
 
     def attempt(self, shapes: Mapping[str, Shape]) -> tuple[list[Match], dict[str, str]]:
-        """Do as ``plan`` does, and list the source keys that no result is made of with the reasons, instead of raising."""
+        """Do as ``plan`` does, and give the keys that nothing is made of, with the reasons, instead of raising."""
         found: dict[tuple[int, tuple[str | None, ...], str], _Instance] = {}
         planned: list[Match | tuple[int, _Instance]] = []
         for key in shapes:
@@ -332,11 +332,9 @@ def _made(rule: Rule, instance: _Instance, shapes: Mapping[str, Shape]) -> list[
     result = []
     for place, target in enumerate(rule.targets):
         picked, operation = sources, rule.operation(place)
-        if isinstance(operation, Pick):
-            picked, operation = tuple(sources[p] for p in operation.places), Copy()
-        elif (steps := getattr(operation, "steps", ())) and isinstance(steps[0], Pick):
-            picked, operation = tuple(sources[p] for p in steps[0].places), type(operation)(steps[1:])
-            operation = operation if len(steps) > 2 else steps[1]
+        first, *rest = steps_of(operation) or (operation,)
+        if isinstance(first, Pick):
+            picked, operation = tuple(sources[p] for p in first.places), chain(*rest)
         own = [shapes[key] for key in picked]
         count = slice_count(operation, own)
         for index in [None] if count is None else range(count):

@@ -1,12 +1,12 @@
 r"""Rules as lists of regex renamings, which others apply one after another to every key.
 
-A rule here takes a key once; in those lists, every pattern that occurs in what a key has become is replaced. Where a new
-name might be taken by a later pattern, it begins with a mark until the end, which no pattern begins with. What is
+A rule here takes a key once; in those lists, every pattern that occurs in what a key has become is replaced. Where a
+new name might be taken by a later pattern, it begins with a mark until the end, which no pattern begins with. What is
 dropped has no renaming: later patterns pass it by.
 
 mmengine's ``revise_keys`` are applied by ``re.sub``. transformers' ``key_mapping`` makes a ``WeightRenaming`` of each
-item, which knows ``\1`` only: a rule with more captures becomes a renaming for each text that changes, and the key begins
-with another mark meanwhile.
+item, which knows ``\1`` only: a rule with more captures becomes a renaming for each text that changes, and the key
+begins with another mark meanwhile.
 """
 
 from __future__ import annotations
@@ -111,14 +111,15 @@ def at_once(step: Step, mark: str) -> list[Renaming]:
 def one_by_one(step: Step, mark: str) -> list[Renaming]:
     r"""Write a step as renamings with one capture each.
 
-    >>> one_by_one(Step(r"^layer(\d+)\.(\d+)\.bn\.", r"stages.\1.blocks.\2.norm."), "")
-    [('^layer(\\d+)\\.(?=\\d+\\.bn\\.)', '~stages.\\1.blocks.'), ('^~(stages\\.\\d+\\.blocks\\.\\d+)\\.bn\\.', '\\1.norm.')]
+    >>> print(*one_by_one(Step(r"^layer(\d+)\.(\d+)\.bn\.", r"stages.\1.blocks.\2.norm."), ""), sep="\n")
+    ('^layer(\\d+)\\.(?=\\d+\\.bn\\.)', '~stages.\\1.blocks.')
+    ('^~(stages\\.\\d+\\.blocks\\.\\d+)\\.bn\\.', '\\1.norm.')
     >>> one_by_one(Step(r"^stages\.(\d+)\.blocks\.(\d+)\.", r"s.\1.blocks.\2."), "")
     [('^stages\\.(\\d+\\.blocks\\.\\d+)\\.', 's.\\1.')]
     """
     avoided, own, groups = _taken_apart(step.source)
     other = _texts_of(step.target or "", len(groups))
-    if any(set(text) & set("()\\^") for text in other) or (groups and other[-1][:1].isdigit()):
+    if r"\1" in step.source or any(set(text) & set("()\\^") for text in other) or (groups and other[-1][:1].isdigit()):
         raise CannotSayError(f"The rule '{step.source} -> {step.target}' has a name with special characters")
     end = "$" if own[-1].endswith("$") else ""
     own[-1] = own[-1].removesuffix("$")
