@@ -155,7 +155,8 @@ def unit_fit(source: Signature, target: Signature) -> float:
     for (_, shape, numeric, flipped), (_, wanted, wanted_numeric, _) in pairs:
         if numeric == wanted_numeric and operation_between(shape, wanted, flipped=flipped) is not None:
             fitting += 1
-            fits += 1.0 if flipped or squeeze(shape) == squeeze(wanted) else 0.3
+            turned_kernel = len(shape) == len(wanted) > 3 and shape != wanted  # as one of 1 x 11 for one of 11 x 1
+            fits += 1.0 if flipped or (squeeze(shape) == squeeze(wanted) and not turned_kernel) else 0.3
         elif bare and operation_between(shape, wanted, flipped=True) is not None:
             fitting += 1
             fits += 1.0

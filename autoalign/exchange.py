@@ -26,7 +26,7 @@ BY_ORDER = 0.85  # the confidence where their order alone does
 _CLEAR = 0.05  # how much better names must fit one way than the other to tell anything
 _OWN = 0.5  # weight of the own names of two modules beside those of the layers in them
 _ROUNDS = 3
-_UNLIKE = 0.5  # share of the layers of two modules that may be in one of them alone
+_UNLIKE = 0.5  # share of the layers of two modules that may have no counterpart in the other
 _MANY = 12  # alike siblings of which only neighbours are compared
 
 _Pairs = tuple[tuple[int, int], ...]  # places in the assignment that would exchange their sources
@@ -50,8 +50,10 @@ class Exchange:
         """Whether what tells the two apart says that they should exchange places."""
         if self.numbers > 0:
             return False
-        by_name = self.names < -_CLEAR and self.elsewhere <= 0 and self.anchors <= 0
-        return by_name or (self.anchors < 0 and self.names < _CLEAR)
+        if self.anchors < 0:
+            return self.names < _CLEAR
+        told = self.names < -_CLEAR or (self.numbers < 0 and self.order == 0 and self.names < _CLEAR)
+        return told and self.elsewhere <= 0 and self.anchors == 0
 
     @property
     def sureness(self) -> float:
@@ -220,7 +222,7 @@ def _instances(
     for modules in siblings.values():
         for first, second in _compared(modules):
             pairs, rest = _counterparts(first, second, below, paths, lambda unit: int(alike[place_of[unit]]))
-            if pairs and len(rest) <= _UNLIKE * 2 * len(pairs):
+            if pairs and len(rest) <= _UNLIKE * (len(rest) + 2 * len(pairs)):
                 yield from instances(first, second, pairs, rest)
     for within in layers.values():
         for first, second in _compared(within):

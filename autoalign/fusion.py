@@ -60,10 +60,14 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     units = units_of(parts)
     unit_of = {index: unit for unit in units for _, index in unit.parts}
     names = _role_names(units)
+    counts = Counter(_matrix(unit, parts) for unit in units)
     for index, part in enumerate(parts):
         unit = unit_of[index]
         plan = None
-        if pieces := _slices(part, siblings):
+        matrix = _matrix(unit, parts)
+        if matrix and counts[matrix] <= siblings.shapes[matrix] and siblings.shapes[squeeze(part.shape)]:
+            pieces = [part]  # the other side holds as many layers of this shape
+        elif pieces := _slices(part, siblings):
             pieces = [piece for each in pieces for piece in _split_slice(each, siblings)]
         elif plan := _plan(index, unit, parts, siblings):
             leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
@@ -78,6 +82,13 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
             fusions.append(Fusion(part.tensor, members, part.view, part.shape, plan, frozenset(absent)))
         result += pieces
     return result, fusions
+
+
+def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
+    """Tell the shape of a layer's matrix, whose parts its bias has too; empty for a layer that has none."""
+    weight = dict(unit.parts).get("weight")
+    shape = () if weight is None else squeeze(parts[weight].shape)
+    return shape if len(shape) > 1 else ()
 
 
 def _slices(part: Part, siblings: _Siblings) -> list[Part]:
@@ -130,7 +141,7 @@ class _Siblings:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.whole: Counter[tuple[str, Sizes]] = Counter()  # fused word and shape of tensors held whole
-        self.shapes = {squeeze(part.shape) for part in parts}
+        self.shapes = Counter(squeeze(part.shape) for part in parts)
         self.by_role: dict[tuple[tuple[str, ...], Sizes], set[Sizes]] = {}
         self.in_order: dict[Sizes, set[Sizes]] = {}  # rest of the shape -> sizes of neighbours of one shape
         self.lists: dict[int, set[Sizes]] = {}  # length of a list -> shapes of the matrices in each of its modules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,15 @@ from autoalign.graph import Path
 from autoalign.names import numbers, stem
 
 _ALIKE = 0.5  # share of the children of two modules that must have common names
+_FITTING = 0.9  # of namesakes below different prefixes that must be of reconcilable shapes
 _SHARE = 0.5  # of the smaller side's layers that must be namesakes before the shared names are believed
 
 
 def namesakes(
-    source: Sequence[Path], target: Sequence[Path], counts: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    source: Sequence[Path],
+    target: Sequence[Path],
+    counts: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
+    fits: Callable[[int, int], bool] | None = None,
 ) -> list[tuple[int, int]]:
     """Pair the layers of equal name, if most of one side has them and their surroundings are the same too.
 
@@ -32,6 +36,8 @@ def namesakes(
         source: The layers of the source.
         target: Those of the target.
         counts: How many layers each of them stands for; one where it is left out.
+        fits: Tells whether the shapes of two layers can be reconciled; where a prefix was taken off, those of most
+            namesakes must be.
     """
     each = counts or (np.ones(len(source), dtype=np.int64), np.ones(len(target), dtype=np.int64))
     source, target = _unwrapped(source), _unwrapped(target)
@@ -46,6 +52,8 @@ def namesakes(
         if path[: len(other)] == other and path[len(other) :] in place
     ]
     if share_of(pairs, each) < _SHARE:
+        return []
+    if fits and own != other and sum(fits(*pair) for pair in pairs) < _FITTING * len(pairs):
         return []
     children = _children(source, own), _children(target, other)
     trusted: dict[Path, bool] = {(): True}

@@ -135,7 +135,10 @@ def _match_parts(
     own, other = units_of(source.parts), units_of(target.parts)
     pairs = candidates(own, source.parts, other, target.parts)
     counts = counts_of(own, source.parts), counts_of(other, target.parts)
-    same = namesakes([unit.path for unit in own], [unit.path for unit in other], counts)
+    feasible = set(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True))
+    same = namesakes(
+        [unit.path for unit in own], [unit.path for unit in other], counts, lambda i, j: (i, j) in feasible
+    )
     fixed = _pinned_units(source, target, own, other, pins)
     held = {i for i, _ in fixed}, {j for _, j in fixed}
     fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
