@@ -90,16 +90,17 @@ def import_table(imports: Sequence[float], first_uses: Sequence[float]) -> Itera
 
 def scaling_table(points: Sequence[Point]) -> Iterator[str]:
     """Write a line for each matcher and size, and the growth."""
-    yield "| case | matcher | tensors | right | wrong | seconds | peak memory, MB |"
-    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    yield "| case | matcher | tensors | right | wrong | seconds | CPU seconds | peak memory, MB |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     for point in points:
         name = f"{point.case}, about {point.size:,}" if point.size else point.case
         if point.error:
-            yield f"| {name} | {point.peer} | | | | {point.error} | |"
+            yield f"| {name} | {point.peer} | | | | {point.error} | | |"
         else:
             yield (
                 f"| {name} | {point.peer} | {point.tensors:,} | {point.right:,} | {point.wrong:,} "
-                f"| {spread(point.seconds, 1, digits=2)} | {point.peak_bytes / 1e6:.0f} |"
+                f"| {spread(point.seconds, 1, digits=2)} | {spread(point.cpu_seconds, 1, digits=2)} "
+                f"| {point.peak_bytes / 1e6:.0f} |"
             )
     if (ratio := growth(points, 9_100, 91_000)) is not None:
         yield f"\nFrom about 9,100 to 91,991 tensors the time of autoalign grows {ratio:.1f}-fold."
