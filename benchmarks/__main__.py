@@ -43,7 +43,7 @@ class Plan:
     """How much is measured."""
 
     repeats: int = 5
-    processes: int = 5  # measured processes of each import and each way to load a file
+    processes: int = 5  # measured processes of each import
     perturbed: int = 81  # cases; three of each recipe
     pairs: int | None = None  # of each group; None for all
     partial: int | None = None
@@ -54,6 +54,7 @@ class Plan:
     slow_peers: bool = True  # whether the peers take part in the scaling series
     sizes: tuple[int, ...] = tuple(moe.SIZES)
     file_bytes: int = 2_000_000_000
+    file_ways: tuple[str, ...] = file_loading.WAYS
     subjects: int | None = None  # of the time of align
 
 
@@ -70,6 +71,7 @@ SMOKE = Plan(
     slow_peers=False,
     sizes=(1_000,),
     file_bytes=30_000_000,
+    file_ways=("own", "renamed"),
     subjects=1,
 )
 
@@ -176,7 +178,7 @@ def _scaling(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[st
 
 
 def _files(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
-    results.loads = list(file_loading.measure(plan.file_bytes, plan.processes))
+    results.loads = list(file_loading.measure(plan.file_bytes, plan.repeats, plan.file_ways))
     return tables.loading_table(results.loads)
 
 
@@ -205,6 +207,8 @@ def mistakes(results: Results) -> Iterator[str]:
     for load in results.loads:
         if not load.is_right:
             yield f"{load.format}, {load.way}: values differ after the load"
+        if load.way != "own" and not load.is_within_memory_budget:
+            yield f"{load.format}, {load.way}: {load.memory_bytes:,} bytes of memory beyond the model"
 
 
 def save(results: Results, lines: Sequence[str], folder: Path) -> None:
