@@ -47,7 +47,7 @@ class Plan:
     perturbed: int = 81  # cases; three of each recipe
     pairs: int | None = None  # of each group; None for all
     partial: int | None = None
-    gold: int | None = None
+    gold: int | None = None  # cases, from all over their list
     judged: int = 200  # perturbations for the reliability
     judged_among: Choice = ALL
     contested: Choice = _QUICK  # what is perturbed for all matchers, the slow ones too
@@ -104,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = replace(plan, repeats=options.repeats, processes=options.repeats)
     if options.count:
         plan = replace(plan, perturbed=options.count, judged=options.count)
+    if options.gold:
+        plan = replace(plan, gold=options.gold)
     peers = [peer for name, peer in PEERS.items() if not options.matchers or name in options.matchers]
     print(f"{machine_line()}\n")
     for peer in peers:
@@ -256,6 +258,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, help=f"measured runs of each time (default: {Plan().repeats})")
     parser.add_argument(
         "--count", type=int, help=f"perturbations (default: {Plan().perturbed}, {Plan().judged} judged)"
+    )
+    parser.add_argument(
+        "--gold",
+        type=int,
+        metavar="COUNT",
+        help="gold cases, from all over their list (default: all, and the large ones in scaling)",
     )
     parser.add_argument("--smoke", action="store_true", help="a little of every part, in less than a minute")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write tables, figures and plots there")
