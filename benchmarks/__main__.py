@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gold",
         type=int,
         metavar="COUNT",
-        help="gold cases, from all over their list (default: all, and the large ones in scaling)",
+        help="gold cases, from all over their list (default: all)",
     )
     parser.add_argument("--smoke", action="store_true", help="a little of every part, in less than a minute")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write tables, figures and plots there")
