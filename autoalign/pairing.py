@@ -10,6 +10,7 @@ import numpy as np
 
 from autoalign.alignment import Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
+from autoalign.calibration import calibrated
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
 from autoalign.decision import by_order_alone, coherence, confidence_of, related, special_units
 from autoalign.doubts import DOUBTED, TOLD
@@ -153,7 +154,8 @@ def _match_parts(
     kinds = pairs.source_kind, pairs.target_kind
     assignment, most = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds)
     confidence = confidence_of(assignment)
-    confidence = np.minimum(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1), most)
+    confidence = calibrated(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1))
+    confidence = np.minimum(confidence, most)
     by_name = share_of(same, counts) >= _MOST
     special = special_units(other, target.parts)
     order_alone = by_order_alone(assignment, (own, source.parts), (other, target.parts))
