@@ -152,7 +152,7 @@ def _match_parts(
         )
     ]
     kinds = pairs.source_kind, pairs.target_kind
-    assignment, most = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds)
+    assignment, most = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds, held[1])
     confidence = confidence_of(assignment)
     confidence = calibrated(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1))
     confidence = np.minimum(confidence, most)
