@@ -63,7 +63,7 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
     split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
     source = replace(source, parts=(*split[0][0], *fixed[0]), fusions=tuple(split[0][1]))
     target = replace(target, parts=(*split[1][0], *fixed[1]), fusions=tuple(split[1][1]))
-    found, mismatched = _match_parts(source, target, pins)
+    found, mismatched = _match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
     if found is None:
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
         return [], mismatched, (f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED,)
@@ -130,7 +130,10 @@ def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tu
 
 
 def _match_parts(
-    source: SideParts, target: SideParts, pins: Mapping[str, str]
+    source: SideParts,
+    target: SideParts,
+    pins: Mapping[str, str],
+    whole: tuple[Sequence[Part], Sequence[Part]],
 ) -> tuple[dict[int, Found] | None, list[Mismatch]]:
     """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
     own, other = units_of(source.parts), units_of(target.parts)
@@ -165,7 +168,7 @@ def _match_parts(
         found_too = set(assignment.target.tolist())
         by_name = share_of([(i, j) for i, j in same if j in found_too], counts) >= _HALF
     found: dict[int, Found] = {}
-    if not (pins or by_name) and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
+    if not (pins or by_name) and not related(assignment, confidence, (own, source.parts), (other, target.parts), whole):
         return None, _mismatches(source, target, own, other, same)
     taken = set(pins.values())
     for place in range(len(assignment.source)):
