@@ -176,6 +176,7 @@ def timed(
         load_by(way, folder, format_)(checked)
         are_right[way] = _is_right(checked, path_of(folder, format_, "own"))
         clear(model)
+        del checked  # a model that was assigned to keeps the file's pages in memory
     seconds: dict[tuple[str, bool], list[float]] = {(way, from_disk): [] for way in ways for from_disk in (True, False)}
     for from_disk in (True, False) if hasattr(os, "posix_fadvise") else (False,):
         for _ in range(repeats):
