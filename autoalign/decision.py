@@ -95,19 +95,19 @@ def _begin_differently(
     return first[0].tensor not in matched[0] and first[1].tensor not in matched[1]
 
 
-def by_order_alone(
+def told_by_little(
     assignment: Assignment,
     source: tuple[Sequence[Unit], Sequence[Part]],
     target: tuple[Sequence[Unit], Sequence[Part]],
-) -> NDArray[np.bool_]:
-    """Find the pairs that only the order of a short list decides, or nothing but a name that a twin has too.
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Find the pairs that only the order of a short list decides, and those that nothing decides against a twin.
 
     Long lists of blocks run from the input to the output in every library. Short ones whose members are equal may as
     well run the other way round, as the levels of a pyramid do; where their numbers differ, nothing tells. A parameter
     that stands alone and has a twin of its name and shape, which is left over, may be either.
     """
     pairs = list(zip(assignment.source.tolist(), assignment.target.tolist(), strict=True))
-    result = np.zeros(len(pairs), dtype=bool)
+    by_order, twins = np.zeros(len(pairs), dtype=bool), np.zeros(len(pairs), dtype=bool)
     lists = _short_lists(*source), _short_lists(*target)
     members = [(lists[0][source[0][i].path], lists[1][target[0][j].path]) for i, j in pairs]
     votes = Counter((a, b) for own, other in members for a in own for b in other if own[a][1] == other[b][1])
@@ -115,13 +115,13 @@ def by_order_alone(
     for (a, b), _ in votes.most_common():
         partner.setdefault(a, b)
     for place, (own, other) in enumerate(members):
-        result[place] = any(partner.get(a) in other and own[a][0] != other[partner[a]][0] for a in own)
+        by_order[place] = any(partner.get(a) in other and own[a][0] != other[partner[a]][0] for a in own)
     used = {i for i, _ in pairs}
     alone = [_alone(unit, source[1]) for unit in source[0]]
     left = {twin for index, twin in enumerate(alone) if twin and index not in used}
     for place, (i, _) in enumerate(pairs):
-        result[place] |= alone[i] in left
-    return result
+        twins[place] = alone[i] in left
+    return by_order, twins
 
 
 def _alone(unit: Unit, parts: Sequence[Part]) -> tuple[str, tuple[int, ...]] | None:

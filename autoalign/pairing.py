@@ -12,7 +12,7 @@ from autoalign.alignment import Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.calibration import calibrated
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
-from autoalign.decision import by_order_alone, coherence, confidence_of, related, special_units
+from autoalign.decision import coherence, confidence_of, related, special_units, told_by_little
 from autoalign.doubts import DOUBTED, TOLD
 from autoalign.evidence import is_alphabetical, side_evidence
 from autoalign.exchange import settled
@@ -161,7 +161,7 @@ def _match_parts(
     confidence = np.minimum(confidence, most)
     by_name = share_of(same, counts) >= _MOST
     special = special_units(other, target.parts)
-    order_alone = by_order_alone(assignment, (own, source.parts), (other, target.parts))
+    by_order, twins = told_by_little(assignment, (own, source.parts), (other, target.parts))
     if by_name:  # where names are shared, another name is another layer
         known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
         confidence = np.where(known | np.isin(assignment.target, special), confidence, DOUBTED * confidence)
@@ -179,7 +179,7 @@ def _match_parts(
         stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
         stranded &= j not in special or evidence["name"] < _SAME_NAME
         sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
-        sureness = min(sureness, TOLD if order_alone[place] else 1.0)
+        sureness = min(sureness, DOUBTED if twins[place] else TOLD if by_order[place] else 1.0)
         for a, b in paired_parts(own[i], other[j]):
             operation = _operation(source.parts[a], target.parts[b], flipped=a in pairs.flipped)
             if operation is None or source.key(source.parts[a]) in taken or target.key(target.parts[b]) in pins:
