@@ -44,10 +44,13 @@ class Exchange:
     numbers: int  # whether the numbers of the two agree as they are: 1, when exchanged: -1, or neither: 0
     order: int  # whether their order is the same on both sides: 1, the other way round: -1, or says nothing: 0
     elsewhere: int  # pairs of layers of the same names that cannot be exchanged and are matched likewise
+    is_led: bool = False  # whether the other members of the list tell in which direction it runs
 
     @property
     def is_better(self) -> bool:
         """Whether what tells the two apart says that they should exchange places."""
+        if self.is_led:
+            return self.order < 0 and self.names < _CLEAR
         if self.numbers > 0:
             return False
         if self.anchors < 0:
@@ -122,7 +125,12 @@ def exchanges(
     for (key, _), instances in found.items():
         pairs = tuple(pair for one in instances for pair in one.pairs)
         is_list = key[0] == key[1] and key[2] == key[3]
-        order = sum(_order(assignment, source, target, *pair) for pair in pairs)
+        leads = [_direction(assignment, source.paths, target.paths, one) if is_list else 0 for one in instances]
+        order = sum(
+            _order(assignment, source, target, *pair) * (lead or 1)
+            for one, lead in zip(instances, leads, strict=True)
+            for pair in one.pairs
+        )
         inside = Counter(templates[place] for pair in pairs for place in pair)
         result.append(
             Exchange(
@@ -133,6 +141,7 @@ def exchanges(
                 int(np.sign(sum(_numbers_agree(one.ends, one.modules) for one in instances))),
                 int(np.sign(order)) if is_list or (source.ordered and target.ordered) else 0,
                 min(together[names_] - count for names_, count in inside.items()),
+                is_list and all(lead < 0 for lead in leads),
             )
         )
     return result
@@ -164,6 +173,23 @@ def _order(assignment: Assignment, source: SideEvidence, target: SideEvidence, p
     own = source.ancestry.order[assignment.source[p]] < source.ancestry.order[assignment.source[q]]
     other = target.ancestry.order[assignment.target[p]] < target.ancestry.order[assignment.target[q]]
     return 1 if own == other else -1
+
+
+def _direction(assignment: Assignment, own: Sequence[Path], other: Sequence[Path], one: _Instance) -> int:
+    """Tell whether the other members of a list are matched in order: 1, in reverse order: -1, or neither: 0."""
+    source, target = one.ends[0][:-1], one.modules[0][:-1]
+    stems = stem(one.ends[0][-1]), stem(one.modules[0][-1])
+    votes: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
+    for i, j in zip(assignment.source.tolist(), assignment.target.tolist(), strict=True):
+        path, wanted = own[i], other[j]
+        if path[: len(source)] != source or wanted[: len(target)] != target or wanted[: len(target) + 1] in one.modules:
+            continue
+        if len(path) > len(source) and (stem(path[len(source)]), stem(wanted[len(target)])) == stems:
+            votes.setdefault(numbers(wanted[len(target)]), Counter())[numbers(path[len(source)])] += 1
+    partners = [votes[place].most_common(1)[0][0] for place in sorted(votes)]
+    if len(partners) < 2 or len(set(partners)) < len(partners):
+        return 0
+    return (partners == sorted(partners)) - (partners == sorted(partners, reverse=True))
 
 
 @dataclass(frozen=True, slots=True)
