@@ -9,8 +9,9 @@ from autoalign.adapting import adapted, checked_adapt
 from autoalign.alignment import Alignment, Match
 from autoalign.assembly import SideParts, with_ties
 from autoalign.candidates import operation_between
-from autoalign.checkpoint import Side, checkpoint_of
+from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.errors import InputError, PatternError
+from autoalign.execution import execution_order
 from autoalign.garbage import collection_paused
 from autoalign.pairing import Outcome, paired
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
@@ -27,6 +28,7 @@ def align(
     adapt: Iterable[str] = (),
     min_confidence: float = 0.5,
     container: str | None = None,
+    example_inputs: object = None,
 ) -> Alignment:
     """Align the tensors of a checkpoint with those of a model, whatever they are called.
 
@@ -54,6 +56,9 @@ def align(
             dict does not; without one they are taken to be square, and nothing is adapted where they cannot be.
         min_confidence: Matches below it, in [0, 1], are listed as ambiguous and not loaded.
         container: Which of several state dicts in the checkpoint to use, such as ``"ema"``.
+        example_inputs: What to call a module with, as ``execution_order`` takes it: the order in which a call uses the
+            tensors then stands for that in which they are registered. Each side that is a module is called once and
+            left as it was.
 
     Returns:
         The alignment. Each target key has exactly one status.
@@ -64,7 +69,7 @@ def align(
         CheckpointError: A file cannot be read.
     """
     with collection_paused():
-        return _align(source, target, rules, include, exclude, adapt, min_confidence, container)
+        return _align(source, target, rules, include, exclude, adapt, min_confidence, container, example_inputs)
 
 
 def _align(
@@ -76,16 +81,21 @@ def _align(
     adapt: Iterable[str],
     min_confidence: float,
     container: str | None,
+    example_inputs: object,
 ) -> Alignment:
     if not isinstance(min_confidence, int | float) or not 0 <= min_confidence <= 1:
         raise InputError(f"min_confidence must lie in [0, 1], not {min_confidence!r}. Nothing was aligned.")
     allowed = checked_adapt(adapt)
     own, other = checkpoint_of(source, container=container), checkpoint_of(target)
     out, unused = excluded_keys(include, exclude, list(own), list(other))
-    sides = (
+    sides: tuple[Specs, Specs] = (
         tuple(spec for spec in own.specs if spec.key not in out) if out else own.specs,
         tuple(spec for spec in other.specs if spec.key not in out) if out else other.specs,
     )
+    if example_inputs is not None:
+        sides = _as_called(own, sides[0], example_inputs), _as_called(other, sides[1], example_inputs)
+        if own.module is other.module is None:
+            raise InputError("example_inputs need a module on one side at least. Nothing was aligned.")
     rules = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
     found = None if pins else _identical(*sides)
@@ -113,6 +123,14 @@ def _align(
         tensors=own,
         target_tensors=other,
     )
+
+
+def _as_called(side: Checkpoint, specs: Specs, example_inputs: object) -> Specs:
+    """Sort the specs of a module by the order in which a call uses them."""
+    if side.module is None:
+        return specs
+    place = {key: place for place, key in enumerate(execution_order(side.module, example_inputs))}
+    return sorted(specs, key=lambda spec: place.get(spec.key, len(place)))
 
 
 def _identical(source: Specs, target: Specs) -> Outcome | None:

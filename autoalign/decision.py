@@ -13,10 +13,11 @@ from autoalign.evidence import Floats
 from autoalign.graph import Path, block_around
 from autoalign.matching import Assignment
 from autoalign.names import numbers, stem
-from autoalign.units import Part, Unit, counts_of
+from autoalign.units import Part, Unit, counts_of, units_of
 
 _LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks
-_SOUND = 0.3  # the fit of shapes from which a pair is more than elements of equal number
+_SOUND = 0.5  # the fit of shapes from which a pair is more than elements of equal number
+_WHOLE = 0.35  # the mean fit below which layers have little but one tensor each in common
 _LEAST = 0.3  # of either side's layers that must have a partner
 _COMPLETE = 0.92  # filled share of one side's blocks that settles the relation alone
 _SHORT = 6  # members of a list that may as well be in reverse order
@@ -37,13 +38,21 @@ def related(
     confidence: Floats,
     source: tuple[Sequence[Unit], Sequence[Part]],
     target: tuple[Sequence[Unit], Sequence[Part]],
+    whole: tuple[Sequence[Part], Sequence[Part]],
 ) -> bool:
     """Tell whether two networks have enough in common for any of it to be believed.
 
-    Where a block has a true counterpart, nearly all of its layers do. Between unrelated networks shapes agree here
-    and there, and blocks are filled in part. So the blocks that are touched at all must be filled nearly completely,
-    on one side or, to a lesser degree, on both. And the first layers must not be of different kinds: a network that
-    starts with a table of words is not one that starts with a convolution.
+    Where a block has a true counterpart, nearly all of its layers do, with nearly all of their tensors. Between
+    unrelated networks shapes agree here and there, and blocks are filled in part. So the blocks that are touched at all
+    must be filled nearly completely, on one side or, to a lesser degree, on both. And the networks must not begin with
+    layers of different kinds: one that starts with a table of words is not one that starts with a convolution.
+
+    Args:
+        assignment: The chosen pairs of units.
+        confidence: Of each.
+        source: Units and parts of the source that take part.
+        target: Those of the target.
+        whole: All parts of both sides, in scope or not.
     """
     likely = confidence > _LIKELY
     used = tuple(
@@ -53,13 +62,37 @@ def related(
     counts = counts_of(*source), counts_of(*target)
     if not likely.any() or max(np.average(by, weights=of) for by, of in zip(used, counts, strict=True)) < _LEAST:
         return False
-    first = [_first_layer(*side) for side in (source, target)]
-    if first[0] and first[1] and first[0][1] != first[1][1]:
-        sound = likely & (assignment.cues["shape"] >= _SOUND)
-        if first[0][0] not in assignment.source[sound] and first[1][0] not in assignment.target[sound]:
-            return False
+    if assignment.cues["shape"][likely].mean() < _WHOLE:
+        return False
+    sound = likely & (assignment.cues["shape"] >= _SOUND)
+    partnered = [
+        [side[1][part] for unit in index[sound] for _, part in side[0][unit].parts]
+        for side, index in ((source, assignment.source), (target, assignment.target))
+    ]
+    matched = frozenset(part.tensor for part in partnered[0]), frozenset(part.tensor for part in partnered[1])
+    tops = [frozenset(part.path[:1] for part in side) for side in partnered]
+    for around in ((source[1], target[1]), whole):
+        own, other = (
+            [units_of(parts), [unit for unit in units_of(parts) if unit.path[:1] in top]]
+            for parts, top in zip(around, tops, strict=True)
+        )
+        for units in zip(own, other, strict=True):
+            if _begin_differently(units, around, matched):
+                return False
     filled = _filled(source[0], used[0], counts[0]), _filled(target[0], used[1], counts[1])
     return max(filled) >= _COMPLETE or filled[0] * filled[1] >= _TOGETHER
+
+
+def _begin_differently(
+    units: tuple[Sequence[Unit], Sequence[Unit]],
+    parts: tuple[Sequence[Part], Sequence[Part]],
+    matched: tuple[frozenset[int], frozenset[int]],
+) -> bool:
+    """Tell whether the first layers of two networks are of different kinds, and neither has a matched tensor."""
+    first = [_first_layer(*side) for side in zip(units, parts, strict=True)]
+    if first[0] is None or first[1] is None or len(first[0].shape) == len(first[1].shape):
+        return False
+    return first[0].tensor not in matched[0] and first[1].tensor not in matched[1]
 
 
 def by_order_alone(
@@ -135,12 +168,12 @@ def special_units(units: Sequence[Unit], parts: Sequence[Part]) -> list[int]:
     return [index for index, of in enumerate(sizes) if of - {size for size, _ in common}]
 
 
-def _first_layer(units: Sequence[Unit], parts: Sequence[Part]) -> tuple[int, int] | None:
-    """Find the first layer with a matrix or a kernel, and how many dimensions that has."""
-    for index, unit in enumerate(units):
+def _first_layer(units: Sequence[Unit], parts: Sequence[Part]) -> Part | None:
+    """Find the matrix or the kernel of the first layer that has one."""
+    for unit in units:
         for values, part in unit.parts:
             if values == "weight" and parts[part].path[-1] == "weight" and len(parts[part].shape) > 1:
-                return index, len(parts[part].shape)
+                return parts[part]
     return None
 
 

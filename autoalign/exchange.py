@@ -9,7 +9,7 @@ names, numbers, order, and other places where one of them stands without the oth
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, pairwise
@@ -68,7 +68,11 @@ class Exchange:
 
 
 def settled(
-    assignment: Assignment, source: SideEvidence, target: SideEvidence, kinds: tuple[Ints, Ints]
+    assignment: Assignment,
+    source: SideEvidence,
+    target: SideEvidence,
+    kinds: tuple[Ints, Ints],
+    held: Collection[int] = (),
 ) -> tuple[Assignment, Floats]:
     """Carry out the exchanges that are better, and tell how far what is left may be believed.
 
@@ -77,6 +81,7 @@ def settled(
         source: Evidence of the source.
         target: Evidence of the target.
         kinds: [units] of each side: equal where all tensors of a unit have the same kinds and shapes.
+        held: Units of the target that keep what they have.
 
     Returns:
         The assignment, and for each of its pairs the confidence that it cannot exceed.
@@ -84,6 +89,9 @@ def settled(
     for _ in range(_ROUNDS):
         found = exchanges(assignment, source, target, kinds)
         better = [exchange for exchange in found if exchange.is_better]
+        if held:
+            fixed = set(np.flatnonzero(np.isin(assignment.target, list(held))).tolist())
+            better = [one for one in better if fixed.isdisjoint(place for pair in one.pairs for place in pair)]
         if not better:
             break
         assignment = exchanged(assignment, better)
@@ -171,15 +179,16 @@ class _Instance:
 
 def exchanged(assignment: Assignment, chosen: Sequence[Exchange]) -> Assignment:
     """Carry exchanges out, each layer at most once."""
-    source, moved = assignment.source.copy(), set[int]()
+    source, rival, moved = assignment.source.copy(), assignment.runner_up.copy(), set[int]()
     for exchange in sorted(chosen, key=lambda one: one.names):
         places = {place for pair in exchange.pairs for place in pair}
         if moved.isdisjoint(places):
             moved |= places
             for p, q in exchange.pairs:
+                rival[[p, q]] = source[[p, q]]
                 source[[p, q]] = source[[q, p]]
     cues = {**assignment.cues, "name": assignment.names[source, assignment.target]}
-    return replace(assignment, source=source, cues=cues)
+    return replace(assignment, source=source, runner_up=rival, cues=cues)
 
 
 def _instances(

@@ -10,6 +10,7 @@ import numpy as np
 
 from autoalign.alignment import Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
+from autoalign.calibration import calibrated
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
 from autoalign.decision import by_order_alone, coherence, confidence_of, related, special_units
 from autoalign.doubts import DOUBTED, TOLD
@@ -62,7 +63,7 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
     split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
     source = replace(source, parts=(*split[0][0], *fixed[0]), fusions=tuple(split[0][1]))
     target = replace(target, parts=(*split[1][0], *fixed[1]), fusions=tuple(split[1][1]))
-    found, mismatched = _match_parts(source, target, pins)
+    found, mismatched = _match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
     if found is None:
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
         return [], mismatched, (f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED,)
@@ -129,7 +130,10 @@ def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tu
 
 
 def _match_parts(
-    source: SideParts, target: SideParts, pins: Mapping[str, str]
+    source: SideParts,
+    target: SideParts,
+    pins: Mapping[str, str],
+    whole: tuple[Sequence[Part], Sequence[Part]],
 ) -> tuple[dict[int, Found] | None, list[Mismatch]]:
     """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
     own, other = units_of(source.parts), units_of(target.parts)
@@ -151,9 +155,10 @@ def _match_parts(
         )
     ]
     kinds = pairs.source_kind, pairs.target_kind
-    assignment, most = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds)
+    assignment, most = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds, held[1])
     confidence = confidence_of(assignment)
-    confidence = np.minimum(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1), most)
+    confidence = calibrated(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1))
+    confidence = np.minimum(confidence, most)
     by_name = share_of(same, counts) >= _MOST
     special = special_units(other, target.parts)
     order_alone = by_order_alone(assignment, (own, source.parts), (other, target.parts))
@@ -163,7 +168,7 @@ def _match_parts(
         found_too = set(assignment.target.tolist())
         by_name = share_of([(i, j) for i, j in same if j in found_too], counts) >= _HALF
     found: dict[int, Found] = {}
-    if not (pins or by_name) and not related(assignment, confidence, (own, source.parts), (other, target.parts)):
+    if not (pins or by_name) and not related(assignment, confidence, (own, source.parts), (other, target.parts), whole):
         return None, _mismatches(source, target, own, other, same)
     taken = set(pins.values())
     for place in range(len(assignment.source)):

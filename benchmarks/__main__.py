@@ -43,17 +43,18 @@ class Plan:
     """How much is measured."""
 
     repeats: int = 5
-    processes: int = 5  # measured processes of each import and each way to load a file
+    processes: int = 5  # measured processes of each import
     perturbed: int = 81  # cases; three of each recipe
     pairs: int | None = None  # of each group; None for all
     partial: int | None = None
-    gold: int | None = None
+    gold: int | None = None  # cases, from all over their list
     judged: int = 200  # perturbations for the reliability
     judged_among: Choice = ALL
     contested: Choice = _QUICK  # what is perturbed for all matchers, the slow ones too
     slow_peers: bool = True  # whether the peers take part in the scaling series
     sizes: tuple[int, ...] = tuple(moe.SIZES)
     file_bytes: int = 2_000_000_000
+    file_ways: tuple[str, ...] = file_loading.WAYS
     subjects: int | None = None  # of the time of align
 
 
@@ -70,6 +71,7 @@ SMOKE = Plan(
     slow_peers=False,
     sizes=(1_000,),
     file_bytes=30_000_000,
+    file_ways=("own", "renamed"),
     subjects=1,
 )
 
@@ -102,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = replace(plan, repeats=options.repeats, processes=options.repeats)
     if options.count:
         plan = replace(plan, perturbed=options.count, judged=options.count)
+    if options.gold:
+        plan = replace(plan, gold=options.gold)
     peers = [peer for name, peer in PEERS.items() if not options.matchers or name in options.matchers]
     print(f"{machine_line()}\n")
     for peer in peers:
@@ -176,7 +180,7 @@ def _scaling(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[st
 
 
 def _files(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
-    results.loads = list(file_loading.measure(plan.file_bytes, plan.processes))
+    results.loads = list(file_loading.measure(plan.file_bytes, plan.repeats, plan.file_ways))
     return tables.loading_table(results.loads)
 
 
@@ -205,6 +209,8 @@ def mistakes(results: Results) -> Iterator[str]:
     for load in results.loads:
         if not load.is_right:
             yield f"{load.format}, {load.way}: values differ after the load"
+        if load.way != "own" and not load.is_within_memory_budget:
+            yield f"{load.format}, {load.way}: {load.memory_bytes:,} bytes of memory beyond the model"
 
 
 def save(results: Results, lines: Sequence[str], folder: Path) -> None:
@@ -252,6 +258,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, help=f"measured runs of each time (default: {Plan().repeats})")
     parser.add_argument(
         "--count", type=int, help=f"perturbations (default: {Plan().perturbed}, {Plan().judged} judged)"
+    )
+    parser.add_argument(
+        "--gold",
+        type=int,
+        metavar="COUNT",
+        help="gold cases, from all over their list (default: all)",
     )
     parser.add_argument("--smoke", action="store_true", help="a little of every part, in less than a minute")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write tables, figures and plots there")

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from benchmarks.align_time import Timing
 from benchmarks.contest import Tally
-from benchmarks.file_loading import Load
+from benchmarks.file_loading import SMALLEST_FILE, Load, ratio
 from benchmarks.scaling import Point, growth
 
 FILE = Path(__file__).with_name("baseline.json")
 TOLERANCE = 1.6  # a time's ratio may grow by this factor, as a shared machine's ratios do by chance
-SMALLEST_FILE = 500_000_000  # bytes; the time of a smaller one says little about loading
 SHARE_TOLERANCE = 0.005  # a share of right tensors may fall by so much
 
 
@@ -42,14 +41,16 @@ def figures(
     for tally in tallies:
         if tally.peer == "autoalign" and tally.gold:
             yield f"right, {tally.group}, {tally.cases} cases", Figure(tally.right / tally.gold, is_share=True)
-    if (ratio := growth(points, 9_100, 91_000)) is not None:
-        yield "growth from 9,100 to 91,000 tensors", Figure(ratio)
-    own = {load.format: load.median_seconds for load in loads if load.way == "own"}
+    if (grown := growth(points, 9_100, 91_000)) is not None:
+        yield "growth from 9,100 to 91,000 tensors", Figure(grown)
+    own = {load.format: load for load in loads if load.way == "own"}
     for load in loads:
-        if load.way == "autoalign" and load.file_bytes >= SMALLEST_FILE:
-            megabytes = round(load.file_bytes / 1e8) * 100
-            name = f"autoalign.load over the format's own, {load.format}, about {megabytes:,} MB"
-            yield name, Figure(load.median_seconds / own[load.format])
+        if load.way in ("renamed", "apart") and load.file_bytes >= SMALLEST_FILE:
+            name = f"load over the format's own, {load.format}, {load.way}"
+            for from_disk, place in ((True, "disk"), (False, "memory")):
+                times = ratio(load, own[load.format], from_disk=from_disk)
+                if times is not None:
+                    yield f"{name}, about {round(load.file_bytes / 1e8) * 100:,} MB from {place}", Figure(times)
 
 
 def worse(measured: Mapping[str, Figure], path: Path = FILE) -> list[str]:

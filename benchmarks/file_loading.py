@@ -1,30 +1,54 @@
-"""Loading a file whose keys are renamed, against torch's and safetensors' own loading of one whose keys are not.
+"""Time and memory of ``load`` from a file with other names, against torch's and safetensors' own loading.
 
-Every way loads into the same model in a process of its own, which reports its time and its peak of resident memory,
-and whether every value is right.
+Those load a file that has the model's own names. Each way's time is taken in turn in one process: from the disk, after
+the system was told to drop the pages of the file that it has in memory, and again from memory, where there is nothing
+to wait for but the copy itself, and alignment shows the most. Where the system cannot be told, there is no first time.
 
-    python -m benchmarks.file_loading FILE autoalign    # one measurement, as JSON
+Memory is what a process of its own takes beyond the model: the most that its anonymous memory grows while it loads,
+looked at every two milliseconds. Pages of the mapped file are not in it, since the system may take them back at any
+time; neither are they in the figures of the others.
+
+    python -m benchmarks.file_loading FOLDER safetensors renamed 2000000000    # memory of one way, in bytes
 """
 
 from __future__ import annotations
 
-import json
+import gc
+import os
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.memory import peak_bytes
+import autoalign
+from benchmarks.memory import anonymous_bytes
 
-LAYERS = 24
+TIME_BUDGET = 1.15  # times the time of the format's own way, from the disk
+MEMORY_BUDGET = 64 * 2**20  # bytes beyond the largest tensor
+SMALLEST_FILE = 500_000_000  # bytes; the time of a smaller one says little about loading
 FORMATS = ("safetensors", "torch")
+# the format's own; autoalign with other names; with query, key and value apart too; and assigning to a model on meta
+WAYS = ("own", "renamed", "apart", "assign")
+_LAYERS, _HEADS = 18, 12
+_NAMES = {
+    r"^layers\.": "encoder.layer.",
+    r"self_attn\.out_proj": "attention.output.dense",
+    r"self_attn\.in_proj_": "attention.self.qkv.",
+    r"linear1": "intermediate.dense",
+    r"linear2": "output.dense",
+    r"norm1": "attention.output.LayerNorm",
+    r"norm2": "output.LayerNorm",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,127 +56,189 @@ class Load:
     """One way to load one file."""
 
     format: str
-    way: str  # autoalign, or the format's own
+    way: str
     file_bytes: int
-    seconds: tuple[float, ...]
-    peak_bytes: int  # of resident memory above that of the model; mapped pages of the file count
-    is_right: bool
+    largest_bytes: int  # of a tensor
+    from_disk: tuple[float, ...]  # seconds of each repeat; empty for assign, which copies nothing
+    from_memory: tuple[float, ...]
+    memory_bytes: int | None  # beyond the model; None where the platform does not tell
+    is_right: bool  # whether every value is that of the file
 
     @property
-    def median_seconds(self) -> float:
-        return median(self.seconds)
+    def is_within_memory_budget(self) -> bool:
+        return self.memory_bytes is None or self.memory_bytes <= self.largest_bytes + MEMORY_BUDGET
 
 
-class Block(nn.Module):
-    """A layer of a transformer, with its usual names; it computes nothing."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+def ratio(load: Load, own: Load, *, from_disk: bool = True) -> float | None:
+    """Divide a way's median time by that of the format's own; None where there are no times."""
+    seconds = [each.from_disk if from_disk else each.from_memory for each in (load, own)]
+    return median(seconds[0]) / median(seconds[1]) if all(seconds) else None
 
 
-def model_of(file_bytes: int) -> nn.Module:
-    """Build a model whose float32 tensors take about so many bytes; its values are not set."""
-    width = max(64, int((file_bytes / 4 / LAYERS / 12) ** 0.5) // 64 * 64)
+def network(file_bytes: int, device: str = "cpu") -> nn.Module:
+    """Make a transformer whose float32 tensors take about so many bytes, and are in memory."""
+    width = max(1, round((file_bytes / 4 / 12 / _LAYERS) ** 0.5 / _HEADS / 4)) * _HEADS * 4
     with torch.device("meta"):
-        model = nn.ModuleDict(
-            {"blocks": nn.ModuleList([Block(width) for _ in range(LAYERS)]), "norm": nn.LayerNorm(width)}
-        )
-    return model.to_empty(device="cpu")
+        layer = nn.TransformerEncoderLayer(width, _HEADS, 4 * width, batch_first=True)
+        model = nn.TransformerEncoder(layer, _LAYERS, enable_nested_tensor=False)
+    if device != "meta":
+        model.to_empty(device=device)
+        clear(model)
+    return model
 
 
-def renamed_key(key: str) -> str:
-    """Name a tensor as another hand does.
-
-    >>> renamed_key("blocks.3.mlp.fc1.weight")
-    'model.encoder.layers.3.ffn.linear1.weight'
-    """
-    words = {"blocks": "layers", "norm1": "ln_1", "norm2": "ln_2", "attn": "attention", "proj": "out_proj"}
-    words |= {"mlp": "ffn", "fc1": "linear1", "fc2": "linear2", "norm": "ln_post"}
-    return "model.encoder." + ".".join(words.get(name, name) for name in key.split("."))
+@torch.no_grad()
+def clear(model: nn.Module) -> None:
+    """Set every value, so that nothing of an earlier load is left and the pages are in memory."""
+    for parameter in model.parameters():
+        parameter.fill_(0.5)
 
 
-def measure(file_bytes: int, repeats: int) -> Iterator[Load]:
-    """Load a file of each format in its ways, in turn, each load in a process of its own; no file is left over."""
-    for format_ in FORMATS:
-        with tempfile.TemporaryDirectory() as folder:
-            paths = write(Path(folder), format_, file_bytes)
-            loads = [_in_process(path, way, file_bytes) for _ in range(repeats) for way, path in paths.items()]
-            for way, path in paths.items():
-                own = [load for load in loads if load.way == way]
-                seconds = tuple(load.seconds[0] for load in own)
-                peak = max(load.peak_bytes for load in own)
-                yield Load(format_, way, path.stat().st_size, seconds, peak, all(load.is_right for load in own))
-
-
-def write(folder: Path, format_: str, file_bytes: int) -> dict[str, Path]:
-    """Write the file of each way: with other keys for autoalign, and with the model's for the format's own."""
-    from safetensors.torch import save_file
-
-    paths = {way: folder / f"{way}.{format_}" for way in ("autoalign", "own")}
-    tensors = _filled(model_of(file_bytes).state_dict())
-    for way, path in paths.items():
-        named = {renamed_key(key) if way == "autoalign" else key: tensor for key, tensor in tensors.items()}
-        if format_ == "safetensors":
-            save_file(named, path)
+def renamed(state_dict: dict[str, Tensor], *, apart: bool) -> dict[str, Tensor]:
+    """Give a state dict the names of BERT, with query, key and value in one tensor or apart."""
+    result = {}
+    for key, tensor in state_dict.items():
+        name = key
+        for old, new in _NAMES.items():
+            name = re.sub(old, new, name)
+        if apart and ".qkv." in name:
+            for part, value in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                result[name.replace("qkv", part)] = value.clone()
         else:
-            torch.save(named, path)
-    return paths
+            result[name] = tensor
+    return result
 
 
-def _filled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor one value of its own everywhere, which is quick to write and to check."""
-    for number, tensor in enumerate(tensors.values()):
-        tensor.fill_(number + 1)
-    return tensors
+def measure(file_bytes: int, repeats: int, ways: Sequence[str] = WAYS) -> Iterator[Load]:
+    """Load a file of each format in several ways, of which the first is the format's own; no file is left over."""
+    for format_ in FORMATS:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write(folder, format_, file_bytes)
+            seconds, are_right = timed(folder, format_, file_bytes, repeats, ways)
+            for way in ways:
+                yield Load(
+                    format_,
+                    way,
+                    path_of(folder, format_, way).stat().st_size,
+                    max(tensor.nbytes for tensor in network(file_bytes, "meta").parameters()),
+                    tuple(seconds[way, True]),
+                    tuple(seconds[way, False]),
+                    _memory_in_process(folder, format_, way, file_bytes),
+                    are_right[way],
+                )
 
 
-def _in_process(path: Path, way: str, file_bytes: int) -> Load:
-    command = [sys.executable, "-m", "benchmarks.file_loading", str(path), way, str(file_bytes)]
+def path_of(folder: Path, format_: str, way: str) -> Path:
+    """Name the file that a way loads."""
+    return folder / f"{'renamed' if way == 'assign' else way}.{format_}"
+
+
+@torch.no_grad()
+def write(folder: Path, format_: str, file_bytes: int) -> None:
+    """Write the file of each way, with random values."""
+    model = network(file_bytes)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(generator=generator)
+    state_dict = model.state_dict()
+    for way in ("own", "renamed", "apart"):
+        tensors = state_dict if way == "own" else renamed(state_dict, apart=way == "apart")
+        path = path_of(folder, format_, way)
+        if format_ == "safetensors":
+            safetensors.torch.save_file(tensors, path)
+        else:
+            torch.save(tensors, path)
+
+
+def load_by(way: str, folder: Path, format_: str) -> Callable[[nn.Module], object]:
+    """Give the function that loads a model in one way."""
+    path = path_of(folder, format_, way)
+    if way != "own":
+        return lambda model: autoalign.load(model, path, strict=True, assign=way == "assign")
+    if format_ == "safetensors":
+        return lambda model: safetensors.torch.load_model(model, path)
+    return lambda model: model.load_state_dict(torch.load(path, mmap=True, weights_only=True))
+
+
+def timed(
+    folder: Path, format_: str, file_bytes: int, repeats: int, ways: Sequence[str] = WAYS
+) -> tuple[dict[tuple[str, bool], list[float]], dict[str, bool]]:
+    """Check every way once, then time them in turn.
+
+    Returns:
+        The seconds by way and by whether they are from the disk, and for each way whether all values were right.
+    """
+    model = network(file_bytes)
+    are_right = {}
+    for way in ways:
+        checked = network(file_bytes, "meta") if way == "assign" else model
+        load_by(way, folder, format_)(checked)
+        are_right[way] = _is_right(checked, path_of(folder, format_, "own"))
+        clear(model)
+        del checked  # a model that was assigned to keeps the file's pages in memory
+    seconds: dict[tuple[str, bool], list[float]] = {(way, from_disk): [] for way in ways for from_disk in (True, False)}
+    for from_disk in (True, False) if hasattr(os, "posix_fadvise") else (False,):
+        for _ in range(repeats):
+            for way in [way for way in ways if way != "assign"]:
+                (_drop if from_disk else _bring)(path_of(folder, format_, way))
+                load = load_by(way, folder, format_)
+                start = time.perf_counter()
+                load(model)
+                seconds[way, from_disk].append(time.perf_counter() - start)
+    return seconds, are_right
+
+
+def _is_right(model: nn.Module, own: Path) -> bool:
+    is_torch = own.suffix == ".torch"
+    expected = torch.load(own, mmap=True, weights_only=True) if is_torch else safetensors.torch.load_file(own)
+    return all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+
+
+def _drop(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def _bring(file: Path) -> None:
+    with file.open("rb") as stream:
+        while stream.read(2**24):
+            pass
+
+
+def _memory_in_process(folder: Path, format_: str, way: str, file_bytes: int) -> int | None:
+    if anonymous_bytes() is None:
+        return None
+    command = [sys.executable, "-m", "benchmarks.file_loading", str(folder), format_, way, str(file_bytes)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[1])
-    figures = json.loads(done.stdout)
-    return Load(**figures | {"seconds": tuple(figures["seconds"])})
+    return int(done.stdout)
 
 
-def loaded(path: Path, way: str, file_bytes: int) -> Load:
-    """Load a file in this process, and check every tensor; imports are done before the clock starts."""
-    model = model_of(file_bytes)
-    format_ = path.suffix[1:]
-    load = _ways()[way, format_]
-    for tensor in model.state_dict().values():
-        tensor.zero_()  # so that the model's own pages are in memory
-    before = peak_bytes()
-    start = time.perf_counter()
-    load(model, path)
-    seconds = time.perf_counter() - start
-    peak = max(peak_bytes() - before, 0)
-    is_right = all(bool((tensor == number).all()) for number, tensor in enumerate(model.state_dict().values(), start=1))
-    return Load(format_, way, path.stat().st_size, (seconds,), peak, is_right)
-
-
-def _ways() -> dict[tuple[str, str], Callable[[nn.Module, Path], object]]:
-    import safetensors.torch
-
-    import autoalign
-
-    linear = nn.Linear(2, 2)
+def peak_memory(load: Callable[[nn.Module], object], model: nn.Module) -> int:
+    """Measure by how many bytes the anonymous memory of this process grows at most while a model is loaded."""
+    linear = nn.Linear(2, 2)  # under another name, since what alignment needs is imported late
     autoalign.load(linear, {f"model.{key}": tensor for key, tensor in linear.state_dict().items()})
+    gc.collect()
+    done = threading.Event()
+    seen = [anonymous_bytes() or 0]
 
-    def torch_own(model: nn.Module, path: Path) -> None:
-        model.load_state_dict(torch.load(path, mmap=True, weights_only=True))
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(anonymous_bytes() or 0)
 
-    def safetensors_own(model: nn.Module, path: Path) -> None:
-        safetensors.torch.load_model(model, path)
-
-    return {
-        **{("autoalign", format_): autoalign.load for format_ in FORMATS},
-        ("own", "torch"): torch_own,
-        ("own", "safetensors"): safetensors_own,
-    }
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        load(model)
+    finally:
+        done.set()
+        watcher.join()
+    return max(*seen, anonymous_bytes() or 0) - seen[0]
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(loaded(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))))
+    where, kind, name_of_way, size = sys.argv[1:]
+    empty = network(int(size), "meta" if name_of_way == "assign" else "cpu")
+    print(peak_memory(load_by(name_of_way, Path(where), kind), empty))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import autoalign
-from benchmarks.accuracy import SCORE
+from benchmarks import gold
 
 _REPEATED = 4  # times a kind of tensor occurs in a network with repeated blocks
 
@@ -47,9 +47,9 @@ def sides(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for first, *aliases in case.get("tied_source", []):
         source.update(dict.fromkeys(aliases, source[first]))
     first_of: dict[str, str] = {}
-    for key, gold in case["gold"].items():  # what one tensor fills is one tensor of the model
-        if gold and "copy" in gold and key in target:
-            target[key] = target[first_of.setdefault(gold["copy"], key)]
+    for key, expression in case["gold"].items():  # what one tensor fills is one tensor of the model
+        if expression and "copy" in expression and key in target:
+            target[key] = target[first_of.setdefault(expression["copy"], key)]
     return source, target
 
 
@@ -84,4 +84,4 @@ def measure(path: Path) -> Induction:
 
 def cases() -> list[Path]:
     """List the benchmark's cases, by name."""
-    return sorted((SCORE.parent / "cases").rglob("*.json.gz"))
+    return gold.paths()

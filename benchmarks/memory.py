@@ -1,4 +1,4 @@
-"""The largest resident memory of this process so far."""
+"""The memory of this process: the largest resident so far, and the anonymous now."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ def peak_bytes() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def anonymous_bytes() -> int | None:
+    """Read the resident memory that no file backs; None where the platform does not tell."""
+    status = Path("/proc/self/status")
+    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.is_file() else None
+    return int(found[1]) * 1024 if found else None

@@ -117,7 +117,7 @@ def _group(found: Sequence[Path], random: Random) -> Paths:
     return {
         path: (*place, str(int(path[depth]) // size), level, str(int(path[depth]) % size), *path[depth + 1 :])
         for path in found
-        if len(path) > depth and path[:depth] == place
+        if len(path) > depth and path[:depth] == place and path[depth].isdecimal()
     }
 
 

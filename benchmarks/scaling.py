@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.moe import INFERENCE, PUBLISHED, SIZES, state_dict, truth
 from benchmarks.peers import PEERS, Peer
 
+Result = TypeVar("Result")
 LIMIT = 120.0  # seconds that a process may take, after which the peer has no figure at this size
 
 
@@ -37,6 +39,7 @@ class Point:
     right: int
     wrong: int
     seconds: tuple[float, ...]  # of each repeat, in one process
+    cpu_seconds: tuple[float, ...]  # of all threads; a busy machine hardly changes them
     peak_bytes: int  # of resident memory above that before the first call
     error: str = ""
     case: str = "mixture of experts"
@@ -70,7 +73,7 @@ def measure_gold(repeats: int) -> Iterator[Point]:
 def _in_process(peer: Peer, size: int, repeats: int, case: str = "") -> Point:
     command = [sys.executable, "-m", "benchmarks.scaling", case or str(size), peer.name, str(repeats)]
     if peer.most_tensors is not None and size > peer.most_tensors:
-        return Point(peer.name, size, 0, 0, 0, (), 0, f"more than {peer.most_tensors:,} tensors: not tried")
+        return Point(peer.name, size, 0, 0, 0, (), (), 0, f"more than {peer.most_tensors:,} tensors: not tried")
     try:
         done = subprocess.run(
             command,
@@ -81,12 +84,12 @@ def _in_process(peer: Peer, size: int, repeats: int, case: str = "") -> Point:
             cwd=Path(__file__).resolve().parents[1],
         )
     except subprocess.TimeoutExpired:
-        return Point(peer.name, size, 0, 0, 0, (), 0, "too slow")
+        return Point(peer.name, size, 0, 0, 0, (), (), 0, "too slow")
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
-        return Point(peer.name, size, 0, 0, 0, (), 0, lines[-1][:120])
+        return Point(peer.name, size, 0, 0, 0, (), (), 0, lines[-1][:120])
     figures = json.loads(done.stdout)
-    return Point(**figures | {"seconds": tuple(figures["seconds"])})
+    return Point(**figures | {name: tuple(figures[name]) for name in ("seconds", "cpu_seconds")})
 
 
 def measured(peer: Peer, size: int, repeats: int) -> Point:
@@ -97,15 +100,10 @@ def measured(peer: Peer, size: int, repeats: int) -> Point:
     source, target = state_dict(moe, PUBLISHED), state_dict(moe, INFERENCE)
     true_keys = truth(moe, PUBLISHED, INFERENCE)
     before = peak_bytes()
-    seconds, mapping = [], {}
-    for _ in range(repeats):
-        start = time.perf_counter()
-        mapping = peer.match(source, target)
-        seconds.append(time.perf_counter() - start)
+    mapping, seconds, cpu_seconds = _timed(lambda: peer.match(source, target), repeats)
     right = sum(true_keys[key] == own for key, own in mapping.items())
-    return Point(
-        peer.name, size, len(target), right, len(mapping) - right, tuple(seconds), max(peak_bytes() - before, 0)
-    )
+    peak = max(peak_bytes() - before, 0)
+    return Point(peer.name, size, len(target), right, len(mapping) - right, seconds, cpu_seconds, peak)
 
 
 def measured_gold(name: str, repeats: int) -> Point:
@@ -114,15 +112,11 @@ def measured_gold(name: str, repeats: int) -> Point:
     autoalign.align(one, one)
     (case,) = gold.gold_cases(name)
     before = peak_bytes()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        alignment = autoalign.align(case.source, case.target)
-        seconds.append(time.perf_counter() - start)
+    alignment, seconds, cpu_seconds = _timed(lambda: autoalign.align(case.source, case.target), repeats)
     peak = max(peak_bytes() - before, 0)
     judged = [case.is_right(match, alignment) for match in alignment.matches if match.target in case.expressions]
     right, wrong = sum(judged), len(judged) - sum(judged)
-    return Point("autoalign", 0, case.gold_count, right, wrong, tuple(seconds), peak, case=case.name)
+    return Point("autoalign", 0, case.gold_count, right, wrong, seconds, cpu_seconds, peak, case=case.name)
 
 
 def growth(points: Sequence[Point], small: int, large: int) -> float | None:
@@ -133,6 +127,17 @@ def growth(points: Sequence[Point], small: int, large: int) -> float | None:
         if point.peer == "autoalign" and point.size and point.seconds
     }
     return times[large] / times[small] if {small, large} <= set(times) else None
+
+
+def _timed(call: Callable[[], Result], repeats: int) -> tuple[Result, tuple[float, ...], tuple[float, ...]]:
+    """Call, and give the last result with the seconds of the clock and of the processors for each time."""
+    seconds, cpu_seconds, results = [], [], []
+    for _ in range(repeats):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        results = [call()]
+        seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
+    return results[0], tuple(seconds), tuple(cpu_seconds)
 
 
 def _quietly(call: Callable[[], object]) -> None:

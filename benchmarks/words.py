@@ -22,7 +22,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "linear": ("fc", "dense", "lin"),
     "dense": ("fully", "densely"),
     "proj": ("projection", "prj", "project"),
-    "qkv": ("in_proj", "query_key_value", "wqkv"),
+    "qkv": ("in_proj", "wqkv", "qkv_proj"),  # not query_key_value, which stands for rows laid out head by head
     "q": ("query", "to_q", "wq"),
     "k": ("key", "to_k", "wk"),
     "v": ("value", "to_v", "wv"),

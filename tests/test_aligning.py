@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import autoalign
 from autoalign.alignment import Alignment
@@ -310,3 +310,37 @@ def test_a_gate_that_may_be_the_other_half_is_doubted(first: str, second: str, d
         (way,) = (candidate.operation for candidate in match.alternatives)
         halves = way.apply([torch.arange(48.0)[:, None].expand(48, 8)])[0][:, 0]
         assert torch.equal(halves, torch.arange(48.0).roll(24))
+
+
+class Mixer(nn.Module):
+    """Two equal layers with meaningless names, registered in either order and called in one."""
+
+    def __init__(self, names: tuple[str, str, str], *, reverse: bool) -> None:
+        super().__init__()
+        self.names = names
+        layers = {name: nn.Linear(8, 8) for name in names}
+        for name in reversed(names) if reverse else names:
+            self.add_module(name, layers[name])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.names:
+            x = getattr(self, name)(x).tanh()
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_a_call_tells_the_order_that_registration_hides() -> None:
+    source = Mixer(("oak", "elm", "fir"), reverse=False)
+    target = Mixer(("red", "tan", "sky"), reverse=True)
+    told = autoalign.align(source, target, example_inputs=torch.ones(1, 8))
+    wanted = {
+        f"{a}.{leaf}": f"{b}.{leaf}"
+        for a, b in zip(source.names, target.names, strict=True)
+        for leaf in ("weight", "bias")
+    }
+    found = {m.sources[0]: m.target for m in (*told.matches, *told.ambiguous) if "head" not in m.target}
+    assert found == wanted
+    misled = autoalign.align(source, target)
+    assert {m.sources[0]: m.target for m in (*misled.matches, *misled.ambiguous) if "head" not in m.target} != wanted
+    with pytest.raises(autoalign.InputError, match="need a module"):
+        autoalign.align(source.state_dict(), target.state_dict(), example_inputs=torch.ones(1, 8))

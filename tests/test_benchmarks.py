@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import autoalign
 from autoalign.specs import TensorSpec
@@ -21,6 +24,7 @@ from benchmarks.architectures import Architecture, Choice, few_architectures
 from benchmarks.baseline import Figure
 from benchmarks.content_steps import shuffled
 from benchmarks.contest import Attempt, TimeLimitError, attempt_on_keys, tallied, time_limit
+from benchmarks.memory import anonymous_bytes
 from benchmarks.module_trees import telling_words, tree_of
 from benchmarks.naming_steps import Entry
 from benchmarks.peers import PEERS, Peer
@@ -197,20 +201,41 @@ def test_the_time_at_one_size_is_measured_with_its_result() -> None:
 
 @pytest.mark.parametrize("format_", file_loading.FORMATS)
 def test_files_load_with_the_right_values_in_every_way(format_: str, tmp_path: Path) -> None:
-    paths = file_loading.write(tmp_path, format_, 5_000_000)
-    loads = [file_loading.loaded(path, way, 5_000_000) for way, path in paths.items()]
-    assert [(load.format, load.way, load.is_right) for load in loads] == [
-        (format_, "autoalign", True),
-        (format_, "own", True),
-    ]
+    file_loading.write(tmp_path, format_, 5_000_000)
+    seconds, are_right = file_loading.timed(tmp_path, format_, 5_000_000, 2)
+    assert are_right == dict.fromkeys(file_loading.WAYS, True)
+    for way in file_loading.WAYS:
+        assert len(seconds[way, False]) == (0 if way == "assign" else 2)
 
 
 def test_a_wrong_value_in_a_file_is_noticed(tmp_path: Path) -> None:
-    path = file_loading.write(tmp_path, "torch", 5_000_000)["own"]
+    file_loading.write(tmp_path, "torch", 5_000_000)
+    path = file_loading.path_of(tmp_path, "torch", "apart")
     tensors = torch.load(path)
-    tensors["blocks.0.norm1.bias"][3] = -1
+    tensors["encoder.layer.0.attention.self.query.bias"][3] = -1
     torch.save(tensors, path)
-    assert not file_loading.loaded(path, "own", 5_000_000).is_right
+    _, are_right = file_loading.timed(tmp_path, "torch", 5_000_000, 0)
+    assert are_right == {"own": True, "renamed": True, "apart": False, "assign": True}
+
+
+@pytest.mark.skipif(anonymous_bytes() is None, reason="the platform does not tell a process's anonymous memory")
+def test_memory_that_a_load_takes_for_a_while_is_measured() -> None:
+    def wasteful(_: nn.Module) -> None:
+        taken = torch.ones(50_000_000 // 4)  # gone when this returns
+        time.sleep(0.05)
+        assert taken.any()
+
+    assert file_loading.peak_memory(lambda _: None, nn.Linear(2, 2)) < 10_000_000
+    assert file_loading.peak_memory(wasteful, nn.Linear(2, 2)) > 45_000_000
+    assert not file_loading.Load("torch", "renamed", 10**9, 2**20, (), (), 66 * 2**20, True).is_within_memory_budget
+
+
+def test_ratios_of_loads_are_of_their_medians_and_only_large_files_give_figures() -> None:
+    own = file_loading.Load("torch", "own", 2 * 10**9, 2**20, (1.0, 2.0, 9.0), (1.0,), 0, True)
+    ours = file_loading.Load("torch", "renamed", 2 * 10**9, 2**20, (3.0, 1.0, 4.0), (1.5,), 0, True)
+    figures = dict(baseline.figures(loads=[own, ours]))
+    assert {name.rsplit(" ", 1)[1]: figure.value for name, figure in figures.items()} == {"disk": 1.5, "memory": 1.5}
+    assert not dict(baseline.figures(loads=[replace(load, file_bytes=10**7) for load in (own, ours)]))
 
 
 def test_confidences_are_binned_and_laid_out_as_arrays(tmp_path: Path) -> None:

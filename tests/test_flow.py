@@ -45,6 +45,7 @@ FLOW = (
         "fusion",
         "scope",
         "evidence",
+        "calibration",
         "matching",
         "exchange",
         "mismatches",
