@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import autoalign
 from autoalign import cli, demo
 from autoalign.alignment import Alignment
 
-ROOT = Path(__file__).parents[2]
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def comparable(report: str) -> str:
@@ -28,7 +29,9 @@ def test_the_demonstration_loads_everything_and_computes_the_same(capsys: pytest
     assert errors == ""
     assert re.search(r"^matched +384 +[\d,]+  100\.0 % of the target$", report, re.MULTILINE)
     assert "trunk_output.block1 -> s1" in report
-    assert comparable(report) in comparable((ROOT / "README.md").read_text(encoding="utf-8"))
+    (shown,) = re.findall(r"^```text\n(torchvision\..*?)^```$", README, re.MULTILINE | re.DOTALL)
+    checker, flags = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert checker.check_output(comparable(shown), comparable(report), flags)
     difference = re.search(r"^Largest relative difference of the outputs: (\S+) \(equal", report, re.MULTILINE)
     assert difference
     assert float(difference[1]) <= 1e-3
