@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import re
+import secrets
+import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -29,7 +31,7 @@ from autoalign.writers.staging import staged
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("safetensors",)
+FORMATS = ("safetensors", "dcp")
 
 _SUFFIX = ".safetensors"
 _OTHERS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip"})
@@ -69,7 +71,8 @@ def convert(
         checkpoint: The source: a path, a mapping of tensors, a module, or an open ``Checkpoint``.
         target: What to write it for, in any of the same forms. Its values are not needed; it may be on ``meta``.
         output_path: A file, ``NAME.safetensors``, or else a folder, in which the file is ``model.safetensors``.
-        format: ``"safetensors"``.
+        format: ``"safetensors"``, or ``"dcp"`` for a folder of ``torch.distributed.checkpoint``, which must be new or
+            empty, and has neither a limit of size nor metadata.
         dtype: What floating-point tensors are converted to, such as ``torch.float16`` or ``"bfloat16"``; by default all
             keep the dtype that they have in the checkpoint.
         max_shard_size: Bytes of data in a file, or a text such as ``"5GB"`` or ``"4GiB"``. What is larger is written
@@ -98,8 +101,11 @@ def convert(
     if format not in FORMATS:
         raise InputError(f"format={format!r} is none that can be written. {_UNDONE} Choose {', '.join(FORMATS)}.")
     cast, limit = _floating_dtype(dtype), shard_size(max_shard_size)
-    folder, stem = _place(Path(output_path))
-    older = _older(folder, stem)
+    is_folder = format == "dcp"
+    folder, stem = (Path(output_path), "") if is_folder else _place(Path(output_path))
+    older = _content(folder) if is_folder else _older(folder, stem)
+    if older and is_folder:
+        raise OutputError(f"{str(folder)!r} is not a new or empty folder. {_UNDONE} Name another output.")
     if older and not overwrite:
         raise OutputError(
             f"{str(folder / older[0])!r} exists. {_UNDONE} Pass overwrite=True to replace it, or name another output."
@@ -119,7 +125,8 @@ def convert(
     if strict:
         advice = f"{_UNDONE} Pass strict=False to write the {len(alignment.matches)} that match."
         require_complete(alignment, advice)
-    shards = sharded(_output_specs(alignment, cast), limit)
+    specs = _output_specs(alignment, cast)
+    shards = [] if is_folder else sharded(specs, limit)
     described = _metadata(source.metadata, metadata)
     for shard in shards:
         header(shard, described)  # raises what it does before anything is written
@@ -132,7 +139,11 @@ def convert(
             PartialLoadWarning,
             stacklevel=2,
         )
-    _write(alignment, shards, described, folder, stem, older, progress)
+    read = _reader(alignment, progress)
+    if is_folder:
+        _write_folder(specs, read, folder)
+    else:
+        _write(shards, read, described, folder, stem, older)
     logger.info("Wrote %s to %s.", written, folder)
     return alignment
 
@@ -221,19 +232,8 @@ def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dic
     return entries
 
 
-def _write(
-    alignment: Alignment,
-    shards: Sequence[Sequence[TensorSpec]],
-    metadata: Mapping[str, str],
-    folder: Path,
-    stem: str,
-    older: Sequence[str],
-    progress: Progress | None,
-) -> None:
-    names = [f"{stem}{_SUFFIX}"]
-    if len(shards) > 1:
-        names = [f"{stem}-{number:05}-of-{len(shards):05}{_SUFFIX}" for number in range(1, len(shards) + 1)]
-        names.append(f"{stem}{_SUFFIX}.index.json")
+def _reader(alignment: Alignment, progress: Progress | None) -> Callable[[TensorSpec], torch.Tensor]:
+    """Make what reads the tensor of each output, once, and reports it."""
     matches = {match.target: match for match in alignment.matches}
     shapes = {spec.key: spec.shape for spec in alignment.target_specs}
     done = 0
@@ -246,6 +246,43 @@ def _write(
             progress(done, len(matches))
         return tensor
 
+    return read
+
+
+def _content(folder: Path) -> list[str]:
+    """List what an output folder of its own holds already."""
+    return [folder.name] if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) else []
+
+
+def _write_folder(specs: Sequence[TensorSpec], read: Callable[[TensorSpec], torch.Tensor], folder: Path) -> None:
+    from autoalign.formats.distributed_writing import write_distributed
+
+    known = {spec.key: spec for spec in specs}
+    made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write_distributed(made, specs, lambda key: read(known[key]).to(known[key].dtype))
+        if folder.exists():
+            folder.rmdir()  # an empty one
+        made.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(made, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, OutputError):
+            raise OutputError(f"{str(folder)!r} could not be written: {error}. Nothing is left of it.") from error
+        raise
+
+
+def _write(
+    shards: Sequence[Sequence[TensorSpec]],
+    read: Callable[[TensorSpec], torch.Tensor],
+    metadata: Mapping[str, str],
+    folder: Path,
+    stem: str,
+    older: Sequence[str],
+) -> None:
+    names = [f"{stem}{_SUFFIX}"]
+    if len(shards) > 1:
+        names = [f"{stem}-{number:05}-of-{len(shards):05}{_SUFFIX}" for number in range(1, len(shards) + 1)]
+        names.append(f"{stem}{_SUFFIX}.index.json")
     with staged(folder, names, older) as paths:
         for shard, path in zip(shards, paths, strict=False):  # the index is no shard
             with path.open("xb") as stream:

@@ -320,3 +320,22 @@ def test_little_more_than_the_largest_tensor_is_in_memory(tmp_path: Path) -> Non
     assert total > 2 * (largest + 2**26)
     assert int(done.stdout) < largest + 2**26
     assert len(names_in(tmp_path / "out")) == 2 + 1
+
+
+def test_a_distributed_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    checkpoint = {f"{name}.weight": torch.randn(4, 4) for name in "qkv"} | {"norm.weight": torch.randn(4)}
+    target = {"qkv.weight": torch.empty(12, 4), "ln.weight": torch.empty(4)}
+    folder = tmp_path / "step1"
+    alignment = autoalign.convert(checkpoint, target, folder, format="dcp", dtype="bfloat16")
+    written = autoalign.open_checkpoint(folder)
+    assert set(written) == {match.target for match in alignment.matches} == set(target)
+    assert torch.equal(written["qkv.weight"], torch.cat([checkpoint[f"{name}.weight"] for name in "qkv"]).bfloat16())
+    with pytest.raises(autoalign.OutputError, match="not a new or empty folder"):
+        autoalign.convert(checkpoint, target, folder, format="dcp", overwrite=True)
+
+    def fail(done: int, _all: int) -> None:
+        raise KeyboardInterrupt(done)
+
+    with pytest.raises(KeyboardInterrupt, match="1"):
+        autoalign.convert(checkpoint, target, tmp_path / "step2", format="dcp", progress=fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["step1"]
