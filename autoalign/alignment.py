@@ -185,6 +185,7 @@ class Alignment:
         head.bias (target): missing
           [2] float32 gets nothing, and keeps its values
           why: the source tensors of this shape are excluded
+          why: The source holds no tensors.
           to change it: exclude=r'^head\.bias$', if it is to be trained anew
 
         Raises:

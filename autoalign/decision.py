@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,11 @@ def related(
         for side, index in ((source, assignment.source), (target, assignment.target))
     ]
     matched = frozenset(part.tensor for part in partnered[0]), frozenset(part.tensor for part in partnered[1])
+    pairs = frozenset(
+        (source[1][a].tensor, target[1][b].tensor)
+        for i, j in zip(assignment.source[likely].tolist(), assignment.target[likely].tolist(), strict=True)
+        for (_, a), (_, b) in product(source[0][i].parts, target[0][j].parts)
+    )
     tops = [frozenset(part.path[:1] for part in side) for side in partnered]
     for around in ((source[1], target[1]), whole):
         own, other = (
@@ -77,7 +83,7 @@ def related(
             for parts, top in zip(around, tops, strict=True)
         )
         for units in zip(own, other, strict=True):
-            if _begin_differently(units, around, matched):
+            if _begin_differently(units, around, matched, pairs):
                 return False
     filled = _filled(source[0], used[0], counts[0]), _filled(target[0], used[1], counts[1])
     return max(filled) >= _COMPLETE or filled[0] * filled[1] >= _TOGETHER
@@ -87,10 +93,20 @@ def _begin_differently(
     units: tuple[Sequence[Unit], Sequence[Unit]],
     parts: tuple[Sequence[Part], Sequence[Part]],
     matched: tuple[frozenset[int], frozenset[int]],
+    pairs: frozenset[tuple[int, int]],
 ) -> bool:
-    """Tell whether the first layers of two networks are of different kinds, and neither has a matched tensor."""
+    """Tell whether the first layers of two networks are of different kinds and matched to nothing, or to no first one.
+
+    Args:
+        units: Of both sides.
+        parts: Of both sides.
+        matched: Tensors of both sides with partners whose shapes fit well.
+        pairs: Tensors of both sides that are matched to one another, however they fit.
+    """
     first = [_first_layer(*side) for side in zip(units, parts, strict=True)]
     if first[0] is None or first[1] is None or len(first[0].shape) == len(first[1].shape):
+        return False
+    if (first[0].tensor, first[1].tensor) in pairs:
         return False
     return first[0].tensor not in matched[0] and first[1].tensor not in matched[1]
 

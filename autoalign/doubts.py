@@ -81,17 +81,17 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
 
 
 def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
-    below: dict[Path, set[Shape]] = {}
+    last: dict[tuple[Path, Shape], int] = {}  # module, shape -> the last place of a matrix of this shape below it
     matrices = [part for part in parts if len(part.shape) == 2 and not part.view.takes_part]
-    for part in matrices:
-        for up in range(2, 5):
-            below.setdefault(part.path[:-up], set()).add(part.shape)
+    for place, part in enumerate(matrices):
+        last.update(((part.path[:-up], part.shape), place) for up in range(2, 5))
     found = set()
-    for part in matrices:
+    for place, part in enumerate(matrices):
         rows, columns = part.shape
         after = (columns, rows // 2)
         # keys and values together have twice as many rows as columns, often
-        if rows % 2 == 0 and rows != 2 * columns and any(after in below[part.path[:-up]] for up in range(2, 5)):
+        follows = any(last.get((part.path[:-up], after), -1) > place for up in range(2, 5))
+        if follows and rows % 2 == 0 and rows != 2 * columns:
             found.add(part.path[:-1])
     return frozenset(found)
 

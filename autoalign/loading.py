@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import warnings
 from collections import OrderedDict
@@ -20,7 +19,6 @@ from autoalign.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
 from autoalign.copying import copy_all
 from autoalign.errors import (
     AlignmentError,
-    IncompatibleTensorsError,
     InputError,
     NothingLoadedError,
     PartialLoadWarning,
@@ -28,6 +26,7 @@ from autoalign.errors import (
 )
 from autoalign.lazy_modules import named_sources, shaped
 from autoalign.module_state import absent_counters, extra_states, source_modules, state_metadata
+from autoalign.preparing import nothing_message, require_complete, summary
 from autoalign.progress import Progress, progress_of
 from autoalign.reading import Findings, check_devices, fills_of, tensors_of
 from autoalign.sharded import Ranks, fill_sharded, ranks_of
@@ -156,13 +155,11 @@ def _prepared(
         note = f"{len(counters)} num_batches_tracked keep what they had: the checkpoint is from before torch had them."
         alignment = replace(alignment, target_specs=kept, notes=(*alignment.notes, note))
     if not alignment.matches:
-        raise NothingLoadedError(_nothing_message(model, source, alignment), alignment)
+        undone = "Nothing was loaded and the model was not changed."
+        raise NothingLoadedError(nothing_message(alignment, source, type(model).__name__, undone), alignment)
     if strict:
-        try:
-            alignment.raise_if_incomplete()
-        except IncompatibleTensorsError as error:
-            advice = f"The model was not changed. Pass strict=False to load the {len(alignment.matches)} that match."
-            raise IncompatibleTensorsError(f"{error}\n{advice}", alignment) from None
+        advice = f"The model was not changed. Pass strict=False to load the {len(alignment.matches)} that match."
+        require_complete(alignment, advice)
     return source, alignment, counters
 
 
@@ -227,7 +224,7 @@ def _fill(
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
     check_devices(alignment, targets, assign="assign" in options)
     findings = Findings()
-    summary = _summary(model, source, alignment)
+    loaded = summary(alignment, source, type(model).__name__)
     with progress_of(progress, len(alignment.matches), _size(alignment), since) as step:
         fills = None
         if "assign" not in options and takes_copies(model, [match.target for match in alignment.matches]):
@@ -236,7 +233,7 @@ def _fill(
                 fills = None
         if fills is None:
             tensors = tensors_of(source, alignment, targets, findings, step, **options)
-        _warn(summary, alignment, targets, findings)  # before a change, since a warning may be turned into an error
+        _warn(loaded, alignment, targets, findings)  # before a change, since a warning may be turned into an error
         if fills is None:
             _load_state_dict(model, source, alignment, counters, targets, tensors, options)
         else:
@@ -249,7 +246,7 @@ def _fill(
                     _check_unchanged(model, alignment, targets)
     if "assign" in options:  # the tensors that the model had are not the ones it has now
         alignment = replace(alignment, target_tensors=checkpoint_of(model))
-    logger.info("Loaded %s; %d keys missing, %d unexpected.", summary, *map(len, alignment))
+    logger.info("Loaded %s; %d keys missing, %d unexpected.", loaded, *map(len, alignment))
     return findings.noted(alignment)
 
 
@@ -303,9 +300,9 @@ def _fill_sharded(
     if assign:
         alignment = replace(alignment, target_tensors=checkpoint_of(model))
     if ranks.is_first:
-        summary = _summary(model, source, alignment)
-        logger.info("Loaded %s; %d keys missing, %d unexpected.", summary, *map(len, alignment))
-        _warn(summary, alignment, targets, findings)
+        loaded = summary(alignment, source, type(model).__name__)
+        logger.info("Loaded %s; %d keys missing, %d unexpected.", loaded, *map(len, alignment))
+        _warn(loaded, alignment, targets, findings)
     return findings.noted(alignment)
 
 
@@ -318,28 +315,20 @@ def _size(alignment: Alignment) -> int:
     return sum(sizes[match.target] for match in alignment.matches)
 
 
-def _summary(model: nn.Module, source: Checkpoint, alignment: Alignment) -> str:
-    share = math.floor(1000 * alignment.coverage) / 10  # rounded down, so that a part is never called 100 %
-    return (
-        f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
-        f"of {type(model).__name__} from {source!r}"
-    )
-
-
-def _warn(summary: str, alignment: Alignment, targets: Mapping[str, Tensor], findings: Findings) -> None:
+def _warn(loaded: str, alignment: Alignment, targets: Mapping[str, Tensor], findings: Findings) -> None:
     """Warn of what is not filled, and of values, on behalf of the caller of ``load``."""
     unfilled = [key for key in alignment.missing_keys if key not in alignment.excluded]
     if unfilled:
         named = ", ".join(unfilled[:4]) + (", ..." if len(unfilled) > 4 else "")
         left = "stay on meta, without values" if any(targets[key].is_meta for key in unfilled) else "keep their values"
         warnings.warn(
-            f"Loading {summary}. {len(unfilled)} {left}: {named}. print(alignment) shows all.",
+            f"Loading {loaded}. {len(unfilled)} {left}: {named}. print(alignment) shows all.",
             PartialLoadWarning,
             stacklevel=_CALLER,
         )
     if statements := findings.statements():
         warnings.warn(
-            f"Loading {summary}. {' '.join(statements)} They are loaded as they are.",
+            f"Loading {loaded}. {' '.join(statements)} They are loaded as they are.",
             ValueWarning,
             stacklevel=_CALLER,
         )
@@ -359,28 +348,3 @@ def _check_unchanged(model: nn.Module, alignment: Alignment, targets: Mapping[st
             f"{', ...' if len(gone) > 3 else ''}. Nothing was loaded. Load when nothing else changes the model.",
             alignment,
         )
-
-
-def _nothing_message(model: nn.Module, source: Checkpoint, alignment: Alignment) -> str:
-    lines = [
-        f"No tensor of {source!r} could be aligned with the {len(alignment.target_specs)} tensors of "
-        f"{type(model).__name__}. Nothing was loaded and the model was not changed."
-    ]
-    numels = {spec.numel for spec in source.specs}
-    unlike = sum(spec.numel not in numels for spec in alignment.target_specs)
-    if unlike:
-        lines.append(f"  {unlike} of the model's tensors have a size that no tensor of the checkpoint has.")
-    if alignment.excluded:
-        lines.append(f"  {len(alignment.excluded)} keys were left out by include and exclude.")
-    if alignment.ambiguous:
-        lines.append(f"  {len(alignment.ambiguous)} have proposals that were not sure enough:")
-        lines += [
-            f"    {match.target} from {', '.join(match.sources)} (confidence {match.confidence:.2f})"
-            for match in alignment.ambiguous[:3]
-        ]
-    if alignment.mismatched:
-        lines.append(f"  {len(alignment.mismatched)} have counterparts of another shape:")
-        lines += [f"    {mismatch}" for mismatch in alignment.mismatched[:3]]
-    lines += [f"  {note}" for note in alignment.notes]
-    lines.append("Check that both are the same network, or pass what you know as rules=.")
-    return "\n".join(lines)
