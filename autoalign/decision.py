@@ -78,11 +78,11 @@ def related(
     )
     tops = [frozenset(part.path[:1] for part in side) for side in partnered]
     for around in ((source[1], target[1]), whole):
-        own, other = (
-            [units_of(parts), [unit for unit in units_of(parts) if unit.path[:1] in top]]
-            for parts, top in zip(around, tops, strict=True)
-        )
-        for units in zip(own, other, strict=True):
+        own, other = (units_of(parts) for parts in around)
+        upper = [
+            [unit for unit in units if unit.path[:1] in top] for units, top in zip((own, other), tops, strict=True)
+        ]
+        for units in ((own, other), (upper[0], upper[1])):
             if _begin_differently(units, around, matched, pairs):
                 return False
     filled = _filled(source[0], used[0], counts[0]), _filled(target[0], used[1], counts[1])

@@ -17,7 +17,7 @@ from autoalign.containers import COPY_WORDS, name_words
 from autoalign.graph import Path, ancestry
 from autoalign.units import Part, units_of
 
-_MOMENTUM = frozenset({"k"})  # the encoder of keys beside one of queries, whose moving average it is
+_MOMENTUM = (frozenset({"k"}), frozenset({"q"}))  # the encoder of keys is the moving average of that of queries
 _LEAST = 4  # layers that the other side must have for a scope to be told from a coincidence
 _NEARLY = 0.8  # of the usable layers that each of several copies must hold
 _WORTH = 0.8  # a scope is worth choosing if it leaves out more than a fifth of its side
@@ -62,10 +62,11 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
 
     def rank(path: Path, rivals: Sequence[Path]) -> tuple[bool, bool, bool]:
         own = frozenset(word for component in path for word in name_words(component))
-        own -= frozenset(
+        theirs = frozenset(
             word for rival in rivals if rival != path for component in rival for word in name_words(component)
         )
-        is_average = _is_average(path) or own == _MOMENTUM
+        own, theirs = own - theirs, theirs - own
+        is_average = _is_average(path) or (own, theirs) == _MOMENTUM
         return not any(name[: len(path)] == path for name in pinned), not own & called, is_average
 
     inner = [module for module in range(1, len(held)) if held[module].total() < _WORTH * held[0].total()]

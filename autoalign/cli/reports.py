@@ -9,7 +9,6 @@ from pathlib import Path
 
 from autoalign.alignment import Alignment
 from autoalign.cli.terminal import show, width
-from autoalign.errors import InputError
 from autoalign.layout import escaped
 from autoalign.markdown import code, render_markdown
 from autoalign.report import SCREEN, render
@@ -43,10 +42,7 @@ def show_alignment(alignment: Alignment, options: argparse.Namespace, source: st
 
 
 def _html(alignment: Alignment, title: str) -> str:
-    to_html = getattr(alignment, "to_html", None)
-    if to_html is None:
-        raise InputError("This version writes no HTML. Choose another --format.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "report.html")
-        to_html(path, title=title)
+        alignment.to_html(path, title=title)
         return path.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from autoalign.errors import OutputError
-from autoalign.transaction import interrupts_held as interrupts_held
+from autoalign.transaction import interrupts_held
 
 
 @contextmanager

@@ -290,7 +290,6 @@ def test_keys_cannot_break_the_terminal(form: str, hostile: str, capsys: pytest.
             assert "new\nline" not in output
 
 
-@pytest.mark.skipif(not hasattr(Alignment, "rules"), reason="needs Alignment.rules")
 def test_rules_are_printed_in_the_forms_of_others(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = {}
     for form in ("text", "json", "key_mapping", "revise_keys", "transformers", "python"):

@@ -50,10 +50,7 @@ def run(options: argparse.Namespace) -> int:
             f"note: the rules fill {len(alignment.matches)} of {len(alignment.target_specs)} tensors of the target; "
             "autoalign align says why."
         )
-    rules = getattr(alignment, "rules", None)
-    if rules is None:
-        raise InputError("This version infers no rules. Nothing was done.")
-    show(_written(rules(), options.format, options.name), plain=options.format != "text")
+    show(_written(alignment.rules(), options.format, options.name), plain=options.format != "text")
     return code_of(alignment)
 
 

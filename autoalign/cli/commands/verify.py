@@ -49,11 +49,7 @@ def run(options: argparse.Namespace) -> int:
     import autoalign
     from autoalign.cli.targets import model_of
     from autoalign.cli.terminal import complain, show
-    from autoalign.errors import InputError
 
-    verify = getattr(autoalign, "verify", None)
-    if verify is None:
-        raise InputError("This version cannot verify. Nothing was done.")
     torch.manual_seed(options.seed)
     inputs = _inputs(options.input)
     source, target = model_of(options.source).eval(), model_of(options.target).eval()
@@ -64,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
             complain(
                 f"note: the checkpoint fills {len(loaded.matches)} of {len(loaded.target_specs)} tensors of the source"
             )
-    found = verify(source, target, inputs, **align)
+    found = autoalign.verify(source, target, inputs, **align)
     divergence = found.first_divergence
     if options.format == "json":
         first = divergence and {
