@@ -46,6 +46,7 @@ class Found:
     confidence: float
     evidence: Mapping[str, float]
     rival: int | None  # the next best source part
+    doubt: str | None = None  # why the rival may be as good
 
 
 def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) -> list[Match]:
@@ -120,6 +121,8 @@ def _match(
             warnings.add(_NO_BIAS)
             continue
         piece = found[part]
+        if piece.doubt:
+            warnings.add(piece.doubt)
         own = source.parts[piece.source]
         pieces.append(_Piece(source.key(own), chain(own.view, piece.operation), target.parts[part].shape))
         if known := layouts[0].get(piece.source):

@@ -21,10 +21,7 @@ _SOUND = 0.5  # the fit of shapes from which a pair is more than elements of equ
 _WHOLE = 0.35  # the mean fit below which layers have little but one tensor each in common
 _LEAST = 0.3  # of either side's layers that must have a partner
 _COMPLETE = 0.92  # filled share of one side's blocks that settles the relation alone
-_SHORT = 6  # members of a list that may as well be in reverse order
 _TOGETHER = 0.6  # product of both sides' filled shares that settles it together
-
-_List = tuple[Path, str]  # its parent and the stem of its members
 
 
 def confidence_of(assignment: Assignment) -> Floats:
@@ -111,33 +108,12 @@ def _begin_differently(
     return first[0].tensor not in matched[0] and first[1].tensor not in matched[1]
 
 
-def told_by_little(
-    assignment: Assignment,
-    source: tuple[Sequence[Unit], Sequence[Part]],
-    target: tuple[Sequence[Unit], Sequence[Part]],
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Find the pairs that only the order of a short list decides, and those that nothing decides against a twin.
-
-    Long lists of blocks run from the input to the output in every library. Short ones whose members are equal may as
-    well run the other way round, as the levels of a pyramid do; where their numbers differ, nothing tells. A parameter
-    that stands alone and has a twin of its name and shape, which is left over, may be either.
-    """
-    pairs = list(zip(assignment.source.tolist(), assignment.target.tolist(), strict=True))
-    by_order, twins = np.zeros(len(pairs), dtype=bool), np.zeros(len(pairs), dtype=bool)
-    lists = _short_lists(*source), _short_lists(*target)
-    members = [(lists[0][source[0][i].path], lists[1][target[0][j].path]) for i, j in pairs]
-    votes = Counter((a, b) for own, other in members for a in own for b in other if own[a][1] == other[b][1])
-    partner: dict[_List, _List] = {}
-    for (a, b), _ in votes.most_common():
-        partner.setdefault(a, b)
-    for place, (own, other) in enumerate(members):
-        by_order[place] = any(partner.get(a) in other and own[a][0] != other[partner[a]][0] for a in own)
-    used = {i for i, _ in pairs}
+def twins(assignment: Assignment, source: tuple[Sequence[Unit], Sequence[Part]]) -> NDArray[np.bool_]:
+    """Find the pairs of a parameter that stands alone and has a twin of its name and shape, which is left over."""
+    used = set(assignment.source.tolist())
     alone = [_alone(unit, source[1]) for unit in source[0]]
     left = {twin for index, twin in enumerate(alone) if twin and index not in used}
-    for place, (i, _) in enumerate(pairs):
-        twins[place] = alone[i] in left
-    return by_order, twins
+    return np.asarray([alone[i] in left for i in assignment.source], dtype=bool)
 
 
 def _alone(unit: Unit, parts: Sequence[Part]) -> tuple[str, tuple[int, ...]] | None:
@@ -145,33 +121,6 @@ def _alone(unit: Unit, parts: Sequence[Part]) -> tuple[str, tuple[int, ...]] | N
     if unit.kinds != ("other",) or len(unit.path) < 2 or any(map(numbers, unit.path)):
         return None
     return unit.path[-1], parts[unit.parts[0][1]].shape
-
-
-def _short_lists(units: Sequence[Unit], parts: Sequence[Part]) -> dict[Path, dict[_List, tuple[tuple[int, ...], int]]]:
-    """Find, for each layer, the short lists of equal modules around it, its number in each and their lengths."""
-    content: dict[Path, set[tuple[Path, tuple[tuple[int, ...], ...]]]] = {}
-    for unit in units:
-        for depth, name in enumerate(unit.path[:-1], start=1):
-            if numbers(name):
-                shapes = tuple(parts[part].shape for _, part in unit.parts)
-                content.setdefault(unit.path[:depth], set()).add((unit.path[depth:], shapes))
-    lists: dict[_List, list[Path]] = {}
-    for member in content:
-        lists.setdefault((member[:-1], stem(member[-1])), []).append(member)
-    short = {
-        member: (key, len(members))
-        for key, members in lists.items()
-        if 1 < len(members) <= _SHORT and len({frozenset(content[member]) for member in members}) == 1
-        for member in members
-    }
-    return {
-        unit.path: {
-            short[member][0]: (numbers(member[-1]), short[member][1])
-            for depth in range(1, len(unit.path))
-            if (member := unit.path[:depth]) in short
-        }
-        for unit in units
-    }
 
 
 def special_units(units: Sequence[Unit], parts: Sequence[Part]) -> list[int]:

@@ -12,7 +12,8 @@ from autoalign.alignment import Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.calibration import calibrated
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
-from autoalign.decision import coherence, confidence_of, related, special_units, told_by_little
+from autoalign.decision import coherence, confidence_of, related, special_units, twins
+from autoalign.directions import REVERSIBLE, undirected
 from autoalign.doubts import DOUBTED, TOLD
 from autoalign.evidence import is_alphabetical, side_evidence
 from autoalign.exchange import settled
@@ -161,7 +162,8 @@ def _match_parts(
     confidence = np.minimum(confidence, most)
     by_name = share_of(same, counts) >= _MOST
     special = special_units(other, target.parts)
-    by_order, twins = told_by_little(assignment, (own, source.parts), (other, target.parts))
+    lists = undirected(assignment, (own, source.parts), (other, target.parts))
+    has_twin = twins(assignment, (own, source.parts))
     if by_name:  # where names are shared, another name is another layer
         known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
         confidence = np.where(known | np.isin(assignment.target, special), confidence, DOUBTED * confidence)
@@ -174,18 +176,19 @@ def _match_parts(
     for place in range(len(assignment.source)):
         i, j = int(assignment.source[place]), int(assignment.target[place])
         evidence = {name: round(float(np.clip(cue[place], 0, 1)), 3) for name, cue in assignment.cues.items()}
-        runner_up = int(assignment.runner_up[place])
+        runner_up = lists.reverse.get(place, int(assignment.runner_up[place]))
         rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
         stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
         stranded &= j not in special or evidence["name"] < _SAME_NAME
         sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
-        sureness = min(sureness, DOUBTED if twins[place] else TOLD if by_order[place] else 1.0)
+        sureness = min(sureness, DOUBTED if has_twin[place] else TOLD if place in lists.by_order else 1.0)
+        doubt = REVERSIBLE if place in lists.reverse else None
         for a, b in paired_parts(own[i], other[j]):
             operation = _operation(source.parts[a], target.parts[b], flipped=a in pairs.flipped)
             if operation is None or source.key(source.parts[a]) in taken or target.key(target.parts[b]) in pins:
                 continue
             if source.parts[a].numeric == target.parts[b].numeric:
-                found[b] = Found(a, operation, sureness, evidence, rivals.get(b))
+                found[b] = Found(a, operation, sureness, evidence, rivals.get(b), doubt)
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
     matched = [(i, j) for j, i in partners.items()]

@@ -50,6 +50,7 @@ FLOW = (
         "exchange",
         "mismatches",
         "decision",
+        "directions",
         "doubts",
         "assembly",
         *("adaptable", "grids", "positions", "shared_rows", "adapting"),
