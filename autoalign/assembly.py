@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from autoalign.alignment import Candidate, Match
 from autoalign.doubts import DOUBTED, TOLD, Style, doubt_about, other_layouts, style_of
+from autoalign.evidence import is_alphabetical
 from autoalign.fusion import BY_ORDER, Fusion
 from autoalign.graph import Path
 from autoalign.joining import joined, place_of
 from autoalign.kernels import as_in_torch
+from autoalign.leaves import with_known_leaves
 from autoalign.names import components
 from autoalign.operations import Copy, InsertZeros, Operation, Parallel, Shape, chain
 from autoalign.specs import TensorSpec, tied_groups
@@ -31,7 +33,9 @@ class SideParts:
 
     @staticmethod
     def of(specs: Sequence[TensorSpec], config: Mapping[str, object], counts: Sequence[int] | None = None) -> SideParts:
-        return SideParts(tuple(specs), tuple(as_in_torch(parts_of(specs, counts))), config=config)
+        ordered = not is_alphabetical([spec.key for spec in specs])
+        parts = as_in_torch(with_known_leaves(parts_of(specs, counts), ordered=ordered))
+        return SideParts(tuple(specs), tuple(parts), config=config)
 
     def key(self, part: Part) -> str:
         return self.specs[part.tensor].key

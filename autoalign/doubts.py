@@ -13,7 +13,7 @@ from math import gcd, prod
 
 from autoalign.fusion import Fusion, Plan
 from autoalign.graph import Path
-from autoalign.names import role_words, words
+from autoalign.names import role_words, stem, words
 from autoalign.operations import Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
 from autoalign.specs import TensorSpec
 from autoalign.units import Part
@@ -161,7 +161,8 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | N
     if (source.path[:-1] in styles[0].gated) != (target.path[:-1] in styles[1].gated):
         return Doubt(_GATES)
     both_doubled = source.path[:-1] in styles[0].doubled and target.path[:-1] in styles[1].doubled
-    if both_doubled and _order_of_halves(source.path) != _order_of_halves(target.path):
+    same = stem(source.path[-2]) == stem(target.path[-2]) if both_doubled else False
+    if both_doubled and not same and _order_of_halves(source.path) != _order_of_halves(target.path):
         halves = (2, source.shape[0] // 2, *source.shape[1:])
         return Doubt(_HALVES, (chain(Reshape(halves), Flip(0), Reshape(source.shape)),))
     if "qkv" in own and "qkv" in other and interleaves(source.path) != interleaves(target.path):

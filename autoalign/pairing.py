@@ -21,7 +21,7 @@ from autoalign.fusion import split_fused
 from autoalign.graph import ancestry
 from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
-from autoalign.names import kind
+from autoalign.names import components, kind
 from autoalign.namesakes import namesakes, share_of
 from autoalign.operations import Copy, Operation
 from autoalign.renaming import is_renamed
@@ -45,7 +45,10 @@ _UNRELATED = (
 def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Outcome:
     """Match two sides; pinned pairs are taken as they are and vote for the rest."""
     if not pins and is_renamed(source.parts, target.parts):
-        renamed = {place: Found(place, Copy(), _RENAMED, _ALIKE, None) for place in range(len(source.parts))}
+        renamed = {
+            place: Found(place, Copy(), _RENAMED if _is_told(source, target, place, place) else TOLD, _ALIKE, None)
+            for place in range(len(source.parts))
+        }
         return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()
     pinned, refused = _pinned(source, target, pins)
     sides = source, target
@@ -188,11 +191,19 @@ def _match_parts(
             if operation is None or source.key(source.parts[a]) in taken or target.key(target.parts[b]) in pins:
                 continue
             if source.parts[a].numeric == target.parts[b].numeric:
-                found[b] = Found(a, operation, sureness, evidence, rivals.get(b), doubt)
+                least = sureness if _is_told(source, target, a, b) else min(sureness, TOLD)
+                found[b] = Found(a, operation, least, evidence, rivals.get(b), doubt)
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
     matched = [(i, j) for j, i in partners.items()]
     return found, _mismatches(source, target, own, other, (*left, *matched))
+
+
+def _is_told(source: SideParts, target: SideParts, a: int, b: int) -> bool:
+    """Tell whether more than its place in its layer shows what a tensor is."""
+    by_order = source.parts[a].by_order or target.parts[b].by_order
+    names = [components(side.key(side.parts[part]))[-1] for side, part in ((source, a), (target, b))]
+    return not by_order or names[0] == names[1]
 
 
 def _operation(source: Part, target: Part, *, flipped: bool) -> Operation | None:

@@ -37,6 +37,7 @@ class Part:
     view: Operation = field(default_factory=Copy)  # takes the part out of its tensor
     turned: bool = False  # whether the split shows that the matrix is laid out the other way round
     count: int = 1  # how many tensors of equal blocks it stands for
+    by_order: bool = False  # whether its place among the tensors of its layer is all that tells what it is
 
 
 def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -> list[Part]:

@@ -36,7 +36,7 @@ FLOW = (
     ),
     *("hub", "checkpoint", "saving"),
     # names and the module graph
-    *("vocabulary", "names", "graph", "units", "kernels", "namesakes", "renaming"),
+    *("vocabulary", "names", "graph", "units", "leaves", "kernels", "namesakes", "renaming"),
     # a call of a model
     *("transaction", "preservation", "execution"),
     # candidates -> matching -> alignment
