@@ -9,13 +9,14 @@ names, numbers, order, and other places where one of them stands without the oth
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, pairwise
 
 import numpy as np
 
+from autoalign.crossings import crossings
 from autoalign.evidence import Floats, Ints, SideEvidence, template
 from autoalign.graph import Path, block_around
 from autoalign.matching import Assignment
@@ -89,18 +90,18 @@ def settled(
     Returns:
         The assignment, and for each of its pairs the confidence that it cannot exceed.
     """
+    fixed = set(np.flatnonzero(np.isin(assignment.target, list(held))).tolist())
+    crossed = crossings(assignment, source.paths, target.paths, _alike(assignment, kinds).tolist())
+    assignment = _moved(assignment, [pair for pairs in crossed if fixed.isdisjoint(_places(pairs)) for pair in pairs])
     for _ in range(_ROUNDS):
         found = exchanges(assignment, source, target, kinds)
-        better = [exchange for exchange in found if exchange.is_better]
-        if held:
-            fixed = set(np.flatnonzero(np.isin(assignment.target, list(held))).tolist())
-            better = [one for one in better if fixed.isdisjoint(place for pair in one.pairs for place in pair)]
+        better = [exchange for exchange in found if exchange.is_better and fixed.isdisjoint(_places(exchange.pairs))]
         if not better:
             break
         assignment = exchanged(assignment, better)
     sureness = np.ones(len(assignment.source), dtype=np.float32)
     for exchange in found:
-        places = [place for pair in exchange.pairs for place in pair]
+        places = list(_places(exchange.pairs))
         sureness[places] = np.minimum(sureness[places], exchange.sureness)
     return assignment, sureness
 
@@ -109,7 +110,7 @@ def exchanges(
     assignment: Assignment, source: SideEvidence, target: SideEvidence, kinds: tuple[Ints, Ints]
 ) -> list[Exchange]:
     """Find what could be exchanged; the arguments are those of ``settled``."""
-    alike = kinds[0][assignment.source] * (int(kinds[1].max(initial=0)) + 1) + kinds[1][assignment.target]
+    alike = _alike(assignment, kinds)
     place_of = {int(unit): place for place, unit in enumerate(assignment.target)}
     found: dict[tuple[_Key, bool], list[_Instance]] = {}
     for one in _instances(assignment, source, target, place_of, alike):
@@ -145,6 +146,12 @@ def exchanges(
             )
         )
     return result
+
+
+def _alike(assignment: Assignment, kinds: tuple[Ints, Ints]) -> Ints:
+    """Number the pairs so that those whose layers have the same shapes on both sides have the same number."""
+    own, other = kinds
+    return own[assignment.source] * (int(other.max(initial=0)) + 1) + other[assignment.target]
 
 
 def _gain(assignment: Assignment, p: int, q: int) -> float:
@@ -205,14 +212,27 @@ class _Instance:
 
 def exchanged(assignment: Assignment, chosen: Sequence[Exchange]) -> Assignment:
     """Carry exchanges out, each layer at most once."""
-    source, rival, moved = assignment.source.copy(), assignment.runner_up.copy(), set[int]()
+    moved, pairs = set[int](), list[tuple[int, int]]()
     for exchange in sorted(chosen, key=lambda one: one.names):
-        places = {place for pair in exchange.pairs for place in pair}
+        places = _places(exchange.pairs)
         if moved.isdisjoint(places):
             moved |= places
-            for p, q in exchange.pairs:
-                rival[[p, q]] = source[[p, q]]
-                source[[p, q]] = source[[q, p]]
+            pairs += exchange.pairs
+    return _moved(assignment, pairs)
+
+
+def _places(pairs: Iterable[tuple[int, int]]) -> set[int]:
+    return {place for pair in pairs for place in pair}
+
+
+def _moved(assignment: Assignment, pairs: Sequence[tuple[int, int]]) -> Assignment:
+    """Exchange the sources of pairs of places."""
+    if not pairs:
+        return assignment
+    source, rival = assignment.source.copy(), assignment.runner_up.copy()
+    for p, q in pairs:
+        rival[[p, q]] = source[[p, q]]
+        source[[p, q]] = source[[q, p]]
     cues = {**assignment.cues, "name": assignment.names[source, assignment.target]}
     return replace(assignment, source=source, runner_up=rival, cues=cues)
 

@@ -47,6 +47,7 @@ FLOW = (
         "evidence",
         "calibration",
         "matching",
+        "crossings",
         "exchange",
         "mismatches",
         "decision",
