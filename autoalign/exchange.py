@@ -16,7 +16,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from autoalign.crossings import crossings
+from autoalign.crossings import crossings, disordered
 from autoalign.evidence import Floats, Ints, SideEvidence, template
 from autoalign.graph import Path, block_around
 from autoalign.matching import Assignment
@@ -27,6 +27,7 @@ BY_ORDER = 0.85  # the confidence where their order alone does
 _CLEAR = 0.05  # how much better names must fit one way than the other to tell anything
 _OWN = 0.5  # weight of the own names of two modules beside those of the layers in them
 _ROUNDS = 3
+_REPAIRS = 6  # rounds in which blocks that were crossed are straightened
 _UNLIKE = 0.5  # share of the layers of two modules that may have no counterpart in the other
 _MANY = 12  # alike siblings of which only neighbours are compared
 
@@ -45,11 +46,14 @@ class Exchange:
     numbers: int  # whether the numbers of the two agree as they are: 1, when exchanged: -1, or neither: 0
     order: int  # whether their order is the same on both sides: 1, the other way round: -1, or says nothing: 0
     elsewhere: int  # pairs of layers of the same names that cannot be exchanged and are matched likewise
-    is_led: bool = False  # whether the other members of the list tell in which direction it runs
+    is_led: bool = False  # whether the other members of the list tell that it runs the other way round
+    is_shifted: bool = False  # whether they tell by how much its numbers differ from the source's
 
     @property
     def is_better(self) -> bool:
         """Whether what tells the two apart says that they should exchange places."""
+        if self.is_shifted:
+            return self.order < 0
         if self.is_led:
             return self.order < 0 and self.names < _CLEAR
         if self.numbers > 0:
@@ -62,6 +66,8 @@ class Exchange:
     @property
     def sureness(self) -> float:
         """How far the matches as they are may be believed, in [0, 1]."""
+        if self.is_shifted and self.order > 0:
+            return 1.0
         if self.numbers < 0 or self.anchors < 0 or self.names < -_CLEAR:
             return UNTOLD
         if self.names >= _CLEAR or self.elsewhere > 0 or self.anchors > 0 or self.numbers > 0:
@@ -91,8 +97,10 @@ def settled(
         The assignment, and for each of its pairs the confidence that it cannot exceed.
     """
     fixed = set(np.flatnonzero(np.isin(assignment.target, list(held))).tolist())
-    crossed = crossings(assignment, source.paths, target.paths, _alike(assignment, kinds).tolist())
-    assignment = _moved(assignment, [pair for pairs in crossed if fixed.isdisjoint(_places(pairs)) for pair in pairs])
+    for repair in (*[crossings] * _REPAIRS, disordered):
+        for pairs in repair(assignment, source.paths, target.paths, _alike(assignment, kinds).tolist()):
+            if fixed.isdisjoint(_places(pairs)) and np.mean([_gain(assignment, *pair) for pair in pairs]) < _CLEAR:
+                assignment = _moved(assignment, pairs)
     for _ in range(_ROUNDS):
         found = exchanges(assignment, source, target, kinds)
         better = [exchange for exchange in found if exchange.is_better and fixed.isdisjoint(_places(exchange.pairs))]
@@ -126,7 +134,9 @@ def exchanges(
     for (key, _), instances in found.items():
         pairs = tuple(pair for one in instances for pair in one.pairs)
         is_list = key[0] == key[1] and key[2] == key[3]
-        leads = [_direction(assignment, source.paths, target.paths, one) if is_list else 0 for one in instances]
+        others = [_others(assignment, source.paths, target.paths, one) if is_list else {} for one in instances]
+        shifted = is_list and all(map(_is_shifted, others, instances))
+        leads = [0 if shifted else _direction(of) for of in others]
         order = sum(
             _order(assignment, source, target, *pair) * (lead or 1)
             for one, lead in zip(instances, leads, strict=True)
@@ -143,6 +153,7 @@ def exchanges(
                 int(np.sign(order)) if is_list or (source.ordered and target.ordered) else 0,
                 min(together[names_] - count for names_, count in inside.items()),
                 is_list and all(lead < 0 for lead in leads),
+                shifted,
             )
         )
     return result
@@ -182,8 +193,10 @@ def _order(assignment: Assignment, source: SideEvidence, target: SideEvidence, p
     return 1 if own == other else -1
 
 
-def _direction(assignment: Assignment, own: Sequence[Path], other: Sequence[Path], one: _Instance) -> int:
-    """Tell whether the other members of a list are matched in order: 1, in reverse order: -1, or neither: 0."""
+def _others(
+    assignment: Assignment, own: Sequence[Path], other: Sequence[Path], one: _Instance
+) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Tell to which numbers of the source's list the other members of a list are matched, in order."""
     source, target = one.ends[0][:-1], one.modules[0][:-1]
     stems = stem(one.ends[0][-1]), stem(one.modules[0][-1])
     votes: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
@@ -193,10 +206,27 @@ def _direction(assignment: Assignment, own: Sequence[Path], other: Sequence[Path
             continue
         if len(path) > len(source) and (stem(path[len(source)]), stem(wanted[len(target)])) == stems:
             votes.setdefault(numbers(wanted[len(target)]), Counter())[numbers(path[len(source)])] += 1
-    partners = [votes[place].most_common(1)[0][0] for place in sorted(votes)]
+    return {place: votes[place].most_common(1)[0][0] for place in sorted(votes)}
+
+
+def _direction(others: Mapping[tuple[int, ...], tuple[int, ...]]) -> int:
+    """Tell whether members of a list are matched in order: 1, in reverse order: -1, or neither: 0."""
+    partners = list(others.values())
     if len(partners) < 2 or len(set(partners)) < len(partners):
         return 0
     return (partners == sorted(partners)) - (partners == sorted(partners, reverse=True))
+
+
+def _is_shifted(others: Mapping[tuple[int, ...], tuple[int, ...]], one: _Instance) -> bool:
+    """Tell whether all other members of a list have other numbers by as much as the two taken together."""
+    ends, modules = ([numbers(path[-1]) for path in pair] for pair in (one.ends, one.modules))
+    shifts = {
+        tuple(np.subtract(place, partner)) if len(place) == len(partner) else () for place, partner in others.items()
+    }
+    (shift, *rest) = shifts or [()]
+    if rest or not any(shift) or any(len(end) != len(shift) for end in ends):
+        return False
+    return sorted(tuple(np.add(end, shift)) for end in ends) == sorted(modules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +289,7 @@ def _instances(
         layers.setdefault((block_around(path), int(alike[place_of[unit]])), []).append(path)
 
     def instances(
-        first: Path, second: Path, pairs: Sequence[tuple[int, int]], rest: Sequence[int]
+        first: Path, second: Path, pairs: Sequence[tuple[int, int]], rest: Sequence[int], top: Path
     ) -> Iterator[_Instance]:
         by_ends: dict[tuple[Path, Path], list[tuple[int, int]]] = {}  # some may be exchanged and others not
         for pair in ((place_of[a], place_of[b]) for a, b in pairs):
@@ -269,7 +299,7 @@ def _instances(
         for ends, places in by_ends.items():
             anchors = 0
             for unit in rest:
-                path, own = source.paths[assignment.source[place_of[unit]]], paths[unit][: len(first)] == first
+                path, own = source.paths[assignment.source[place_of[unit]]], paths[unit][: len(top)] == top
                 inside = [path[: len(end)] == end for end in ends]
                 anchors += (inside[0] - inside[1]) * (1 if own else -1)
             yield _Instance((first, second), ends, tuple(places), anchors)
@@ -278,11 +308,14 @@ def _instances(
         for first, second in _compared(modules):
             pairs, rest = _counterparts(first, second, below, paths, lambda unit: int(alike[place_of[unit]]))
             if pairs and len(rest) <= _UNLIKE * (len(rest) + 2 * len(pairs)):
-                yield from instances(first, second, pairs, rest)
+                yield from instances(first, second, pairs, rest, first)
     for within in layers.values():
         for first, second in _compared(within):
             if first[:-1] != second[:-1]:  # siblings were compared already
-                yield from instances(first, second, [(unit_at[first], unit_at[second])], [])
+                tops = _parting(first, second) or (first, second)
+                pair = unit_at[first], unit_at[second]
+                rest = [unit for top in tops for unit in below[top] if unit not in pair]
+                yield from instances(first, second, [pair], rest, tops[0])
 
 
 def _compared(modules: Sequence[Path]) -> Iterator[tuple[Path, Path]]:

@@ -1,9 +1,9 @@
-"""Equal blocks of equal parts are matched block by block, also where names say nothing."""
+"""Equal blocks of equal parts are matched block by block and in order, also where names say nothing."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import autoalign
-from autoalign.crossings import crossings
+from autoalign.crossings import Pairs, crossings, disordered
 from autoalign.matching import Assignment
 
 WORDS: Mapping[str, Mapping[str, str]] = {
@@ -50,23 +50,53 @@ def assignment(pairs: Mapping[str, str]) -> tuple[Assignment, list[tuple[str, ..
     return chosen, [tuple(key.split(".")) for key in source], [tuple(key.split(".")) for key in target]
 
 
-def uncrossed(pairs: Mapping[str, str]) -> dict[str, str]:
+def repaired(pairs: Mapping[str, str], repair: Callable[..., Sequence[Pairs]]) -> dict[str, str]:
     chosen, source, target = assignment(pairs)
-    moved = dict(pairs)
-    for exchange in crossings(chosen, source, target, [0] * len(pairs)):
+    moved = list(pairs.values())
+    for exchange in repair(chosen, source, target, [0] * len(pairs)):
         for p, q in exchange:
-            first, second = (".".join(target[place]) for place in (p, q))
-            moved[first], moved[second] = pairs[second], pairs[first]
-    return moved
+            moved[p], moved[q] = moved[q], moved[p]
+    return dict(zip(pairs, moved, strict=True))
 
 
 def test_blocks_that_were_matched_across_are_matched_straight() -> None:
     crossed = {"h.0.a": "s.0.x", "h.0.b": "s.1.x", "h.1.a": "s.0.y", "h.1.b": "s.1.y"}
-    straight = uncrossed(crossed)
+    straight = repaired(crossed, crossings)
     assert {re.sub(r"\D", "", source) for key, source in straight.items() if key[2] == "0"} == {"0"}
-    assert uncrossed(straight) == straight
+    assert repaired(straight, crossings) == straight
+
+
+def test_a_layer_of_a_block_that_has_its_own_goes_home() -> None:
+    right = {f"m_{block}.{part}": f"n_{block}.{part}" for block in "bc" for part in ("x", "y", "z.u", "z.v")}
+    wrong = right | {"m_b.z.u": "n_c.z.u", "m_c.z.u": "n_b.z.u"}
+    assert repaired(wrong, crossings) == right
+    assert repaired(right, crossings) == right
 
 
 def test_a_list_of_parts_stays_one() -> None:
     by_part = {"h.0.a": "x.0", "h.0.b": "y.0", "h.1.a": "x.1", "h.1.b": "y.1"}
-    assert uncrossed(by_part) == by_part
+    assert repaired(by_part, crossings) == by_part
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_list_that_is_matched_in_no_direction_is_put_in_order(reverse: bool) -> None:
+    blocks = [f"{outer}.g.{inner}" for outer in range(3) for inner in range(2)]
+    right = {
+        f"h.{place}.{part}": f"{block}.{part}"
+        for place, block in enumerate(reversed(blocks) if reverse else blocks)
+        for part in "ab"
+    }
+    assert repaired(right, disordered) == right
+    wrong = dict(right)
+    for part in "ab":
+        wrong |= {f"h.0.{part}": right[f"h.2.{part}"], f"h.2.{part}": right[f"h.0.{part}"]}
+    assert repaired(wrong, disordered) == right
+
+
+def test_numbers_that_are_shifted_are_told_by_the_member_of_another_shape() -> None:
+    shapes = {"w0": (12, 8), "w1": (12, 8), "w2": (8, 12)}
+    source = {f"h.{block}.{name}.weight": torch.empty(shape) for block in range(3) for name, shape in shapes.items()}
+    target = {re.sub(r"w(\d)", lambda found: f"w{int(found[1]) + 1}", key): tensor for key, tensor in source.items()}
+    alignment = autoalign.align(source, {key.replace("h.", "units."): tensor for key, tensor in target.items()})
+    wanted = dict(zip((key.replace("h.", "units.") for key in target), source, strict=True))
+    assert {match.target: match.sources[0] for match in alignment.matches} == wanted
