@@ -15,7 +15,7 @@ from autoalign.execution import execution_order
 from autoalign.garbage import collection_paused
 from autoalign.pairing import Outcome, paired
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
-from autoalign.repeats import LARGE, Specs, extended, is_settled, pair_count, runs_of
+from autoalign.repeats import LARGE, Specs, extended, is_settled, less_sure, pair_count, runs_of
 
 
 def align(
@@ -152,8 +152,10 @@ def _by_repeats(
     matches, mismatched, notes = paired(own, other, pins)
     if runs[0].run_of or runs[1].run_of:
         matches, mismatched = extended(matches, mismatched, *runs)
-        if not is_settled(*runs, matches) and pair_count(source, target) <= LARGE:
-            return paired(SideParts.of(source, configs[0]), SideParts.of(target, configs[1]), pins)
+        if not is_settled(*runs, matches):
+            if pair_count(source, target) <= LARGE:
+                return paired(SideParts.of(source, configs[0]), SideParts.of(target, configs[1]), pins)
+            matches = less_sure(runs[1], matches)
         matches = with_ties(source, target, matches)
     return matches, mismatched, notes
 

@@ -2,8 +2,8 @@
 
 Long lists of blocks run from the input to the output in every library. Short ones whose members are equal need not;
 where the two sides number them otherwise, their order alone decides. And where such a list has one member for each
-level of another one, the members stand beside these levels and do not follow one another: a decoder that begins with
-the last level is listed in either direction, and nothing tells.
+level of another list beside it, the members do not follow one another: a decoder that begins with the last level is
+listed in either direction, and nothing tells.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from autoalign.units import Part, Unit
 
 REVERSIBLE = "right shape, but the members of this list are alike, and one side may list them in reverse order"
 _SHORT = 6  # members of a list that may as well be in reverse order
-_LEVELS = 3  # unlike members from which on a list is one of levels
+_LEVELS = 3  # unlike members from which on a list is one of levels; the last two may be alike
 
 _List = tuple[Path, str]  # its parent and the stem of its members
 
@@ -38,7 +38,7 @@ class _Lists:
 
     members: Mapping[_List, Sequence[Path]]  # in the order of their numbers
     around: Sequence[Mapping[_List, int]]  # for each layer, the lists that it is in and its place in each
-    levels: frozenset[int]  # the lengths of lists of unlike members
+    levels: Sequence[tuple[Path, int]]  # the parents and the lengths of lists of unlike members
 
 
 def undirected(
@@ -60,7 +60,6 @@ def undirected(
     for (a, b), _ in votes.most_common():
         if a not in partner and b not in partner.values():
             partner[a] = b
-    levels = own.levels | other.levels
     unit_at = {unit.path: index for index, unit in enumerate(source[0])}
     by_order: set[int] = set()
     reverse: dict[int, int] = {}
@@ -75,8 +74,8 @@ def undirected(
             by_order.add(place)
             rest = source[0][i].path[len(members[index]) :]
             mirrored = unit_at.get((*members[-1 - index], *rest))
-            is_nested = any(map(numbers, (*a[0], *b[0])))
-            if len(members) in levels and not is_nested and mirrored is not None:
+            beside = _has_levels(a[0], len(members), own) and _has_levels(b[0], len(members), other)
+            if beside and mirrored is not None:
                 reverse[place] = mirrored
     return Undirected(frozenset(by_order), reverse)
 
@@ -105,5 +104,13 @@ def _short_lists(units: Sequence[Unit], parts: Sequence[Part]) -> _Lists:
         dict(place_of[unit.path[:depth]] for depth in range(1, len(unit.path)) if unit.path[:depth] in place_of)
         for unit in units
     ]
-    levels = {len(members) for key, members in lists.items() if len(members) == kinds[key] >= _LEVELS}
-    return _Lists(short, around, frozenset(levels))
+    levels = [(key[0], len(members)) for key, members in lists.items() if kinds[key] >= max(_LEVELS, len(members) - 1)]
+    return _Lists(short, around, levels)
+
+
+def _has_levels(parent: Path, length: int, lists: _Lists) -> bool:
+    """Tell whether a list that is in no other has one of levels beside it: as long, in the same part of the network."""
+    return not any(map(numbers, parent)) and any(
+        count == length and other[:1] == parent[:1] and (other == parent or other[: len(parent)] != parent)
+        for other, count in lists.levels
+    )

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoalign.alignment import Candidate, Match, Mismatch
+from autoalign.exchange import BY_ORDER
 from autoalign.names import components, kind, numbers, split_key, stem
 from autoalign.specs import TensorSpec
 
-LARGE = 100_000  # pairs of layers of equal shape up to which all blocks may be matched instead
+LARGE = 500_000  # pairs of layers of equal shape up to which all blocks may be matched instead
 KEPT = 4  # blocks of each run that are matched
 
 Specs = Sequence[TensorSpec]
@@ -244,6 +245,15 @@ def is_settled(source: Runs, target: Runs, matches: Sequence[Match]) -> bool:
         in_runs = [spec for spec in open_specs if not members.isdisjoint(_above(spec.key))]
         left.append((set(map(_kind, in_runs)), set(map(_kind, open_specs))))
     return left[0][0].isdisjoint(left[1][1]) and left[0][1].isdisjoint(left[1][0])
+
+
+def less_sure(target: Runs, matches: Sequence[Match]) -> list[Match]:
+    """Believe what is in the runs of the target no more than an order alone, since they are not settled."""
+    members = {block for run in target.run_of.values() for block in run}
+    return [
+        replace(match, confidence=min(match.confidence, 1.0 if members.isdisjoint(_above(match.target)) else BY_ORDER))
+        for match in matches
+    ]
 
 
 def _kind(spec: TensorSpec) -> _Kind:
