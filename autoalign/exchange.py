@@ -243,7 +243,7 @@ class _Instance:
 def exchanged(assignment: Assignment, chosen: Sequence[Exchange]) -> Assignment:
     """Carry exchanges out, each layer at most once."""
     moved, pairs = set[int](), list[tuple[int, int]]()
-    for exchange in sorted(chosen, key=lambda one: one.names):
+    for exchange in sorted(chosen, key=lambda one: one.names * len(one.pairs)):
         places = _places(exchange.pairs)
         if moved.isdisjoint(places):
             moved |= places

@@ -44,8 +44,8 @@ def split_key(key: str) -> tuple[str, str]:
 def words(component: str) -> tuple[str, ...]:
     """List the words of one component in the vocabulary's canonical spelling, without its numbers.
 
-    >>> words("SelfAttention"), words("in_proj_weight"), words("fc1"), words("12")
-    (('self', 'attn'), ('qkv', 'weight'), ('in',), ())
+    >>> words("SelfAttention"), words("in_proj_weight"), words("fc1"), words("to_k"), words("12")
+    (('self', 'attn'), ('qkv', 'weight'), ('in',), ('to', 'k'), ())
     """
     pieces = [piece.lower() for piece in _WORDS.findall(component)]
     found: list[str] = []
@@ -53,7 +53,7 @@ def words(component: str) -> tuple[str, ...]:
     while position < len(pieces):
         for length in range(5, 0, -1):  # a spelling may span pieces, as in "w1" or "layer_norm"
             joined = "".join(pieces[position : position + length])
-            if joined in SPELLINGS:
+            if joined in SPELLINGS and (length == 1 or pieces[position] != "to"):  # "to_k" is no token
                 found += SPELLINGS[joined]
                 position += length
                 break
