@@ -148,6 +148,8 @@ def _by_repeats(
     """Match two sides, long lists of equal blocks by their first members; all of them where these leave others open."""
     stacks = [frozenset(spec.shape[0] for spec in specs if len(spec.shape) == 3) for specs in (source, target)]
     runs = runs_of(source, stacks[1], pins.values()), runs_of(target, stacks[0], pins)
+    if spans := runs[0].spans | runs[1].spans:  # the number of a member tells more than its place
+        runs = runs_of(source, stacks[1] | spans, pins.values()), runs_of(target, stacks[0] | spans, pins)
     own, other = (SideParts.of(of.kept, config, of.counts) for of, config in zip(runs, configs, strict=True))
     matches, mismatched, notes = paired(own, other, pins)
     if runs[0].run_of or runs[1].run_of:

@@ -16,9 +16,10 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from autoalign.crossings import crossings, disordered
+from autoalign.crossings import Repair, crossings
 from autoalign.evidence import Floats, Ints, SideEvidence, template
 from autoalign.graph import Path, block_around
+from autoalign.lists import disordered, misnumbered
 from autoalign.matching import Assignment
 from autoalign.names import numbers, stem, word_similarity, words
 
@@ -97,10 +98,9 @@ def settled(
         The assignment, and for each of its pairs the confidence that it cannot exceed.
     """
     fixed = set(np.flatnonzero(np.isin(assignment.target, list(held))).tolist())
-    for repair in (*[crossings] * _REPAIRS, disordered):
-        for pairs in repair(assignment, source.paths, target.paths, _alike(assignment, kinds).tolist()):
-            if fixed.isdisjoint(_places(pairs)) and np.mean([_gain(assignment, *pair) for pair in pairs]) < _CLEAR:
-                assignment = _moved(assignment, pairs)
+    for repairs in (*[crossings] * _REPAIRS, misnumbered, disordered):
+        for repair in repairs(assignment, source.paths, target.paths, _alike(assignment, kinds).tolist()):
+            assignment = _repaired(assignment, repair, source, kinds[0], fixed)
     for _ in range(_ROUNDS):
         found = exchanges(assignment, source, target, kinds)
         better = [exchange for exchange in found if exchange.is_better and fixed.isdisjoint(_places(exchange.pairs))]
@@ -112,6 +112,38 @@ def settled(
         places = list(_places(exchange.pairs))
         sureness[places] = np.minimum(sureness[places], exchange.sureness)
     return assignment, sureness
+
+
+def _repaired(
+    assignment: Assignment, repair: Repair, source: SideEvidence, kinds: Ints, fixed: Collection[int]
+) -> Assignment:
+    """Give places other sources of the same kinds, and what had these sources those of the places, unless names object.
+
+    Args:
+        assignment: The chosen pairs of units.
+        repair: What places should have.
+        source: Evidence of the source.
+        kinds: [source units]: equal where all tensors of a unit have the same kinds and shapes.
+        fixed: Places that keep what they have.
+    """
+    unit_at = {path: unit for unit, path in enumerate(source.paths)}
+    chosen = assignment.source.copy()
+    holder = {int(unit): place for place, unit in enumerate(chosen)}
+    for place, path in repair.items():
+        unit, before = unit_at.get(path), int(chosen[place])
+        if unit is None or kinds[unit] != kinds[before]:
+            return assignment
+        other = holder.get(unit)
+        chosen[place], holder[unit] = unit, place
+        if other is None:
+            del holder[before]
+        elif other != place:
+            chosen[other], holder[before] = before, other
+    moved = np.flatnonzero(chosen != assignment.source)
+    names = assignment.names[chosen, assignment.target] - assignment.names[assignment.source, assignment.target]
+    if not len(moved) or names[moved].mean() < -_CLEAR / 2 or not set(fixed).isdisjoint(moved.tolist()):
+        return assignment
+    return _with_sources(assignment, chosen)
 
 
 def exchanges(
@@ -242,27 +274,23 @@ class _Instance:
 
 def exchanged(assignment: Assignment, chosen: Sequence[Exchange]) -> Assignment:
     """Carry exchanges out, each layer at most once."""
-    moved, pairs = set[int](), list[tuple[int, int]]()
+    source, moved = assignment.source.copy(), set[int]()
     for exchange in sorted(chosen, key=lambda one: one.names * len(one.pairs)):
         places = _places(exchange.pairs)
         if moved.isdisjoint(places):
             moved |= places
-            pairs += exchange.pairs
-    return _moved(assignment, pairs)
+            for p, q in exchange.pairs:
+                source[[p, q]] = source[[q, p]]
+    return _with_sources(assignment, source)
 
 
 def _places(pairs: Iterable[tuple[int, int]]) -> set[int]:
     return {place for pair in pairs for place in pair}
 
 
-def _moved(assignment: Assignment, pairs: Sequence[tuple[int, int]]) -> Assignment:
-    """Exchange the sources of pairs of places."""
-    if not pairs:
-        return assignment
-    source, rival = assignment.source.copy(), assignment.runner_up.copy()
-    for p, q in pairs:
-        rival[[p, q]] = source[[p, q]]
-        source[[p, q]] = source[[q, p]]
+def _with_sources(assignment: Assignment, source: Ints) -> Assignment:
+    """Give the places other sources; what they had is the next best."""
+    rival = np.where(source != assignment.source, assignment.source, assignment.runner_up)
     cues = {**assignment.cues, "name": assignment.names[source, assignment.target]}
     return replace(assignment, source=source, runner_up=rival, cues=cues)
 

@@ -33,6 +33,7 @@ class Runs:
     run_of: Mapping[str, _Members]  # kept member, a module's whole name -> all members of its run
     kept: Specs  # what is matched: all tensors but those of the later members
     counts: Sequence[int]  # of each of them: how many tensors it stands for
+    spans: frozenset[int] = frozenset()  # lengths of lists that are kept whole for a gap in their numbers, if filled
 
 
 def pair_count(source: Specs, target: Specs) -> int:
@@ -47,7 +48,7 @@ def pair_count(source: Specs, target: Specs) -> int:
 def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned: Iterable[str] = ()) -> Runs:
     """Find the runs of more than ``KEPT`` equal blocks.
 
-    Lists of a length that must stay whole are passed over, and those around a pinned key.
+    Lists of a length that must stay whole are passed over, and those around a pinned key, and those with gaps.
 
     >>> import torch
     >>> specs = [TensorSpec(f"h.{n}.weight", (2, 2), torch.float32) for n in range(6)]
@@ -61,6 +62,7 @@ def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned:
     children = _children(tensors)
     kinds = _kinds(specs, tensors, children)
     whole = {module for key in pinned for module in _above(key)}
+    spans: set[int] = set()
     run_of: dict[str, _Members] = {}
     kept: dict[int, int] = {}  # place -> how many it stands for
     visited = [("", 1)]
@@ -69,14 +71,14 @@ def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned:
         kept.update(dict.fromkeys(tensors.get(module, ()), count))
         below = dict.fromkeys(children.get(module, ()), count)
         if len(below) > KEPT and module not in whole:
-            for run in _runs(list(below), kinds, lengths_to_keep):
+            for run in _runs(list(below), kinds, lengths_to_keep, spans):
                 run_of.update(dict.fromkeys(run[:KEPT], run))
                 for member in run[KEPT:]:
                     del below[member]
                 below[run[KEPT - 1]] *= len(run) - KEPT + 1
         visited.extend(below.items())
     places = sorted(kept)
-    return Runs(specs, run_of, [specs[place] for place in places], [kept[place] for place in places])
+    return Runs(specs, run_of, [specs[place] for place in places], [kept[place] for place in places], frozenset(spans))
 
 
 def _children(modules: Iterable[str]) -> dict[str, list[str]]:
@@ -106,8 +108,10 @@ def _kinds(specs: Specs, tensors: Mapping[str, Sequence[int]], children: Mapping
     return kinds
 
 
-def _runs(modules: Sequence[str], kinds: Mapping[str, int], lengths_to_keep: frozenset[int]) -> Iterator[_Members]:
-    """Find the runs of equal modules among siblings."""
+def _runs(
+    modules: Sequence[str], kinds: Mapping[str, int], lengths_to_keep: frozenset[int], spans: set[int]
+) -> Iterator[_Members]:
+    """Find the runs of equal modules among siblings, and add the spans of lists with gaps."""
     lists: dict[str, list[tuple[tuple[int, ...], str]]] = {}
     for module in modules:
         name = split_key(module)[1]
@@ -116,7 +120,11 @@ def _runs(modules: Sequence[str], kinds: Mapping[str, int], lengths_to_keep: fro
     for found in lists.values():
         if len(found) <= KEPT or len(found) in lengths_to_keep:
             continue
-        members = [module for _, module in sorted(found)]
+        found.sort()
+        if (span := found[-1][0][-1] - found[0][0][-1] + 1) != len(found):
+            spans.add(span)
+            continue
+        members = [module for _, module in found]
         start = 0
         for end in range(1, len(members) + 1):
             if end == len(members) or kinds[members[end]] != kinds[members[start]]:

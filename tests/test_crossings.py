@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ import torch
 import torchvision
 
 import autoalign
-from autoalign.crossings import Pairs, crossings, disordered
+from autoalign.crossings import Repair, crossings
+from autoalign.lists import disordered, misnumbered
 from autoalign.matching import Assignment
 
 WORDS: Mapping[str, Mapping[str, str]] = {
@@ -50,13 +51,12 @@ def assignment(pairs: Mapping[str, str]) -> tuple[Assignment, list[tuple[str, ..
     return chosen, [tuple(key.split(".")) for key in source], [tuple(key.split(".")) for key in target]
 
 
-def repaired(pairs: Mapping[str, str], repair: Callable[..., Sequence[Pairs]]) -> dict[str, str]:
+def repaired(pairs: Mapping[str, str], repairs: Callable[..., Iterable[Repair]]) -> dict[str, str]:
     chosen, source, target = assignment(pairs)
-    moved = list(pairs.values())
-    for exchange in repair(chosen, source, target, [0] * len(pairs)):
-        for p, q in exchange:
-            moved[p], moved[q] = moved[q], moved[p]
-    return dict(zip(pairs, moved, strict=True))
+    moved = dict(pairs)
+    for repair in repairs(chosen, source, target, [0] * len(pairs)):
+        moved.update({".".join(target[place]): ".".join(own) for place, own in repair.items()})
+    return moved
 
 
 def test_blocks_that_were_matched_across_are_matched_straight() -> None:
@@ -91,6 +91,25 @@ def test_a_list_that_is_matched_in_no_direction_is_put_in_order(reverse: bool) -
     for part in "ab":
         wrong |= {f"h.0.{part}": right[f"h.2.{part}"], f"h.2.{part}": right[f"h.0.{part}"]}
     assert repaired(wrong, disordered) == right
+
+
+def test_equal_numbers_mean_the_same_member() -> None:
+    right = {f"h.{place}.{part}": f"s.{place}.{part}" for place in range(5) for part in "ab"}
+    wrong = {key: f"s.{(int(key[2]) - 1) % 5}.{key[-1]}" for key in right}
+    assert repaired(wrong, misnumbered) == right
+    assert repaired(right, misnumbered) == right
+    reverse = {key: f"s.{4 - int(key[2])}.{key[-1]}" for key in right}
+    assert repaired(reverse, misnumbered) == reverse
+
+
+@pytest.mark.parametrize("gap", [1, 3])
+def test_a_list_with_a_gap_keeps_its_numbers(gap: int) -> None:
+    source = {f"layers.{n}.{part}.weight": torch.empty(6, 6) for n in range(6) for part in ("up", "down")}
+    target = {key.replace("layers", "h"): tensor for key, tensor in source.items() if f".{gap}." not in key}
+    alignment = autoalign.align(source, target)
+    assert {match.target: match.sources[0] for match in alignment.matches} == {
+        key: key.replace("h.", "layers.") for key in target
+    }
 
 
 def test_numbers_that_are_shifted_are_told_by_the_member_of_another_shape() -> None:

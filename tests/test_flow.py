@@ -48,6 +48,7 @@ FLOW = (
         "calibration",
         "matching",
         "crossings",
+        "lists",
         "exchange",
         "mismatches",
         "decision",

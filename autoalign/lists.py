@@ -1,0 +1,121 @@
+"""Lists: members of a list that were matched to those of another one in an order that no network has.
+
+Where two lists are matched, their numbers run in one direction. And where both have the same numbers, or one those of
+the other with gaps, a number means the same member on both sides.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+from autoalign.crossings import Block, Repair, blocks_of, common
+from autoalign.graph import Path
+from autoalign.matching import Assignment
+from autoalign.names import numbers, stem
+
+_ORDERED = 3  # members of a list that have an order
+
+
+def disordered(
+    assignment: Assignment, source: Sequence[Path], target: Sequence[Path], kind_of: Sequence[int]
+) -> Iterator[Repair]:
+    """Find lists of equal blocks that are matched to other lists in neither direction.
+
+    Args:
+        assignment: The chosen pairs of units.
+        source: The paths of the source's units.
+        target: The paths of the target's units.
+        kind_of: [pairs]: equal where the shapes of both units are.
+
+    Yields:
+        For each list what its places should have instead.
+    """
+    blocks = blocks_of(assignment, source, target, kind_of)
+    lists: dict[object, list[Path]] = {}
+    for block, pairs in blocks.items():
+        if numbers(block[-1]):
+            end = common([pair.own for pair in pairs])
+            shapes = frozenset((pair.other[len(block) :], pair.own[len(end) :], pair.kind) for pair in pairs)
+            lists.setdefault((block[:-1], stem(block[-1]), tuple(map(stem, end)), shapes), []).append(block)
+    for members in lists.values():
+        if len(members) >= _ORDERED:
+            members.sort(key=lambda member: numbers(member[-1]))
+            yield _in_order([blocks[member] for member in members])
+
+
+def _in_order(members: Sequence[Block]) -> Repair:
+    """Give the members of a list what fills them in the order of its numbers; nothing if it is in order already."""
+    ends = [common([pair.own for pair in block]) for block in members]
+    places = [tuple(number for name in end for number in numbers(name)) for end in ends]
+    if len(set(places)) < len(places) or places in (sorted(places), sorted(places, reverse=True)):
+        return {}
+    agreed = sum((a < b) - (a > b) for a, b in combinations(places, 2))
+    wanted = [ends[places.index(place)] for place in sorted(places, reverse=agreed < 0)]
+    return {
+        pair.place: (*new, *pair.own[len(old) :])
+        for block, old, new in zip(members, ends, wanted, strict=True)
+        for pair in block
+    }
+
+
+def misnumbered(
+    assignment: Assignment, source: Sequence[Path], target: Sequence[Path], kind_of: Sequence[int]
+) -> Iterator[Repair]:
+    """Find lists whose members have other numbers than what fills them, and could have their own; as ``disordered``."""
+    blocks = blocks_of(assignment, source, target, kind_of)
+    numbers_of: dict[tuple[Path, str], set[tuple[int, ...]]] = {}
+    for path in source:
+        for depth, name in enumerate(path):
+            numbers_of.setdefault((path[:depth], stem(name)), set()).add(numbers(name))
+    lists: dict[tuple[Path, str], dict[tuple[int, ...], Block]] = {}
+    for block, pairs in blocks.items():
+        if numbers(block[-1]):
+            lists.setdefault((block[:-1], stem(block[-1])), {})[numbers(block[-1])] = pairs
+    for members in lists.values():
+        counterpart = _counterpart(members)
+        if len(members) >= _ORDERED and counterpart and _mean_the_same(set(members), numbers_of[counterpart]):
+            yield _by_numbers(members, len(counterpart[0]))
+
+
+def _counterpart(members: Mapping[tuple[int, ...], Block]) -> tuple[Path, str] | None:
+    """Name the list of the source that fills most of a list of the target; None if none does."""
+    votes = Counter(
+        (pair.own[:depth], stem(name))
+        for block in members.values()
+        for pair in block
+        for depth, name in enumerate(pair.own)
+        if numbers(name)
+    )
+    size = sum(map(len, members.values()))
+    lists = [place for place, count in votes.most_common() if 2 * count > size]
+    return max(lists, key=lambda place: len(place[0]), default=None)
+
+
+def _mean_the_same(own: set[tuple[int, ...]], other: set[tuple[int, ...]]) -> bool:
+    """Tell whether one list has the numbers of the other, from the same one on, or with gaps."""
+    less, more = sorted((own, other), key=len)
+    if not less <= more:
+        return False
+    in_row, first = sorted(more), min(less)
+    start = in_row.index(first)
+    return start == 0 or in_row[start : start + len(less)] != sorted(less)
+
+
+def _by_numbers(members: Mapping[tuple[int, ...], Block], depth: int) -> Repair:
+    """Give each member of a list what has its number; nothing where that is so already, or all is in reverse."""
+    homes = {}
+    for number, block in members.items():
+        if inside := Counter(numbers(pair.own[depth]) for pair in block if len(pair.own) > depth):
+            homes[number] = inside.most_common(1)[0][0]
+    order = [homes[number] for number in sorted(homes)]
+    if list(homes) == order or order == sorted(order, reverse=True):
+        return {}
+    names = {numbers(pair.own[depth]): pair.own[depth] for block in members.values() for pair in block}
+    return {
+        pair.place: (*pair.own[:depth], names[number], *pair.own[depth + 1 :])
+        for number, block in members.items()
+        for pair in block
+        if number in names
+    }
