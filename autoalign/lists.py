@@ -76,7 +76,7 @@ def misnumbered(
     for members in lists.values():
         counterpart = _counterpart(members)
         if len(members) >= _ORDERED and counterpart and _mean_the_same(set(members), numbers_of[counterpart]):
-            yield _by_numbers(members, len(counterpart[0]))
+            yield _by_numbers(members, counterpart)
 
 
 def _counterpart(members: Mapping[tuple[int, ...], Block]) -> tuple[Path, str] | None:
@@ -85,7 +85,7 @@ def _counterpart(members: Mapping[tuple[int, ...], Block]) -> tuple[Path, str] |
         (pair.own[:depth], stem(name))
         for block in members.values()
         for pair in block
-        for depth, name in enumerate(pair.own)
+        for depth, name in enumerate(pair.own[:-1])
         if numbers(name)
     )
     size = sum(map(len, members.values()))
@@ -103,19 +103,29 @@ def _mean_the_same(own: set[tuple[int, ...]], other: set[tuple[int, ...]]) -> bo
     return start == 0 or in_row[start : start + len(less)] != sorted(less)
 
 
-def _by_numbers(members: Mapping[tuple[int, ...], Block], depth: int) -> Repair:
+def _by_numbers(members: Mapping[tuple[int, ...], Block], counterpart: tuple[Path, str]) -> Repair:
     """Give each member of a list what has its number; nothing where that is so already, or all is in reverse."""
-    homes = {}
-    for number, block in members.items():
-        if inside := Counter(numbers(pair.own[depth]) for pair in block if len(pair.own) > depth):
-            homes[number] = inside.most_common(1)[0][0]
-    order = [homes[number] for number in sorted(homes)]
+    parent, depth = counterpart[0], len(counterpart[0])
+    inside = {
+        number: [
+            p
+            for p in block
+            if len(p.own) > depth + 1 and p.own[:depth] == parent and stem(p.own[depth]) == counterpart[1]
+        ]
+        for number, block in members.items()
+    }
+    homes = {
+        number: Counter(numbers(pair.own[depth]) for pair in block).most_common(1)[0][0]
+        for number, block in sorted(inside.items())
+        if block
+    }
+    order = list(homes.values())
     if list(homes) == order or order == sorted(order, reverse=True):
         return {}
-    names = {numbers(pair.own[depth]): pair.own[depth] for block in members.values() for pair in block}
+    names = {numbers(pair.own[depth]): pair.own[depth] for block in inside.values() for pair in block}
     return {
-        pair.place: (*pair.own[:depth], names[number], *pair.own[depth + 1 :])
-        for number, block in members.items()
+        pair.place: (*parent, names[number], *pair.own[depth + 1 :])
+        for number, block in inside.items()
         for pair in block
         if number in names
     }
