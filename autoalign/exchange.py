@@ -98,9 +98,19 @@ def settled(
         The assignment, and for each of its pairs the confidence that it cannot exceed.
     """
     fixed = set(np.flatnonzero(np.isin(assignment.target, list(held))).tolist())
-    for repairs in (*[crossings] * _REPAIRS, misnumbered, disordered):
+    unit_at = {path: unit for unit, path in enumerate(source.paths)}
+
+    def repaired(assignment: Assignment, repairs: Callable[..., Iterable[Repair]]) -> Assignment:
         for repair in repairs(assignment, source.paths, target.paths, _alike(assignment, kinds).tolist()):
-            assignment = _repaired(assignment, repair, source, kinds[0], fixed)
+            wanted = {place: unit_at.get(path, -1) for place, path in repair.items()}
+            assignment = _with_wanted(assignment, wanted, kinds[0], fixed)
+        return assignment
+
+    for _ in range(_REPAIRS):
+        before, assignment = assignment, repaired(assignment, crossings)
+        if assignment is before:
+            break
+    assignment = repaired(repaired(assignment, misnumbered), disordered)
     for _ in range(_ROUNDS):
         found = exchanges(assignment, source, target, kinds)
         better = [exchange for exchange in found if exchange.is_better and fixed.isdisjoint(_places(exchange.pairs))]
@@ -114,34 +124,26 @@ def settled(
     return assignment, sureness
 
 
-def _repaired(
-    assignment: Assignment, repair: Repair, source: SideEvidence, kinds: Ints, fixed: Collection[int]
-) -> Assignment:
-    """Give places other sources of the same kinds, and what had these sources those of the places, unless names object.
+def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints, fixed: set[int]) -> Assignment:
+    """Give places other sources of the same kinds, which no other places have, unless names speak against it.
 
     Args:
         assignment: The chosen pairs of units.
-        repair: What places should have.
-        source: Evidence of the source.
+        wanted: Place -> the source unit that it should have; -1 for one that there is not.
         kinds: [source units]: equal where all tensors of a unit have the same kinds and shapes.
         fixed: Places that keep what they have.
     """
-    unit_at = {path: unit for unit, path in enumerate(source.paths)}
+    places, units = list(wanted), list(wanted.values())
     chosen = assignment.source.copy()
-    holder = {int(unit): place for place, unit in enumerate(chosen)}
-    for place, path in repair.items():
-        unit, before = unit_at.get(path), int(chosen[place])
-        if unit is None or kinds[unit] != kinds[before]:
-            return assignment
-        other = holder.get(unit)
-        chosen[place], holder[unit] = unit, place
-        if other is None:
-            del holder[before]
-        elif other != place:
-            chosen[other], holder[before] = before, other
+    chosen[places] = units
+    others = set(np.delete(assignment.source, places).tolist())
+    if len({-1, *units}) <= len(units) or not others.isdisjoint(units):
+        return assignment  # there is no such unit, or more than one place should have it
+    if (kinds[chosen] != kinds[assignment.source]).any():
+        return assignment
     moved = np.flatnonzero(chosen != assignment.source)
     names = assignment.names[chosen, assignment.target] - assignment.names[assignment.source, assignment.target]
-    if not len(moved) or names[moved].mean() < -_CLEAR / 2 or not set(fixed).isdisjoint(moved.tolist()):
+    if not len(moved) or names[moved].mean() < -_CLEAR / 2 or not fixed.isdisjoint(moved.tolist()):
         return assignment
     return _with_sources(assignment, chosen)
 

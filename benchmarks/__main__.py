@@ -162,7 +162,8 @@ def _gold(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
 def _contest(results: Results, attempts: Iterable[Attempt]) -> Iterator[str]:
     new = list(attempts)
     results.attempts += new
-    return chain(tables.matrix(tallied(new)), [""], tables.accuracy_table(tallied(new)))
+    rest = [""], tables.accuracy_table(tallied(new)), tables.time_lines(new)
+    return chain(tables.matrix(tallied(new)), *rest)
 
 
 def _reliability(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:

@@ -165,3 +165,19 @@ def tallied(attempts: Sequence[Attempt]) -> list[Tally]:
         tally.raised += bool(one.error)
         tally.seconds.append(one.seconds)
     return list(tallies.values())
+
+
+def time_ratios(attempts: Sequence[Attempt], peer: str, own: str = "autoalign") -> list[float]:
+    """Divide a peer's time by ours, for each case that both solve without a fault; the least first.
+
+    >>> from dataclasses import replace
+    >>> ours = Attempt("autoalign", "pairs", "a", gold=2, right=2, wrong=0, seconds=0.1)
+    >>> time_ratios([ours, replace(ours, peer="slow", seconds=0.4), replace(ours, case="b")], "slow")
+    [4.0]
+    """
+    seconds = {(one.group, one.case, one.peer): one.seconds for one in attempts if one.is_perfect and not one.error}
+    return sorted(
+        taken / seconds[group, case, own]
+        for (group, case, name), taken in seconds.items()
+        if name == peer and (group, case, own) in seconds
+    )

@@ -7,7 +7,7 @@ from statistics import median
 
 from benchmarks import import_time
 from benchmarks.align_time import Timing
-from benchmarks.contest import Tally
+from benchmarks.contest import Attempt, Tally, time_ratios
 from benchmarks.file_loading import MEMORY_BUDGET, SMALLEST_FILE, TIME_BUDGET, Load, ratio
 from benchmarks.scaling import Point, growth
 
@@ -54,6 +54,18 @@ def matrix(tallies: Sequence[Tally]) -> Iterator[str]:
     for group in dict.fromkeys(tally.group for tally in tallies):
         count = max(tally.cases for tally in tallies if tally.group == group)
         yield f"| {group} | {count} | " + " | ".join(cells.get((group, peer), "") for peer in peers) + " |"
+
+
+def time_lines(attempts: Sequence[Attempt]) -> Iterator[str]:
+    """Write a line for each peer that is slower than ours where both solve a case."""
+    for peer in dict.fromkeys(one.peer for one in attempts):
+        ratios = time_ratios(attempts, peer)
+        if peer != "autoalign" and ratios and median(ratios) > 1:
+            cases = f"{len(ratios)} cases" if len(ratios) > 1 else "case"
+            yield (
+                f"\n{peer} takes {ratios[0]:.1f} to {ratios[-1]:.0f} times as long as autoalign, "
+                f"{median(ratios):.0f} in the median, on the {cases} that both solve."
+            )
 
 
 def _cell(tally: Tally) -> str:
