@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -21,10 +20,12 @@ from autoalign.evidence import Floats, Ints, SideEvidence, template
 from autoalign.graph import Path, block_around
 from autoalign.lists import disordered, misnumbered
 from autoalign.matching import Assignment
-from autoalign.names import numbers, stem, word_similarity, words
+from autoalign.names import likeness, numbers, stem, words
+from autoalign.vacancies import rivalled
 
 UNTOLD = 0.6  # the confidence where nothing tells two modules apart, or something speaks for their exchange
 BY_ORDER = 0.85  # the confidence where their order alone does
+RIVALLED = 0.45  # the confidence where a module that is left over would do as well
 _CLEAR = 0.05  # how much better names must fit one way than the other to tell anything
 _OWN = 0.5  # weight of the own names of two modules beside those of the layers in them
 _ROUNDS = 3
@@ -121,6 +122,8 @@ def settled(
     for exchange in found:
         places = list(_places(exchange.pairs))
         sureness[places] = np.minimum(sureness[places], exchange.sureness)
+    sides = (source.paths, kinds[0]), (target.paths, kinds[1])
+    sureness[rivalled(assignment, *sides, fixed)] = RIVALLED
     return assignment, sureness
 
 
@@ -211,14 +214,7 @@ def _own_gain(one: _Instance) -> float:
         [tuple(word for name in path[_shared(*pair) :] for word in words(name)) for path in pair]
         for pair in (one.modules, one.ends)
     )
-    return _likeness(x, a) + _likeness(y, b) - _likeness(x, b) - _likeness(y, a)
-
-
-@lru_cache(maxsize=4096)
-def _likeness(own: tuple[str, ...], other: tuple[str, ...]) -> float:
-    if own == other or not own or not other:
-        return float(own == other != ())
-    return float(word_similarity(own, other).sum() / np.sqrt(len(own) * len(other)))
+    return likeness(x, a) + likeness(y, b) - likeness(x, b) - likeness(y, a)
 
 
 def _order(assignment: Assignment, source: SideEvidence, target: SideEvidence, p: int, q: int) -> int:

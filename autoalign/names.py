@@ -134,3 +134,15 @@ def word_similarity(first: Sequence[str], second: Sequence[str]) -> NDArray[np.f
             elif min(len(a), len(b)) < 6:
                 table[row, column] = 0.0  # short words may differ by one letter and in everything else
     return table
+
+
+@lru_cache(maxsize=4096)
+def likeness(first: tuple[str, ...], second: tuple[str, ...]) -> float:
+    """Tell how alike two names are by their words, at most 1.
+
+    >>> likeness(words("image_encoder"), words("visual_encoder"))
+    1.0
+    """
+    if first == second or not first or not second:
+        return float(first == second != ())
+    return float(word_similarity(first, second).sum() / np.sqrt(len(first) * len(second)))

@@ -49,6 +49,7 @@ FLOW = (
         "matching",
         "crossings",
         "lists",
+        "vacancies",
         "exchange",
         "mismatches",
         "decision",
