@@ -154,7 +154,7 @@ def _differences(
 
 
 def _side_to_plain(specs: Sequence[TensorSpec]) -> Plain:
-    tensors = [[spec.key, list(spec.shape), str(spec.dtype).removeprefix("torch.")] for spec in specs]
+    tensors = [[spec.key, list(spec.shape), spec.dtype_name] for spec in specs]
     return {"tensors": tensors, "tied": [list(keys) for keys in tied_groups(specs)]}
 
 

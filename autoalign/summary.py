@@ -42,7 +42,7 @@ def _match(match: Match, spec: TensorSpec) -> dict[str, object]:
         "sources": list(match.sources),
         "operation": str(match.operation),
         "shape": list(spec.shape),
-        "dtype": str(spec.dtype).removeprefix("torch."),
+        "dtype": spec.dtype_name,
         "confidence": match.confidence,
         "evidence": dict(match.evidence),
         "adapted": match.operation.adapts,

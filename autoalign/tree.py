@@ -80,7 +80,7 @@ def _branch(name: str, node: _Tree) -> Branch:
     specs = [(part, spec) for (part, _), spec in node.items() if isinstance(spec, TensorSpec)]
     grouped: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for part, spec in specs:
-        grouped.setdefault((spec.shape, str(spec.dtype).removeprefix("torch.")), []).append(part)
+        grouped.setdefault((spec.shape, spec.dtype_name), []).append(part)
     leaves = tuple(Leaf(tuple(names), shape, dtype) for (shape, dtype), names in grouped.items())
     inner = _folded([_branch(part, tree) for (part, _), tree in node.items() if not isinstance(tree, TensorSpec)])
     return Branch(

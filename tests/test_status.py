@@ -89,6 +89,6 @@ def test_nothing_matched_is_raised_with_the_first_keys_of_both_sides() -> None:
     with pytest.raises(NothingLoadedError, match="None of 1 target tensors has a source") as caught:
         alignment.raise_if_nothing_matched()
     text = str(caught.value)
-    assert re.search(r"The first of the 1 target tensors:\n  fc\.weight +\[4, 5\] float32", text)
-    assert re.search(r"The first of the 1 source tensors:\n  conv\.weight +\[9, 2, 3, 3\] float32", text)
+    assert re.search(r"The first of the 1 target tensors:\n  fc\.weight +\[4, 5\] float32\n", text)
+    assert re.search(r"The first of the 1 source tensors:\n  conv\.weight +\[9, 2, 3, 3\] float32\n", text)
     assert caught.value.alignment is alignment

@@ -172,7 +172,7 @@ def _side(
         ],
         "runs": [[node, length] for node, length in sorted(found.runs.items())],
         "shape": [pools.shapes.add(spec.shape) for spec in specs],
-        "dtype": [pools.dtypes.add(str(spec.dtype).removeprefix("torch.")) for spec in specs],
+        "dtype": [pools.dtypes.add(spec.dtype_name) for spec in specs],
         "left": _rows_left(alignment, side, found, left, places, pools),
     }
 

@@ -17,9 +17,9 @@ from autoalign import __version__
 from autoalign.alignment import FILLED, Alignment
 from autoalign.errors import InputError
 from autoalign.html.data import page_data
-from autoalign.html.summary import elements, summary, tensors
 from autoalign.layout import escaped
 from autoalign.report import percent, render
+from autoalign.totals import elements, tensors, totals_of
 
 TITLE = "Alignment report"
 
@@ -32,7 +32,7 @@ def document(alignment: Alignment, *, title: str = TITLE) -> str:
 
     Its policy allows the style and the script that it holds and nothing more; keys are data to it and never markup.
     """
-    found = summary(alignment)
+    found = totals_of(alignment)
     style, script = _asset("report.css"), _script()
     notes = "".join(f"<li>{escape(escaped(note))}</li>" for note in alignment.notes)
     return _fill(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sized
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -63,8 +62,8 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
     from autoalign.markdown import code, words
 
     def folded(specs: tuple[TensorSpec, ...]) -> list[Row]:
-        entries = [((escaped(spec.key),), _kind(spec)) for spec in specs]
-        return [Row(row.texts, (_times(row.members), row.fields), len(row.members)) for row in fold(entries)]
+        entries = [((escaped(spec.key),), spec.kind) for spec in specs]
+        return [Row(row.texts, (row.fields,), len(row.members)) for row in fold(entries)]
 
     def compared(items: list[Changed]) -> list[Row]:
         rows = []
@@ -73,11 +72,11 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
             most = max(members, key=lambda item: item.difference or 0.0)
             values = "" if most.difference is None else _difference(most)
             where = f" in {escaped(most.key)}" if len(members) > 1 and most.difference else ""
-            rows.append(Row(row.texts, (_times(members), row.fields[0], values + where), len(members)))
+            rows.append(Row(row.texts, (row.fields[0], values + where), len(members)))
         return rows
 
-    same_kind = [item for item in found.changed if _kind(item.first) == _kind(item.second)]
-    other_kind = [item for item in found.changed if _kind(item.first) != _kind(item.second)]
+    same_kind = [item for item in found.changed if item.first.kind == item.second.kind]
+    other_kind = [item for item in found.changed if item.first.kind != item.second.kind]
     parts = {
         f"Only in {escaped(first)}": folded(found.only_first),
         f"Only in {escaped(second)}": folded(found.only_second),
@@ -99,12 +98,8 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
     return lines
 
 
-def _kind(spec: TensorSpec) -> str:
-    return f"{list(spec.shape)} {_dtype(spec)}"
-
-
 def _kinds(item: Changed) -> str:
-    first, second = _kind(item.first), _kind(item.second)
+    first, second = item.first.kind, item.second.kind
     return first if first == second else f"{first} -> {second}"
 
 
@@ -115,17 +110,9 @@ def _difference(item: Changed) -> str:
     return f"{item.difference:.3g}{share}"
 
 
-def _dtype(spec: TensorSpec) -> str:
-    return str(spec.dtype).removeprefix("torch.")
-
-
-def _times(members: Sized) -> str:
-    return f"{len(members):,} x" if len(members) > 1 else ""
-
-
 def _as_dict(found: Differences) -> dict[str, object]:
     def plain(spec: TensorSpec) -> dict[str, object]:
-        return {"key": spec.key, "shape": list(spec.shape), "dtype": _dtype(spec)}
+        return {"key": spec.key, "shape": list(spec.shape), "dtype": spec.dtype_name}
 
     def number(value: float | None) -> float | str | None:  # JSON has no infinity
         return value if value is None or isfinite(value) else str(value)
