@@ -17,6 +17,7 @@ from autoalign.errors import InputError, PatternError
 
 # A longer number, or one with a leading zero, is text: it could not be written back from its value.
 NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
+NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})([^0-9]*)", re.DOTALL)  # a name with one; its last
 _TOKEN = re.compile(r"\\([1-9][0-9]*)|\{([^{}]*)\}|\\([\\{}])|([^\\{]+)", re.DOTALL)
 _GROUP = re.compile(r"\\([1-9][0-9]*)")
 SLICE = "n"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.errors import InputError, PairMismatchError
 from autoalign.operations import Copy
+from autoalign.replacing import replace_text
 from autoalign.serial import Plain, from_plain, to_plain
 from autoalign.specs import TensorSpec, tied_groups
 
@@ -80,7 +80,7 @@ def alignment_from_plain(data: Mapping[str, Any]) -> Alignment:
 
 def save(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     """Write an alignment to a file; see ``Alignment.save``."""
-    write_whole(Path(path), json.dumps(alignment_to_plain(alignment), indent=1))
+    replace_text(Path(path), json.dumps(alignment_to_plain(alignment), indent=1))
 
 
 def read(path: str | os.PathLike[str]) -> Alignment:
@@ -90,21 +90,6 @@ def read(path: str | os.PathLike[str]) -> Alignment:
     except (OSError, ValueError) as error:
         raise InputError(f"{os.fspath(path)!r} cannot be read as a saved alignment: {error}") from error
     return alignment_from_plain(data)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is never there in part: under another name first, then renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)  # mkstemp lets nobody else read the file
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def applied(alignment: Alignment, source: Side, target: Side, *, container: str | None) -> Alignment:

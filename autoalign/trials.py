@@ -7,18 +7,16 @@ order. Options are tried against the networks' outputs, and only what makes them
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, permutations, product
 
 from autoalign.alignment import Match
-from autoalign.names import components
+from autoalign.names import components, stem
 from autoalign.operations import Chain, Concatenate, Operation, Parallel, Shape, Split, Transpose, chain
 
 Option = dict[str, Match]  # target key -> the match that takes the place of its present one
 
-_NUMBER = re.compile(r"\d+")
 _NEAREST = 4  # suspects that are laid out otherwise before any are exchanged
 _PARTS = (2, 3)  # that a tensor which is fused on both sides may have
 _MOST_PARTS = 4  # whose orders are all tried
@@ -191,7 +189,7 @@ def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[
         changed = option[key]
         result = dict(option)
         for other, match in matches.items():
-            same = _template(other) == _template(key) and shapes[other] == shapes[key]
+            same = stem(other) == stem(key) and shapes[other] == shapes[key]
             if not same or other == key or match.operation != matches[key].operation:
                 continue
             if changed.sources == matches[key].sources:
@@ -211,7 +209,7 @@ def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[
     result = dict(option)
     for other in matches:
         start = other[: -len(suffix[keys[0]])]
-        if not other.endswith(suffix[keys[0]]) or start == prefix or _template(start) != _template(prefix):
+        if not other.endswith(suffix[keys[0]]) or start == prefix or stem(start) != stem(prefix):
             continue
         there = {key: start + suffix[key] for key in keys}
         if all(name in matches and shapes[name] == shapes[key] for key, name in there.items()):
@@ -223,7 +221,3 @@ def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[
 
 def _same_fill(match: Match, other: Match) -> bool:
     return match.sources == other.sources and match.operation == other.operation
-
-
-def _template(key: str) -> str:
-    return _NUMBER.sub("#", key)
