@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -45,9 +46,11 @@ class Rule:
     operations: tuple[Operation, ...] = ()  # for each target; none: copies
     tied: bool = False  # whether the targets are one tensor of the model, so that filling the first is enough
 
-    def operation(self, place: int) -> Operation:
-        """What fills a target."""
-        return self.operations[place] if self.operations else Copy()
+    @property
+    def fills(self) -> list[tuple[str, Operation]]:
+        """Each target with the operation that fills it."""
+        operations = self.operations or [Copy()] * len(self.targets)
+        return list(zip(self.targets, operations, strict=False))  # a malformed rule is written, too, in its error
 
     @property
     def renames(self) -> bool:
@@ -71,15 +74,14 @@ class Rule:
         sources = _braced(self.sources)
         if not self.targets:
             return sources, "(dropped)"
-        operations = [self.operation(place) for place in range(len(self.targets))]
+        operations = [operation for _, operation in self.fills]
         if len(set(operations)) == 1:
             note = f"   {operations[0]}" if _changes(operations[0]) else "   (tied)" if self.tied else ""
             return sources, (_braced(self.targets) or '""') + note
         if parts := equal_parts(operations):
             return sources, f"{_braced(self.targets)}   {len(operations)} equal parts (dim {parts.dim})"
         return sources, ", ".join(
-            f"{target} = {operation}" if _changes(operation) else target
-            for target, operation in zip(self.targets, operations, strict=True)
+            f"{target} = {operation}" if _changes(operation) else target for target, operation in self.fills
         )
 
 
@@ -162,14 +164,15 @@ class Rules:
     def attempt(self, shapes: Mapping[str, Shape]) -> tuple[list[Match], dict[str, str]]:
         """Do as ``plan`` does, and give the keys that nothing is made of, with the reasons, instead of raising."""
         found: dict[tuple[int, tuple[str | None, ...], str], _Instance] = {}
-        planned: list[Match | tuple[int, _Instance]] = []
+        planned: list[Match | tuple[Rule, _Instance]] = []
         for key in shapes:
             match = self._any.match(key) if self.rules else None
             if match is None:
                 planned.append(Match(key, (key,)))
                 continue
             number, place, pattern = self._patterns[self._place_of[match.lastindex or 0]]
-            if not self.rules[number].targets:
+            rule = self.rules[number]
+            if not rule.targets:
                 continue
             match = pattern.match(key)
             assert match is not None
@@ -179,20 +182,22 @@ class Rules:
                 captured[pattern.groupindex[SLICE] - 1] = None
             identity = number, tuple(captured), key[match.end() :]
             if identity not in found:
-                found[identity] = _Instance(identity[1], identity[2], [{} for _ in self.rules[number].sources])
-                planned.append((number, found[identity]))
+                found[identity] = _Instance(identity[1], identity[2], [{} for _ in rule.sources])
+                planned.append((rule, found[identity]))
             found[identity].keys[place][member] = key
         matches: dict[str, Match] = {}
         problems: dict[str, str] = {}
         for item in planned:
-            made = [item] if isinstance(item, Match) else []
-            if isinstance(item, tuple):
-                rule, instance = self.rules[item[0]], item[1]
+            if isinstance(item, Match):
+                made = [item]
+            else:
+                rule, instance = item
                 try:
                     made = _made(rule, instance, shapes)
                 except (InputError, IndexError, RuntimeError, ValueError) as error:  # what torch says of a wrong rank
                     keys = [key for of in instance.keys for key in of.values()]
                     problems.update(dict.fromkeys(keys, f"{', '.join(keys)}: {error} ({rule})"))
+                    continue
             for each in made:
                 first = matches.setdefault(each.target, each)
                 if first is not each:
@@ -330,8 +335,8 @@ def _made(rule: Rule, instance: _Instance, shapes: Mapping[str, Shape]) -> list[
         raise InputError("the members of a list are not complete")
     sources = tuple(keys[member] for member in members for keys in instance.keys)
     result = []
-    for place, target in enumerate(rule.targets):
-        picked, operation = sources, rule.operation(place)
+    for target, operation in rule.fills:
+        picked = sources
         first, *rest = steps_of(operation) or (operation,)
         if isinstance(first, Pick):
             picked, operation = tuple(sources[p] for p in first.places), chain(*rest)
@@ -377,10 +382,7 @@ def _braced(texts: Sequence[str]) -> str:
 
 def _shared(texts: Sequence[str]) -> int:
     """Count the characters with which all texts begin."""
-    return next(
-        (place for place, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1),
-        min(map(len, texts)),
-    )
+    return sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False)))
 
 
 def _changes(operation: Operation) -> bool:

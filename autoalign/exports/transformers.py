@@ -90,7 +90,7 @@ def _operations(rule: Rule) -> Iterator[ConversionOps]:
     from transformers.core_model_loading import Split as Parts
     from transformers.core_model_loading import Transpose as Turn
 
-    operations = [rule.operation(place) for place in range(len(rule.targets))]
+    operations = [operation for _, operation in rule.fills]
     if len(rule.sources) > 1 or _LIST in rule.sources[0]:
         if len(operations) > 1:
             raise CannotSayError("several tensors make several")
