@@ -46,11 +46,14 @@ class Rule:
     operations: tuple[Operation, ...] = ()  # for each target; none: copies
     tied: bool = False  # whether the targets are one tensor of the model, so that filling the first is enough
 
+    def operation(self, place: int) -> Operation:
+        """What fills a target."""
+        return self.operations[place] if self.operations else Copy()
+
     @property
     def fills(self) -> list[tuple[str, Operation]]:
         """Each target with the operation that fills it."""
-        operations = self.operations or [Copy()] * len(self.targets)
-        return list(zip(self.targets, operations, strict=False))  # a malformed rule is written, too, in its error
+        return [(target, self.operation(place)) for place, target in enumerate(self.targets)]
 
     @property
     def renames(self) -> bool:
