@@ -129,24 +129,17 @@ def one_by_one(step: Step, mark: str) -> list[Renaming]:
     changed = [place for place in range(1, last) if own[place] != re.escape(other[place])]
     stops = [*changed, last]
     result: list[Renaming] = []
-    done, before = own[0], avoided
-    start = 0
-    for number, stop in enumerate(stops):
+    start, done = 0, ""
+    for stop in stops:
         kept = _joined(groups[start:stop], [re.escape(text) for text in other[start + 1 : stop]])
         rest = _joined(groups[stop:], own[stop + 1 :]) + end if stop < last else ""
         ahead = f"(?={rest})" if rest else ""
-        final = stop == last
-        tail = own[stop] + (end if final else "")
-        first = number == 0
-        if first:
-            pattern = f"^{before}{done}({kept}){tail}{ahead}"
-            replacement = f"{mark if final else PENDING}{other[0]}\\1{other[stop]}"
-            done = re.escape(other[0]) + kept
+        sign, tail = (mark, own[stop] + end) if stop == last else (PENDING, own[stop])
+        done += re.escape(other[start]) + kept
+        if result:
+            result.append((f"^{PENDING}({done}){tail}{ahead}", f"{sign}\\1{other[stop]}"))
         else:
-            pattern = f"^{PENDING}({done}{re.escape(other[start])}{kept}){tail}{ahead}"
-            replacement = f"{mark if final else PENDING}\\1{other[stop]}"
-            done += re.escape(other[start]) + kept
-        result.append((pattern, replacement))
+            result.append((f"^{avoided}{own[0]}({kept}){tail}{ahead}", f"{sign}{other[0]}\\1{other[stop]}"))
         start = stop
     return result
 
