@@ -152,8 +152,7 @@ def flat_tensors(value: Any, name: str = "", depth: int = 0) -> dict[str, Tensor
 
 
 def _sums(tensors: list[Tensor]) -> Sums | None:
-    first = next((tensor for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta), None)
-    return None if first is None else sums_of(first)
+    return next((sums_of(tensor) for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta), None)
 
 
 def sums_of(tensor: Tensor) -> Sums:
