@@ -95,11 +95,11 @@ def read(path: str | os.PathLike[str]) -> Alignment:
 def applied(alignment: Alignment, source: Side, target: Side, *, container: str | None) -> Alignment:
     """Take an alignment to a pair of the same keys and shapes; see ``Alignment.applied_to``."""
     own, other = checkpoint_of(source, container=container), checkpoint_of(target)
+    known = {spec.key for spec in alignment.target_specs}
+    counted = [spec for spec in other.specs if spec.key in known or not spec.key.endswith(_COUNTER)]
     lines = [
-        *_differences("source", alignment.source_specs, own.specs, missing_is_fine=lambda _: False),
-        *_differences(
-            "target", alignment.target_specs, other.specs, missing_is_fine=lambda key: key.endswith(_COUNTER)
-        ),
+        *_differences("source", alignment.source_specs, own.specs),
+        *_differences("target", alignment.target_specs, counted),
     ]
     if lines:
         more = [f"  ... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
@@ -109,7 +109,6 @@ def applied(alignment: Alignment, source: Side, target: Side, *, container: str 
             "Nothing was loaded. Align this pair itself, or use alignment.rules(), which may hold for it.",
             alignment,
         )
-    known = {spec.key for spec in alignment.target_specs}
     order = {spec.key: place for place, spec in enumerate(other.specs)}
     return replace(
         alignment,
@@ -122,9 +121,7 @@ def applied(alignment: Alignment, source: Side, target: Side, *, container: str 
     )
 
 
-def _differences(
-    side: str, saved: Sequence[TensorSpec], given: Sequence[TensorSpec], *, missing_is_fine: Any
-) -> Iterable[str]:
+def _differences(side: str, saved: Sequence[TensorSpec], given: Sequence[TensorSpec]) -> Iterable[str]:
     """Say how a side differs from what an alignment was made for, a line for each tensor."""
     shapes = {spec.key: spec.shape for spec in given}
     for spec in saved:
@@ -134,7 +131,7 @@ def _differences(
             yield f"  {side} has {spec.key} {list(shapes[spec.key])} instead of {list(spec.shape)}"
     known = {spec.key for spec in saved}
     for spec in given:
-        if spec.key not in known and not missing_is_fine(spec.key):
+        if spec.key not in known:
             yield f"  {side} has {spec.key} {list(spec.shape)} too"
 
 
