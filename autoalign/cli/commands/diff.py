@@ -59,7 +59,7 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
     from autoalign.cli.terminal import width
     from autoalign.folding import fold
     from autoalign.layout import Row, escaped, lay_out
-    from autoalign.markdown import code, words
+    from autoalign.markdown import table, words
 
     def folded(specs: tuple[TensorSpec, ...]) -> list[Row]:
         entries = [((escaped(spec.key),), spec.kind) for spec in specs]
@@ -89,12 +89,10 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
             continue
         count = sum(row.tensors for row in rows)
         if markdown:
-            cells = len(rows[0].cells)
-            lines += ["", f"### {words(title)} ({count:,})", ""]
-            lines += [f"| keys |{' |' * cells}", f"| --- |{' --- |' * cells}"]
-            lines += [f"| {' | '.join([code(row.keys[0]), *map(words, row.cells)])} |" for row in rows]
+            lines += ["", f"### {words(title)} ({count:,})", "", *table(rows)]
         else:
-            lines += ["", f"{title}: {count:,}", *(line.rstrip() for table in lay_out(rows, width()) for line in table)]
+            laid_out = [line.rstrip() for lines_of_row in lay_out(rows, width()) for line in lines_of_row]
+            lines += ["", f"{title}: {count:,}", *laid_out]
     return lines
 
 
