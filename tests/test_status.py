@@ -11,7 +11,7 @@ import autoalign
 from autoalign.alignment import Alignment, Match
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, NothingLoadedError
 from autoalign.specs import TensorSpec
-from tests.test_report import MIXED
+from tests.alignments import MIXED
 
 
 def spec(key: str, *shape: int) -> TensorSpec:
