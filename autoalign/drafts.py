@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from autoalign.fitting import Rows, fitted, function_of
-from autoalign.indices import SLICE, literal, reference
+from autoalign.indices import REFERENCE, SLICE, literal, reference
 from autoalign.moves import Move, Texts, by_prefix, pieces
 from autoalign.operations import Copy, Operation, chain
 from autoalign.relative import Pick, Sized
@@ -19,7 +19,6 @@ from autoalign.resizing import size_free, skeleton
 
 Parts = tuple[str, ...]  # of a key, between its dots
 _ANY = r"(\d+)"
-_SLOT = re.compile(r"\\([1-9][0-9]*)")
 _Joint = Mapping[tuple[Texts, Texts], dict[tuple[int, ...], int] | None]
 
 
@@ -129,7 +128,7 @@ def _sketch(members: Sequence[Move], joint: _Joint, captured: set[Texts]) -> _Sk
                 return None
             found.append(text)
         expressions.append(tuple(found))
-    used = {int(slot) - 1 for own in expressions for text in own for slot in _SLOT.findall(text)}
+    used = {int(slot) - 1 for own in expressions for text in own for slot in REFERENCE.findall(text)}
     if not first.targets:
         used = {place for place in range(len(columns)) if texts[: place + 1] in captured}
     varying = {place for place, column in enumerate(columns) if len(set(column)) > 1}
@@ -190,10 +189,10 @@ def _pattern(texts: Texts, numbers: Sequence[int], chosen: Collection[int], only
 def _replacement(texts: Texts, expressions: Sequence[str], groups: Mapping[int, int]) -> Parts:
     written = []
     for expression, following in zip(expressions, texts[1:], strict=True):
-        text = _SLOT.sub(lambda found: f"\\{groups[int(found[1]) - 1]}", expression)
-        if _SLOT.fullmatch(text):
+        text = REFERENCE.sub(lambda found: f"\\{groups[int(found[1]) - 1]}", expression)
+        if REFERENCE.fullmatch(text):
             text = reference(int(text[1:]), following)
-        elif _SLOT.search(text):
+        elif REFERENCE.search(text):
             text = f"{{{text}}}"
         written.append(text)
     return _filled(texts, written, literal, lambda piece: f"{{{piece}}}")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from autoalign.indices import reference
+from autoalign.indices import REFERENCE, reference
 from autoalign.rules import Rule
 
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]+(?![A-Za-z(])|(?<=\\\.)[A-Za-z]+(?![A-Za-z(])")
-_GROUP = re.compile(r"\\([1-9][0-9]*)")
 _MOST = 8  # words in one rule; more would be no easier to read than several rules
 _Frame = tuple[str, str, str | None, str]  # a pattern around a word, and a replacement around it; None: dropped
 
@@ -66,6 +65,6 @@ def _written(frame: _Frame, words: Sequence[str]) -> tuple[str, tuple[str, ...]]
         return f"{first}({'|'.join(words)}){last}", ()
     group = len(re.findall(r"(?<!\\)\((?!\?:)", first)) + 1
     moved = [
-        _GROUP.sub(lambda found: f"\\{int(found[1]) + (int(found[1]) >= group)}", text) for text in (before, after)
+        REFERENCE.sub(lambda found: f"\\{int(found[1]) + (int(found[1]) >= group)}", text) for text in (before, after)
     ]
     return f"{first}({'|'.join(words)}){last}", (f"{moved[0]}{reference(group, moved[1])}{moved[1]}",)
