@@ -59,14 +59,7 @@ def paired_modules(
     target_owner: Mapping[str, tuple[str, bool]],
     sizes: Mapping[str, int],
 ) -> dict[str, Pair]:
-    """Pair the modules of the target with those of the source: by most of their tensors, and the largest in doubt.
-
-    Args:
-        matches: What fills the target.
-        source_owner: The modules of the source's keys, as ``owners`` gives them.
-        target_owner: Those of the target's.
-        sizes: The elements of each target key.
-    """
+    """Pair the modules of the target with those of the source: by most of their tensors, and the largest in doubt."""
     groups: dict[str, list[Match]] = {}
     for match in matches:
         if match.target in target_owner and all(key in source_owner for key in match.sources):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from autoalign.indices import shifted
 
-Rows = Mapping[tuple[int, ...], int]  # numbers of a source up to some place -> number of its target
+Rows = Mapping[tuple[int, ...], int]  # numbers of a source up to some place, the same for all -> number of its target
 
 _SEEN = 3  # distinct numbers from which on more than an offset is believed
 _LARGEST = 64  # quotient or table worth trying
@@ -33,9 +33,6 @@ def fitted(rows: Rows) -> tuple[int, str] | None:
     (4, '(0, 2, 5)[\\1] + \\2')
     >>> fitted({(0,): 3, (1,): 3}) is None
     True
-
-    Args:
-        rows: With sources of one length.
 
     Returns:
         How simple it is (0 is the simplest) and the arithmetic, or None; a number that does not vary has none.

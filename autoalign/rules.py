@@ -147,9 +147,6 @@ class Rules:
         >>> [(match.target, match.sources, str(match.operation)) for match in rules.plan({"q.b": (2,), "k.b": (2,)})]
         [('qk.b', ('q.b', 'k.b'), 'concatenate(dim 0)')]
 
-        Args:
-            shapes: By key.
-
         Returns:
             For each tensor that results its name, its sources, and the operation in absolute sizes.
 

@@ -23,12 +23,7 @@ _MOST_PARTS = 4  # whose orders are all tried
 
 
 def listed_options(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
-    """Give the other layouts of the suspects' matches that are in doubt; those of one doubt together, in all layers.
-
-    Args:
-        matches: What fills the target, with what is only proposed.
-        suspects: Target keys, the likeliest first.
-    """
+    """Give the other layouts of the suspects' matches that are in doubt; those of one doubt together, in all layers."""
     done = set()
     for key in suspects:
         match = matches[key]
@@ -69,14 +64,7 @@ def other_options(
     shapes: Mapping[str, Shape],
     source_shapes: Mapping[str, Shape],
 ) -> Iterator[Option]:
-    """Give what often goes wrong around the suspects.
-
-    Args:
-        matches: What fills the target.
-        suspects: Target keys, the likeliest first.
-        shapes: Of the target's keys.
-        source_shapes: Of the source's.
-    """
+    """Give what often goes wrong around the suspects, which are target keys, the likeliest first."""
     nearest, others = suspects[:_NEAREST], suspects[_NEAREST:]
     yield from _relaid(matches, nearest, shapes, source_shapes)
     yield from rivals(matches, suspects)
