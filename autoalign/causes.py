@@ -114,8 +114,13 @@ def diverged(scene: Scene, finding: Finding) -> Divergence:
 
 def _of_weights(scene: Scene, finding: Finding, module: str, keys: Sequence[str]) -> Divergence:
     text = "; ".join(f"{key} {scene.wrong[key]}" for key in keys[:_LONGEST]) + "."
-    source = scene.pairs[module].source if module in scene.pairs else finding.source
+    source = _partner(scene, finding, module)
     return Divergence(source, module, finding.difference, "weights", text, tuple(keys))
+
+
+def _partner(scene: Scene, finding: Finding, module: str) -> str:
+    """Name the source's module that does what one of the target does, or else that of the finding."""
+    return scene.pairs[module].source if module in scene.pairs else finding.source
 
 
 def _before(scene: Scene, finding: Finding, used: Mapping[str, int]) -> Divergence:
@@ -130,8 +135,7 @@ def _before(scene: Scene, finding: Finding, used: Mapping[str, int]) -> Divergen
     if missing := [key for key in recent if key in scene.unfilled]:
         module = scene.owner.get(missing[0], "")
         text = f"{_listed(missing)} got nothing from the source."
-        pair = scene.pairs.get(module)
-        source = pair.source if pair else finding.source
+        source = _partner(scene, finding, module)
         return Divergence(source, module, finding.difference, "missing", text, tuple(missing))
     module = finding.call.module
     between = _module_before(scene.recordings[1], finding.since), module
@@ -154,11 +158,10 @@ def _before(scene: Scene, finding: Finding, used: Mapping[str, int]) -> Divergen
     holders = {scene.owner.get(key, "") for key in suspects}
     if len(holders) == 1:  # nothing else was used in between
         (holder,) = holders
-        pair = scene.pairs.get(holder)
         text = (
             f"{where}, where only {_listed(suspects)} of {holder or 'the model itself'} is used: it is filled wrongly."
         )
-        source = pair.source if pair else finding.source
+        source = _partner(scene, finding, holder)
         return Divergence(source, holder, finding.difference, "weights", text, suspects, between)
     text = f"{_listed(suspects)} may be filled wrongly" if suspects else "tensors used before it may be exchanged"
     return found("code", f", which call the same functions: {text}, or settings differ that no module shows.", suspects)

@@ -154,14 +154,14 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
                 continue
             kind = "mispaired" if computed(event.call.given_sums) else "before"
         else:
-            started = begun.get(id(event.call))
             if event.call.module not in wrong and not event.pair.is_mixed and computed(event.call.gave_sums):
                 continue
-            kind = "own" if id(event.call) not in inner else "inside"
-            if event.difference == inf and computed(event.call.given_sums) and not _is_comparable(event):
-                kind = "mispaired"
-            if started is not None:
+            if id(event.call) in begun:
                 kind = "mispaired" if computed(event.call.given_sums) else "before"
+            elif event.difference == inf and computed(event.call.given_sums) and not _is_comparable(event):
+                kind = "mispaired"
+            else:
+                kind = "inside" if id(event.call) in inner else "own"
         if kind == "before":  # the innermost call around it that has a wrong partner, if there is one
             around = [e for e in begun.values() if e.call.start < event.time and computed(e.call.given_sums)]
             around = [e for e in around if e.call.end < 0 or e.call.end >= event.time]
