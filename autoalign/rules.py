@@ -112,24 +112,21 @@ class Rules:
         return len(self.rules)
 
     @cached_property
-    def _patterns(self) -> list[tuple[int, int, re.Pattern[str]]]:
-        return [
-            (r, p, re.compile(source)) for r, rule in enumerate(self.rules) for p, source in enumerate(rule.sources)
-        ]
+    def _any(self) -> tuple[re.Pattern[str], dict[int, tuple[Rule, int, re.Pattern[str]]]]:
+        """All patterns as one, and by the last group that took part in a match which of them matched."""
+        texts, found, group = [], {}, 0
+        for rule in self.rules:
+            for place, source in enumerate(rule.sources):
+                pattern = re.compile(source)
+                texts.append(f"(?:{source.replace(f'(?P<{SLICE}>', '(')})()")
+                group += pattern.groups + 1
+                found[group] = rule, place, pattern
+        return re.compile("|".join(texts)), found
 
-    @cached_property
-    def _any(self) -> re.Pattern[str]:
-        """All patterns at once; the last group that took part tells which one matched."""
-        texts = (pattern.pattern.replace(f"(?P<{SLICE}>", "(") for _, _, pattern in self._patterns)
-        return re.compile("|".join(f"(?:{text})()" for text in texts))
-
-    @cached_property
-    def _place_of(self) -> dict[int, int]:
-        places, group = {}, 0
-        for place, (_, _, pattern) in enumerate(self._patterns):
-            group += pattern.groups + 1
-            places[group] = place
-        return places
+    def _taken(self, key: str) -> tuple[Rule, int, re.Pattern[str]] | None:
+        """Tell which pattern of which rule takes a key."""
+        match = self._any[0].match(key) if self.rules else None
+        return None if match is None else self._any[1][match.lastindex or 0]
 
     def rule_of(self, key: str) -> Rule | None:
         r"""Tell which rule takes a key; None for a key that keeps its name.
@@ -137,8 +134,8 @@ class Rules:
         >>> print(Rules((Rule((r"^old\.",), ("new.",)),)).rule_of("old.weight"))
         ^old\. -> new.
         """
-        match = self._any.match(key) if self.rules else None
-        return None if match is None else self.rules[self._patterns[self._place_of[match.lastindex or 0]][0]]
+        taken = self._taken(key)
+        return None if taken is None else taken[0]
 
     def plan(self, shapes: Mapping[str, Shape]) -> list[Match]:
         r"""Say what becomes of tensors of the given shapes.
@@ -166,12 +163,11 @@ class Rules:
         found: dict[tuple[int, tuple[str | None, ...], str], _Instance] = {}
         planned: list[Match | tuple[Rule, _Instance]] = []
         for key in shapes:
-            match = self._any.match(key) if self.rules else None
-            if match is None:
+            taken = self._taken(key)
+            if taken is None:
                 planned.append(Match(key, (key,)))
                 continue
-            number, place, pattern = self._patterns[self._place_of[match.lastindex or 0]]
-            rule = self.rules[number]
+            rule, place, pattern = taken
             if not rule.targets:
                 continue
             match = pattern.match(key)
@@ -180,7 +176,7 @@ class Rules:
             if SLICE in pattern.groupindex:
                 member = int(captured[pattern.groupindex[SLICE] - 1])
                 captured[pattern.groupindex[SLICE] - 1] = None
-            identity = number, tuple(captured), key[match.end() :]
+            identity = id(rule), tuple(captured), key[match.end() :]
             if identity not in found:
                 found[identity] = _Instance(identity[1], identity[2], [{} for _ in rule.sources])
                 planned.append((rule, found[identity]))
