@@ -40,14 +40,13 @@ def conversions(rules: Rules) -> list[WeightRenaming | WeightConverter]:
             if rule.has_arithmetic:
                 raise CannotSayError("numbers in names are computed")
             if rule.renames:
-                steps.append(Step(rule.sources[0], rule.targets[0] if rule.targets else None))
-                one_by_one(steps[-1], "")
+                own = [Step.of(rule)]
             else:
                 own, converter = _converted(rule, number)
-                for step in own:
-                    one_by_one(step, "")
-                steps += own
                 converters.append(converter)
+            for step in own:
+                one_by_one(step, "")  # which tells whether it can be said
+            steps += own
         except CannotSayError as error:
             refused.append(f"  {rule}  ({error})")
     if refused:
