@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoalign.operations import Chain, Operation
+from autoalign.operations import Operation, steps_of
 
 Adapt = Literal["head", "vocab", "pos_embed", "rel_pos", "in_channels"]
 ADAPTS: tuple[Adapt, ...] = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
@@ -46,8 +46,7 @@ class Adaptation(Operation, ABC):
 
 def needs_target(operation: Operation) -> bool:
     """Tell whether an operation takes the target's own tensor after those of the source."""
-    steps = operation.steps if isinstance(operation, Chain) else (operation,)
-    return any(isinstance(step, Adaptation) and step.needs_target for step in steps)
+    return any(isinstance(step, Adaptation) and step.needs_target for step in steps_of(operation))
 
 
 @dataclass(frozen=True, slots=True)

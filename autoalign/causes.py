@@ -12,6 +12,7 @@ from torch import nn
 from autoalign.alignment import Alignment, Match
 from autoalign.counterparts import Pair
 from autoalign.divergence import Finding
+from autoalign.operations import Copy
 from autoalign.recording import Call, Recording, Sums
 from autoalign.settings import computes, described, setting_differences
 
@@ -74,9 +75,13 @@ def diverged(scene: Scene, finding: Finding) -> Divergence:
     pair = scene.pairs.get(module)
     own = [key for key, owner in scene.owner.items() if owner == module]
     wrong = [key for key in own if key in scene.wrong]
+    modules = [model.get_submodule(n) for model, n in zip(scene.models, (finding.source, module), strict=True)]
+
+    def told(cause: Cause, text: str, keys: Sequence[str] = ()) -> Divergence:
+        return Divergence(finding.source, module, difference, cause, text, tuple(keys))
+
     if finding.kind == "gradual":
-        text = "The difference grew little by little: rounding, or many small differences."
-        return Divergence(finding.source, module, difference, "precision", text)
+        return told("precision", "The difference grew little by little: rounding, or many small differences.")
     if finding.kind in ("own", "inside", "mispaired") and wrong:
         return _of_weights(scene, finding, module, wrong)
     if finding.kind == "mispaired":
@@ -85,38 +90,37 @@ def diverged(scene: Scene, finding: Finding) -> Divergence:
         text = (
             f"{filled.target} is filled from {' + '.join(filled.sources)}; what it is given, {given} of the source is."
         )
-        return Divergence(finding.source, module, difference, "weights", text, tuple(own))
-    used = scene.recordings[1].first_use
+        return told("weights", text, own)
     if finding.kind in ("before", "inside"):
-        return _before(scene, finding, used)
-    missing = [key for key in own if key in scene.unfilled]
-    if missing:
-        text = f"{_listed(missing)} got nothing from the source."
-        return Divergence(finding.source, module, difference, "missing", text, tuple(missing))
+        return _before(scene, finding, scene.recordings[1].first_use)
+    if missing := [key for key in own if key in scene.unfilled]:
+        return told("missing", f"{_listed(missing)} got nothing from the source.", missing)
     if pair and pair.is_mixed:
         fills = _listed([f"{key} from {' + '.join(scene.matches[key].sources)}" for key in pair.mixed])
         text = f"Its tensors come from several modules: {fills}, the rest from {finding.source}."
-        return Divergence(finding.source, module, difference, "weights", text, pair.mixed)
-    told = setting_differences(
-        *(m.get_submodule(n) for m, n in zip(scene.models, (finding.source, module), strict=True))
-    )
-    if told:
-        return Divergence(finding.source, module, difference, "configuration", f"{_listed(told)} (source / target).")
-    changed = [key for key in own if key in scene.matches and scene.matches[key].operation.__class__.__name__ != "Copy"]
+        return told("weights", text, pair.mixed)
+    if settings := setting_differences(*modules):
+        return told("configuration", f"{_listed(settings)} (source / target).")
+    changed = [key for key in own if key in scene.matches and not isinstance(scene.matches[key].operation, Copy)]
     if changed:
         text = f"{changed[0]} is made by '{scene.matches[changed[0]].operation}', which may be the wrong layout."
-        return Divergence(finding.source, module, difference, "weights", text, tuple(changed))
-    kinds = [type(m.get_submodule(n)).__name__ for m, n in zip(scene.models, (finding.source, module), strict=True)]
+        return told("weights", text, changed)
+    kinds = [type(module).__name__ for module in modules]
     text = (
         f"Inputs and weights are equal; the code is that of {kinds[0]} in the source and of {kinds[1]} in the target."
     )
-    return Divergence(finding.source, module, difference, "code", text)
+    return told("code", text)
 
 
 def _of_weights(scene: Scene, finding: Finding, module: str, keys: Sequence[str]) -> Divergence:
     text = "; ".join(f"{key} {scene.wrong[key]}" for key in keys[:_LONGEST]) + "."
-    source = scene.pairs[module].source if module in scene.pairs else finding.source
+    source = _partner(scene, finding, module)
     return Divergence(source, module, finding.difference, "weights", text, tuple(keys))
+
+
+def _partner(scene: Scene, finding: Finding, module: str) -> str:
+    """Name the source's module that does what one of the target does, or else that of the finding."""
+    return scene.pairs[module].source if module in scene.pairs else finding.source
 
 
 def _before(scene: Scene, finding: Finding, used: Mapping[str, int]) -> Divergence:
@@ -131,8 +135,7 @@ def _before(scene: Scene, finding: Finding, used: Mapping[str, int]) -> Divergen
     if missing := [key for key in recent if key in scene.unfilled]:
         module = scene.owner.get(missing[0], "")
         text = f"{_listed(missing)} got nothing from the source."
-        pair = scene.pairs.get(module)
-        source = pair.source if pair else finding.source
+        source = _partner(scene, finding, module)
         return Divergence(source, module, finding.difference, "missing", text, tuple(missing))
     module = finding.call.module
     between = _module_before(scene.recordings[1], finding.since), module
@@ -155,11 +158,10 @@ def _before(scene: Scene, finding: Finding, used: Mapping[str, int]) -> Divergen
     holders = {scene.owner.get(key, "") for key in suspects}
     if len(holders) == 1:  # nothing else was used in between
         (holder,) = holders
-        pair = scene.pairs.get(holder)
         text = (
             f"{where}, where only {_listed(suspects)} of {holder or 'the model itself'} is used: it is filled wrongly."
         )
-        source = pair.source if pair else finding.source
+        source = _partner(scene, finding, holder)
         return Divergence(source, holder, finding.difference, "weights", text, suspects, between)
     text = f"{_listed(suspects)} may be filled wrongly" if suspects else "tensors used before it may be exchanged"
     return found("code", f", which call the same functions: {text}, or settings differ that no module shows.", suspects)

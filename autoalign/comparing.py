@@ -9,6 +9,8 @@ from math import inf
 import torch
 from torch import Tensor
 
+from autoalign.candidates import squeeze
+
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of outputs
 
 
@@ -42,7 +44,7 @@ def relative_difference(got: Tensor, want: Tensor) -> float | None:
     first, second = _comparable(got).to(want.device), _comparable(want)
     if first.dtype != second.dtype:
         first, second = first.double(), second.double()
-    if _essential(first) != _essential(second):
+    if squeeze(first.shape) != squeeze(second.shape):
         first, second = first.flatten().sort().values, second.flatten().sort().values
     first, second = first.flatten(), second.flatten()
     same = (first == second) | (first.isnan() & second.isnan())
@@ -62,10 +64,6 @@ def _comparable(tensor: Tensor) -> Tensor:
     return tensor.double()
 
 
-def _essential(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(size for size in tensor.shape if size != 1)
-
-
 def tolerance_of(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
     """Choose a tolerance by the least precise floating point type among outputs."""
     dtypes = {tensor.dtype for tensor in (*tensors.values(), *others.values())}
@@ -83,7 +81,7 @@ def output_differences(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) ->
     for name in want:
         if name not in dict(pairs):
             sizes = [other for other in free if got[other].numel() == want[name].numel()]
-            alike = [other for other in sizes if _essential(got[other]) == _essential(want[name])]
+            alike = [other for other in sizes if squeeze(got[other].shape) == squeeze(want[name].shape)]
             for other in (alike or sizes)[:1]:
                 pairs.append((name, other))
                 free.remove(other)

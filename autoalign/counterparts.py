@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -57,29 +59,19 @@ def paired_modules(
     target_owner: Mapping[str, tuple[str, bool]],
     sizes: Mapping[str, int],
 ) -> dict[str, Pair]:
-    """Pair the modules of the target with those of the source: by most of their tensors, and the largest in doubt.
-
-    Args:
-        matches: What fills the target.
-        source_owner: The modules of the source's keys, as ``owners`` gives them.
-        target_owner: Those of the target's.
-        sizes: The elements of each target key.
-    """
+    """Pair the modules of the target with those of the source: by most of their tensors, and the largest in doubt."""
     groups: dict[str, list[Match]] = {}
     for match in matches:
         if match.target in target_owner and all(key in source_owner for key in match.sources):
             groups.setdefault(target_owner[match.target][0], []).append(match)
     result = {}
     for module, members in groups.items():
-        layer = [match for match in members if _of_layer(match, source_owner, target_owner)]
-        alone = [match for match in members if _of_none(match, source_owner, target_owner)]
-        chosen = layer or alone
+        kinds = [_is_of_layers(match, source_owner, target_owner) for match in members]
+        layer = [match for match, is_layers in zip(members, kinds, strict=True) if is_layers]
+        chosen = layer or [match for match, is_layers in zip(members, kinds, strict=True) if is_layers is False]
         if not chosen:
             continue
-        votes: dict[str, int] = {}
-        for match in chosen:
-            for owner in {source_owner[key][0] for key in match.sources}:
-                votes[owner] = votes.get(owner, 0) + 1
+        votes = Counter(owner for match in chosen for owner in {source_owner[key][0] for key in match.sources})
         best = max(
             chosen, key=lambda m: (max(votes[source_owner[key][0]] for key in m.sources), sizes.get(m.target, 0))
         )
@@ -93,20 +85,17 @@ def paired_modules(
     return result
 
 
-def _of_layer(
+def _is_of_layers(
     match: Match, source_owner: Mapping[str, tuple[str, bool]], target_owner: Mapping[str, tuple[str, bool]]
-) -> bool:
-    """Tell whether a match fills a weight or the like of a layer from such of layers."""
-    own = [target_owner[match.target][1], *(source_owner[key][1] for key in match.sources)]
-    return all(own) and all(_is_layers(key) for key in (match.target, *match.sources))
+) -> bool | None:
+    """Tell whether a match fills a weight or the like of a layer from such of layers; None where nothing tells.
 
-
-def _of_none(
-    match: Match, source_owner: Mapping[str, tuple[str, bool]], target_owner: Mapping[str, tuple[str, bool]]
-) -> bool:
-    """Tell whether a match fills a parameter that stands alone from one such."""
-    owned = target_owner[match.target][1] and all(source_owner[key][1] for key in match.sources)
-    return owned and len(match.sources) == 1 and not any(_is_layers(key) for key in (match.target, *match.sources))
+    False is for a parameter that stands alone and is filled from one such.
+    """
+    if not target_owner[match.target][1] or not all(source_owner[key][1] for key in match.sources):
+        return None
+    found = {_is_layers(key) for key in (match.target, *match.sources)}
+    return None if len(found) > 1 or (found == {False} and len(match.sources) > 1) else found.pop()
 
 
 def _is_layers(key: str) -> bool:
@@ -131,10 +120,10 @@ def features(operation: Operation, source: Sequence[Shape], target: Shape, count
         For each feature, its place among those of all source layers together; and which dimension of the source's
         weights counts them. None where every feature is its namesake, or nothing can be told.
     """
-    if isinstance(operation, Copy | Reshape) or operation.adapts or sum(map(_numel, source)) > _LARGEST:
+    if isinstance(operation, Copy | Reshape) or operation.adapts or sum(map(prod, source)) > _LARGEST:
         return None
-    offsets = [sum(map(_numel, source[:place])) for place in range(len(source))]
-    numbered = [torch.arange(1, _numel(s) + 1).reshape(s) + start for s, start in zip(source, offsets, strict=True)]
+    offsets = [sum(map(prod, source[:place])) for place in range(len(source))]
+    numbered = [torch.arange(1, prod(s) + 1).reshape(s) + start for s, start in zip(source, offsets, strict=True)]
     (elements,) = operation.apply(numbered)
     dims = [dim for dim, size in enumerate(target) if size == count]
     for dim in dims:
@@ -152,8 +141,8 @@ def _followed(rows: Tensor, source: Sequence[Shape], offsets: Sequence[int], cou
         return None
     place, before = torch.full_like(rows, -1), 0
     for shape, start in zip(source, offsets, strict=True):
-        inside = (rows >= start) & (rows < start + _numel(shape))
-        step = _numel(shape[counted + 1 :])
+        inside = (rows >= start) & (rows < start + prod(shape))
+        step = prod(shape[counted + 1 :])
         place = torch.where(inside, (rows - start) // step % shape[counted] + before, place)
         before += shape[counted]
     return place[:, 0] if bool((place == place[:, :1]).all()) else None
@@ -175,10 +164,3 @@ def feature_rows(call: Call, count: int, last: bool) -> Tensor | None:
         if 0 <= dim < output.dim() and output.shape[dim] == count:
             return output.movedim(dim, 0).reshape(count, -1)
     return None
-
-
-def _numel(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

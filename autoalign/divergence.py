@@ -12,7 +12,7 @@ from torch import nn
 
 from autoalign.comparing import relative_difference
 from autoalign.counterparts import Pair, feature_rows, features
-from autoalign.operations import Shape
+from autoalign.operations import Copy, Shape
 from autoalign.recording import Call, Recording, Sums
 
 _FINER = 30  # modules are held to a tolerance that many times smaller than outputs, since errors grow
@@ -32,6 +32,11 @@ class Event:
     partner: Call
     pair: Pair
     difference: float | None
+
+    @property
+    def source_time(self) -> int:
+        """When it is by the source's clock."""
+        return self.partner.end if self.ending else self.partner.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +142,7 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
         limit = max(compared.tolerance, _JUMP * noise)
         if event.difference <= limit:
             noise = max(noise, event.difference)
-            since, source_since = event.time, event.partner.end if event.ending else event.partner.start
+            since, source_since = event.time, event.source_time
             continue
         kind: Kind
         if not event.ending:
@@ -149,14 +154,14 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
                 continue
             kind = "mispaired" if computed(event.call.given_sums) else "before"
         else:
-            started = begun.get(id(event.call))
             if event.call.module not in wrong and not event.pair.is_mixed and computed(event.call.gave_sums):
                 continue
-            kind = "own" if id(event.call) not in inner else "inside"
-            if event.difference == inf and computed(event.call.given_sums) and not _is_comparable(event):
-                kind = "mispaired"
-            if started is not None:
+            if id(event.call) in begun:
                 kind = "mispaired" if computed(event.call.given_sums) else "before"
+            elif event.difference == inf and computed(event.call.given_sums) and not _is_comparable(event):
+                kind = "mispaired"
+            else:
+                kind = "inside" if id(event.call) in inner else "own"
         if kind == "before":  # the innermost call around it that has a wrong partner, if there is one
             around = [e for e in begun.values() if e.call.start < event.time and computed(e.call.given_sums)]
             around = [e for e in around if e.call.end < 0 or e.call.end >= event.time]
@@ -171,7 +176,7 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
             since,
             source_since,
             event.time,
-            event.partner.end if event.ending else event.partner.start,
+            event.source_time,
             _given_the_same(compared, event.call) if kind == "mispaired" else (),
         )
     return None
@@ -182,20 +187,15 @@ def worst_finding(compared: Compared) -> Finding | None:
     events = [event for event in compared.events if event.difference is not None]
     for position, event in enumerate(events):
         if (event.difference or 0.0) > compared.tolerance:
-            ends = event.partner.end if event.ending else event.partner.start
-            return Finding(
-                position, "gradual", event.call, event.pair.source, event.difference or 0.0, -1, -1, event.time, ends
-            )
+            times = -1, -1, event.time, event.source_time
+            return Finding(position, "gradual", event.call, event.pair.source, event.difference or 0.0, *times)
     return None
 
 
 def last_agreement(compared: Compared) -> tuple[int, int]:
     """Tell the times, on both sides, of the last event at which both agree."""
     agreed = [e for e in compared.events if e.difference is not None and e.difference <= compared.tolerance]
-    if not agreed:
-        return -1, -1
-    event = agreed[-1]
-    return event.time, event.partner.end if event.ending else event.partner.start
+    return (agreed[-1].time, agreed[-1].source_time) if agreed else (-1, -1)
 
 
 def event_count(compared: Compared) -> int:
@@ -212,7 +212,7 @@ def _output_difference(compared: Compared, pair: Pair, call: Call, partner: Call
     if not call.gave or not partner.gave:
         return None
     match = pair.match
-    if not pair.whole or (len(match.sources) == 1 and type(match.operation).__name__ == "Copy"):
+    if not pair.whole or (len(match.sources) == 1 and isinstance(match.operation, Copy)):
         apart = relative_difference(call.gave[0], partner.gave[0])
         return inf if apart is None and alike else apart
     output = call.gave[0]

@@ -7,11 +7,11 @@ number that tells the moves apart becomes text, until it does.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from autoalign.fitting import fitted
-from autoalign.indices import literal, reference
+from autoalign.fitting import Rows, fitted, function_of
+from autoalign.indices import REFERENCE, SLICE, literal, reference
 from autoalign.moves import Move, Texts, by_prefix, pieces
 from autoalign.operations import Copy, Operation, chain
 from autoalign.relative import Pick, Sized
@@ -19,7 +19,6 @@ from autoalign.resizing import size_free, skeleton
 
 Parts = tuple[str, ...]  # of a key, between its dots
 _ANY = r"(\d+)"
-_SLOT = re.compile(r"\\([1-9][0-9]*)")
 _Joint = Mapping[tuple[Texts, Texts], dict[tuple[int, ...], int] | None]
 
 
@@ -129,7 +128,7 @@ def _sketch(members: Sequence[Move], joint: _Joint, captured: set[Texts]) -> _Sk
                 return None
             found.append(text)
         expressions.append(tuple(found))
-    used = {int(slot) - 1 for own in expressions for text in own for slot in _SLOT.findall(text)}
+    used = {int(slot) - 1 for own in expressions for text in own for slot in REFERENCE.findall(text)}
     if not first.targets:
         used = {place for place in range(len(columns)) if texts[: place + 1] in captured}
     varying = {place for place, column in enumerate(columns) if len(set(column)) > 1}
@@ -140,21 +139,19 @@ def _expression(
     texts: Texts, other: Texts, columns: Sequence[tuple[int, ...]], values: Sequence[int], joint: _Joint
 ) -> str | None:
     """Find arithmetic for one number of a target: by all keys that begin alike, or by these alone."""
-    known = []
-    for place in range(len(columns)):
-        rows = joint.get((texts[: place + 1], other))
-        if rows and (result := fitted(rows)):
-            known.append((result[0], abs(place + 1 - len(other)), result[1]))
-    if known:
-        return min(known)[2]
+    places = range(len(columns))
+    if text := _simplest([joint.get((texts[: place + 1], other)) for place in places], len(other)):
+        return text
     if len(set(values)) == 1:
         return str(values[0])
-    for place in range(len(columns)):
-        own: dict[tuple[int, ...], int] = {}
-        pairs = zip(zip(*columns[: place + 1], strict=True), values, strict=True)
-        if all(own.setdefault(numbers, value) == value for numbers, value in pairs) and (result := fitted(own)):
-            known.append((result[0], abs(place + 1 - len(other)), result[1]))
-    return min(known)[2] if known else None
+    starts = [list(zip(*columns[: place + 1], strict=True)) for place in places]
+    return _simplest([function_of(zip(own, values, strict=True)) for own in starts], len(other))
+
+
+def _simplest(tables: Sequence[Rows | None], place: int) -> str | None:
+    """Find the simplest arithmetic by which a number follows from those up to one of the source's, best the same."""
+    found = [(fitted(rows), abs(up_to - place)) for up_to, rows in enumerate(tables, start=1) if rows]
+    return min(((fit[0], distance, fit[1]) for fit, distance in found if fit), default=(0, 0, None))[2]
 
 
 def _written(sketch: _Sketch, only: Mapping[int, Sequence[int]]) -> Draft:
@@ -184,41 +181,32 @@ def _group_numbers(texts: Texts, chosen: Collection[int]) -> dict[int, int]:
 
 
 def _pattern(texts: Texts, numbers: Sequence[int], chosen: Collection[int], only: Mapping[int, Sequence[int]]) -> Parts:
-    parts = [""]
-    for place, text in enumerate(texts):
-        for piece, marked in pieces(text):
-            if marked:
-                parts[-1] += r"(?P<n>\d+)"
-                continue
-            first, *others = piece.split(".")
-            parts[-1] += re.escape(first)
-            parts += map(re.escape, others)
-        if place < len(numbers):
-            values = only.get(place)
-            several = _ANY if values is None else f"({'|'.join(map(str, values))})"
-            parts[-1] += several if place in chosen else str(numbers[place])
-    return tuple(parts)
+    captures = {place: f"({'|'.join(map(str, only[place]))})" if place in only else _ANY for place in chosen}
+    written = [captures.get(place, str(number)) for place, number in enumerate(numbers)]
+    return _filled(texts, written, re.escape, lambda _: rf"(?P<{SLICE}>\d+)")
 
 
 def _replacement(texts: Texts, expressions: Sequence[str], groups: Mapping[int, int]) -> Parts:
+    written = []
+    for expression, following in zip(expressions, texts[1:], strict=True):
+        text = REFERENCE.sub(lambda found: f"\\{groups[int(found[1]) - 1]}", expression)
+        if REFERENCE.fullmatch(text):
+            text = reference(int(text[1:]), following)
+        elif REFERENCE.search(text):
+            text = f"{{{text}}}"
+        written.append(text)
+    return _filled(texts, written, literal, lambda piece: f"{{{piece}}}")
+
+
+def _filled(texts: Texts, numbers: Sequence[str], write: Callable[[str], str], listed: Callable[[str], str]) -> Parts:
+    """Put what stands for numbers between texts, and part the whole at its dots."""
     parts = [""]
-    for place, text in enumerate(texts):
+    for text, number in zip(texts, (*numbers, ""), strict=True):
         for piece, marked in pieces(text):
-            if marked:
-                parts[-1] += f"{{{piece}}}"
-                continue
-            first, *others = piece.split(".")
-            parts[-1] += literal(first)
-            parts += map(literal, others)
-        if place < len(expressions):
-            expression = expressions[place]
-            slots = _SLOT.findall(expression)
-            written = _SLOT.sub(lambda found: f"\\{groups[int(found[1]) - 1]}", expression)
-            if slots and written[1:].isdigit() and written[0] == "\\":
-                written = reference(int(written[1:]), texts[place + 1])
-            elif slots:
-                written = f"{{{written}}}"
-            parts[-1] += written
+            first, *others = [listed(piece)] if marked else map(write, piece.split("."))
+            parts[-1] += first
+            parts += others
+        parts[-1] += number
     return tuple(parts)
 
 

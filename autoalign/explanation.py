@@ -77,7 +77,7 @@ def explained(alignment: Alignment, key: str) -> Explanation:
 def _of_target(alignment: Alignment, spec: TensorSpec, sources: dict[str, TensorSpec]) -> Explanation:
     status = alignment.status[spec.key]
     if spec.key in alignment.excluded:
-        what = f"{_shape(spec)} is left out by include or exclude, and keeps its values"
+        what = f"{spec.kind} is left out by include or exclude, and keeps its values"
         return Explanation(spec.key, "target", "excluded", what, (), remedies=("align without that pattern",))
     for match in (*alignment.matches, *alignment.ambiguous):
         if match.target == spec.key:
@@ -87,10 +87,10 @@ def _of_target(alignment: Alignment, spec: TensorSpec, sources: dict[str, Tensor
             return _of_mismatch(alignment, mismatch)
     others = counterparts(alignment, "source")
     near, remedies = nearest(spec, others), []
-    what = f"{_shape(spec)} gets nothing, and keeps its values"
+    what = f"{spec.kind} gets nothing, and keeps its values"
     why = [reason(spec, others)]
     if near is not None:
-        why.append(f"the likest name that is free is {near.key} {_shape(near)}{difference(near.shape, spec.shape)}")
+        why.append(f"the likest name that is free is {near}{difference(near.shape, spec.shape)}")
         if _fits(near, spec):
             remedies.append(f"rules=[({near.key!r}, {spec.key!r})]")
         else:
@@ -102,9 +102,9 @@ def _of_target(alignment: Alignment, spec: TensorSpec, sources: dict[str, Tensor
 
 
 def _of_match(match: Match, status: Status, spec: TensorSpec, sources: dict[str, TensorSpec]) -> Explanation:
-    made = " + ".join(f"{key} {_shape(sources[key])}" for key in match.sources)
+    made = " + ".join(str(sources[key]) for key in match.sources)
     verb = "is proposed, and not loaded," if status == "ambiguous" else "is filled"
-    what = f"{_shape(spec)} {verb} from {made} by '{match.operation}'"
+    what = f"{spec.kind} {verb} from {made} by '{match.operation}'"
     cues = tuple(
         sorted(
             (Cue(name, value, WEIGHTS.get(name)) for name, value in match.evidence.items()),
@@ -191,57 +191,51 @@ def _adapting(alignment: Alignment, mismatch: Mismatch) -> list[str]:
 
 
 def _of_source(alignment: Alignment, spec: TensorSpec, targets: dict[str, TensorSpec]) -> Explanation:
+    def explanation(
+        status: Literal["excluded", "used", "unexpected"],
+        what: str,
+        why: Sequence[str] = (),
+        remedies: Sequence[str] = (),
+        confidence: float | None = None,
+    ) -> Explanation:
+        what = f"{spec.kind} {what}"
+        remedies = tuple(remedies)
+        return Explanation(spec.key, "source", status, what, tuple(why), confidence=confidence, remedies=remedies)
+
     used = [match for match in alignment.matches if spec.key in match.sources]
     if used:
-        fills = [f"{match.target} {_shape(targets[match.target])} by '{match.operation}'" for match in used]
-        what = f"{_shape(spec)} is used for {_listed(fills)}"
-        remedies = (f"see explain({used[0].target!r})",)
-        return Explanation(spec.key, "source", "used", what, (), confidence=used[0].confidence, remedies=remedies)
+        fills = [f"{targets[match.target]} by '{match.operation}'" for match in used]
+        see = [f"see explain({used[0].target!r})"]
+        return explanation("used", f"is used for {_listed(fills)}", (), see, used[0].confidence)
     if spec.key in alignment.excluded:
-        what = f"{_shape(spec)} is left out by include or exclude"
-        return Explanation(spec.key, "source", "excluded", what, (), remedies=("align without that pattern",))
+        return explanation("excluded", "is left out by include or exclude", (), ["align without that pattern"])
     if spec.key not in alignment.unexpected_keys:
-        what = f"{_shape(spec)} is tied to a tensor that is used"
-        return Explanation(spec.key, "source", "used", what, ())
-    what = f"{_shape(spec)} is used for nothing"
+        return explanation("used", "is tied to a tensor that is used")
+    what = "is used for nothing"
     proposed = [match for match in alignment.ambiguous if spec.key in match.sources]
     if proposed:
-        names = [f"{match.target} {_shape(targets[match.target])}" for match in proposed]
-        why = f"it is proposed for {_listed(names)}, and not loaded"
-        return Explanation(
-            spec.key,
-            "source",
-            "unexpected",
-            what,
-            (why,),
-            confidence=proposed[0].confidence,
-            remedies=(f"see explain({proposed[0].target!r})",),
-        )
+        why = f"it is proposed for {_listed([str(targets[match.target]) for match in proposed])}, and not loaded"
+        see = [f"see explain({proposed[0].target!r})"]
+        return explanation("unexpected", what, [why], see, proposed[0].confidence)
     for mismatch in alignment.mismatched:
         if mismatch.source_key == spec.key:
             why = f"its counterpart {mismatch.key} has the shape {list(mismatch.shape)}"
-            return Explanation(
-                spec.key, "source", "unexpected", what, (why,), remedies=(f"see explain({mismatch.key!r})",)
-            )
+            return explanation("unexpected", what, [why], [f"see explain({mismatch.key!r})"])
     others = counterparts(alignment, "target")
-    grounds, remedies_ = [reason(spec, others)], []
+    grounds, remedies = [reason(spec, others)], []
     rival = next((m for m in alignment.matches if any(spec.key in other.sources for other in m.alternatives)), None)
     if rival is not None:
         grounds.append(f"{rival.target} would have been its next best use, and got {' + '.join(rival.sources)}")
-        remedies_.append(f"rules=[({spec.key!r}, {rival.target!r})]")
+        remedies.append(f"rules=[({spec.key!r}, {rival.target!r})]")
     elif (near := nearest(spec, others)) is not None:
-        grounds.append(f"the likest name that is free is {near.key} {_shape(near)}")
+        grounds.append(f"the likest name that is free is {near}")
         if _fits(spec, near):
-            remedies_.append(f"rules=[({spec.key!r}, {near.key!r})]")
-    return Explanation(spec.key, "source", "unexpected", what, tuple(grounds), remedies=tuple(remedies_))
+            remedies.append(f"rules=[({spec.key!r}, {near.key!r})]")
+    return explanation("unexpected", what, grounds, remedies)
 
 
 def _fits(source: TensorSpec, target: TensorSpec) -> bool:
     return any(operation_between(source.shape, target.shape, flipped=way) for way in (False, True))
-
-
-def _shape(spec: TensorSpec) -> str:
-    return f"{list(spec.shape)} {str(spec.dtype).removeprefix('torch.')}"
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -6,17 +6,23 @@ r"""Numbers in keys: which function of a source's numbers gives those of its tar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from autoalign.indices import shifted
 
-Rows = Mapping[tuple[int, ...], int]  # numbers of a source up to some place -> number of its target
+Rows = Mapping[tuple[int, ...], int]  # numbers of a source up to some place, the same for all -> number of its target
 
 _SEEN = 3  # distinct numbers from which on more than an offset is believed
 _LARGEST = 64  # quotient or table worth trying
 
 
-def fitted(rows: Rows, *, seen: int = 2) -> tuple[int, str] | None:
+def function_of(pairs: Iterable[tuple[tuple[int, ...], int]]) -> dict[tuple[int, ...], int] | None:
+    """Collect which number follows from which, or None where it does not always."""
+    table: dict[tuple[int, ...], int] = {}
+    return table if all(table.setdefault(numbers, value) == value for numbers, value in pairs) else None
+
+
+def fitted(rows: Rows) -> tuple[int, str] | None:
     r"""Find the simplest arithmetic that gives each number of the target from the last numbers of the source.
 
     >>> fitted({(1,): 0, (2,): 1, (3,): 2})
@@ -28,34 +34,17 @@ def fitted(rows: Rows, *, seen: int = 2) -> tuple[int, str] | None:
     >>> fitted({(0,): 3, (1,): 3}) is None
     True
 
-    Args:
-        rows: With sources of one length.
-        seen: How many different numbers there must be.
-
     Returns:
         How simple it is (0 is the simplest) and the arithmetic, or None; a number that does not vary has none.
     """
-    if not rows or len(set(rows.values())) < 2:
+    if len(set(rows.values())) < 2:
         return None
     place = len(next(iter(rows)))
-    own = _function({numbers[-1:]: value for numbers, value in rows.items()}, rows, 1)
-    if own is not None:
-        pairs = {numbers[0]: value for numbers, value in own.items()}
-        if len(pairs) < seen:
-            return None
-        for rank, text in _of_one(pairs, f"\\{place}"):
-            return rank, text
-    if place > 1:
-        both = _function({numbers[-2:]: value for numbers, value in rows.items()}, rows, 2)
-        if both is not None and len(both) >= _SEEN:
-            for rank, text in _of_two(both, f"\\{place - 1}", f"\\{place}"):
-                return rank, text
-    return None
-
-
-def _function(short: dict[tuple[int, ...], int], rows: Rows, count: int) -> dict[tuple[int, ...], int] | None:
-    """Take the last numbers alone, if they decide."""
-    return short if all(short[numbers[-count:]] == value for numbers, value in rows.items()) else None
+    own = function_of((numbers[-1:], value) for numbers, value in rows.items())
+    if own and (found := next(_of_one({number: value for (number,), value in own.items()}, f"\\{place}"), None)):
+        return found
+    both = function_of((numbers[-2:], value) for numbers, value in rows.items()) if place > 1 else None
+    return next(_of_two(both, f"\\{place - 1}", f"\\{place}"), None) if both and len(both) >= _SEEN else None
 
 
 def _of_one(pairs: Mapping[int, int], name: str) -> Iterator[tuple[int, str]]:

@@ -14,11 +14,11 @@ from itertools import pairwise
 from math import prod
 from typing import Generic, NamedTuple, TypeVar
 
+from autoalign.indices import NUMBER
+
 _Fields = TypeVar("_Fields", bound=Hashable)
 _Template = tuple[tuple[str, ...], ...]  # for each key of a row, the text around its numbers
 
-# A longer number, or one with a leading zero, is part of a name: it could not be written back from its value.
-_NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
 _LEAF = re.compile(r"(.*\.)([^.{}0-9]+)", re.DOTALL)
 _PARTS = 6  # of a list of numbers, before the rest is left to an ellipsis
 _LEAVES = 3  # of a list of names
@@ -59,7 +59,7 @@ def fold(rows: Sequence[tuple[tuple[str, ...], _Fields]]) -> list[Fold[_Fields]]
     for position, (keys, fields) in enumerate(rows):
         template, numbers = [], []
         for key in keys:
-            parts = _NUMBER.split(key)  # text, number, text, ..., text
+            parts = NUMBER.split(key)  # text, number, text, ..., text
             template.append(tuple(parts[0::2]))
             numbers += parts[1::2]
         groups.setdefault((tuple(template), fields), {})[position] = tuple(map(int, numbers))

@@ -8,6 +8,7 @@ the number of a slice or of a list's member. A backslash before a brace or a bac
 from __future__ import annotations
 
 import ast
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,16 +18,17 @@ from autoalign.errors import InputError, PatternError
 
 # A longer number, or one with a leading zero, is text: it could not be written back from its value.
 NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
+NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})([^0-9]*)", re.DOTALL)  # a name with one; its last
 _TOKEN = re.compile(r"\\([1-9][0-9]*)|\{([^{}]*)\}|\\([\\{}])|([^\\{]+)", re.DOTALL)
-_GROUP = re.compile(r"\\([1-9][0-9]*)")
+REFERENCE = re.compile(r"\\([1-9][0-9]*)")
 SLICE = "n"
 
 _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: lambda a, b: a + b,
-    ast.Sub: lambda a, b: a - b,
-    ast.Mult: lambda a, b: a * b,
-    ast.FloorDiv: lambda a, b: a // b,
-    ast.Mod: lambda a, b: a % b,
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
 }
 
 
@@ -40,7 +42,7 @@ class Arithmetic:
     @property
     def groups(self) -> tuple[int, ...]:
         """The captures that it reads."""
-        return tuple(sorted({int(group) for group in _GROUP.findall(self.text)}))
+        return tuple(sorted({int(group) for group in REFERENCE.findall(self.text)}))
 
     @property
     def is_plain(self) -> bool:
@@ -135,7 +137,7 @@ def expand(replacement: str, captured: tuple[str | None, ...], index: int | None
 
 def _arithmetic(text: str) -> Arithmetic:
     try:
-        tree = ast.parse(_GROUP.sub(r"g\1", text), mode="eval").body
+        tree = ast.parse(REFERENCE.sub(r"g\1", text), mode="eval").body
     except SyntaxError:
         raise PatternError(f"{{{text}}} is no arithmetic on captured numbers.") from None
     for node in ast.walk(tree):
@@ -158,9 +160,9 @@ def _evaluate(node: ast.expr, captured: Mapping[str, int]) -> int:
             if name not in captured:
                 raise InputError(f"{name} is not captured")
             return captured[name]
-        case ast.BinOp(left=left, op=operator, right=right):
+        case ast.BinOp(left=left, op=sign, right=right):
             try:
-                return _OPERATORS[type(operator)](_evaluate(left, captured), _evaluate(right, captured))
+                return _OPERATORS[type(sign)](_evaluate(left, captured), _evaluate(right, captured))
             except ZeroDivisionError:
                 raise InputError("a division by zero") from None
         case ast.Subscript(value=ast.Tuple(elts=items), slice=index):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from autoalign.alignment import Alignment, Match
 from autoalign.drafts import Draft, Parts, drafts_of, spelled_out
+from autoalign.indices import REFERENCE
 from autoalign.moves import Move, moves_of
 from autoalign.rules import Rule, Rules
 from autoalign.wording import worded
@@ -196,8 +197,7 @@ def _ways(node: _Node) -> list[_Way]:
 
 
 def _refers(parts: Parts) -> int:
-    found = re.findall(r"\\([1-9][0-9]*)", ".".join(parts))
-    return max(map(int, found), default=0)
+    return max(map(int, REFERENCE.findall(".".join(parts))), default=0)
 
 
 def _groups(parts: Parts) -> int:

@@ -16,11 +16,16 @@ class Row:
     """One or more tensors of a report, folded."""
 
     keys: tuple[str, ...]  # the source's and the target's, or the only one
-    cells: tuple[str, ...]  # what is said of them
+    facts: tuple[str, ...]  # what is said of them
     tensors: int
     warnings: tuple[str, ...] = ()
     indent: str = "  "
     heading: str = ""  # a line above the first row of a group
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What stands beside the keys: of how many tensors it is said, if of several, and what."""
+        return (f"{self.tensors:,} x" if self.tensors > 1 else "", *self.facts)
 
 
 def escaped(text: str) -> str:
@@ -127,10 +132,10 @@ def _clip(text: str, width: int) -> str:
     return f"{text[: kept - kept // 2]}…{text[-(kept // 2) :]}"
 
 
-def share(sizes: Sequence[int], lines: int) -> list[int]:
+def share_out(sizes: Sequence[int], lines: int) -> list[int]:
     """Share out lines: small sections get what they need, and large ones equal parts of what remains.
 
-    >>> share([50, 2, 30], 22)
+    >>> share_out([50, 2, 30], 22)
     [10, 2, 10]
     """
     budgets = list(sizes)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from autoalign.alignment import Alignment
-from autoalign.layout import escaped
+from autoalign.layout import Row, escaped
 from autoalign.report import render, rows_of
 
 _WORDS = re.compile(r"([\\`*_{}\[\]<>#|~])")
@@ -20,15 +21,19 @@ def render_markdown(alignment: Alignment) -> str:
         if not rows:
             continue
         name, _, meaning = title.partition(": ")
-        lines += ["", f"### {name}", "", f"{meaning}:" if meaning else "", ""]
-        between = len(rows[0].cells)
-        lines += [f"| keys |{' |' * between}", f"| --- |{' --- |' * between}"]
-        for row in rows:
-            cells = [" → ".join(map(code, row.keys)), *map(words, row.cells)]
-            if row.warnings:
-                cells[-1] += "".join(f"<br>⚠ {words(warning)}" for warning in row.warnings)
-            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", f"### {name}", "", f"{meaning}:" if meaning else "", "", *table(rows)]
     return "\n".join(lines)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Write rows as the lines of a table."""
+    between = len(rows[0].cells)
+    lines = [f"| keys |{' |' * between}", f"| --- |{' --- |' * between}"]
+    for row in rows:
+        cells = [" → ".join(map(code, row.keys)), *map(words, row.cells)]
+        cells[-1] += "".join(f"<br>⚠ {words(warning)}" for warning in row.warnings)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def words(text: str) -> str:

@@ -163,19 +163,11 @@ def _listed(keys: Sequence[str]) -> tuple[tuple[Texts, ...], tuple[int, ...]] | 
     """See keys as those of a list of modules, member by member, each with the same patterns."""
     parts = [_parts(key) for key in keys]
     for size in range(1, len(keys) // 2 + 1):
-        if len(keys) % size or any(len(own) != len(parts[0][1]) for _, own in parts):
-            continue
         members = [parts[start : start + size] for start in range(0, len(keys), size)]
-        if any([texts for texts, _ in member] != [texts for texts, _ in members[0]] for member in members):
-            continue
-        for place in range(len(parts[0][1])):
-            fits = all(
-                own[place] == index and _other(own, place) == _other(parts[0][1], place)
-                for index, member in enumerate(members)
-                for _, own in member
-            )
-            if fits:
-                return tuple(_marked(texts, place, SLICE) for texts, _ in members[0]), _other(parts[0][1], place)
+        for place, start in _counting(members) if len(keys) % size == 0 else ():
+            others = {_other(own, place) for _, own in members[0]}
+            if start == 0 and len(others) == 1:
+                return tuple(_marked(texts, place, SLICE) for texts, _ in members[0]), others.pop()
     return None
 
 
@@ -192,22 +184,26 @@ def _spread(
     size = len(groups[min(groups)])
     if sorted(groups) != list(range(len(groups))) or any(len(group) != size for group in groups.values()):
         return None
-    first = [_parts(names[place]) for place in groups[0]]
-    if [place for index in sorted(groups) for place in groups[index]][:size] != list(range(size)):
+    if groups[0] != list(range(size)):
         return None
+    members = [[_parts(names[at]) for at in groups[index]] for index in range(len(groups))]
+    for place, start in _counting(members):
+        marked = tuple(_marked(texts, place, shifted(SLICE, start)) for texts, _ in members[0])
+        return marked, tuple(_other(own, place) for _, own in members[0]), size
+    return None
+
+
+def _counting(members: Sequence[Sequence[tuple[Texts, tuple[int, ...]]]]) -> Iterator[tuple[int, int]]:
+    """Yield which number of the keys counts the members of a list, all else being equal, and where it begins."""
+    first = members[0]
     for place in range(min(len(own) for _, own in first)):
         start = first[0][1][place]
-        fits = all(
-            texts == first[member][0]
-            and own[place] == start + index
-            and _other(own, place) == _other(first[member][1], place)
-            for index, group in groups.items()
-            for member, (texts, own) in enumerate(_parts(names[at]) for at in group)
-        )
-        if fits:
-            marked = tuple(_marked(texts, place, shifted(SLICE, start)) for texts, _ in first)
-            return marked, tuple(_other(own, place) for _, own in first), size
-    return None
+        if all(
+            texts == same and own[place] == start + index and _other(own, place) == _other(theirs, place)
+            for index, member in enumerate(members)
+            for (texts, own), (same, theirs) in zip(member, first, strict=True)
+        ):
+            yield place, start
 
 
 def _other(numbers: tuple[int, ...], place: int) -> tuple[int, ...]:

@@ -37,9 +37,14 @@ class Operation(ABC):
         """Apply the operation to its inputs, in the order of ``Match.sources``."""
 
     @property
+    def parts(self) -> tuple[Operation, ...]:
+        """The operations that this one is made of."""
+        return ()
+
+    @property
     def takes_part(self) -> bool:
         """Whether elements of a source are left out, as in a split."""
-        return False
+        return any(part.takes_part for part in self.parts)
 
     def trace(self, shapes: Sequence[Shape]) -> list[Trace]:  # noqa: ARG002, others need them
         """Follow each input, of the given shapes, to the output that holds it.
@@ -52,25 +57,43 @@ class Operation(ABC):
     @property
     def adapts(self) -> bool:
         """Whether values are changed, made up or kept from the target, so that the result is no copy."""
-        return False
+        return any(part.adapts for part in self.parts)
 
     def __str__(self) -> str:
         return type(self).__name__.lower()
 
 
 @dataclass(frozen=True, slots=True)
-class Copy(Operation):
-    """The tensor as it is."""
+class Single(Operation, ABC):
+    """Base of the operations on one tensor, which do the same with each input."""
+
+    @abstractmethod
+    def apply_to(self, tensor: Tensor) -> Tensor:
+        """Apply the operation to one tensor."""
+
+    def undone(self, shape: Shape) -> Operation:  # noqa: ARG002, others need it
+        """Tell what makes an input of the given shape of its result; most operations undo themselves."""
+        return self
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return list(tensors)
+        return [self.apply_to(tensor) for tensor in tensors]
 
     def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
-        return [Trace(place, Copy(), Copy()) for place in range(len(shapes))]
+        if self.takes_part:
+            return [Trace(place, self, Copy()) for place in range(len(shapes))]
+        return [Trace(place, Copy(), self.undone(shape)) for place, shape in enumerate(shapes)]
 
 
 @dataclass(frozen=True, slots=True)
-class Reshape(Operation):
+class Copy(Single):
+    """The tensor as it is."""
+
+    def apply_to(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Reshape(Single):
     """The same elements in the same order under another shape.
 
     >>> Reshape((1, 2)).apply([torch.tensor([3, 4])])
@@ -79,29 +102,26 @@ class Reshape(Operation):
 
     shape: tuple[int, ...]
 
-    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensor.reshape(self.shape) for tensor in tensors]
+    def apply_to(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.shape)
 
     def __str__(self) -> str:
         return f"reshape{list(self.shape)}"
 
-    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
-        return [Trace(place, Copy(), Reshape(tuple(shape))) for place, shape in enumerate(shapes)]
+    def undone(self, shape: Shape) -> Operation:
+        return Reshape(tuple(shape))
 
 
 @dataclass(frozen=True, slots=True)
-class Transpose(Operation):
+class Transpose(Single):
     """A matrix with its two dimensions exchanged."""
 
-    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensor.transpose(0, 1) for tensor in tensors]
-
-    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
-        return [Trace(place, Copy(), self) for place in range(len(shapes))]
+    def apply_to(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Permute(Operation):
+class Permute(Single):
     """The dimensions in another order: output dimension ``k`` is input dimension ``dims[k]``.
 
     >>> Permute((3, 2, 0, 1)).apply([torch.empty(3, 5, 8, 16)])[0].shape
@@ -110,19 +130,18 @@ class Permute(Operation):
 
     dims: tuple[int, ...]
 
-    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensor.permute(self.dims) for tensor in tensors]
+    def apply_to(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(self.dims)
 
     def __str__(self) -> str:
         return f"permute{list(self.dims)}"
 
-    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
-        back = Permute(tuple(self.dims.index(dim) for dim in range(len(self.dims))))
-        return [Trace(place, Copy(), back) for place in range(len(shapes))]
+    def undone(self, shape: Shape) -> Operation:  # noqa: ARG002
+        return Permute(tuple(self.dims.index(dim) for dim in range(len(self.dims))))
 
 
 @dataclass(frozen=True, slots=True)
-class Flip(Operation):
+class Flip(Single):
     """The slices of dimension ``dim`` in reverse order.
 
     >>> Flip(0).apply([torch.tensor([1, 2])])
@@ -131,18 +150,15 @@ class Flip(Operation):
 
     dim: int
 
-    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensor.flip(self.dim) for tensor in tensors]
+    def apply_to(self, tensor: Tensor) -> Tensor:
+        return tensor.flip(self.dim)
 
     def __str__(self) -> str:
         return f"flip(dim {self.dim})"
 
-    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
-        return [Trace(place, Copy(), self) for place in range(len(shapes))]
-
 
 @dataclass(frozen=True, slots=True)
-class Split(Operation):
+class Split(Single):
     """The part ``start : start + length`` of dimension ``dim``.
 
     >>> Split(0, 1, 2).apply([torch.arange(4)])
@@ -153,39 +169,29 @@ class Split(Operation):
     start: int
     length: int
 
-    @property
-    def takes_part(self) -> bool:
-        return True
+    takes_part = True
 
-    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensor.narrow(self.dim, self.start, self.length) for tensor in tensors]
+    def apply_to(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(self.dim, self.start, self.length)
 
     def __str__(self) -> str:
         return f"split(dim {self.dim}, {self.start}:{self.start + self.length})"
 
-    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
-        return [Trace(place, self, Copy()) for place in range(len(shapes))]
-
 
 @dataclass(frozen=True, slots=True)
-class Unstack(Operation):
+class Unstack(Single):
     """Slice ``index`` of dimension ``dim``, without that dimension."""
 
     dim: int
     index: int
 
-    @property
-    def takes_part(self) -> bool:
-        return True
+    takes_part = True
 
-    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [tensor.select(self.dim, self.index) for tensor in tensors]
+    def apply_to(self, tensor: Tensor) -> Tensor:
+        return tensor.select(self.dim, self.index)
 
     def __str__(self) -> str:
         return f"unstack(dim {self.dim}, {self.index})"
-
-    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
-        return [Trace(place, self, Copy()) for place in range(len(shapes))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,12 +260,8 @@ class Grouped(Operation):
     operation: Operation
 
     @property
-    def takes_part(self) -> bool:
-        return self.operation.takes_part
-
-    @property
-    def adapts(self) -> bool:
-        return self.operation.adapts
+    def parts(self) -> tuple[Operation, ...]:
+        return (self.operation,)
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -283,12 +285,8 @@ class Parallel(Operation):
     operations: tuple[Operation, ...]
 
     @property
-    def takes_part(self) -> bool:
-        return any(operation.takes_part for operation in self.operations)
-
-    @property
-    def adapts(self) -> bool:
-        return any(operation.adapts for operation in self.operations)
+    def parts(self) -> tuple[Operation, ...]:
+        return self.operations
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -315,12 +313,8 @@ class Chain(Operation):
     steps: tuple[Operation, ...]
 
     @property
-    def takes_part(self) -> bool:
-        return any(step.takes_part for step in self.steps)
-
-    @property
-    def adapts(self) -> bool:
-        return any(step.adapts for step in self.steps)
+    def parts(self) -> tuple[Operation, ...]:
+        return self.steps
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         results = list(tensors)

@@ -38,7 +38,8 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
             raise PatternError(f"The rules fill {second!r}, which is no key of the model. Nothing was aligned.")
         else:
             renamings.append((_compiled(first), second))
-    used, fixed = [False] * len(renamings), [False] * len(renamings)
+    used: set[int] = set()
+    fixed: set[int] = set()
     taken = set(pins.values())
     for key in source:
         if key in taken:
@@ -53,20 +54,19 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
                 ) from error
             if not count:
                 continue
-            used[number] = True
             trail.append(number)
             if renamed in other:
                 if renamed not in pins:
                     _pin(pins, key, renamed)
-                for applied in trail:
-                    fixed[applied] = True
+                fixed.update(trail)
                 break
-    for (pattern, replacement), applied, hit in zip(renamings, used, fixed, strict=True):
-        if applied and not hit:
+        used.update(trail)
+    for number, (pattern, replacement) in enumerate(renamings):
+        if number in used - fixed:
             raise PatternError(
                 f"The rule {pattern.pattern!r} -> {replacement!r} gives no key that the model has. Nothing was aligned."
             )
-        if not applied:
+        if number not in used:
             raise PatternError(
                 f"The rule {pattern.pattern!r} -> {replacement!r} matches no checkpoint key. Nothing was aligned. "
                 "Rules go from checkpoint key to model key; check the spelling or leave the rule out."

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 Progress = Callable[[int, int], object]  # called with the tensors that are done and all of them
-Step = Callable[[int, int], None]  # called with the tensors that are done, and their bytes
+Step = Callable[[int, int], object]  # called with the tensors that are done, and their bytes
 
 PATIENCE = 2.0  # seconds without a bar
 
@@ -27,7 +27,7 @@ def progress_of(progress: Progress | bool | None, tensors: int, size: int, since
     """
     if callable(progress):
         call = progress
-        yield lambda done, _size: _ignore(call(done, tensors))
+        yield lambda done, _size: call(done, tensors)
         return
     if progress is False or (progress is None and not sys.stderr.isatty()):
         yield lambda _done, _size: None
@@ -48,10 +48,6 @@ def progress_of(progress: Progress | bool | None, tensors: int, size: int, since
     finally:
         if bar is not None:
             bar.stop()
-
-
-def _ignore(_: object) -> None:
-    """Drop what a caller's function returns."""
 
 
 def _bar(*, transient: bool) -> Any:

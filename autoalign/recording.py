@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,36 +80,34 @@ def record(
     tracer = UseTracer({**own, **(values or {})})
     calls: list[Call] = []
     open_calls: list[Call] = []
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
+
+    def kept(name: str, value: Any) -> tuple[list[Tensor], Sums | None]:
+        tracer.paused = True
+        tensors = list(flat_tensors(value).values())
+        copies = [tensor.detach().clone() for tensor in tensors] if name in keep else []
+        sums = next((sums_of(tensor) for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta), None)
+        tracer.paused = False
+        return copies, sums
 
     def begin(name: str) -> Any:
         def hook(_: nn.Module, arguments: Any, options: Any) -> None:
-            tracer.paused = True
-            this = Call(name, counts.get(name, 0), tracer.now())
-            counts[name] = this.index + 1
-            tensors = list(flat_tensors((arguments, options)).values())
-            this.given_sums = _sums(tensors)
-            if name in keep:
-                this.given = [tensor.detach().clone() for tensor in tensors]
+            this = Call(name, counts[name], tracer.now())
+            counts[name] += 1
+            this.given, this.given_sums = kept(name, (arguments, options))
             calls.append(this)
             open_calls.append(this)
-            tracer.paused = False
 
         return hook
 
     def finish(name: str) -> Any:
         def hook(_: nn.Module, __: Any, ___: Any, result: Any) -> None:
-            tracer.paused = True
             while open_calls and open_calls[-1].module != name:
                 open_calls.pop()  # one that was left by an exception
             if open_calls:
                 this = open_calls.pop()
                 this.end = tracer.now()
-                tensors = list(flat_tensors(result).values())
-                this.gave_sums = _sums(tensors)
-                if name in keep:
-                    this.gave = [tensor.detach().clone() for tensor in tensors]
-            tracer.paused = False
+                this.gave, this.gave_sums = kept(name, result)
 
         return hook
 
@@ -149,11 +148,6 @@ def flat_tensors(value: Any, name: str = "", depth: int = 0) -> dict[str, Tensor
         for key, item in items:
             found |= flat_tensors(item, f"{name}.{key}" if name else str(key), depth + 1)
     return found
-
-
-def _sums(tensors: list[Tensor]) -> Sums | None:
-    first = next((tensor for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta), None)
-    return None if first is None else sums_of(first)
 
 
 def sums_of(tensor: Tensor) -> Sums:

@@ -62,9 +62,7 @@ class Portion(Relative):
     length: int
     of: int
 
-    @property
-    def takes_part(self) -> bool:
-        return True
+    takes_part = True
 
     def exact(self, shapes: Sequence[Shape]) -> Operation:
         return _each([self._split(shape) for shape in shapes])
@@ -150,9 +148,7 @@ class Each(Operation):
 
     dim: int
 
-    @property
-    def takes_part(self) -> bool:
-        return True
+    takes_part = True
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [part for tensor in tensors for part in tensor.unbind(self.dim)]
@@ -169,12 +165,8 @@ class Sized(Relative):
     operation: Operation
 
     @property
-    def takes_part(self) -> bool:
-        return self.operation.takes_part
-
-    @property
-    def adapts(self) -> bool:
-        return self.operation.adapts
+    def parts(self) -> tuple[Operation, ...]:
+        return (self.operation,)
 
     def exact(self, shapes: Sequence[Shape]) -> Operation:
         if tuple(shapes) != self.shapes:

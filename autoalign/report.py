@@ -8,12 +8,14 @@ from math import floor
 
 from autoalign.alignment import Alignment, Match
 from autoalign.folding import fold
-from autoalign.layout import Row, cut, escaped, lay_out, share, under_headings
+from autoalign.layout import Row, cut, escaped, lay_out, share_out, under_headings
 from autoalign.leftovers import counterparts, difference, nearest, reason
 from autoalign.specs import TensorSpec
+from autoalign.totals import Share, elements, totals_of
 
 SCREEN = 40  # lines
 
+_ORDER = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # of the totals, as of the sections
 _FIRST = 5  # keys of each side where nothing is matched
 _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 
@@ -42,7 +44,7 @@ def render(
     for note in alignment.notes:
         lines += textwrap.wrap(f"Note: {escaped(note)}", width, subsequent_indent="  ")
     sizes = [sum(map(len, table)) for table in tables.values()]
-    budgets = sizes if limit is None else share(sizes, limit - len(lines) - 2 * len(tables))
+    budgets = sizes if limit is None else share_out(sizes, limit - len(lines) - 2 * len(tables))
     for (title, table), budget in zip(tables.items(), budgets, strict=True):
         lines += ["", title, *cut(sections[title], table, budget, everything)]
     return "\n".join(lines)
@@ -99,7 +101,7 @@ def nothing_message(alignment: Alignment) -> str:
     """Say that nothing is matched, with the first keys of both sides, and the next step."""
     lines = [f"None of {len(alignment.target_specs)} target tensors has a source."]
     for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
-        rows = [Row((escaped(spec.key),), (_kind(spec),), 1) for spec in specs[:_FIRST]]
+        rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST]]
         lines += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
     return "\n".join(
         [*lines, *alignment.notes, "Check that both are the same network, or pass what is known as rules=."]
@@ -111,30 +113,18 @@ def _have(count: int) -> str:
 
 
 def _totals(alignment: Alignment) -> list[str]:
-    source, target = _specs(alignment)
-    keys: dict[str, list[str]] = {"matched": [], "adapted": [], "mismatched": [], "ambiguous": [], "missing": []}
-    for key, status in alignment.status.items():
-        keys[status].append(key)
-    unexpected = alignment.unexpected_keys
-    lines = [
-        f"{len(alignment.matches):,} of {len(target):,} target tensors are filled from "
-        f"{len(source) - len(unexpected):,} of {len(source):,} source tensors.",
-        f"{'':<10}{'tensors':>10}{'elements':>20}",
-    ]
-    for title, members in keys.items():
-        if members or title == "matched":
-            lines.append(_total(title, members, target) + " of the target")
-    if unexpected:
-        lines.append(_total("unexpected", unexpected, source) + " of the source")
-    excluded = len(alignment.excluded)
-    if excluded:
-        lines.append(f"excluded, of the missing and unexpected: {excluded:,}")
+    found = totals_of(alignment)
+    lines = [found.filled, f"{'':<10}{'tensors':>10}{'elements':>20}"]
+    target = {"matched": Share("matched", 0, 0)} | {share.status: share for share in found.target}
+    shares = [target[status] for status in _ORDER if status in target]
+    unexpected = [share for share in found.source if share.status == "unexpected"]
+    for side, all_of, shown in (("target", found.target, shares), ("source", found.source, unexpected)):
+        for share in shown:
+            part = percent(share.elements, elements(all_of))
+            lines.append(f"{share.status:<10}{share.tensors:>10,}{share.elements:>20,}{part:>9} of the {side}")
+    if found.excluded:
+        lines.append(f"excluded, of the missing and unexpected: {found.excluded:,}")
     return lines
-
-
-def _total(title: str, keys: Sequence[str], specs: dict[str, TensorSpec]) -> str:
-    elements, whole = sum(specs[key].numel for key in keys), sum(spec.numel for spec in specs.values())
-    return f"{title:<10}{len(keys):>10,}{elements:>20,}{percent(elements, whole):>9}"
 
 
 def percent(part: int, whole: int) -> str:
@@ -158,8 +148,8 @@ def _matched_rows(alignment: Alignment, filled: Sequence[Match]) -> list[Row]:
         (target, sources), (shape, operation) = row.texts, _described(matches[0], *specs)
         keys = (target,) if sources == target else (sources, target)
         lowest = min(match.confidence for match in matches)
-        cells = (_times(matches), shape, f"{lowest:.2f}", operation)
-        rows.append(Row(keys, cells, len(matches), tuple(map(escaped, matches[0].warnings))))
+        facts = (shape, f"{lowest:.2f}", operation)
+        rows.append(Row(keys, facts, len(matches), tuple(map(escaped, matches[0].warnings))))
     return rows
 
 
@@ -180,9 +170,8 @@ def _ambiguous_rows(alignment: Alignment, *, both: bool = False) -> list[Row]:
             operation = str(matches[0].operation) + _of_shapes(matches[0].sources, specs[0])
             rivals = [f"{rivals[0]}{_of_shapes(matches[0].alternatives[0].sources, specs[0])}"] if rivals else []
         why = f"rival: {rivals[0]}" if rivals else f"or {others[0]}" if others else "below min_confidence"
-        verdict = f"{operation}, confidence {lowest:.2f}, {why}"
-        cells = (_times(matches), shape, verdict)
-        rows.append(Row((sources, target), cells, len(matches), tuple(map(escaped, matches[0].warnings))))
+        facts = (shape, f"{operation}, confidence {lowest:.2f}, {why}")
+        rows.append(Row((sources, target), facts, len(matches), tuple(map(escaped, matches[0].warnings))))
     return rows
 
 
@@ -196,7 +185,7 @@ def _mismatched_rows(alignment: Alignment) -> list[Row]:
     for row in fold(entries):
         item, (key, source_key) = alignment.mismatched[row.members[0]], row.texts
         verdict = f"nearest: {source_key} {list(item.source_shape)}{difference(item.source_shape, item.shape)}"
-        rows.append(Row((key,), (_times(row.members), _kind(target[item.key]), verdict), len(row.members)))
+        rows.append(Row((key,), (target[item.key].kind, verdict), len(row.members)))
     return rows
 
 
@@ -211,7 +200,7 @@ def _missing_rows(alignment: Alignment) -> list[Row]:
         why = [escaped(reason(first, others))]
         if near := nearest(first, others):
             why.append(f"nearest: {escaped(near.key)} {list(near.shape)}{difference(near.shape, first.shape)}")
-        rows.append(Row(row.texts, (_times(row.members), _kind(first), "; ".join(why)), len(row.members)))
+        rows.append(Row(row.texts, (first.kind, "; ".join(why)), len(row.members)))
     return rows
 
 
@@ -237,7 +226,7 @@ def _unexpected_rows(alignment: Alignment, *, both: bool = False) -> list[Row]:
             verdict += f" {list(shapes[related[first.key][1]])}"
         if not target and (near := nearest(first, others)):
             verdict += f"; nearest: {escaped(near.key)} {list(near.shape)}"
-        rows.append(Row((key,), (_times(row.members), _kind(first), verdict), len(row.members)))
+        rows.append(Row((key,), (first.kind, verdict), len(row.members)))
     return rows
 
 
@@ -260,7 +249,7 @@ def _described(match: Match, source: dict[str, TensorSpec], target: dict[str, Te
     if len(match.sources) == 1 and origin.shape != spec.shape:
         operation += f" of {list(origin.shape)}"
     if origin.dtype != spec.dtype:
-        operation += f", {_dtype(origin)} to {_dtype(spec)}"
+        operation += f", {origin.dtype_name} to {spec.dtype_name}"
     return str(list(spec.shape)), operation
 
 
@@ -269,22 +258,10 @@ def _of_shapes(keys: Sequence[str], specs: dict[str, TensorSpec]) -> str:
     return " of " + ", ".join(dict.fromkeys(str(list(specs[key].shape)) for key in keys))
 
 
-def _kind(spec: TensorSpec) -> str:
-    return f"{list(spec.shape)} {_dtype(spec)}"
-
-
-def _dtype(spec: TensorSpec) -> str:
-    return str(spec.dtype).removeprefix("torch.")
-
-
 def _folded(sources: Sequence[str]) -> str:
     if len(sources) == 1:
         return escaped(sources[0])
     return " + ".join(row.texts[0] for row in fold([((escaped(key),), None) for key in sources]))
-
-
-def _times(members: Sequence[object]) -> str:
-    return f"{len(members):,} x" if len(members) > 1 else ""
 
 
 def _listed(rows: Sequence[Row]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import gcd, prod
 
+from autoalign.errors import InputError
 from autoalign.operations import (
     Chain,
     Grouped,
@@ -164,11 +165,10 @@ def _varying(rows: Sequence[tuple[Shape, Shape, object]], places: Sequence[int],
 
 
 def _fits(regroup: Regroup, shape: Shape, wanted: Shape) -> bool:
-    sizes = [dim if isinstance(dim, int) else prod(shape[d] for d in dim) for dim in regroup.dims]
-    known = prod(size for size in sizes if size != -1)
-    return all(size in (-1, want) for size, want in zip(sizes, wanted, strict=True)) and (
-        -1 not in sizes or (known > 0 and prod(shape) % known == 0)
-    )
+    try:
+        return regroup.exact([shape]) == Reshape(wanted)
+    except InputError:
+        return False
 
 
 def _groups(shape: Shape, wanted: Shape) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -50,6 +51,11 @@ class Rule:
         return self.operations[place] if self.operations else Copy()
 
     @property
+    def fills(self) -> list[tuple[str, Operation]]:
+        """Each target with the operation that fills it."""
+        return [(target, self.operation(place)) for place, target in enumerate(self.targets)]
+
+    @property
     def renames(self) -> bool:
         """Whether the rule does no more than give a tensor a new name, or drop it."""
         return (
@@ -71,15 +77,14 @@ class Rule:
         sources = _braced(self.sources)
         if not self.targets:
             return sources, "(dropped)"
-        operations = [self.operation(place) for place in range(len(self.targets))]
+        operations = [operation for _, operation in self.fills]
         if len(set(operations)) == 1:
             note = f"   {operations[0]}" if _changes(operations[0]) else "   (tied)" if self.tied else ""
             return sources, (_braced(self.targets) or '""') + note
         if parts := equal_parts(operations):
             return sources, f"{_braced(self.targets)}   {len(operations)} equal parts (dim {parts.dim})"
         return sources, ", ".join(
-            f"{target} = {operation}" if _changes(operation) else target
-            for target, operation in zip(self.targets, operations, strict=True)
+            f"{target} = {operation}" if _changes(operation) else target for target, operation in self.fills
         )
 
 
@@ -107,24 +112,21 @@ class Rules:
         return len(self.rules)
 
     @cached_property
-    def _patterns(self) -> list[tuple[int, int, re.Pattern[str]]]:
-        return [
-            (r, p, re.compile(source)) for r, rule in enumerate(self.rules) for p, source in enumerate(rule.sources)
-        ]
+    def _any(self) -> tuple[re.Pattern[str], dict[int, tuple[Rule, int, re.Pattern[str]]]]:
+        """All patterns as one, and by the last group that took part in a match which of them matched."""
+        texts, found, group = [], {}, 0
+        for rule in self.rules:
+            for place, source in enumerate(rule.sources):
+                pattern = re.compile(source)
+                texts.append(f"(?:{source.replace(f'(?P<{SLICE}>', '(')})()")
+                group += pattern.groups + 1
+                found[group] = rule, place, pattern
+        return re.compile("|".join(texts)), found
 
-    @cached_property
-    def _any(self) -> re.Pattern[str]:
-        """All patterns at once; the last group that took part tells which one matched."""
-        texts = (pattern.pattern.replace(f"(?P<{SLICE}>", "(") for _, _, pattern in self._patterns)
-        return re.compile("|".join(f"(?:{text})()" for text in texts))
-
-    @cached_property
-    def _place_of(self) -> dict[int, int]:
-        places, group = {}, 0
-        for place, (_, _, pattern) in enumerate(self._patterns):
-            group += pattern.groups + 1
-            places[group] = place
-        return places
+    def _taken(self, key: str) -> tuple[Rule, int, re.Pattern[str]] | None:
+        """Tell which pattern of which rule takes a key."""
+        match = self._any[0].match(key) if self.rules else None
+        return None if match is None else self._any[1][match.lastindex or 0]
 
     def rule_of(self, key: str) -> Rule | None:
         r"""Tell which rule takes a key; None for a key that keeps its name.
@@ -132,8 +134,8 @@ class Rules:
         >>> print(Rules((Rule((r"^old\.",), ("new.",)),)).rule_of("old.weight"))
         ^old\. -> new.
         """
-        match = self._any.match(key) if self.rules else None
-        return None if match is None else self.rules[self._patterns[self._place_of[match.lastindex or 0]][0]]
+        taken = self._taken(key)
+        return None if taken is None else taken[0]
 
     def plan(self, shapes: Mapping[str, Shape]) -> list[Match]:
         r"""Say what becomes of tensors of the given shapes.
@@ -141,9 +143,6 @@ class Rules:
         >>> rules = Rules((Rule((r"^q\.", r"^k\."), ("qk.",), (__import__("autoalign").operations.Concatenate(0),)),))
         >>> [(match.target, match.sources, str(match.operation)) for match in rules.plan({"q.b": (2,), "k.b": (2,)})]
         [('qk.b', ('q.b', 'k.b'), 'concatenate(dim 0)')]
-
-        Args:
-            shapes: By key.
 
         Returns:
             For each tensor that results its name, its sources, and the operation in absolute sizes.
@@ -162,14 +161,14 @@ class Rules:
     def attempt(self, shapes: Mapping[str, Shape]) -> tuple[list[Match], dict[str, str]]:
         """Do as ``plan`` does, and give the keys that nothing is made of, with the reasons, instead of raising."""
         found: dict[tuple[int, tuple[str | None, ...], str], _Instance] = {}
-        planned: list[Match | tuple[int, _Instance]] = []
+        planned: list[Match | tuple[Rule, _Instance]] = []
         for key in shapes:
-            match = self._any.match(key) if self.rules else None
-            if match is None:
+            taken = self._taken(key)
+            if taken is None:
                 planned.append(Match(key, (key,)))
                 continue
-            number, place, pattern = self._patterns[self._place_of[match.lastindex or 0]]
-            if not self.rules[number].targets:
+            rule, place, pattern = taken
+            if not rule.targets:
                 continue
             match = pattern.match(key)
             assert match is not None
@@ -177,22 +176,24 @@ class Rules:
             if SLICE in pattern.groupindex:
                 member = int(captured[pattern.groupindex[SLICE] - 1])
                 captured[pattern.groupindex[SLICE] - 1] = None
-            identity = number, tuple(captured), key[match.end() :]
+            identity = id(rule), tuple(captured), key[match.end() :]
             if identity not in found:
-                found[identity] = _Instance(identity[1], identity[2], [{} for _ in self.rules[number].sources])
-                planned.append((number, found[identity]))
+                found[identity] = _Instance(identity[1], identity[2], [{} for _ in rule.sources])
+                planned.append((rule, found[identity]))
             found[identity].keys[place][member] = key
         matches: dict[str, Match] = {}
         problems: dict[str, str] = {}
         for item in planned:
-            made = [item] if isinstance(item, Match) else []
-            if isinstance(item, tuple):
-                rule, instance = self.rules[item[0]], item[1]
+            if isinstance(item, Match):
+                made = [item]
+            else:
+                rule, instance = item
                 try:
                     made = _made(rule, instance, shapes)
                 except (InputError, IndexError, RuntimeError, ValueError) as error:  # what torch says of a wrong rank
                     keys = [key for of in instance.keys for key in of.values()]
                     problems.update(dict.fromkeys(keys, f"{', '.join(keys)}: {error} ({rule})"))
+                    continue
             for each in made:
                 first = matches.setdefault(each.target, each)
                 if first is not each:
@@ -330,8 +331,8 @@ def _made(rule: Rule, instance: _Instance, shapes: Mapping[str, Shape]) -> list[
         raise InputError("the members of a list are not complete")
     sources = tuple(keys[member] for member in members for keys in instance.keys)
     result = []
-    for place, target in enumerate(rule.targets):
-        picked, operation = sources, rule.operation(place)
+    for target, operation in rule.fills:
+        picked = sources
         first, *rest = steps_of(operation) or (operation,)
         if isinstance(first, Pick):
             picked, operation = tuple(sources[p] for p in first.places), chain(*rest)
@@ -377,10 +378,7 @@ def _braced(texts: Sequence[str]) -> str:
 
 def _shared(texts: Sequence[str]) -> int:
     """Count the characters with which all texts begin."""
-    return next(
-        (place for place, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1),
-        min(map(len, texts)),
-    )
+    return sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False)))
 
 
 def _changes(operation: Operation) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.errors import InputError, PairMismatchError
 from autoalign.operations import Copy
+from autoalign.replacing import replace_text
 from autoalign.serial import Plain, from_plain, to_plain
 from autoalign.specs import TensorSpec, tied_groups
 
@@ -80,7 +80,7 @@ def alignment_from_plain(data: Mapping[str, Any]) -> Alignment:
 
 def save(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     """Write an alignment to a file; see ``Alignment.save``."""
-    write_whole(Path(path), json.dumps(alignment_to_plain(alignment), indent=1))
+    replace_text(Path(path), json.dumps(alignment_to_plain(alignment), indent=1))
 
 
 def read(path: str | os.PathLike[str]) -> Alignment:
@@ -92,29 +92,14 @@ def read(path: str | os.PathLike[str]) -> Alignment:
     return alignment_from_plain(data)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is never there in part: under another name first, then renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        mask = os.umask(0)  # mkstemp lets nobody else read the file
-        os.umask(mask)
-        Path(name).chmod(0o666 & ~mask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def applied(alignment: Alignment, source: Side, target: Side, *, container: str | None) -> Alignment:
     """Take an alignment to a pair of the same keys and shapes; see ``Alignment.applied_to``."""
     own, other = checkpoint_of(source, container=container), checkpoint_of(target)
+    known = {spec.key for spec in alignment.target_specs}
+    counted = [spec for spec in other.specs if spec.key in known or not spec.key.endswith(_COUNTER)]
     lines = [
-        *_differences("source", alignment.source_specs, own.specs, missing_is_fine=lambda _: False),
-        *_differences(
-            "target", alignment.target_specs, other.specs, missing_is_fine=lambda key: key.endswith(_COUNTER)
-        ),
+        *_differences("source", alignment.source_specs, own.specs),
+        *_differences("target", alignment.target_specs, counted),
     ]
     if lines:
         more = [f"  ... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
@@ -124,7 +109,6 @@ def applied(alignment: Alignment, source: Side, target: Side, *, container: str 
             "Nothing was loaded. Align this pair itself, or use alignment.rules(), which may hold for it.",
             alignment,
         )
-    known = {spec.key for spec in alignment.target_specs}
     order = {spec.key: place for place, spec in enumerate(other.specs)}
     return replace(
         alignment,
@@ -137,9 +121,7 @@ def applied(alignment: Alignment, source: Side, target: Side, *, container: str 
     )
 
 
-def _differences(
-    side: str, saved: Sequence[TensorSpec], given: Sequence[TensorSpec], *, missing_is_fine: Any
-) -> Iterable[str]:
+def _differences(side: str, saved: Sequence[TensorSpec], given: Sequence[TensorSpec]) -> Iterable[str]:
     """Say how a side differs from what an alignment was made for, a line for each tensor."""
     shapes = {spec.key: spec.shape for spec in given}
     for spec in saved:
@@ -149,12 +131,12 @@ def _differences(
             yield f"  {side} has {spec.key} {list(shapes[spec.key])} instead of {list(spec.shape)}"
     known = {spec.key for spec in saved}
     for spec in given:
-        if spec.key not in known and not missing_is_fine(spec.key):
+        if spec.key not in known:
             yield f"  {side} has {spec.key} {list(spec.shape)} too"
 
 
 def _side_to_plain(specs: Sequence[TensorSpec]) -> Plain:
-    tensors = [[spec.key, list(spec.shape), str(spec.dtype).removeprefix("torch.")] for spec in specs]
+    tensors = [[spec.key, list(spec.shape), spec.dtype_name] for spec in specs]
     return {"tensors": tensors, "tied": [list(keys) for keys in tied_groups(specs)]}
 
 

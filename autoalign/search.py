@@ -63,14 +63,8 @@ def search(
 ) -> State:
     """Try other ways to fill the target, one step at a time, for as long as both agree for longer.
 
-    Args:
-        subject: The models.
-        matches: What fills the target, with what is only proposed.
-        fills: The values that the target is called with in place of its own.
-        base: What came of that.
-        wrong: The target's keys that hold other values than they should.
-        budget: How many calls may be made.
-        listed_only: Whether to try what the alignment lists and nothing else.
+    ``base`` is what came of a call with ``fills`` in place of the target's own values; with ``listed_only`` nothing is
+    tried but what the alignment lists.
     """
     state = State(dict(matches), base, ())
     first = {key: subject.value(m) for key, m in subject.proposed.items() if key in subject.own}

@@ -25,8 +25,18 @@ class TensorSpec:
         """The number of elements."""
         return prod(self.shape)
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as people write it, without ``torch.``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def kind(self) -> str:
+        """Shape and dtype, as in ``[2, 3] float32``."""
+        return f"{list(self.shape)} {self.dtype_name}"
+
     def __str__(self) -> str:
-        return f"{self.key} {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.key} {self.kind}"
 
 
 def specs_of(state_dict: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from autoalign.alignment import Alignment, Match
 from autoalign.specs import TensorSpec
 
@@ -20,15 +22,7 @@ def as_dict(alignment: Alignment) -> dict[str, object]:
         "tensors": {"source": len(alignment.source_specs), "target": len(alignment.target_specs)},
         "matches": [_match(match, specs[match.target]) for match in alignment.matches],
         "ambiguous": [_match(match, specs[match.target]) for match in alignment.ambiguous],
-        "mismatched_keys": [
-            {
-                "key": item.key,
-                "source_key": item.source_key,
-                "shape": list(item.shape),
-                "source_shape": list(item.source_shape),
-            }
-            for item in alignment.mismatched
-        ],
+        "mismatched_keys": [asdict(item) for item in alignment.mismatched],
         "missing_keys": alignment.missing_keys,
         "unexpected_keys": alignment.unexpected_keys,
         "excluded": sorted(alignment.excluded),
@@ -42,7 +36,7 @@ def _match(match: Match, spec: TensorSpec) -> dict[str, object]:
         "sources": list(match.sources),
         "operation": str(match.operation),
         "shape": list(spec.shape),
-        "dtype": str(spec.dtype).removeprefix("torch."),
+        "dtype": spec.dtype_name,
         "confidence": match.confidence,
         "evidence": dict(match.evidence),
         "adapted": match.operation.adapts,

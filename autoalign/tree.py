@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autoalign.folding import write_range
+from autoalign.indices import NUMBERED
 from autoalign.layout import escaped
 from autoalign.specs import TensorSpec
 
-_NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})([^0-9]*)", re.DOTALL)
 _NAMES = 4  # of siblings that are written out, before the rest is left to an ellipsis
 _IN_LINE = 3  # kinds of tensors of a layer that are written in its line
 _NEARLY = 0.9  # of the tensors
@@ -80,7 +79,7 @@ def _branch(name: str, node: _Tree) -> Branch:
     specs = [(part, spec) for (part, _), spec in node.items() if isinstance(spec, TensorSpec)]
     grouped: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for part, spec in specs:
-        grouped.setdefault((spec.shape, str(spec.dtype).removeprefix("torch.")), []).append(part)
+        grouped.setdefault((spec.shape, spec.dtype_name), []).append(part)
     leaves = tuple(Leaf(tuple(names), shape, dtype) for (shape, dtype), names in grouped.items())
     inner = _folded([_branch(part, tree) for (part, _), tree in node.items() if not isinstance(tree, TensorSpec)])
     return Branch(
@@ -98,12 +97,12 @@ def _folded(branches: Sequence[Branch]) -> list[Branch]:
     """Fold siblings that differ in the last number of their names only."""
     groups: dict[Hashable, list[tuple[Branch, int]]] = {}
     for branch in branches:
-        found = _NUMBERED.fullmatch(branch.name)
+        found = NUMBERED.fullmatch(branch.name)
         key = (found[1], found[3], branch.shape) if found else branch.name
         groups.setdefault(key, []).append((branch, int(found[2]) if found else 0))
     folded = []
     for members in groups.values():
-        first, found = members[0][0], _NUMBERED.fullmatch(members[0][0].name)
+        first, found = members[0][0], NUMBERED.fullmatch(members[0][0].name)
         if len(members) == 1 or found is None:
             folded.append(replace(first, name=escaped(first.name)))
         else:

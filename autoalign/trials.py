@@ -7,30 +7,23 @@ order. Options are tried against the networks' outputs, and only what makes them
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, permutations, product
 
 from autoalign.alignment import Match
-from autoalign.names import components
+from autoalign.names import components, stem
 from autoalign.operations import Chain, Concatenate, Operation, Parallel, Shape, Split, Transpose, chain
 
 Option = dict[str, Match]  # target key -> the match that takes the place of its present one
 
-_NUMBER = re.compile(r"\d+")
 _NEAREST = 4  # suspects that are laid out otherwise before any are exchanged
 _PARTS = (2, 3)  # that a tensor which is fused on both sides may have
 _MOST_PARTS = 4  # whose orders are all tried
 
 
 def listed_options(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
-    """Give the other layouts of the suspects' matches that are in doubt; those of one doubt together, in all layers.
-
-    Args:
-        matches: What fills the target, with what is only proposed.
-        suspects: Target keys, the likeliest first.
-    """
+    """Give the other layouts of the suspects' matches that are in doubt; those of one doubt together, in all layers."""
     done = set()
     for key in suspects:
         match = matches[key]
@@ -71,14 +64,7 @@ def other_options(
     shapes: Mapping[str, Shape],
     source_shapes: Mapping[str, Shape],
 ) -> Iterator[Option]:
-    """Give what often goes wrong around the suspects.
-
-    Args:
-        matches: What fills the target.
-        suspects: Target keys, the likeliest first.
-        shapes: Of the target's keys.
-        source_shapes: Of the source's.
-    """
+    """Give what often goes wrong around the suspects, which are target keys, the likeliest first."""
     nearest, others = suspects[:_NEAREST], suspects[_NEAREST:]
     yield from _relaid(matches, nearest, shapes, source_shapes)
     yield from rivals(matches, suspects)
@@ -191,7 +177,7 @@ def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[
         changed = option[key]
         result = dict(option)
         for other, match in matches.items():
-            same = _template(other) == _template(key) and shapes[other] == shapes[key]
+            same = stem(other) == stem(key) and shapes[other] == shapes[key]
             if not same or other == key or match.operation != matches[key].operation:
                 continue
             if changed.sources == matches[key].sources:
@@ -211,7 +197,7 @@ def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[
     result = dict(option)
     for other in matches:
         start = other[: -len(suffix[keys[0]])]
-        if not other.endswith(suffix[keys[0]]) or start == prefix or _template(start) != _template(prefix):
+        if not other.endswith(suffix[keys[0]]) or start == prefix or stem(start) != stem(prefix):
             continue
         there = {key: start + suffix[key] for key in keys}
         if all(name in matches and shapes[name] == shapes[key] for key, name in there.items()):
@@ -223,7 +209,3 @@ def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[
 
 def _same_fill(match: Match, other: Match) -> bool:
     return match.sources == other.sources and match.operation == other.operation
-
-
-def _template(key: str) -> str:
-    return _NUMBER.sub("#", key)

@@ -188,21 +188,12 @@ def _verified(subject: Subject, *, as_it_is: bool, budget: Budget) -> Verificati
 def _divergence(subject: Subject, outcome: Outcome, scene: Scene) -> Divergence | None:
     finding = outcome.finding
     if outcome.equal:
-        pair = scene.pairs.get(finding.call.module) if finding else None
-        shown = (
-            finding is not None
-            and finding.difference < inf
-            and (
-                any(scene.owner[key] == finding.call.module for key in scene.wrong)
-                or (pair is not None and pair.is_mixed)
-            )
-        )
-        if shown and finding is not None:
-            return diverged(scene, finding)
+        if finding is not None and finding.difference < inf:
+            module, pair = finding.call.module, scene.pairs.get(finding.call.module)
+            if (pair and pair.is_mixed) or any(scene.owner[key] == module for key in scene.wrong):
+                return diverged(scene, finding)
         return _unseen(subject, scene)
-    if finding is not None:
-        return diverged(scene, finding)
-    if (finding := worst_finding(outcome.compared)) is not None:
+    if (finding := finding or worst_finding(outcome.compared)) is not None:
         return diverged(scene, finding)
     ending = _at_the_end(outcome, scene)
     return ending if outcome.differences or ending.cause == "missing" else None  # nothing is known to differ
@@ -211,10 +202,8 @@ def _divergence(subject: Subject, outcome: Outcome, scene: Scene) -> Divergence 
 def _at_the_end(outcome: Outcome, scene: Scene) -> Divergence:
     """Tell of a difference that shows in no module that could be compared."""
     since, source_since = last_agreement(outcome.compared)
-    root = [next((c for c in r.calls if c.module == ""), None) for r in scene.recordings]
-    assert root[0] is not None
-    assert root[1] is not None
-    finding = Finding(0, "before", root[1], "", outcome.largest, since, source_since, 2**61, 2**61)
+    root = next(call for call in scene.recordings[1].calls if call.module == "")
+    finding = Finding(0, "before", root, "", outcome.largest, since, source_since, 2**61, 2**61)
     return diverged(scene, finding)
 
 

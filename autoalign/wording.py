@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from autoalign.indices import reference
+from autoalign.indices import REFERENCE, reference
 from autoalign.rules import Rule
 
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]+(?![A-Za-z(])|(?<=\\\.)[A-Za-z]+(?![A-Za-z(])")
-_GROUP = re.compile(r"\\([1-9][0-9]*)")
 _MOST = 8  # words in one rule; more would be no easier to read than several rules
 _Frame = tuple[str, str, str | None, str]  # a pattern around a word, and a replacement around it; None: dropped
 
@@ -43,29 +42,25 @@ def _frames(rule: Rule) -> Iterator[tuple[_Frame, str]]:
     """Yield the words that a rule keeps, with what stands around each."""
     if len(rule.sources) != 1 or len(rule.targets) > 1:
         return
-    source = rule.sources[0]
-    if not rule.targets:
-        yield from ((_dropping(source, found), found[0]) for found in _WORD.finditer(source))
-        return
-    (target,) = rule.targets
+    (source,) = rule.sources
     for found in _WORD.finditer(source):
-        word = found[0]
-        for other in re.finditer(rf"(?<![A-Za-z]){word}(?![A-Za-z])", target):
-            before, after = target[: other.start()], target[other.end() :]
-            if before.count("{") == before.count("}"):
-                yield (source[: found.start()], source[found.end() :], before, after), word
-
-
-def _dropping(source: str, word: re.Match[str]) -> _Frame:
-    return source[: word.start()], source[word.end() :], None, ""
+        word, first, last = found[0], source[: found.start()], source[found.end() :]
+        if not rule.targets:
+            yield (first, last, None, ""), word
+        for target in rule.targets:
+            for other in re.finditer(rf"(?<![A-Za-z]){word}(?![A-Za-z])", target):
+                before, after = target[: other.start()], target[other.end() :]
+                if before.count("{") == before.count("}"):
+                    yield (first, last, before, after), word
 
 
 def _written(frame: _Frame, words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     first, last, before, after = frame
+    source = f"{first}({'|'.join(words)}){last}"
     if before is None:
-        return f"{first}({'|'.join(words)}){last}", ()
+        return source, ()
     group = len(re.findall(r"(?<!\\)\((?!\?:)", first)) + 1
     moved = [
-        _GROUP.sub(lambda found: f"\\{int(found[1]) + (int(found[1]) >= group)}", text) for text in (before, after)
+        REFERENCE.sub(lambda found: f"\\{int(found[1]) + (int(found[1]) >= group)}", text) for text in (before, after)
     ]
-    return f"{first}({'|'.join(words)}){last}", (f"{moved[0]}{reference(group, moved[1])}{moved[1]}",)
+    return source, (f"{moved[0]}{reference(group, moved[1])}{moved[1]}",)

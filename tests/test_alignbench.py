@@ -5,35 +5,22 @@ Each case was checked by equal outputs or is an expert's conversion. The figures
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "shared" / "alignbench"
+from benchmarks.gold import is_available, paths, scorer
+
 LARGEST = 60_000_000  # elements of both sides together, so that filling the tensors stays quick
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmark is not beside this project")
-
-
-@cache
-def scorer() -> ModuleType:
-    """The benchmark's own scoring script, as a module."""
-    spec = importlib.util.spec_from_file_location("alignbench_score", FOLDER / "score.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pytestmark = pytest.mark.skipif(not is_available(), reason="the benchmark is not beside this project")
 
 
 def small_cases() -> Iterator[dict[str, Any]]:
-    for path in sorted((FOLDER / "cases").glob("*.json.gz")):
+    for path in paths():
         case = scorer().read_case(path)
         if sum(math.prod(shape) for side in ("source", "target") for _, shape, _ in case[side]) <= LARGEST:
             yield case

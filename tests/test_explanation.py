@@ -21,9 +21,9 @@ from autoalign.explanation import Explanation
 from autoalign.matching import WEIGHTS
 from autoalign.operations import Copy
 from autoalign.specs import TensorSpec
+from tests.alignments import MIXED
 from tests.reference_models.llama import MetaLlama
 from tests.test_operation_pairs import LLAMA
-from tests.test_report import MIXED
 
 
 def shaped(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ FLOW = (
     *("relative", "serial", "resizing", "indices", "rules", "fitting", "moves", "drafts", "wording", "induction"),
     *("exports.renaming", "exports.transformers", "exports.python"),
     # what a person reads
-    *("folding", "leftovers", "layout", "report", "markdown", "summary", "tree"),
-    *("html.tree", "html.data", "html.summary", "html.document", "html.notebook"),
+    *("replacing", "folding", "leftovers", "layout", "totals", "report", "markdown", "summary", "tree"),
+    *("html.tree", "html.data", "html.document", "html.notebook"),
     # any format -> tensor specs
     *("garbage", "arrays", "stored", "containers", "config"),
     *(

@@ -4,17 +4,13 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
 
-from autoalign.alignment import Alignment, Candidate, Match, Mismatch
+from autoalign.alignment import Alignment, Candidate, Match
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError
-from autoalign.operations import Concatenate, Copy, Reshape, Transpose
+from autoalign.operations import Reshape, Transpose
 from autoalign.report import SCREEN, render
 from autoalign.specs import TensorSpec
-
-
-def spec(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorSpec:
-    return TensorSpec(key, shape, dtype)
+from tests.alignments import MIXED, spec
 
 
 def copies(source: tuple[TensorSpec, ...], target: tuple[TensorSpec, ...]) -> Alignment:
@@ -32,63 +28,6 @@ def blocks(depth: int) -> Alignment:
         source.append(spec(f"blocks.{i}.attn.proj.weight", 8, 8))
         target.append(spec(f"encoder.layer.{i}.attention.output.dense.weight", 8, 8))
     return copies(tuple(source), tuple(target))
-
-
-SOURCE = (
-    spec("stem.weight", 16, 3, 4, 4),
-    spec("stem.position", 1, 5, 16),
-    *(spec(f"blocks.{i}.{leaf}", 16) for i in range(3) for leaf in ("norm.weight", "norm.bias")),
-    *(spec(f"blocks.{i}.{part}.weight", 16, 16, dtype=torch.float16) for i in range(3) for part in "qk"),
-    spec("twin1.weight", 7, 16),
-    spec("twin2.weight", 7, 16),
-    spec("fc.weight", 1000, 16),
-    spec("fc.bias", 1000),
-    spec("ema.decay"),
-)
-TARGET = (
-    spec("patch.weight", 16, 3, 4, 4),
-    spec("position", 5, 16),
-    *(spec(f"layers.{i + 1}.ln.{leaf}", 16) for i in range(3) for leaf in ("weight", "bias")),
-    *(spec(f"layers.{i + 1}.qk.weight", 32, 16) for i in range(3)),
-    spec("one.weight", 7, 16),
-    spec("head.weight", 10, 16),
-    spec("head.bias", 10),
-    spec("extra.weight", 16, 1),
-    spec("pooler.weight", 9, 9),
-)
-MIXED = Alignment(
-    matches=(
-        Match("patch.weight", ("stem.weight",), confidence=0.97),
-        Match("position", ("stem.position",), Reshape((5, 16)), confidence=0.91),
-        *(
-            Match(f"layers.{i + 1}.ln.{leaf}", (f"blocks.{i}.norm.{leaf}",), confidence=0.99 - i / 100)
-            for i in range(3)
-            for leaf in ("weight", "bias")
-        ),
-        *(
-            Match(
-                f"layers.{i + 1}.qk.weight",
-                (f"blocks.{i}.q.weight", f"blocks.{i}.k.weight"),
-                Concatenate(0),
-                warnings=("right shape, but rotary layouts differ",),
-            )
-            for i in range(3)
-        ),
-    ),
-    ambiguous=(
-        Match(
-            "one.weight", ("twin1.weight",), confidence=0.5, alternatives=(Candidate(("twin2.weight",), Copy(), 1.0),)
-        ),
-    ),
-    mismatched=(
-        Mismatch("head.weight", "fc.weight", (10, 16), (1000, 16)),
-        Mismatch("head.bias", "fc.bias", (10,), (1000,)),
-    ),
-    source_specs=SOURCE,
-    target_specs=TARGET,
-    excluded=frozenset({"pooler.weight"}),
-    notes=("The container 'ema' was taken.",),
-)
 
 
 def test_every_section_of_a_mixed_alignment() -> None:
@@ -137,11 +76,11 @@ Unexpected: in the source and not used
 
 
 def test_totals_are_sums_over_the_alignment() -> None:
-    status, numel = MIXED.status, {spec.key: spec.numel for spec in TARGET}
+    status, numel = MIXED.status, {spec.key: spec.numel for spec in MIXED.target_specs}
     for kind in ("matched", "mismatched", "ambiguous", "missing"):
         keys = [key for key in status if status[key] == kind]
         assert totals(render(MIXED))[kind] == (len(keys), sum(numel[key] for key in keys))
-    unexpected = [spec.numel for spec in SOURCE if spec.key in MIXED.unexpected_keys]
+    unexpected = [spec.numel for spec in MIXED.source_specs if spec.key in MIXED.unexpected_keys]
     assert totals(render(MIXED))["unexpected"] == (len(unexpected), sum(unexpected))
 
 

@@ -15,7 +15,7 @@ import autoalign
 from autoalign import Alignment, InputError, PairMismatchError
 from autoalign.alignment import Match
 from autoalign.operations import Concatenate
-from autoalign.saving import write_whole
+from autoalign.replacing import replace_text
 
 
 def names(alignment: Alignment) -> dict[str, tuple[str, ...]]:
@@ -138,6 +138,6 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     path.write_text("old")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        write_whole(path, "new")
+        replace_text(path, "new")
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
     assert path.read_text() == "old"

@@ -11,7 +11,7 @@ import autoalign
 from autoalign.alignment import Alignment, Match
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, NothingLoadedError
 from autoalign.specs import TensorSpec
-from tests.test_report import MIXED
+from tests.alignments import MIXED
 
 
 def spec(key: str, *shape: int) -> TensorSpec:
@@ -89,6 +89,6 @@ def test_nothing_matched_is_raised_with_the_first_keys_of_both_sides() -> None:
     with pytest.raises(NothingLoadedError, match="None of 1 target tensors has a source") as caught:
         alignment.raise_if_nothing_matched()
     text = str(caught.value)
-    assert re.search(r"The first of the 1 target tensors:\n  fc\.weight +\[4, 5\] float32", text)
-    assert re.search(r"The first of the 1 source tensors:\n  conv\.weight +\[9, 2, 3, 3\] float32", text)
+    assert re.search(r"The first of the 1 target tensors:\n  fc\.weight +\[4, 5\] float32\n", text)
+    assert re.search(r"The first of the 1 source tensors:\n  conv\.weight +\[9, 2, 3, 3\] float32\n", text)
     assert caught.value.alignment is alignment

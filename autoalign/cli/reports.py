@@ -16,15 +16,7 @@ from autoalign.summary import as_dict
 
 
 def show_alignment(alignment: Alignment, options: argparse.Namespace, source: str, target: str, *more: str) -> None:
-    """Write the report of an alignment.
-
-    Args:
-        alignment: What to report.
-        options: With ``format`` and ``all``.
-        source: What the source was called.
-        target: What the target was called.
-        more: Statements to end the report with.
-    """
+    """Write the report of an alignment, which ends with the statements in ``more``."""
     if options.format == "json":
         show(
             json.dumps({"source": source, "target": target, **as_dict(alignment), "remarks": more}, indent=2),

@@ -94,14 +94,10 @@ def _rule(rule: Rule, number: int) -> tuple[list[str], list[str]]:
     if count > 1:
         after += [f"if {lacking}:", '    raise KeyError(f"a part is missing: {whole}")']
     place_of = {group: index for index, group in enumerate(groups, start=1)}
-    targets = zip(rule.targets, [rule.operation(place) for place in range(len(rule.targets))], strict=True)
-    for target, operation in targets:
-        steps = steps_of(operation)
-        variable = "inputs"
-        if len(rule.targets) > 1:
-            after += ["part = list(inputs)"]
-            variable = "part"
-        after += [line for step in steps for line in _step(step, variable, several=True)]
+    variable = "part" if len(rule.targets) > 1 else "inputs"
+    for target, operation in rule.fills:
+        after += ["part = list(inputs)"] if variable == "part" else []
+        after += _steps(steps_of(operation), variable, several=True)
         after += _named(target, lambda group: f"whole[{place_of[group]}]")
         after += [f"result[name + whole[-1]] = {variable}[0]"]
     return body, [f"if whole[0] == {number}:", *_indented(after, 1)]
@@ -114,25 +110,25 @@ def _matched(source: str) -> list[str]:
 def _alone(rule: Rule) -> list[str]:
     """Write what is done with a tensor that is joined with no other."""
     lines = []
-    for target, operation in zip(rule.targets, map(rule.operation, range(len(rule.targets))), strict=True):
+    for target, operation in rule.fills:
         steps = steps_of(operation)
         variable = "tensor" if len(rule.targets) == 1 or not steps else "part"
         if variable == "part":
             lines.append("part = tensor")
-        own: list[str] = []
         loop = next((place for place, step in enumerate(steps) if isinstance(step, Each)), None)
-        for step in steps[:loop]:
-            own += _step(step, variable, several=False)
-        lines += own
+        lines += _steps(steps[:loop], variable)
         naming = _named(target, lambda group: f"match[{group}]")
         if loop is None:
             lines += [*naming, f"result[name + key[match.end() :]] = {variable}"]
             continue
-        inner = [line for step in steps[loop + 1 :] for line in _step(step, "piece", several=False)]
-        inner += [*naming, "result[name + key[match.end() :]] = piece"]
+        inner = [*_steps(steps[loop + 1 :], "piece"), *naming, "result[name + key[match.end() :]] = piece"]
         dim = steps[loop].dim  # type: ignore[attr-defined]
         lines += [f"for {SLICE}, piece in enumerate({variable}.unbind({dim})):", *_indented(inner, 1)]
     return lines
+
+
+def _steps(steps: Sequence[Operation], variable: str, *, several: bool = False) -> list[str]:
+    return [line for step in steps for line in _step(step, variable, several=several)]
 
 
 def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
@@ -150,21 +146,14 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
             case Pick(places):
                 return [f"{variable} = [{', '.join(f'{variable}[{place}]' for place in places)}]"]
             case Parallel(operations):
-                return [
-                    line
-                    for place, own in enumerate(operations)
-                    for inner in steps_of(own)
-                    for line in _step(inner, f"{variable}[{place}]", several=False)
-                ]
+                each = (_steps(steps_of(own), f"{variable}[{place}]") for place, own in enumerate(operations))
+                return [line for lines in each for line in lines]
             case Sized(shapes, operation):
                 wanted = f"[{', '.join(map(_tuple, shapes))}]"
-                lines = _condition(f"[tuple(x.shape) for x in {variable}] != {wanted}")
-                return [
-                    *lines,
-                    *(line for inner in steps_of(operation) for line in _step(inner, variable, several=True)),
-                ]
+                refusal = _refusal(f"[tuple(x.shape) for x in {variable}] != {wanted}")
+                return [*refusal, *_steps(steps_of(operation), variable, several=True)]
             case Grouped(size, operation):
-                inner = [line for own in steps_of(operation) for line in _step(own, "group", several=True)]
+                inner = _steps(steps_of(operation), "group", several=True)
                 return [
                     "groups = []",
                     f"for start in range(0, len({variable}), {size}):",
@@ -173,10 +162,7 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
                 ]
         inner = _step(step, "x", several=False)
         if len(inner) > 1:
-            return [
-                f"for place, x in enumerate({variable}):",
-                *_indented([*inner, f"{variable}[place] = x"], 1),
-            ]
+            return [f"for place, x in enumerate({variable}):", *_indented([*inner, f"{variable}[place] = x"], 1)]
         return [f"{variable} = [{inner[0].removeprefix('x = ')} for x in {variable}]"]
     x = variable
     match step:
@@ -203,12 +189,11 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
             ]
             return _call(f"{x} = {x}.reshape(", sizes or ["()"])
         case Sized((shape,), operation):
-            lines = _condition(f"tuple({x}.shape) != {_tuple(shape)}")
-            return [*lines, *(line for inner in steps_of(operation) for line in _step(inner, x, several=False))]
+            return [*_refusal(f"tuple({x}.shape) != {_tuple(shape)}"), *_steps(steps_of(operation), x)]
     raise _NoShortFormError
 
 
-def _condition(condition: str) -> list[str]:
+def _refusal(condition: str) -> list[str]:
     return [f"if {condition}:", '    raise ValueError("this holds for tensors of other sizes")']
 
 
@@ -227,16 +212,15 @@ def _named(target: str, group: _Group) -> list[str]:
             variable = f"i{len(before)}"
             before.append(f"{variable} = {_code(token, group)}")
             parts.append((variable, True))
-    lines = [line for text in before for line in _assignment(text)]
     if not any(is_code for _, is_code in parts):
-        return [*lines, *_assignment(f"name = {_text(''.join(text for text, _ in parts))}")]
+        return [*before, f"name = {_text(''.join(text for text, _ in parts))}"]
     texts = [text for text, is_code in parts if not is_code]
     if all(text.isprintable() and not set(text) & set("\"'\\") for text in texts):
         body = "".join(
             f"{{{text}}}" if is_code else text.replace("{", "{{").replace("}", "}}") for text, is_code in parts
         )
-        return [*lines, *_assignment(f'name = f"{body}"')]
-    return [*lines, "name = " + " + ".join(f"str({text})" if is_code else _text(text) for text, is_code in parts)]
+        return [*before, f'name = f"{body}"']
+    return [*before, "name = " + " + ".join(f"str({text})" if is_code else _text(text) for text, is_code in parts)]
 
 
 def _code(arithmetic: Arithmetic, group: _Group) -> str:
@@ -271,10 +255,6 @@ _OPEN = "\0"  # begins a line that may be broken: its parts follow, to be laid o
 
 def _call(start: str, arguments: Sequence[str]) -> list[str]:
     return [_OPEN.join([start, *arguments])]
-
-
-def _assignment(text: str) -> list[str]:
-    return [text]
 
 
 def _laid_out(line: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from math import prod
 
 from autoalign.errors import RulesError
 from autoalign.indices import tokens_of
-from autoalign.rules import Rules
+from autoalign.rules import Rule, Rules
 
 Renaming = tuple[str, str]  # pattern, replacement
 DONE, PENDING = "=", "~"  # marks; regexes take both literally
@@ -38,6 +38,11 @@ class Step:
 
     source: str  # pattern
     target: str | None  # replacement; None: the tensor is dropped
+
+    @classmethod
+    def of(cls, rule: Rule) -> Step:
+        """Take a rule that does no more than rename or drop."""
+        return cls(rule.sources[0], rule.targets[0] if rule.targets else None)
 
 
 def revise_keys(rules: Rules) -> list[Renaming]:
@@ -67,36 +72,28 @@ def steps_for(rules: Rules, form: str) -> list[Step]:
             f"{len(refused)} of {len(rules)} rules do more than rename, which {form} cannot say. Nothing was exported. "
             f"Use to_python, to_transformers, or apply.\n{listed}"
         )
-    return [Step(rule.sources[0], rule.targets[0] if rule.targets else None) for rule in rules.rules]
+    return list(map(Step.of, rules.rules))
 
 
 def in_order(steps: Sequence[Step], write: Callable[[Step, str], list[Renaming]]) -> list[Renaming]:
     """Write steps as renamings to be applied one after another, so that each key is taken by one step alone."""
-    result: list[Renaming] = []
     taken = [_taken(step.source) for step in steps]
-    marked = [
-        step.target is not None
-        and any(
-            _may_meet(_given(step), taken[later])
-            for later in range(place + 1, len(steps))
-            if steps[later].target is not None
-        )
-        for place, step in enumerate(steps)
-    ]
-    for place, (step, mark) in enumerate(zip(steps, marked, strict=True)):
-        if step.target is None:
-            continue
+    kept = [place for place, step in enumerate(steps) if step.target is not None]
+    given = {place: _given(steps[place]) for place in kept}
+    marked = [p for p in kept if any(later > p and _may_meet(given[p], taken[later]) for later in kept)]
+    result: list[Renaming] = []
+    for place in kept:
         passed = [
             _body(drop.source)
             for earlier, drop in enumerate(steps[:place])
             if drop.target is None and _may_meet(taken[earlier], taken[place])
         ]
-        if any(marked[:place]) and "" in taken[place]:
+        if "" in taken[place] and any(earlier < place for earlier in marked):
             passed.append(DONE)
         avoided = f"(?!{'|'.join(passed)})" if passed else ""
-        source = f"^{avoided}{step.source.removeprefix('^')}"
-        result += write(Step(source, step.target), DONE if mark else "")
-    return [*result, (f"^{DONE}", "")] if any(marked) else result
+        source = f"^{avoided}{steps[place].source.removeprefix('^')}"
+        result += write(Step(source, steps[place].target), DONE if place in marked else "")
+    return [*result, (f"^{DONE}", "")] if marked else result
 
 
 def at_once(step: Step, mark: str) -> list[Renaming]:
@@ -129,24 +126,17 @@ def one_by_one(step: Step, mark: str) -> list[Renaming]:
     changed = [place for place in range(1, last) if own[place] != re.escape(other[place])]
     stops = [*changed, last]
     result: list[Renaming] = []
-    done, before = own[0], avoided
-    start = 0
-    for number, stop in enumerate(stops):
+    start, done = 0, ""
+    for stop in stops:
         kept = _joined(groups[start:stop], [re.escape(text) for text in other[start + 1 : stop]])
         rest = _joined(groups[stop:], own[stop + 1 :]) + end if stop < last else ""
         ahead = f"(?={rest})" if rest else ""
-        final = stop == last
-        tail = own[stop] + (end if final else "")
-        first = number == 0
-        if first:
-            pattern = f"^{before}{done}({kept}){tail}{ahead}"
-            replacement = f"{mark if final else PENDING}{other[0]}\\1{other[stop]}"
-            done = re.escape(other[0]) + kept
+        sign, tail = (mark, own[stop] + end) if stop == last else (PENDING, own[stop])
+        done += re.escape(other[start]) + kept
+        if result:
+            result.append((f"^{PENDING}({done}){tail}{ahead}", f"{sign}\\1{other[stop]}"))
         else:
-            pattern = f"^{PENDING}({done}{re.escape(other[start])}{kept}){tail}{ahead}"
-            replacement = f"{mark if final else PENDING}\\1{other[stop]}"
-            done += re.escape(other[start]) + kept
-        result.append((pattern, replacement))
+            result.append((f"^{avoided}{own[0]}({kept}){tail}{ahead}", f"{sign}{other[0]}\\1{other[stop]}"))
         start = stop
     return result
 

@@ -40,14 +40,13 @@ def conversions(rules: Rules) -> list[WeightRenaming | WeightConverter]:
             if rule.has_arithmetic:
                 raise CannotSayError("numbers in names are computed")
             if rule.renames:
-                steps.append(Step(rule.sources[0], rule.targets[0] if rule.targets else None))
-                one_by_one(steps[-1], "")
+                own = [Step.of(rule)]
             else:
                 own, converter = _converted(rule, number)
-                for step in own:
-                    one_by_one(step, "")
-                steps += own
                 converters.append(converter)
+            for step in own:
+                one_by_one(step, "")  # which tells whether it can be said
+            steps += own
         except CannotSayError as error:
             refused.append(f"  {rule}  ({error})")
     if refused:
@@ -71,8 +70,7 @@ def _converted(rule: Rule, number: int) -> tuple[list[Step], WeightConverter]:
         Step(source.replace(_LIST, r"\d+"), fronts[0] + placeholder)
         for source, placeholder in zip(rule.sources, placeholders, strict=True)
     ]
-    operations = list(_operations(rule))
-    return steps, WeightConverter(list(placeholders), list(words), operations)
+    return steps, WeightConverter(placeholders, list(words), list(_operations(rule)))
 
 
 def _parted(target: str) -> tuple[str, str]:
@@ -86,11 +84,9 @@ def _parted(target: str) -> tuple[str, str]:
 
 def _operations(rule: Rule) -> Iterator[ConversionOps]:
     """Write the operations of a rule as transformers'."""
-    from transformers.core_model_loading import Chunk
-    from transformers.core_model_loading import Split as Parts
-    from transformers.core_model_loading import Transpose as Turn
+    from transformers import core_model_loading as theirs
 
-    operations = [rule.operation(place) for place in range(len(rule.targets))]
+    operations = [operation for _, operation in rule.fills]
     if len(rule.sources) > 1 or _LIST in rule.sources[0]:
         if len(operations) > 1:
             raise CannotSayError("several tensors make several")
@@ -98,49 +94,47 @@ def _operations(rule: Rule) -> Iterator[ConversionOps]:
         return
     if len(operations) == 1:
         for step in steps_of(operations[0]):
-            yield Turn(*_turn(step))
+            yield theirs.Transpose(*_turn(step))
         return
     steps = [steps_of(operation) for operation in operations]
     shared = steps[0][:-1]
     if any(own[:-1] != shared for own in steps):
         raise CannotSayError("its parts are laid out in different ways")
     for step in shared:
-        yield Turn(*_turn(step))
+        yield theirs.Transpose(*_turn(step))
     last = [own[-1] for own in steps]
     if parts := equal_parts(last):
-        yield Chunk(parts.dim)
+        yield theirs.Chunk(parts.dim)
     else:
-        yield Parts(_uneven(last))
+        yield theirs.Split(_uneven(last))
 
 
 def _joining(steps: Sequence[Operation], listed: bool, count: int) -> Iterator[ConversionOps]:
     """Write what joins tensors; transformers takes those of one pattern after another, and a list's as a stack."""
-    from transformers.core_model_loading import Concatenate as Join
-    from transformers.core_model_loading import MergeModulelist
-    from transformers.core_model_loading import Transpose as Turn
+    from transformers import core_model_loading as theirs
 
     match list(steps):
         case [Concatenate(dim)] if not listed or count == 1:
-            yield Join(dim)
+            yield theirs.Concatenate(dim)
         case [Transpose(), Concatenate(dim)] if not listed:  # the other way around, since a turn takes one tensor
-            yield Join(1 - dim)
-            yield Turn(0, 1)
+            yield theirs.Concatenate(1 - dim)
+            yield theirs.Transpose(0, 1)
         case [Concatenate(dim), *turns] if not listed:
-            yield Join(dim)
+            yield theirs.Concatenate(dim)
             for step in turns:
-                yield Turn(*_turn(step))
+                yield theirs.Transpose(*_turn(step))
         case [Stack(dim)] if listed and count == 1:
-            yield MergeModulelist(dim)
+            yield theirs.MergeModulelist(dim)
         case [Transpose(), Stack(0)] if listed and count == 1:
-            yield MergeModulelist(0)
-            yield Turn(1, 2)
+            yield theirs.MergeModulelist(0)
+            yield theirs.Transpose(1, 2)
         case [Grouped(size, Concatenate(dim)), Stack(along)] if listed and size == count:
-            yield MergeModulelist(along)
-            yield Join(dim + (dim >= along))
+            yield theirs.MergeModulelist(along)
+            yield theirs.Concatenate(dim + (dim >= along))
         case [Transpose(), Grouped(size, Concatenate(dim)), Stack(0)] if listed and size == count:
-            yield MergeModulelist(0)
-            yield Join(2 - dim)
-            yield Turn(1, 2)
+            yield theirs.MergeModulelist(0)
+            yield theirs.Concatenate(2 - dim)
+            yield theirs.Transpose(1, 2)
         case _:
             raise CannotSayError("what joins its tensors has no counterpart")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 from autoalign.alignment import Alignment, Match, Status
@@ -16,7 +17,7 @@ from autoalign.specs import TensorSpec
 LINKS: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched")  # what joins tensors of both sides
 NEAREST = 200  # rows of a side whose nearest counterpart is sought, which takes a while for each
 
-_Side = Literal["source", "target"]
+_Use = tuple[tuple[Hashable, ...], tuple[int, ...]]  # what is said of a tensor where it is used, and the numbers in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,14 @@ class _Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Left:
-    """The tensors of a side that nothing joins or uses, each with the reason, and what the other side has for them."""
+class _Side:
+    """One side of the page."""
 
-    reasons: Mapping[str, str]
-    others: Counterparts | None  # None where nothing is left
+    specs: tuple[TensorSpec, ...]  # in the order of the tree
+    tree: Tree
+    places: Mapping[str, int]  # of each key among them
+    reasons: Mapping[str, str]  # why nothing joins or uses a tensor, for those
+    others: Counterparts | None  # what the other side has for them; None where there are none
 
 
 @dataclass(slots=True)
@@ -65,19 +69,13 @@ def page_data(alignment: Alignment) -> dict[str, Any]:
     """
     links = _links(alignment)
     pools = _Pools()
-    left = {"source": _left(alignment, "source"), "target": _left(alignment, "target")}
-    leaves = {
-        "source": _source_leaves(alignment, links, left["source"]),
-        "target": _target_leaves(alignment, links, left["target"]),
-    }
-    trees = {side: tree(found) for side, found in leaves.items()}
-    places = {side: _places(alignment, side, trees[side]) for side in ("source", "target")}
-    sides = {side: _side(alignment, side, trees[side], left[side], places, pools) for side in ("source", "target")}
+    source, target = _side_of(alignment, "source", links), _side_of(alignment, "target", links)
     return {
         "notes": [escaped(note) for note in alignment.notes],
         "statuses": list(LINKS),
-        **sides,
-        "links": _columns(links, places["source"], places["target"], pools),
+        "source": _side_columns(source, target, pools),
+        "target": _side_columns(target, source, pools),
+        "links": _link_columns(links, source.places, target.places, pools),
         "names": list(pools.names.places),
         "shapes": [list(shape) for shape in pools.shapes.places],
         "dtypes": list(pools.dtypes.places),
@@ -99,107 +97,72 @@ def _link(status: Status, match: Match) -> _Link:
     return _Link(status, match, (status, operation, match.warnings), tuple(numbers))
 
 
-def _left(alignment: Alignment, side: _Side) -> _Left:
-    specs = {spec.key: spec for spec in _specs(alignment, side)}
-    keys = [key for key, status in alignment.status.items() if status == "missing"]
+def _side_of(alignment: Alignment, side: Literal["source", "target"], links: Sequence[_Link]) -> _Side:
     if side == "source":
-        keys = alignment.unexpected_keys
-    if not keys:
-        return _Left({}, None)
-    others = counterparts(alignment, "target" if side == "source" else "source")
-    return _Left({key: reason(specs[key], others) for key in keys}, others)
-
-
-def _target_leaves(alignment: Alignment, links: Sequence[_Link], left: _Left) -> list[Leaf]:
-    by_key = {link.match.target: link for link in links}
+        specs, uses, left = alignment.source_specs, _uses_of_sources(links), alignment.unexpected_keys
+        others = counterparts(alignment, "target") if left else None
+    else:
+        specs, uses = alignment.target_specs, _uses_of_targets(links)
+        left = [key for key, status in alignment.status.items() if status == "missing"]
+        others = counterparts(alignment, "source") if left else None
+    by_key = {spec.key: spec for spec in specs}
+    reasons = {key: reason(by_key[key], others) for key in left} if others else {}
     leaves = []
-    for spec in alignment.target_specs:
+    for spec in specs:
         said: tuple[Hashable, ...] = (spec.shape, spec.dtype)
-        numbers: list[int] = []
-        if link := by_key.get(spec.key):
-            for key in link.match.sources:
-                text, found = template(key)
-                said, numbers = (*said, text), numbers + found
-            said, numbers = (*said, *link.said), [*numbers, *link.numbers]
-        else:
-            said = (*said, left.reasons[spec.key])
-        leaves.append(Leaf(escaped(spec.key), said, tuple(numbers)))
-    return leaves
+        numbers: tuple[int, ...] = ()
+        for more, own in uses.get(spec.key) or [((reasons.get(spec.key, "tied"),), ())]:
+            said, numbers = (*said, *more), (*numbers, *own)
+        leaves.append(Leaf(escaped(spec.key), said, numbers))
+    found = tree(leaves)
+    ordered = tuple(specs[tensor] for tensor in found.tensors if tensor >= 0)
+    return _Side(ordered, found, {spec.key: place for place, spec in enumerate(ordered)}, reasons, others)
 
 
-def _source_leaves(alignment: Alignment, links: Sequence[_Link], left: _Left) -> list[Leaf]:
-    uses: dict[str, list[tuple[_Link, int, tuple[str, list[int]]]]] = {}
+def _uses_of_targets(links: Sequence[_Link]) -> dict[str, list[_Use]]:
+    uses: dict[str, list[_Use]] = {}
     for link in links:
-        use = template(link.match.target)
+        texts, numbers = zip(*map(template, link.match.sources), strict=True)
+        uses[link.match.target] = [((*texts, *link.said), (*chain.from_iterable(numbers), *link.numbers))]
+    return uses
+
+
+def _uses_of_sources(links: Sequence[_Link]) -> dict[str, list[_Use]]:
+    uses: dict[str, list[_Use]] = {}
+    for link in links:
+        text, numbers = template(link.match.target)
         for place, key in enumerate(link.match.sources):
-            uses.setdefault(key, []).append((link, place, use))
-    leaves = []
-    for spec in alignment.source_specs:
-        said: tuple[Hashable, ...] = (spec.shape, spec.dtype)
-        numbers: list[int] = []
-        for link, place, (text, own) in uses.get(spec.key, ()):
-            said, numbers = (*said, text, *link.said), [*numbers, *own, *link.numbers, place]
-        if not uses.get(spec.key):
-            said = (*said, left.reasons.get(spec.key, "tied"))
-        leaves.append(Leaf(escaped(spec.key), said, tuple(numbers)))
-    return leaves
+            uses.setdefault(key, []).append(((text, *link.said), (*numbers, *link.numbers, place)))
+    return uses
 
 
-def _specs(alignment: Alignment, side: str) -> tuple[TensorSpec, ...]:
-    return alignment.source_specs if side == "source" else alignment.target_specs
-
-
-def _places(alignment: Alignment, side: str, found: Tree) -> dict[str, int]:
-    """Number the tensors of a side in the order of its tree."""
-    specs = _specs(alignment, side)
-    return {specs[tensor].key: place for place, tensor in enumerate(tensor for tensor in found.tensors if tensor >= 0)}
-
-
-def _side(
-    alignment: Alignment,
-    side: _Side,
-    found: Tree,
-    left: _Left,
-    places: Mapping[str, Mapping[str, int]],
-    pools: _Pools,
-) -> dict[str, Any]:
-    specs = [_specs(alignment, side)[tensor] for tensor in found.tensors if tensor >= 0]
+def _side_columns(side: _Side, opposite: _Side, pools: _Pools) -> dict[str, Any]:
+    tree = side.tree
     return {
-        "name": [pools.names.add(name) for name in found.names],
+        "name": [pools.names.add(name) for name in tree.names],
         # of modules; of tensors one less than the negative
-        "depth": [
-            depth if tensor < 0 else -1 - depth for depth, tensor in zip(found.depths, found.tensors, strict=True)
-        ],
-        "runs": [[node, length] for node, length in sorted(found.runs.items())],
-        "shape": [pools.shapes.add(spec.shape) for spec in specs],
-        "dtype": [pools.dtypes.add(str(spec.dtype).removeprefix("torch.")) for spec in specs],
-        "left": _rows_left(alignment, side, found, left, places, pools),
+        "depth": [depth if tensor < 0 else -1 - depth for depth, tensor in zip(tree.depths, tree.tensors, strict=True)],
+        "runs": [[node, length] for node, length in sorted(tree.runs.items())],
+        "shape": [pools.shapes.add(spec.shape) for spec in side.specs],
+        "dtype": [pools.dtypes.add(spec.dtype_name) for spec in side.specs],
+        "left": _rows_left(side, opposite.places, pools),
     }
 
 
-def _rows_left(
-    alignment: Alignment,
-    side: _Side,
-    found: Tree,
-    left: _Left,
-    places: Mapping[str, Mapping[str, int]],
-    pools: _Pools,
-) -> list[list[int]]:
+def _rows_left(side: _Side, opposite: Mapping[str, int], pools: _Pools) -> list[list[int]]:
     """List what is missing or unexpected: the tensor, the reason, and its nearest counterpart with the difference."""
-    if left.others is None:
+    if side.others is None:
         return []
-    own, opposite = places[side], places["target" if side == "source" else "source"]
-    specs = {spec.key: spec for spec in _specs(alignment, side)}
-    nodes = [node for node, tensor in enumerate(found.tensors) if tensor >= 0]
-    shown = found.representatives()
+    nodes = [node for node, tensor in enumerate(side.tree.tensors) if tensor >= 0]
+    shown = side.tree.representatives()
     sought = 0
     rows = []
-    for key, why in left.reasons.items():
-        place = own[key]
+    for key, why in side.reasons.items():
+        place = side.places[key]
         row = [place, pools.texts.add(escaped(why))]
         if shown[nodes[place]] == nodes[place] and sought < NEAREST:
             sought += 1
-            row += _nearest(specs[key], left.others, opposite, pools)
+            row += _nearest(side.specs[place], side.others, opposite, pools)
         rows.append(row)
     return rows
 
@@ -211,7 +174,7 @@ def _nearest(spec: TensorSpec, others: Counterparts, places: Mapping[str, int], 
     return [places[near.key], pools.texts.add(difference(near.shape, spec.shape).strip(" ()"))]
 
 
-def _columns(
+def _link_columns(
     links: Sequence[_Link], source: Mapping[str, int], target: Mapping[str, int], pools: _Pools
 ) -> dict[str, Any]:
     def one_or_more(keys: Sequence[str]) -> int | list[int]:

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from html import escape
@@ -17,9 +16,10 @@ from autoalign import __version__
 from autoalign.alignment import FILLED, Alignment
 from autoalign.errors import InputError
 from autoalign.html.data import page_data
-from autoalign.html.summary import elements, summary, tensors
 from autoalign.layout import escaped
+from autoalign.replacing import replace_text
 from autoalign.report import percent, render
+from autoalign.totals import elements, tensors, totals_of
 
 TITLE = "Alignment report"
 
@@ -32,7 +32,7 @@ def document(alignment: Alignment, *, title: str = TITLE) -> str:
 
     Its policy allows the style and the script that it holds and nothing more; keys are data to it and never markup.
     """
-    found = summary(alignment)
+    found = totals_of(alignment)
     style, script = _asset("report.css"), _script()
     notes = "".join(f"<li>{escape(escaped(note))}</li>" for note in alignment.notes)
     return _fill(
@@ -76,7 +76,7 @@ def write(alignment: Alignment, path: str | os.PathLike[str], *, title: str = TI
                 f"The report cannot be written to {str(target)!r}, which is a folder. Nothing was written. "
                 "Give the path of a file in it."
             )
-        _replace(target, text)
+        replace_text(target, text)
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -84,17 +84,6 @@ def write(alignment: Alignment, path: str | os.PathLike[str], *, title: str = TI
             f"The report cannot be written to {str(path)!r}: {getattr(error, 'strerror', None) or error}. "
             "What was there is unchanged. Give a path that can be written to."
         ) from error
-
-
-def _replace(target: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        Path(temporary).chmod(_mode(target))
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def script_safe(value: object) -> str:
@@ -105,15 +94,6 @@ def script_safe(value: object) -> str:
     """
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _mode(target: Path) -> int:
-    """Tell the permissions of a new file, which are those of the one that it replaces if there is one."""
-    if target.exists():
-        return target.stat().st_mode & 0o7777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _total(name: str, parts: Sequence[tuple[str, int]], whole: int) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from autoalign.alignment import Alignment
-from autoalign.html.summary import Share, elements, summary
 from autoalign.layout import Row, escaped
 from autoalign.report import percent, rows_of
+from autoalign.totals import Totals, elements, totals_of
 
 ROWS = 30  # of a section
 
@@ -24,12 +24,12 @@ def notebook_html(alignment: Alignment) -> str:
 
     Sections open without scripts; matched rows are closed where others need attention, and long sections are cut.
     """
-    found = summary(alignment)
+    found = totals_of(alignment)
     sections = {title: rows for title, rows in rows_of(alignment).items() if rows}
     parts = [
         f"<div><strong>{escape(repr(alignment))}</strong></div>",
         f"<div>{escape(found.lead)}</div>",
-        _totals(found.target, found.source),
+        _totals(found),
         *(f"<div>Note: {escape(escaped(note))}</div>" for note in alignment.notes),
         *(
             _section(title, rows, opened=len(sections) == 1 or not title.startswith("Matched"))
@@ -39,12 +39,12 @@ def notebook_html(alignment: Alignment) -> str:
     return f'<div class="autoalign">{"".join(parts)}</div>'
 
 
-def _totals(target: Sequence[Share], source: Sequence[Share]) -> str:
+def _totals(found: Totals) -> str:
     rows = "".join(
         f'<tr><td style="{_CELL}">{share.status}</td><td style="{_NUMBER}">{share.tensors:,}</td>'
         f'<td style="{_NUMBER}">{share.elements:,}</td>'
         f'<td style="{_NUMBER}">{percent(share.elements, elements(shares))} of the {side}</td></tr>'
-        for side, shares in (("target", target), ("source", source))
+        for side, shares in (("target", found.target), ("source", found.source))
         for share in shares
         if share.status != "used"
     )

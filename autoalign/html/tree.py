@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-DEPTH = 40  # of a tree; what follows in a key is one name
+from autoalign.indices import NUMBER, NUMBERED
 
-_NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})([^0-9]*)", re.DOTALL)
-_NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
+DEPTH = 40  # of a tree; what follows in a key is one name
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ def template(key: str) -> tuple[str, list[int]]:
     >>> template("layers.3.mlp.fc1")
     ('layers.#.mlp.fc#', [3, 1])
     """
-    return _NUMBER.sub("#", key), [int(number) for number in _NUMBER.findall(key)]
+    return NUMBER.sub("#", key), [int(number) for number in NUMBER.findall(key)]
 
 
 def tree(leaves: Sequence[Leaf]) -> Tree:
@@ -159,7 +157,7 @@ def _follows(names: Sequence[str], kinds: Sequence[int], before: int, node: int)
     """Tell whether a sibling is the one before it with a greater number in its name."""
     if kinds[before] != kinds[node]:
         return False
-    parts, others = _NUMBERED.fullmatch(names[before]), _NUMBERED.fullmatch(names[node])
+    parts, others = NUMBERED.fullmatch(names[before]), NUMBERED.fullmatch(names[node])
     if not parts or not others or (parts[1], parts[3]) != (others[1], others[3]) or parts[1][-1:].isdigit():
         return False
     return int(parts[2]) < int(others[2])

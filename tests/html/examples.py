@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from autoalign.alignment import Alignment, Candidate, Match, Mismatch
-from autoalign.operations import Concatenate, Copy, Split
-from autoalign.specs import TensorSpec
+from autoalign.alignment import Alignment, Match
+from autoalign.operations import Concatenate, Split
+from tests.alignments import mixed, spec
 
 HOSTILE = (
     "</script><script>document.title='broken'</script>",
@@ -27,10 +27,6 @@ HOSTILE = (
     ".".join("deep" for _ in range(3000)),
     "&amp;.&lt;",
 )
-
-
-def spec(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorSpec:
-    return TensorSpec(key, shape, dtype)
 
 
 def hostile() -> Alignment:
@@ -62,28 +58,8 @@ def fused(depth: int = 12) -> Alignment:
 
 FUSED = fused()
 
-_SOURCE = (
-    spec("stem.weight", 16, 3, 4, 4),
-    *(spec(f"blocks.{i}.norm.{leaf}", 16) for i in range(3) for leaf in ("weight", "bias")),
-    *(spec(f"blocks.{i}.qk.weight", 32, 16, dtype=torch.float16) for i in range(3)),
-    spec("twin1.weight", 7, 16),
-    spec("twin2.weight", 7, 16),
-    spec("fc.weight", 1000, 16),
-    spec("fc.bias", 1000),
-    spec("ema.decay"),
-)
-_TARGET = (
-    spec("patch.weight", 16, 3, 4, 4),
-    *(spec(f"layers.{i}.ln.{leaf}", 16) for i in range(3) for leaf in ("weight", "bias")),
-    *(spec(f"layers.{i}.{part}.weight", 16, 16) for i in range(3) for part in "qk"),
-    spec("one.weight", 7, 16),
-    spec("head.weight", 10, 16),
-    spec("head.bias", 10),
-    spec("extra.weight", 16, 5),
-    spec("pooler.weight", 9, 9),
-)
-MIXED = Alignment(
-    matches=(
+MIXED = mixed(
+    (
         Match("patch.weight", ("stem.weight",), confidence=0.65, evidence={"name": 0.1, "shape": 1.0}),
         *(
             Match(f"layers.{i}.ln.{leaf}", (f"blocks.{i}.norm.{leaf}",), confidence=0.995)
@@ -102,19 +78,16 @@ MIXED = Alignment(
             for place, part in enumerate("qk")
         ),
     ),
-    ambiguous=(
-        Match(
-            "one.weight", ("twin1.weight",), confidence=0.5, alternatives=(Candidate(("twin2.weight",), Copy(), 0.0),)
-        ),
+    (
+        spec("stem.weight", 16, 3, 4, 4),
+        *(spec(f"blocks.{i}.norm.{leaf}", 16) for i in range(3) for leaf in ("weight", "bias")),
+        *(spec(f"blocks.{i}.qk.weight", 32, 16, dtype=torch.float16) for i in range(3)),
     ),
-    mismatched=(
-        Mismatch("head.weight", "fc.weight", (10, 16), (1000, 16)),
-        Mismatch("head.bias", "fc.bias", (10,), (1000,)),
+    (
+        spec("patch.weight", 16, 3, 4, 4),
+        *(spec(f"layers.{i}.ln.{leaf}", 16) for i in range(3) for leaf in ("weight", "bias")),
+        *(spec(f"layers.{i}.{part}.weight", 16, 16) for i in range(3) for part in "qk"),
     ),
-    source_specs=_SOURCE,
-    target_specs=_TARGET,
-    excluded=frozenset({"pooler.weight"}),
-    notes=("The container 'ema' was taken.",),
 )
 
 

@@ -12,7 +12,8 @@ from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.html.data import page_data
 from autoalign.layout import escaped
 from autoalign.operations import Concatenate, Copy
-from tests.html.examples import FUSED, HOSTILE, MIXED, hostile, many, spec
+from tests.alignments import spec
+from tests.html.examples import FUSED, HOSTILE, MIXED, hostile, many
 
 
 def keys(side: dict[str, Any], names: list[str]) -> list[str]:
@@ -73,7 +74,8 @@ def test_what_is_left_has_its_reason_and_its_nearest_counterpart() -> None:
     data = page_data(MIXED)
     target, source = (keys(data[side], data["names"]) for side in ("target", "source"))
     left = {target[row[0]]: data["texts"][row[1]] for row in data["target"]["left"]}
-    assert left == {"extra.weight": "no source tensor of this shape", "pooler.weight": "excluded"}
+    reason = "all 6 source tensors of this shape have other counterparts"
+    assert left == {"extra.weight": reason, "pooler.weight": "excluded"}
     unused = {source[row[0]]: row for row in data["source"]["left"]}
     assert sorted(unused) == sorted(MIXED.unexpected_keys)
     assert data["texts"][unused["fc.weight"][1]].startswith("not clearly any") or len(unused["fc.weight"]) >= 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sized
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -60,11 +59,11 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
     from autoalign.cli.terminal import width
     from autoalign.folding import fold
     from autoalign.layout import Row, escaped, lay_out
-    from autoalign.markdown import code, words
+    from autoalign.markdown import table, words
 
     def folded(specs: tuple[TensorSpec, ...]) -> list[Row]:
-        entries = [((escaped(spec.key),), _kind(spec)) for spec in specs]
-        return [Row(row.texts, (_times(row.members), row.fields), len(row.members)) for row in fold(entries)]
+        entries = [((escaped(spec.key),), spec.kind) for spec in specs]
+        return [Row(row.texts, (row.fields,), len(row.members)) for row in fold(entries)]
 
     def compared(items: list[Changed]) -> list[Row]:
         rows = []
@@ -73,11 +72,11 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
             most = max(members, key=lambda item: item.difference or 0.0)
             values = "" if most.difference is None else _difference(most)
             where = f" in {escaped(most.key)}" if len(members) > 1 and most.difference else ""
-            rows.append(Row(row.texts, (_times(members), row.fields[0], values + where), len(members)))
+            rows.append(Row(row.texts, (row.fields[0], values + where), len(members)))
         return rows
 
-    same_kind = [item for item in found.changed if _kind(item.first) == _kind(item.second)]
-    other_kind = [item for item in found.changed if _kind(item.first) != _kind(item.second)]
+    same_kind = [item for item in found.changed if item.first.kind == item.second.kind]
+    other_kind = [item for item in found.changed if item.first.kind != item.second.kind]
     parts = {
         f"Only in {escaped(first)}": folded(found.only_first),
         f"Only in {escaped(second)}": folded(found.only_second),
@@ -90,21 +89,15 @@ def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> li
             continue
         count = sum(row.tensors for row in rows)
         if markdown:
-            cells = len(rows[0].cells)
-            lines += ["", f"### {words(title)} ({count:,})", ""]
-            lines += [f"| keys |{' |' * cells}", f"| --- |{' --- |' * cells}"]
-            lines += [f"| {' | '.join([code(row.keys[0]), *map(words, row.cells)])} |" for row in rows]
+            lines += ["", f"### {words(title)} ({count:,})", "", *table(rows)]
         else:
-            lines += ["", f"{title}: {count:,}", *(line.rstrip() for table in lay_out(rows, width()) for line in table)]
+            laid_out = [line.rstrip() for lines_of_row in lay_out(rows, width()) for line in lines_of_row]
+            lines += ["", f"{title}: {count:,}", *laid_out]
     return lines
 
 
-def _kind(spec: TensorSpec) -> str:
-    return f"{list(spec.shape)} {_dtype(spec)}"
-
-
 def _kinds(item: Changed) -> str:
-    first, second = _kind(item.first), _kind(item.second)
+    first, second = item.first.kind, item.second.kind
     return first if first == second else f"{first} -> {second}"
 
 
@@ -115,17 +108,9 @@ def _difference(item: Changed) -> str:
     return f"{item.difference:.3g}{share}"
 
 
-def _dtype(spec: TensorSpec) -> str:
-    return str(spec.dtype).removeprefix("torch.")
-
-
-def _times(members: Sized) -> str:
-    return f"{len(members):,} x" if len(members) > 1 else ""
-
-
 def _as_dict(found: Differences) -> dict[str, object]:
     def plain(spec: TensorSpec) -> dict[str, object]:
-        return {"key": spec.key, "shape": list(spec.shape), "dtype": _dtype(spec)}
+        return {"key": spec.key, "shape": list(spec.shape), "dtype": spec.dtype_name}
 
     def number(value: float | None) -> float | str | None:  # JSON has no infinity
         return value if value is None or isfinite(value) else str(value)

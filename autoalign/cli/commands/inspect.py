@@ -66,10 +66,7 @@ def run(options: argparse.Namespace) -> int:
     checkpoint = checkpoint_of(side_of(options.checkpoint), container=options.container)
     facts = _facts_of(checkpoint)
     if options.format == "json":
-        listed = [
-            {"key": spec.key, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
-            for spec in checkpoint.specs
-        ]
+        listed = [{"key": spec.key, "shape": list(spec.shape), "dtype": spec.dtype_name} for spec in checkpoint.specs]
         show(json.dumps({"checkpoint": options.checkpoint, **asdict(facts), "tensors": listed}, indent=2), plain=True)
         return COMPLETE
     tree = render_tree(tree_of(checkpoint.specs), dtype=next(iter(facts.dtypes), ""), depth=options.depth)
@@ -90,7 +87,7 @@ def _facts_of(checkpoint: Checkpoint) -> _Facts:
     from autoalign.tree import copies_of, prefix_of
 
     path = Path(checkpoint.path) if checkpoint.path else None
-    dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in checkpoint.specs)
+    dtypes = Counter(spec.dtype_name for spec in checkpoint.specs)
     prefix, count = prefix_of(checkpoint.specs)
     return _Facts(
         kind="model" if path is None else "folder" if path.is_dir() else format_of(path) or "index of shards",

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
             "source_module": divergence.source_module,
             "target_module": divergence.target_module,
             "difference": divergence.difference,
-            "cause": getattr(divergence, "cause", None),
+            "cause": divergence.cause,
         }
         result = {"equal": found.equal, "max_difference": found.max_difference, "first_divergence": first}
         show(json.dumps({"source": options.source, "target": options.target, **result}, indent=2), plain=True)

@@ -67,6 +67,17 @@ function ribbonsBetween(rows) {
   return ribbons;
 }
 
+// The first place in a list from which on something holds.
+function firstPlace(list, holds) {
+  let low = 0;
+  for (let high = list.length; low < high; ) {
+    const probe = (low + high) >> 1;
+    if (holds(list[probe])) high = probe;
+    else low = probe + 1;
+  }
+  return low;
+}
+
 // Pairs of rows that rise on both sides: the most of them that fit together.
 function anchorsOf(rows, ribbons) {
   const middle = (list) => list[(list.length - 1) >> 1];
@@ -76,12 +87,7 @@ function anchorsOf(rows, ribbons) {
   const tails = [];
   const before = new Map();
   for (const pair of pairs) {
-    let low = 0;
-    for (let high = tails.length; low < high; ) {
-      const probe = (low + high) >> 1;
-      if (tails[probe].source < pair.source) low = probe + 1;
-      else high = probe;
-    }
+    const low = firstPlace(tails, (tail) => tail.source >= pair.source);
     before.set(pair, low ? tails[low - 1] : null);
     tails[low] = pair;
   }

@@ -71,16 +71,6 @@ function counterpart(row, fits) {
   return best;
 }
 
-function linksBelow(row) {
-  const found = new Set();
-  for (const node of row.members) {
-    for (let leaf = row.side.leaves[node]; leaf < row.side.leaves[row.side.end[node]]; leaf++) {
-      for (const link of linksOf[row.side.name][leaf]) if (state.visible.links[link]) found.add(link);
-    }
-  }
-  return found;
-}
-
 // Light what hangs together with the row or ribbon under the pointer, or with the selection.
 let under = null;
 function lightUp() {

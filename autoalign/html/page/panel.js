@@ -45,17 +45,7 @@ function groupsOf(selection) {
 }
 
 function selectRow(row) {
-  const side = row.side;
-  const found = new Set();
-  const loose = [];
-  for (const node of row.members) {
-    for (let leaf = side.leaves[node]; leaf < side.leaves[side.end[node]]; leaf++) {
-      if (!state.visible[side.name][leaf]) continue;
-      for (const link of linksOf[side.name][leaf]) if (state.visible.links[link]) found.add(link);
-      if (!linksOf[side.name][leaf].length) loose.push(leaf);
-    }
-  }
-  select({ row, links: [...found], loose });
+  select({ row, links: [...linksBelow(row)], loose: looseBelow(row) });
 }
 
 function selectRibbon(ribbon) {

@@ -54,6 +54,15 @@ function applyFilters() {
 
 const visibleBelow = (side, node) => side.before[side.leaves[side.end[node]]] - side.before[side.leaves[node]];
 
+// The visible tensors of a row, those of them that nothing joins with the other side, and what joins the others.
+const leavesBelow = ({ side, members }) => members.flatMap((node) => {
+  const [first, end] = [side.leaves[node], side.leaves[side.end[node]]];
+  return Array.from({ length: end - first }, (_, k) => first + k).filter((leaf) => state.visible[side.name][leaf]);
+});
+const looseBelow = (row) => leavesBelow(row).filter((leaf) => !linksOf[row.side.name][leaf].length);
+const linksBelow = (row) => new Set(leavesBelow(row).flatMap((leaf) =>
+  linksOf[row.side.name][leaf].filter((link) => state.visible.links[link])));
+
 // The groups of nodes one level below: each a row, which may stand for a run of siblings and for several parents.
 function groupsBelow(side, members) {
   const first = members ? members[0] : -1;

@@ -23,19 +23,8 @@ function svg(tag, attributes) {
   return node;
 }
 
-// What is said of a row's tensors that nothing joins with the other side.
-function looseIn(row) {
-  const side = row.side;
-  let loose = 0;
-  for (const node of row.members) {
-    for (let leaf = side.leaves[node]; leaf < side.leaves[side.end[node]]; leaf++) {
-      if (state.visible[side.name][leaf] && !linksOf[side.name][leaf].length) {
-        loose += side.name === "target" || isUnexpected(leaf) ? 1 : 0;
-      }
-    }
-  }
-  return loose;
-}
+// How many of a row's tensors are missing or unexpected.
+const looseIn = (row) => looseBelow(row).filter((leaf) => row.side.name === "target" || isUnexpected(leaf)).length;
 
 function kindsOfRow(row) {
   const kinds = new Map();
@@ -123,15 +112,7 @@ function describe(row, kinds) {
   return `${row.label}${times}, ${what}${joined}${[...kinds.keys()].map((kind) => `, ${kind}`).join("")}`;
 }
 
-function firstInSight(rows, top) {
-  let low = 0;
-  for (let high = rows.length; low < high; ) {
-    const probe = (low + high) >> 1;
-    if (rows[probe].y + ROW < top) low = probe + 1;
-    else high = probe;
-  }
-  return low;
-}
+const firstInSight = (rows, top) => firstPlace(rows, (row) => row.y + ROW >= top);
 
 function draw() {
   if (!layout) return;

@@ -1,4 +1,4 @@
-"""The totals of an alignment as the page and the notebook show them."""
+"""The totals of an alignment, as every report shows them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class Totals:
     """How many tensors and elements of either side have which status; those without any are left out."""
 
     target: tuple[Share, ...]
@@ -28,28 +28,31 @@ class Summary:
     excluded: int
 
     @property
-    def lead(self) -> str:
+    def filled(self) -> str:
         """Say in a sentence what is filled from what."""
         filled = sum(share.tensors for share in self.target if share.status in FILLED)
         used = sum(share.tensors for share in self.source if share.status == "used")
-        excluded = f" {self.excluded:,} of the others were excluded." if self.excluded else ""
         return (
             f"{filled:,} of {tensors(self.target):,} target tensors are filled from "
-            f"{used:,} of {tensors(self.source):,} source tensors.{excluded}"
+            f"{used:,} of {tensors(self.source):,} source tensors."
         )
 
+    @property
+    def lead(self) -> str:
+        """Say in a sentence or two what is filled from what, and what was excluded."""
+        return self.filled + (f" {self.excluded:,} of the others were excluded." if self.excluded else "")
 
-def summary(alignment: Alignment) -> Summary:
+
+def totals_of(alignment: Alignment) -> Totals:
     """Count what each status has."""
-    sizes = {spec.key: spec.numel for spec in alignment.target_specs}
-    by_status: dict[str, list[int]] = {}
-    for key, status in alignment.status.items():
-        by_status.setdefault(status, []).append(sizes[key])
-    unexpected = set(alignment.unexpected_keys)
-    used: dict[str, list[int]] = {}
+    status, unexpected = alignment.status, set(alignment.unexpected_keys)
+    target: dict[str, list[int]] = {}
+    for spec in alignment.target_specs:
+        target.setdefault(status[spec.key], []).append(spec.numel)
+    source: dict[str, list[int]] = {}
     for spec in alignment.source_specs:
-        used.setdefault("unexpected" if spec.key in unexpected else "used", []).append(spec.numel)
-    return Summary(_shares(STATUSES, by_status), _shares(("used", "unexpected"), used), len(alignment.excluded))
+        source.setdefault("unexpected" if spec.key in unexpected else "used", []).append(spec.numel)
+    return Totals(_shares(STATUSES, target), _shares(("used", "unexpected"), source), len(alignment.excluded))
 
 
 def tensors(shares: Iterable[Share]) -> int:
