@@ -20,7 +20,7 @@ from autoalign.evidence import Floats, Ints, SideEvidence, template
 from autoalign.graph import Path, block_around
 from autoalign.lists import disordered, misnumbered
 from autoalign.matching import Assignment
-from autoalign.names import likeness, numbers, stem, words
+from autoalign.names import likeness, numbers, ordinal, stem, words
 from autoalign.vacancies import rivalled
 
 UNTOLD = 0.6  # the confidence where nothing tells two modules apart, or something speaks for their exchange
@@ -48,6 +48,7 @@ class Exchange:
     numbers: int  # whether the numbers of the two agree as they are: 1, when exchanged: -1, or neither: 0
     order: int  # whether their order is the same on both sides: 1, the other way round: -1, or says nothing: 0
     elsewhere: int  # pairs of layers of the same names that cannot be exchanged and are matched likewise
+    mirrored: int = 0  # how many more of the same modules are matched the other way round than this way
     is_led: bool = False  # whether the other members of the list tell that it runs the other way round
     is_shifted: bool = False  # whether they tell by how much its numbers differ from the source's
 
@@ -62,7 +63,10 @@ class Exchange:
             return False
         if self.anchors < 0:
             return self.names < _CLEAR
-        told = self.names < -_CLEAR or (self.numbers < 0 and self.order == 0 and self.names < _CLEAR)
+        told = self.names < -_CLEAR
+        if self.names < _CLEAR:
+            told |= self.mirrored > 0 or (self.numbers < 0 and self.order == 0)
+            told |= self.is_list and self.numbers == 0 and self.order < 0
         return told and self.elsewhere <= 0 and self.anchors == 0
 
     @property
@@ -162,11 +166,11 @@ def exchanges(
         key = tuple(template(path) for path in (*one.modules, *one.ends))
         gain = float(np.mean([_gain(assignment, *pair) for pair in one.pairs])) + _OWN * _own_gain(one)
         found.setdefault((key, gain < 0), []).append(replace(one, gain=gain))
-    templates = [
-        (template(source.paths[i]), template(target.paths[j]))
-        for i, j in zip(assignment.source.tolist(), assignment.target.tolist(), strict=True)
+    names = [
+        [(*map(stem, side.paths[unit][:-1]), side.paths[unit][-1]) for unit in chosen.tolist()]
+        for side, chosen in ((source, assignment.source), (target, assignment.target))
     ]
-    together = Counter(templates)
+    together = Counter(zip(*names, strict=True))
     result = []
     for (key, _), instances in found.items():
         pairs = tuple(pair for one in instances for pair in one.pairs)
@@ -179,7 +183,9 @@ def exchanges(
             for one, lead in zip(instances, leads, strict=True)
             for pair in one.pairs
         )
-        inside = Counter(templates[place] for pair in pairs for place in pair)
+        inside = Counter((names[0][place], names[1][place]) for pair in pairs for place in pair)
+        mirror = {(names[0][p], names[1][q]) for pair in pairs for p, q in (pair, pair[::-1])}
+        in_row = sum(_order(assignment, source, target, *pair) for pair in pairs)
         result.append(
             Exchange(
                 pairs,
@@ -188,7 +194,8 @@ def exchanges(
                 float(np.mean([one.gain for one in instances])),
                 int(np.sign(sum(_numbers_agree(one.ends, one.modules) for one in instances))),
                 int(np.sign(order)) if is_list or (source.ordered and target.ordered) else 0,
-                min(together[names_] - count for names_, count in inside.items()),
+                min(together[both] - count for both, count in inside.items()),
+                min(together[both] for both in mirror) - min(inside.values()) + (in_row < 0),
                 is_list and all(lead < 0 for lead in leads),
                 shifted,
             )
@@ -330,13 +337,16 @@ def _instances(
                 anchors += (inside[0] - inside[1]) * (1 if own else -1)
             yield _Instance((first, second), ends, tuple(places), anchors)
 
+    def content(module: Path) -> tuple[int, ...]:
+        return tuple(sorted(int(alike[place_of[unit]]) for unit in below[module]))
+
     for modules in siblings.values():
-        for first, second in _compared(modules):
+        for first, second in _compared(modules, content):
             pairs, rest = _counterparts(first, second, below, paths, lambda unit: int(alike[place_of[unit]]))
             if pairs and len(rest) <= _UNLIKE * (len(rest) + 2 * len(pairs)):
                 yield from instances(first, second, pairs, rest, first)
     for within in layers.values():
-        for first, second in _compared(within):
+        for first, second in _compared(within, len):
             if first[:-1] != second[:-1]:  # siblings were compared already
                 tops = _parting(first, second) or (first, second)
                 pair = unit_at[first], unit_at[second]
@@ -344,12 +354,17 @@ def _instances(
                 yield from instances(first, second, [pair], rest, tops[0])
 
 
-def _compared(modules: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+def _compared(modules: Sequence[Path], content: Callable[[Path], object]) -> Iterator[tuple[Path, Path]]:
+    """List the siblings that may be exchanged; of the members of one list, those of one content that follow."""
     lists: dict[str, list[Path]] = {}
     for module in modules:
         lists.setdefault(stem(module[-1]) if numbers(module[-1]) else "", []).append(module)
     if len(lists) == 1 and "" not in lists:
-        yield from pairwise(sorted(modules, key=lambda module: numbers(module[-1])))
+        by_content: dict[object, list[Path]] = {}
+        for module in sorted(modules, key=lambda module: numbers(module[-1])):
+            by_content.setdefault(content(module), []).append(module)
+        for members in by_content.values():
+            yield from pairwise(members)
     elif len(modules) > _MANY:
         yield from pairwise(modules)
     else:
@@ -392,7 +407,11 @@ def _shared(first: Path, second: Path) -> int:
 
 
 def _numbers_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
+    """Tell whether two pairs of names have the same numbers or ordinals, in this order: 1, or the other: -1, or not."""
     own, other = ([numbers(path[-1]) for path in side] for side in (source, target))
+    if all(own) and all(other):
+        return 0 if own[0] == own[1] or other[0] == other[1] else int(own == other) - int(own == other[::-1])
+    own, other = ([numbers(path[-1]) or ordinal(path[-1]) for path in side] for side in (source, target))
     if not all(own) or not all(other) or own[0] == own[1] or other[0] == other[1]:
         return 0
-    return int(own == other) - int(own == other[::-1])
+    return 1 if (own[0] < own[1]) == (other[0] < other[1]) else -1

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.vocabulary import KINDS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, STATISTICS
+from autoalign.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, STATISTICS
 
 _SEPARATORS = re.compile(r"[./]")
 _LEAVES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}  # that start the name of a parameter
@@ -81,6 +81,17 @@ def numbers(component: str) -> tuple[int, ...]:
     ((1, 0), ())
     """
     return tuple(int(digits) for digits in _DIGITS.findall(component))
+
+
+@lru_cache(maxsize=65536)
+def ordinal(component: str) -> tuple[int, ...]:
+    """Give the place in order that a word of a component tells, or nothing.
+
+    >>> ordinal("layernorm_before"), ordinal("cross_attn"), ordinal("norm")
+    ((1,), (2,), ())
+    """
+    told = {ORDINALS[word] for word in words(component) if word in ORDINALS}
+    return tuple(told) if len(told) == 1 else ()
 
 
 @lru_cache(maxsize=65536)
