@@ -102,7 +102,9 @@ def convert(
         raise InputError(f"format={format!r} is none that can be written. {_UNDONE} Choose {', '.join(FORMATS)}.")
     cast, limit = _floating_dtype(dtype), shard_size(max_shard_size)
     is_folder = format == "dcp"
-    folder, stem = (Path(output_path), "") if is_folder else _place(Path(output_path))
+    if is_folder and metadata:
+        raise InputError(f"A folder of torch.distributed.checkpoint has no metadata of its own. {_UNDONE}")
+    folder, stem = (Path(os.path.abspath(output_path)), "") if is_folder else _place(Path(output_path))  # noqa: PTH100
     older = _content(folder) if is_folder else _older(folder, stem)
     if older and is_folder:
         raise OutputError(f"{str(folder)!r} is not a new or empty folder. {_UNDONE} Name another output.")
