@@ -50,7 +50,7 @@ def open_pickled(file: Path) -> Contents:
             f"{str(file)!r} holds a {type(loaded).__name__}, not a mapping of tensors. Nothing was aligned. "
             "Save a state dict, such as torch.save(model.state_dict(), path)."
         )
-    if "param_shapes" in loaded and "ds_version" in loaded and not _has_elements(loaded.get("module")):
+    if "ds_version" in loaded and _is_emptied(loaded.get("module"), loaded.get("param_shapes")):
         raise CheckpointError(
             f"{str(file)!r} is a part of a checkpoint of DeepSpeed's ZeRO, whose tensors are spread over many files. "
             "Nothing was aligned. Merge them with the zero_to_fp32.py that lies beside them."
@@ -78,9 +78,16 @@ def _check_sizes(file: Path) -> None:
         )
 
 
-def _has_elements(state_dict: object) -> bool:
-    tensors = state_dict.values() if isinstance(state_dict, Mapping) else ()
-    return any(isinstance(tensor, torch.Tensor) and tensor.numel() for tensor in tensors)
+def _is_emptied(state_dict: object, announced: object) -> bool:
+    """Whether parameters are announced with elements and have none, as in a part of ZeRO; buffers are whole there."""
+    if not isinstance(state_dict, Mapping) or not isinstance(announced, list):
+        return False
+    shapes = {key: shape for group in announced if isinstance(group, Mapping) for key, shape in group.items()}
+    return any(
+        isinstance(tensor := state_dict.get(key), torch.Tensor) and not tensor.numel() and 0 not in shape
+        for key, shape in shapes.items()
+        if isinstance(shape, tuple)
+    )
 
 
 def _read_error(file: Path, error: Exception) -> CheckpointError:
