@@ -141,6 +141,7 @@ def convert(
             PartialLoadWarning,
             stacklevel=2,
         )
+    source.require_unchanged()
     read = _reader(alignment, progress)
     if is_folder:
         _write_folder(specs, read, folder)

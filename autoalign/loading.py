@@ -223,6 +223,7 @@ def _fill(
     """Move what is matched into a model that is this process's own, and say what was done."""
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
     check_devices(alignment, targets, assign="assign" in options)
+    source.require_unchanged()
     findings = Findings()
     loaded = summary(alignment, source, type(model).__name__)
     with progress_of(progress, len(alignment.matches), _size(alignment), since) as step:

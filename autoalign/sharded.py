@@ -181,6 +181,7 @@ def _reader(
             return plans
 
         def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+            source.require_unchanged()
             size = 0
             for done, item in enumerate(plan.items, start=1):
                 match = matches[item.storage_index.fqn]

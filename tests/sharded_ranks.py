@@ -87,6 +87,7 @@ def _rank(rank: int, world: int, works: Sequence[tuple[Callable[..., None], tupl
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     for work, arguments in works:  # what a failing rank leaves the others waiting for is ended by ``spawn``
         work(rank, world, *arguments)
+    distributed.barrier()  # gloo aborts a rank whose peers have gone while it waits for them
     distributed.destroy_process_group()
 
 
