@@ -29,7 +29,7 @@ from autoalign.module_state import absent_counters, extra_states, source_modules
 from autoalign.preparing import nothing_message, require_complete, summary
 from autoalign.progress import Progress, progress_of
 from autoalign.reading import Findings, check_devices, fills_of, tensors_of
-from autoalign.sharded import Ranks, fill_sharded, ranks_of
+from autoalign.sharded import Ranks, fill_sharded, fills_surely, ranks_of
 from autoalign.transaction import cannot_fail, converted, copies_surely, takes_copies, transaction
 
 logger = logging.getLogger(__name__)
@@ -291,13 +291,15 @@ def _fill_sharded(
     check_devices(alignment, targets, assign=assign)
     own, findings = Findings(), Findings()
     reported = progress if ranks.is_first else False
+    surely = fills_surely(model, source, alignment, targets, assign=assign) and not callable(reported)
+    surely = all(ranks.gathered(surely))
     with (
         progress_of(reported, len(alignment.matches), _size(alignment), since) as step,
-        transaction(model, keep_values=True),
+        transaction(model, keep_values=not surely),
     ):
         fill_sharded(model, source, alignment, ranks, own, step, assign=assign)
-    for found in ranks.gathered(own):
-        findings.merge(found)
+        for found in ranks.gathered(own):  # before an interrupt takes effect, for which the others would wait
+            findings.merge(found)
     if assign:
         alignment = replace(alignment, target_tensors=checkpoint_of(model))
     if ranks.is_first:

@@ -48,6 +48,7 @@ def test_two_ranks(tmp_path: Path, paths: dict[str, str]) -> None:
     """Starting processes takes longer than what they do, so that they do it one after the other."""
     works: list[Any] = [(ranks.loads_from, (paths, "fsdp")), (ranks.loads_from, (paths, "tensor parallel"))]
     works += [(work, (paths["file"],)) for work in (ranks.reads_its_part, ranks.reports_once, ranks.adapts)]
+    works += [(ranks.keeps_no_old_values, (paths["file"],))]
     ranks.run(2, [*works, (ranks.fails_together, (paths["file"],))], tmp_path)
 
 
