@@ -142,11 +142,17 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
     Raises:
         CheckpointError: The file cannot be read, holds no tensors, or has no such container; or there are several in
             the folder.
+        InputError: It is no path.
         DependencyError: The package that reads the format is not installed.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"Expected a path, not {type(path).__name__}. Nothing was read.")
     local = downloaded(str(path)) if is_remote(path) else Path(path)
-    opened = (local.absolute(), local.stat()) if local.is_file() else None
+    try:
+        opened = (local.absolute(), local.stat()) if local.is_file() else None
+    except OSError as error:  # such as of a name that is too long
+        raise CheckpointError(f"{str(path)!r} could not be read: {error.strerror}. Nothing was read.") from error
     checkpoint = replace(_of_contents(_contents(local), container, local), opened=opened)
     return replace(checkpoint, path=str(path)) if is_remote(path) else checkpoint
 

@@ -26,7 +26,7 @@ from autoalign.module_state import absent_counters, source_modules, without_coun
 from autoalign.preparing import nothing_message, read_match, require_complete, summary
 from autoalign.progress import Progress
 from autoalign.specs import TensorSpec
-from autoalign.writers.safetensors import header, in_file_order, write_safetensors
+from autoalign.writers.safetensors import dense, header, in_file_order, write_safetensors
 from autoalign.writers.staging import staged
 
 logger = logging.getLogger(__name__)
@@ -263,7 +263,7 @@ def _write_folder(specs: Sequence[TensorSpec], read: Callable[[TensorSpec], torc
     known = {spec.key: spec for spec in specs}
     made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        write_distributed(made, specs, lambda key: read(known[key]).to(known[key].dtype))
+        write_distributed(made, specs, lambda key: dense(key, read(known[key])).to(known[key].dtype))
         if folder.exists():
             folder.rmdir()  # an empty one
         made.rename(folder)

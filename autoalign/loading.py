@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autoalign.aligning import align
 from autoalign.alignment import Alignment
+from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
 from autoalign.copying import copy_all
 from autoalign.errors import (
@@ -44,7 +45,7 @@ def load(
     strict: bool = False,
     assign: bool = False,
     progress: Progress | bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | int | None = None,
     alignment: Alignment | None = None,
     **align_options: Any,
@@ -78,7 +79,8 @@ def load(
         progress: Whether to show a bar on stderr: by default if stderr is a terminal and the load takes more than two
             seconds. Or what to call with the number of tensors done and of all; it may raise to cancel the load, for
             which the old values are kept meanwhile.
-        dtype: What to convert the model's floating-point tensors to, as ``model.to`` does, before they are filled.
+        dtype: What to convert the model's floating-point tensors to, as ``model.to`` does, before they are filled; such
+            as ``torch.bfloat16`` or ``"bfloat16"``.
         device: Where to move the model's tensors, as ``model.to`` does, before they are filled. If the load fails, both
             are undone, for which the old tensors are kept meanwhile.
         alignment: One that was made before for the same keys and shapes, such as ``Alignment.read`` gives. It is
@@ -105,6 +107,7 @@ def load(
     since = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
+    dtype, device = _conversion(dtype, device)
     ranks = ranks_of(model)
     if ranks is None:
         source, found, counters = _prepared(model, checkpoint, align_options, alignment, strict=strict)
@@ -133,6 +136,18 @@ def load(
         if assign:  # what is not new
             converted(model, dtype, device)
     return replace(filled, target_tensors=checkpoint_of(model))
+
+
+def _conversion(
+    dtype: torch.dtype | str | None, device: torch.device | str | int | None
+) -> tuple[torch.dtype | None, torch.device | None]:
+    found = named_dtype(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and (found.is_floating_point or found.is_complex)):
+        raise InputError(f"dtype={dtype!r} is no dtype of weights, such as 'bfloat16'. Nothing was loaded.")
+    try:
+        return found, None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device={device!r} is no device, such as 'cuda:0'. Nothing was loaded.") from error
 
 
 _Prepared = tuple[Checkpoint, Alignment, frozenset[str]]

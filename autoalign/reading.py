@@ -161,6 +161,11 @@ def tensors_of(
             _check_shape(match, tensor, target.shape)
         if assign:
             tensor = assigned.setdefault(id(target), _assignable(tensor, target, wanted, device))
+        elif target.layout not in (torch.strided, torch.sparse_coo) and tensor._nnz() != target._nnz():
+            raise InputError(
+                f"{match.target} of the model is a {target.layout} of {target._nnz()} numbers, and torch copies no "
+                f"{tensor._nnz()} into it. The model was not changed. Pass assign=True to give it a new tensor."
+            )
         elif memory_of(tensor) in memories:  # as above
             tensor = tensor.clone()
         tensors[match.target] = tensor
