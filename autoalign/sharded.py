@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autoalign.adaptations import needs_target
 from autoalign.alignment import Alignment, Match
 from autoalign.checkpoint import Checkpoint
-from autoalign.errors import AlignmentError, CheckpointError
+from autoalign.errors import AlignmentError, CheckpointError, InputError
 from autoalign.progress import Step
 from autoalign.reading import Findings
 from autoalign.regions import Regional, evaluated
@@ -204,7 +204,13 @@ def _reader(
                     )
                 for shape, key in [(source.spec(key).shape, key) for key in match.sources]:
                     if source.is_held and shape:  # an empty region can be had if the tensor can
-                        source.region(key, tuple((0, 0) for _ in shape))
+                        part = source.region(key, tuple((0, 0) for _ in shape))
+                        if is_sharded(part):
+                            raise InputError(
+                                f"{key} of the checkpoint is spread over processes as the model is, and ranks do not "
+                                "exchange parts. Give a state dict of whole tensors, or a folder of "
+                                "torch.distributed.checkpoint."
+                            )
             return plan
 
         def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:

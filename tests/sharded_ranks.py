@@ -289,6 +289,21 @@ def adapts(_rank: int, world: int, path: str) -> None:
     assert torch.equal(found[9:], own.embed.weight[9:])
 
 
+def loads_sharded_tensors(rank: int, world: int, path: str) -> None:
+    """Tensors that are spread over the ranks fill a plain model on each, and are refused for a sharded one."""
+    source = fully_sharded(world, filled())
+    spread = {f"net.{key}": tensor for key, tensor in source.state_dict().items()}
+    for assign in (False, True):
+        model = filled(1)
+        autoalign.load(model, spread, strict=True, assign=assign)
+        assert_loaded(model, filled())
+        assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    model = fully_sharded(world, filled(1))
+    expect(CheckpointError, "is spread over processes as the model is", model, spread)
+    assert_loaded(model, filled(1))
+    torch.save(spread, f"{path}-{rank}.pt")
+
+
 def on_cuda(rank: int, world: int, path: str) -> None:
     torch.cuda.set_device(rank)
     model = fully_sharded(world, filled(1).cuda(), "cuda")

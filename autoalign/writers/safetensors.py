@@ -103,7 +103,7 @@ def dense(key: str, tensor: Tensor) -> Tensor:
         kind = type(tensor).__name__ if type(tensor) is not Tensor else str(tensor.layout)
         raise InputError(
             f"{key} is a {kind} and not a plain tensor of all its values. Nothing was written. "
-            "Make it one first, as todense() and full_tensor() do."
+            "Make it one first, as to_dense() and full_tensor() do."
         )
     return tensor
 
