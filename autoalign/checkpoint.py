@@ -45,6 +45,7 @@ class Checkpoint(Mapping[str, Tensor]):
     read_region: Callable[[str, Region], Tensor] | None = None  # a part of a tensor; None where that is read as a whole
     is_held: bool = False  # whether reading takes no memory and cannot fail, since all is mapped or in memory
     path: str | None = None  # of the file; None for what was in memory
+    opened: tuple[Path, os.stat_result] | None = None  # the file as it was when it was opened; None for several
     container: str = ""  # dotted path of the state dict that was taken, '' for the top level
     containers: tuple[str, ...] = ("",)  # all that could have been taken
     notes: tuple[str, ...] = ()  # statements for the report
@@ -79,6 +80,27 @@ class Checkpoint(Mapping[str, Tensor]):
         tensor([[3, 4]])
         """
         return narrowed(self[key], region) if self.read_region is None else self.read_region(key, region)
+
+    def require_unchanged(self) -> None:
+        """Make sure that the file was not written to since; what is mapped of a file that was cut off ends a process.
+
+        A file in whose place another was put is the same as before to what has it open.
+
+        Raises:
+            CheckpointError: It was.
+        """
+        if self.opened is None:
+            return
+        path, before = self.opened
+        try:
+            now = path.stat()
+        except OSError:  # deleted, but still there for what has it open
+            return
+        if now.st_ino == before.st_ino and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise CheckpointError(
+                f"{str(path)!r} was changed after it was opened: it has {now.st_size:,} bytes and had "
+                f"{before.st_size:,}. Nothing was read. Open it anew when it is complete."
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._spec_of)
@@ -120,11 +142,18 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
     Raises:
         CheckpointError: The file cannot be read, holds no tensors, or has no such container; or there are several in
             the folder.
+        InputError: It is no path.
         DependencyError: The package that reads the format is not installed.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"Expected a path, not {type(path).__name__}. Nothing was read.")
     local = downloaded(str(path)) if is_remote(path) else Path(path)
-    checkpoint = _of_contents(_contents(local), container, local)
+    try:
+        opened = (local.absolute(), local.stat()) if local.is_file() else None
+    except OSError as error:  # such as of a name that is too long
+        raise CheckpointError(f"{str(path)!r} could not be read: {error.strerror}. Nothing was read.") from error
+    checkpoint = replace(_of_contents(_contents(local), container, local), opened=opened)
     return replace(checkpoint, path=str(path)) if is_remote(path) else checkpoint
 
 
@@ -144,7 +173,7 @@ def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
         if container is None or container == side.container:
             return side
         other = _of_mapping(side if side.root is None else side.root, container, side.path)
-        return replace(other, metadata=side.metadata, config={**side.config, **other.config})
+        return replace(other, opened=side.opened, metadata=side.metadata, config={**side.config, **other.config})
     if isinstance(side, nn.Module):
         lazy = uninitialized(side)
         if lazy:

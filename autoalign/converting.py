@@ -26,7 +26,7 @@ from autoalign.module_state import absent_counters, source_modules, without_coun
 from autoalign.preparing import nothing_message, read_match, require_complete, summary
 from autoalign.progress import Progress
 from autoalign.specs import TensorSpec
-from autoalign.writers.safetensors import header, in_file_order, write_safetensors
+from autoalign.writers.safetensors import dense, header, in_file_order, write_safetensors
 from autoalign.writers.staging import staged
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,9 @@ def convert(
         raise InputError(f"format={format!r} is none that can be written. {_UNDONE} Choose {', '.join(FORMATS)}.")
     cast, limit = _floating_dtype(dtype), shard_size(max_shard_size)
     is_folder = format == "dcp"
-    folder, stem = (Path(output_path), "") if is_folder else _place(Path(output_path))
+    if is_folder and metadata:
+        raise InputError(f"A folder of torch.distributed.checkpoint has no metadata of its own. {_UNDONE}")
+    folder, stem = (Path(os.path.abspath(output_path)), "") if is_folder else _place(Path(output_path))  # noqa: PTH100
     older = _content(folder) if is_folder else _older(folder, stem)
     if older and is_folder:
         raise OutputError(f"{str(folder)!r} is not a new or empty folder. {_UNDONE} Name another output.")
@@ -139,6 +141,7 @@ def convert(
             PartialLoadWarning,
             stacklevel=2,
         )
+    source.require_unchanged()
     read = _reader(alignment, progress)
     if is_folder:
         _write_folder(specs, read, folder)
@@ -260,7 +263,7 @@ def _write_folder(specs: Sequence[TensorSpec], read: Callable[[TensorSpec], torc
     known = {spec.key: spec for spec in specs}
     made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     try:
-        write_distributed(made, specs, lambda key: read(known[key]).to(known[key].dtype))
+        write_distributed(made, specs, lambda key: dense(key, read(known[key])).to(known[key].dtype))
         if folder.exists():
             folder.rmdir()  # an empty one
         made.rename(folder)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autoalign.aligning import align
 from autoalign.alignment import Alignment
+from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
 from autoalign.copying import copy_all
 from autoalign.errors import (
@@ -29,7 +30,7 @@ from autoalign.module_state import absent_counters, extra_states, source_modules
 from autoalign.preparing import nothing_message, require_complete, summary
 from autoalign.progress import Progress, progress_of
 from autoalign.reading import Findings, check_devices, fills_of, tensors_of
-from autoalign.sharded import Ranks, fill_sharded, ranks_of
+from autoalign.sharded import Ranks, fill_sharded, fills_surely, ranks_of
 from autoalign.transaction import cannot_fail, converted, copies_surely, takes_copies, transaction
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def load(
     strict: bool = False,
     assign: bool = False,
     progress: Progress | bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | int | None = None,
     alignment: Alignment | None = None,
     **align_options: Any,
@@ -78,7 +79,8 @@ def load(
         progress: Whether to show a bar on stderr: by default if stderr is a terminal and the load takes more than two
             seconds. Or what to call with the number of tensors done and of all; it may raise to cancel the load, for
             which the old values are kept meanwhile.
-        dtype: What to convert the model's floating-point tensors to, as ``model.to`` does, before they are filled.
+        dtype: What to convert the model's floating-point tensors to, as ``model.to`` does, before they are filled; such
+            as ``torch.bfloat16`` or ``"bfloat16"``.
         device: Where to move the model's tensors, as ``model.to`` does, before they are filled. If the load fails, both
             are undone, for which the old tensors are kept meanwhile.
         alignment: One that was made before for the same keys and shapes, such as ``Alignment.read`` gives. It is
@@ -105,6 +107,7 @@ def load(
     since = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
+    dtype, device = _conversion(dtype, device)
     ranks = ranks_of(model)
     if ranks is None:
         source, found, counters = _prepared(model, checkpoint, align_options, alignment, strict=strict)
@@ -133,6 +136,18 @@ def load(
         if assign:  # what is not new
             converted(model, dtype, device)
     return replace(filled, target_tensors=checkpoint_of(model))
+
+
+def _conversion(
+    dtype: torch.dtype | str | None, device: torch.device | str | int | None
+) -> tuple[torch.dtype | None, torch.device | None]:
+    found = named_dtype(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and (found.is_floating_point or found.is_complex)):
+        raise InputError(f"dtype={dtype!r} is no dtype of weights, such as 'bfloat16'. Nothing was loaded.")
+    try:
+        return found, None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device={device!r} is no device, such as 'cuda:0'. Nothing was loaded.") from error
 
 
 _Prepared = tuple[Checkpoint, Alignment, frozenset[str]]
@@ -223,6 +238,7 @@ def _fill(
     """Move what is matched into a model that is this process's own, and say what was done."""
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
     check_devices(alignment, targets, assign="assign" in options)
+    source.require_unchanged()
     findings = Findings()
     loaded = summary(alignment, source, type(model).__name__)
     with progress_of(progress, len(alignment.matches), _size(alignment), since) as step:
@@ -290,13 +306,15 @@ def _fill_sharded(
     check_devices(alignment, targets, assign=assign)
     own, findings = Findings(), Findings()
     reported = progress if ranks.is_first else False
+    surely = fills_surely(model, source, alignment, targets, assign=assign) and not callable(reported)
+    surely = all(ranks.gathered(surely))
     with (
         progress_of(reported, len(alignment.matches), _size(alignment), since) as step,
-        transaction(model, keep_values=True),
+        transaction(model, keep_values=not surely),
     ):
         fill_sharded(model, source, alignment, ranks, own, step, assign=assign)
-    for found in ranks.gathered(own):
-        findings.merge(found)
+        for found in ranks.gathered(own):  # before an interrupt takes effect, for which the others would wait
+            findings.merge(found)
     if assign:
         alignment = replace(alignment, target_tensors=checkpoint_of(model))
     if ranks.is_first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from autoalign.errors import CheckpointError, InputError
 from autoalign.layout import escaped
 from autoalign.operations import Copy
 from autoalign.progress import Step
+from autoalign.transaction import is_sharded
 from autoalign.values import loss_of_kind, loss_of_range, nan_count
 
 _FEW = 3
@@ -161,6 +163,11 @@ def tensors_of(
             _check_shape(match, tensor, target.shape)
         if assign:
             tensor = assigned.setdefault(id(target), _assignable(tensor, target, wanted, device))
+        elif target.layout not in (torch.strided, torch.sparse_coo) and tensor._nnz() != target._nnz():
+            raise InputError(
+                f"{match.target} of the model is a {target.layout} of {target._nnz()} numbers, and torch copies no "
+                f"{tensor._nnz()} into it. The model was not changed. Pass assign=True to give it a new tensor."
+            )
         elif memory_of(tensor) in memories:  # as above
             tensor = tensor.clone()
         tensors[match.target] = tensor
@@ -194,8 +201,27 @@ def _read(source: Checkpoint, alignment: Alignment) -> Iterator[tuple[Match, lis
                     del kept[key]
             if tensor.layout != torch.strided and not isinstance(match.operation, Copy):
                 tensor = tensor.to_dense()
-            tensors.append(tensor)
+            tensors.append(whole(key, tensor))
         yield match, tensors
+
+
+def whole(key: str, tensor: Tensor) -> Tensor:
+    """Gather a tensor that is spread over several processes, which all must ask for it; others are returned as is.
+
+    Raises:
+        InputError: The processes are not there, as where it was read from a file of one of them.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    part: Any = tensor
+    try:
+        return part.to_local() if part.device_mesh.size() == 1 else part.full_tensor()  # type: ignore[no-any-return]
+    except Exception as error:  # torch raises whatever the missing group led to
+        raise InputError(
+            f"{key} of the checkpoint is a part of a tensor that is spread over {part.device_mesh.size()} processes, "
+            "and the others could not be asked for theirs. The model was not changed. Give a state dict of whole "
+            "tensors, or a folder of torch.distributed.checkpoint."
+        ) from error
 
 
 def _like(tensor: Tensor, target: Tensor) -> Tensor:

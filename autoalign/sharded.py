@@ -8,8 +8,9 @@ operations allow (see ``autoalign.regions``).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 from autoalign.adaptations import needs_target
 from autoalign.alignment import Alignment, Match
 from autoalign.checkpoint import Checkpoint
-from autoalign.errors import AlignmentError, CheckpointError
+from autoalign.errors import AlignmentError, CheckpointError, InputError
 from autoalign.progress import Step
 from autoalign.reading import Findings
 from autoalign.regions import Regional, evaluated
 from autoalign.stored import Region, narrowed
-from autoalign.transaction import is_sharded, takes_copies
+from autoalign.transaction import is_sharded, local_part, takes_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,19 @@ def ranks_of(model: nn.Module) -> Ranks | None:
     return Ranks(mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group())
 
 
+def fills_surely(
+    model: nn.Module, source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tensor], *, assign: bool
+) -> bool:
+    """Tell whether this rank's part is filled by reading what is mapped, which once planned cannot fail.
+
+    Else the old values must be kept meanwhile, in case that this or another rank fails.
+    """
+    keys = [match.target for match in alignment.matches]
+    if not takes_copies(model, keys):
+        return False
+    return assign or (source.is_held and all(local_part(targets[key]).layout == torch.strided for key in keys))
+
+
 def fill_sharded(
     model: nn.Module,
     source: Checkpoint,
@@ -91,6 +105,8 @@ def fill_sharded(
     assign: bool,
 ) -> None:
     """Load what is matched into a model's sharded tensors; all ranks must call this.
+
+    What can be wrong with a source that is mapped shows while the ranks plan, before any of them changes a value.
 
     Raises:
         CheckpointError: What was asked of the checkpoint could not be read, on this or another rank.
@@ -111,6 +127,8 @@ def fill_sharded(
     except CheckpointException as error:
         rank, failure = next(iter(error.failures.items()))
         cause = failure[0] if isinstance(failure, tuple) else failure
+        if isinstance(cause, KeyboardInterrupt) and rank == torch.distributed.get_rank(ranks.group):
+            raise cause from None
         raise CheckpointError(
             f"Rank {rank} could not read its part, and the model was not changed on any: "
             f"{type(cause).__name__}: {cause}"
@@ -175,6 +193,24 @@ def _reader(
             pass
 
         def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+            source.require_unchanged()
+            for item in plan.items:  # nothing of which is read yet
+                match = matches[item.storage_index.fqn]
+                result = _evaluated(source, match, wholes, source.region)
+                if result.shape != specs[match.target].shape:
+                    raise CheckpointError(
+                        f"size mismatch for {match.target}: {', '.join(match.sources)} gives {list(result.shape)} "
+                        f"where {list(specs[match.target].shape)} was announced."
+                    )
+                for shape, key in [(source.spec(key).shape, key) for key in match.sources]:
+                    if source.is_held and shape:  # an empty region can be had if the tensor can
+                        part = source.region(key, tuple((0, 0) for _ in shape))
+                        if is_sharded(part):
+                            raise InputError(
+                                f"{key} of the checkpoint is spread over processes as the model is, and ranks do not "
+                                "exchange parts. Give a state dict of whole tensors, or a folder of "
+                                "torch.distributed.checkpoint."
+                            )
             return plan
 
         def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -221,19 +257,23 @@ def _part(
     dtype: torch.dtype,
 ) -> Tensor:
     """Work out a part of what a match gives."""
-    specs = {spec.key: spec for spec in map(source.spec, match.sources)}
 
-    def regional(key: str) -> Regional:
-        def read(inner: Region) -> Tensor:
-            tensor = source.region(key, inner)
-            findings.examine(Match(match.target, (key,)), [tensor], dtype)
-            return tensor
+    def read(key: str, inner: Region) -> Tensor:
+        tensor = source.region(key, inner)
+        findings.examine(Match(match.target, (key,)), [tensor], dtype)
+        return tensor
 
-        return Regional(specs[key].shape, specs[key].dtype, read)
+    return _evaluated(source, match, wholes, read).read(region)
 
-    inputs = [regional(key) for key in match.sources]
+
+def _evaluated(
+    source: Checkpoint, match: Match, wholes: Mapping[str, Tensor], read: Callable[[str, Region], Tensor]
+) -> Regional:
+    """Take what a match gives as a tensor of which any region can be had."""
+    specs = {key: source.spec(key) for key in match.sources}
+    inputs = [Regional(specs[key].shape, specs[key].dtype, partial(read, key)) for key in match.sources]
     own = wholes.get(match.target)
     if own is not None:
         inputs.append(Regional(tuple(own.shape), own.dtype, lambda inner: narrowed(own, inner)))
     (result,) = evaluated(match.operation, inputs)
-    return result.read(region)
+    return result

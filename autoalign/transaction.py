@@ -130,11 +130,16 @@ def takes_copies(model: nn.Module, keys: Collection[str]) -> bool:
 
 def _has_own_loading_code(module: nn.Module) -> bool:
     methods = (getattr(module, name) for name in _LOADING_METHODS)
-    return (
-        bool(module._load_state_dict_pre_hooks)
-        or bool(module._load_state_dict_post_hooks)
-        or any(method.__module__.partition(".")[0] != "torch" for method in methods)
+    hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
+    return any(not _only_reshards(hook) for hook in hooks) or any(
+        method.__module__.partition(".")[0] != "torch" for method in methods
     )
+
+
+def _only_reshards(hook: object) -> bool:
+    """Whether a hook is FSDP2's, which frees whole parameters as its hook of ``state_dict`` does too."""
+    function = getattr(hook, "hook", hook)  # torch wraps some
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
 def copies_surely(tensor: Tensor, target: Tensor) -> bool:

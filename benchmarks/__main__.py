@@ -26,6 +26,7 @@ from benchmarks import (
     plots,
     reliability,
     scaling,
+    sharded_loading,
     tables,
 )
 from benchmarks.architectures import Choice
@@ -55,6 +56,8 @@ class Plan:
     sizes: tuple[int, ...] = tuple(moe.SIZES)
     file_bytes: int = 2_000_000_000
     file_ways: tuple[str, ...] = file_loading.WAYS
+    sharded_bytes: int = 500_000_000
+    sharded_formats: tuple[str, ...] = file_loading.FORMATS
     subjects: int | None = None  # of the time of align
 
 
@@ -72,6 +75,8 @@ SMOKE = Plan(
     sizes=(1_000,),
     file_bytes=30_000_000,
     file_ways=("own", "renamed"),
+    sharded_bytes=30_000_000,
+    sharded_formats=file_loading.FORMATS[:1],
     subjects=1,
 )
 
@@ -87,6 +92,7 @@ class Results:
     judged: list[JudgedCase] = field(default_factory=list)
     points: list[scaling.Point] = field(default_factory=list)
     loads: list[file_loading.Load] = field(default_factory=list)
+    sharded_loads: list[sharded_loading.ShardedLoad] = field(default_factory=list)
 
     @property
     def tallies(self) -> list[Tally]:
@@ -185,6 +191,11 @@ def _files(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
     return tables.loading_table(results.loads)
 
 
+def _sharded(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
+    results.sharded_loads = list(sharded_loading.measure(plan.sharded_bytes, plan.sharded_formats))
+    return tables.sharded_table(results.sharded_loads)
+
+
 # each part measures, keeps the figures in the results, and gives its tables
 PARTS: dict[str, Callable[[Results, Plan, Sequence[Peer]], Iterator[str]]] = {
     "time": _time,
@@ -196,6 +207,7 @@ PARTS: dict[str, Callable[[Results, Plan, Sequence[Peer]], Iterator[str]]] = {
     "reliability": _reliability,
     "scaling": _scaling,
     "files": _files,
+    "sharded": _sharded,
 }
 
 
@@ -212,6 +224,12 @@ def mistakes(results: Results) -> Iterator[str]:
             yield f"{load.format}, {load.way}: values differ after the load"
         if load.way != "own" and not load.is_within_memory_budget:
             yield f"{load.format}, {load.way}: {load.memory_bytes:,} bytes of memory beyond the model"
+    for part in results.sharded_loads:
+        if not part.is_right:
+            yield f"{part.format}, {part.way}, rank {part.rank}: values differ after the load"
+        if part.way != "own" and not part.is_within_budget:
+            read = f"{part.read_bytes:,} bytes read for {part.held_bytes:,}"
+            yield f"{part.format}, {part.way}, rank {part.rank}: {read}, {part.memory_bytes:,} of memory"
 
 
 def save(results: Results, lines: Sequence[str], folder: Path) -> None:
@@ -248,6 +266,7 @@ def _as_json(results: Results) -> dict[str, Any]:
         "accuracy": [asdict(tally) for tally in results.tallies],
         "scaling": [asdict(point) for point in results.points],
         "files": [asdict(load) for load in results.loads],
+        "sharded": [asdict(load) for load in results.sharded_loads],
         "figures": {name: figure.value for name, figure in results.figures().items()},
     }
 

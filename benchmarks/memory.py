@@ -26,6 +26,15 @@ def peak_bytes() -> int:
 
 def anonymous_bytes() -> int | None:
     """Read the resident memory that no file backs; None where the platform does not tell."""
+    return _resident("RssAnon")
+
+
+def mapped_bytes() -> int | None:
+    """Read the resident memory that is of mapped files; None where the platform does not tell."""
+    return _resident("RssFile")
+
+
+def _resident(kind: str) -> int | None:
     status = Path("/proc/self/status")
-    found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.is_file() else None
+    found = re.search(rf"{kind}:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.is_file() else None
     return int(found[1]) * 1024 if found else None

@@ -10,6 +10,7 @@ from benchmarks.align_time import Timing
 from benchmarks.contest import Attempt, Tally, time_ratios
 from benchmarks.file_loading import MEMORY_BUDGET, SMALLEST_FILE, TIME_BUDGET, Load, ratio
 from benchmarks.scaling import Point, growth
+from benchmarks.sharded_loading import ShardedLoad
 
 
 def spread(values: Sequence[float], unit: float, digits: int = 1) -> str:
@@ -146,3 +147,24 @@ def loading_table(loads: Sequence[Load]) -> Iterator[str]:
         )
     yield "\nMemory is beyond the model; the format's own is `safetensors.torch.load_model`, and `load_state_dict` of"
     yield f"`torch.load(mmap=True)`. From the disk, other names may take {TIME_BUDGET} times its time."
+
+
+def sharded_table(loads: Sequence[ShardedLoad]) -> Iterator[str]:
+    """Write a line for each format, way and rank."""
+    yield "| file | way | rank | MB | it holds | it read | mapped | memory, MiB | allowed | seconds | | right |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |"
+    for load in loads:
+        read = "" if load.read_bytes is None else f"{load.read_bytes / 1e6:,.1f}"
+        mapped = "" if load.mapped_bytes is None else f"{load.mapped_bytes / 1e6:,.0f}"
+        taken = "" if load.memory_bytes is None else f"{load.memory_bytes / 2**20:.0f}"
+        verdict = "" if load.way == "own" else "ok" if load.is_within_budget else "OVER"
+        yield (
+            f"| {load.format} | {_SHARDED_LOADS[load.way]} | {load.rank} | {load.file_bytes / 1e6:,.0f} "
+            f"| {load.held_bytes / 1e6:,.1f} | {read} | {mapped} | {taken} "
+            f"| {(load.largest_bytes + MEMORY_BUDGET) / 2**20:.0f} | {load.seconds:.2f} | {verdict} "
+            f"| {'yes' if load.is_right else 'NO'} |"
+        )
+    yield "\nFSDP2 over two processes. What is mapped are pages of the file that are in the rank's memory."
+
+
+_SHARDED_LOADS = _LOADS | {"own": "torch's `set_model_state_dict`, same names"}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +90,7 @@ def _rank(rank: int, world: int, works: Sequence[tuple[Callable[..., None], tupl
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     for work, arguments in works:  # what a failing rank leaves the others waiting for is ended by ``spawn``
         work(rank, world, *arguments)
+    distributed.barrier()  # gloo aborts a rank whose peers have gone while it waits for them
     distributed.destroy_process_group()
 
 
@@ -171,6 +175,35 @@ def reads_its_part(rank: int, world: int, path: str) -> None:
     assert sum(read.values()) == held, (rank, read)
 
 
+def keeps_no_old_values(rank: int, world: int, path: str) -> None:
+    """What is mapped is copied without keeping what the model held, and an interrupt takes effect afterwards."""
+    model = fully_sharded(world, filled(1))
+    sound = open_checkpoint(path)
+    interrupted: list[int] = []
+
+    def region(key: str, asked: Region) -> Tensor:
+        if key == "head.weight" and rank == 0 and not interrupted and asked[0][1]:
+            interrupted.append(1)
+            signal.raise_signal(signal.SIGINT)
+        return sound.region(key, asked)
+
+    with mock.patch("autoalign.transaction._values", side_effect=AssertionError("old values are kept")):
+        if rank == 0:
+            with pytest.raises(KeyboardInterrupt):
+                autoalign.load(model, replace(sound, read_region=region), strict=True)
+        else:
+            autoalign.load(model, replace(sound, read_region=region), strict=True)
+    distributed.barrier()
+    assert len(interrupted) == (rank == 0)
+    assert_loaded(model, filled())
+    model = fully_sharded(world, filled(1))
+    interrupted.clear()
+    unheld = replace(sound, read_region=region, is_held=False)
+    with pytest.raises(KeyboardInterrupt if rank == 0 else CheckpointError, match="" if rank == 0 else "Rank 0"):
+        autoalign.load(model, unheld, strict=True)
+    assert_loaded(model, filled(1))
+
+
 def reports_once(rank: int, world: int, path: str) -> None:
     messages: list[str] = []
 
@@ -221,19 +254,26 @@ def fails_together(rank: int, world: int, path: str) -> None:
         return sound.region(key, region)
 
     sound = checkpoint_of(dict(open_checkpoint(path)))
-    expect(
-        CheckpointError, "Rank 1 could not read its part.*the disk is gone", model, replace(sound, read_region=broken)
-    )
+    for is_held in (True, False):  # which shows before anything is changed, and after which old values are put back
+        source = replace(sound, read_region=broken, is_held=is_held)
+        expect(CheckpointError, "Rank 1 could not read its part.*the disk is gone", model, source)
+        unchanged()
+
+    def cancel(done: int, _all: int) -> None:
+        if done == 9:
+            raise RuntimeError("cancelled")
+
+    expect(CheckpointError, "Rank 0 could not read its part.*cancelled", model, sound, progress=cancel)
     unchanged()
     autoalign.load(model, path, strict=True)
     assert_loaded(model, filled())
 
 
-def expect(kind: type[Exception], text: str, model: nn.Module, source: Any, *, strict: bool = True) -> None:
-    import pytest
-
+def expect(
+    kind: type[Exception], text: str, model: nn.Module, source: Any, *, strict: bool = True, progress: Any = None
+) -> None:
     with pytest.raises(kind, match=text):
-        autoalign.load(model, source, strict=strict)
+        autoalign.load(model, source, strict=strict, progress=progress)
 
 
 def adapts(_rank: int, world: int, path: str) -> None:
@@ -247,6 +287,21 @@ def adapts(_rank: int, world: int, path: str) -> None:
     found = whole(model.embed.weight)
     assert torch.equal(found[:9], filled().embed.weight[:9])
     assert torch.equal(found[9:], own.embed.weight[9:])
+
+
+def loads_sharded_tensors(rank: int, world: int, path: str) -> None:
+    """Tensors that are spread over the ranks fill a plain model on each, and are refused for a sharded one."""
+    source = fully_sharded(world, filled())
+    spread = {f"net.{key}": tensor for key, tensor in source.state_dict().items()}
+    for assign in (False, True):
+        model = filled(1)
+        autoalign.load(model, spread, strict=True, assign=assign)
+        assert_loaded(model, filled())
+        assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    model = fully_sharded(world, filled(1))
+    expect(CheckpointError, "is spread over processes as the model is", model, spread)
+    assert_loaded(model, filled(1))
+    torch.save(spread, f"{path}-{rank}.pt")
 
 
 def on_cuda(rank: int, world: int, path: str) -> None:

@@ -18,7 +18,17 @@ import torch
 
 import autoalign
 from autoalign.specs import TensorSpec
-from benchmarks import baseline, contest_partial, file_loading, moe, perturbations, reliability, scaling
+from benchmarks import (
+    baseline,
+    contest_partial,
+    file_loading,
+    moe,
+    perturbations,
+    reliability,
+    scaling,
+    sharded_loading,
+    tables,
+)
 from benchmarks.__main__ import SMOKE, main
 from benchmarks.architectures import Architecture, Choice, few_architectures
 from benchmarks.baseline import Figure
@@ -240,6 +250,16 @@ def test_memory_that_a_load_takes_for_a_while_is_measured() -> None:
     assert little < 10_000_000
     assert much > 45_000_000
     assert not file_loading.Load("torch", "renamed", 10**9, 2**20, (), (), 66 * 2**20, True).is_within_memory_budget
+
+
+def test_each_rank_of_a_sharded_model_is_measured() -> None:
+    loads = list(sharded_loading.measure(3_000_000, ("safetensors",), ("apart",)))
+    assert [load.rank for load in loads] == [0, 1]
+    assert all(load.is_right and load.is_within_budget for load in loads)
+    assert all(load.read_bytes == load.held_bytes < 0.51 * load.file_bytes for load in loads)
+    assert not replace(loads[0], read_bytes=loads[0].held_bytes + 1).is_within_budget
+    assert not replace(loads[0], memory_bytes=2**27).is_within_budget
+    assert sum(line.startswith("| safetensors | the same, query, key") for line in tables.sharded_table(loads)) == 2
 
 
 def test_ratios_of_loads_are_of_their_medians_and_only_large_files_give_figures() -> None:

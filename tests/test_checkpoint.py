@@ -417,3 +417,10 @@ def test_current_folder_is_looked_in(
     torch.save(state_dict, tmp_path / "model.pt")
     monkeypatch.chdir(tmp_path)
     assert_equal(open_checkpoint(os.path.join(".", "model.pt")), state_dict)  # noqa: PTH118
+
+
+def test_what_is_no_path_of_a_file() -> None:
+    with pytest.raises(InputError, match="Expected a path, not bytes"):
+        open_checkpoint(b"a")  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="could not be read: File name too long"):
+        open_checkpoint("a" * 5000)

@@ -210,7 +210,7 @@ def test_a_file_that_was_cut_off_after_it_was_opened_writes_nothing(tmp_path: Pa
     path = source_file(tmp_path)
     checkpoint = autoalign.open_checkpoint(path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="could not be read"):
+    with pytest.raises(CheckpointError, match="was changed after it was opened"):
         convert(checkpoint, Network(fused=True), tmp_path / "out.safetensors")
     assert names_in(tmp_path) == ["source.safetensors"]
 
@@ -332,6 +332,8 @@ def test_a_distributed_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path)
     assert torch.equal(written["qkv.weight"], torch.cat([checkpoint[f"{name}.weight"] for name in "qkv"]).bfloat16())
     with pytest.raises(autoalign.OutputError, match="not a new or empty folder"):
         autoalign.convert(checkpoint, target, folder, format="dcp", overwrite=True)
+    with pytest.raises(autoalign.InputError, match="has no metadata of its own"):
+        autoalign.convert(checkpoint, target, tmp_path / "step2", format="dcp", metadata={"by": "us"})
 
     def fail(done: int, _all: int) -> None:
         raise KeyboardInterrupt(done)
@@ -339,3 +341,12 @@ def test_a_distributed_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path)
     with pytest.raises(KeyboardInterrupt, match="1"):
         autoalign.convert(checkpoint, target, tmp_path / "step2", format="dcp", progress=fail)
     assert [path.name for path in tmp_path.iterdir()] == ["step1"]
+
+
+def test_a_distributed_checkpoint_is_written_to_an_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "step").mkdir()
+    monkeypatch.chdir(tmp_path / "step")
+    autoalign.convert({"a": torch.ones(2)}, {"a": torch.empty(2)}, ".", format="dcp")
+    assert torch.equal(autoalign.open_checkpoint(tmp_path / "step")["a"], torch.ones(2))

@@ -23,6 +23,7 @@ FLOW = (
     *("garbage", "arrays", "stored", "containers", "config"),
     *(
         "formats.safetensors",
+        "formats.pickle_costs",
         "formats.pickled",
         "formats.torchscript",
         "formats.npz",

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoalign.checkpoint import open_checkpoint
+from autoalign.converting import convert
 from autoalign.errors import CheckpointError, NothingLoadedError, ValueWarning
 from autoalign.loading import load
 
@@ -137,6 +138,33 @@ def test_keys_with_control_characters(tmp_path: Path, kind: str) -> None:
     for text in [*texts, str(error.value)]:
         assert all(char.isprintable() or char == "\n" for char in text), text
     assert not any("\nb.weight" in text for text in texts)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_file_that_is_written_to_after_it_was_opened(tmp_path: Path, kind: str) -> None:
+    """A process that reads what was mapped of a file, and is no longer in it, is ended by the system."""
+    tensors = {"net.weight": torch.ones(2**10, 2**10), "net.bias": torch.ones(2**10)}
+    save: Any = save_file if kind == "safetensors" else torch.save
+    save(tensors, tmp_path / "a")
+    model, before = nn.Linear(2**10, 2**10), torch.full((2**10,), 7.0)
+    nn.init.constant_(model.bias, 7)
+    checkpoint = open_checkpoint(tmp_path / "a")
+    os.truncate(tmp_path / "a", 4096)
+    with pytest.raises(CheckpointError, match=r"was changed after it was opened: it has 4,096 bytes and had 4,19"):
+        load(model, checkpoint)
+    with pytest.raises(CheckpointError, match=r"was changed after it was opened"):
+        convert(checkpoint, model, tmp_path / "b.safetensors")
+    assert torch.equal(model.bias, before)
+    save(tensors, tmp_path / "a")
+    checkpoint = open_checkpoint(tmp_path / "a")
+    save({"other": torch.ones(3)}, tmp_path / "new")
+    if kind == "torch":  # which is mapped when it is opened
+        (tmp_path / "new").replace(tmp_path / "a")
+    load(model, checkpoint, strict=True)
+    assert torch.equal(model.bias, torch.ones(2**10))
+    if kind == "torch":
+        (tmp_path / "a").unlink()
+        load(model, checkpoint, strict=True)
 
 
 @pytest.fixture

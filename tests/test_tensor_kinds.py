@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoalign.checkpoint import checkpoint_of, open_checkpoint
+from autoalign.converting import convert
 from autoalign.errors import IncompatibleTensorsError, InputError, PartialLoadWarning, ValueWarning
 from autoalign.loading import load
 from autoalign.transaction import transaction
@@ -382,3 +383,38 @@ def test_reading_what_is_held_takes_no_second_copy(tmp_path: Path) -> None:
         checkpoint = open_checkpoint(tmp_path / saver)
         assert checkpoint.is_held
         assert checkpoint["a"].data_ptr() == checkpoint["a"].data_ptr()
+
+
+def test_a_dtype_may_be_named_and_what_is_none_is_an_error() -> None:
+    model, source = nn.Linear(2, 2), {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}
+    load(model, source, dtype="bfloat16", device="cpu")
+    assert model.weight.dtype == torch.bfloat16
+    wrong: Any
+    for wrong in ("nonsense", torch.int8, 3):
+        with pytest.raises(InputError, match=r"is no dtype of weights, such as 'bfloat16'. Nothing was loaded"):
+            load(model, source, dtype=wrong)
+    with pytest.raises(InputError, match=r"device='nonsense' is no device, such as 'cuda:0'. Nothing was loaded"):
+        load(model, source, device="nonsense")
+
+
+def test_sparse_tensors_of_another_number_of_elements_are_assigned(tmp_path: Path) -> None:
+    class Holder(nn.Module):
+        def __init__(self, value: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("value", value)
+            self.register_buffer("other", torch.zeros(7))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the layout a beta
+        wanted, empty = torch.eye(5).to_sparse_csr(), torch.zeros(5, 5).to_sparse_csr()
+        torch.save({"net.value": wanted, "net.other": torch.ones(7)}, tmp_path / "a")
+        model = Holder(empty)
+        with pytest.raises(InputError, match=r"torch copies no 5 into it. The model was not changed. Pass assign=True"):
+            load(model, tmp_path / "a")
+        assert model.value is empty
+        load(model, tmp_path / "a", assign=True, strict=True)
+        assert torch.equal(model.value.to_dense(), torch.eye(5))
+        for format_ in ("safetensors", "dcp"):
+            with pytest.raises(InputError, match=r"no plain tensor|and not a plain tensor of all its values"):
+                convert(tmp_path / "a", model, tmp_path / "b", format=format_)
+            assert not (tmp_path / "b").exists()

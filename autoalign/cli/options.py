@@ -9,6 +9,7 @@ from typing import Any
 from autoalign.cli.codes import EXIT_CODES
 
 ADAPTS = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
+OUTPUT_FORMATS = ("safetensors", "dcp")  # of ``convert``
 REPORTS = ("text", "json", "markdown", "html")
 TARGET = (
     "TARGET is another checkpoint, or a model, which is built without its weights: timm:NAME, torchvision:NAME, "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from autoalign.errors import CheckpointError, UnsafeCheckpointError
+from autoalign.formats.pickle_costs import check_cost
 from autoalign.stored import Contents, Region, Stored
 
 _METADATA = ".metadata"
@@ -50,7 +51,9 @@ def _read_metadata(file: Path) -> Any:
     size = file.stat().st_size
     if size > _LARGEST:
         raise ValueError(f"metadata of {size} bytes")
-    metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
+    content = file.read_bytes()
+    check_cost(io.BytesIO(content), size, most=size)
+    metadata = _Unpickler(io.BytesIO(content)).load()
     if type(metadata).__name__ != "Metadata":
         raise ValueError(f"there is a {type(metadata).__name__} where metadata should be")
     return metadata

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import mmap
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from autoalign.errors import CheckpointError, UnsafeCheckpointError
+from autoalign.formats.pickle_costs import TooCostlyError, check_cost, count_of
 from autoalign.stored import Contents
 
 _LARGEST = 2**27  # bytes of a pickle, which holds no tensor data and takes a second for each two million
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first value of a file from before torch 1.6, which has five
 
 
 def is_pickled(head: bytes) -> bool:
@@ -35,6 +41,7 @@ def open_pickled(file: Path) -> Contents:
         zipped = stream.read(2) == b"PK"
     if zipped:
         _check_sizes(file)
+    _check_costs(file, zipped=zipped)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what fails below or is no concern of ours, such as a pickle protocol
@@ -50,7 +57,7 @@ def open_pickled(file: Path) -> Contents:
             f"{str(file)!r} holds a {type(loaded).__name__}, not a mapping of tensors. Nothing was aligned. "
             "Save a state dict, such as torch.save(model.state_dict(), path)."
         )
-    if "param_shapes" in loaded and "ds_version" in loaded and not _has_elements(loaded.get("module")):
+    if "ds_version" in loaded and _is_emptied(loaded.get("module"), loaded.get("param_shapes")):
         raise CheckpointError(
             f"{str(file)!r} is a part of a checkpoint of DeepSpeed's ZeRO, whose tensors are spread over many files. "
             "Nothing was aligned. Merge them with the zero_to_fp32.py that lies beside them."
@@ -78,9 +85,43 @@ def _check_sizes(file: Path) -> None:
         )
 
 
-def _has_elements(state_dict: object) -> bool:
-    tensors = state_dict.values() if isinstance(state_dict, Mapping) else ()
-    return any(isinstance(tensor, torch.Tensor) and tensor.numel() for tensor in tensors)
+def _check_costs(file: Path, *, zipped: bool) -> None:
+    """Refuse pickles that would take more time or memory than the size of their file is a reason for."""
+    size = file.stat().st_size
+    try:
+        if zipped:
+            reader: Any = torch._C.PyTorchFileReader(str(file))  # of several records of one name, what torch takes
+            check_cost(io.BytesIO(reader.get_record("data.pkl")), size)
+            return
+        with (
+            file.open("rb") as stream,
+            mmap.mmap(stream.fileno(), min(size, _LARGEST), access=mmap.ACCESS_READ) as start,
+        ):
+            if check_cost(start, size) != _MAGIC:  # which is all that torch would read of it
+                return
+            for content in ("version", "system", "saved", "storages"):
+                value = check_cost(start, size)
+                if content != "saved":  # since torch looks at all of it
+                    count_of(value)
+    except TooCostlyError as error:
+        raise CheckpointError(
+            f"{str(file)!r} was not read, since its pickle is of a kind that exhausts time or memory: {error}. "
+            "If you trust its source, load it with torch.load and pass what that gives."
+        ) from error
+    except Exception as error:  # a damaged pickle may lead anywhere
+        raise _read_error(file, error) from error
+
+
+def _is_emptied(state_dict: object, announced: object) -> bool:
+    """Whether parameters are announced with elements and have none, as in a part of ZeRO; buffers are whole there."""
+    if not isinstance(state_dict, Mapping) or not isinstance(announced, list):
+        return False
+    shapes = {key: shape for group in announced if isinstance(group, Mapping) for key, shape in group.items()}
+    return any(
+        isinstance(tensor := state_dict.get(key), torch.Tensor) and not tensor.numel() and 0 not in shape
+        for key, shape in shapes.items()
+        if isinstance(shape, tuple)
+    )
 
 
 def _read_error(file: Path, error: Exception) -> CheckpointError:

@@ -6,6 +6,7 @@ record of what was saved for it, and its tensors are the state dict.
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from autoalign.errors import CheckpointError
+from autoalign.formats.pickle_costs import check_cost
 from autoalign.stored import Contents, Stored
 
 _STORAGES = {
@@ -62,8 +64,9 @@ def open_torchscript(file: Path) -> Contents:
             pickled = next(name for name in sizes if name.endswith("/data.pkl"))
             if sizes[pickled] > _LARGEST:
                 raise ValueError(f"a pickle of {sizes[pickled]} bytes")
-            with archive.open(pickled) as stream:
-                module = _Unpickler(stream).load()
+            content = archive.read(pickled)
+        check_cost(io.BytesIO(content), file.stat().st_size)
+        module = _Unpickler(io.BytesIO(content)).load()
         if not isinstance(module, _Module):
             raise ValueError(f"there is a {type(module).__name__} where a module should be")
         folder = pickled.removesuffix("data.pkl") + "data/"

@@ -82,7 +82,7 @@ def write_safetensors(
     """
     stream.write(header(specs, metadata))
     for spec in specs:
-        _write_values(stream, _dense(spec.key, read(spec)), spec.dtype)
+        _write_values(stream, dense(spec.key, read(spec)), spec.dtype)
 
 
 def _write_values(stream: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -92,7 +92,12 @@ def _write_values(stream: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
         stream.write(_little_endian(plain).numpy().data)
 
 
-def _dense(key: str, tensor: Tensor) -> Tensor:
+def dense(key: str, tensor: Tensor) -> Tensor:
+    """Take a tensor without its gradient.
+
+    Raises:
+        InputError: It is sparse or of a class of its own.
+    """
     tensor = tensor.detach()
     if type(tensor) is not Tensor or tensor.layout != torch.strided:
         kind = type(tensor).__name__ if type(tensor) is not Tensor else str(tensor.layout)

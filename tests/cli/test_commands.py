@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 import autoalign
 from autoalign import cli
@@ -214,6 +215,25 @@ def test_convert_that_is_incomplete_says_so(
     assert len(load_file(out / "model.safetensors")) == 8
     assert cli.main(["convert", checkpoint, "--to", WIDER, "-o", "x", "--metadata", "nonsense"]) == cli.ERROR
     assert "--metadata 'nonsense' is not of the form KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+def test_convert_writes_a_distributed_checkpoint(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "step1"
+    command = ["convert", checkpoint, "--to", RENAMED, "-o", str(out), "--output-format", "dcp"]
+    assert cli.main([*command, "--format", "json"]) == cli.COMPLETE
+    assert json.loads(capsys.readouterr().out)["matches"]
+    found: dict[str, torch.Tensor] = {key: torch.empty_like(t) for key, t in Network(renamed=True).state_dict().items()}
+    load_distributed(found, checkpoint_id=out, no_dist=True)
+    wanted = autoalign.align(checkpoint, Network(renamed=True)).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    assert cli.main([*command, "--overwrite"]) == cli.ERROR
+    assert "is not a new or empty folder. Nothing was written." in capsys.readouterr().err
+    assert cli.main([*command, "-o", str(tmp_path / "step2"), "--metadata", "by=us"]) == cli.ERROR
+    assert "has no metadata of its own. Nothing was written." in capsys.readouterr().err
+    assert not (tmp_path / "step2").exists()
 
 
 def test_convert_keeps_values_that_only_the_target_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,8 +227,13 @@ def test_a_checkpoint_of_lightning(tmp_path: Path) -> None:
 
 
 def test_parts_of_zero_are_named_and_merged_ones_are_read(tmp_path: Path) -> None:
-    part = {"module": {"fc.weight": torch.empty(0)}, "param_shapes": [{"fc.weight": (2, 2)}], "ds_version": "0.16"}
+    part: dict[str, Any] = {"module": {"fc.weight": torch.empty(0)}, "ds_version": "0.16"}
+    part["param_shapes"] = [{"fc.weight": torch.Size((2, 2))}]
     torch.save(part, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"is a part of a checkpoint of DeepSpeed's ZeRO.*zero_to_fp32.py"):
+        open_checkpoint(tmp_path / "a.pt")
+    buffers = {"norm.running_mean": torch.ones(2), "steps": torch.tensor(3)}  # which are whole in every part
+    torch.save({**part, "module": {**part["module"], **buffers}}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"is a part of a checkpoint of DeepSpeed's ZeRO.*zero_to_fp32.py"):
         open_checkpoint(tmp_path / "a.pt")
     torch.save({**part, "module": {"fc.weight": torch.ones(2, 2)}}, tmp_path / "b.pt")

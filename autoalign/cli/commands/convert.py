@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from autoalign.cli.codes import code_of
-from autoalign.cli.options import TARGET, Commands, add_align, add_report, align_options, command
+from autoalign.cli.options import OUTPUT_FORMATS, TARGET, Commands, add_align, add_report, align_options, command
 
 
 def add(commands: Commands) -> None:
@@ -13,16 +13,25 @@ def add(commands: Commands) -> None:
     parser = command(
         commands,
         "convert",
-        "write a checkpoint anew in a target's names, as safetensors",
-        "Write a checkpoint anew in a target's names, shapes and layout, as safetensors, tensor by tensor. The output "
-        f"appears when it is complete. {TARGET}",
+        "write a checkpoint anew in a target's names, as safetensors or a distributed checkpoint",
+        "Write a checkpoint anew in a target's names, shapes and layout, tensor by tensor. The output appears when it "
+        f"is complete. {TARGET}",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint: a file, an index, or a folder, of any format")
     parser.add_argument("--to", metavar="TARGET", dest="target", required=True, help="what to write it for")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="NAME.safetensors, or a folder")
+    parser.add_argument(
+        "--output-format",
+        choices=OUTPUT_FORMATS,
+        default=OUTPUT_FORMATS[0],
+        help="dcp is a folder of torch.distributed.checkpoint, new or empty (default: %(default)s)",
+    )
     parser.add_argument("--dtype", help="what floating-point tensors become, such as bfloat16 (default: as they are)")
     parser.add_argument(
-        "--max-shard-size", metavar="SIZE", default="50GB", help="of a file; what is larger is sharded (%(default)s)"
+        "--max-shard-size",
+        metavar="SIZE",
+        default="50GB",
+        help="of a file of safetensors; what is larger is sharded (%(default)s)",
     )
     parser.add_argument(
         "--metadata", metavar="KEY=VALUE", action="append", default=[], help="an entry for the file's metadata"
@@ -55,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
             side_of(options.checkpoint, values=True),
             target,
             options.output,
+            format=options.output_format,
             dtype=options.dtype,
             max_shard_size=options.max_shard_size,
             metadata=metadata,
