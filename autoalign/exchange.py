@@ -22,16 +22,19 @@ from autoalign.lists import disordered, misnumbered
 from autoalign.matching import Assignment
 from autoalign.names import likeness, numbers, ordinal, stem, words
 from autoalign.vacancies import rivalled
+from autoalign.vocabulary import ROLES
 
-UNTOLD = 0.6  # the confidence where nothing tells two modules apart, or something speaks for their exchange
+UNTOLD = 0.6  # the confidence where nothing tells two modules apart
+DISPUTED = 0.55  # the confidence where something speaks for their exchange
 BY_ORDER = 0.85  # the confidence where their order alone does
 RIVALLED = 0.45  # the confidence where a module that is left over would do as well
 _CLEAR = 0.05  # how much better names must fit one way than the other to tell anything
+_ROLE = 0.5  # what it tells that only one way matches a query, a key or a value to one
 _OWN = 0.5  # weight of the own names of two modules beside those of the layers in them
 _ROUNDS = 3
 _REPAIRS = 6  # rounds in which blocks that were crossed are straightened
 _UNLIKE = 0.5  # share of the layers of two modules that may have no counterpart in the other
-_MANY = 12  # alike siblings of which only neighbours are compared
+_MANY = 12  # siblings of which only those of one content are compared; more of these, neighbour by neighbour
 
 _Pairs = tuple[tuple[int, int], ...]  # places in the assignment that would exchange their sources
 _Key = tuple[str, ...]
@@ -48,6 +51,7 @@ class Exchange:
     numbers: int  # whether the numbers of the two agree as they are: 1, when exchanged: -1, or neither: 0
     order: int  # whether their order is the same on both sides: 1, the other way round: -1, or says nothing: 0
     elsewhere: int  # pairs of layers of the same names that cannot be exchanged and are matched likewise
+    ordinals: int = 0  # whether ordinals in their names agree: 1, speak for the exchange: -1, or say nothing: 0
     mirrored: int = 0  # how many more of the same modules are matched the other way round than this way
     is_led: bool = False  # whether the other members of the list tell that it runs the other way round
     is_shifted: bool = False  # whether they tell by how much its numbers differ from the source's
@@ -65,7 +69,7 @@ class Exchange:
             return self.names < _CLEAR
         told = self.names < -_CLEAR
         if self.names < _CLEAR:
-            told |= self.mirrored > 0 or (self.numbers < 0 and self.order == 0)
+            told |= self.mirrored > 0 or (self.order == 0 and min(self.numbers, self.ordinals) < 0)
             told |= self.is_list and self.numbers == 0 and self.order < 0
         return told and self.elsewhere <= 0 and self.anchors == 0
 
@@ -74,12 +78,14 @@ class Exchange:
         """How far the matches as they are may be believed, in [0, 1]."""
         if self.is_shifted and self.order > 0:
             return 1.0
+        if self.names < -_CLEAR and min(self.numbers, self.anchors) >= 0 < max(self.numbers, self.anchors):
+            return BY_ORDER  # names speak for the exchange, and what they stand in against it
         if self.numbers < 0 or self.anchors < 0 or self.names < -_CLEAR:
-            return UNTOLD
+            return DISPUTED
         if self.names >= _CLEAR or self.elsewhere > 0 or self.anchors > 0 or self.numbers > 0:
             return 1.0
-        if self.order > 0:
-            return 1.0 if self.is_list else BY_ORDER
+        if self.order + self.ordinals > 0:
+            return 1.0 if self.order > 0 and (self.is_list or self.ordinals > 0) else BY_ORDER
         return UNTOLD
 
 
@@ -164,7 +170,7 @@ def exchanges(
     found: dict[tuple[_Key, bool], list[_Instance]] = {}
     for one in _instances(assignment, source, target, place_of, alike):
         key = tuple(template(path) for path in (*one.modules, *one.ends))
-        gain = float(np.mean([_gain(assignment, *pair) for pair in one.pairs])) + _OWN * _own_gain(one)
+        gain = float(np.mean([_gain(assignment, source, target, *pair) for pair in one.pairs])) + _OWN * _own_gain(one)
         found.setdefault((key, gain < 0), []).append(replace(one, gain=gain))
     names = [
         [(*map(stem, side.paths[unit][:-1]), side.paths[unit][-1]) for unit in chosen.tolist()]
@@ -195,6 +201,7 @@ def exchanges(
                 int(np.sign(sum(_numbers_agree(one.ends, one.modules) for one in instances))),
                 int(np.sign(order)) if is_list or (source.ordered and target.ordered) else 0,
                 min(together[both] - count for both, count in inside.items()),
+                int(np.sign(sum(_ordinals_agree(one.ends, one.modules) for one in instances))),
                 min(together[both] for both in mirror) - min(inside.values()) + (in_row < 0),
                 is_list and all(lead < 0 for lead in leads),
                 shifted,
@@ -209,10 +216,18 @@ def _alike(assignment: Assignment, kinds: tuple[Ints, Ints]) -> Ints:
     return own[assignment.source] * (int(other.max(initial=0)) + 1) + other[assignment.target]
 
 
-def _gain(assignment: Assignment, p: int, q: int) -> float:
+def _gain(assignment: Assignment, source: SideEvidence, target: SideEvidence, p: int, q: int) -> float:
+    """Tell how much better the names of two layers fit as they are; a role that only one of them has tells most."""
     names = assignment.names
     i, j, k, m = assignment.source[p], assignment.target[p], assignment.source[q], assignment.target[q]
-    return float(names[i, j] + names[k, m] - names[i, m] - names[k, j])
+    roles = [_role(paths[unit]) for paths, unit in zip((source.paths, target.paths) * 2, (i, j, k, m), strict=True)]
+    as_is, exchanged = (roles[0] & roles[1]) or (roles[2] & roles[3]), (roles[0] & roles[3]) or (roles[2] & roles[1])
+    told = _ROLE * (bool(as_is) - bool(exchanged))
+    return told + float(names[i, j] + names[k, m] - names[i, m] - names[k, j])
+
+
+def _role(path: Path) -> frozenset[str]:
+    return ROLES.intersection(words(path[-1]))
 
 
 def _own_gain(one: _Instance) -> float:
@@ -355,18 +370,14 @@ def _instances(
 
 
 def _compared(modules: Sequence[Path], content: Callable[[Path], object]) -> Iterator[tuple[Path, Path]]:
-    """List the siblings that may be exchanged; of the members of one list, those of one content that follow."""
-    lists: dict[str, list[Path]] = {}
-    for module in modules:
-        lists.setdefault(stem(module[-1]) if numbers(module[-1]) else "", []).append(module)
-    if len(lists) == 1 and "" not in lists:
-        by_content: dict[object, list[Path]] = {}
-        for module in sorted(modules, key=lambda module: numbers(module[-1])):
-            by_content.setdefault(content(module), []).append(module)
+    """List the siblings that may be exchanged; of many only those of one content, of a list those that follow."""
+    by_content: dict[object, list[Path]] = {}
+    is_list = len({stem(module[-1]) for module in modules}) == 1 and all(numbers(module[-1]) for module in modules)
+    for module in sorted(modules, key=lambda module: numbers(module[-1])) if is_list else modules:
+        by_content.setdefault(content(module), []).append(module)
+    if is_list or len(modules) > _MANY:
         for members in by_content.values():
-            yield from pairwise(members)
-    elif len(modules) > _MANY:
-        yield from pairwise(modules)
+            yield from pairwise(members) if is_list or len(members) > 2 * _MANY else combinations(members, 2)
     else:
         yield from combinations(modules, 2)
 
@@ -407,11 +418,17 @@ def _shared(first: Path, second: Path) -> int:
 
 
 def _numbers_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
-    """Tell whether two pairs of names have the same numbers or ordinals, in this order: 1, or the other: -1, or not."""
+    """Tell whether two pairs of names have the same numbers in this order: 1, in the other: -1, or not: 0."""
     own, other = ([numbers(path[-1]) for path in side] for side in (source, target))
-    if all(own) and all(other):
-        return 0 if own[0] == own[1] or other[0] == other[1] else int(own == other) - int(own == other[::-1])
-    own, other = ([numbers(path[-1]) or ordinal(path[-1]) for path in side] for side in (source, target))
     if not all(own) or not all(other) or own[0] == own[1] or other[0] == other[1]:
+        return 0
+    return int(own == other) - int(own == other[::-1])
+
+
+def _ordinals_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
+    """Tell the same of what comes first by a word on one side (``pre``, ``post``) and a word or number on the other."""
+    own, other = ([ordinal(path[-1]) or numbers(path[-1]) for path in side] for side in (source, target))
+    in_words = any(ordinal(path[-1]) for path in (*source, *target))
+    if not in_words or not all(own) or not all(other) or own[0] == own[1] or other[0] == other[1]:
         return 0
     return 1 if (own[0] < own[1]) == (other[0] < other[1]) else -1

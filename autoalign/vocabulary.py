@@ -71,7 +71,10 @@ SYNONYMS: dict[str, str] = {
 }
 
 # Words that tell which of two alike layers comes first: 1, or second: 2.
-ORDINALS: dict[str, int] = {"pre": 1, "post": 2, "first": 1, "second": 2, "self": 1, "cross": 2}
+ORDINALS: dict[str, int] = {"pre": 1, "post": 2, "first": 1, "second": 2, "self": 1, "cross": 2, "gate": 1, "up": 2}
+
+# What the parts of a fused projection are.
+ROLES: frozenset[str] = frozenset({"q", "k", "v"})
 
 # Sets of words of which at most one is true of a tensor: a different one on each side speaks against the pair.
 RIVALS: tuple[str, ...] = (
