@@ -24,8 +24,7 @@ from autoalign.names import likeness, numbers, ordinal, stem, words
 from autoalign.vacancies import rivalled
 from autoalign.vocabulary import ROLES
 
-UNTOLD = 0.6  # the confidence where nothing tells two modules apart
-DISPUTED = 0.55  # the confidence where something speaks for their exchange
+UNTOLD = 0.45  # the confidence where nothing tells two modules apart, or something speaks for their exchange
 BY_ORDER = 0.85  # the confidence where their order alone does
 RIVALLED = 0.45  # the confidence where a module that is left over would do as well
 _CLEAR = 0.05  # how much better names must fit one way than the other to tell anything
@@ -81,7 +80,7 @@ class Exchange:
         if self.names < -_CLEAR and min(self.numbers, self.anchors) >= 0 < max(self.numbers, self.anchors):
             return BY_ORDER  # names speak for the exchange, and what they stand in against it
         if self.numbers < 0 or self.anchors < 0 or self.names < -_CLEAR:
-            return DISPUTED
+            return UNTOLD
         if self.names >= _CLEAR or self.elsewhere > 0 or self.anchors > 0 or self.numbers > 0:
             return 1.0
         if self.order + self.ordinals > 0:

@@ -13,6 +13,7 @@ from autoalign.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SP
 
 _SEPARATORS = re.compile(r"[./]")
 _LEAVES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}  # that start the name of a parameter
+_OTHERWISE = 0.9  # the most that names of other words are alike
 _OUTPUT = re.compile(r":\d+$")  # of a TensorFlow variable, as in "kernel:0"
 _DIGITS = re.compile(r"\d{1,18}")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -85,13 +86,12 @@ def numbers(component: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=65536)
 def ordinal(component: str) -> tuple[int, ...]:
-    """Give the place in order that a word of a component tells, or nothing.
+    """Give the place among alike layers that the words of a component tell, or nothing.
 
-    >>> ordinal("layernorm_before"), ordinal("cross_attn"), ordinal("norm")
-    ((1,), (2,), ())
+    >>> ordinal("layernorm_before"), ordinal("self_attn_norm"), ordinal("cross_attn_norm"), ordinal("norm")
+    ((1,), (2,), (3,), ())
     """
-    told = {ORDINALS[word] for word in words(component) if word in ORDINALS}
-    return tuple(told) if len(told) == 1 else ()
+    return tuple(sorted(ORDINALS[word] for word in words(component) if word in ORDINALS)[-1:])
 
 
 @lru_cache(maxsize=65536)
@@ -149,11 +149,11 @@ def word_similarity(first: Sequence[str], second: Sequence[str]) -> NDArray[np.f
 
 @lru_cache(maxsize=4096)
 def likeness(first: tuple[str, ...], second: tuple[str, ...]) -> float:
-    """Tell how alike two names are by their words, at most 1.
+    """Tell how alike two names are by their words: 1 if they are the same, at most 0.9 for the same in another order.
 
-    >>> likeness(words("image_encoder"), words("visual_encoder"))
-    1.0
+    >>> likeness(words("image_encoder"), words("visual_encoder")), likeness(("a", "to", "b"), ("b", "to", "a"))
+    (1.0, 0.9)
     """
     if first == second or not first or not second:
         return float(first == second != ())
-    return float(word_similarity(first, second).sum() / np.sqrt(len(first) * len(second)))
+    return min(float(word_similarity(first, second).sum() / np.sqrt(len(first) * len(second))), _OTHERWISE)

@@ -70,8 +70,21 @@ SYNONYMS: dict[str, str] = {
     "lora": "",
 }
 
-# Words that tell which of two alike layers comes first: 1, or second: 2.
-ORDINALS: dict[str, int] = {"pre": 1, "post": 2, "first": 1, "second": 2, "self": 1, "cross": 2, "gate": 1, "up": 2}
+# Words that tell the place of a layer among those that are alike, in the order of a block.
+ORDINALS: dict[str, int] = {
+    "pre": 1,
+    "input": 1,
+    "first": 1,
+    "self": 1,
+    "gate": 1,
+    "attn": 2,
+    "second": 2,
+    "up": 2,
+    "cross": 3,
+    "mlp": 4,
+    "post": 5,
+    "last": 5,
+}
 
 # What the parts of a fused projection are.
 ROLES: frozenset[str] = frozenset({"q", "k", "v"})
