@@ -1,27 +1,33 @@
 """Lists: members of a list that were matched to those of another one in an order that no network has.
 
-Where two lists are matched, their numbers run in one direction. And where both have the same numbers, or one those of
-the other with gaps, a number means the same member on both sides.
+Where two lists are matched, their numbers run in one direction, the same in all lists of these names. And where both
+have the same numbers, or one those of the other with gaps, a number means the same member on both sides.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
+
+import numpy as np
 
 from autoalign.crossings import Block, Repair, blocks_of, common
 from autoalign.graph import Path
 from autoalign.matching import Assignment
 from autoalign.names import numbers, stem
 
-_ORDERED = 3  # members of a list that have an order
+_ORDERED = 3  # members of a list whose numbers tell
+_AGREEING = 2  # other lists of the same names that tell the direction of one
+
+_Called = tuple[Path, Path]  # the names of a target's list and of what fills it, without numbers
 
 
 def disordered(
     assignment: Assignment, source: Sequence[Path], target: Sequence[Path], kind_of: Sequence[int]
 ) -> Iterator[Repair]:
-    """Find lists of equal blocks that are matched to other lists in neither direction.
+    """Find lists of equal blocks that are matched in neither direction, or in another one than lists of their names.
 
     Args:
         assignment: The chosen pairs of units.
@@ -33,30 +39,66 @@ def disordered(
         For each list what its places should have instead.
     """
     blocks = blocks_of(assignment, source, target, kind_of)
-    lists: dict[object, list[Path]] = {}
+    alike: dict[tuple[_Called, Path, object], list[_Member]] = {}
+    lists: dict[tuple[_Called, Path], list[_Member]] = {}
     for block, pairs in blocks.items():
         if numbers(block[-1]):
             end = common([pair.own for pair in pairs])
+            member = _Member(block[-1], end, pairs)
+            called = tuple(map(stem, block)), tuple(map(stem, end))
             shapes = frozenset((pair.other[len(block) :], pair.own[len(end) :], pair.kind) for pair in pairs)
-            lists.setdefault((block[:-1], stem(block[-1]), tuple(map(stem, end)), shapes), []).append(block)
-    for members in lists.values():
-        if len(members) >= _ORDERED:
-            members.sort(key=lambda member: numbers(member[-1]))
-            yield _in_order([blocks[member] for member in members])
+            lists.setdefault((called, block[:-1]), []).append(member)
+            alike.setdefault((called, block[:-1], shapes), []).append(member)
+    directions = {key: _direction(members) for key, members in lists.items()}
+    together: Counter[_Called] = Counter()
+    for (called, _), direction in directions.items():
+        together[called] += direction
+    for (called, parent, _), members in alike.items():
+        others = together[called] - directions[called, parent]
+        if len(members) > 1:
+            yield _in_order(members, others)
 
 
-def _in_order(members: Sequence[Block]) -> Repair:
-    """Give the members of a list what fills them in the order of its numbers; nothing if it is in order already."""
-    ends = [common([pair.own for pair in block]) for block in members]
-    places = [tuple(number for name in end for number in numbers(name)) for end in ends]
-    if len(set(places)) < len(places) or places in (sorted(places), sorted(places, reverse=True)):
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A member of a list of the target."""
+
+    name: str
+    end: Path  # the module of the source that holds all that fills it
+    pairs: Block
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """All numbers in the names of what fills it."""
+        return tuple(number for name in self.end for number in numbers(name))
+
+
+def _direction(members: Sequence[_Member]) -> int:
+    """Tell in which direction most members of a list are matched: 1 in that of their numbers, -1 in the other, or 0."""
+    places = [member.place for member in sorted(members, key=lambda member: numbers(member.name))]
+    return int(np.sign(sum((a < b) - (a > b) for a, b in combinations(places, 2))))
+
+
+def _in_order(members: Sequence[_Member], others: int) -> Repair:
+    """Give the members of a list what fills them in the order of its numbers; nothing if it is in order already.
+
+    Args:
+        members: Of equal content.
+        others: In how many more lists of the same names the numbers run in the same direction than in the other.
+    """
+    members = sorted(members, key=lambda member: numbers(member.name))
+    places = [member.place for member in members]
+    if len(set(places)) < len(places):
         return {}
-    agreed = sum((a < b) - (a > b) for a, b in combinations(places, 2))
-    wanted = [ends[places.index(place)] for place in sorted(places, reverse=agreed < 0)]
+    is_monotone = places in (sorted(places), sorted(places, reverse=True))
+    direction = int(np.sign(others)) if abs(others) >= _AGREEING else 0 if is_monotone else _direction(members)
+    wanted = sorted(members, key=lambda member: member.place, reverse=direction < 0)
+    if not direction or wanted == members:
+        return {}
     return {
-        pair.place: (*new, *pair.own[len(old) :])
-        for block, old, new in zip(members, ends, wanted, strict=True)
-        for pair in block
+        pair.place: (*new.end, *pair.own[len(old.end) :])
+        for old, new in zip(members, wanted, strict=True)
+        for pair in old.pairs
     }
 
 

@@ -88,10 +88,15 @@ def numbers(component: str) -> tuple[int, ...]:
 def ordinal(component: str) -> tuple[int, ...]:
     """Give the place among alike layers that the words of a component tell, or nothing.
 
-    >>> ordinal("layernorm_before"), ordinal("self_attn_norm"), ordinal("cross_attn_norm"), ordinal("norm")
-    ((1,), (2,), (3,), ())
+    >>> [ordinal(name) for name in ("layernorm_before", "self_attn_norm", "cross_attn_norm", "pre_mlp_norm", "norm")]
+    [(1,), (4,), (6,), (7,), ()]
     """
-    return tuple(sorted(ORDINALS[word] for word in words(component) if word in ORDINALS)[-1:])
+    found = words(component)
+    beside = ("post" in found) - ("pre" in found)
+    stages = [ORDINALS[word] for word in found if word in ORDINALS]
+    if not stages:
+        return (1 if beside < 0 else 2 * max(ORDINALS.values()),) if beside else ()
+    return (2 * max(stages) + beside,)
 
 
 @lru_cache(maxsize=65536)

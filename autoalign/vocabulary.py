@@ -27,7 +27,7 @@ SYNONYMS: dict[str, str] = {
     "ih": "i2h x2h inputproj",
     "hh": "h2h recurrent recurrence hidden",
     # feed-forward
-    "mlp": "ffn ff feedforward postattention postattn",
+    "mlp": "ffn ffw ff feedforward postattention postattn",
     "gate": "w1",
     "up": "w3",
     "down": "w2",
@@ -72,7 +72,6 @@ SYNONYMS: dict[str, str] = {
 
 # Words that tell the place of a layer among those that are alike, in the order of a block.
 ORDINALS: dict[str, int] = {
-    "pre": 1,
     "input": 1,
     "first": 1,
     "self": 1,
@@ -82,7 +81,6 @@ ORDINALS: dict[str, int] = {
     "up": 2,
     "cross": 3,
     "mlp": 4,
-    "post": 5,
     "last": 5,
 }
 
