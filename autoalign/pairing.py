@@ -19,6 +19,7 @@ from autoalign.evidence import is_alphabetical, side_evidence
 from autoalign.exchange import settled
 from autoalign.fusion import split_fused
 from autoalign.graph import ancestry
+from autoalign.idioms import in_context
 from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
 from autoalign.names import components, kind
@@ -51,7 +52,8 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
         }
         return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()
     pinned, refused = _pinned(source, target, pins)
-    sides = source, target
+    read = in_context(source.parts, target.parts), in_context(target.parts, source.parts)
+    sides = source, target = replace(source, parts=read[0]), replace(target, parts=read[1])
     taken = set(pins.values())
     fixed = (
         [part for part in source.parts if source.key(part) in taken],

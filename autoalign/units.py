@@ -25,9 +25,6 @@ from autoalign.vocabulary import COLLECTIONS
 
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_")  # in "features_5_conv_2"
 
-_AFTER_ATTENTION = re.compile(r"post_(attention|attn)(?=_|$)")
-_AROUND_MLP = re.compile(r"(pre|post)_(mlp|feed_?forward|ffn|ffw)(?=_|$)")
-
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -57,32 +54,11 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
     paths = [components(spec.key) for spec in specs]
     if len(tops := {path[0] for path in paths if len(path) > 1}) > 1 and tops <= COLLECTIONS:
         paths = [path[1:] if len(path) > 1 else path for path in paths]
-    paths = _in_context(paths)
     if max(map(len, paths), default=0) == 2:  # the module tree is written into the layers' names
         paths = [(*_JOINT.split(path[0]), path[1]) if len(path) == 2 else path for path in paths]
     return [
         Part(index, path, spec.shape, _numeric(spec.dtype), count=count)
         for index, (path, spec, count) in enumerate(zip(paths, specs, counts or repeat(1, len(specs)), strict=True))
-    ]
-
-
-def _in_context(paths: list[Path]) -> list[Path]:
-    """Let what is named after attention be what its name says, where one beside it is named before or after the MLP.
-
-    Elsewhere it is the norm before the MLP.
-
-    >>> _in_context([("0", "post_attention_norm"), ("0", "post_mlp_norm"), ("1", "post_attention_norm")])
-    [('0', 'attn_post_norm'), ('0', 'post_mlp_norm'), ('1', 'post_attention_norm')]
-    """
-    beside = {path[:depth] for path in paths for depth, name in enumerate(path) if _AROUND_MLP.match(name)}
-    if not beside:
-        return paths
-    return [
-        tuple(
-            _AFTER_ATTENTION.sub("attn_post", name) if path[:depth] in beside else name
-            for depth, name in enumerate(path)
-        )
-        for path in paths
     ]
 
 

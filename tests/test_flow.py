@@ -37,7 +37,7 @@ FLOW = (
     ),
     *("hub", "checkpoint", "saving"),
     # names and the module graph
-    *("vocabulary", "names", "graph", "units", "leaves", "kernels", "namesakes", "renaming"),
+    *("vocabulary", "names", "graph", "units", "idioms", "leaves", "kernels", "namesakes", "renaming"),
     # a call of a model
     *("transaction", "preservation", "execution"),
     # candidates -> matching -> alignment
