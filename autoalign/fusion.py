@@ -133,7 +133,10 @@ def _split(part: Part, plan: Plan, paths: Sequence[Path]) -> list[Part]:
 def _role_names(units: Sequence[Unit]) -> dict[tuple[Path, str], str]:
     """Find what a side itself calls a role below a module, as in ``q_bias`` beside ``qkv.weight``."""
     roles = {role for kinds in FUSED.values() for known in kinds for role in known}
-    return {(unit.path[:-1], word): unit.path[-1] for unit in units for word in words(unit.path[-1]) if word in roles}
+    called = [(unit.path, words(unit.path[-1])) for unit in units]
+    return {
+        (path[:-1], word): path[-1] for path, found in called if "norm" not in found for word in found if word in roles
+    }
 
 
 class _Siblings:
