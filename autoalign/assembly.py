@@ -154,7 +154,9 @@ def _match(
     alternatives = [Candidate(sources, operation, 0.0) for sources, operation in rest]
     if len(parts) == 1 and least.rival is not None and not alternatives:
         rival = source.parts[least.rival]
-        alternatives.append(Candidate((source.key(rival),), rival.view, 0.0))
+        is_alike = rival.shape == source.parts[least.source].shape
+        other = chain(rival.view, least.operation) if is_alike else rival.view
+        alternatives.append(Candidate((source.key(rival),), other, 0.0))
     return Match(
         target=target.key(target.parts[parts[0]]),
         sources=sources,

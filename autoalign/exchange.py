@@ -26,7 +26,8 @@ from autoalign.vocabulary import ROLES
 
 UNTOLD = 0.45  # the confidence where nothing tells two modules apart, or something speaks for their exchange
 BY_ORDER = 0.85  # the confidence where their order alone does
-RIVALLED = 0.45  # the confidence where a module that is left over would do as well
+_NOTHING_TELLS = "right shape, but nothing tells {} from {}"
+_LEFT_OVER = "right shape, but a module of the same content is left over, and nothing tells which of them it is"
 _CLEAR = 0.05  # how much better names must fit one way than the other to tell anything
 _ROLE = 0.5  # what it tells that only one way matches a query, a key or a value to one
 _OWN = 0.5  # weight of the own names of two modules beside those of the layers in them
@@ -88,13 +89,22 @@ class Exchange:
         return UNTOLD
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """An assignment whose exchanges are carried out."""
+
+    assignment: Assignment
+    sureness: Floats  # the confidence that each of its pairs cannot exceed
+    doubts: Mapping[int, str]  # place of a pair that is as good the other way -> why; its runner-up is that way
+
+
 def settled(
     assignment: Assignment,
     source: SideEvidence,
     target: SideEvidence,
     kinds: tuple[Ints, Ints],
     held: Collection[int] = (),
-) -> tuple[Assignment, Floats]:
+) -> Settled:
     """Carry out the exchanges that are better, and tell how far what is left may be believed.
 
     Args:
@@ -103,9 +113,6 @@ def settled(
         target: Evidence of the target.
         kinds: [units] of each side: equal where all tensors of a unit have the same kinds and shapes.
         held: Units of the target that keep what they have.
-
-    Returns:
-        The assignment, and for each of its pairs the confidence that it cannot exceed.
     """
     fixed = set(np.flatnonzero(np.isin(assignment.target, list(held))).tolist())
     unit_at = {path: unit for unit, path in enumerate(source.paths)}
@@ -128,12 +135,32 @@ def settled(
             break
         assignment = exchanged(assignment, better)
     sureness = np.ones(len(assignment.source), dtype=np.float32)
+    rival, doubts = assignment.runner_up.copy(), dict[int, str]()
     for exchange in found:
         places = list(_places(exchange.pairs))
         sureness[places] = np.minimum(sureness[places], exchange.sureness)
+        if exchange.sureness > UNTOLD:
+            continue
+        for p, q in exchange.pairs:
+            if doubts.keys().isdisjoint((p, q)):
+                doubts[p] = doubts[q] = _NOTHING_TELLS.format(
+                    *(template(target.paths[k]) for k in assignment.target[[p, q]])
+                )
+                rival[[p, q]] = assignment.source[[q, p]]
     sides = (source.paths, kinds[0]), (target.paths, kinds[1])
-    sureness[rivalled(assignment, *sides, fixed)] = RIVALLED
-    return assignment, sureness
+    left_over = rivalled(assignment, *sides, fixed)
+    sureness[left_over] = UNTOLD
+    doubts |= dict.fromkeys(left_over, _LEFT_OVER)
+    return Settled(replace(assignment, runner_up=rival), sureness, doubts)
+
+
+def _called(path: Path) -> str:
+    """Write the name of a layer, in all of its blocks.
+
+    >>> _called(("blocks", "3", "norm2"))
+    'blocks.#.norm2'
+    """
+    return ".".join((*map(stem, path[:-1]), path[-1]))
 
 
 def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints, fixed: set[int]) -> Assignment:

@@ -1,12 +1,14 @@
 """Kernels: layers laid out as JAX, Keras and TensorFlow do, seen as torch lays them out.
 
 There, a dense kernel is ``(in, out)``, that of a convolution ``(*spatial, in, out)``, and those of attention keep heads
-apart: ``(in, heads, head_dim)`` and ``(heads, head_dim, out)``. A layout is a property of a whole checkpoint: where its
-names or its own biases tell it, each tensor is viewed in torch's layout before anything is compared.
+apart: ``(in, heads, head_dim)`` or ``(heads, in, head_dim)``, and ``(heads, head_dim, out)``. A layout is a property of
+a whole checkpoint: where its names or its own biases tell it, each tensor is viewed in torch's layout before anything
+is compared.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -30,6 +32,8 @@ def as_in_torch(parts: Sequence[Part]) -> list[Part]:
     shapes = [{values: parts[index].shape for values, index in unit.parts} for unit in units]
     named = [_is_kernel(parts[dict(unit.parts)["weight"]]) for unit in units]
     spatial_first = any(named) or sum(map(_spatial_first, shapes)) > 0
+    widths = Counter(shape[0] for of in shapes for shape in of.values() if len(shape) == 1).most_common(1)
+    width = widths[0][0] if widths else 0
     heads = {
         of["weight"][1:]
         for unit, of, is_kernel in zip(units, shapes, named, strict=True)
@@ -40,7 +44,7 @@ def as_in_torch(parts: Sequence[Part]) -> list[Part]:
         kinds = dict(unit.parts)
         view = None
         if is_kernel:
-            view = _kernel_view(unit, of, heads)
+            view = _kernel_view(unit, of, heads, width)
         elif spatial_first and len(of["weight"]) > 3:
             view = _convolution(of["weight"])
         if view is None:
@@ -60,18 +64,34 @@ def _viewed(part: Part, view: Operation) -> Part:
     return replace(part, shape=shape, view=chain(part.view, view))
 
 
-def _kernel_view(unit: Unit, shapes: Mapping[str, Shape], heads: set[Shape]) -> Operation | None:
-    """Tell how a kernel of JAX, Keras or TensorFlow is turned into a weight of torch."""
+def _kernel_view(unit: Unit, shapes: Mapping[str, Shape], heads: set[Shape], width: int) -> Operation | None:
+    """Tell how a kernel of JAX, Keras or TensorFlow is turned into a weight of torch.
+
+    Args:
+        unit: Its layer.
+        shapes: Of what the layer holds.
+        heads: The numbers and sizes of heads of the projections to queries, keys and values.
+        width: Of the network: the size of most vectors.
+    """
     weight, bias = shapes["weight"], shapes.get("bias")
     if len(weight) < 2:
         return None
     if len(weight) == 2:
         return Transpose()
     if _keeps_heads(unit, shapes):
+        if bias is None and weight[1] == width != weight[0]:  # (heads, in, head_dim)
+            return chain(Permute((1, 0, 2)), Reshape((width, weight[0] * weight[2])), Transpose())
         return chain(Reshape((weight[0], prod(weight[1:]))), Transpose())
-    if len(weight) == 3 and weight[:2] in heads and bias in (None, weight[2:]):
+    is_output = weight[:2] in heads or (bias is None and weight[2] == width and _is_output(unit))
+    if len(weight) == 3 and is_output and bias in (None, weight[2:]):
         return chain(Reshape((prod(weight[:2]), weight[2])), Transpose())
     return _convolution(weight)
+
+
+def _is_output(unit: Unit) -> bool:
+    """Tell the projection that joins heads by its name."""
+    found = {word for name in unit.path[-2:] for word in words(name)}
+    return "o" in found or found >= {"attn", "out"}
 
 
 def _keeps_heads(unit: Unit, shapes: Mapping[str, Shape]) -> bool:

@@ -161,10 +161,11 @@ def _match_parts(
         )
     ]
     kinds = pairs.source_kind, pairs.target_kind
-    assignment, most = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds, held[1])
+    outcome = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds, held[1])
+    assignment = outcome.assignment
     confidence = confidence_of(assignment)
     confidence = calibrated(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1))
-    confidence = np.minimum(confidence, most)
+    confidence = np.minimum(confidence, outcome.sureness)
     by_name = share_of(same, counts) >= _MOST
     special = special_units(other, target.parts)
     lists = undirected(assignment, (own, source.parts), (other, target.parts))
@@ -187,7 +188,7 @@ def _match_parts(
         stranded &= j not in special or evidence["name"] < _SAME_NAME
         sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
         sureness = min(sureness, DOUBTED if has_twin[place] else TOLD if place in lists.by_order else 1.0)
-        doubt = REVERSIBLE if place in lists.reverse else None
+        doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
         for a, b in paired_parts(own[i], other[j]):
             operation = _operation(source.parts[a], target.parts[b], flipped=a in pairs.flipped)
             if operation is None or source.key(source.parts[a]) in taken or target.key(target.parts[b]) in pins:
