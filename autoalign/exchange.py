@@ -33,6 +33,7 @@ _ROLE = 0.5  # what it tells that only one way matches a query, a key or a value
 _OWN = 0.5  # weight of the own names of two modules beside those of the layers in them
 _ROUNDS = 3
 _REPAIRS = 6  # rounds in which blocks that were crossed are straightened
+_FEW = 3  # siblings that differ in a number and are no list of blocks
 _UNLIKE = 0.5  # share of the layers of two modules that may have no counterpart in the other
 _MANY = 12  # siblings of which only those of one content are compared; more of these, neighbour by neighbour
 
@@ -135,7 +136,7 @@ def settled(
             break
         assignment = exchanged(assignment, better)
     sureness = np.ones(len(assignment.source), dtype=np.float32)
-    rival, doubts = assignment.runner_up.copy(), dict[int, str]()
+    rival, doubts, slots = assignment.runner_up.copy(), dict[int, str](), _slots(target.paths)
     for exchange in found:
         places = list(_places(exchange.pairs))
         sureness[places] = np.minimum(sureness[places], exchange.sureness)
@@ -143,9 +144,8 @@ def settled(
             continue
         for p, q in exchange.pairs:
             if doubts.keys().isdisjoint((p, q)):
-                doubts[p] = doubts[q] = _NOTHING_TELLS.format(
-                    *(template(target.paths[k]) for k in assignment.target[[p, q]])
-                )
+                names = [slots[unit] for unit in assignment.target[[p, q]].tolist()]
+                doubts[p] = doubts[q] = _NOTHING_TELLS.format(*names)
                 rival[[p, q]] = assignment.source[[q, p]]
     sides = (source.paths, kinds[0]), (target.paths, kinds[1])
     left_over = rivalled(assignment, *sides, fixed)
@@ -154,13 +154,24 @@ def settled(
     return Settled(replace(assignment, runner_up=rival), sureness, doubts)
 
 
-def _called(path: Path) -> str:
-    """Write the name of a layer, in all of its blocks.
+def _slots(paths: Sequence[Path]) -> list[str]:
+    """Write the names of layers without the numbers of the lists that they are in; those of a few siblings stay.
 
-    >>> _called(("blocks", "3", "norm2"))
-    'blocks.#.norm2'
+    >>> _slots([("h", str(n), f"norm{k}") for n in range(2) for k in (1, 2)])
+    ['h.#.norm1', 'h.#.norm2', 'h.#.norm1', 'h.#.norm2']
     """
-    return ".".join((*map(stem, path[:-1]), path[-1]))
+    members: dict[Path, set[str]] = {}
+    for path in paths:
+        for depth, name in enumerate(path):
+            if numbers(name):
+                members.setdefault((*path[:depth], stem(name)), set()).add(name)
+    return [
+        ".".join(
+            stem(name) if name.isdecimal() or len(members.get((*path[:depth], stem(name)), ())) > _FEW else name
+            for depth, name in enumerate(path)
+        )
+        for path in paths
+    ]
 
 
 def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints, fixed: set[int]) -> Assignment:
@@ -198,9 +209,10 @@ def exchanges(
         key = tuple(template(path) for path in (*one.modules, *one.ends))
         gain = float(np.mean([_gain(assignment, source, target, *pair) for pair in one.pairs])) + _OWN * _own_gain(one)
         found.setdefault((key, gain < 0), []).append(replace(one, gain=gain))
+    slots = _slots(source.paths), _slots(target.paths)
     names = [
-        [(*map(stem, side.paths[unit][:-1]), side.paths[unit][-1]) for unit in chosen.tolist()]
-        for side, chosen in ((source, assignment.source), (target, assignment.target))
+        [of[i] for i in chosen.tolist()]
+        for of, chosen in zip(slots, (assignment.source, assignment.target), strict=True)
     ]
     together = Counter(zip(*names, strict=True))
     result = []
@@ -453,8 +465,15 @@ def _numbers_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
 
 def _ordinals_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
     """Tell the same of what comes first by a word on one side (``pre``, ``post``) and a word or number on the other."""
-    own, other = ([ordinal(path[-1]) or numbers(path[-1]) for path in side] for side in (source, target))
-    in_words = any(ordinal(path[-1]) for path in (*source, *target))
-    if not in_words or not all(own) or not all(other) or own[0] == own[1] or other[0] == other[1]:
+    own, other = ([ordinal(path[-1]) for path in side] for side in (source, target))
+    if not (_differ(own) or _differ(other)):
+        return 0
+    own = own if _differ(own) else [numbers(path[-1]) for path in source]
+    other = other if _differ(other) else [numbers(path[-1]) for path in target]
+    if not (_differ(own) and _differ(other)):
         return 0
     return 1 if (own[0] < own[1]) == (other[0] < other[1]) else -1
+
+
+def _differ(places: Sequence[tuple[int, ...]]) -> bool:
+    return all(places) and places[0] != places[1]

@@ -41,9 +41,10 @@ def disordered(
     blocks = blocks_of(assignment, source, target, kind_of)
     alike: dict[tuple[_Called, Path, object], list[_Member]] = {}
     lists: dict[tuple[_Called, Path], list[_Member]] = {}
-    for block, pairs in blocks.items():
+    layers = {pair.other: [pair] for pairs in blocks.values() for pair in pairs}
+    for block, pairs in (*blocks.items(), *layers.items()):
         if numbers(block[-1]):
-            end = common([pair.own for pair in pairs])
+            end = pairs[0].own if block == pairs[0].other else common([pair.own for pair in pairs])
             member = _Member(block[-1], end, pairs)
             called = tuple(map(stem, block)), tuple(map(stem, end))
             shapes = frozenset((pair.other[len(block) :], pair.own[len(end) :], pair.kind) for pair in pairs)
