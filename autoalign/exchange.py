@@ -70,7 +70,8 @@ class Exchange:
             return self.names < _CLEAR
         told = self.names < -_CLEAR
         if self.names < _CLEAR:
-            told |= self.mirrored > 0 or (self.order == 0 and min(self.numbers, self.ordinals) < 0)
+            told |= self.mirrored > 0 and self.order <= 0 and not self.is_list
+            told |= self.order == 0 and min(self.numbers, self.ordinals) < 0
             told |= self.is_list and self.numbers == 0 and self.order < 0
         return told and self.elsewhere <= 0 and self.anchors == 0
 
