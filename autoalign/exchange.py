@@ -33,6 +33,7 @@ _ROLE = 0.5  # what it tells that only one way matches a query, a key or a value
 _OWN = 0.5  # weight of the own names of two modules beside those of the layers in them
 _ROUNDS = 3
 _REPAIRS = 6  # rounds in which blocks that were crossed are straightened
+_LATE = (9,)  # the ordinal from which on a layer is one of the last of its block
 _FEW = 3  # siblings that differ in a number and are no list of blocks
 _UNLIKE = 0.5  # share of the layers of two modules that may have no counterpart in the other
 _MANY = 12  # siblings of which only those of one content are compared; more of these, neighbour by neighbour
@@ -466,7 +467,7 @@ def _numbers_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
 
 def _ordinals_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
     """Tell the same of what comes first by a word on one side (``pre``, ``post``) and a word or number on the other."""
-    own, other = ([ordinal(path[-1]) for path in side] for side in (source, target))
+    own, other = (_places_in_block(side) for side in (source, target))
     if not (_differ(own) or _differ(other)):
         return 0
     own = own if _differ(own) else [numbers(path[-1]) for path in source]
@@ -474,6 +475,12 @@ def _ordinals_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int
     if not (_differ(own) and _differ(other)):
         return 0
     return 1 if (own[0] < own[1]) == (other[0] < other[1]) else -1
+
+
+def _places_in_block(pair: tuple[Path, Path]) -> list[tuple[int, ...]]:
+    """Tell the places of two modules by their names; one without comes before what is called the last."""
+    places = [ordinal(path[-1]) for path in pair]
+    return [place or ((0,) if max(places) >= _LATE else ()) for place in places]
 
 
 def _differ(places: Sequence[tuple[int, ...]]) -> bool:

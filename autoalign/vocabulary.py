@@ -81,6 +81,7 @@ ORDINALS: dict[str, int] = {
     "up": 2,
     "cross": 3,
     "mlp": 4,
+    "out": 5,
     "last": 5,
 }
 
