@@ -467,7 +467,7 @@ def _numbers_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
 
 def _ordinals_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
     """Tell the same of what comes first by a word on one side (``pre``, ``post``) and a word or number on the other."""
-    own, other = (_places_in_block(side) for side in (source, target))
+    own, other = (_places_in_block(_parting(*side) or side) for side in (source, target))
     if not (_differ(own) or _differ(other)):
         return 0
     own = own if _differ(own) else [numbers(path[-1]) for path in source]

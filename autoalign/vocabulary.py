@@ -76,6 +76,8 @@ ORDINALS: dict[str, int] = {
     "first": 1,
     "self": 1,
     "gate": 1,
+    "expand": 1,
+    "depthwise": 2,
     "attn": 2,
     "second": 2,
     "up": 2,
