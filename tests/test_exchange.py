@@ -29,7 +29,7 @@ def block(names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
 
 
 def network(names: Mapping[str, str], prefix: str, *, in_order: bool) -> dict[str, Tensor]:
-    shapes = {"embed.weight": (100, WIDTH)}
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (100, WIDTH)}
     for depth in range(3):
         shapes |= {f"{prefix}.{depth}.{name}.weight": shape for name, shape in block(names).items()}
     shapes["out.weight"] = (30, WIDTH)
@@ -106,7 +106,7 @@ def test_a_call_of_both_tells_what_nothing_else_does(names: tuple[str, str]) -> 
 
 def fused(prefix: str, parts: Mapping[str, str]) -> dict[str, Tensor]:
     """Two streams, each with a fused projection and one of as many rows as it has for a query."""
-    shapes = {"patch.weight": (WIDTH, 12), "tokens.weight": (WIDTH, 20)}
+    shapes: dict[str, tuple[int, ...]] = {"patch.weight": (WIDTH, 12), "tokens.weight": (WIDTH, 20)}
     for depth in range(2):
         for stream in ("img", "txt"):
             around = f"{prefix}.{depth}.{stream}_attn"
@@ -151,7 +151,7 @@ def test_lists_of_one_name_run_in_one_direction() -> None:
 @pytest.mark.parametrize("name", ["post_attention_layernorm", "attention_layernorm"])
 def test_what_is_named_after_attention_is_read_in_its_context(name: str) -> None:
     def side(names: tuple[str, ...], prefix: str) -> dict[str, Tensor]:
-        shapes = {"embed.weight": (100, WIDTH)}
+        shapes: dict[str, tuple[int, ...]] = {"embed.weight": (100, WIDTH)}
         for depth in range(3):
             shapes |= {f"{prefix}.{depth}.attn.{role}.weight": (WIDTH, WIDTH) for role in ("q", "k", "v", "o")}
             shapes |= {
