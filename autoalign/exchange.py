@@ -9,15 +9,15 @@ names, numbers, order, and other places where one of them stands without the oth
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
 
 import numpy as np
 
 from autoalign.crossings import Repair, crossings
 from autoalign.evidence import Floats, Ints, SideEvidence, template
-from autoalign.graph import Path, block_around
+from autoalign.graph import Path
+from autoalign.instances import Instance, Pairs, instances_of, parting, shared
 from autoalign.lists import disordered, misnumbered
 from autoalign.matching import Assignment
 from autoalign.names import likeness, numbers, ordinal, stem, words
@@ -35,10 +35,7 @@ _ROUNDS = 3
 _REPAIRS = 6  # rounds in which blocks that were crossed are straightened
 _LATE = (9,)  # the ordinal from which on a layer is one of the last of its block
 _FEW = 3  # siblings that differ in a number and are no list of blocks
-_UNLIKE = 0.5  # share of the layers of two modules that may have no counterpart in the other
-_MANY = 12  # siblings of which only those of one content are compared; more of these, neighbour by neighbour
 
-_Pairs = tuple[tuple[int, int], ...]  # places in the assignment that would exchange their sources
 _Key = tuple[str, ...]
 
 
@@ -46,7 +43,7 @@ _Key = tuple[str, ...]
 class Exchange:
     """All exchanges of one kind: the same two modules in every block that has them."""
 
-    pairs: _Pairs
+    pairs: Pairs
     anchors: int  # layers that only one of the two has: how many more are matched to the same place as these than not
     is_list: bool  # whether the two are members of one numbered list, on both sides
     names: float  # how much better the names fit as they are, in about [-2, 2]
@@ -206,8 +203,8 @@ def exchanges(
     """Find what could be exchanged; the arguments are those of ``settled``."""
     alike = _alike(assignment, kinds)
     place_of = {int(unit): place for place, unit in enumerate(assignment.target)}
-    found: dict[tuple[_Key, bool], list[_Instance]] = {}
-    for one in _instances(assignment, source, target, place_of, alike):
+    found: dict[tuple[_Key, bool], list[Instance]] = {}
+    for one in instances_of(assignment, source, target, place_of, alike):
         key = tuple(template(path) for path in (*one.modules, *one.ends))
         gain = float(np.mean([_gain(assignment, source, target, *pair) for pair in one.pairs])) + _OWN * _own_gain(one)
         found.setdefault((key, gain < 0), []).append(replace(one, gain=gain))
@@ -270,10 +267,10 @@ def _role(path: Path) -> frozenset[str]:
     return ROLES.intersection(words(path[-1]))
 
 
-def _own_gain(one: _Instance) -> float:
+def _own_gain(one: Instance) -> float:
     """Tell how much better the own names of two modules fit as they are, whatever the layers in them are called."""
     (a, b), (x, y) = (
-        [tuple(word for name in path[_shared(*pair) :] for word in words(name)) for path in pair]
+        [tuple(word for name in path[shared(*pair) :] for word in words(name)) for path in pair]
         for pair in (one.modules, one.ends)
     )
     return likeness(x, a) + likeness(y, b) - likeness(x, b) - likeness(y, a)
@@ -286,7 +283,7 @@ def _order(assignment: Assignment, source: SideEvidence, target: SideEvidence, p
 
 
 def _others(
-    assignment: Assignment, own: Sequence[Path], other: Sequence[Path], one: _Instance
+    assignment: Assignment, own: Sequence[Path], other: Sequence[Path], one: Instance
 ) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Tell to which numbers of the source's list the other members of a list are matched, in order."""
     source, target = one.ends[0][:-1], one.modules[0][:-1]
@@ -309,7 +306,7 @@ def _direction(others: Mapping[tuple[int, ...], tuple[int, ...]]) -> int:
     return (partners == sorted(partners)) - (partners == sorted(partners, reverse=True))
 
 
-def _is_shifted(others: Mapping[tuple[int, ...], tuple[int, ...]], one: _Instance) -> bool:
+def _is_shifted(others: Mapping[tuple[int, ...], tuple[int, ...]], one: Instance) -> bool:
     """Tell whether all other members of a list have other numbers by as much as the two taken together."""
     ends, modules = ([numbers(path[-1]) for path in pair] for pair in (one.ends, one.modules))
     shifts = {
@@ -319,17 +316,6 @@ def _is_shifted(others: Mapping[tuple[int, ...], tuple[int, ...]], one: _Instanc
     if rest or not any(shift) or any(len(end) != len(shift) for end in ends):
         return False
     return sorted(tuple(np.add(end, shift)) for end in ends) == sorted(modules)
-
-
-@dataclass(frozen=True, slots=True)
-class _Instance:
-    """One exchange of two modules of the target, or of two of its layers."""
-
-    modules: tuple[Path, Path]
-    ends: tuple[Path, Path]  # the modules of the source that they are matched to, as far as these differ
-    pairs: _Pairs
-    anchors: int
-    gain: float = 0.0
 
 
 def exchanged(assignment: Assignment, chosen: Sequence[Exchange]) -> Assignment:
@@ -355,108 +341,6 @@ def _with_sources(assignment: Assignment, source: Ints) -> Assignment:
     return replace(assignment, source=source, runner_up=rival, cues=cues)
 
 
-def _instances(
-    assignment: Assignment,
-    source: SideEvidence,
-    target: SideEvidence,
-    place_of: Mapping[int, int],
-    alike: Ints,
-) -> Iterator[_Instance]:
-    """List pairs of target modules that share most shapes below, and of layers of one block that have the same."""
-    paths = target.paths
-    below: dict[Path, list[int]] = {}
-    for unit in place_of:
-        for depth in range(1, len(paths[unit]) + 1):
-            below.setdefault(paths[unit][:depth], []).append(unit)
-    siblings: dict[Path, list[Path]] = {}
-    for module in below:
-        siblings.setdefault(module[:-1], []).append(module)
-    layers: dict[tuple[Path, int], list[Path]] = {}
-    unit_at = {paths[unit]: unit for unit in place_of}
-    for path, unit in unit_at.items():
-        layers.setdefault((block_around(path), int(alike[place_of[unit]])), []).append(path)
-
-    def instances(
-        first: Path, second: Path, pairs: Sequence[tuple[int, int]], rest: Sequence[int], top: Path
-    ) -> Iterator[_Instance]:
-        by_ends: dict[tuple[Path, Path], list[tuple[int, int]]] = {}  # some may be exchanged and others not
-        for pair in ((place_of[a], place_of[b]) for a, b in pairs):
-            ends = _parting(*(source.paths[assignment.source[place]] for place in pair))
-            if ends is not None:
-                by_ends.setdefault(ends, []).append(pair)
-        for ends, places in by_ends.items():
-            anchors = 0
-            for unit in rest:
-                path, own = source.paths[assignment.source[place_of[unit]]], paths[unit][: len(top)] == top
-                inside = [path[: len(end)] == end for end in ends]
-                anchors += (inside[0] - inside[1]) * (1 if own else -1)
-            yield _Instance((first, second), ends, tuple(places), anchors)
-
-    def content(module: Path) -> tuple[int, ...]:
-        return tuple(sorted(int(alike[place_of[unit]]) for unit in below[module]))
-
-    for modules in siblings.values():
-        for first, second in _compared(modules, content):
-            pairs, rest = _counterparts(first, second, below, paths, lambda unit: int(alike[place_of[unit]]))
-            if pairs and len(rest) <= _UNLIKE * (len(rest) + 2 * len(pairs)):
-                yield from instances(first, second, pairs, rest, first)
-    for within in layers.values():
-        for first, second in _compared(within, len):
-            if first[:-1] != second[:-1]:  # siblings were compared already
-                tops = _parting(first, second) or (first, second)
-                pair = unit_at[first], unit_at[second]
-                rest = [unit for top in tops for unit in below[top] if unit not in pair]
-                yield from instances(first, second, [pair], rest, tops[0])
-
-
-def _compared(modules: Sequence[Path], content: Callable[[Path], object]) -> Iterator[tuple[Path, Path]]:
-    """List the siblings that may be exchanged; of many only those of one content, of a list those that follow."""
-    by_content: dict[object, list[Path]] = {}
-    is_list = len({stem(module[-1]) for module in modules}) == 1 and all(numbers(module[-1]) for module in modules)
-    for module in sorted(modules, key=lambda module: numbers(module[-1])) if is_list else modules:
-        by_content.setdefault(content(module), []).append(module)
-    if is_list or len(modules) > _MANY:
-        for members in by_content.values():
-            yield from pairwise(members) if is_list or len(members) > 2 * _MANY else combinations(members, 2)
-    else:
-        yield from combinations(modules, 2)
-
-
-def _counterparts(
-    first: Path, second: Path, below: Mapping[Path, Sequence[int]], paths: Sequence[Path], kind: Callable[[int], int]
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Pair the layers of two modules that have equal shapes, by their names within them, or else by their order.
-
-    Returns:
-        The pairs, and the layers that are left.
-    """
-    own = {paths[unit][len(first) :]: unit for unit in below[first]}
-    other = {paths[unit][len(second) :]: unit for unit in below[second]}
-    pairs = [(unit, other[name]) for name, unit in own.items() if name in other and kind(unit) == kind(other[name])]
-    done = {unit for pair in pairs for unit in pair}
-    queues: dict[int, list[int]] = {}
-    for unit in other.values():
-        if unit not in done:
-            queues.setdefault(kind(unit), []).append(unit)
-    left = (unit for unit in own.values() if unit not in done)
-    pairs += [(unit, queues[kind(unit)].pop(0)) for unit in left if queues.get(kind(unit))]
-    done = {unit for pair in pairs for unit in pair}
-    return pairs, [unit for unit in (*below[first], *below[second]) if unit not in done]
-
-
-def _parting(first: Path, second: Path) -> tuple[Path, Path] | None:
-    """Cut two paths after the first component in which they differ."""
-    depth = _shared(first, second)
-    return None if depth == min(len(first), len(second)) else (first[: depth + 1], second[: depth + 1])
-
-
-def _shared(first: Path, second: Path) -> int:
-    """Count the components that two paths begin with alike."""
-    return next(
-        (depth for depth, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
-
-
 def _numbers_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
     """Tell whether two pairs of names have the same numbers in this order: 1, in the other: -1, or not: 0."""
     own, other = ([numbers(path[-1]) for path in side] for side in (source, target))
@@ -467,7 +351,7 @@ def _numbers_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
 
 def _ordinals_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
     """Tell the same of what comes first by a word on one side (``pre``, ``post``) and a word or number on the other."""
-    own, other = (_places_in_block(_parting(*side) or side) for side in (source, target))
+    own, other = (_places_in_block(parting(*side) or side) for side in (source, target))
     if not (_differ(own) or _differ(other)):
         return 0
     own = own if _differ(own) else [numbers(path[-1]) for path in source]

@@ -20,7 +20,7 @@ import autoalign
 from autoalign.calibration import FILE, uncalibrated
 
 EDGES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999, 1.000001)  # of the raw confidence
-FIXED = (0.45, 0.6, 0.85)  # confidences that stand for a reason
+FIXED = (0.45, 0.85)  # confidences that stand for a reason
 _LEAST = 200  # matches from which a range counts
 _Z = 1.96
 _STEP = 1e-6  # by which the table rises at least, so that it can be turned round

@@ -51,6 +51,7 @@ FLOW = (
         "crossings",
         "lists",
         "vacancies",
+        "instances",
         "exchange",
         "mismatches",
         "decision",
