@@ -30,12 +30,13 @@ class SideParts:
     parts: tuple[Part, ...]
     fusions: tuple[Fusion, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)  # what is known of its network, as it was found
+    ordered: bool = True  # whether its keys come in the order of registration, as far as can be seen
 
     @staticmethod
     def of(specs: Sequence[TensorSpec], config: Mapping[str, object], counts: Sequence[int] | None = None) -> SideParts:
         ordered = not is_alphabetical([spec.key for spec in specs])
         parts = as_in_torch(with_known_leaves(parts_of(specs, counts), ordered=ordered))
-        return SideParts(tuple(specs), tuple(parts), config=config)
+        return SideParts(tuple(specs), tuple(parts), config=config, ordered=ordered)
 
     def key(self, part: Part) -> str:
         return self.specs[part.tensor].key

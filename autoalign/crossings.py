@@ -32,23 +32,15 @@ class Pair:
 
 
 Block = Sequence[Pair]
+Blocks = Mapping[Path, Block]  # module of the target -> what is matched in it
 
 
-def crossings(
-    assignment: Assignment, source: Sequence[Path], target: Sequence[Path], kind_of: Sequence[int]
-) -> list[Repair]:
+def crossings(blocks: Blocks) -> list[Repair]:
     """Find parts of blocks that are more of one piece when they exchange their sources.
-
-    Args:
-        assignment: The chosen pairs of units.
-        source: The paths of the source's units.
-        target: The paths of the target's units.
-        kind_of: [pairs]: equal where the shapes of both units are.
 
     Returns:
         For each exchange what its places should have, none of them twice.
     """
-    blocks = blocks_of(assignment, source, target, kind_of)
     spread: dict[tuple[Path, Path], list[Path]] = {}  # names around, and what all that fills a block is in
     for block, pairs in blocks.items():
         end = common([pair.own for pair in pairs])
@@ -65,10 +57,15 @@ def crossings(
     return found
 
 
-def blocks_of(
-    assignment: Assignment, source: Sequence[Path], target: Sequence[Path], kind_of: Sequence[int]
-) -> Mapping[Path, Block]:
-    """List the layers of each module that has several."""
+def blocks_of(assignment: Assignment, source: Sequence[Path], target: Sequence[Path], kind_of: Sequence[int]) -> Blocks:
+    """List the layers of each module of the target that is matched.
+
+    Args:
+        assignment: The chosen pairs of units.
+        source: The paths of the source's units.
+        target: The paths of the target's units.
+        kind_of: [pairs]: equal where the shapes of both units are.
+    """
     blocks: dict[Path, list[Pair]] = {}
     chosen = zip(assignment.source.tolist(), assignment.target.tolist(), kind_of, strict=True)
     for place, (i, j, kind) in enumerate(chosen):

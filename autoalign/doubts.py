@@ -161,8 +161,11 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | N
     if (source.path[:-1] in styles[0].gated) != (target.path[:-1] in styles[1].gated):
         return Doubt(_GATES)
     both_doubled = source.path[:-1] in styles[0].doubled and target.path[:-1] in styles[1].doubled
-    same = stem(source.path[-2]) == stem(target.path[-2]) if both_doubled else False
-    if both_doubled and not same and _order_of_halves(source.path) != _order_of_halves(target.path):
+    if (
+        both_doubled
+        and stem(source.path[-2]) != stem(target.path[-2])
+        and (_order_of_halves(source.path) != _order_of_halves(target.path))
+    ):
         halves = (2, source.shape[0] // 2, *source.shape[1:])
         return Doubt(_HALVES, (chain(Reshape(halves), Flip(0), Reshape(source.shape)),))
     if "qkv" in own and "qkv" in other and interleaves(source.path) != interleaves(target.path):

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from autoalign.crossings import Repair, crossings
+from autoalign.crossings import Blocks, Repair, blocks_of, crossings
 from autoalign.evidence import Floats, Ints, SideEvidence, template
 from autoalign.graph import Path
 from autoalign.instances import Instance, Pairs, instances_of, parting, shared
@@ -117,8 +118,8 @@ def settled(
     fixed = set(np.flatnonzero(np.isin(assignment.target, list(held))).tolist())
     unit_at = {path: unit for unit, path in enumerate(source.paths)}
 
-    def repaired(assignment: Assignment, repairs: Callable[..., Iterable[Repair]]) -> Assignment:
-        for repair in repairs(assignment, source.paths, target.paths, _alike(assignment, kinds).tolist()):
+    def repaired(assignment: Assignment, repairs: Callable[[Blocks], Iterable[Repair]]) -> Assignment:
+        for repair in repairs(blocks_of(assignment, source.paths, target.paths, _alike(assignment, kinds).tolist())):
             wanted = {place: unit_at.get(path, -1) for place, path in repair.items()}
             assignment = _with_wanted(assignment, wanted, kinds[0], fixed)
         return assignment
@@ -127,13 +128,15 @@ def settled(
         before, assignment = assignment, repaired(assignment, crossings)
         if assignment is before:
             break
-    assignment = repaired(repaired(assignment, misnumbered), disordered)
+    assignment = repaired(repaired(assignment, partial(misnumbered, source=source.paths)), disordered)
     for _ in range(_ROUNDS):
         found = exchanges(assignment, source, target, kinds)
         better = [exchange for exchange in found if exchange.is_better and fixed.isdisjoint(_places(exchange.pairs))]
         if not better:
             break
         assignment = exchanged(assignment, better)
+    else:
+        found = exchanges(assignment, source, target, kinds)
     sureness = np.ones(len(assignment.source), dtype=np.float32)
     rival, doubts, slots = assignment.runner_up.copy(), dict[int, str](), _slots(target.paths)
     for exchange in found:

@@ -13,9 +13,8 @@ from itertools import combinations
 
 import numpy as np
 
-from autoalign.crossings import Block, Repair, blocks_of, common
+from autoalign.crossings import Block, Blocks, Repair, common
 from autoalign.graph import Path
-from autoalign.matching import Assignment
 from autoalign.names import numbers, stem
 
 _ORDERED = 3  # members of a list whose numbers tell
@@ -24,21 +23,12 @@ _AGREEING = 2  # other lists of the same names that tell the direction of one
 _Called = tuple[Path, Path]  # the names of a target's list and of what fills it, without numbers
 
 
-def disordered(
-    assignment: Assignment, source: Sequence[Path], target: Sequence[Path], kind_of: Sequence[int]
-) -> Iterator[Repair]:
+def disordered(blocks: Blocks) -> Iterator[Repair]:
     """Find lists of equal blocks that are matched in neither direction, or in another one than lists of their names.
-
-    Args:
-        assignment: The chosen pairs of units.
-        source: The paths of the source's units.
-        target: The paths of the target's units.
-        kind_of: [pairs]: equal where the shapes of both units are.
 
     Yields:
         For each list what its places should have instead.
     """
-    blocks = blocks_of(assignment, source, target, kind_of)
     alike: dict[tuple[_Called, Path, object], list[_Member]] = {}
     lists: dict[tuple[_Called, Path], list[_Member]] = {}
     layers = {pair.other: [pair] for pairs in blocks.values() for pair in pairs}
@@ -103,11 +93,13 @@ def _in_order(members: Sequence[_Member], others: int) -> Repair:
     }
 
 
-def misnumbered(
-    assignment: Assignment, source: Sequence[Path], target: Sequence[Path], kind_of: Sequence[int]
-) -> Iterator[Repair]:
-    """Find lists whose members have other numbers than what fills them, and could have their own; as ``disordered``."""
-    blocks = blocks_of(assignment, source, target, kind_of)
+def misnumbered(blocks: Blocks, source: Sequence[Path]) -> Iterator[Repair]:
+    """Find lists whose members have other numbers than what fills them, and could have their own; as ``disordered``.
+
+    Args:
+        blocks: What is matched.
+        source: The paths of the source's units.
+    """
     numbers_of: dict[tuple[Path, str], set[tuple[int, ...]]] = {}
     for path in source:
         for depth, name in enumerate(path):

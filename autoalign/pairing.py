@@ -15,7 +15,7 @@ from autoalign.candidates import Candidates, candidates, flipped_parts, operatio
 from autoalign.decision import coherence, confidence_of, related, special_units, twins
 from autoalign.directions import REVERSIBLE, undirected
 from autoalign.doubts import DOUBTED, TOLD
-from autoalign.evidence import is_alphabetical, side_evidence
+from autoalign.evidence import side_evidence
 from autoalign.exchange import settled
 from autoalign.fusion import split_fused
 from autoalign.graph import ancestry
@@ -156,8 +156,8 @@ def _match_parts(
     sides = [
         side_evidence(paths := [unit.path for unit in units], ancestry(paths), classes, pairs.class_count, ordered=told)
         for units, classes, told in (
-            (own, pairs.source_class, not is_alphabetical([spec.key for spec in source.specs])),
-            (other, pairs.target_class, not is_alphabetical([spec.key for spec in target.specs])),
+            (own, pairs.source_class, source.ordered),
+            (other, pairs.target_class, target.ordered),
         )
     ]
     kinds = pairs.source_kind, pairs.target_kind
@@ -204,9 +204,10 @@ def _match_parts(
 
 def _is_told(source: SideParts, target: SideParts, a: int, b: int) -> bool:
     """Tell whether more than its place in its layer shows what a tensor is."""
-    by_order = source.parts[a].by_order or target.parts[b].by_order
-    names = [components(side.key(side.parts[part]))[-1] for side, part in ((source, a), (target, b))]
-    return not by_order or names[0] == names[1]
+    own, other = source.parts[a], target.parts[b]
+    if not (own.by_order or other.by_order):
+        return True
+    return components(source.key(own))[-1] == components(target.key(other))[-1]
 
 
 def _operation(source: Part, target: Part, *, flipped: bool) -> Operation | None:

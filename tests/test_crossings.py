@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 import autoalign
-from autoalign.crossings import Repair, crossings
+from autoalign.crossings import Repair, blocks_of, crossings
 from autoalign.lists import disordered, misnumbered
 from autoalign.matching import Assignment
 
@@ -54,7 +54,8 @@ def assignment(pairs: Mapping[str, str]) -> tuple[Assignment, list[tuple[str, ..
 def repaired(pairs: Mapping[str, str], repairs: Callable[..., Iterable[Repair]]) -> dict[str, str]:
     chosen, source, target = assignment(pairs)
     moved = dict(pairs)
-    for repair in repairs(chosen, source, target, [0] * len(pairs)):
+    blocks = blocks_of(chosen, source, target, [0] * len(pairs))
+    for repair in repairs(blocks, source) if repairs is misnumbered else repairs(blocks):
         moved.update({".".join(target[place]): ".".join(own) for place, own in repair.items()})
     return moved
 
