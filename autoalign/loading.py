@@ -244,12 +244,15 @@ def _fill(
     with progress_of(progress, len(alignment.matches), _size(alignment), since) as step:
         fills = None
         if "assign" not in options and takes_copies(model, [match.target for match in alignment.matches]):
-            fills = fills_of(source, alignment, targets, findings, _no_step if source.is_held else step)
+            postpone = source.is_held and not _may_raise(ValueWarning)
+            early = _no_step if source.is_held else step
+            fills = fills_of(source, alignment, targets, findings, early, postpone=postpone)
             if not all(copies_surely(given, part) for fill in fills for part, given in fill.copies):
-                fills = None
+                fills, findings = None, Findings()
         if fills is None:
             tensors = tensors_of(source, alignment, targets, findings, step, **options)
-        _warn(loaded, alignment, targets, findings)  # before a change, since a warning may be turned into an error
+        _warn_of_keys(loaded, alignment, targets)  # before a change, since a warning may be turned into an error
+        _warn_of_values(loaded, findings)
         if fills is None:
             _load_state_dict(model, source, alignment, counters, targets, tensors, options)
         else:
@@ -260,6 +263,9 @@ def _fill(
                 copy_all(fills, step if source.is_held else _no_step)
                 if is_cancellable:
                     _check_unchanged(model, alignment, targets)
+            if findings.postponed:
+                findings.examine_postponed()
+                _warn_of_values(loaded, findings)
     if "assign" in options:  # the tensors that the model had are not the ones it has now
         alignment = replace(alignment, target_tensors=checkpoint_of(model))
     logger.info("Loaded %s; %d keys missing, %d unexpected.", loaded, *map(len, alignment))
@@ -320,7 +326,8 @@ def _fill_sharded(
     if ranks.is_first:
         loaded = summary(alignment, source, type(model).__name__)
         logger.info("Loaded %s; %d keys missing, %d unexpected.", loaded, *map(len, alignment))
-        _warn(loaded, alignment, targets, findings)
+        _warn_of_keys(loaded, alignment, targets)
+        _warn_of_values(loaded, findings)
     return findings.noted(alignment)
 
 
@@ -333,8 +340,16 @@ def _size(alignment: Alignment) -> int:
     return sum(sizes[match.target] for match in alignment.matches)
 
 
-def _warn(loaded: str, alignment: Alignment, targets: Mapping[str, Tensor], findings: Findings) -> None:
-    """Warn of what is not filled, and of values, on behalf of the caller of ``load``."""
+def _may_raise(category: type[Warning]) -> bool:
+    """Tell whether a warning of some category may be turned into an error."""
+    for action, message, kind, module, line in warnings.filters:
+        if issubclass(category, kind) and (action == "error" or not (message or module or line)):
+            return action == "error"  # the first filter that fits counts; whether some do is not known yet
+    return False
+
+
+def _warn_of_keys(loaded: str, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:
+    """Warn of what is not filled, on behalf of the caller of ``load``."""
     unfilled = [key for key in alignment.missing_keys if key not in alignment.excluded]
     if unfilled:
         named = ", ".join(unfilled[:4]) + (", ..." if len(unfilled) > 4 else "")
@@ -344,6 +359,10 @@ def _warn(loaded: str, alignment: Alignment, targets: Mapping[str, Tensor], find
             PartialLoadWarning,
             stacklevel=_CALLER,
         )
+
+
+def _warn_of_values(loaded: str, findings: Findings) -> None:
+    """Warn of values that a person should know of, on behalf of the caller of ``load``."""
     if statements := findings.statements():
         warnings.warn(
             f"Loading {loaded}. {' '.join(statements)} They are loaded as they are.",

@@ -31,6 +31,13 @@ class Findings:
 
     losses: dict[str, str] = field(default_factory=dict)  # from a target key to what its dtype cannot hold
     nan: dict[str, tuple[int, int]] = field(default_factory=dict)  # from a source key to NaN and all elements looked at
+    postponed: list[tuple[Match, Sequence[Tensor], torch.dtype]] = field(default_factory=list)  # what to examine yet
+
+    def examine_postponed(self) -> None:
+        """Look at what was left for later."""
+        for match, sources, dtype in self.postponed:
+            self.examine(match, sources, dtype)
+        self.postponed.clear()
 
     def examine(self, match: Match, sources: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Look at what a match loads into a tensor of some dtype."""
@@ -95,9 +102,24 @@ def check_devices(alignment: Alignment, targets: Mapping[str, Tensor], *, assign
 
 
 def fills_of(
-    source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tensor], findings: Findings, step: Step
+    source: Checkpoint,
+    alignment: Alignment,
+    targets: Mapping[str, Tensor],
+    findings: Findings,
+    step: Step,
+    *,
+    postpone: bool,
 ) -> list[Fill]:
     """Find the copies that fill the model's tensors; what takes more than copies is worked out here.
+
+    Args:
+        source: The checkpoint.
+        alignment: What is loaded from where.
+        targets: The model's state dict.
+        findings: Where to say what is found of the values.
+        step: Called after every tensor.
+        postpone: Leave the values to be examined when they are copied and in memory anyway, as they are not yet in that
+            of a mapped file.
 
     Raises:
         InputError: The checkpoint has no values.
@@ -107,7 +129,10 @@ def fills_of(
     fills, size = [], 0
     for done, (match, sources) in enumerate(_read(source, alignment), start=1):
         target = targets[match.target].detach()
-        findings.examine(match, sources, target.dtype)
+        if postpone and all(memory_of(tensor) not in memories for tensor in sources):
+            findings.postponed.append((match, sources, target.dtype))
+        else:
+            findings.examine(match, sources, target.dtype)
         fill = None if needs_target(match.operation) else copies_in_place(match.operation, sources, target)
         if fill is None:
             tensor = alignment.tensor(match, sources)

@@ -20,10 +20,11 @@ def nan_count(tensor: Tensor) -> int:
         return 0
     if tensor.layout != torch.strided:
         return 0 if tensor.layout != torch.sparse_coo else nan_count(tensor._values())
-    parts = [tensor] if tensor.numel() <= 3 * _SAMPLE else [_stretch(tensor, place) for place in (0, 1, 2)]
-    if not any(bool(_is_nan(part).any()) for part in parts):
+    parts = [tensor] if tensor.numel() <= 3 * _SAMPLE else _stretches(tensor)
+    sums = [_wide(part).sum().item() for part in parts]
+    if all(total == total for total in sums):  # a NaN makes one of the sum, as do infinities of both signs
         return 0
-    return int(_is_nan(tensor).sum())
+    return int(torch.isnan(_wide(tensor)).sum())
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -31,16 +32,23 @@ def _has_values(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
 
 
-def _stretch(tensor: Tensor, place: int) -> Tensor:
-    """Take a stretch at the beginning, in the middle or at the end of a tensor, as a view."""
-    while tensor.dim() > 1:
-        tensor = tensor[(len(tensor) - 1) * place // 2]
-    length = min(_SAMPLE, len(tensor))
-    return tensor.narrow(0, (len(tensor) - length) * place // 2, length)
+def _stretches(tensor: Tensor) -> list[Tensor]:
+    """Take stretches at the beginning, in the middle and at the end of a tensor, as views."""
+    if tensor.is_contiguous():
+        tensor = tensor.view(-1)
+    places = (0, 1, 2)
+    parts = [tensor] * len(places)
+    while parts[0].dim() > 1:
+        parts = [part[(len(part) - 1) * place // 2] for part, place in zip(parts, places, strict=True)]
+    length = min(_SAMPLE, len(parts[0]))
+    return [
+        part.narrow(0, (len(part) - length) * place // 2, length) for part, place in zip(parts, places, strict=True)
+    ]
 
 
-def _is_nan(tensor: Tensor) -> Tensor:
-    return torch.isnan(tensor.float() if tensor.dtype.itemsize == 1 else tensor)  # of which torch has none for float8
+def _wide(tensor: Tensor) -> Tensor:
+    """Give a tensor a dtype with which torch calculates, unlike with float8."""
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
 
 def loss_of_kind(source: torch.dtype, target: torch.dtype) -> str | None:

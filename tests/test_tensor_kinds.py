@@ -179,14 +179,24 @@ def test_values_that_become_infinite_are_reported_and_rounding_is_not() -> None:
         load(model, source)
 
 
-def test_an_unwanted_cast_can_be_an_error_that_changes_nothing() -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_unwanted_cast_can_be_an_error_that_changes_nothing(tmp_path: Path, saved: bool) -> None:
     model = Holder({"table": torch.zeros(2, 2, dtype=torch.int64)})
     before = copy.deepcopy(model)
+    source = Holder({"table": torch.rand(2, 2)})
+    save_file(source.state_dict(), tmp_path / "a")
     with warnings.catch_warnings():
         warnings.simplefilter("error", ValueWarning)
         with pytest.raises(ValueWarning, match=r"table \(float32 to int64"):
-            load(model, Holder({"table": torch.rand(2, 2)}))
+            load(model, tmp_path / "a" if saved else source)
     assert_equal(model, before)
+
+
+def test_nan_of_a_model_that_is_loaded_into_itself_is_looked_for_before_it_is_overwritten() -> None:
+    model = Holder({"first": torch.full((2,), torch.nan), "second": torch.ones(2)})
+    with pytest.warns(ValueWarning, match=r"1 tensors of the checkpoint have NaN: first \(2 of 2\)"):
+        load(model, model.state_dict(), rules=[("first", "second"), ("second", "first")])
+    assert bool(model.get_buffer("second").isnan().all())
 
 
 @pytest.mark.parametrize("saved", [False, True])
