@@ -118,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not peer.is_available:
             print(f"{peer.name} is left out: {peer.requires} is not installed.")
     peers = [peer for peer in peers if peer.is_available]
+    for peer in peers:
+        peer.warm_up()
     results, lines = Results(), list[str]()
     for part, measure in PARTS.items():
         if part in (options.only or PARTS):

@@ -6,10 +6,11 @@ State dicts may be on meta. A function raises where its peer does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.peers import by_name, by_order, liberator, lit_wsl, ours, weight_bridge
 
@@ -30,6 +31,13 @@ class Peer:
     @property
     def is_available(self) -> bool:
         return not self.requires or find_spec(self.requires) is not None
+
+    def warm_up(self) -> None:
+        """Match two small models, so that no measured time has the first use's imports in it."""
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5), nn.LayerNorm(5))
+        state_dict = model.state_dict()
+        with suppress(Exception):  # a peer may refuse it
+            self.match({f"net.layer{key}": tensor for key, tensor in state_dict.items()}, state_dict)
 
     def aligned(self, source: StateDict, target: StateDict) -> dict[str, Tensor]:
         """Give the tensors that the peer would load, by the target's keys and in its shapes."""
