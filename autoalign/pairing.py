@@ -20,6 +20,7 @@ from autoalign.exchange import settled
 from autoalign.fusion import split_fused
 from autoalign.graph import ancestry
 from autoalign.idioms import in_context
+from autoalign.lone import lone_pairs
 from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
 from autoalign.names import components, kind
@@ -196,6 +197,10 @@ def _match_parts(
             if source.parts[a].numeric == target.parts[b].numeric:
                 least = sureness if _is_told(source, target, a, b) else min(sureness, TOLD)
                 found[b] = Found(a, operation, least, evidence, rivals.get(b), doubt)
+    for b, a in lone_pairs(source.parts, target.parts, {b: piece.source for b, piece in found.items()}).items():
+        operation = _operation(source.parts[a], target.parts[b], flipped=False)
+        if operation is not None:
+            found[b] = Found(a, operation, TOLD, {"structure": 1.0, "shape": 1.0}, None)
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
     matched = [(i, j) for j, i in partners.items()]

@@ -56,6 +56,7 @@ FLOW = (
         "mismatches",
         "decision",
         "directions",
+        "lone",
         "doubts",
         "assembly",
         *("adaptable", "grids", "positions", "shared_rows", "adapting"),
