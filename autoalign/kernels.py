@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-from autoalign.names import words
+from autoalign.names import kind, words
 from autoalign.operations import Operation, Permute, Reshape, Shape, Transpose, chain, output_shapes
 from autoalign.units import Part, Unit, units_of
-from autoalign.vocabulary import FUSED
+from autoalign.vocabulary import FUSED, KERNELS
 
 _ROLES = frozenset(role for word in ("qkv", "gateup") for roles in FUSED[word] for role in roles)
 
@@ -39,7 +39,7 @@ def as_in_torch(parts: Sequence[Part]) -> list[Part]:
         for unit, of, is_kernel in zip(units, shapes, named, strict=True)
         if is_kernel and _keeps_heads(unit, of)
     }
-    result = list(parts)
+    result = [_viewed(part, Permute((0, 2, 1))) if any(named) and _is_stack(part) else part for part in parts]
     for unit, of, is_kernel in zip(units, shapes, named, strict=True):
         kinds = dict(unit.parts)
         view = None
@@ -56,7 +56,12 @@ def as_in_torch(parts: Sequence[Part]) -> list[Part]:
 
 
 def _is_kernel(part: Part) -> bool:
-    return part.path[-1].lower().endswith("kernel")
+    return part.path[-1].lower().endswith(KERNELS)
+
+
+def _is_stack(part: Part) -> bool:
+    """Tell kernels of equal layers, such as experts, that one parameter of another name holds."""
+    return len(part.shape) == 3 and min(part.shape) > 1 and kind(part.path[-1])[0] == "other"
 
 
 def _viewed(part: Part, view: Operation) -> Part:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, STATISTICS
+from autoalign.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, WHOLE_NAMES
 
 _SEPARATORS = re.compile(r"[./]")
 _LEAVES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}  # that start the name of a parameter
@@ -116,8 +116,8 @@ def kind(component: str) -> tuple[str, str]:
     >>> kind("in_proj_weight"), kind("running_mean"), kind("gamma"), kind("cls_token"), kind("weight_ih_l0")
     (('weight', 'in_proj'), ('mean', ''), ('weight', ''), ('other', 'cls_token'), ('weight', 'ih_l0'))
     """
-    if component in STATISTICS:
-        return STATISTICS[component], ""
+    if component in WHOLE_NAMES:
+        return WHOLE_NAMES[component]
     head, _, rest = component.partition("_")
     if rest and head.lower() in _LEAVES:
         return _LEAVES[head.lower()], rest

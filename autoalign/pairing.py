@@ -23,12 +23,13 @@ from autoalign.idioms import in_context
 from autoalign.lone import lone_pairs
 from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
-from autoalign.names import components, kind
+from autoalign.names import components, kind, words
 from autoalign.namesakes import namesakes, share_of
 from autoalign.operations import Copy, Operation
 from autoalign.renaming import is_renamed
 from autoalign.scope import Scope, scope_of, within
 from autoalign.units import Part, Unit, counts_of, units_of
+from autoalign.vocabulary import RIVAL_PAIRS
 
 Outcome = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, mismatches and notes
 
@@ -188,7 +189,10 @@ def _match_parts(
         stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
         stranded &= j not in special or evidence["name"] < _SAME_NAME
         sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
-        sureness = min(sureness, DOUBTED if has_twin[place] else TOLD if place in lists.by_order else 1.0)
+        contradicted = _are_rivals(own[i], other[j])
+        sureness = min(
+            sureness, DOUBTED if has_twin[place] or contradicted else TOLD if place in lists.by_order else 1.0
+        )
         doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
         for a, b in paired_parts(own[i], other[j]):
             operation = _operation(source.parts[a], target.parts[b], flipped=a in pairs.flipped)
@@ -205,6 +209,14 @@ def _match_parts(
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
     matched = [(i, j) for j, i in partners.items()]
     return found, _mismatches(source, target, own, other, (*left, *matched))
+
+
+def _are_rivals(own: Unit, other: Unit) -> bool:
+    """Tell whether two parameters that stand alone have names that exclude each other, as of two kinds of tokens."""
+    if not own.kinds == other.kinds == ("other",):
+        return False
+    names = set(words(own.path[-1])), set(words(other.path[-1]))
+    return any((a, b) in RIVAL_PAIRS for a in names[0] - names[1] for b in names[1] - names[0])
 
 
 def _is_told(source: SideParts, target: SideParts, a: int, b: int) -> bool:

@@ -123,6 +123,7 @@ RELATED: tuple[tuple[str, str, float], ...] = (
     ("head", "fc", 0.5),
     ("head", "proj", 0.2),
     ("head", "out", 0.3),
+    ("head", "reverse", 0.8),
     ("context", "add", 0.5),
     ("text", "add", 0.5),
     ("context", "text", 0.6),
@@ -177,17 +178,22 @@ KINDS: dict[str, str] = {
     "var": "var",
 }
 
+# How the names of matrices end that JAX, Keras and TensorFlow lay out as (in, out).
+KERNELS: tuple[str, ...] = ("kernel", "reverse_embeddings")
+
 # The collections in which Flax keeps what a module owns.
 COLLECTIONS: frozenset[str] = frozenset({"params", "batch_stats"})
 
-# The whole names of a norm's statistics.
-STATISTICS: dict[str, str] = {
-    "running_mean": "mean",
-    "running_var": "var",
-    "num_batches_tracked": "count",
-    "moving_mean": "mean",
-    "moving_var": "var",
-    "moving_variance": "var",
+# Whole names of values -> their kind, and what else they tell: a norm's statistics, and what Keras calls embeddings.
+WHOLE_NAMES: dict[str, tuple[str, str]] = {
+    "running_mean": ("mean", ""),
+    "running_var": ("var", ""),
+    "num_batches_tracked": ("count", ""),
+    "moving_mean": ("mean", ""),
+    "moving_var": ("var", ""),
+    "moving_variance": ("var", ""),
+    "embeddings": ("weight", ""),
+    "reverse_embeddings": ("weight", "reverse"),
 }
 
 

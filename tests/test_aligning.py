@@ -344,3 +344,14 @@ def test_a_call_tells_the_order_that_registration_hides() -> None:
     assert {m.sources[0]: m.target for m in (*misled.matches, *misled.ambiguous) if "head" not in m.target} != wanted
     with pytest.raises(autoalign.InputError, match="need a module"):
         autoalign.align(source.state_dict(), target.state_dict(), example_inputs=torch.ones(1, 8))
+
+
+def test_tokens_of_other_kinds_are_not_taken_for_each_other() -> None:
+    blocks = {f"blocks.{k}.{name}.weight": torch.empty(16, 16, device="meta") for k in range(3) for name in "qkv"}
+    token = torch.empty(1, 1, 16, device="meta")
+    alignment = autoalign.align(
+        {"cls_token": token, "mask_token": token.clone(), **blocks},
+        {"cls_token": token.clone(), "dist_token": token.clone(), **blocks},
+    )
+    assert [match.target for match in alignment.ambiguous] == ["dist_token"]
+    assert alignment.mapping["cls_token"] == "cls_token"
