@@ -7,7 +7,7 @@ virtual parts that carry the roles' names, so that the matcher pairs one part wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -20,6 +20,7 @@ from autoalign.vocabulary import FUSED, GATE_FIRST
 
 Sizes = tuple[int, ...]
 
+_ROLES = frozenset(role for kinds in FUSED.values() for known in kinds for role in known)
 BY_ORDER = "the parts were told apart by their order alone"
 UNTOLD = "nothing but their order tells the parts apart, and other code has them in another"
 
@@ -54,24 +55,38 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     Which part is which is decided by role words and order. Tensors that the other side holds in the same shape and
     under a fused name too stay whole.
     """
-    siblings = _Siblings(others)
+    held = Counter(squeeze(part.shape) for part in others)
+    lacking = {shape for shape in {part.shape for part in parts} if _is_lacking(shape, held)}
+    names = {name for part in parts for name in part.path[-2:]}
+    if not lacking and not any(_is_fused(of) for name in names for of in (name, kind(name)[1])):
+        return list(parts), []
+    units = units_of(parts)
+    matrices = [_matrix(unit, parts) for unit in units]
+    counts = Counter(matrices)
+    unit_of = {
+        index: unit
+        for unit, matrix in zip(units, matrices, strict=True)
+        if _is_fused(unit.path[-1]) or any(parts[index].shape in lacking for _, index in unit.parts)
+        for _, index in unit.parts
+        # unless the other side holds as many layers of this shape
+        if not (matrix and counts[matrix] <= held[matrix] and held[squeeze(parts[index].shape)])
+    }
+    if not unit_of:
+        return list(parts), []
+    siblings = _Siblings(others, held)
     result: list[Part] = []
     fusions: list[Fusion] = []
-    units = units_of(parts)
-    unit_of = {index: unit for unit in units for _, index in unit.parts}
-    names = _role_names(units)
-    counts = Counter(_matrix(unit, parts) for unit in units)
+    called = _role_names(units)
     for index, part in enumerate(parts):
-        unit = unit_of[index]
+        unit = unit_of.get(index)
         plan = None
-        matrix = _matrix(unit, parts)
-        if matrix and counts[matrix] <= siblings.shapes[matrix] and siblings.shapes[squeeze(part.shape)]:
-            pieces = [part]  # the other side holds as many layers of this shape
+        if unit is None:
+            pieces = [part]
         elif pieces := _slices(part, siblings):
             pieces = [piece for each in pieces for piece in _split_slice(each, siblings)]
         elif plan := _plan(index, unit, parts, siblings):
             leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
-            own = {role: names.get((unit.path[:-1], role), role) for role in plan.roles}
+            own = {role: called.get((unit.path[:-1], role), role) for role in plan.roles}
             above = unit.path if numbers(unit.path[-1]) else unit.path[:-1]  # several layers may stand in one module
             pieces = _split(part, plan, [(*above, own[role], leaf) for role in plan.roles])
         else:
@@ -82,6 +97,18 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
             fusions.append(Fusion(part.tensor, members, part.view, part.shape, plan, frozenset(absent)))
         result += pieces
     return result, fusions
+
+
+def _is_lacking(shape: Sizes, held: Mapping[Sizes, int]) -> bool:
+    """Tell a shape that the other side does not have, whose tensors may be fused whatever they are called."""
+    flat = squeeze(shape)
+    if len(shape) == 3 and 1 not in shape[1:]:  # a stack of matrices
+        return shape not in held
+    return len(flat) > 1 and flat not in held and flat[::-1] not in held
+
+
+def _is_fused(name: str) -> bool:
+    return not FUSED.keys().isdisjoint(words(name))
 
 
 def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
@@ -132,19 +159,18 @@ def _split(part: Part, plan: Plan, paths: Sequence[Path]) -> list[Part]:
 
 def _role_names(units: Sequence[Unit]) -> dict[tuple[Path, str], str]:
     """Find what a side itself calls a role below a module, as in ``q_bias`` beside ``qkv.weight``."""
-    roles = {role for kinds in FUSED.values() for known in kinds for role in known}
     called = [(unit.path, words(unit.path[-1])) for unit in units]
     return {
-        (path[:-1], word): path[-1] for path, found in called if "norm" not in found for word in found if word in roles
+        (path[:-1], word): path[-1] for path, found in called if "norm" not in found for word in found if word in _ROLES
     }
 
 
 class _Siblings:
     """What one side keeps apart: groups of sibling tensors by role, and lists of equal modules."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], held: Mapping[Sizes, int]) -> None:
         self.whole: Counter[tuple[str, Sizes]] = Counter()  # fused word and shape of tensors held whole
-        self.shapes = Counter(squeeze(part.shape) for part in parts)
+        self.shapes = held
         self.by_role: dict[tuple[tuple[str, ...], Sizes], set[Sizes]] = {}
         self.in_order: dict[Sizes, set[Sizes]] = {}  # rest of the shape -> sizes of neighbours of one shape
         self.lists: dict[int, set[Sizes]] = {}  # length of a list -> shapes of the matrices in each of its modules
