@@ -7,7 +7,7 @@ virtual parts that carry the roles' names, so that the matcher pairs one part wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -57,20 +57,18 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     """
     held = Counter(squeeze(part.shape) for part in others)
     lacking = {shape for shape in {part.shape for part in parts} if _is_lacking(shape, held)}
-    names = {name for part in parts for name in part.path[-2:]}
-    if not lacking and not any(_is_fused(of) for name in names for of in (name, kind(name)[1])):
-        return list(parts), []
     units = units_of(parts)
-    matrices = [_matrix(unit, parts) for unit in units]
-    counts = Counter(matrices)
-    unit_of = {
-        index: unit
-        for unit, matrix in zip(units, matrices, strict=True)
-        if _is_fused(unit.path[-1]) or any(parts[index].shape in lacking for _, index in unit.parts)
-        for _, index in unit.parts
-        # unless the other side holds as many layers of this shape
-        if not (matrix and counts[matrix] <= held[matrix] and held[squeeze(parts[index].shape)])
-    }
+    fused = [unit for unit in units if _is_fused(unit, parts, lacking)]
+    if not fused:
+        return list(parts), []
+    counts = Counter(_matrix(unit, parts) for unit in units)
+
+    def stays(unit: Unit, index: int) -> bool:
+        """Tell whether the other side holds as many layers of this shape."""
+        matrix = _matrix(unit, parts)
+        return bool(matrix) and counts[matrix] <= held[matrix] and squeeze(parts[index].shape) in held
+
+    unit_of = {index: unit for unit in fused for _, index in unit.parts if not stays(unit, index)}
     if not unit_of:
         return list(parts), []
     siblings = _Siblings(others, held)
@@ -107,8 +105,10 @@ def _is_lacking(shape: Sizes, held: Mapping[Sizes, int]) -> bool:
     return len(flat) > 1 and flat not in held and flat[::-1] not in held
 
 
-def _is_fused(name: str) -> bool:
-    return not FUSED.keys().isdisjoint(words(name))
+def _is_fused(unit: Unit, parts: Sequence[Part], lacking: Set[Sizes]) -> bool:
+    """Tell whether the tensors of a layer may be fused ones, by its name or by their shapes."""
+    named = not FUSED.keys().isdisjoint(words(unit.path[-1]))
+    return named or (bool(lacking) and any(parts[index].shape in lacking for _, index in unit.parts))
 
 
 def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
