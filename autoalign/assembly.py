@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
+from typing import NamedTuple
 
 from autoalign.alignment import Candidate, Match
 from autoalign.doubts import DOUBTED, TOLD, Style, doubt_about, other_layouts, style_of
@@ -99,8 +99,7 @@ def _layouts(side: SideParts, styles: tuple[Style, Style]) -> dict[int, _Layouts
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """What fills a part of a target tensor."""
 
     key: str | None  # of the source tensor; None for zeros
@@ -117,8 +116,9 @@ def _match(
     layouts: tuple[Mapping[int, _Layouts], Mapping[int, _Layouts]],
     weights: Mapping[Path, Shape],
 ) -> Match:
-    least = min([found[part] for part in parts if part in found], key=attrgetter("confidence"))
-    confidence, shape = least.confidence, target.specs[target.parts[parts[0]].tensor].shape
+    filled = [found[part] for part in parts if part in found]
+    least = filled[0] if len(filled) == 1 else min(filled, key=lambda piece: piece.confidence)
+    confidence, whole = least.confidence, target.specs[target.parts[parts[0]].tensor]
     pieces, views = [], [target.parts[part].view for part in parts]
     others: dict[int, tuple[Operation, ...]] = {}  # place of a piece -> its other views
     told = False
@@ -144,7 +144,7 @@ def _match(
     if others:
         for turn in range(max(map(len, others.values()))):
             changed = {place: views[turn] for place, views in others.items() if turn < len(views)}
-            ways.append(([replace(p, view=changed.get(k, p.view)) for k, p in enumerate(pieces)], views))
+            ways.append(([p._replace(view=changed.get(k, p.view)) for k, p in enumerate(pieces)], views))
     if known := layouts[1].get(parts[0]):
         warnings.add(known.reason)
         ways += [(pieces, [layouts[1][part].views[turn] for part in parts]) for turn in range(len(known.views))]
@@ -154,7 +154,7 @@ def _match(
         confidence *= _BY_ORDER
     if warnings - {BY_ORDER, _NO_BIAS}:
         confidence = min(confidence, TOLD if told else DOUBTED)
-    (sources, operation), *rest = [_put_together(*way, shape) for way in ways]
+    (sources, operation), *rest = [_put_together(*way, whole.shape) for way in ways]
     alternatives = [Candidate(sources, operation, 0.0) for sources, operation in rest]
     if len(parts) == 1 and least.rival is not None and not alternatives:
         rival = source.parts[least.rival]
@@ -162,7 +162,7 @@ def _match(
         other = chain(rival.view, least.operation) if is_alike else rival.view
         alternatives.append(Candidate((source.key(rival),), other, 0.0))
     return Match(
-        target=target.key(target.parts[parts[0]]),
+        target=whole.key,
         sources=sources,
         operation=operation,
         confidence=confidence,

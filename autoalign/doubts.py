@@ -76,7 +76,11 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
         head_dim=sizes.pop() if len(sizes) == 1 else None,
         rows=gcd(*rows) if rows else 0,
         doubled=_doubled(parts),
-        gated=frozenset(part.path[:-1] for part in parts if _has_three_gates(part)),
+        gated=frozenset(
+            part.path[:-1]
+            for part in parts
+            if part.path[-1] == "recurrent_kernel" and len(part.shape) == 2 and part.shape[0] == 3 * part.shape[1]
+        ),
     )
 
 
@@ -105,10 +109,6 @@ def _order_of_halves(path: Path) -> tuple[str, ...]:
     return ("gateup",) if "gateup" in found or found in GATE_FIRST else found
 
 
-def _has_three_gates(part: Part) -> bool:
-    return part.path[-1] == "recurrent_kernel" and len(part.shape) == 2 and part.shape[0] == 3 * part.shape[1]
-
-
 def _head_dims(parts: Sequence[Part], rows: int, config: Mapping[str, object]) -> set[int]:
     """Collect the sizes of heads that a config states, or that norms of single queries and keys have."""
 
@@ -123,7 +123,7 @@ def _head_dims(parts: Sequence[Part], rows: int, config: Mapping[str, object]) -
         return {width // heads}
     return {
         part.shape[0]
-        for part in parts
+        for part in (parts if rows else ())
         if len(part.shape) == 1
         and part.shape[0] < rows
         and "norm" in (roles := role_words(part.path))

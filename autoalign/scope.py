@@ -90,6 +90,8 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
 
 def within(parts: Sequence[Part], scope: Scope) -> list[Part]:
     """List the parts in scope."""
+    if not (scope.path or scope.copies):
+        return list(parts)
 
     def below(part: Part, path: Path) -> bool:
         return part.path[: len(path)] == path
