@@ -7,7 +7,7 @@ virtual parts that carry the roles' names, so that the matcher pairs one part wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -56,25 +56,13 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     under a fused name too stay whole.
     """
     held = Counter(squeeze(part.shape) for part in others)
-    lacking = {shape for shape in {part.shape for part in parts} if _is_lacking(shape, held)}
-    units = units_of(parts)
-    fused = [unit for unit in units if _is_fused(unit, parts, lacking)]
-    if not fused:
-        return list(parts), []
-    counts = Counter(_matrix(unit, parts) for unit in units)
-
-    def stays(unit: Unit, index: int) -> bool:
-        """Tell whether the other side holds as many layers of this shape."""
-        matrix = _matrix(unit, parts)
-        return bool(matrix) and counts[matrix] <= held[matrix] and squeeze(parts[index].shape) in held
-
-    unit_of = {index: unit for unit in fused for _, index in unit.parts if not stays(unit, index)}
+    unit_of = _in_question(parts, others, held)
     if not unit_of:
         return list(parts), []
     siblings = _Siblings(others, held)
     result: list[Part] = []
     fusions: list[Fusion] = []
-    called = _role_names(units)
+    called = _role_names(units_of(parts))
     for index, part in enumerate(parts):
         unit = unit_of.get(index)
         plan = None
@@ -97,18 +85,34 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     return result, fusions
 
 
-def _is_lacking(shape: Sizes, held: Mapping[Sizes, int]) -> bool:
-    """Tell a shape that the other side does not have, whose tensors may be fused whatever they are called."""
-    flat = squeeze(shape)
-    if len(shape) == 3 and 1 not in shape[1:]:  # a stack of matrices
-        return shape not in held
-    return len(flat) > 1 and flat not in held and flat[::-1] not in held
+def _in_question(parts: Sequence[Part], others: Sequence[Part], held: Mapping[Sizes, int]) -> dict[int, Unit]:
+    """Find the parts of layers that are called fused, or have a shape that the other side has not, with their layers.
 
+    Left out are those of which the other side holds as many layers of this shape.
+    """
+    units = units_of(parts)
+    modules = {unit.path[:-1] for unit in units_of(others)}
+    lengths = set(Counter(path[:-1] for path in modules if path and path[-1].isdigit()).values())  # of lists
 
-def _is_fused(unit: Unit, parts: Sequence[Part], lacking: Set[Sizes]) -> bool:
-    """Tell whether the tensors of a layer may be fused ones, by its name or by their shapes."""
-    named = not FUSED.keys().isdisjoint(words(unit.path[-1]))
-    return named or (bool(lacking) and any(parts[index].shape in lacking for _, index in unit.parts))
+    def is_lacking(shape: Sizes) -> bool:
+        flat = squeeze(shape)
+        is_stack = len(shape) == 3 and shape[0] in lengths and 1 not in shape[1:]
+        return (is_stack and shape not in held) or (len(flat) > 1 and flat not in held and flat[::-1] not in held)
+
+    lacking = set(filter(is_lacking, {part.shape for part in parts}))
+    fused = [
+        unit
+        for unit in units
+        if not FUSED.keys().isdisjoint(words(unit.path[-1]))
+        or (lacking and any(parts[index].shape in lacking for _, index in unit.parts))
+    ]
+    counts = Counter(_matrix(unit, parts) for unit in units) if fused else {}
+
+    def stays(unit: Unit, index: int) -> bool:
+        matrix = _matrix(unit, parts)
+        return bool(matrix) and counts[matrix] <= held.get(matrix, 0) and squeeze(parts[index].shape) in held
+
+    return {index: unit for unit in fused for _, index in unit.parts if not stays(unit, index)}
 
 
 def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
@@ -194,9 +198,9 @@ class _Siblings:
                 word: shapes[values]
                 for name, shapes in members
                 for word in words(name)
-                if shapes.get(values) and "norm" not in words(name)
+                if word in _ROLES and shapes.get(values) and "norm" not in words(name)
             }
-            for roles in (roles for kinds in FUSED.values() for roles in kinds):
+            for roles in (roles for kinds in FUSED.values() for roles in kinds) if len(sizes) > 1 else ():
                 present = tuple(role for role in roles if role in sizes)
                 rests = {sizes[role][1:] for role in present}
                 if len(present) > 1 and len(rests) == 1:

@@ -46,13 +46,14 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
     own = [_shapes(unit.parts, parts) for unit in units]
     wanted = Counter(shapes for unit in units_of(others) if (shapes := _shapes(unit.parts, others)))
     usable = (Counter(own) & wanted).total()
-    sizes = Counter(unit.path[:depth] for unit in units for depth in range(1, len(unit.path)))
-    if usable < _LEAST or not any(_NEARLY * usable <= size < _WORTH * len(units) for size in sizes.values()):
+    above = (unit.path[:depth] for unit in units for depth in range(1, len(unit.path)))
+    sizes = Counter(above if _LEAST <= usable < len(units) else ())
+    if not any(_NEARLY * usable <= size < _WORTH * len(units) for size in sizes.values()):
         return Scope()
     tree = ancestry([unit.path for unit in units])
     held: list[Counter[_Shapes]] = [Counter() for _ in tree.nodes]
-    for shapes, above in zip(own, tree.ancestors, strict=True):
-        for module in above:
+    for shapes, modules in zip(own, tree.ancestors, strict=True):
+        for module in modules:
             if module >= 0:
                 held[module][shapes] += 1
 
