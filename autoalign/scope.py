@@ -15,10 +15,7 @@ from itertools import takewhile
 from autoalign.candidates import squeeze
 from autoalign.containers import COPY_WORDS, name_words
 from autoalign.graph import Path, ancestry
-from autoalign.operations import Shape
 from autoalign.units import Part, units_of
-
-_Shapes = tuple[tuple[str, Shape], ...]  # of the weights of a layer
 
 _MOMENTUM = (frozenset({"k"}), frozenset({"q"}))  # the encoder of keys is the moving average of that of queries
 _LEAST = 4  # layers that the other side must have for a scope to be told from a coincidence
@@ -43,17 +40,17 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
     side calls by its name, else the one that is no moving average.
     """
     units = units_of(parts)
-    own = [_shapes(unit.parts, parts) for unit in units]
     wanted = Counter(shapes for unit in units_of(others) if (shapes := _shapes(unit.parts, others)))
-    usable = (Counter(own) & wanted).total()
-    above = (unit.path[:depth] for unit in units for depth in range(1, len(unit.path)))
-    sizes = Counter(above if _LEAST <= usable < len(units) else ())
+    usable = (Counter(_shapes(unit.parts, parts) for unit in units) & wanted).total()
+    modules = (unit.path[:depth] for unit in units for depth in range(1, len(unit.path)))
+    sizes = Counter(modules if _LEAST <= usable < len(units) else ())
     if not any(_NEARLY * usable <= size < _WORTH * len(units) for size in sizes.values()):
         return Scope()
     tree = ancestry([unit.path for unit in units])
-    held: list[Counter[_Shapes]] = [Counter() for _ in tree.nodes]
-    for shapes, modules in zip(own, tree.ancestors, strict=True):
-        for module in modules:
+    held: list[Counter[tuple[tuple[str, tuple[int, ...]], ...]]] = [Counter() for _ in tree.nodes]
+    for unit, above in zip(units, tree.ancestors, strict=True):
+        shapes = _shapes(unit.parts, parts)
+        for module in above:
             if module >= 0:
                 held[module][shapes] += 1
 
@@ -100,7 +97,7 @@ def within(parts: Sequence[Part], scope: Scope) -> list[Part]:
     return [part for part in parts if below(part, scope.path) and not any(below(part, copy) for copy in scope.copies)]
 
 
-def _shapes(members: Sequence[tuple[str, int]], parts: Sequence[Part]) -> _Shapes:
+def _shapes(members: Sequence[tuple[str, int]], parts: Sequence[Part]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((values, squeeze(parts[index].shape)) for values, index in members if values in ("weight", "other"))
 
 
