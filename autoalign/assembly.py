@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from autoalign.alignment import Candidate, Match
 from autoalign.doubts import DOUBTED, TOLD, Style, doubt_about, other_layouts, style_of
@@ -70,11 +71,12 @@ def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) 
         for part in fusion.absent
         if len(target.parts[part].shape) == 1 and part not in found
     }
+    filled = found.keys() | absent
     weights = {part.path[:-1]: part.shape for part in source.parts if len(part.shape) == 2}
     return [
         _match(source, target, parts, found, styles, layouts, weights)
         for parts in wholes.values()
-        if any(part in found for part in parts) and all(part in found or part in absent for part in parts)
+        if filled.issuperset(parts) and not found.keys().isdisjoint(parts)
     ]
 
 
@@ -97,8 +99,7 @@ def _layouts(side: SideParts, styles: tuple[Style, Style]) -> dict[int, _Layouts
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """What fills a part of a target tensor."""
 
     key: str | None  # of the source tensor; None for zeros
@@ -115,11 +116,13 @@ def _match(
     layouts: tuple[Mapping[int, _Layouts], Mapping[int, _Layouts]],
     weights: Mapping[Path, Shape],
 ) -> Match:
-    least = min((found[part] for part in parts if part in found), key=lambda piece: piece.confidence)
-    confidence, shape = least.confidence, target.specs[target.parts[parts[0]].tensor].shape
+    filled = [found[part] for part in parts if part in found]
+    least = filled[0] if len(filled) == 1 else min(filled, key=lambda piece: piece.confidence)
+    confidence, whole = least.confidence, target.specs[target.parts[parts[0]].tensor]
     pieces, views = [], [target.parts[part].view for part in parts]
     others: dict[int, tuple[Operation, ...]] = {}  # place of a piece -> its other views
-    told, warnings = False, set()
+    told = False
+    warnings: set[str] = set()
     for place, part in enumerate(parts):
         if part not in found:
             pieces.append(_Piece(None, Copy(), target.parts[part].shape))
@@ -138,11 +141,11 @@ def _match(
             told |= doubt.told
             warnings.add(doubt.reason)
     ways = [(pieces, views)]
-    for turn in range(max(map(len, others.values()), default=0)):
-        changed = {place: views[turn] for place, views in others.items() if turn < len(views)}
-        ways.append(([replace(p, view=changed.get(k, p.view)) for k, p in enumerate(pieces)], views))
-    known = next((layouts[1][part] for part in parts if part in layouts[1]), None)
-    if known:
+    if others:
+        for turn in range(max(map(len, others.values()))):
+            changed = {place: views[turn] for place, views in others.items() if turn < len(views)}
+            ways.append(([p._replace(view=changed.get(k, p.view)) for k, p in enumerate(pieces)], views))
+    if known := layouts[1].get(parts[0]):
         warnings.add(known.reason)
         ways += [(pieces, [layouts[1][part].views[turn] for part in parts]) for turn in range(len(known.views))]
     if told:
@@ -151,7 +154,7 @@ def _match(
         confidence *= _BY_ORDER
     if warnings - {BY_ORDER, _NO_BIAS}:
         confidence = min(confidence, TOLD if told else DOUBTED)
-    (sources, operation), *rest = (_put_together(*way, shape) for way in ways)
+    (sources, operation), *rest = [_put_together(*way, whole.shape) for way in ways]
     alternatives = [Candidate(sources, operation, 0.0) for sources, operation in rest]
     if len(parts) == 1 and least.rival is not None and not alternatives:
         rival = source.parts[least.rival]
@@ -159,7 +162,7 @@ def _match(
         other = chain(rival.view, least.operation) if is_alike else rival.view
         alternatives.append(Candidate((source.key(rival),), other, 0.0))
     return Match(
-        target=target.key(target.parts[parts[0]]),
+        target=whole.key,
         sources=sources,
         operation=operation,
         confidence=confidence,
@@ -179,6 +182,8 @@ def _put_together(
         views: What takes each part out of it.
         shape: Of the tensor.
     """
+    if len(pieces) == 1 and isinstance(views[0], Copy) and pieces[0].key is not None:
+        return (pieces[0].key,), pieces[0].view
     order = sorted(range(len(pieces)), key=lambda place: place_of(views[place]))
     join = joined(shape, [views[place] for place in order])
     assert join is not None, "the parts of a tensor make it up"

@@ -44,13 +44,13 @@ class Entry:
     def read(self) -> Tensor:
         """Read the tensor, without its gradient history; a numpy array becomes a tensor over the same memory."""
         value = self.owner[self.name]
+        if isinstance(value, Tensor):
+            return value.detach()
         if isinstance(value, Stored):
             return value.read()
         if isinstance(value, np.ndarray):
             return as_tensor(value, self.spec.dtype)
-        if not isinstance(value, Tensor):
-            raise InputError(f"{self.spec} was a tensor when it was first looked at and is a {type(value)} now.")
-        return value.detach()
+        raise InputError(f"{self.spec} was a tensor when it was first looked at and is a {type(value)} now.")
 
     def read_region(self, region: Region) -> Tensor:
         """Read a part of the tensor; of most formats that is a view of what is mapped, or a part of what was read."""

@@ -62,7 +62,7 @@ class Style:
 def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping[str, object]) -> Style:
     """Read the style off a side's keys, its shapes and its config."""
     names = {component for part in parts for component in part.path}
-    found = {frozenset(words(name)) for name in names}
+    found = [set(words(name)) for name in names]
     frequencies = {
         2 * spec.shape[0] for spec in specs if spec.key.endswith(("rope.freqs", "inv_freq")) and len(spec.shape) == 1
     }
@@ -76,13 +76,20 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
         head_dim=sizes.pop() if len(sizes) == 1 else None,
         rows=gcd(*rows) if rows else 0,
         doubled=_doubled(parts),
-        gated=frozenset(part.path[:-1] for part in parts if _has_three_gates(part)),
+        gated=frozenset(
+            part.path[:-1]
+            for part in parts
+            if part.path[-1] == "recurrent_kernel" and len(part.shape) == 2 and part.shape[0] == 3 * part.shape[1]
+        ),
     )
 
 
 def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
     last: dict[tuple[Path, Shape], int] = {}  # module, shape -> the last place of a matrix of this shape below it
     matrices = [part for part in parts if len(part.shape) == 2 and not part.view.takes_part]
+    shapes = {part.shape for part in matrices}
+    if all((columns, rows // 2) not in shapes for rows, columns in shapes):
+        return frozenset()
     for place, part in enumerate(matrices):
         last.update(((part.path[:-up], part.shape), place) for up in range(2, 5))
     found = set()
@@ -102,10 +109,6 @@ def _order_of_halves(path: Path) -> tuple[str, ...]:
     return ("gateup",) if "gateup" in found or found in GATE_FIRST else found
 
 
-def _has_three_gates(part: Part) -> bool:
-    return part.path[-1] == "recurrent_kernel" and len(part.shape) == 2 and part.shape[0] == 3 * part.shape[1]
-
-
 def _head_dims(parts: Sequence[Part], rows: int, config: Mapping[str, object]) -> set[int]:
     """Collect the sizes of heads that a config states, or that norms of single queries and keys have."""
 
@@ -120,11 +123,11 @@ def _head_dims(parts: Sequence[Part], rows: int, config: Mapping[str, object]) -
         return {width // heads}
     return {
         part.shape[0]
-        for part in parts
+        for part in (parts if rows else ())
         if len(part.shape) == 1
-        and "norm" in role_words(part.path)
-        and {"q", "k"} & role_words(part.path)
         and part.shape[0] < rows
+        and "norm" in (roles := role_words(part.path))
+        and not roles.isdisjoint(("q", "k"))
     }
 
 
@@ -157,10 +160,10 @@ def doubt_about(
 
 
 def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | None:
-    own, other = role_words(source.path), role_words(target.path)
-    if (source.path[:-1] in styles[0].gated) != (target.path[:-1] in styles[1].gated):
+    layers = source.path[:-1], target.path[:-1]
+    if (layers[0] in styles[0].gated) != (layers[1] in styles[1].gated):
         return Doubt(_GATES)
-    both_doubled = source.path[:-1] in styles[0].doubled and target.path[:-1] in styles[1].doubled
+    both_doubled = layers[0] in styles[0].doubled and layers[1] in styles[1].doubled
     if (
         both_doubled
         and stem(source.path[-2]) != stem(target.path[-2])
@@ -168,12 +171,14 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | N
     ):
         halves = (2, source.shape[0] // 2, *source.shape[1:])
         return Doubt(_HALVES, (chain(Reshape(halves), Flip(0), Reshape(source.shape)),))
-    if "qkv" in own and "qkv" in other and interleaves(source.path) != interleaves(target.path):
-        return _by_head(source, interleaves(source.path), styles)
-    split = {"q", "k"} & own & other and len(source.shape) == 2
-    separate = not (source.view.takes_part or target.view.takes_part)  # fused ones come from code that rotates halves
-    if split and separate and styles[0].meta != styles[1].meta and not any(style.positions for style in styles):
-        return _rotary(source, styles)
+    interleaved = interleaves(source.path)
+    if interleaved != interleaves(target.path) and "qkv" in role_words(source.path) & role_words(target.path):
+        return _by_head(source, interleaved, styles)
+    if styles[0].meta != styles[1].meta and len(source.shape) == 2:
+        separate = not (source.view.takes_part or target.view.takes_part)  # fused ones: of code that rotates halves
+        roles = {"q", "k"} & role_words(source.path) & role_words(target.path)
+        if roles and separate and not any(style.positions for style in styles):
+            return _rotary(source, styles)
     if {len(source.shape), len(target.shape)} in ({2, 4}, {2, 5}):
         return _patches(source.shape, target.shape)
     return None

@@ -7,7 +7,7 @@ virtual parts that carry the roles' names, so that the matcher pairs one part wi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -20,6 +20,7 @@ from autoalign.vocabulary import FUSED, GATE_FIRST
 
 Sizes = tuple[int, ...]
 
+_ROLES = frozenset(role for kinds in FUSED.values() for known in kinds for role in known)
 BY_ORDER = "the parts were told apart by their order alone"
 UNTOLD = "nothing but their order tells the parts apart, and other code has them in another"
 
@@ -54,24 +55,24 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     Which part is which is decided by role words and order. Tensors that the other side holds in the same shape and
     under a fused name too stay whole.
     """
-    siblings = _Siblings(others)
+    held = Counter(squeeze(part.shape) for part in others)
+    unit_of = _in_question(parts, others, held)
+    if not unit_of:
+        return list(parts), []
+    siblings = _Siblings(others, held)
     result: list[Part] = []
     fusions: list[Fusion] = []
-    units = units_of(parts)
-    unit_of = {index: unit for unit in units for _, index in unit.parts}
-    names = _role_names(units)
-    counts = Counter(_matrix(unit, parts) for unit in units)
+    called = _role_names(units_of(parts))
     for index, part in enumerate(parts):
-        unit = unit_of[index]
+        unit = unit_of.get(index)
         plan = None
-        matrix = _matrix(unit, parts)
-        if matrix and counts[matrix] <= siblings.shapes[matrix] and siblings.shapes[squeeze(part.shape)]:
-            pieces = [part]  # the other side holds as many layers of this shape
+        if unit is None:
+            pieces = [part]
         elif pieces := _slices(part, siblings):
             pieces = [piece for each in pieces for piece in _split_slice(each, siblings)]
         elif plan := _plan(index, unit, parts, siblings):
             leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
-            own = {role: names.get((unit.path[:-1], role), role) for role in plan.roles}
+            own = {role: called.get((unit.path[:-1], role), role) for role in plan.roles}
             above = unit.path if numbers(unit.path[-1]) else unit.path[:-1]  # several layers may stand in one module
             pieces = _split(part, plan, [(*above, own[role], leaf) for role in plan.roles])
         else:
@@ -82,6 +83,36 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
             fusions.append(Fusion(part.tensor, members, part.view, part.shape, plan, frozenset(absent)))
         result += pieces
     return result, fusions
+
+
+def _in_question(parts: Sequence[Part], others: Sequence[Part], held: Mapping[Sizes, int]) -> dict[int, Unit]:
+    """Find the parts of layers that are called fused, or have a shape that the other side has not, with their layers.
+
+    Left out are those of which the other side holds as many layers of this shape.
+    """
+    units = units_of(parts)
+    modules = {unit.path[:-1] for unit in units_of(others)}
+    lengths = set(Counter(path[:-1] for path in modules if path and path[-1].isdigit()).values())  # of lists
+
+    def is_lacking(shape: Sizes) -> bool:
+        flat = squeeze(shape)
+        is_stack = len(shape) == 3 and shape[0] in lengths and 1 not in shape[1:]
+        return (is_stack and shape not in held) or (len(flat) > 1 and flat not in held and flat[::-1] not in held)
+
+    lacking = set(filter(is_lacking, {part.shape for part in parts}))
+    fused = [
+        unit
+        for unit in units
+        if not FUSED.keys().isdisjoint(words(unit.path[-1]))
+        or (lacking and any(parts[index].shape in lacking for _, index in unit.parts))
+    ]
+    counts = Counter(_matrix(unit, parts) for unit in units) if fused else {}
+
+    def stays(unit: Unit, index: int) -> bool:
+        matrix = _matrix(unit, parts)
+        return bool(matrix) and counts[matrix] <= held.get(matrix, 0) and squeeze(parts[index].shape) in held
+
+    return {index: unit for unit in fused for _, index in unit.parts if not stays(unit, index)}
 
 
 def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
@@ -132,19 +163,18 @@ def _split(part: Part, plan: Plan, paths: Sequence[Path]) -> list[Part]:
 
 def _role_names(units: Sequence[Unit]) -> dict[tuple[Path, str], str]:
     """Find what a side itself calls a role below a module, as in ``q_bias`` beside ``qkv.weight``."""
-    roles = {role for kinds in FUSED.values() for known in kinds for role in known}
     called = [(unit.path, words(unit.path[-1])) for unit in units]
     return {
-        (path[:-1], word): path[-1] for path, found in called if "norm" not in found for word in found if word in roles
+        (path[:-1], word): path[-1] for path, found in called if "norm" not in found for word in found if word in _ROLES
     }
 
 
 class _Siblings:
     """What one side keeps apart: groups of sibling tensors by role, and lists of equal modules."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], held: Mapping[Sizes, int]) -> None:
         self.whole: Counter[tuple[str, Sizes]] = Counter()  # fused word and shape of tensors held whole
-        self.shapes = Counter(squeeze(part.shape) for part in parts)
+        self.shapes = held
         self.by_role: dict[tuple[tuple[str, ...], Sizes], set[Sizes]] = {}
         self.in_order: dict[Sizes, set[Sizes]] = {}  # rest of the shape -> sizes of neighbours of one shape
         self.lists: dict[int, set[Sizes]] = {}  # length of a list -> shapes of the matrices in each of its modules
@@ -168,9 +198,9 @@ class _Siblings:
                 word: shapes[values]
                 for name, shapes in members
                 for word in words(name)
-                if shapes.get(values) and "norm" not in words(name)
+                if word in _ROLES and shapes.get(values) and "norm" not in words(name)
             }
-            for roles in (roles for kinds in FUSED.values() for roles in kinds):
+            for roles in (roles for kinds in FUSED.values() for roles in kinds) if len(sizes) > 1 else ():
                 present = tuple(role for role in roles if role in sizes)
                 rests = {sizes[role][1:] for role in present}
                 if len(present) > 1 and len(rests) == 1:

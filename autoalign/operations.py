@@ -355,10 +355,10 @@ def chain(*steps: Operation) -> Operation:
     >>> chain(Copy(), Transpose())
     Transpose()
     """
-    needed = [inner for step in steps for inner in steps_of(step)]
-    if not needed:
-        return Copy()
-    return needed[0] if len(needed) == 1 else Chain(tuple(needed))
+    needed = [step for step in steps if not isinstance(step, Copy)]
+    if len(needed) < 2:
+        return needed[0] if needed else Copy()
+    return Chain(tuple(inner for step in needed for inner in steps_of(step)))
 
 
 def _numbered(groups: Sequence[Sequence[Trace]]) -> list[Trace]:

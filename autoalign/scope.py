@@ -41,7 +41,10 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
     """
     units = units_of(parts)
     wanted = Counter(shapes for unit in units_of(others) if (shapes := _shapes(unit.parts, others)))
-    if len(units) < 2 or sum(wanted.values()) < _LEAST:
+    usable = (Counter(_shapes(unit.parts, parts) for unit in units) & wanted).total()
+    modules = (unit.path[:depth] for unit in units for depth in range(1, len(unit.path)))
+    sizes = Counter(modules if _LEAST <= usable < len(units) else ())
+    if not any(_NEARLY * usable <= size < _WORTH * len(units) for size in sizes.values()):
         return Scope()
     tree = ancestry([unit.path for unit in units])
     held: list[Counter[tuple[tuple[str, tuple[int, ...]], ...]]] = [Counter() for _ in tree.nodes]
@@ -50,9 +53,6 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
         for module in above:
             if module >= 0:
                 held[module][shapes] += 1
-    usable = (held[0] & wanted).total()
-    if usable < _LEAST:
-        return Scope()
 
     def names_below(module: int) -> frozenset[Path]:
         above = tree.nodes[module]
@@ -88,6 +88,8 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
 
 def within(parts: Sequence[Part], scope: Scope) -> list[Part]:
     """List the parts in scope."""
+    if not (scope.path or scope.copies):
+        return list(parts)
 
     def below(part: Part, path: Path) -> bool:
         return part.path[: len(path)] == path
