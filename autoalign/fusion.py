@@ -21,6 +21,8 @@ from autoalign.vocabulary import FUSED, GATE_FIRST
 Sizes = tuple[int, ...]
 
 _ROLES = frozenset(role for kinds in FUSED.values() for known in kinds for role in known)
+_ATTENTION = ("q", "k", "v")
+
 BY_ORDER = "the parts were told apart by their order alone"
 UNTOLD = "nothing but their order tells the parts apart, and other code has them in another"
 
@@ -63,6 +65,9 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     result: list[Part] = []
     fusions: list[Fusion] = []
     called = _role_names(units_of(parts))
+    fused = Counter(
+        unit.path[:-1] for unit in set(unit_of.values()) if not FUSED.keys().isdisjoint(words(unit.path[-1]))
+    )
     for index, part in enumerate(parts):
         unit = unit_of.get(index)
         plan = None
@@ -73,7 +78,8 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
         elif plan := _plan(index, unit, parts, siblings):
             leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
             own = {role: called.get((unit.path[:-1], role), role) for role in plan.roles}
-            above = unit.path if numbers(unit.path[-1]) else unit.path[:-1]  # several layers may stand in one module
+            module = unit.path[:-1]
+            above = unit.path if numbers(unit.path[-1]) or fused[module] > 1 else module  # which may have several
             pieces = _split(part, plan, [(*above, own[role], leaf) for role in plan.roles])
         else:
             pieces = [part]
@@ -177,6 +183,7 @@ class _Siblings:
         self.shapes = held
         self.by_role: dict[tuple[tuple[str, ...], Sizes], set[Sizes]] = {}
         self.in_order: dict[Sizes, set[Sizes]] = {}  # rest of the shape -> sizes of neighbours of one shape
+        self.beside: dict[Sizes, set[Sizes]] = {}  # rest -> sizes of q, k and v, and of the one such layer beside them
         self.lists: dict[int, set[Sizes]] = {}  # length of a list -> shapes of the matrices in each of its modules
         children: dict[Path, list[tuple[str, dict[str, Sizes]]]] = {}
         units = units_of(parts)
@@ -190,6 +197,7 @@ class _Siblings:
         for members in children.values():
             self._add_roles(members)
             self._add_neighbours(members)
+        self._add_beside(children)
         self._add_lists(children)
 
     def _add_roles(self, members: list[tuple[str, dict[str, Sizes]]]) -> None:
@@ -215,6 +223,17 @@ class _Siblings:
         for first, second, third in zip(matrices, matrices[1:], matrices[2:], strict=False):
             if first == second == third:
                 self.in_order.setdefault(first[1:], set()).add((first[0],) * 3)
+
+    def _add_beside(self, children: Mapping[Path, list[tuple[str, dict[str, Sizes]]]]) -> None:
+        for path, members in children.items():
+            by_word = {word: shapes.get("weight", ()) for name, shapes in members for word in words(name)}
+            shapes = [by_word.get(role, ()) for role in _ATTENTION]
+            if len(rests := {shape[1:] for shape in shapes}) > 1 or not all(rests):
+                continue
+            (rest,) = rests
+            others = [of.get("weight", ()) for _, of in children.get(path[:-1], ())] if path else []
+            if len(alike := [shape for shape in others if shape[1:] == rest]) == 1:
+                self.beside.setdefault(rest, set()).add(tuple(shape[0] for shape in [*shapes, *alike]))
 
     def _add_lists(self, children: dict[Path, list[tuple[str, dict[str, Sizes]]]]) -> None:
         lengths = Counter(path[:-1] for path in children if path and path[-1].isdigit())
@@ -263,6 +282,9 @@ class _Siblings:
                         and sum(sizes) == shape[0]
                     ):
                         return Plan(0, sizes, present, unnamed=True)
+            for sizes in sorted(self.beside.get(shape[1:], ())):
+                if sum(sizes) == shape[0]:
+                    return Plan(0, sizes, (*_ATTENTION, "mlp"), BY_ORDER)
         for sizes in sorted(self.in_order.get(shape[1:], ())):
             if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]][0])):
                 (roles, *_) = FUSED[fused[0] if fused else "qkv" if len(sizes) == 3 else "gateup"]

@@ -64,6 +64,7 @@ SYNONYMS: dict[str, str] = {
     "encoder": "enc",
     "decoder": "dec",
     "model": "network net module",
+    "add": "added",
     "pre": "before prior",
     "post": "after",
     "last": "final",

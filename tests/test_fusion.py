@@ -1,0 +1,67 @@
+"""Tensors that hold what the other side keeps apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from autoalign import Alignment, align
+
+_WIDTH, _HIDDEN = 8, 20
+
+
+def _aligned(source: dict[str, Tensor], target: dict[str, Tensor]) -> Alignment:
+    """Align both ways, and check that all that is loaded is right and nothing is left."""
+    for own, other in ((target, source), (source, target)):
+        alignment = align(own, {key: torch.empty_like(tensor, device="meta") for key, tensor in other.items()})
+        loaded = alignment.state_dict()
+        assert loaded.keys() == other.keys()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in other.items())
+    return alignment
+
+
+def _linear(name: str, rows: int, columns: int = _WIDTH) -> dict[str, Tensor]:
+    return {f"{name}.weight": torch.rand(rows, columns), f"{name}.bias": torch.rand(rows)}
+
+
+def _joined(parts: dict[str, Tensor], names: list[str], into: str) -> dict[str, Tensor]:
+    return {f"{into}.{kind}": torch.cat([parts[f"{name}.{kind}"] for name in names]) for kind in ("weight", "bias")}
+
+
+def test_queries_keys_and_values_may_be_joined_with_the_layer_beside_them() -> None:
+    ends = _linear("embedder", _WIDTH, 3) | _linear("head", 5)
+    apart, joined = (
+        dict(ends),
+        {key.replace("embedder", "img_in").replace("head", "last"): t for key, t in ends.items()},
+    )
+    for block in range(3):
+        here, there = f"single_transformer_blocks.{block}", f"single_blocks.{block}"
+        parts = _linear("proj_mlp", _HIDDEN) | _linear("proj_out", _WIDTH, _WIDTH + _HIDDEN)
+        for role in "qkv":
+            parts |= _linear(f"attn.to_{role}", _WIDTH)
+        apart |= {f"{here}.{name}": tensor for name, tensor in parts.items()}
+        joined |= _joined(parts, ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"], f"{there}.linear1")
+        joined |= {f"{there}.linear2.{kind}": parts[f"proj_out.{kind}"] for kind in ("weight", "bias")}
+    alignment = _aligned(joined, apart)
+    split = [match for match in alignment.matches if match.sources[0].startswith("single_blocks.0.linear1")]
+    assert len(split) == 8
+    assert all(match.confidence < 0.9 for match in split)  # another network may hold them in another order
+    assert all("order alone" in " ".join(match.warnings) for match in split)
+
+
+def test_several_fused_layers_of_one_module_stay_apart() -> None:
+    apart = _linear("embedder", _WIDTH, 3)
+    joined = {key: tensor.clone() for key, tensor in apart.items()}
+    for block in range(3):
+        for stream, names in (("img", ["to_q", "to_k", "to_v"]), ("txt", ["add_q_proj", "add_k_proj", "add_v_proj"])):
+            out = "to_out" if stream == "img" else "to_add_out"
+            parts = {key: tensor for name in [*names, out] for key, tensor in _linear(name, _WIDTH).items()}
+            joined |= _joined(parts, names, f"double_blocks.{block}.{stream}_attn_qkv")
+            feed = "ff" if stream == "img" else "ff_context"
+            parts |= _linear("up", _HIDDEN) | _linear("down", _WIDTH, _HIDDEN)
+            here, there = f"transformer_blocks.{block}.{feed}", f"double_blocks.{block}.{stream}_mlp"
+            for own, name in ((f"{there}.0", "up"), (f"{there}.2", "down"), (f"{there[:-3]}attn_proj", out)):
+                joined |= {f"{own}.{kind}": parts[f"{name}.{kind}"] for kind in ("weight", "bias")}
+            apart |= {f"{here}.{key}": parts.pop(key) for key in list(parts) if key.startswith(("up", "down"))}
+            apart |= {f"transformer_blocks.{block}.attn.{key}": tensor for key, tensor in parts.items()}
+    _aligned(joined, apart)
