@@ -13,7 +13,7 @@ from math import gcd, prod
 
 from autoalign.fusion import Fusion, Plan
 from autoalign.graph import Path
-from autoalign.names import role_words, stem, words
+from autoalign.names import numbers, role_words, stem, words
 from autoalign.operations import Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
 from autoalign.specs import TensorSpec
 from autoalign.units import Part
@@ -151,7 +151,8 @@ def doubt_about(
             return None
         dim = source.shape.index(max(weight))
         halves = Reshape((*source.shape[:dim], 2, min(weight), *source.shape[dim + 1 :]))
-        return Doubt(_SHIFT, (chain(halves, Flip(dim), Reshape(source.shape), operation),))
+        told = {_modulates_last(source), _modulates_last(target)} == {"shift", "scale"}
+        return Doubt(_SHIFT, (chain(halves, Flip(dim), Reshape(source.shape), operation),), told)
     doubt = _doubt(source, target, styles)
     if doubt is None or not isinstance(operation, Transpose) or source.shape[0] >= source.shape[1]:
         return doubt and replace(doubt, otherwise=tuple(chain(way, operation) for way in doubt.otherwise))
@@ -188,6 +189,20 @@ def _modulates(part: Part) -> bool:
     """Tell a layer that gives the scale and shift of a norm: by its name, or as a part of the last norm."""
     names = [set(words(name)) for name in part.path[-4:-1]]
     return any(found & MODULATION for found in names) or any({"norm", "out"} <= found for found in names[:-1])
+
+
+def _modulates_last(part: Part) -> str:
+    """Tell what comes first in the layer that modulates a network's last norm: "shift" or "scale", or "" for another.
+
+    Code with a ``final_layer``, as DiT's, has the shift first; diffusers, with a ``norm_out``, the scale.
+    """
+    names = [set(words(name)) for name in part.path[:-1]]
+    first = next((k for k, found in enumerate(names) if found >= {"norm", "out"} or "last" in found), len(names))
+    if any(map(numbers, part.path[:first])) or first == len(names):
+        return ""
+    if names[first] == {"norm", "out"}:
+        return "scale" if names[first + 1 :] == [{"linear"}] else ""
+    return "shift" if any(found & MODULATION for found in names[first:]) else ""
 
 
 def interleaves(path: Path) -> bool:

@@ -1,0 +1,50 @@
+"""Rows that may be in another order than their shapes show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoalign import align
+
+_WIDTH = 8
+
+
+def _network(last: dict[str, Tensor], block: str) -> dict[str, Tensor]:
+    shapes = {"embed.weight": (_WIDTH, 3), "embed.bias": (_WIDTH,)}
+    for layer in range(3):
+        shapes |= {f"{block}.{layer}.attn.{name}.weight": (_WIDTH, _WIDTH) for name in ("q", "k", "v", "out")}
+        shapes |= {f"{block}.{layer}.mlp.up.weight": (20, _WIDTH), f"{block}.{layer}.mlp.down.weight": (_WIDTH, 20)}
+    return {key: torch.zeros(shape) for key, shape in shapes.items()} | last
+
+
+def _layer(name: str) -> dict[str, Tensor]:
+    return {
+        f"{name}.weight": torch.arange(2.0 * _WIDTH * _WIDTH).reshape(2 * _WIDTH, _WIDTH),
+        f"{name}.bias": torch.arange(2.0 * _WIDTH),
+    }
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ("final_layer.adaLN_modulation.1", "norm_out.linear"),
+        ("model.diffusion_model.final_layer.mod", "norm_out.linear"),
+    ],
+)
+def test_names_tell_whether_scale_or_shift_of_the_last_norm_is_first(own: str, other: str) -> None:
+    for here, there in ((own, other), (other, own)):
+        source, target = _network(_layer(here), "double_blocks"), _network(_layer(there), "transformer_blocks")
+        alignment = align(source, target)
+        for kind in ("weight", "bias"):
+            first, second = source[f"{here}.{kind}"].chunk(2)
+            assert torch.equal(alignment.state_dict()[f"{there}.{kind}"], torch.cat([second, first]))
+        found = [match for match in alignment.matches if match.target.startswith(there)]
+        assert all(match.confidence < 0.9 and "scale and shift" in " ".join(match.warnings) for match in found)
+
+
+def test_other_names_do_not_tell_it() -> None:
+    alignment = align(_network(_layer("modF.1"), "layers"), _network(_layer("norm_out.linear"), "blocks"))
+    assert [match.target for match in alignment.ambiguous] == ["norm_out.linear.weight", "norm_out.linear.bias"]
+    assert all(match.alternatives for match in alignment.ambiguous)
