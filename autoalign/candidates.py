@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -35,6 +36,7 @@ class Candidates:
     flipped: frozenset[int]  # source parts whose matrix is transposed
 
 
+@lru_cache(maxsize=4096)
 def squeeze(shape: Shape) -> Shape:
     """Leave out the dimensions of size one.
 
@@ -44,6 +46,7 @@ def squeeze(shape: Shape) -> Shape:
     return tuple(size for size in shape if size != 1)
 
 
+@lru_cache(maxsize=4096)
 def operation_between(source: Shape, target: Shape, *, flipped: bool = False) -> Operation | None:
     """Find the operation on one tensor that turns one shape into another, if the shapes admit one.
 

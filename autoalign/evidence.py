@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,8 +74,8 @@ def is_alphabetical(keys: Sequence[str]) -> bool:
     >>> is_alphabetical(["fc.bias", "fc.weight"]), is_alphabetical(["fc.weight", "fc.bias"])
     (True, False)
     """
-    natural = [_NUMBER.sub(lambda number: number[0].zfill(8), key) for key in keys]
-    return list(keys) == sorted(keys) or natural == sorted(natural)
+    natural = (_NUMBER.sub(lambda number: number[0].zfill(8), key) for key in keys)
+    return list(keys) == sorted(keys) or all(key <= following for key, following in pairwise(natural))
 
 
 def template(path: Path, kept: int = 0, last: int | None = None) -> str:
@@ -83,10 +84,15 @@ def template(path: Path, kept: int = 0, last: int | None = None) -> str:
     >>> template(("layer", "3", "conv1"), kept=1)
     'layer.#.conv1'
     """
-    text = ".".join(path)
-    replaced = max(len(_NUMBER.findall(text)) - kept, 0)
-    text = _NUMBER.sub("#", text, count=replaced) if replaced else text
-    return text if last is None else ".".join(text.split(".")[-last:])
+    names = path if last is None else path[-last:]
+    written = list(map(stem, names))
+    place = len(names)
+    while kept > 0 and place:
+        place -= 1
+        if count := len(numbers(names[place])):
+            written[place] = _NUMBER.sub("#", names[place], count - kept) if count > kept else names[place]
+            kept -= count
+    return ".".join(written)
 
 
 def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:

@@ -12,7 +12,7 @@ _AFTER_ATTENTION = re.compile(r"post_(attention|attn)(?=_|$)")
 _AROUND_MLP = re.compile(r"(pre|post)_(mlp|feed_?forward|ffn|ffw)(?=_|$)")
 
 
-def in_context(parts: Sequence[Part], others: Sequence[Part]) -> tuple[Part, ...]:
+def in_context(parts: Sequence[Part], others: Sequence[Part]) -> Sequence[Part]:
     """Let what is named after attention be what its name says, where one beside it is named before or after the MLP.
 
     Elsewhere it is the norm before the MLP. Where the other side has the name too, the name is enough.
@@ -23,8 +23,8 @@ def in_context(parts: Sequence[Part], others: Sequence[Part]) -> tuple[Part, ...
     """
     beside = {part.path[:k] for part in parts for k, name in enumerate(part.path) if _AROUND_MLP.match(name)}
     if not beside or any(_AFTER_ATTENTION.match(name) for part in others for name in part.path):
-        return tuple(parts)
-    return tuple(
+        return parts
+    return [
         replace(
             part,
             path=tuple(
@@ -33,4 +33,4 @@ def in_context(parts: Sequence[Part], others: Sequence[Part]) -> tuple[Part, ...
             ),
         )
         for part in parts
-    )
+    ]
