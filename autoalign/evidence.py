@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,9 +17,9 @@ from autoalign.names import numbers, stem, word_similarity, words
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
-# Which numbers of a name a template keeps, counted from its end, and how many of its last components.
+# How many numbers of a name a template keeps, counted from its end, and how many of its last components; 0 for all.
 # A number may be a repetition (to be replaced) or a role (to be kept); several readings vote together.
-TEMPLATES: tuple[tuple[int, int | None], ...] = ((0, None), (1, None), (2, None), (0, 1), (1, 2), (1, 3))
+TEMPLATES = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 2), (1, 3))
 
 _NUMBER = re.compile(r"\d+")
 _COMMON = 1.0  # names of common words alone say little
@@ -42,7 +43,7 @@ class SideEvidence:
     next: Ints  # [units]: the unit after, within the same numbered block; -1 for the last
     place: Ints  # [units]: place in the innermost list of equal modules; -1 outside lists
     length: Ints  # [units]: of that list
-    templates: tuple[Ints, ...]  # for each of TEMPLATES, [units]: id of the unit's template
+    templates: Ints  # [TEMPLATES, units]: id of the unit's template
 
 
 def side_evidence(
@@ -64,7 +65,7 @@ def side_evidence(
         previous,
         following,
         *_places(paths, classes),
-        tuple(_template_ids(paths, kept, last) for kept, last in TEMPLATES),
+        _template_ids(paths),
     )
 
 
@@ -78,21 +79,20 @@ def is_alphabetical(keys: Sequence[str]) -> bool:
     return list(keys) == sorted(keys) or all(key <= following for key, following in pairwise(natural))
 
 
-def template(path: Path, kept: int = 0, last: int | None = None) -> str:
-    """Replace the numbers of a name by ``#``, except the last ``kept``; keep the ``last`` components alone.
+def template(path: Path, kept: int = 0) -> Path:
+    """Replace the numbers of a name by ``#``, except the last ``kept``.
 
     >>> template(("layer", "3", "conv1"), kept=1)
-    'layer.#.conv1'
+    ('layer', '#', 'conv1')
     """
-    names = path if last is None else path[-last:]
-    written = list(map(stem, names))
-    place = len(names)
+    written = list(map(stem, path))
+    place = len(path)
     while kept > 0 and place:
         place -= 1
-        if count := len(numbers(names[place])):
-            written[place] = _NUMBER.sub("#", names[place], count - kept) if count > kept else names[place]
+        if count := len(numbers(path[place])):
+            written[place] = _NUMBER.sub("#", path[place], count - kept) if count > kept else path[place]
             kept -= count
-    return ".".join(written)
+    return tuple(written)
 
 
 def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
@@ -114,54 +114,53 @@ def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
 
 
 def _word_weights(paths: Sequence[Path], columns: dict[str, int]) -> Floats:
-    table = np.zeros((len(paths), len(columns)), dtype=np.float32)
+    weights: dict[tuple[int, int], float] = {}
     for row, path in enumerate(paths):
-        weight = 1.0
-        for component in reversed(path):
+        for level, component in enumerate(reversed(path)):
             for word in words(component):
-                table[row, columns[word]] = max(table[row, columns[word]], weight)
-            weight *= _DECAY
+                weights.setdefault((row, columns[word]), _DECAY**level)
+    table = np.zeros((len(paths), len(columns)), dtype=np.float32)
+    table[tuple(zip(*weights, strict=True))] = list(weights.values())
     frequency = np.maximum((table > 0).sum(axis=0), 1)
     return np.asarray(table * (np.log((len(paths) + 1) / frequency) + 0.1), dtype=np.float32)
 
 
-def _template_ids(paths: Sequence[Path], kept: int, last: int | None) -> Ints:
-    ids: dict[str, int] = {}
-    return np.asarray([ids.setdefault(template(path, kept, last), len(ids)) for path in paths], dtype=np.int64)
+def _template_ids(paths: Sequence[Path]) -> Ints:
+    written = [[template(path, kept) for path in paths] for kept in range(3)]
+    found = []
+    for kept, last in TEMPLATES:
+        ids: dict[Path, int] = {}
+        found.append([ids.setdefault(names[-last:], len(ids)) for names in written[kept]])
+    return np.asarray(found, dtype=np.int64)
 
 
 def _ranks(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    ancestors = ancestry.ancestors
-    rank, count = np.zeros_like(ancestors), np.zeros_like(ancestors)
-    in_order = np.argsort(ancestry.order, kind="stable")
-    for depth in range(ancestors.shape[1]):
-        groups = ancestors[in_order, depth].astype(np.int64) * class_count + classes[in_order]
-        by_group = np.argsort(groups, kind="stable")
-        _, starts, lengths = np.unique(groups[by_group], return_index=True, return_counts=True)
-        rows = in_order[by_group]
-        rank[rows, depth] = np.arange(len(rows)) - np.repeat(starts, lengths)
-        count[rows, depth] = np.repeat(lengths, lengths)
-    return rank, count
+    above = ancestry.ancestors[ancestry.in_order].T.astype(np.int64)  # [depth, leaves]
+    depths = np.arange(len(above))[:, None] * (ancestry.node_count + 1)
+    groups = ((depths + above) * class_count + classes[ancestry.in_order]).ravel()
+    by_group = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[by_group], prepend=groups.min(initial=0) - 1))
+    lengths = np.diff(starts, append=len(groups))
+    rank, count = np.empty((2, len(groups)), dtype=np.int32)
+    rank[by_group] = np.arange(len(groups)) - np.repeat(starts, lengths)
+    count[by_group] = np.repeat(lengths, lengths)
+    back = ancestry.order
+    return rank.reshape(above.shape).T[back], count.reshape(above.shape).T[back]
 
 
 def _modules(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[Ints, Ints]:
     """Count the units below each module, and rank modules among those with the same classes of units below."""
     codes = np.random.default_rng(0).integers(1, 2**62, class_count, dtype=np.int64)  # sums tell multisets apart
     content = np.zeros(ancestry.node_count, dtype=np.int64)
-    size = np.zeros(ancestry.node_count, dtype=np.int64)
-    first = np.full(ancestry.node_count, np.iinfo(np.int64).max)
-    for depth in range(ancestry.ancestors.shape[1]):
-        module = ancestry.ancestors[:, depth]
-        below = module >= 0
-        np.add.at(content, module[below], codes[classes[below]])
-        np.add.at(size, module[below], 1)
-        np.minimum.at(first, module[below], ancestry.order[below])
-    seen: dict[int, int] = {}
+    unit, depth = np.nonzero(ancestry.ancestors >= 0)
+    module = ancestry.ancestors[unit, depth]
+    np.add.at(content, module, codes[classes[unit]])
+    seen: Counter[int] = Counter()
     rank = np.zeros(ancestry.node_count, dtype=np.int64)
-    for module in np.lexsort((np.arange(ancestry.node_count), first)):
-        rank[module] = seen.get(int(content[module]), 0)
-        seen[int(content[module])] = int(rank[module]) + 1
-    return size, rank
+    for place, below in enumerate(content.tolist()):  # modules are numbered in natural order
+        rank[place] = seen[below]
+        seen[below] += 1
+    return np.bincount(module, minlength=ancestry.node_count), rank
 
 
 def _list_ranks(nodes: Sequence[Path]) -> Ints:
@@ -184,7 +183,7 @@ def _neighbours(ancestry: Ancestry) -> tuple[Ints, Ints]:
     numbered = np.asarray([not path or bool(numbers(path[-1])) for path in ancestry.nodes])
     in_block = (ancestry.ancestors >= 0) & numbered[np.maximum(ancestry.ancestors, 0)]
     block = ancestry.ancestors[np.arange(len(in_block)), in_block.argmax(axis=1)]
-    in_order = np.argsort(ancestry.order, kind="stable")
+    in_order = ancestry.in_order
     together = block[in_order[1:]] == block[in_order[:-1]]
     previous, following = np.full(len(block), -1, dtype=np.int64), np.full(len(block), -1, dtype=np.int64)
     previous[in_order[1:][together]] = in_order[:-1][together]

@@ -21,9 +21,10 @@ def in_context(parts: Sequence[Part], others: Sequence[Part]) -> Sequence[Part]:
     >>> in_context(parts, [])[0].path
     ('0', 'attn_post_norm')
     """
-    beside = {part.path[:k] for part in parts for k, name in enumerate(part.path) if _AROUND_MLP.match(name)}
-    if not beside or any(_AFTER_ATTENTION.match(name) for part in others for name in part.path):
+    around = set(filter(_AROUND_MLP.match, {name for part in parts for name in part.path}))
+    if not around or any(map(_AFTER_ATTENTION.match, {name for part in others for name in part.path})):
         return parts
+    beside = {part.path[:k] for part in parts for k, name in enumerate(part.path) if name in around}
     return [
         replace(
             part,

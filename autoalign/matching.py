@@ -28,6 +28,7 @@ UNORDERED = 0.3  # of it for modules where one side's keys are sorted, so that t
 LIST_FLOOR = 0.1  # what remains of a vote between blocks of quite different places
 ALONE = 2.0  # the worth of leaving a unit without a partner
 UNPOOLED = 0.3  # the pattern score of a template that occurs once
+_SPARSE = 8  # numbers that there may be for each that is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         "order": np.zeros(len(rows), dtype=np.float32),
     }
     structure = _StructureVotes(source, target, rows, columns)
-    patterns = [
-        _PatternVotes(own, other, rows, columns) for own, other in zip(source.templates, target.templates, strict=True)
-    ]
+    patterns = _PatternVotes(source.templates, target.templates, rows, columns)
     neighbours = _neighbour_pairs(source, target, rows, columns)
     shape = (len(source.paths), len(target.paths))
     known = [cues[name] * WEIGHTS[name] for name in ("name", "place", "shape")]
@@ -72,7 +71,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     for _ in range(STEPS):
         cues["structure"] = structure.scores(soft)
         row_mass, column_mass = _masses(soft, rows, columns, shape)
-        cues["pattern"] = np.mean([votes.scores(soft, row_mass, column_mass) for votes in patterns], axis=0)
+        cues["pattern"] = patterns.scores(soft, row_mass, column_mass)
         cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0) * candidates.adjacent
         score = np.asarray(np.sum([cues[name] * weight for name, weight in WEIGHTS.items()], axis=0), dtype=np.float32)
         sharpness *= SHARPENING
@@ -153,23 +152,31 @@ def _module_agreement(source: SideEvidence, target: SideEvidence) -> Floats:
 
 
 class _PatternVotes:
-    """Votes of assigned pairs for the correspondence of their name templates."""
+    """Votes of assigned pairs for the correspondence of their name templates: [templates, pairs]."""
 
     def __init__(self, source: Ints, target: Ints, rows: Ints, columns: Ints) -> None:
         self.rows, self.columns = rows, columns
-        self.own, self.other = source[rows], target[columns]
-        code = self.own * (int(target.max()) + 1) + self.other
-        _, self.pair = np.unique(code, return_inverse=True)
+        own, other = source[:, rows], target[:, columns]
+        self.ids = [_apart(own), _apart(other), _apart(own * (other.max(axis=1, keepdims=True) + 1) + other)]
 
     def scores(self, soft: Floats, row_mass: Floats, column_mass: Floats) -> Floats:
         """Score each pair by what the other pairs of its templates do; rare templates say little."""
-        together = np.bincount(self.pair, soft)[self.pair] - soft
-        own = np.bincount(self.own, soft)[self.own] - row_mass[self.rows]
-        other = np.bincount(self.other, soft)[self.other] - column_mass[self.columns]
-        pooled = np.sqrt(np.maximum(own, 0) * np.maximum(other, 0))
+        spread = np.broadcast_to(soft, self.ids[0].shape).ravel()
+        own, other, together = (np.bincount(ids.ravel(), spread)[ids] for ids in self.ids)
+        pooled = np.sqrt(np.maximum(own - row_mass[self.rows], 0) * np.maximum(other - column_mass[self.columns], 0))
         trust = pooled / (pooled + 0.3)
-        share = np.clip(together / (pooled + 1e-9), 0, 1)
-        return np.asarray(trust * share + (1 - trust) * UNPOOLED, dtype=np.float32)
+        share = np.clip((together - soft) / (pooled + 1e-9), 0, 1)
+        scores = np.asarray(trust * share + (1 - trust) * UNPOOLED, dtype=np.float32)
+        return np.asarray(scores.mean(axis=0))
+
+
+def _apart(ids: Ints) -> Ints:
+    """Number what is in each row anew, so that no two rows have a number in common; without large gaps."""
+    sizes = ids.max(axis=1) + 1
+    apart = ids + (np.cumsum(sizes) - sizes)[:, None]
+    if sizes.sum() > _SPARSE * ids.size:
+        apart = np.unique(apart, return_inverse=True)[1].reshape(ids.shape)
+    return np.asarray(apart)
 
 
 def _neighbour_pairs(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Ints:
@@ -220,21 +227,36 @@ def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int
 
     size = shape[0] + shape[1]
     graph = coo_array((np.ones(len(rows)), (rows, columns + shape[0])), shape=(size, size))
-    _, component = connected_components(graph, directed=False)
-    by_component = np.argsort(component[rows], kind="stable")
-    bounds = np.flatnonzero(np.diff(component[rows][by_component])) + 1
-    chosen = []
-    for members in np.split(by_component, bounds):
-        own, row = np.unique(rows[members], return_inverse=True)
-        other, column = np.unique(columns[members], return_inverse=True)
-        gain = np.zeros((len(own), len(other)))
+    count, component = connected_components(graph, directed=False)
+    own, other = component[: shape[0]], component[shape[0] :]
+    place, other_place = _places_within(own), _places_within(other)
+    sizes = np.bincount(own, minlength=count), np.bincount(other, minlength=count)
+    lonely = (sizes[0] == 1) & (sizes[1] == 1)  # pairs without rivals
+    several = np.flatnonzero(~lonely[own[rows]])
+    by_component = several[np.argsort(own[rows[several]], kind="stable")]
+    bounds = np.flatnonzero(np.diff(own[rows[by_component]])) + 1
+    chosen = [np.flatnonzero(lonely[own[rows]])]
+    for members in np.split(by_component, bounds) if len(by_component) else ():
+        of = own[rows[members[0]]]
+        cells = place[rows[members]], other_place[columns[members]]
+        gain = np.zeros((sizes[0][of], sizes[1][of]))
         pair = np.full(gain.shape, -1)
-        gain[row, column] = np.maximum(score[members] - ALONE, 0)
-        pair[row, column] = members
+        gain[cells] = np.maximum(score[members] - ALONE, 0)
+        pair[cells] = members
         picked = pair[linear_sum_assignment(gain, maximize=True)]
-        chosen.append(picked[(picked >= 0) & (score[picked] > ALONE)])
+        chosen.append(picked[picked >= 0])
     everything = np.concatenate(chosen)
+    everything = everything[score[everything] > ALONE]
     return np.asarray(everything[np.argsort(columns[everything], kind="stable")], dtype=np.intp)
+
+
+def _places_within(groups: Ints) -> Ints:
+    """Tell how many of its group stand before each."""
+    in_group = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[in_group], prepend=-1))
+    places = np.empty(len(groups), dtype=np.int64)
+    places[in_group] = np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
+    return places
 
 
 def _rivals(
