@@ -19,6 +19,7 @@ Floats = NDArray[np.float32]
 
 # How many numbers of a name a template keeps, counted from its end, and how many of its last components; 0 for all.
 # A number may be a repetition (to be replaced) or a role (to be kept); several readings vote together.
+_READINGS = 3  # by the numbers that are kept
 TEMPLATES = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 2), (1, 3))
 
 _NUMBER = re.compile(r"\d+")
@@ -79,20 +80,13 @@ def is_alphabetical(keys: Sequence[str]) -> bool:
     return list(keys) == sorted(keys) or all(key <= following for key, following in pairwise(natural))
 
 
-def template(path: Path, kept: int = 0) -> Path:
-    """Replace the numbers of a name by ``#``, except the last ``kept``.
+def template(path: Path) -> Path:
+    """Replace the numbers of a name by ``#``.
 
-    >>> template(("layer", "3", "conv1"), kept=1)
-    ('layer', '#', 'conv1')
+    >>> template(("layer", "3", "conv1"))
+    ('layer', '#', 'conv#')
     """
-    written = list(map(stem, path))
-    place = len(path)
-    while kept > 0 and place:
-        place -= 1
-        if count := len(numbers(path[place])):
-            written[place] = _NUMBER.sub("#", path[place], count - kept) if count > kept else path[place]
-            kept -= count
-    return tuple(written)
+    return tuple(map(stem, path))
 
 
 def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
@@ -114,24 +108,45 @@ def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
 
 
 def _word_weights(paths: Sequence[Path], columns: dict[str, int]) -> Floats:
-    weights: dict[tuple[int, int], float] = {}
+    rows, places, weights = [], [], []
     for row, path in enumerate(paths):
-        for level, component in enumerate(reversed(path)):
+        weight = _DECAY ** (len(path) - 1)
+        for component in path:  # the last is the nearest, and what is nearer counts
             for word in words(component):
-                weights.setdefault((row, columns[word]), _DECAY**level)
+                rows.append(row)
+                places.append(columns[word])
+                weights.append(weight)
+            weight /= _DECAY
     table = np.zeros((len(paths), len(columns)), dtype=np.float32)
-    table[tuple(zip(*weights, strict=True))] = list(weights.values())
+    table[rows, places] = weights
     frequency = np.maximum((table > 0).sum(axis=0), 1)
     return np.asarray(table * (np.log((len(paths) + 1) / frequency) + 0.1), dtype=np.float32)
 
 
 def _template_ids(paths: Sequence[Path]) -> Ints:
-    written = [[template(path, kept) for path in paths] for kept in range(3)]
+    readings = list(map(_readings, paths))
     found = []
     for kept, last in TEMPLATES:
         ids: dict[Path, int] = {}
-        found.append([ids.setdefault(names[-last:], len(ids)) for names in written[kept]])
+        found.append([ids.setdefault(written[kept][-last:], len(ids)) for written in readings])
     return np.asarray(found, dtype=np.int64)
+
+
+def _readings(path: Path) -> list[Path]:
+    """Write a name with none of its numbers, with the last one, and with the last two.
+
+    >>> _readings(("layer", "3", "0", "conv1"))
+    [('layer', '#', '#', 'conv#'), ('layer', '#', '#', 'conv1'), ('layer', '#', '0', 'conv1')]
+    """
+    written = [*template(path)]
+    readings = [tuple(written)]
+    for place in range(len(path) - 1, -1, -1):
+        for others in range(len(numbers(path[place])) - 1, -1, -1):
+            written[place] = _NUMBER.sub("#", path[place], others) if others else path[place]
+            readings.append(tuple(written))
+            if len(readings) == _READINGS:
+                return readings
+    return readings + readings[-1:] * (_READINGS - len(readings))
 
 
 def _ranks(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -208,7 +223,7 @@ def _places(paths: Sequence[Path], classes: Ints) -> tuple[Ints, Ints]:
     place, length = np.full(len(paths), -1, dtype=np.int64), np.zeros(len(paths), dtype=np.int64)
     for index, path in enumerate(paths):
         for depth in range(len(path), 0, -1):
-            if path[:depth] in ranks:
+            if numbers(path[depth - 1]) and path[:depth] in ranks:
                 place[index], length[index] = ranks[path[:depth]]
                 break
     return place, length

@@ -64,13 +64,14 @@ def words(component: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def role_words(path: Sequence[str]) -> set[str]:
+@lru_cache(maxsize=4096)
+def role_words(path: tuple[str, ...]) -> frozenset[str]:
     """Collect the words in the last three names of a path, which tell what a tensor is for.
 
     >>> sorted(role_words(("encoder", "embed_positions", "weight")))
     ['embed', 'encoder', 'pos', 'weight']
     """
-    return {word for component in path[-3:] for word in words(component)}
+    return frozenset(word for component in path[-3:] for word in words(component))
 
 
 @lru_cache(maxsize=65536)

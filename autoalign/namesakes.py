@@ -108,17 +108,17 @@ def _unwrapped(paths: Sequence[Path]) -> Sequence[Path]:
 
 def _prefixes(source: Sequence[Path], target: Sequence[Path]) -> tuple[Path, Path] | None:
     """Find the prefixes whose removal leaves the most names in common; the first of equals."""
-    above: dict[Path, list[Path]] = {}
+    above: dict[Path, list[Path]] = defaultdict(list)
     for path in source:
         for cut in range(len(path)):
-            above.setdefault(path[cut:], []).append(path[:cut])
-    votes: Counter[tuple[Path, Path]] = Counter()
+            above[path[cut:]].append(path[:cut])
+    votes: list[tuple[Path, Path]] = []
     for path in target:
         for cut in range(len(path)):
             if known := above.get(path[cut:]):
-                votes.update((prefix, path[:cut]) for prefix in known)
+                votes += [(prefix, path[:cut]) for prefix in known]
                 break
-    return votes.most_common(1)[0][0] if votes else None
+    return Counter(votes).most_common(1)[0][0] if votes else None
 
 
 def _children(paths: Sequence[Path], prefix: Path) -> dict[Path, set[str]]:

@@ -217,8 +217,8 @@ def _is_told(source: SideParts, target: SideParts, a: int, b: int) -> bool:
 def _operation(source: Part, target: Part, *, flipped: bool) -> Operation | None:
     """Find the operation on a matched part; a bare matrix may stand for that of a layer, which is transposed."""
     bare = (kind(source.path[-1])[0] == "other") != (kind(target.path[-1])[0] == "other")
-    ways = (flipped, True) if bare and not flipped else (flipped,)
-    return next((op for way in ways if (op := operation_between(source.shape, target.shape, flipped=way))), None)
+    operation = operation_between(source.shape, target.shape, flipped=flipped)
+    return operation or (operation_between(source.shape, target.shape, flipped=True) if bare else None)
 
 
 def _pinned_units(
@@ -257,5 +257,5 @@ def _mismatches(
     return [
         Mismatch(target.key(b), source.key(a), target.specs[b.tensor].shape, source.specs[a.tensor].shape)
         for a, b in left
-        if not any(operation_between(a.shape, b.shape, flipped=way) for way in (False, True))
+        if not (operation_between(a.shape, b.shape) or operation_between(a.shape, b.shape, flipped=True))
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
 
@@ -24,6 +24,7 @@ from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
 from autoalign.vocabulary import COLLECTIONS
 
+_WHOLE = Copy()
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_")  # in "features_5_conv_2"
 
 
@@ -35,7 +36,7 @@ class Part:
     path: Path  # the names of its modules and its own
     shape: tuple[int, ...]
     numeric: str  # "float", "int" or "bool": tensors of one kind of number only match their like
-    view: Operation = field(default_factory=Copy)  # takes the part out of its tensor
+    view: Operation = _WHOLE  # takes the part out of its tensor
     turned: bool = False  # whether the split shows that the matrix is laid out the other way round
     count: int = 1  # how many tensors of equal blocks it stands for
     by_order: bool = False  # whether its place among the tensors of its layer is all that tells what it is
