@@ -95,32 +95,30 @@ def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
     Cosine of the words of two names, each weighed by its rarity on its side and by how close to the tensor it stands,
     under the similarity of words. Rival words (query against key) count against a pair.
     """
-    vocabularies = [
-        {word: None for path in side for component in path for word in words(component)} for side in (source, target)
-    ]
-    if not all(vocabularies):
+    (own, first), (other, second) = _word_weights(source), _word_weights(target)
+    if not own or not other:
         return np.zeros((len(source), len(target)), dtype=np.float32)
-    columns = [{word: column for column, word in enumerate(vocabulary)} for vocabulary in vocabularies]
-    first, second = _word_weights(source, columns[0]), _word_weights(target, columns[1])
-    scores = first @ word_similarity(list(columns[0]), list(columns[1])) @ second.T
+    scores = first @ word_similarity(own, other) @ second.T
     norms = np.outer(np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1))
     return np.asarray(scores / (norms + _COMMON), dtype=np.float32)
 
 
-def _word_weights(paths: Sequence[Path], columns: dict[str, int]) -> Floats:
+def _word_weights(paths: Sequence[Path]) -> tuple[list[str], Floats]:
+    """List the words of one side, and tell how much each says of each name: [units, words]."""
+    columns: dict[str, int] = {}
     rows, places, weights = [], [], []
     for row, path in enumerate(paths):
         weight = _DECAY ** (len(path) - 1)
         for component in path:  # the last is the nearest, and what is nearer counts
             for word in words(component):
                 rows.append(row)
-                places.append(columns[word])
+                places.append(columns.setdefault(word, len(columns)))
                 weights.append(weight)
             weight /= _DECAY
     table = np.zeros((len(paths), len(columns)), dtype=np.float32)
     table[rows, places] = weights
     frequency = np.maximum((table > 0).sum(axis=0), 1)
-    return np.asarray(table * (np.log((len(paths) + 1) / frequency) + 0.1), dtype=np.float32)
+    return list(columns), np.asarray(table * (np.log((len(paths) + 1) / frequency) + 0.1), dtype=np.float32)
 
 
 def _template_ids(paths: Sequence[Path]) -> Ints:

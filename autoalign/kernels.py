@@ -29,21 +29,20 @@ def as_in_torch(parts: Sequence[Part]) -> Parts:
     ((4, 8), Transpose())
     """
     parts = Parts(parts)
-    units = [unit for unit in parts.units if "weight" in unit.kinds]
-    shapes = [{values: parts[index].shape for values, index in unit.parts} for unit in units]
-    named = [_is_kernel(parts[dict(unit.parts)["weight"]]) for unit in units]
+    layers = [(unit, kinds) for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
+    shapes = [{values: parts[index].shape for values, index in kinds.items()} for _, kinds in layers]
+    named = [_is_kernel(parts[kinds["weight"]]) for _, kinds in layers]
     if not any(named) and sum(map(_spatial_first, shapes)) <= 0:
         return parts
     widths = Counter(shape[0] for of in shapes for shape in of.values() if len(shape) == 1).most_common(1)
     width = widths[0][0] if widths else 0
     heads = {
         of["weight"][1:]
-        for unit, of, is_kernel in zip(units, shapes, named, strict=True)
+        for (unit, _), of, is_kernel in zip(layers, shapes, named, strict=True)
         if is_kernel and _keeps_heads(unit, of)
     }
     result = list(parts)
-    for unit, of, is_kernel in zip(units, shapes, named, strict=True):
-        kinds = dict(unit.parts)
+    for (unit, kinds), of, is_kernel in zip(layers, shapes, named, strict=True):
         view = None
         if is_kernel:
             view = _kernel_view(unit, of, heads, width)

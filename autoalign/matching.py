@@ -62,6 +62,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     structure = _StructureVotes(source, target, rows, columns)
     patterns = _PatternVotes(source.templates, target.templates, rows, columns)
     neighbours = _neighbour_pairs(source, target, rows, columns)
+    padded = np.zeros(len(rows) + 1)  # the last stands for what has no neighbour
     shape = (len(source.paths), len(target.paths))
     known = [cues[name] * WEIGHTS[name] for name in ("name", "place", "shape")]
     score = np.asarray(np.sum([*known, 0.5 * structure.root_agreement], axis=0), dtype=np.float32)
@@ -72,8 +73,12 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         cues["structure"] = structure.scores(soft)
         row_mass, column_mass = _masses(soft, rows, columns, shape)
         cues["pattern"] = patterns.scores(soft, row_mass, column_mass)
-        cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0) * candidates.adjacent
-        score = np.asarray(np.sum([cues[name] * weight for name, weight in WEIGHTS.items()], axis=0), dtype=np.float32)
+        padded[:-1] = soft
+        cues["order"] = padded[neighbours].sum(axis=0) / 2 * candidates.adjacent
+        total = np.zeros(len(rows))
+        for name, weight in WEIGHTS.items():
+            total += cues[name] * weight
+        score = total.astype(np.float32)
         sharpness *= SHARPENING
         before, soft = soft, softmax(score, sharpness)
         if np.abs(soft - before).max() < SETTLED:
@@ -131,7 +136,8 @@ class _StructureVotes:
         mass = np.bincount(self.pairs.ravel(), spread.ravel(), self.prior.size + 1)
         votes = mass[:-1].reshape(self.shape) * self.prior
         strongest = np.outer(votes.max(axis=1) + 1e-9, votes.max(axis=0) + 1e-9)
-        relative = np.append((votes / np.sqrt(strongest)).astype(np.float32).ravel(), np.float32(0))
+        relative = np.zeros(votes.size + 1, dtype=np.float32)
+        relative[:-1] = (votes / np.sqrt(strongest)).ravel()
         weighed = relative[self.pairs] * self.agreement
         upward = weighed.max(axis=1).sum(axis=0) / self.depths[0]
         downward = weighed.max(axis=0).sum(axis=0) / self.depths[1]
@@ -161,13 +167,13 @@ class _PatternVotes:
 
     def scores(self, soft: Floats, row_mass: Floats, column_mass: Floats) -> Floats:
         """Score each pair by what the other pairs of its templates do; rare templates say little."""
-        spread = np.broadcast_to(soft, self.ids[0].shape).ravel()
+        spread = np.concatenate([soft] * len(self.ids[0]))
         own, other, together = (np.bincount(ids.ravel(), spread)[ids] for ids in self.ids)
         pooled = np.sqrt(np.maximum(own - row_mass[self.rows], 0) * np.maximum(other - column_mass[self.columns], 0))
         trust = pooled / (pooled + 0.3)
-        share = np.clip((together - soft) / (pooled + 1e-9), 0, 1)
+        share = np.minimum(np.maximum((together - soft) / (pooled + 1e-9), 0), 1)
         scores = np.asarray(trust * share + (1 - trust) * UNPOOLED, dtype=np.float32)
-        return np.asarray(scores.mean(axis=0))
+        return np.asarray(scores.sum(axis=0) / len(scores))
 
 
 def _apart(ids: Ints) -> Ints:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import repeat
 
 import numpy as np
@@ -64,6 +64,7 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
     ]
 
 
+@lru_cache
 def _numeric(dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "bool"
