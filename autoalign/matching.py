@@ -113,8 +113,10 @@ class _StructureVotes:
         self.shape = (own.node_count, other.node_count)
         above, above_other = own.ancestors.T[:, None, rows], other.ancestors.T[None, :, columns]
         valid = (above >= 0) & (above_other >= 0)
-        dump = self.shape[0] * self.shape[1]  # where the padding votes
-        self.pairs = np.ascontiguousarray(np.where(valid, above.astype(np.int64) * self.shape[1] + above_other, dump))
+        nothing = self.shape[0] * self.shape[1]  # stands for the padding
+        pairs = np.where(valid, above.astype(np.int64) * self.shape[1] + above_other, nothing)
+        self.pairs = np.ascontiguousarray(pairs)
+        self.voted, self.voters = self.pairs[valid], valid.nonzero()[2]
         self.depths = (above >= 0).sum(axis=0)[0], (above_other >= 0).sum(axis=1)[0]
         distance = np.abs(source.rank.T[:, None, rows] - target.rank.T[None, :, columns])
         agreement = np.exp(np.float32(-RANK_DECAY) * distance.astype(np.float32))
@@ -132,13 +134,11 @@ class _StructureVotes:
         self.prior = _module_agreement(source, target) / np.sqrt(np.outer(*sizes))
 
     def scores(self, soft: Floats) -> Floats:
-        spread = np.broadcast_to(soft, self.pairs.shape)
-        mass = np.bincount(self.pairs.ravel(), spread.ravel(), self.prior.size + 1)
-        votes = mass[:-1].reshape(self.shape) * self.prior
+        votes = np.bincount(self.voted, soft[self.voters], self.prior.size).reshape(self.shape) * self.prior
         strongest = np.outer(votes.max(axis=1) + 1e-9, votes.max(axis=0) + 1e-9)
         relative = np.zeros(votes.size + 1, dtype=np.float32)
         relative[:-1] = (votes / np.sqrt(strongest)).ravel()
-        weighed = relative[self.pairs] * self.agreement
+        weighed = relative.take(self.pairs) * self.agreement
         upward = weighed.max(axis=1).sum(axis=0) / self.depths[0]
         downward = weighed.max(axis=0).sum(axis=0) / self.depths[1]
         return np.asarray((upward + downward) / 2, dtype=np.float32)
@@ -168,7 +168,7 @@ class _PatternVotes:
     def scores(self, soft: Floats, row_mass: Floats, column_mass: Floats) -> Floats:
         """Score each pair by what the other pairs of its templates do; rare templates say little."""
         spread = np.concatenate([soft] * len(self.ids[0]))
-        own, other, together = (np.bincount(ids.ravel(), spread)[ids] for ids in self.ids)
+        own, other, together = (np.bincount(ids.ravel(), spread).take(ids) for ids in self.ids)
         pooled = np.sqrt(np.maximum(own - row_mass[self.rows], 0) * np.maximum(other - column_mass[self.columns], 0))
         trust = pooled / (pooled + 0.3)
         share = np.minimum(np.maximum((together - soft) / (pooled + 1e-9), 0), 1)
