@@ -234,18 +234,17 @@ def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int
     size = shape[0] + shape[1]
     graph = coo_array((np.ones(len(rows)), (rows, columns + shape[0])), shape=(size, size))
     count, component = connected_components(graph, directed=False)
-    own, other = component[: shape[0]], component[shape[0] :]
-    place, other_place = _places_within(own), _places_within(other)
-    sizes = np.bincount(own, minlength=count), np.bincount(other, minlength=count)
-    lonely = (sizes[0] == 1) & (sizes[1] == 1)  # pairs without rivals
-    several = np.flatnonzero(~lonely[own[rows]])
-    by_component = several[np.argsort(own[rows[several]], kind="stable")]
-    bounds = np.flatnonzero(np.diff(own[rows[by_component]])) + 1
-    chosen = [np.flatnonzero(lonely[own[rows]])]
-    for members in np.split(by_component, bounds) if len(by_component) else ():
-        of = own[rows[members[0]]]
-        cells = place[rows[members]], other_place[columns[members]]
-        gain = np.zeros((sizes[0][of], sizes[1][of]))
+    of = component[rows]
+    sizes, heights = (np.bincount(units, minlength=count) for units in (component, component[: shape[0]]))
+    place = np.empty(size, dtype=np.int64)  # of each unit in its component, where those of the source come first
+    place[np.argsort(component, kind="stable")] = np.arange(size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = [np.flatnonzero(sizes[of] == 2)]  # pairs without rivals
+    rest = np.flatnonzero(sizes[of] > 2)
+    rest = rest[np.argsort(of[rest], kind="stable")]
+    for members in np.split(rest, np.flatnonzero(np.diff(of[rest])) + 1) if len(rest) else ():
+        height = heights[of[members[0]]]
+        cells = place[rows[members]], place[columns[members] + shape[0]] - height
+        gain = np.zeros((height, sizes[of[members[0]]] - height))
         pair = np.full(gain.shape, -1)
         gain[cells] = np.maximum(score[members] - ALONE, 0)
         pair[cells] = members
@@ -254,15 +253,6 @@ def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int
     everything = np.concatenate(chosen)
     everything = everything[score[everything] > ALONE]
     return np.asarray(everything[np.argsort(columns[everything], kind="stable")], dtype=np.intp)
-
-
-def _places_within(groups: Ints) -> Ints:
-    """Tell how many of its group stand before each."""
-    in_group = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[in_group], prepend=-1))
-    places = np.empty(len(groups), dtype=np.int64)
-    places[in_group] = np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
-    return places
 
 
 def _rivals(

@@ -46,8 +46,8 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
     """Match two sides; pinned pairs are taken as they are and vote for the rest."""
     if not pins and is_renamed(source.parts, target.parts):
         renamed = {
-            place: Found(place, Copy(), _RENAMED if _is_told(source, target, place, place) else TOLD, _ALIKE, None)
-            for place in range(len(source.parts))
+            place: Found(place, Copy(), _RENAMED if _is_told(source, target, *both) else TOLD, _ALIKE, None)
+            for place, both in enumerate(zip(source.parts, target.parts, strict=True))
         }
         return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()
     pinned, refused = _pinned(source, target, pins) if pins else ([], [])
@@ -194,11 +194,12 @@ def _match_parts(
         sureness = min(sureness, DOUBTED if has_twin[place] else TOLD if place in lists.by_order else 1.0)
         doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
         for a, b in paired_parts(own[i], other[j]):
-            operation = _operation(source.parts[a], target.parts[b], flipped=a in pairs.flipped)
-            if operation is None or source.key(source.parts[a]) in taken or target.key(target.parts[b]) in pins:
+            piece, wanted = source.parts[a], target.parts[b]
+            operation = _operation(piece, wanted, flipped=a in pairs.flipped)
+            if operation is None or (pins and (source.key(piece) in taken or target.key(wanted) in pins)):
                 continue
-            if source.parts[a].numeric == target.parts[b].numeric:
-                least = sureness if _is_told(source, target, a, b) else min(sureness, TOLD)
+            if piece.numeric == wanted.numeric:
+                least = sureness if _is_told(source, target, piece, wanted) else min(sureness, TOLD)
                 found[b] = Found(a, operation, least, evidence, rivals.get(b), doubt)
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
@@ -206,9 +207,8 @@ def _match_parts(
     return found, _mismatches(source, target, own, other, (*left, *matched))
 
 
-def _is_told(source: SideParts, target: SideParts, a: int, b: int) -> bool:
+def _is_told(source: SideParts, target: SideParts, own: Part, other: Part) -> bool:
     """Tell whether more than its place in its layer shows what a tensor is."""
-    own, other = source.parts[a], target.parts[b]
     if not (own.by_order or other.by_order):
         return True
     return components(source.key(own))[-1] == components(target.key(other))[-1]
