@@ -28,6 +28,7 @@ UNORDERED = 0.3  # of it for modules where one side's keys are sorted, so that t
 LIST_FLOOR = 0.1  # what remains of a vote between blocks of quite different places
 ALONE = 2.0  # the worth of leaving a unit without a partner
 UNPOOLED = 0.3  # the pattern score of a template that occurs once
+_TOGETHER = 2**15  # pairs times templates that are scored at once, while the arrays are small
 _SPARSE = 8  # numbers that there may be for each that is used
 
 
@@ -60,7 +61,11 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         "order": np.zeros(len(rows), dtype=np.float32),
     }
     structure = _StructureVotes(source, target, rows, columns)
-    patterns = _PatternVotes(source.templates, target.templates, rows, columns)
+    width = max(_TOGETHER // len(rows), 1)
+    patterns = [
+        _PatternVotes(source.templates[k : k + width], target.templates[k : k + width], rows, columns)
+        for k in range(0, len(source.templates), width)
+    ]
     neighbours = _neighbour_pairs(source, target, rows, columns)
     padded = np.zeros(len(rows) + 1)  # the last stands for what has no neighbour
     shape = (len(source.paths), len(target.paths))
@@ -72,7 +77,8 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     for _ in range(STEPS):
         cues["structure"] = structure.scores(soft)
         row_mass, column_mass = _masses(soft, rows, columns, shape)
-        cues["pattern"] = patterns.scores(soft, row_mass, column_mass)
+        pooled = np.concatenate([votes.scores(soft, row_mass, column_mass) for votes in patterns])
+        cues["pattern"] = pooled.sum(axis=0) / len(pooled)
         padded[:-1] = soft
         cues["order"] = padded[neighbours].sum(axis=0) / 2 * candidates.adjacent
         total = np.zeros(len(rows))
@@ -113,10 +119,8 @@ class _StructureVotes:
         self.shape = (own.node_count, other.node_count)
         above, above_other = own.ancestors.T[:, None, rows], other.ancestors.T[None, :, columns]
         valid = (above >= 0) & (above_other >= 0)
-        nothing = self.shape[0] * self.shape[1]  # stands for the padding
-        pairs = np.where(valid, above.astype(np.int64) * self.shape[1] + above_other, nothing)
-        self.pairs = np.ascontiguousarray(pairs)
-        self.voted, self.voters = self.pairs[valid], valid.nonzero()[2]
+        dump = self.shape[0] * self.shape[1]  # where the padding votes
+        self.pairs = np.ascontiguousarray(np.where(valid, above.astype(np.int64) * self.shape[1] + above_other, dump))
         self.depths = (above >= 0).sum(axis=0)[0], (above_other >= 0).sum(axis=1)[0]
         distance = np.abs(source.rank.T[:, None, rows] - target.rank.T[None, :, columns])
         agreement = np.exp(np.float32(-RANK_DECAY) * distance.astype(np.float32))
@@ -134,7 +138,9 @@ class _StructureVotes:
         self.prior = _module_agreement(source, target) / np.sqrt(np.outer(*sizes))
 
     def scores(self, soft: Floats) -> Floats:
-        votes = np.bincount(self.voted, soft[self.voters], self.prior.size).reshape(self.shape) * self.prior
+        spread = np.broadcast_to(soft, self.pairs.shape)
+        mass = np.bincount(self.pairs.ravel(), spread.ravel(), self.prior.size + 1)
+        votes = mass[:-1].reshape(self.shape) * self.prior
         strongest = np.outer(votes.max(axis=1) + 1e-9, votes.max(axis=0) + 1e-9)
         relative = np.zeros(votes.size + 1, dtype=np.float32)
         relative[:-1] = (votes / np.sqrt(strongest)).ravel()
@@ -172,8 +178,7 @@ class _PatternVotes:
         pooled = np.sqrt(np.maximum(own - row_mass[self.rows], 0) * np.maximum(other - column_mass[self.columns], 0))
         trust = pooled / (pooled + 0.3)
         share = np.minimum(np.maximum((together - soft) / (pooled + 1e-9), 0), 1)
-        scores = np.asarray(trust * share + (1 - trust) * UNPOOLED, dtype=np.float32)
-        return np.asarray(scores.sum(axis=0) / len(scores))
+        return np.asarray(trust * share + (1 - trust) * UNPOOLED, dtype=np.float32)
 
 
 def _apart(ids: Ints) -> Ints:
