@@ -37,7 +37,7 @@ _REPAIRS = 6  # rounds in which blocks that were crossed are straightened
 _LATE = (9,)  # the ordinal from which on a layer is one of the last of its block
 _FEW = 3  # siblings that differ in a number and are no list of blocks
 
-_Key = tuple[str, ...]
+_Key = tuple[Path, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ UNORDERED = 0.3  # of it for modules where one side's keys are sorted, so that t
 LIST_FLOOR = 0.1  # what remains of a vote between blocks of quite different places
 ALONE = 2.0  # the worth of leaving a unit without a partner
 UNPOOLED = 0.3  # the pattern score of a template that occurs once
+_TOGETHER = 2**15  # pairs times templates that are scored at once, while the arrays are small
+_SPARSE = 8  # numbers that there may be for each that is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,13 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         "order": np.zeros(len(rows), dtype=np.float32),
     }
     structure = _StructureVotes(source, target, rows, columns)
+    width = max(_TOGETHER // len(rows), 1)
     patterns = [
-        _PatternVotes(own, other, rows, columns) for own, other in zip(source.templates, target.templates, strict=True)
+        _PatternVotes(source.templates[k : k + width], target.templates[k : k + width], rows, columns)
+        for k in range(0, len(source.templates), width)
     ]
     neighbours = _neighbour_pairs(source, target, rows, columns)
+    padded = np.zeros(len(rows) + 1)  # the last stands for what has no neighbour
     shape = (len(source.paths), len(target.paths))
     known = [cues[name] * WEIGHTS[name] for name in ("name", "place", "shape")]
     score = np.asarray(np.sum([*known, 0.5 * structure.root_agreement], axis=0), dtype=np.float32)
@@ -72,9 +77,14 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     for _ in range(STEPS):
         cues["structure"] = structure.scores(soft)
         row_mass, column_mass = _masses(soft, rows, columns, shape)
-        cues["pattern"] = np.mean([votes.scores(soft, row_mass, column_mass) for votes in patterns], axis=0)
-        cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0) * candidates.adjacent
-        score = np.asarray(np.sum([cues[name] * weight for name, weight in WEIGHTS.items()], axis=0), dtype=np.float32)
+        pooled = np.concatenate([votes.scores(soft, row_mass, column_mass) for votes in patterns])
+        cues["pattern"] = pooled.sum(axis=0) / len(pooled)
+        padded[:-1] = soft
+        cues["order"] = padded[neighbours].sum(axis=0) / 2 * candidates.adjacent
+        total = np.zeros(len(rows))
+        for name, weight in WEIGHTS.items():
+            total += cues[name] * weight
+        score = total.astype(np.float32)
         sharpness *= SHARPENING
         before, soft = soft, softmax(score, sharpness)
         if np.abs(soft - before).max() < SETTLED:
@@ -132,8 +142,9 @@ class _StructureVotes:
         mass = np.bincount(self.pairs.ravel(), spread.ravel(), self.prior.size + 1)
         votes = mass[:-1].reshape(self.shape) * self.prior
         strongest = np.outer(votes.max(axis=1) + 1e-9, votes.max(axis=0) + 1e-9)
-        relative = np.append((votes / np.sqrt(strongest)).astype(np.float32).ravel(), np.float32(0))
-        weighed = relative[self.pairs] * self.agreement
+        relative = np.zeros(votes.size + 1, dtype=np.float32)
+        relative[:-1] = (votes / np.sqrt(strongest)).ravel()
+        weighed = relative.take(self.pairs) * self.agreement
         upward = weighed.max(axis=1).sum(axis=0) / self.depths[0]
         downward = weighed.max(axis=0).sum(axis=0) / self.depths[1]
         return np.asarray((upward + downward) / 2, dtype=np.float32)
@@ -153,23 +164,30 @@ def _module_agreement(source: SideEvidence, target: SideEvidence) -> Floats:
 
 
 class _PatternVotes:
-    """Votes of assigned pairs for the correspondence of their name templates."""
+    """Votes of assigned pairs for the correspondence of their name templates: [templates, pairs]."""
 
     def __init__(self, source: Ints, target: Ints, rows: Ints, columns: Ints) -> None:
         self.rows, self.columns = rows, columns
-        self.own, self.other = source[rows], target[columns]
-        code = self.own * (int(target.max()) + 1) + self.other
-        _, self.pair = np.unique(code, return_inverse=True)
+        own, other = source[:, rows], target[:, columns]
+        self.ids = [_apart(own), _apart(other), _apart(own * (other.max(axis=1, keepdims=True) + 1) + other)]
 
     def scores(self, soft: Floats, row_mass: Floats, column_mass: Floats) -> Floats:
         """Score each pair by what the other pairs of its templates do; rare templates say little."""
-        together = np.bincount(self.pair, soft)[self.pair] - soft
-        own = np.bincount(self.own, soft)[self.own] - row_mass[self.rows]
-        other = np.bincount(self.other, soft)[self.other] - column_mass[self.columns]
-        pooled = np.sqrt(np.maximum(own, 0) * np.maximum(other, 0))
+        spread = np.concatenate([soft] * len(self.ids[0]))
+        own, other, together = (np.bincount(ids.ravel(), spread).take(ids) for ids in self.ids)
+        pooled = np.sqrt(np.maximum(own - row_mass[self.rows], 0) * np.maximum(other - column_mass[self.columns], 0))
         trust = pooled / (pooled + 0.3)
-        share = np.clip(together / (pooled + 1e-9), 0, 1)
+        share = np.minimum(np.maximum((together - soft) / (pooled + 1e-9), 0), 1)
         return np.asarray(trust * share + (1 - trust) * UNPOOLED, dtype=np.float32)
+
+
+def _apart(ids: Ints) -> Ints:
+    """Number what is in each row anew, so that no two rows have a number in common; without large gaps."""
+    sizes = ids.max(axis=1) + 1
+    apart = ids + (np.cumsum(sizes) - sizes)[:, None]
+    if sizes.sum() > _SPARSE * ids.size:
+        apart = np.unique(apart, return_inverse=True)[1].reshape(ids.shape)
+    return np.asarray(apart)
 
 
 def _neighbour_pairs(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Ints:
@@ -220,20 +238,25 @@ def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int
 
     size = shape[0] + shape[1]
     graph = coo_array((np.ones(len(rows)), (rows, columns + shape[0])), shape=(size, size))
-    _, component = connected_components(graph, directed=False)
-    by_component = np.argsort(component[rows], kind="stable")
-    bounds = np.flatnonzero(np.diff(component[rows][by_component])) + 1
-    chosen = []
-    for members in np.split(by_component, bounds):
-        own, row = np.unique(rows[members], return_inverse=True)
-        other, column = np.unique(columns[members], return_inverse=True)
-        gain = np.zeros((len(own), len(other)))
+    count, component = connected_components(graph, directed=False)
+    of = component[rows]
+    sizes, heights = (np.bincount(units, minlength=count) for units in (component, component[: shape[0]]))
+    place = np.empty(size, dtype=np.int64)  # of each unit in its component, where those of the source come first
+    place[np.argsort(component, kind="stable")] = np.arange(size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = [np.flatnonzero(sizes[of] == 2)]  # pairs without rivals
+    rest = np.flatnonzero(sizes[of] > 2)
+    rest = rest[np.argsort(of[rest], kind="stable")]
+    for members in np.split(rest, np.flatnonzero(np.diff(of[rest])) + 1) if len(rest) else ():
+        height = heights[of[members[0]]]
+        cells = place[rows[members]], place[columns[members] + shape[0]] - height
+        gain = np.zeros((height, sizes[of[members[0]]] - height))
         pair = np.full(gain.shape, -1)
-        gain[row, column] = np.maximum(score[members] - ALONE, 0)
-        pair[row, column] = members
+        gain[cells] = np.maximum(score[members] - ALONE, 0)
+        pair[cells] = members
         picked = pair[linear_sum_assignment(gain, maximize=True)]
-        chosen.append(picked[(picked >= 0) & (score[picked] > ALONE)])
+        chosen.append(picked[picked >= 0])
     everything = np.concatenate(chosen)
+    everything = everything[score[everything] > ALONE]
     return np.asarray(everything[np.argsort(columns[everything], kind="stable")], dtype=np.intp)
 
 
