@@ -25,7 +25,10 @@ def block_around(path: Path) -> Path:
     >>> block_around(("layer1", "0", "conv2"))
     ('layer1', '0')
     """
-    return path[: max((place + 1 for place, name in enumerate(path[:-1]) if numbers(name)), default=0)]
+    depth = len(path) - 1
+    while depth > 0 and not numbers(path[depth - 1]):
+        depth -= 1
+    return path[: max(depth, 0)]
 
 
 @dataclass(frozen=True, slots=True)
