@@ -43,10 +43,11 @@ def crossings(blocks: Blocks) -> list[Repair]:
     """
     spread: dict[tuple[Path, Path], list[Path]] = {}  # names around, and what all that fills a block is in
     for block, pairs in blocks.items():
-        owns = [pair.own for pair in pairs]
-        end = common(owns)
-        if max(map(len, owns)) > len(end) + 1:
-            spread.setdefault((tuple(map(stem, block[:-1])), end), []).append(block)
+        if len(pairs) > 1:
+            owns = [pair.own for pair in pairs]
+            end = common(owns)
+            if max(map(len, owns)) > len(end) + 1:
+                spread.setdefault((tuple(map(stem, block[:-1])), end), []).append(block)
     found: list[Repair] = []
     moved = set[int]()
     for (_, end), modules in spread.items():
@@ -86,6 +87,9 @@ def _straight(first: Block, second: Block, depth: int, end: int) -> Repair:
         depth: Of the blocks.
         end: The depth of the module in the source that has what fills both.
     """
+    before = _wholeness(first, second, end)
+    if before == len(first) ** 2 + len(second) ** 2:
+        return {}
     home = [_home(block, end) for block in (first, second)]
     told = home[0] != home[1] and None not in home
     if not told and not _are_lists(first, second, depth, end):
@@ -94,7 +98,7 @@ def _straight(first: Block, second: Block, depth: int, end: int) -> Repair:
     if told:
         parts = [[part for part in of if own not in _ends(part, end)] for of, own in zip(parts, home, strict=True)]
     best: Repair = {}
-    wholeness = (_wholeness(first, second, end), 0)
+    wholeness = (before, 0)
     for one, two in product(*parts):
         if [pair.kind for pair in one] != [pair.kind for pair in two]:
             continue

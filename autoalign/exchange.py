@@ -19,7 +19,7 @@ import numpy as np
 from autoalign.crossings import Blocks, Repair, blocks_of, crossings, shared
 from autoalign.evidence import Floats, Ints, SideEvidence
 from autoalign.graph import Path
-from autoalign.instances import Instance, Pairs, instances_of, parting
+from autoalign.instances import Instance, Pairs, instances_of, parting, places_below
 from autoalign.lists import disordered, misnumbered, sign
 from autoalign.matching import Assignment
 from autoalign.names import likeness, numbers, ordinal, stem, words
@@ -176,13 +176,15 @@ def _slots(paths: Sequence[Path]) -> list[str]:
     members: dict[tuple[Path, str], set[str]] = {}
     for path in paths:
         for depth, name in enumerate(path):
-            if numbers(name) and not name.isdecimal():
+            if not name.isdecimal() and numbers(name):
                 members.setdefault((path[:depth], stem(name)), set()).add(name)
     many = {(around, name) for (around, _), names in members.items() if len(names) > _FEW for name in names}
     return [
         ".".join(
-            stem(name) if name.isdecimal() or (many and (path[:depth], name) in many) else name
-            for depth, name in enumerate(path)
+            [
+                stem(name) if name.isdecimal() or (many and (path[:depth], name) in many) else name
+                for depth, name in enumerate(path)
+            ]
         )
         for path in paths
     ]
@@ -230,7 +232,8 @@ def exchanges(
     """
     chosen = assignment.source.tolist(), assignment.target.tolist()
     own, other = [source.paths[i] for i in chosen[0]], [target.paths[j] for j in chosen[1]]
-    listed = list(instances_of(own, other, alike))
+    below = places_below(other)
+    listed = list(instances_of(own, other, alike, below))
     if not listed:
         return []
     gains, orders = _gains(assignment, source, target, listed)
@@ -241,7 +244,7 @@ def exchanges(
         found.setdefault((key, gains[index] < 0), []).append(index)
     names = [slots[0][i] for i in chosen[0]], [slots[1][j] for j in chosen[1]]
     together = Counter(zip(*names, strict=True))
-    partners = cache(partial(_partners, own, other))
+    partners = cache(partial(_partners, own, other, below))
     result = []
     for (key, _), indices in found.items():
         instances = [listed[index] for index in indices]
@@ -324,13 +327,16 @@ def _others(
     return {numbers(name): partner for name, partner in members.items() if name not in names}
 
 
-def _partners(own: Sequence[Path], other: Sequence[Path], source: _List, target: _List) -> dict[str, tuple[int, ...]]:
+def _partners(
+    own: Sequence[Path], other: Sequence[Path], below: Mapping[Path, Sequence[int]], source: _List, target: _List
+) -> dict[str, tuple[int, ...]]:
     """Tell to which numbers of a list of the source the members of a list of the target are matched, in order."""
     votes: dict[str, Counter[tuple[int, ...]]] = {}
-    start, place = len(source[0]), len(target[0])
-    for path, wanted in zip(own, other, strict=True):
-        if wanted[:place] == target[0] and path[:start] == source[0] and len(wanted) > place and len(path) > start:
-            name, partner = wanted[place], path[start]
+    start, depth = len(source[0]), len(target[0])
+    for place in below.get(target[0], range(len(other))):
+        path, wanted = own[place], other[place]
+        if path[:start] == source[0] and len(path) > start and len(wanted) > depth:
+            name, partner = wanted[depth], path[start]
             if stem(name) == target[1] and stem(partner) == source[1]:
                 votes.setdefault(name, Counter())[numbers(partner)] += 1
     return {name: votes[name].most_common(1)[0][0] for name in sorted(votes, key=numbers)}

@@ -26,25 +26,25 @@ class Instance:
     anchors: int
 
 
-def instances_of(source: Sequence[Path], target: Sequence[Path], alike: Sequence[int]) -> Iterator[Instance]:
+def instances_of(
+    source: Sequence[Path], target: Sequence[Path], alike: Sequence[int], below: Mapping[Path, Sequence[int]]
+) -> Iterator[Instance]:
     """List pairs of target modules that share most shapes below, and of layers of one block that have the same.
 
     Args:
         source: [places]: the layers of the source in the assignment.
         target: [places]: those of the target.
         alike: [places]: equal where the shapes of both are.
+        below: The places below each module and layer of the target.
     """
-    below: dict[Path, list[int]] = {}
     layers: dict[tuple[Path, int], list[Path]] = {}
     for place, path in enumerate(target):
-        for depth in range(1, len(path) + 1):
-            below.setdefault(path[:depth], []).append(place)
         layers.setdefault((block_around(path), alike[place]), []).append(path)
     siblings: dict[Path, list[Path]] = {}
     for module in below:
         siblings.setdefault(module[:-1], []).append(module)
     place_of = {path: place for place, path in enumerate(target)}
-    content = {module: tuple(sorted([alike[place] for place in places])) for module, places in below.items()}
+    kinds = {module: {alike[place] for place in places} for module, places in below.items()}
 
     def instances(
         first: Path, second: Path, pairs: Sequence[tuple[int, int]], rest: Sequence[int], top: Path
@@ -62,15 +62,18 @@ def instances_of(source: Sequence[Path], target: Sequence[Path], alike: Sequence
                 anchors += (inside[0] - inside[1]) * (1 if own else -1)
             yield Instance((first, second), ends, tuple(places), anchors)
 
+    def content(module: Path) -> tuple[int, ...]:
+        return tuple(sorted([alike[place] for place in below[module]]))
+
     for modules in siblings.values():
-        for first, second in _compared(modules, content.__getitem__):
-            if set(content[first]).isdisjoint(content[second]):
+        for first, second in _compared(modules, content) if len(modules) > 1 else ():
+            if kinds[first].isdisjoint(kinds[second]):
                 continue
             pairs, rest = _counterparts(first, second, below, target, alike)
             if pairs and len(rest) <= _UNLIKE * (len(rest) + 2 * len(pairs)):
                 yield from instances(first, second, pairs, rest, first)
     for within in layers.values():
-        for first, second in _compared(within, len):
+        for first, second in _compared(within, len) if len(within) > 1 else ():
             if first[:-1] != second[:-1]:  # siblings were compared already
                 tops = parting(first, second) or (first, second)
                 pair = place_of[first], place_of[second]
@@ -78,10 +81,17 @@ def instances_of(source: Sequence[Path], target: Sequence[Path], alike: Sequence
                 yield from instances(first, second, [pair], rest, tops[0])
 
 
+def places_below(paths: Sequence[Path]) -> dict[Path, list[int]]:
+    """List the places of the layers in each module, and those of the layers themselves."""
+    below: dict[Path, list[int]] = {}
+    for place, path in enumerate(paths):
+        for depth in range(1, len(path) + 1):
+            below.setdefault(path[:depth], []).append(place)
+    return below
+
+
 def _compared(modules: Sequence[Path], content: Callable[[Path], object]) -> Iterable[tuple[Path, Path]]:
     """List the siblings that may be exchanged; of many only those of one content, of a list those that follow."""
-    if len(modules) < 2:
-        return ()
     is_list = all(numbers(module[-1]) for module in modules) and len({stem(module[-1]) for module in modules}) == 1
     if not is_list and len(modules) <= _MANY:
         return combinations(modules, 2)

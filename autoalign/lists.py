@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import comb
 from operator import attrgetter
 
 from autoalign.crossings import Block, Blocks, Repair, common
@@ -19,6 +20,7 @@ from autoalign.names import numbers, stem
 _ORDERED = 3  # members of a list whose numbers tell
 _AGREEING = 2  # other lists of the same names that tell the direction of one
 
+_List = tuple[Path, str]  # its parent and the stem of its members
 _Called = tuple[Path, Path]  # the names of a target's list and of what fills it, without numbers
 
 
@@ -28,42 +30,59 @@ def disordered(blocks: Blocks) -> Iterator[Repair]:
     Yields:
         For each list what its places should have instead.
     """
-    alike: dict[tuple[_Called, Path, object], list[_Member]] = {}
-    lists: dict[tuple[_Called, Path], list[_Member]] = {}
     tops = [pairs for block, pairs in blocks.items() if len(block) == 1]
     layers = {pair.other: [pair] for pairs in tops for pair in pairs}
+    numbered: dict[_List, list[tuple[Path, Block]]] = {}
     for block, pairs in (*blocks.items(), *layers.items()):
         if numbers(block[-1]):
-            end = pairs[0].own if block == pairs[0].other else common([pair.own for pair in pairs])
-            member = _Member(numbers(block[-1]), end, tuple([n for name in end for n in numbers(name)]), pairs)
-            called = tuple(map(stem, block)), tuple(map(stem, end))
-            shapes = frozenset([(pair.other[len(block) :], pair.own[len(end) :], pair.kind) for pair in pairs])
-            lists.setdefault((called, block[:-1]), []).append(member)
-            alike.setdefault((called, block[:-1], shapes), []).append(member)
-    directions = {key: _direction(members) for key, members in lists.items()}
+            numbered.setdefault((block[:-1], stem(block[-1])), []).append((block, pairs))
+    lists: list[tuple[_Called, int, list[_Member]]] = []
     together: Counter[_Called] = Counter()
-    for (called, _), direction in directions.items():
-        together[called] += direction
-    for (called, parent, _), members in alike.items():
-        others = together[called] - directions[called, parent]
-        if len(members) > 1:
-            yield _in_order(members, others)
+    for of in numbered.values():
+        by_end: dict[Path, list[_Member]] = {}
+        for block, pairs in of if len(of) > 1 else ():
+            end = pairs[0].own if block == pairs[0].other else common([pair.own for pair in pairs])
+            place = tuple([number for name in end for number in numbers(name)])
+            by_end.setdefault(tuple(map(stem, end)), []).append(_Member(block, end, place, pairs))
+        for names, members in by_end.items():
+            if len(members) > 1:
+                called, run = (tuple(map(stem, of[0][0])), names), _run(members)
+                together[called] += sign(run)
+                lists.append((called, run, members))
+    for called, run, members in lists:
+        others = together[called] - sign(run)
+        if abs(run) == comb(len(members), 2) and others * sign(run) > -_AGREEING:
+            continue  # all are in order
+        alike: dict[object, list[_Member]] = {}
+        for member in members:
+            alike.setdefault(member.content, []).append(member)
+        for same in alike.values():
+            if len(same) > 1:
+                yield _in_order(same, others)
 
 
 @dataclass(frozen=True, slots=True)
 class _Member:
     """A member of a list of the target."""
 
-    numbers: tuple[int, ...]  # in its name
+    path: Path
     end: Path  # the module of the source that holds all that fills it
     place: tuple[int, ...]  # all numbers in the names of that module and those around it
     pairs: Block
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return numbers(self.path[-1])
 
-def _direction(members: Sequence[_Member]) -> int:
-    """Tell in which direction most members of a list are matched: 1 in that of their numbers, -1 in the other, or 0."""
+    @property
+    def content(self) -> object:
+        return frozenset([(p.other[len(self.path) :], p.own[len(self.end) :], p.kind) for p in self.pairs])
+
+
+def _run(members: Sequence[_Member]) -> int:
+    """Count the pairs of members that are matched in the order of their numbers, less those in the other order."""
     places = [member.place for member in sorted(members, key=attrgetter("numbers"))]
-    return sign(sum((a < b) - (a > b) for a, b in combinations(places, 2)))
+    return sum((a < b) - (a > b) for a, b in combinations(places, 2))
 
 
 def sign(value: int) -> int:
@@ -83,7 +102,7 @@ def _in_order(members: Sequence[_Member], others: int) -> Repair:
     if len(set(places)) < len(places):
         return {}
     is_monotone = places in (sorted(places), sorted(places, reverse=True))
-    direction = sign(others) if abs(others) >= _AGREEING else 0 if is_monotone else _direction(members)
+    direction = sign(others) if abs(others) >= _AGREEING else 0 if is_monotone else sign(_run(members))
     wanted = sorted(members, key=lambda member: member.place, reverse=direction < 0)
     if not direction or wanted == members:
         return {}
@@ -101,33 +120,30 @@ def misnumbered(blocks: Blocks, source: Sequence[Path]) -> Iterator[Repair]:
         blocks: What is matched.
         source: The paths of the source's units.
     """
-    lists: dict[tuple[Path, str], dict[tuple[int, ...], Block]] = {}
+    lists: dict[_List, dict[tuple[int, ...], Block]] = {}
     for block, pairs in blocks.items():
         if numbers(block[-1]):
             lists.setdefault((block[:-1], stem(block[-1])), {})[numbers(block[-1])] = pairs
     long = [members for members in lists.values() if len(members) >= _ORDERED]
-    numbers_of: dict[tuple[Path, str], set[tuple[int, ...]]] = {}
+    numbers_of: dict[_List, set[tuple[int, ...]]] = {}
+    around: dict[Path, list[_List]] = {}
     for path in source if long else ():
-        for depth, name in enumerate(path):
+        around[path] = []
+        for depth, name in enumerate(path, start=1):
             if numbers(name):
-                numbers_of.setdefault((path[:depth], stem(name)), set()).add(numbers(name))
+                one = path[: depth - 1], stem(name)
+                numbers_of.setdefault(one, set()).add(numbers(name))
+                if depth < len(path):
+                    around[path].append(one)
     for members in long:
-        counterpart = _counterpart(members)
+        counterpart = _counterpart(members, around)
         if counterpart and _mean_the_same(set(members), numbers_of[counterpart]):
             yield _by_numbers(members, counterpart)
 
 
-def _counterpart(members: Mapping[tuple[int, ...], Block]) -> tuple[Path, str] | None:
+def _counterpart(members: Mapping[tuple[int, ...], Block], around: Mapping[Path, Sequence[_List]]) -> _List | None:
     """Name the list of the source that fills most of a list of the target; None if none does."""
-    votes = Counter(
-        [
-            (pair.own[:depth], stem(name))
-            for block in members.values()
-            for pair in block
-            for depth, name in enumerate(pair.own[:-1])
-            if numbers(name)
-        ]
-    )
+    votes = Counter([one for block in members.values() for pair in block for one in around[pair.own]])
     size = sum(map(len, members.values()))
     lists = [place for place, count in votes.items() if 2 * count > size]
     return max(lists, key=lambda place: len(place[0]), default=None)
@@ -143,7 +159,7 @@ def _mean_the_same(own: set[tuple[int, ...]], other: set[tuple[int, ...]]) -> bo
     return start == 0 or in_row[start : start + len(less)] != sorted(less)
 
 
-def _by_numbers(members: Mapping[tuple[int, ...], Block], counterpart: tuple[Path, str]) -> Repair:
+def _by_numbers(members: Mapping[tuple[int, ...], Block], counterpart: _List) -> Repair:
     """Give each member of a list what has its number; nothing where that is so already, or all is in reverse."""
     parent, depth = counterpart[0], len(counterpart[0])
     inside = {
