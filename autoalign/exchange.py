@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from operator import add, sub
 
 import numpy as np
@@ -39,7 +39,6 @@ _LATE = (9,)  # the ordinal from which on a layer is one of the last of its bloc
 _FEW = 3  # siblings that differ in a number and are no list of blocks
 
 _Key = tuple[Path, ...]  # of two modules and of what they are matched to, without numbers
-_List = tuple[Path, str]  # its parent and the stem of its members
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,13 +243,12 @@ def exchanges(
         found.setdefault((key, gains[index] < 0), []).append(index)
     names = [slots[0][i] for i in chosen[0]], [slots[1][j] for j in chosen[1]]
     together = Counter(zip(*names, strict=True))
-    partners = cache(partial(_partners, own, other, below))
     result = []
     for (key, _), indices in found.items():
         instances = [listed[index] for index in indices]
         pairs = tuple([pair for one in instances for pair in one.pairs])
         is_list = key[0] == key[1] and key[2] == key[3]
-        others = [_others(one, partners) if is_list else {} for one in instances]
+        others = [_others(own, other, below, one) if is_list else {} for one in instances]
         shifted = is_list and all(map(_is_shifted, others, instances))
         leads = [0 if shifted else _direction(of) for of in others]
         order = sum(orders[index] * (lead or 1) for index, lead in zip(indices, leads, strict=True))
@@ -319,27 +317,19 @@ def _own_gain(one: Instance) -> float:
 
 
 def _others(
-    one: Instance, partners: Callable[[_List, _List], Mapping[str, tuple[int, ...]]]
+    own: Sequence[Path], other: Sequence[Path], below: Mapping[Path, Sequence[int]], one: Instance
 ) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Tell to which numbers of the source's list the other members of a list are matched, in order."""
-    members = partners(*((module[:-1], stem(module[-1])) for module in (one.ends[0], one.modules[0])))
-    names = {module[-1] for module in one.modules}
-    return {numbers(name): partner for name, partner in members.items() if name not in names}
-
-
-def _partners(
-    own: Sequence[Path], other: Sequence[Path], below: Mapping[Path, Sequence[int]], source: _List, target: _List
-) -> dict[str, tuple[int, ...]]:
-    """Tell to which numbers of a list of the source the members of a list of the target are matched, in order."""
-    votes: dict[str, Counter[tuple[int, ...]]] = {}
-    start, depth = len(source[0]), len(target[0])
-    for place in below.get(target[0], range(len(other))):
-        path, wanted = own[place], other[place]
-        if path[:start] == source[0] and len(path) > start and len(wanted) > depth:
-            name, partner = wanted[depth], path[start]
-            if stem(name) == target[1] and stem(partner) == source[1]:
-                votes.setdefault(name, Counter())[numbers(partner)] += 1
-    return {name: votes[name].most_common(1)[0][0] for name in sorted(votes, key=numbers)}
+    source, target = one.ends[0][:-1], one.modules[0][:-1]
+    stems = stem(one.ends[0][-1]), stem(one.modules[0][-1])
+    votes: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
+    for place in below.get(target, range(len(other))):
+        path, wanted = own[place][len(source) :], other[place][: len(target) + 1]
+        if not path or own[place][: len(source)] != source or wanted in (target, *one.modules):
+            continue
+        if (stem(path[0]), stem(wanted[-1])) == stems:
+            votes.setdefault(numbers(wanted[-1]), Counter())[numbers(path[0])] += 1
+    return {place: votes[place].most_common(1)[0][0] for place in sorted(votes)}
 
 
 def _direction(others: Mapping[tuple[int, ...], tuple[int, ...]]) -> int:
