@@ -16,7 +16,7 @@ from autoalign.leaves import with_known_leaves
 from autoalign.names import components
 from autoalign.operations import Copy, InsertZeros, Operation, Parallel, Shape, chain
 from autoalign.specs import TensorSpec, tied_groups
-from autoalign.units import Part, parts_of
+from autoalign.units import Part, Parts, parts_of
 
 _NO_BIAS = "the source has no bias here, which is one of zeros"
 _BY_ORDER = 0.85  # how far a match is believed whose parts were told apart by their order
@@ -27,7 +27,7 @@ class SideParts:
     """What takes part of one side in matching."""
 
     specs: tuple[TensorSpec, ...]
-    parts: tuple[Part, ...]
+    parts: Parts
     fusions: tuple[Fusion, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)  # what is known of its network, as it was found
     ordered: bool = True  # whether its keys come in the order of registration, as far as can be seen
@@ -36,7 +36,7 @@ class SideParts:
     def of(specs: Sequence[TensorSpec], config: Mapping[str, object], counts: Sequence[int] | None = None) -> SideParts:
         ordered = not is_alphabetical([spec.key for spec in specs])
         parts = as_in_torch(with_known_leaves(parts_of(specs, counts), ordered=ordered))
-        return SideParts(tuple(specs), tuple(parts), config=config, ordered=ordered)
+        return SideParts(tuple(specs), parts, config=config, ordered=ordered)
 
     def key(self, part: Part) -> str:
         return self.specs[part.tensor].key

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -35,6 +36,7 @@ class Candidates:
     flipped: frozenset[int]  # source parts whose matrix is transposed
 
 
+@lru_cache(maxsize=4096)
 def squeeze(shape: Shape) -> Shape:
     """Leave out the dimensions of size one.
 
@@ -44,6 +46,7 @@ def squeeze(shape: Shape) -> Shape:
     return tuple(size for size in shape if size != 1)
 
 
+@lru_cache(maxsize=4096)
 def operation_between(source: Shape, target: Shape, *, flipped: bool = False) -> Operation | None:
     """Find the operation on one tensor that turns one shape into another, if the shapes admit one.
 
@@ -199,15 +202,15 @@ def candidates(
     """List the feasible pairs of units of two sides."""
     flipped = flipped_parts(source_parts, target_parts)
     members: tuple[dict[Signature, list[int]], dict[Signature, list[int]]] = ({}, {})
-    classes: dict[tuple[str, Shape], int] = {}
-    class_of: tuple[list[int], list[int]] = ([], [])
     sides = ((source_units, source_parts, flipped), (target_units, target_parts, frozenset[int]()))
-    for side, (units, parts, transposed) in enumerate(sides):
+    for known, (units, parts, transposed) in zip(members, sides, strict=True):
         for index, unit in enumerate(units):
-            entry = signature(unit, parts, transposed)
-            members[side].setdefault(entry, []).append(index)
-            class_of[side].append(classes.setdefault(main_class(entry), len(classes)))
-    rows, columns, fits, adjacent = [], [], [], []
+            known.setdefault(signature(unit, parts, transposed), []).append(index)
+    classes: dict[tuple[str, Shape], int] = {}
+    class_of = [[classes.setdefault(main_class(entry), len(classes)) for entry in known] for known in members]
+    rows: list[int] = []
+    columns: list[int] = []
+    fits, adjacent, counts = [], [], []
     by_size: dict[int, list[Signature]] = {}  # number of elements of a tensor -> the target's signatures with one
     for other in members[1]:
         for size in {prod(shape) for _, shape, _, _ in other}:
@@ -217,27 +220,29 @@ def candidates(
         for other in dict.fromkeys(other for size in sizes for other in by_size.get(size, ())):
             targets = members[1][other]
             if fit := unit_fit(own, other):
-                rows.append(np.repeat(sources, len(targets)))
-                columns.append(np.tile(targets, len(sources)))
-                fits.append(np.full(len(sources) * len(targets), fit, dtype=np.float32))
-                adjacent.append(np.full(len(sources) * len(targets), _adjacency(other), dtype=np.float32))
-    empty = np.zeros(0, dtype=np.int64)
+                rows += [source for source in sources for _ in targets]
+                columns += targets * len(sources)
+                counts.append(len(sources) * len(targets))
+                fits.append(fit)
+                adjacent.append(_adjacency(other))
+    each = np.asarray(counts, dtype=np.int64)
+    kinds = _numbered(members[0]), _numbered(members[1])
     return Candidates(
-        np.concatenate(rows) if rows else empty,
-        np.concatenate(columns) if columns else empty,
-        np.concatenate(fits) if fits else empty.astype(np.float32),
-        np.concatenate(adjacent) if adjacent else empty.astype(np.float32),
-        np.asarray(class_of[0], dtype=np.int64),
-        np.asarray(class_of[1], dtype=np.int64),
+        np.asarray(rows, dtype=np.int64),
+        np.asarray(columns, dtype=np.int64),
+        np.repeat(np.asarray(fits, dtype=np.float32), each),
+        np.repeat(np.asarray(adjacent, dtype=np.float32), each),
+        np.asarray(class_of[0], dtype=np.int64)[kinds[0]],
+        np.asarray(class_of[1], dtype=np.int64)[kinds[1]],
         len(classes),
-        _numbered(len(class_of[0]), members[0]),
-        _numbered(len(class_of[1]), members[1]),
+        *kinds,
         flipped,
     )
 
 
-def _numbered(count: int, members: Mapping[Signature, Sequence[int]]) -> NDArray[np.int64]:
-    kinds = np.zeros(count, dtype=np.int64)
+def _numbered(members: Mapping[Signature, Sequence[int]]) -> NDArray[np.int64]:
+    """Number the units by their signatures."""
+    kinds = np.zeros(sum(map(len, members.values())), dtype=np.int64)
     for number, units in enumerate(members.values()):
         kinds[units] = number
     return kinds

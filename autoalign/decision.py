@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.evidence import Floats
-from autoalign.graph import Path, block_around
+from autoalign.graph import Path
 from autoalign.matching import Assignment
 from autoalign.names import numbers, stem
-from autoalign.units import Part, Unit, counts_of, units_of
+from autoalign.units import Part, Unit, Units, counts_of, units_of
 
 _LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks
 _SOUND = 0.5  # the fit of shapes from which a pair is more than elements of equal number
@@ -21,6 +21,8 @@ _WHOLE = 0.35  # the mean fit below which layers have little but one tensor each
 _LEAST = 0.3  # of either side's layers that must have a partner
 _COMPLETE = 0.92  # filled share of one side's blocks that settles the relation alone
 _TOGETHER = 0.6  # product of both sides' filled shares that settles it together
+
+_Side = tuple[Units, Sequence[Part]]
 
 
 def confidence_of(assignment: Assignment) -> Floats:
@@ -33,8 +35,8 @@ def confidence_of(assignment: Assignment) -> Floats:
 def related(
     assignment: Assignment,
     confidence: Floats,
-    source: tuple[Sequence[Unit], Sequence[Part]],
-    target: tuple[Sequence[Unit], Sequence[Part]],
+    source: _Side,
+    target: _Side,
     whole: tuple[Sequence[Part], Sequence[Part]],
 ) -> bool:
     """Tell whether two networks have enough in common for any of it to be believed.
@@ -81,8 +83,8 @@ def _are_partnered(
     other: int,
     assignment: Assignment,
     likely: NDArray[np.bool_],
-    source: tuple[Sequence[Unit], Sequence[Part]],
-    target: tuple[Sequence[Unit], Sequence[Part]],
+    source: _Side,
+    target: _Side,
 ) -> bool:
     """Tell whether two tensors are matched to one another, however they fit, or one of them to one that fits well."""
     for place in np.flatnonzero(likely):
@@ -94,7 +96,7 @@ def _are_partnered(
     return False
 
 
-def twins(assignment: Assignment, source: tuple[Sequence[Unit], Sequence[Part]]) -> NDArray[np.bool_]:
+def twins(assignment: Assignment, source: _Side) -> NDArray[np.bool_]:
     """Find the pairs of a parameter that stands alone and has a twin of its name and shape, which is left over."""
     used = set(assignment.source.tolist())
     left = {_alone(unit, source[1]) for index, unit in enumerate(source[0]) if index not in used} - {None}
@@ -118,7 +120,7 @@ def special_units(units: Sequence[Unit], parts: Sequence[Part]) -> list[int]:
     return [index for index, of in enumerate(sizes) if of - {size for size, _ in common}]
 
 
-def _first_layer(side: tuple[Sequence[Unit], Sequence[Part]], tops: Collection[Path] | None = None) -> Part | None:
+def _first_layer(side: _Side, tops: Collection[Path] | None = None) -> Part | None:
     """Find the matrix or the kernel of the first layer that has one, of all layers or of those in some top modules."""
     units, parts = side
     for unit in units:
@@ -129,15 +131,15 @@ def _first_layer(side: tuple[Sequence[Unit], Sequence[Part]], tops: Collection[P
     return None
 
 
-def _filled(units: Sequence[Unit], used: NDArray[np.bool_], counts: NDArray[np.int64]) -> float:
+def _filled(units: Units, used: NDArray[np.bool_], counts: NDArray[np.int64]) -> float:
     """Measure the share of partnered layers in the blocks that have any."""
     numbered: dict[Path, int] = {}
-    block = np.asarray([numbered.setdefault(block_around(unit.path), len(numbered)) for unit in units])
+    block = np.asarray([numbered.setdefault(block, len(numbered)) for block in units.blocks])
     filled, size = np.bincount(block, used * counts), np.bincount(block, counts)
     return float(filled.sum() / max(size[filled > 0].sum(), 1))
 
 
-def coherence(assignment: Assignment, source: Sequence[Unit], target: Sequence[Unit], confidence: Floats) -> Floats:
+def coherence(assignment: Assignment, source: Units, target: Units, confidence: Floats) -> Floats:
     """Tell how far each pair's blocks are filled, against other blocks of the same kind, in [0, 1].
 
     A pair that takes a single layer of a block, where others of its kind are taken whole, is a coincidence.
@@ -145,7 +147,7 @@ def coherence(assignment: Assignment, source: Sequence[Unit], target: Sequence[U
     likely = confidence > _LIKELY
     result = np.ones(len(confidence), dtype=np.float32)
     for units, index in ((source, assignment.source), (target, assignment.target)):
-        block = [block_around(unit.path) for unit in units]
+        block = units.blocks
         size, taken = Counter(block), Counter([block[i] for i in index[likely].tolist()])
         typical: dict[Path, list[float]] = {}
         for path, count in taken.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +17,10 @@ from autoalign.names import numbers, stem, word_similarity, words
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
-# Which numbers of a name a template keeps, counted from its end, and how many of its last components.
+# How many numbers of a name a template keeps, counted from its end, and how many of its last components; 0 for all.
 # A number may be a repetition (to be replaced) or a role (to be kept); several readings vote together.
-TEMPLATES: tuple[tuple[int, int | None], ...] = ((0, None), (1, None), (2, None), (0, 1), (1, 2), (1, 3))
+_READINGS = 3  # by the numbers that are kept
+TEMPLATES = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 2), (1, 3))
 
 _NUMBER = re.compile(r"\d+")
 _COMMON = 1.0  # names of common words alone say little
@@ -41,7 +44,7 @@ class SideEvidence:
     next: Ints  # [units]: the unit after, within the same numbered block; -1 for the last
     place: Ints  # [units]: place in the innermost list of equal modules; -1 outside lists
     length: Ints  # [units]: of that list
-    templates: tuple[Ints, ...]  # for each of TEMPLATES, [units]: id of the unit's template
+    templates: Ints  # [TEMPLATES, units]: id of the unit's template
 
 
 def side_evidence(
@@ -63,7 +66,7 @@ def side_evidence(
         previous,
         following,
         *_places(paths, classes),
-        tuple(_template_ids(paths, kept, last) for kept, last in TEMPLATES),
+        _template_ids(paths),
     )
 
 
@@ -73,20 +76,17 @@ def is_alphabetical(keys: Sequence[str]) -> bool:
     >>> is_alphabetical(["fc.bias", "fc.weight"]), is_alphabetical(["fc.weight", "fc.bias"])
     (True, False)
     """
-    natural = [_NUMBER.sub(lambda number: number[0].zfill(8), key) for key in keys]
-    return list(keys) == sorted(keys) or natural == sorted(natural)
+    natural = (_NUMBER.sub(lambda number: number[0].zfill(8), key) for key in keys)
+    return list(keys) == sorted(keys) or all(key <= following for key, following in pairwise(natural))
 
 
-def template(path: Path, kept: int = 0, last: int | None = None) -> str:
-    """Replace the numbers of a name by ``#``, except the last ``kept``; keep the ``last`` components alone.
+def template(path: Path) -> Path:
+    """Replace the numbers of a name by ``#``.
 
-    >>> template(("layer", "3", "conv1"), kept=1)
-    'layer.#.conv1'
+    >>> template(("layer", "3", "conv1"))
+    ('layer', '#', 'conv#')
     """
-    text = ".".join(path)
-    replaced = max(len(_NUMBER.findall(text)) - kept, 0)
-    text = _NUMBER.sub("#", text, count=replaced) if replaced else text
-    return text if last is None else ".".join(text.split(".")[-last:])
+    return tuple(map(stem, path))
 
 
 def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
@@ -95,67 +95,85 @@ def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
     Cosine of the words of two names, each weighed by its rarity on its side and by how close to the tensor it stands,
     under the similarity of words. Rival words (query against key) count against a pair.
     """
-    vocabularies = [
-        {word: None for path in side for component in path for word in words(component)} for side in (source, target)
-    ]
-    if not all(vocabularies):
+    (own, first), (other, second) = _word_weights(source), _word_weights(target)
+    if not own or not other:
         return np.zeros((len(source), len(target)), dtype=np.float32)
-    columns = [{word: column for column, word in enumerate(vocabulary)} for vocabulary in vocabularies]
-    first, second = _word_weights(source, columns[0]), _word_weights(target, columns[1])
-    scores = first @ word_similarity(list(columns[0]), list(columns[1])) @ second.T
+    scores = first @ word_similarity(own, other) @ second.T
     norms = np.outer(np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1))
     return np.asarray(scores / (norms + _COMMON), dtype=np.float32)
 
 
-def _word_weights(paths: Sequence[Path], columns: dict[str, int]) -> Floats:
-    table = np.zeros((len(paths), len(columns)), dtype=np.float32)
+def _word_weights(paths: Sequence[Path]) -> tuple[list[str], Floats]:
+    """List the words of one side, and tell how much each says of each name: [units, words]."""
+    columns: dict[str, int] = {}
+    rows, places, weights = [], [], []
     for row, path in enumerate(paths):
-        weight = 1.0
-        for component in reversed(path):
+        weight = _DECAY ** (len(path) - 1)
+        for component in path:  # the last is the nearest, and what is nearer counts
             for word in words(component):
-                table[row, columns[word]] = max(table[row, columns[word]], weight)
-            weight *= _DECAY
+                rows.append(row)
+                places.append(columns.setdefault(word, len(columns)))
+                weights.append(weight)
+            weight /= _DECAY
+    table = np.zeros((len(paths), len(columns)), dtype=np.float32)
+    table[rows, places] = weights
     frequency = np.maximum((table > 0).sum(axis=0), 1)
-    return np.asarray(table * (np.log((len(paths) + 1) / frequency) + 0.1), dtype=np.float32)
+    return list(columns), np.asarray(table * (np.log((len(paths) + 1) / frequency) + 0.1), dtype=np.float32)
 
 
-def _template_ids(paths: Sequence[Path], kept: int, last: int | None) -> Ints:
-    ids: dict[str, int] = {}
-    return np.asarray([ids.setdefault(template(path, kept, last), len(ids)) for path in paths], dtype=np.int64)
+def _template_ids(paths: Sequence[Path]) -> Ints:
+    readings = list(map(_readings, paths))
+    found = []
+    for kept, last in TEMPLATES:
+        ids: dict[Path, int] = {}
+        found.append([ids.setdefault(written[kept][-last:], len(ids)) for written in readings])
+    return np.asarray(found, dtype=np.int64)
+
+
+def _readings(path: Path) -> list[Path]:
+    """Write a name with none of its numbers, with the last one, and with the last two.
+
+    >>> _readings(("layer", "3", "0", "conv1"))
+    [('layer', '#', '#', 'conv#'), ('layer', '#', '#', 'conv1'), ('layer', '#', '0', 'conv1')]
+    """
+    written = [*template(path)]
+    readings = [tuple(written)]
+    for place in range(len(path) - 1, -1, -1):
+        for others in range(len(numbers(path[place])) - 1, -1, -1):
+            written[place] = _NUMBER.sub("#", path[place], others) if others else path[place]
+            readings.append(tuple(written))
+            if len(readings) == _READINGS:
+                return readings
+    return readings + readings[-1:] * (_READINGS - len(readings))
 
 
 def _ranks(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    ancestors = ancestry.ancestors
-    rank, count = np.zeros_like(ancestors), np.zeros_like(ancestors)
-    in_order = np.argsort(ancestry.order, kind="stable")
-    for depth in range(ancestors.shape[1]):
-        groups = ancestors[in_order, depth].astype(np.int64) * class_count + classes[in_order]
-        by_group = np.argsort(groups, kind="stable")
-        _, starts, lengths = np.unique(groups[by_group], return_index=True, return_counts=True)
-        rows = in_order[by_group]
-        rank[rows, depth] = np.arange(len(rows)) - np.repeat(starts, lengths)
-        count[rows, depth] = np.repeat(lengths, lengths)
-    return rank, count
+    above = ancestry.ancestors[ancestry.in_order].T.astype(np.int64)  # [depth, leaves]
+    depths = np.arange(len(above))[:, None] * (ancestry.node_count + 1)
+    groups = ((depths + above) * class_count + classes[ancestry.in_order]).ravel()
+    by_group = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[by_group], prepend=groups.min(initial=0) - 1))
+    lengths = np.diff(starts, append=len(groups))
+    rank, count = np.empty((2, len(groups)), dtype=np.int32)
+    rank[by_group] = np.arange(len(groups)) - np.repeat(starts, lengths)
+    count[by_group] = np.repeat(lengths, lengths)
+    back = ancestry.order
+    return rank.reshape(above.shape).T[back], count.reshape(above.shape).T[back]
 
 
 def _modules(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[Ints, Ints]:
     """Count the units below each module, and rank modules among those with the same classes of units below."""
     codes = np.random.default_rng(0).integers(1, 2**62, class_count, dtype=np.int64)  # sums tell multisets apart
     content = np.zeros(ancestry.node_count, dtype=np.int64)
-    size = np.zeros(ancestry.node_count, dtype=np.int64)
-    first = np.full(ancestry.node_count, np.iinfo(np.int64).max)
-    for depth in range(ancestry.ancestors.shape[1]):
-        module = ancestry.ancestors[:, depth]
-        below = module >= 0
-        np.add.at(content, module[below], codes[classes[below]])
-        np.add.at(size, module[below], 1)
-        np.minimum.at(first, module[below], ancestry.order[below])
-    seen: dict[int, int] = {}
+    unit, depth = np.nonzero(ancestry.ancestors >= 0)
+    module = ancestry.ancestors[unit, depth]
+    np.add.at(content, module, codes[classes[unit]])
+    seen: Counter[int] = Counter()
     rank = np.zeros(ancestry.node_count, dtype=np.int64)
-    for module in np.lexsort((np.arange(ancestry.node_count), first)):
-        rank[module] = seen.get(int(content[module]), 0)
-        seen[int(content[module])] = int(rank[module]) + 1
-    return size, rank
+    for place, below in enumerate(content.tolist()):  # modules are numbered in natural order
+        rank[place] = seen[below]
+        seen[below] += 1
+    return np.bincount(module, minlength=ancestry.node_count), rank
 
 
 def _list_ranks(nodes: Sequence[Path]) -> Ints:
@@ -178,7 +196,7 @@ def _neighbours(ancestry: Ancestry) -> tuple[Ints, Ints]:
     numbered = np.asarray([not path or bool(numbers(path[-1])) for path in ancestry.nodes])
     in_block = (ancestry.ancestors >= 0) & numbered[np.maximum(ancestry.ancestors, 0)]
     block = ancestry.ancestors[np.arange(len(in_block)), in_block.argmax(axis=1)]
-    in_order = np.argsort(ancestry.order, kind="stable")
+    in_order = ancestry.in_order
     together = block[in_order[1:]] == block[in_order[:-1]]
     previous, following = np.full(len(block), -1, dtype=np.int64), np.full(len(block), -1, dtype=np.int64)
     previous[in_order[1:][together]] = in_order[:-1][together]
@@ -203,7 +221,7 @@ def _places(paths: Sequence[Path], classes: Ints) -> tuple[Ints, Ints]:
     place, length = np.full(len(paths), -1, dtype=np.int64), np.zeros(len(paths), dtype=np.int64)
     for index, path in enumerate(paths):
         for depth in range(len(path), 0, -1):
-            if path[:depth] in ranks:
+            if numbers(path[depth - 1]) and path[:depth] in ranks:
                 place[index], length[index] = ranks[path[:depth]]
                 break
     return place, length

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from autoalign.candidates import squeeze
-from autoalign.graph import Path, natural_order
+from autoalign.graph import Path
 from autoalign.names import kind, numbers, words
 from autoalign.operations import Copy, Operation, Split, Transpose, Unstack, chain, output_shapes
 from autoalign.units import Part, Unit, units_of
@@ -150,8 +150,7 @@ class _Siblings:
         self.lists: dict[int, set[Sizes]] = {}  # length of a list -> shapes of the matrices in each of its modules
         children: dict[Path, list[tuple[str, dict[str, Sizes]]]] = {}
         units = units_of(parts)
-        for position in natural_order([unit.path for unit in units]):
-            unit = units[position]
+        for unit in (units[position] for position in units.ancestry.in_order):
             shapes = {values: squeeze(parts[index].shape) for values, index in unit.parts}
             children.setdefault(unit.path[:-1], []).append((unit.path[-1], shapes))
             for word in words(unit.path[-1]):

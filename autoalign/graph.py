@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.names import numbers, stem
 
-if TYPE_CHECKING:
-    import networkx as nx
-
 Path = tuple[str, ...]
 
-_LEAF = "."  # stands before a tensor's own name; no component of a key contains it
+_Tree = dict[tuple[str, bool], "_Tree | int"]  # name, and whether of a tensor -> what is in the module, or the leaf
 
 
 def block_around(path: Path) -> Path:
@@ -38,87 +34,60 @@ class Ancestry:
     node_count: int  # of modules; module 0 is the root
     ancestors: NDArray[np.int32]  # [leaves, depth]: module ids from the nearest up to the root, padded with -1
     order: NDArray[np.int64]  # [leaves]: position in natural order
+    in_order: NDArray[np.int64]  # [leaves]: the leaves in natural order
     nodes: tuple[Path, ...]  # the path of each module
 
 
-def module_graph(paths: Sequence[Path]) -> nx.DiGraph[Path]:
-    """Build the tree of modules above the given tensor paths, each module pointing to its children in natural order.
+def ancestry(paths: Sequence[Path]) -> Ancestry:
+    """Build the tree of modules above the given tensor paths; a module with one child only counts as that child.
 
     Natural order is the order of registration, but children whose names differ in their numbers alone and which are
-    sorted as text are ordered by these numbers: files sorted by key put ``layers.10`` before ``layers.2``. A tensor's
-    path ends with a component that no module has, so that a tensor and a module may share a name.
+    sorted as text are ordered by these numbers: files sorted by key put ``layers.10`` before ``layers.2``. A tensor and
+    a module may share a name.
 
-    >>> graph = module_graph([("h", "10", "w"), ("h", "2", "w")])
-    >>> [path for path in graph[("h",)]]
-    [('h', '2'), ('h', '10')]
+    >>> ancestry([("h", "10", "w"), ("h", "2", "w"), ("w",)]).in_order.tolist()
+    [1, 0, 2]
     """
-    import networkx as nx
+    tree: _Tree = {}
+    for index, path in enumerate(paths):
+        module = tree
+        for name in path[:-1]:
+            module = module.setdefault((name, False), {})  # type: ignore[assignment]
+        module[path[-1], True] = index
+    in_order: list[int] = []
+    chains: list[list[int]] = [[] for _ in paths]  # of each leaf: the modules above it, from the nearest
+    nodes: list[Path] = []
+    stack: list[tuple[Path, _Tree | int, list[int]]] = [((), tree, [])]
+    while stack:
+        path, found, above = stack.pop()
+        if isinstance(found, int):
+            in_order.append(found)
+            chains[found] = above
+            continue
+        if len(found) != 1 or not nodes:
+            above = [len(nodes), *above]
+            nodes.append(path)
+        stack += [((*path, child[0]), found[child], above) for child in reversed(_by_number(list(found)))]
+    depth = max(map(len, chains), default=0) or 1
+    padded = [above + [-1] * (depth - len(above)) for above in chains]
+    ancestors = np.asarray(padded, dtype=np.int32).reshape(len(paths), depth)
+    order = np.zeros(len(paths), dtype=np.int64)
+    order[in_order] = np.arange(len(paths))
+    return Ancestry(len(nodes), ancestors, order, np.asarray(in_order, dtype=np.int64), tuple(nodes))
 
-    children: dict[Path, dict[Path, None]] = {(): {}}
-    for path in paths:
-        for depth in range(len(path)):
-            parent, child = path[:depth], path[: depth + 1]
-            if depth + 1 == len(path):
-                child = (*path[:-1], _LEAF, path[-1])
-            known = children.setdefault(parent, {})
-            if child in known:
-                continue
-            known[child] = None
-    graph: nx.DiGraph[Path] = nx.DiGraph()
-    graph.add_node(())
-    for parent, known in children.items():
-        graph.add_edges_from((parent, child) for child in _by_number(list(known)))
-    return graph
 
-
-def _by_number(siblings: list[Path]) -> list[Path]:
+def _by_number(siblings: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
     """Sort siblings of one stem that are sorted as text by their numbers, each stem within the places it holds."""
     places: dict[str, list[int]] = {}
-    for place, path in enumerate(siblings):
-        places.setdefault(stem(path[-1]), []).append(place)
+    for place, (name, _) in enumerate(siblings):
+        places.setdefault(stem(name), []).append(place)
+    if len(places) == len(siblings):
+        return siblings
     ordered = list(siblings)
     for same in places.values():
-        names = [siblings[place][-1] for place in same]
+        names = [siblings[place][0] for place in same]
         if len(same) > 1 and names == sorted(names):
-            members = sorted((siblings[place] for place in same), key=lambda path: numbers(path[-1]))
-            for place, path in zip(same, members, strict=True):
-                ordered[place] = path
+            members = sorted((siblings[place] for place in same), key=lambda child: numbers(child[0]))
+            for place, child in zip(same, members, strict=True):
+                ordered[place] = child
     return ordered
-
-
-def ancestry(paths: Sequence[Path]) -> Ancestry:
-    """Turn the module graph of tensor paths into arrays; a module with one child only counts as that child."""
-    graph = module_graph(paths)
-    leaf_of = {(*path[:-1], _LEAF, path[-1]): index for index, path in enumerate(paths)}
-    order = np.zeros(len(paths), dtype=np.int64)
-    chains: list[list[int]] = [[] for _ in paths]
-    nodes: list[Path] = []
-    seen = 0
-    stack: list[tuple[Path, list[int]]] = [((), [])]
-    while stack:
-        path, above = stack.pop()
-        if path in leaf_of:
-            index = leaf_of[path]
-            order[index] = seen
-            chains[index] = above[::-1]
-            seen += 1
-            continue
-        children = list(graph[path])
-        if len(children) != 1 or not nodes:
-            above = [*above, len(nodes)]
-            nodes.append(path)
-        stack.extend((child, above) for child in reversed(children))
-    depth = max(map(len, chains), default=0) or 1
-    ancestors = np.full((len(paths), depth), -1, dtype=np.int32)
-    for index, above in enumerate(chains):
-        ancestors[index, : len(above)] = above
-    return Ancestry(len(nodes), ancestors, order, tuple(nodes))
-
-
-def natural_order(paths: Sequence[Path]) -> list[int]:
-    """List the indices of paths in natural order.
-
-    >>> natural_order([("h", "10"), ("h", "2")])
-    [1, 0]
-    """
-    return [int(index) for index in np.argsort(ancestry(paths).order, kind="stable")]

@@ -12,7 +12,7 @@ _AFTER_ATTENTION = re.compile(r"post_(attention|attn)(?=_|$)")
 _AROUND_MLP = re.compile(r"(pre|post)_(mlp|feed_?forward|ffn|ffw)(?=_|$)")
 
 
-def in_context(parts: Sequence[Part], others: Sequence[Part]) -> tuple[Part, ...]:
+def in_context(parts: Sequence[Part], others: Sequence[Part]) -> Sequence[Part]:
     """Let what is named after attention be what its name says, where one beside it is named before or after the MLP.
 
     Elsewhere it is the norm before the MLP. Where the other side has the name too, the name is enough.
@@ -21,10 +21,11 @@ def in_context(parts: Sequence[Part], others: Sequence[Part]) -> tuple[Part, ...
     >>> in_context(parts, [])[0].path
     ('0', 'attn_post_norm')
     """
-    beside = {part.path[:k] for part in parts for k, name in enumerate(part.path) if _AROUND_MLP.match(name)}
-    if not beside or any(_AFTER_ATTENTION.match(name) for part in others for name in part.path):
-        return tuple(parts)
-    return tuple(
+    around = set(filter(_AROUND_MLP.match, {name for part in parts for name in part.path}))
+    if not around or any(map(_AFTER_ATTENTION.match, {name for part in others for name in part.path})):
+        return parts
+    beside = {part.path[:k] for part in parts for k, name in enumerate(part.path) if name in around}
+    return [
         replace(
             part,
             path=tuple(
@@ -33,4 +34,4 @@ def in_context(parts: Sequence[Part], others: Sequence[Part]) -> tuple[Part, ...
             ),
         )
         for part in parts
-    )
+    ]

@@ -15,44 +15,45 @@ from math import prod
 
 from autoalign.names import words
 from autoalign.operations import Operation, Permute, Reshape, Shape, Transpose, chain, output_shapes
-from autoalign.units import Part, Unit, units_of
+from autoalign.units import Part, Parts, Unit
 from autoalign.vocabulary import FUSED
 
 _ROLES = frozenset(role for word in ("qkv", "gateup") for roles in FUSED[word] for role in roles)
 
 
-def as_in_torch(parts: Sequence[Part]) -> list[Part]:
+def as_in_torch(parts: Sequence[Part]) -> Parts:
     """View the parts of one side as torch lays them out; those that are laid out so already stay as they are.
 
     >>> (part,) = as_in_torch([Part(0, ("dense", "kernel"), (8, 4), "float")])
     >>> part.shape, part.view
     ((4, 8), Transpose())
     """
-    units = [unit for unit in units_of(parts) if "weight" in dict(unit.parts)]
-    shapes = [{values: parts[index].shape for values, index in unit.parts} for unit in units]
-    named = [_is_kernel(parts[dict(unit.parts)["weight"]]) for unit in units]
-    spatial_first = any(named) or sum(map(_spatial_first, shapes)) > 0
+    parts = Parts(parts)
+    layers = [(unit, kinds) for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
+    shapes = [{values: parts[index].shape for values, index in kinds.items()} for _, kinds in layers]
+    named = [_is_kernel(parts[kinds["weight"]]) for _, kinds in layers]
+    if not any(named) and sum(map(_spatial_first, shapes)) <= 0:
+        return parts
     widths = Counter(shape[0] for of in shapes for shape in of.values() if len(shape) == 1).most_common(1)
     width = widths[0][0] if widths else 0
     heads = {
         of["weight"][1:]
-        for unit, of, is_kernel in zip(units, shapes, named, strict=True)
+        for (unit, _), of, is_kernel in zip(layers, shapes, named, strict=True)
         if is_kernel and _keeps_heads(unit, of)
     }
     result = list(parts)
-    for unit, of, is_kernel in zip(units, shapes, named, strict=True):
-        kinds = dict(unit.parts)
+    for (unit, kinds), of, is_kernel in zip(layers, shapes, named, strict=True):
         view = None
         if is_kernel:
             view = _kernel_view(unit, of, heads, width)
-        elif spatial_first and len(of["weight"]) > 3:
+        elif len(of["weight"]) > 3:
             view = _convolution(of["weight"])
         if view is None:
             continue
         result[kinds["weight"]] = _viewed(parts[kinds["weight"]], view)
         if len(of.get("bias", ())) > 1:
             result[kinds["bias"]] = _viewed(parts[kinds["bias"]], Reshape((prod(of["bias"]),)))
-    return result
+    return Parts(result)
 
 
 def _is_kernel(part: Part) -> bool:

@@ -8,7 +8,7 @@ means in one layer it means in all.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from autoalign.names import kind
@@ -43,9 +43,10 @@ def with_known_leaves(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
     """
     names = {part.path[-1] for part in parts}
     known = {name: values for name in names if (values := _told(name)) in _USUAL}
-    if len(known) == len(names):
+    untold = {name for name in names if kind(name)[0] == "other"}
+    layers = _layers(parts, untold) if untold else []
+    if not layers:
         return list(parts)
-    layers = _layers(parts)
     found: dict[str, str] = {}
     for _ in range(2):  # what is found of one name tells another
         found |= _agreed(_by_company(layers, known | found))
@@ -65,13 +66,15 @@ def _told(name: str) -> str:
     return "other" if rest else values
 
 
-def _layers(parts: Sequence[Part]) -> list[_Layer]:
-    above = {part.path[:depth] for part in parts for depth in range(len(part.path) - 1)}
-    layers: dict[tuple[str, ...], list[Part]] = defaultdict(list)
+def _layers(parts: Sequence[Part], untold: Collection[str]) -> list[_Layer]:
+    """List the layers with a tensor of one of these names."""
+    modules: dict[tuple[str, ...], list[Part]] = defaultdict(list)
     for part in parts:
-        if part.path[:-1] not in above:
-            layers[part.path[:-1]].append(part)
-    return list(layers.values())
+        modules[part.path[:-1]].append(part)
+    above = {path[:depth] for path in modules for depth in range(len(path))}
+    return [
+        layer for path, layer in modules.items() if path not in above and any(part.path[-1] in untold for part in layer)
+    ]
 
 
 def _by_company(layers: Iterable[_Layer], known: _Meanings) -> Iterator[tuple[str, str]]:

@@ -28,6 +28,7 @@ UNORDERED = 0.3  # of it for modules where one side's keys are sorted, so that t
 LIST_FLOOR = 0.1  # what remains of a vote between blocks of quite different places
 ALONE = 2.0  # the worth of leaving a unit without a partner
 UNPOOLED = 0.3  # the pattern score of a template that occurs once
+_SPARSE = 8  # numbers that there may be for each that is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,9 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         "order": np.zeros(len(rows), dtype=np.float32),
     }
     structure = _StructureVotes(source, target, rows, columns)
-    patterns = [
-        _PatternVotes(own, other, rows, columns) for own, other in zip(source.templates, target.templates, strict=True)
-    ]
+    patterns = _PatternVotes(source.templates, target.templates, rows, columns)
     neighbours = _neighbour_pairs(source, target, rows, columns)
+    padded = np.zeros(len(rows) + 1)  # the last stands for what has no neighbour
     shape = (len(source.paths), len(target.paths))
     known = [cues[name] * WEIGHTS[name] for name in ("name", "place", "shape")]
     score = np.asarray(np.sum([*known, 0.5 * structure.root_agreement], axis=0), dtype=np.float32)
@@ -72,9 +72,13 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     for _ in range(STEPS):
         cues["structure"] = structure.scores(soft)
         row_mass, column_mass = _masses(soft, rows, columns, shape)
-        cues["pattern"] = np.mean([votes.scores(soft, row_mass, column_mass) for votes in patterns], axis=0)
-        cues["order"] = np.append(soft, 0.0)[neighbours].mean(axis=0) * candidates.adjacent
-        score = np.asarray(np.sum([cues[name] * weight for name, weight in WEIGHTS.items()], axis=0), dtype=np.float32)
+        cues["pattern"] = patterns.scores(soft, row_mass, column_mass)
+        padded[:-1] = soft
+        cues["order"] = padded[neighbours].sum(axis=0) / 2 * candidates.adjacent
+        total = np.zeros(len(rows))
+        for name, weight in WEIGHTS.items():
+            total += cues[name] * weight
+        score = total.astype(np.float32)
         sharpness *= SHARPENING
         before, soft = soft, softmax(score, sharpness)
         if np.abs(soft - before).max() < SETTLED:
@@ -109,8 +113,10 @@ class _StructureVotes:
         self.shape = (own.node_count, other.node_count)
         above, above_other = own.ancestors.T[:, None, rows], other.ancestors.T[None, :, columns]
         valid = (above >= 0) & (above_other >= 0)
-        dump = self.shape[0] * self.shape[1]  # where the padding votes
-        self.pairs = np.ascontiguousarray(np.where(valid, above.astype(np.int64) * self.shape[1] + above_other, dump))
+        nothing = self.shape[0] * self.shape[1]  # stands for the padding
+        pairs = np.where(valid, above.astype(np.int64) * self.shape[1] + above_other, nothing)
+        self.pairs = np.ascontiguousarray(pairs)
+        self.voted, self.voters = self.pairs[valid], valid.nonzero()[2]
         self.depths = (above >= 0).sum(axis=0)[0], (above_other >= 0).sum(axis=1)[0]
         distance = np.abs(source.rank.T[:, None, rows] - target.rank.T[None, :, columns])
         agreement = np.exp(np.float32(-RANK_DECAY) * distance.astype(np.float32))
@@ -128,12 +134,11 @@ class _StructureVotes:
         self.prior = _module_agreement(source, target) / np.sqrt(np.outer(*sizes))
 
     def scores(self, soft: Floats) -> Floats:
-        spread = np.broadcast_to(soft, self.pairs.shape)
-        mass = np.bincount(self.pairs.ravel(), spread.ravel(), self.prior.size + 1)
-        votes = mass[:-1].reshape(self.shape) * self.prior
+        votes = np.bincount(self.voted, soft[self.voters], self.prior.size).reshape(self.shape) * self.prior
         strongest = np.outer(votes.max(axis=1) + 1e-9, votes.max(axis=0) + 1e-9)
-        relative = np.append((votes / np.sqrt(strongest)).astype(np.float32).ravel(), np.float32(0))
-        weighed = relative[self.pairs] * self.agreement
+        relative = np.zeros(votes.size + 1, dtype=np.float32)
+        relative[:-1] = (votes / np.sqrt(strongest)).ravel()
+        weighed = relative.take(self.pairs) * self.agreement
         upward = weighed.max(axis=1).sum(axis=0) / self.depths[0]
         downward = weighed.max(axis=0).sum(axis=0) / self.depths[1]
         return np.asarray((upward + downward) / 2, dtype=np.float32)
@@ -153,23 +158,31 @@ def _module_agreement(source: SideEvidence, target: SideEvidence) -> Floats:
 
 
 class _PatternVotes:
-    """Votes of assigned pairs for the correspondence of their name templates."""
+    """Votes of assigned pairs for the correspondence of their name templates: [templates, pairs]."""
 
     def __init__(self, source: Ints, target: Ints, rows: Ints, columns: Ints) -> None:
         self.rows, self.columns = rows, columns
-        self.own, self.other = source[rows], target[columns]
-        code = self.own * (int(target.max()) + 1) + self.other
-        _, self.pair = np.unique(code, return_inverse=True)
+        own, other = source[:, rows], target[:, columns]
+        self.ids = [_apart(own), _apart(other), _apart(own * (other.max(axis=1, keepdims=True) + 1) + other)]
 
     def scores(self, soft: Floats, row_mass: Floats, column_mass: Floats) -> Floats:
         """Score each pair by what the other pairs of its templates do; rare templates say little."""
-        together = np.bincount(self.pair, soft)[self.pair] - soft
-        own = np.bincount(self.own, soft)[self.own] - row_mass[self.rows]
-        other = np.bincount(self.other, soft)[self.other] - column_mass[self.columns]
-        pooled = np.sqrt(np.maximum(own, 0) * np.maximum(other, 0))
+        spread = np.concatenate([soft] * len(self.ids[0]))
+        own, other, together = (np.bincount(ids.ravel(), spread).take(ids) for ids in self.ids)
+        pooled = np.sqrt(np.maximum(own - row_mass[self.rows], 0) * np.maximum(other - column_mass[self.columns], 0))
         trust = pooled / (pooled + 0.3)
-        share = np.clip(together / (pooled + 1e-9), 0, 1)
-        return np.asarray(trust * share + (1 - trust) * UNPOOLED, dtype=np.float32)
+        share = np.minimum(np.maximum((together - soft) / (pooled + 1e-9), 0), 1)
+        scores = np.asarray(trust * share + (1 - trust) * UNPOOLED, dtype=np.float32)
+        return np.asarray(scores.sum(axis=0) / len(scores))
+
+
+def _apart(ids: Ints) -> Ints:
+    """Number what is in each row anew, so that no two rows have a number in common; without large gaps."""
+    sizes = ids.max(axis=1) + 1
+    apart = ids + (np.cumsum(sizes) - sizes)[:, None]
+    if sizes.sum() > _SPARSE * ids.size:
+        apart = np.unique(apart, return_inverse=True)[1].reshape(ids.shape)
+    return np.asarray(apart)
 
 
 def _neighbour_pairs(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Ints:
@@ -220,21 +233,36 @@ def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int
 
     size = shape[0] + shape[1]
     graph = coo_array((np.ones(len(rows)), (rows, columns + shape[0])), shape=(size, size))
-    _, component = connected_components(graph, directed=False)
-    by_component = np.argsort(component[rows], kind="stable")
-    bounds = np.flatnonzero(np.diff(component[rows][by_component])) + 1
-    chosen = []
-    for members in np.split(by_component, bounds):
-        own, row = np.unique(rows[members], return_inverse=True)
-        other, column = np.unique(columns[members], return_inverse=True)
-        gain = np.zeros((len(own), len(other)))
+    count, component = connected_components(graph, directed=False)
+    own, other = component[: shape[0]], component[shape[0] :]
+    place, other_place = _places_within(own), _places_within(other)
+    sizes = np.bincount(own, minlength=count), np.bincount(other, minlength=count)
+    lonely = (sizes[0] == 1) & (sizes[1] == 1)  # pairs without rivals
+    several = np.flatnonzero(~lonely[own[rows]])
+    by_component = several[np.argsort(own[rows[several]], kind="stable")]
+    bounds = np.flatnonzero(np.diff(own[rows[by_component]])) + 1
+    chosen = [np.flatnonzero(lonely[own[rows]])]
+    for members in np.split(by_component, bounds) if len(by_component) else ():
+        of = own[rows[members[0]]]
+        cells = place[rows[members]], other_place[columns[members]]
+        gain = np.zeros((sizes[0][of], sizes[1][of]))
         pair = np.full(gain.shape, -1)
-        gain[row, column] = np.maximum(score[members] - ALONE, 0)
-        pair[row, column] = members
+        gain[cells] = np.maximum(score[members] - ALONE, 0)
+        pair[cells] = members
         picked = pair[linear_sum_assignment(gain, maximize=True)]
-        chosen.append(picked[(picked >= 0) & (score[picked] > ALONE)])
+        chosen.append(picked[picked >= 0])
     everything = np.concatenate(chosen)
+    everything = everything[score[everything] > ALONE]
     return np.asarray(everything[np.argsort(columns[everything], kind="stable")], dtype=np.intp)
+
+
+def _places_within(groups: Ints) -> Ints:
+    """Tell how many of its group stand before each."""
+    in_group = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[in_group], prepend=-1))
+    places = np.empty(len(groups), dtype=np.int64)
+    places[in_group] = np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
+    return places
 
 
 def _rivals(

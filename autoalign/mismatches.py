@@ -9,16 +9,15 @@ import numpy as np
 
 from autoalign.candidates import squeeze
 from autoalign.evidence import SideEvidence, name_scores
-from autoalign.graph import block_around
-from autoalign.units import Part, Unit
+from autoalign.units import Part, Unit, Units
 
 _ENOUGH = 0.5  # of names alike, or of one neighbour in common, for a counterpart
 _NAMED = 0.1  # of names alike, for the block that both stand in to count
 
 
 def mismatched_units(
-    source: tuple[Sequence[Unit], Sequence[Part], SideEvidence],
-    target: tuple[Sequence[Unit], Sequence[Part], SideEvidence],
+    source: tuple[Units, Sequence[Part], SideEvidence],
+    target: tuple[Units, Sequence[Part], SideEvidence],
     partners: Mapping[int, int],
 ) -> list[tuple[int, int]]:
     """Pair the layers that are left on both sides: of the same kind, and alike in name or in the same surroundings.
@@ -38,8 +37,8 @@ def mismatched_units(
     columns = [index for index in range(len(target[0])) if index not in partners]
     if not rows or not columns:
         return []
-    scores = name_scores([source[0][i].path for i in rows], [target[0][j].path for j in columns])
-    blocks = [[block_around(unit.path) for unit in side[0]] for side in (source, target)]
+    scores = name_scores([source[0].paths[i] for i in rows], [target[0].paths[j] for j in columns])
+    blocks = source[0].blocks, target[0].blocks
     together = Counter((blocks[1][j], blocks[0][i]) for j, i in partners.items())
     counterpart = dict(pair for pair, _ in reversed(together.most_common()))  # target block -> source block
     last = len(source[0]) - 1, len(target[0]) - 1

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from autoalign.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, STATISTICS
 
-_SEPARATORS = re.compile(r"[./]")
 _LEAVES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}  # that start the name of a parameter
 _OTHERWISE = 0.9  # the most that names of other words are alike
 _OUTPUT = re.compile(r":\d+$")  # of a TensorFlow variable, as in "kernel:0"
@@ -25,7 +24,7 @@ def components(key: str) -> tuple[str, ...]:
     >>> components("encoder.layer.0.attn.qkv.weight")
     ('encoder', 'layer', '0', 'attn', 'qkv', 'weight')
     """
-    return tuple(_SEPARATORS.split(_OUTPUT.sub("", key)))
+    return tuple((_OUTPUT.sub("", key) if ":" in key else key).replace("/", ".").split("."))
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -65,13 +64,14 @@ def words(component: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def role_words(path: Sequence[str]) -> set[str]:
+@lru_cache(maxsize=4096)
+def role_words(path: tuple[str, ...]) -> frozenset[str]:
     """Collect the words in the last three names of a path, which tell what a tensor is for.
 
     >>> sorted(role_words(("encoder", "embed_positions", "weight")))
     ['embed', 'encoder', 'pos', 'weight']
     """
-    return {word for component in path[-3:] for word in words(component)}
+    return frozenset(word for component in path[-3:] for word in words(component))
 
 
 @lru_cache(maxsize=65536)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -60,7 +60,7 @@ def namesakes(
 
     def trust(path: Path) -> bool:
         if path not in trusted:
-            own, other = children[0].get(path, set()), children[1].get(path, set())
+            own, other = ({stem(name) for name in known.get(path, ())} for known in children)
             trusted[path] = trust(path[:-1]) and len(own & other) >= _ALIKE * len(own | other)
         return trusted[path]
 
@@ -97,40 +97,35 @@ def share_of(pairs: Sequence[tuple[int, int]], counts: tuple[NDArray[np.int64], 
     return sum(int(counts[side][pair[side]]) for pair in pairs) / max(int(counts[side].sum()), 1)
 
 
-def _unwrapped(paths: Sequence[Path]) -> list[Path]:
+def _unwrapped(paths: Sequence[Path]) -> Sequence[Path]:
     """Leave out the names of modules that are only children, those that are numbered or hold tensors aside."""
-    children: dict[Path, set[str]] = {}
-    for path in paths:
-        for depth, name in enumerate(path):
-            children.setdefault(path[:depth], set()).add(name)
-    layers = set(paths)
-
-    def kept(path: Path, depth: int) -> bool:
-        return len(children[path[:depth]]) > 1 or path[:depth] in layers or bool(numbers(path[depth]))
-
-    return [tuple(name for depth, name in enumerate(path) if kept(path, depth)) or path for path in paths]
+    children = _children(paths, ())
+    alone = {path for path, names in children.items() if len(names) == 1 and not numbers(*names)}.difference(paths)
+    if not alone:
+        return paths
+    return [tuple(name for depth, name in enumerate(path) if path[:depth] not in alone) or path for path in paths]
 
 
 def _prefixes(source: Sequence[Path], target: Sequence[Path]) -> tuple[Path, Path] | None:
     """Find the prefixes whose removal leaves the most names in common; the first of equals."""
-    above: dict[Path, list[Path]] = {}
+    above: dict[Path, list[Path]] = defaultdict(list)
     for path in source:
         for cut in range(len(path)):
-            above.setdefault(path[cut:], []).append(path[:cut])
-    votes: Counter[tuple[Path, Path]] = Counter()
+            above[path[cut:]].append(path[:cut])
+    votes: list[tuple[Path, Path]] = []
     for path in target:
         for cut in range(len(path)):
             if known := above.get(path[cut:]):
-                votes.update((prefix, path[:cut]) for prefix in known)
+                votes += [(prefix, path[:cut]) for prefix in known]
                 break
-    return votes.most_common(1)[0][0] if votes else None
+    return Counter(votes).most_common(1)[0][0] if votes else None
 
 
 def _children(paths: Sequence[Path], prefix: Path) -> dict[Path, set[str]]:
-    children: dict[Path, set[str]] = {}
+    children: dict[Path, set[str]] = defaultdict(set)
     for path in paths:
         if path[: len(prefix)] == prefix:
             short = path[len(prefix) :]
-            for depth in range(len(short)):
-                children.setdefault(short[:depth], set()).add(stem(short[depth]))
+            for depth, name in enumerate(short):
+                children[short[:depth]].add(name)
     return children

@@ -18,7 +18,6 @@ from autoalign.doubts import DOUBTED, TOLD
 from autoalign.evidence import side_evidence
 from autoalign.exchange import settled
 from autoalign.fusion import split_fused
-from autoalign.graph import ancestry
 from autoalign.idioms import in_context
 from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
@@ -51,24 +50,26 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
             for place in range(len(source.parts))
         }
         return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()
-    pinned, refused = _pinned(source, target, pins)
+    pinned, refused = _pinned(source, target, pins) if pins else ([], [])
     read = in_context(source.parts, target.parts), in_context(target.parts, source.parts)
-    sides = source, target = replace(source, parts=read[0]), replace(target, parts=read[1])
+    sides = source, target = _with(source, read[0]), _with(target, read[1])
     taken = set(pins.values())
     fixed = (
         [part for part in source.parts if source.key(part) in taken],
         [part for part in target.parts if target.key(part) in pins],
     )
     scope = scope_of(source.parts, target.parts, [part.path for part in fixed[0]])
-    kept = within(source.parts, scope)
+    kept = source.parts.changed(within(source.parts, scope))
     other_scope = scope_of(target.parts, kept, [part.path for part in fixed[1]])
     rest = (
-        [part for part in kept if source.key(part) not in taken],
-        [part for part in within(target.parts, other_scope) if target.key(part) not in pins],
+        kept.changed([part for part in kept if source.key(part) not in taken]),
+        target.parts.changed([part for part in within(target.parts, other_scope) if target.key(part) not in pins]),
     )
     split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
-    source = replace(source, parts=(*split[0][0], *fixed[0]), fusions=tuple(split[0][1]))
-    target = replace(target, parts=(*split[1][0], *fixed[1]), fusions=tuple(split[1][1]))
+    source, target = (
+        replace(side, parts=own.changed((*pieces, *held)), fusions=tuple(fusions))
+        for side, own, (pieces, fusions), held in zip(sides, rest, split, fixed, strict=True)
+    )
     found, mismatched = _match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
     if found is None:
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
@@ -81,17 +82,21 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
     named = []
     if len({match.target for match in matches}) < len(target.specs):
         whole = [
-            replace(side, parts=tuple(within(side.parts, replace(around, path=()))))
+            _with(side, within(side.parts, replace(around, path=())))
             for side, around in zip(sides, (scope, other_scope), strict=True)
         ]
         named = _same_names(whole[0], whole[1])
     return matches, _left_over(matches, mismatched, named, refused), notes
 
 
+def _with(side: SideParts, parts: Sequence[Part]) -> SideParts:
+    return replace(side, parts=side.parts.changed(parts))
+
+
 def _same_names(source: SideParts, target: SideParts) -> list[Mismatch]:
     """List the tensors of the same name whose shapes no operation reconciles, in scope or not, and split or not."""
     own, other = units_of(source.parts), units_of(target.parts)
-    same = namesakes([unit.path for unit in own], [unit.path for unit in other])
+    same = namesakes(own.paths, other.paths)
     return _mismatches(source, target, own, other, same)
 
 
@@ -146,15 +151,13 @@ def _match_parts(
     pairs = candidates(own, source.parts, other, target.parts)
     counts = counts_of(own, source.parts), counts_of(other, target.parts)
     feasible = set(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True))
-    same = namesakes(
-        [unit.path for unit in own], [unit.path for unit in other], counts, lambda i, j: (i, j) in feasible
-    )
+    same = namesakes(own.paths, other.paths, counts, lambda i, j: (i, j) in feasible)
     fixed = _pinned_units(source, target, own, other, pins)
     held = {i for i, _ in fixed}, {j for _, j in fixed}
     fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
     pairs = _without(pairs, fixed)
     sides = [
-        side_evidence(paths := [unit.path for unit in units], ancestry(paths), classes, pairs.class_count, ordered=told)
+        side_evidence(units.paths, units.ancestry, classes, pairs.class_count, ordered=told)
         for units, classes, told in (
             (own, pairs.source_class, source.ordered),
             (other, pairs.target_class, target.ordered),
@@ -179,9 +182,10 @@ def _match_parts(
     if not (pins or by_name) and not related(assignment, confidence, (own, source.parts), (other, target.parts), whole):
         return None, _mismatches(source, target, own, other, same)
     taken = set(pins.values())
+    cues = {name: np.clip(cue, 0, 1).tolist() for name, cue in assignment.cues.items()}
     for place in range(len(assignment.source)):
         i, j = int(assignment.source[place]), int(assignment.target[place])
-        evidence = {name: round(float(np.clip(cue[place], 0, 1)), 3) for name, cue in assignment.cues.items()}
+        evidence = {name: round(cue[place], 3) for name, cue in cues.items()}
         runner_up = lists.reverse.get(place, int(assignment.runner_up[place]))
         rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
         stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
@@ -213,8 +217,8 @@ def _is_told(source: SideParts, target: SideParts, a: int, b: int) -> bool:
 def _operation(source: Part, target: Part, *, flipped: bool) -> Operation | None:
     """Find the operation on a matched part; a bare matrix may stand for that of a layer, which is transposed."""
     bare = (kind(source.path[-1])[0] == "other") != (kind(target.path[-1])[0] == "other")
-    ways = (flipped, True) if bare and not flipped else (flipped,)
-    return next((op for way in ways if (op := operation_between(source.shape, target.shape, flipped=way))), None)
+    operation = operation_between(source.shape, target.shape, flipped=flipped)
+    return operation or (operation_between(source.shape, target.shape, flipped=True) if bare else None)
 
 
 def _pinned_units(
@@ -253,5 +257,5 @@ def _mismatches(
     return [
         Mismatch(target.key(b), source.key(a), target.specs[b.tensor].shape, source.specs[a.tensor].shape)
         for a, b in left
-        if not any(operation_between(a.shape, b.shape, flipped=way) for way in (False, True))
+        if not (operation_between(a.shape, b.shape) or operation_between(a.shape, b.shape, flipped=True))
     ]

@@ -60,6 +60,8 @@ def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned:
     for place, spec in enumerate(specs):
         tensors.setdefault(split_key(spec.key)[0], []).append(place)
     children = _children(tensors)
+    if max(map(len, children.values()), default=0) <= KEPT:
+        return Runs(specs, {}, specs, [1] * len(specs))
     kinds = _kinds(specs, tensors, children)
     whole = {module for key in pinned for module in _above(key)}
     spans: set[int] = set()
@@ -203,7 +205,8 @@ def _in_last_blocks(found: Mapping[str, object], runs: Runs) -> Iterator[tuple[_
     last = {run[KEPT - 1]: run for run in runs.run_of.values()}
     for depth in sorted({len(components(block)) for block in last}, reverse=True):
         blocks = {block: run for block, run in last.items() if len(components(block)) == depth}
-        for key in list(found):
+        starts = tuple(blocks)
+        for key in [key for key in found if key.startswith(starts)]:
             for block in _above(key):
                 if block in blocks:
                     yield blocks[block], key, key[len(block) :]

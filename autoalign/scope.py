@@ -14,7 +14,7 @@ from itertools import takewhile
 
 from autoalign.candidates import squeeze
 from autoalign.containers import COPY_WORDS, name_words
-from autoalign.graph import Path, ancestry
+from autoalign.graph import Path
 from autoalign.units import Part, units_of
 
 _MOMENTUM = (frozenset({"k"}), frozenset({"q"}))  # the encoder of keys is the moving average of that of queries
@@ -43,7 +43,7 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
     wanted = Counter(shapes for unit in units_of(others) if (shapes := _shapes(unit.parts, others)))
     if len(units) < 2 or sum(wanted.values()) < _LEAST:
         return Scope()
-    tree = ancestry([unit.path for unit in units])
+    tree = units.ancestry
     held: list[Counter[tuple[tuple[str, tuple[int, ...]], ...]]] = [Counter() for _ in tree.nodes]
     for unit, above in zip(units, tree.ancestors, strict=True):
         shapes = _shapes(unit.parts, parts)

@@ -10,19 +10,21 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import repeat
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoalign.graph import Path
+from autoalign.graph import Ancestry, Path, ancestry, block_around
 from autoalign.names import components, kind, words
 from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
 from autoalign.vocabulary import COLLECTIONS
 
+_WHOLE = Copy()
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_")  # in "features_5_conv_2"
 
 
@@ -34,7 +36,7 @@ class Part:
     path: Path  # the names of its modules and its own
     shape: tuple[int, ...]
     numeric: str  # "float", "int" or "bool": tensors of one kind of number only match their like
-    view: Operation = field(default_factory=Copy)  # takes the part out of its tensor
+    view: Operation = _WHOLE  # takes the part out of its tensor
     turned: bool = False  # whether the split shows that the matrix is laid out the other way round
     count: int = 1  # how many tensors of equal blocks it stands for
     by_order: bool = False  # whether its place among the tensors of its layer is all that tells what it is
@@ -62,6 +64,7 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
     ]
 
 
+@lru_cache
 def _numeric(dtype: torch.dtype) -> str:
     if dtype == torch.bool:
         return "bool"
@@ -83,29 +86,65 @@ class Unit:
         return tuple(name for name, _ in self.parts)
 
 
+class Units(tuple[Unit, ...]):
+    """The units of one side, in order of their first part, and what their paths tell, which is found once."""
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The path of each."""
+        return [unit.path for unit in self]
+
+    @cached_property
+    def ancestry(self) -> Ancestry:
+        """The modules above them."""
+        return ancestry(self.paths)
+
+    @cached_property
+    def blocks(self) -> list[Path]:
+        """The innermost numbered module around each."""
+        return list(map(block_around, self.paths))
+
+
+class Parts(tuple[Part, ...]):
+    """The parts of one side, and the units that they make, which are found once."""
+
+    @cached_property
+    def units(self) -> Units:
+        """The parts of each layer."""
+        return _grouped(self)
+
+    def changed(self, parts: Sequence[Part]) -> Parts:
+        """Put other parts in their place; where they are the same, what is known of them is kept."""
+        return self if self == tuple(parts) else Parts(parts)
+
+
 def counts_of(units: Sequence[Unit], parts: Sequence[Part]) -> NDArray[np.int64]:
     """Tell how many layers of equal blocks each unit stands for."""
     return np.asarray([parts[unit.parts[0][1]].count for unit in units], dtype=np.int64)
 
 
-def units_of(parts: Sequence[Part]) -> list[Unit]:
+def units_of(parts: Sequence[Part]) -> Units:
     """Group the parts of one side into units, in order of their first part.
 
     >>> parts = [Part(k, tuple(key.split(".")), (8,), "float") for k, key in enumerate(["bn.weight", "bn.bias", "cls"])]
     >>> [(unit.path, unit.parts) for unit in units_of(parts)]
     [(('bn',), (('bias', 1), ('weight', 0))), (('cls',), (('other', 2),))]
     """
+    return parts.units if isinstance(parts, Parts) else _grouped(parts)
+
+
+def _grouped(parts: Sequence[Part]) -> Units:
     groups: dict[Path, dict[str, int]] = {}
     for index, part in enumerate(parts):
         values, rest = kind(part.path[-1])
         if values == "bias" and rest and sum(size > 1 for size in part.shape) > 1:
             values, rest = "other", part.path[-1]  # a table of biases is no bias of a layer
         path = (*part.path[:-1], rest) if rest else part.path[:-1] or ("",)  # a bare layer has no name
-        while values in groups.setdefault(path, {}):  # the same kind twice: no unit, but tensors of their own
+        while values in (members := groups.setdefault(path, {})):  # the same kind twice: tensors of their own
             path = (*path, part.path[-1])
-        groups[path][values] = index
+        members[values] = index
     _take_in_biases(groups)
-    return [Unit(path, tuple(sorted(members.items()))) for path, members in groups.items()]
+    return Units(Unit(path, tuple(sorted(members.items()))) for path, members in groups.items())
 
 
 def _take_in_biases(groups: dict[Path, dict[str, int]]) -> None:
