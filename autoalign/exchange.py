@@ -220,15 +220,7 @@ def exchanges(
     alike: Sequence[int],
     slots: tuple[Sequence[str], Sequence[str]],
 ) -> list[Exchange]:
-    """Find what could be exchanged.
-
-    Args:
-        assignment: The chosen pairs of units.
-        source: Evidence of the source.
-        target: Evidence of the target.
-        alike: [pairs]: equal where the layers have the same shapes on both sides.
-        slots: [units] of each side: their names without the numbers of lists.
-    """
+    """Find what could be exchanged, by the numbers of ``_alike`` and the ``_slots`` of both sides."""
     chosen = assignment.source.tolist(), assignment.target.tolist()
     own, other = [source.paths[i] for i in chosen[0]], [target.paths[j] for j in chosen[1]]
     below = places_below(other)

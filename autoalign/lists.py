@@ -126,24 +126,27 @@ def misnumbered(blocks: Blocks, source: Sequence[Path]) -> Iterator[Repair]:
             lists.setdefault((block[:-1], stem(block[-1])), {})[numbers(block[-1])] = pairs
     long = [members for members in lists.values() if len(members) >= _ORDERED]
     numbers_of: dict[_List, set[tuple[int, ...]]] = {}
-    around: dict[Path, list[_List]] = {}
     for path in source if long else ():
-        around[path] = []
-        for depth, name in enumerate(path, start=1):
+        for depth, name in enumerate(path):
             if numbers(name):
-                one = path[: depth - 1], stem(name)
-                numbers_of.setdefault(one, set()).add(numbers(name))
-                if depth < len(path):
-                    around[path].append(one)
+                numbers_of.setdefault((path[:depth], stem(name)), set()).add(numbers(name))
     for members in long:
-        counterpart = _counterpart(members, around)
+        counterpart = _counterpart(members)
         if counterpart and _mean_the_same(set(members), numbers_of[counterpart]):
             yield _by_numbers(members, counterpart)
 
 
-def _counterpart(members: Mapping[tuple[int, ...], Block], around: Mapping[Path, Sequence[_List]]) -> _List | None:
+def _counterpart(members: Mapping[tuple[int, ...], Block]) -> _List | None:
     """Name the list of the source that fills most of a list of the target; None if none does."""
-    votes = Counter([one for block in members.values() for pair in block for one in around[pair.own]])
+    votes = Counter(
+        [
+            (pair.own[:depth], stem(name))
+            for block in members.values()
+            for pair in block
+            for depth, name in enumerate(pair.own[:-1])
+            if numbers(name)
+        ]
+    )
     size = sum(map(len, members.values()))
     lists = [place for place, count in votes.items() if 2 * count > size]
     return max(lists, key=lambda place: len(place[0]), default=None)
