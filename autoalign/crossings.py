@@ -43,9 +43,11 @@ def crossings(blocks: Blocks) -> list[Repair]:
     """
     spread: dict[tuple[Path, Path], list[Path]] = {}  # names around, and what all that fills a block is in
     for block, pairs in blocks.items():
-        end = common([pair.own for pair in pairs])
-        if any(len(pair.own) > len(end) + 1 for pair in pairs):
-            spread.setdefault((tuple(map(stem, block[:-1])), end), []).append(block)
+        if len(pairs) > 1:
+            owns = [pair.own for pair in pairs]
+            end = common(owns)
+            if max(map(len, owns)) > len(end) + 1:
+                spread.setdefault((tuple(map(stem, block[:-1])), end), []).append(block)
     found: list[Repair] = []
     moved = set[int]()
     for (_, end), modules in spread.items():
@@ -69,8 +71,10 @@ def blocks_of(assignment: Assignment, source: Sequence[Path], target: Sequence[P
     blocks: dict[Path, list[Pair]] = {}
     chosen = zip(assignment.source.tolist(), assignment.target.tolist(), kind_of, strict=True)
     for place, (i, j, kind) in enumerate(chosen):
-        for depth in range(1, len(target[j])):
-            blocks.setdefault(target[j][:depth], []).append(Pair(place, source[i], target[j], kind))
+        path = target[j]
+        pair = Pair(place, source[i], path, kind)
+        for depth in range(1, len(path)):
+            blocks.setdefault(path[:depth], []).append(pair)
     return blocks
 
 
@@ -83,6 +87,9 @@ def _straight(first: Block, second: Block, depth: int, end: int) -> Repair:
         depth: Of the blocks.
         end: The depth of the module in the source that has what fills both.
     """
+    before = _wholeness(first, second, end)
+    if before == len(first) ** 2 + len(second) ** 2:
+        return {}
     home = [_home(block, end) for block in (first, second)]
     told = home[0] != home[1] and None not in home
     if not told and not _are_lists(first, second, depth, end):
@@ -91,7 +98,7 @@ def _straight(first: Block, second: Block, depth: int, end: int) -> Repair:
     if told:
         parts = [[part for part in of if own not in _ends(part, end)] for of, own in zip(parts, home, strict=True)]
     best: Repair = {}
-    wholeness = (_wholeness(first, second, end), 0)
+    wholeness = (before, 0)
     for one, two in product(*parts):
         if [pair.kind for pair in one] != [pair.kind for pair in two]:
             continue
@@ -146,6 +153,15 @@ def _wholeness(first: Block, second: Block, end: int) -> int:
 
 def common(paths: Sequence[Path]) -> Path:
     """Give the module that all paths are in."""
-    first, last = min(paths), max(paths)
-    depth = next((k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[: min(depth, len(first) - 1)]
+    first = min(paths)
+    return first[: min(shared(first, max(paths)), len(first) - 1)]
+
+
+def shared(first: Path, second: Path) -> int:
+    """Count the components that two paths begin with alike."""
+    depth = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        depth += 1
+    return depth

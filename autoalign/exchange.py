@@ -12,14 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import add, sub
 
 import numpy as np
 
-from autoalign.crossings import Blocks, Repair, blocks_of, crossings
-from autoalign.evidence import Floats, Ints, SideEvidence, template
+from autoalign.crossings import Blocks, Repair, blocks_of, crossings, shared
+from autoalign.evidence import Floats, Ints, SideEvidence
 from autoalign.graph import Path
-from autoalign.instances import Instance, Pairs, instances_of, parting, shared
-from autoalign.lists import disordered, misnumbered
+from autoalign.instances import Instance, Pairs, instances_of, parting, places_below
+from autoalign.lists import disordered, misnumbered, sign
 from autoalign.matching import Assignment
 from autoalign.names import likeness, numbers, ordinal, stem, words
 from autoalign.vacancies import rivalled
@@ -37,7 +38,7 @@ _REPAIRS = 6  # rounds in which blocks that were crossed are straightened
 _LATE = (9,)  # the ordinal from which on a layer is one of the last of its block
 _FEW = 3  # siblings that differ in a number and are no list of blocks
 
-_Key = tuple[Path, ...]
+_Key = tuple[Path, ...]  # of two modules and of what they are matched to, without numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,30 +116,39 @@ def settled(
         kinds: [units] of each side: equal where all tensors of a unit have the same kinds and shapes.
         held: Units of the target that keep what they have.
     """
-    fixed = set(np.flatnonzero(np.isin(assignment.target, list(held))).tolist())
+    fixed = {place for place, unit in enumerate(assignment.target.tolist()) if unit in held}
     unit_at = {path: unit for unit, path in enumerate(source.paths)}
+    alike = _alike(assignment, kinds)  # no exchange changes it
 
-    def repaired(assignment: Assignment, repairs: Callable[[Blocks], Iterable[Repair]]) -> Assignment:
-        for repair in repairs(blocks_of(assignment, source.paths, target.paths, _alike(assignment, kinds).tolist())):
+    def repaired(
+        assignment: Assignment, blocks: Blocks, repairs: Callable[[Blocks], Iterable[Repair]]
+    ) -> tuple[Assignment, Blocks]:
+        before = assignment
+        for repair in filter(None, repairs(blocks)):
             wanted = {place: unit_at.get(path, -1) for place, path in repair.items()}
             assignment = _with_wanted(assignment, wanted, kinds[0], fixed)
-        return assignment
+        if assignment is not before:
+            blocks = blocks_of(assignment, source.paths, target.paths, alike)
+        return assignment, blocks
 
+    blocks = blocks_of(assignment, source.paths, target.paths, alike)
     for _ in range(_REPAIRS):
-        before, assignment = assignment, repaired(assignment, crossings)
+        before, (assignment, blocks) = assignment, repaired(assignment, blocks, crossings)
         if assignment is before:
             break
-    assignment = repaired(repaired(assignment, partial(misnumbered, source=source.paths)), disordered)
+    for repairs in (partial(misnumbered, source=source.paths), disordered):
+        assignment, blocks = repaired(assignment, blocks, repairs)
+    slots = _slots(source.paths), _slots(target.paths)
     for _ in range(_ROUNDS):
-        found = exchanges(assignment, source, target, kinds)
+        found = exchanges(assignment, source, target, alike, slots)
         better = [exchange for exchange in found if exchange.is_better and fixed.isdisjoint(_places(exchange.pairs))]
         if not better:
             break
         assignment = exchanged(assignment, better)
     else:
-        found = exchanges(assignment, source, target, kinds)
+        found = exchanges(assignment, source, target, alike, slots)
     sureness = np.ones(len(assignment.source), dtype=np.float32)
-    rival, doubts, slots = assignment.runner_up.copy(), dict[int, str](), _slots(target.paths)
+    rival, doubts = assignment.runner_up.copy(), dict[int, str]()
     for exchange in found:
         places = list(_places(exchange.pairs))
         sureness[places] = np.minimum(sureness[places], exchange.sureness)
@@ -146,7 +156,7 @@ def settled(
             continue
         for p, q in exchange.pairs:
             if doubts.keys().isdisjoint((p, q)):
-                names = [slots[unit] for unit in assignment.target[[p, q]].tolist()]
+                names = [slots[1][unit] for unit in assignment.target[[p, q]].tolist()]
                 doubts[p] = doubts[q] = _NOTHING_TELLS.format(*names)
                 rival[[p, q]] = assignment.source[[q, p]]
     sides = (source.paths, kinds[0]), (target.paths, kinds[1])
@@ -162,15 +172,18 @@ def _slots(paths: Sequence[Path]) -> list[str]:
     >>> _slots([("h", str(n), f"norm{k}") for n in range(2) for k in (1, 2)])
     ['h.#.norm1', 'h.#.norm2', 'h.#.norm1', 'h.#.norm2']
     """
-    members: dict[Path, set[str]] = {}
+    members: dict[tuple[Path, str], set[str]] = {}
     for path in paths:
         for depth, name in enumerate(path):
-            if numbers(name):
-                members.setdefault((*path[:depth], stem(name)), set()).add(name)
+            if not name.isdecimal() and numbers(name):
+                members.setdefault((path[:depth], stem(name)), set()).add(name)
+    many = {(around, name) for (around, _), names in members.items() if len(names) > _FEW for name in names}
     return [
         ".".join(
-            stem(name) if name.isdecimal() or len(members.get((*path[:depth], stem(name)), ())) > _FEW else name
-            for depth, name in enumerate(path)
+            [
+                stem(name) if name.isdecimal() or (many and (path[:depth], name) in many) else name
+                for depth, name in enumerate(path)
+            ]
         )
         for path in paths
     ]
@@ -201,47 +214,49 @@ def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints,
 
 
 def exchanges(
-    assignment: Assignment, source: SideEvidence, target: SideEvidence, kinds: tuple[Ints, Ints]
+    assignment: Assignment,
+    source: SideEvidence,
+    target: SideEvidence,
+    alike: Sequence[int],
+    slots: tuple[Sequence[str], Sequence[str]],
 ) -> list[Exchange]:
-    """Find what could be exchanged; the arguments are those of ``settled``."""
-    alike = _alike(assignment, kinds)
-    place_of = {int(unit): place for place, unit in enumerate(assignment.target)}
-    found: dict[tuple[_Key, bool], list[Instance]] = {}
-    for one in instances_of(assignment, source, target, place_of, alike):
-        key = tuple(template(path) for path in (*one.modules, *one.ends))
-        gain = float(np.mean([_gain(assignment, source, target, *pair) for pair in one.pairs])) + _OWN * _own_gain(one)
-        found.setdefault((key, gain < 0), []).append(replace(one, gain=gain))
-    slots = _slots(source.paths), _slots(target.paths)
-    names = [
-        [of[i] for i in chosen.tolist()]
-        for of, chosen in zip(slots, (assignment.source, assignment.target), strict=True)
-    ]
+    """Find what could be exchanged, by the numbers of ``_alike`` and the ``_slots`` of both sides."""
+    chosen = assignment.source.tolist(), assignment.target.tolist()
+    own, other = [source.paths[i] for i in chosen[0]], [target.paths[j] for j in chosen[1]]
+    below = places_below(other)
+    listed = list(instances_of(own, other, alike, below))
+    if not listed:
+        return []
+    gains, orders = _gains(assignment, source, target, listed)
+    found: dict[tuple[_Key, bool], list[int]] = {}
+    for index, one in enumerate(listed):
+        gains[index] += _OWN * _own_gain(one)
+        key = tuple([tuple(map(stem, path)) for path in (*one.modules, *one.ends)])
+        found.setdefault((key, gains[index] < 0), []).append(index)
+    names = [slots[0][i] for i in chosen[0]], [slots[1][j] for j in chosen[1]]
     together = Counter(zip(*names, strict=True))
     result = []
-    for (key, _), instances in found.items():
-        pairs = tuple(pair for one in instances for pair in one.pairs)
+    for (key, _), indices in found.items():
+        instances = [listed[index] for index in indices]
+        pairs = tuple([pair for one in instances for pair in one.pairs])
         is_list = key[0] == key[1] and key[2] == key[3]
-        others = [_others(assignment, source.paths, target.paths, one) if is_list else {} for one in instances]
+        others = [_others(own, other, below, one) if is_list else {} for one in instances]
         shifted = is_list and all(map(_is_shifted, others, instances))
         leads = [0 if shifted else _direction(of) for of in others]
-        order = sum(
-            _order(assignment, source, target, *pair) * (lead or 1)
-            for one, lead in zip(instances, leads, strict=True)
-            for pair in one.pairs
-        )
-        inside = Counter((names[0][place], names[1][place]) for pair in pairs for place in pair)
+        order = sum(orders[index] * (lead or 1) for index, lead in zip(indices, leads, strict=True))
+        inside = Counter([(names[0][place], names[1][place]) for pair in pairs for place in pair])
         mirror = {(names[0][p], names[1][q]) for pair in pairs for p, q in (pair, pair[::-1])}
-        in_row = sum(_order(assignment, source, target, *pair) for pair in pairs)
+        in_row = sum(orders[index] for index in indices)
         result.append(
             Exchange(
                 pairs,
                 sum(one.anchors for one in instances),
                 is_list,
-                float(np.mean([one.gain for one in instances])),
-                int(np.sign(sum(_numbers_agree(one.ends, one.modules) for one in instances))),
-                int(np.sign(order)) if is_list or (source.ordered and target.ordered) else 0,
+                float(np.mean([gains[index] for index in indices])),
+                sign(sum(_numbers_agree(one.ends, one.modules) for one in instances)),
+                sign(order) if is_list or (source.ordered and target.ordered) else 0,
                 min(together[both] - count for both, count in inside.items()),
-                int(np.sign(sum(_ordinals_agree(one.ends, one.modules) for one in instances))),
+                sign(sum(_ordinals_agree(one.ends, one.modules) for one in instances)),
                 min(together[both] for both in mirror) - min(inside.values()) + (in_row < 0),
                 is_list and all(lead < 0 for lead in leads),
                 shifted,
@@ -250,54 +265,62 @@ def exchanges(
     return result
 
 
-def _alike(assignment: Assignment, kinds: tuple[Ints, Ints]) -> Ints:
+def _alike(assignment: Assignment, kinds: tuple[Ints, Ints]) -> list[int]:
     """Number the pairs so that those whose layers have the same shapes on both sides have the same number."""
     own, other = kinds
-    return own[assignment.source] * (int(other.max(initial=0)) + 1) + other[assignment.target]
+    alike: Ints = own[assignment.source] * (int(other.max(initial=0)) + 1) + other[assignment.target]
+    return list(alike.tolist())
 
 
-def _gain(assignment: Assignment, source: SideEvidence, target: SideEvidence, p: int, q: int) -> float:
-    """Tell how much better the names of two layers fit as they are; a role that only one of them has tells most."""
-    names = assignment.names
-    i, j, k, m = assignment.source[p], assignment.target[p], assignment.source[q], assignment.target[q]
-    roles = [_role(paths[unit]) for paths, unit in zip((source.paths, target.paths) * 2, (i, j, k, m), strict=True)]
-    as_is, exchanged = (roles[0] & roles[1]) or (roles[2] & roles[3]), (roles[0] & roles[3]) or (roles[2] & roles[1])
-    told = _ROLE * (bool(as_is) - bool(exchanged))
-    return told + float(names[i, j] + names[k, m] - names[i, m] - names[k, j])
+def _gains(
+    assignment: Assignment, source: SideEvidence, target: SideEvidence, instances: Sequence[Instance]
+) -> tuple[list[float], list[int]]:
+    """Tell for each instance how much better the names of its layers fit as they are, and how many more are in order.
 
-
-def _role(path: Path) -> frozenset[str]:
-    return ROLES.intersection(words(path[-1]))
+    A role that only one of two layers has tells most.
+    """
+    pairs = [pair for one in instances for pair in one.pairs]
+    (i, k), (j, m) = (chosen[np.asarray(pairs).T] for chosen in (assignment.source, assignment.target))
+    roles = [
+        [ROLES.intersection(words(side.paths[unit][-1])) for unit in chosen.tolist()]
+        for side, chosen in ((source, assignment.source), (target, assignment.target))
+    ]
+    told = np.zeros(len(pairs))
+    for index, (p, q) in enumerate(pairs):
+        if roles[0][p] or roles[0][q]:
+            as_is = roles[0][p] & roles[1][p] or roles[0][q] & roles[1][q]
+            exchanged = roles[0][p] & roles[1][q] or roles[0][q] & roles[1][p]
+            told[index] = _ROLE * (bool(as_is) - bool(exchanged))
+    names, own, other = assignment.names, source.ancestry.order, target.ancestry.order
+    gain = told + (names[i, j] + names[k, m] - names[i, m] - names[k, j])
+    order = np.where((own[i] < own[k]) == (other[j] < other[m]), 1, -1)
+    sizes = np.asarray([len(one.pairs) for one in instances])
+    starts = np.cumsum(sizes) - sizes
+    return (np.add.reduceat(gain, starts) / sizes).tolist(), np.add.reduceat(order, starts).tolist()
 
 
 def _own_gain(one: Instance) -> float:
     """Tell how much better the own names of two modules fit as they are, whatever the layers in them are called."""
     (a, b), (x, y) = (
-        [tuple(word for name in path[shared(*pair) :] for word in words(name)) for path in pair]
+        [tuple([word for name in path[shared(*pair) :] for word in words(name)]) for path in pair]
         for pair in (one.modules, one.ends)
     )
     return likeness(x, a) + likeness(y, b) - likeness(x, b) - likeness(y, a)
 
 
-def _order(assignment: Assignment, source: SideEvidence, target: SideEvidence, p: int, q: int) -> int:
-    own = source.ancestry.order[assignment.source[p]] < source.ancestry.order[assignment.source[q]]
-    other = target.ancestry.order[assignment.target[p]] < target.ancestry.order[assignment.target[q]]
-    return 1 if own == other else -1
-
-
 def _others(
-    assignment: Assignment, own: Sequence[Path], other: Sequence[Path], one: Instance
+    own: Sequence[Path], other: Sequence[Path], below: Mapping[Path, Sequence[int]], one: Instance
 ) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Tell to which numbers of the source's list the other members of a list are matched, in order."""
     source, target = one.ends[0][:-1], one.modules[0][:-1]
     stems = stem(one.ends[0][-1]), stem(one.modules[0][-1])
     votes: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
-    for i, j in zip(assignment.source.tolist(), assignment.target.tolist(), strict=True):
-        path, wanted = own[i], other[j]
-        if path[: len(source)] != source or wanted[: len(target)] != target or wanted[: len(target) + 1] in one.modules:
+    for place in below.get(target, range(len(other))):
+        path, wanted = own[place][len(source) :], other[place][: len(target) + 1]
+        if not path or own[place][: len(source)] != source or wanted in (target, *one.modules):
             continue
-        if len(path) > len(source) and (stem(path[len(source)]), stem(wanted[len(target)])) == stems:
-            votes.setdefault(numbers(wanted[len(target)]), Counter())[numbers(path[len(source)])] += 1
+        if (stem(path[0]), stem(wanted[-1])) == stems:
+            votes.setdefault(numbers(wanted[-1]), Counter())[numbers(path[0])] += 1
     return {place: votes[place].most_common(1)[0][0] for place in sorted(votes)}
 
 
@@ -313,12 +336,12 @@ def _is_shifted(others: Mapping[tuple[int, ...], tuple[int, ...]], one: Instance
     """Tell whether all other members of a list have other numbers by as much as the two taken together."""
     ends, modules = ([numbers(path[-1]) for path in pair] for pair in (one.ends, one.modules))
     shifts = {
-        tuple(np.subtract(place, partner)) if len(place) == len(partner) else () for place, partner in others.items()
+        tuple(map(sub, place, partner)) if len(place) == len(partner) else () for place, partner in others.items()
     }
     (shift, *rest) = shifts or [()]
     if rest or not any(shift) or any(len(end) != len(shift) for end in ends):
         return False
-    return sorted(tuple(np.add(end, shift)) for end in ends) == sorted(modules)
+    return sorted(tuple(map(add, end, shift)) for end in ends) == sorted(modules)
 
 
 def exchanged(assignment: Assignment, chosen: Sequence[Exchange]) -> Assignment:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 
-from autoalign.evidence import Ints, SideEvidence
+from autoalign.crossings import shared
 from autoalign.graph import Path, block_around
-from autoalign.matching import Assignment
 from autoalign.names import numbers, stem
 
 _UNLIKE = 0.5  # share of the layers of two modules that may have no counterpart in the other
@@ -25,106 +24,111 @@ class Instance:
     ends: tuple[Path, Path]  # the modules of the source that they are matched to, as far as these differ
     pairs: Pairs
     anchors: int
-    gain: float = 0.0
 
 
 def instances_of(
-    assignment: Assignment,
-    source: SideEvidence,
-    target: SideEvidence,
-    place_of: Mapping[int, int],
-    alike: Ints,
+    source: Sequence[Path], target: Sequence[Path], alike: Sequence[int], below: Mapping[Path, Sequence[int]]
 ) -> Iterator[Instance]:
-    """List pairs of target modules that share most shapes below, and of layers of one block that have the same."""
-    paths = target.paths
-    below: dict[Path, list[int]] = {}
-    for unit in place_of:
-        for depth in range(1, len(paths[unit]) + 1):
-            below.setdefault(paths[unit][:depth], []).append(unit)
+    """List pairs of target modules that share most shapes below, and of layers of one block that have the same.
+
+    Args:
+        source: [places]: the layers of the source in the assignment.
+        target: [places]: those of the target.
+        alike: [places]: equal where the shapes of both are.
+        below: The places below each module and layer of the target.
+    """
+    layers: dict[tuple[Path, int], list[Path]] = {}
+    for place, path in enumerate(target):
+        layers.setdefault((block_around(path), alike[place]), []).append(path)
     siblings: dict[Path, list[Path]] = {}
     for module in below:
         siblings.setdefault(module[:-1], []).append(module)
-    layers: dict[tuple[Path, int], list[Path]] = {}
-    unit_at = {paths[unit]: unit for unit in place_of}
-    for path, unit in unit_at.items():
-        layers.setdefault((block_around(path), int(alike[place_of[unit]])), []).append(path)
+    place_of = {path: place for place, path in enumerate(target)}
+    kinds = {module: {alike[place] for place in places} for module, places in below.items()}
 
     def instances(
         first: Path, second: Path, pairs: Sequence[tuple[int, int]], rest: Sequence[int], top: Path
     ) -> Iterator[Instance]:
         by_ends: dict[tuple[Path, Path], list[tuple[int, int]]] = {}  # some may be exchanged and others not
-        for pair in ((place_of[a], place_of[b]) for a, b in pairs):
-            ends = parting(*(source.paths[assignment.source[place]] for place in pair))
+        for a, b in pairs:
+            ends = parting(source[a], source[b])
             if ends is not None:
-                by_ends.setdefault(ends, []).append(pair)
+                by_ends.setdefault(ends, []).append((a, b))
         for ends, places in by_ends.items():
             anchors = 0
-            for unit in rest:
-                path, own = source.paths[assignment.source[place_of[unit]]], paths[unit][: len(top)] == top
+            for place in rest:
+                path, own = source[place], target[place][: len(top)] == top
                 inside = [path[: len(end)] == end for end in ends]
                 anchors += (inside[0] - inside[1]) * (1 if own else -1)
             yield Instance((first, second), ends, tuple(places), anchors)
 
     def content(module: Path) -> tuple[int, ...]:
-        return tuple(sorted(int(alike[place_of[unit]]) for unit in below[module]))
+        return tuple(sorted([alike[place] for place in below[module]]))
 
     for modules in siblings.values():
-        for first, second in _compared(modules, content):
-            pairs, rest = _counterparts(first, second, below, paths, lambda unit: int(alike[place_of[unit]]))
+        for first, second in _compared(modules, content) if len(modules) > 1 else ():
+            if kinds[first].isdisjoint(kinds[second]):
+                continue
+            pairs, rest = _counterparts(first, second, below, target, alike)
             if pairs and len(rest) <= _UNLIKE * (len(rest) + 2 * len(pairs)):
                 yield from instances(first, second, pairs, rest, first)
     for within in layers.values():
-        for first, second in _compared(within, len):
+        for first, second in _compared(within, len) if len(within) > 1 else ():
             if first[:-1] != second[:-1]:  # siblings were compared already
                 tops = parting(first, second) or (first, second)
-                pair = unit_at[first], unit_at[second]
-                rest = [unit for top in tops for unit in below[top] if unit not in pair]
+                pair = place_of[first], place_of[second]
+                rest = [place for top in tops for place in below[top] if place not in pair]
                 yield from instances(first, second, [pair], rest, tops[0])
 
 
-def _compared(modules: Sequence[Path], content: Callable[[Path], object]) -> Iterator[tuple[Path, Path]]:
+def places_below(paths: Sequence[Path]) -> dict[Path, list[int]]:
+    """List the places of the layers in each module, and those of the layers themselves."""
+    below: dict[Path, list[int]] = {}
+    for place, path in enumerate(paths):
+        for depth in range(1, len(path) + 1):
+            below.setdefault(path[:depth], []).append(place)
+    return below
+
+
+def _compared(modules: Sequence[Path], content: Callable[[Path], object]) -> Iterable[tuple[Path, Path]]:
     """List the siblings that may be exchanged; of many only those of one content, of a list those that follow."""
+    is_list = all(numbers(module[-1]) for module in modules) and len({stem(module[-1]) for module in modules}) == 1
+    if not is_list and len(modules) <= _MANY:
+        return combinations(modules, 2)
     by_content: dict[object, list[Path]] = {}
-    is_list = len({stem(module[-1]) for module in modules}) == 1 and all(numbers(module[-1]) for module in modules)
     for module in sorted(modules, key=lambda module: numbers(module[-1])) if is_list else modules:
         by_content.setdefault(content(module), []).append(module)
-    if is_list or len(modules) > _MANY:
-        for members in by_content.values():
-            yield from pairwise(members) if is_list or len(members) > 2 * _MANY else combinations(members, 2)
-    else:
-        yield from combinations(modules, 2)
+    return chain.from_iterable(
+        pairwise(members) if is_list or len(members) > 2 * _MANY else combinations(members, 2)
+        for members in by_content.values()
+    )
 
 
 def _counterparts(
-    first: Path, second: Path, below: Mapping[Path, Sequence[int]], paths: Sequence[Path], kind: Callable[[int], int]
+    first: Path, second: Path, below: Mapping[Path, Sequence[int]], paths: Sequence[Path], kind: Sequence[int]
 ) -> tuple[list[tuple[int, int]], list[int]]:
     """Pair the layers of two modules that have equal shapes, by their names within them, or else by their order.
 
     Returns:
         The pairs, and the layers that are left.
     """
-    own = {paths[unit][len(first) :]: unit for unit in below[first]}
-    other = {paths[unit][len(second) :]: unit for unit in below[second]}
-    pairs = [(unit, other[name]) for name, unit in own.items() if name in other and kind(unit) == kind(other[name])]
-    done = {unit for pair in pairs for unit in pair}
+    own = {paths[place][len(first) :]: place for place in below[first]}
+    other = {paths[place][len(second) :]: place for place in below[second]}
+    pairs = [(a, b) for name, a in own.items() if (b := other.get(name)) is not None and kind[a] == kind[b]]
+    if len(pairs) == len(own) == len(other):
+        return pairs, []
+    done = {place for pair in pairs for place in pair}
     queues: dict[int, list[int]] = {}
-    for unit in other.values():
-        if unit not in done:
-            queues.setdefault(kind(unit), []).append(unit)
-    left = (unit for unit in own.values() if unit not in done)
-    pairs += [(unit, queues[kind(unit)].pop(0)) for unit in left if queues.get(kind(unit))]
-    done = {unit for pair in pairs for unit in pair}
-    return pairs, [unit for unit in (*below[first], *below[second]) if unit not in done]
+    for place in other.values():
+        if place not in done:
+            queues.setdefault(kind[place], []).append(place)
+    left = (place for place in own.values() if place not in done)
+    pairs += [(place, queues[kind[place]].pop(0)) for place in left if queues.get(kind[place])]
+    done = {place for pair in pairs for place in pair}
+    return pairs, [place for place in (*below[first], *below[second]) if place not in done]
 
 
 def parting(first: Path, second: Path) -> tuple[Path, Path] | None:
     """Cut two paths after the first component in which they differ."""
     depth = shared(first, second)
     return None if depth == min(len(first), len(second)) else (first[: depth + 1], second[: depth + 1])
-
-
-def shared(first: Path, second: Path) -> int:
-    """Count the components that two paths begin with alike."""
-    return next(
-        (depth for depth, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )

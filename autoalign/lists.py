@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-
-import numpy as np
+from math import comb
+from operator import attrgetter
 
 from autoalign.crossings import Block, Blocks, Repair, common
 from autoalign.graph import Path
@@ -20,6 +20,7 @@ from autoalign.names import numbers, stem
 _ORDERED = 3  # members of a list whose numbers tell
 _AGREEING = 2  # other lists of the same names that tell the direction of one
 
+_List = tuple[Path, str]  # its parent and the stem of its members
 _Called = tuple[Path, Path]  # the names of a target's list and of what fills it, without numbers
 
 
@@ -29,45 +30,64 @@ def disordered(blocks: Blocks) -> Iterator[Repair]:
     Yields:
         For each list what its places should have instead.
     """
-    alike: dict[tuple[_Called, Path, object], list[_Member]] = {}
-    lists: dict[tuple[_Called, Path], list[_Member]] = {}
-    layers = {pair.other: [pair] for pairs in blocks.values() for pair in pairs}
+    tops = [pairs for block, pairs in blocks.items() if len(block) == 1]
+    layers = {pair.other: [pair] for pairs in tops for pair in pairs}
+    numbered: dict[_List, list[tuple[Path, Block]]] = {}
     for block, pairs in (*blocks.items(), *layers.items()):
         if numbers(block[-1]):
-            end = pairs[0].own if block == pairs[0].other else common([pair.own for pair in pairs])
-            member = _Member(block[-1], end, pairs)
-            called = tuple(map(stem, block)), tuple(map(stem, end))
-            shapes = frozenset((pair.other[len(block) :], pair.own[len(end) :], pair.kind) for pair in pairs)
-            lists.setdefault((called, block[:-1]), []).append(member)
-            alike.setdefault((called, block[:-1], shapes), []).append(member)
-    directions = {key: _direction(members) for key, members in lists.items()}
+            numbered.setdefault((block[:-1], stem(block[-1])), []).append((block, pairs))
+    lists: list[tuple[_Called, int, list[_Member]]] = []
     together: Counter[_Called] = Counter()
-    for (called, _), direction in directions.items():
-        together[called] += direction
-    for (called, parent, _), members in alike.items():
-        others = together[called] - directions[called, parent]
-        if len(members) > 1:
-            yield _in_order(members, others)
+    for of in numbered.values():
+        by_end: dict[Path, list[_Member]] = {}
+        for block, pairs in of if len(of) > 1 else ():
+            end = pairs[0].own if block == pairs[0].other else common([pair.own for pair in pairs])
+            place = tuple([number for name in end for number in numbers(name)])
+            by_end.setdefault(tuple(map(stem, end)), []).append(_Member(block, end, place, pairs))
+        for names, members in by_end.items():
+            if len(members) > 1:
+                called, run = (tuple(map(stem, of[0][0])), names), _run(members)
+                together[called] += sign(run)
+                lists.append((called, run, members))
+    for called, run, members in lists:
+        others = together[called] - sign(run)
+        if abs(run) == comb(len(members), 2) and others * sign(run) > -_AGREEING:
+            continue  # all are in order
+        alike: dict[object, list[_Member]] = {}
+        for member in members:
+            alike.setdefault(member.content, []).append(member)
+        for same in alike.values():
+            if len(same) > 1:
+                yield _in_order(same, others)
 
 
 @dataclass(frozen=True, slots=True)
 class _Member:
     """A member of a list of the target."""
 
-    name: str
+    path: Path
     end: Path  # the module of the source that holds all that fills it
+    place: tuple[int, ...]  # all numbers in the names of that module and those around it
     pairs: Block
 
     @property
-    def place(self) -> tuple[int, ...]:
-        """All numbers in the names of what fills it."""
-        return tuple(number for name in self.end for number in numbers(name))
+    def numbers(self) -> tuple[int, ...]:
+        return numbers(self.path[-1])
+
+    @property
+    def content(self) -> object:
+        return frozenset([(p.other[len(self.path) :], p.own[len(self.end) :], p.kind) for p in self.pairs])
 
 
-def _direction(members: Sequence[_Member]) -> int:
-    """Tell in which direction most members of a list are matched: 1 in that of their numbers, -1 in the other, or 0."""
-    places = [member.place for member in sorted(members, key=lambda member: numbers(member.name))]
-    return int(np.sign(sum((a < b) - (a > b) for a, b in combinations(places, 2))))
+def _run(members: Sequence[_Member]) -> int:
+    """Count the pairs of members that are matched in the order of their numbers, less those in the other order."""
+    places = [member.place for member in sorted(members, key=attrgetter("numbers"))]
+    return sum((a < b) - (a > b) for a, b in combinations(places, 2))
+
+
+def sign(value: int) -> int:
+    """Give 1, -1 or 0 for a positive number, a negative one or zero."""
+    return (value > 0) - (value < 0)
 
 
 def _in_order(members: Sequence[_Member], others: int) -> Repair:
@@ -77,12 +97,12 @@ def _in_order(members: Sequence[_Member], others: int) -> Repair:
         members: Of equal content.
         others: In how many more lists of the same names the numbers run in the same direction than in the other.
     """
-    members = sorted(members, key=lambda member: numbers(member.name))
+    members = sorted(members, key=attrgetter("numbers"))
     places = [member.place for member in members]
     if len(set(places)) < len(places):
         return {}
     is_monotone = places in (sorted(places), sorted(places, reverse=True))
-    direction = int(np.sign(others)) if abs(others) >= _AGREEING else 0 if is_monotone else _direction(members)
+    direction = sign(others) if abs(others) >= _AGREEING else 0 if is_monotone else sign(_run(members))
     wanted = sorted(members, key=lambda member: member.place, reverse=direction < 0)
     if not direction or wanted == members:
         return {}
@@ -100,31 +120,35 @@ def misnumbered(blocks: Blocks, source: Sequence[Path]) -> Iterator[Repair]:
         blocks: What is matched.
         source: The paths of the source's units.
     """
-    numbers_of: dict[tuple[Path, str], set[tuple[int, ...]]] = {}
-    for path in source:
-        for depth, name in enumerate(path):
-            numbers_of.setdefault((path[:depth], stem(name)), set()).add(numbers(name))
-    lists: dict[tuple[Path, str], dict[tuple[int, ...], Block]] = {}
+    lists: dict[_List, dict[tuple[int, ...], Block]] = {}
     for block, pairs in blocks.items():
         if numbers(block[-1]):
             lists.setdefault((block[:-1], stem(block[-1])), {})[numbers(block[-1])] = pairs
-    for members in lists.values():
+    long = [members for members in lists.values() if len(members) >= _ORDERED]
+    numbers_of: dict[_List, set[tuple[int, ...]]] = {}
+    for path in source if long else ():
+        for depth, name in enumerate(path):
+            if numbers(name):
+                numbers_of.setdefault((path[:depth], stem(name)), set()).add(numbers(name))
+    for members in long:
         counterpart = _counterpart(members)
-        if len(members) >= _ORDERED and counterpart and _mean_the_same(set(members), numbers_of[counterpart]):
+        if counterpart and _mean_the_same(set(members), numbers_of[counterpart]):
             yield _by_numbers(members, counterpart)
 
 
-def _counterpart(members: Mapping[tuple[int, ...], Block]) -> tuple[Path, str] | None:
+def _counterpart(members: Mapping[tuple[int, ...], Block]) -> _List | None:
     """Name the list of the source that fills most of a list of the target; None if none does."""
     votes = Counter(
-        (pair.own[:depth], stem(name))
-        for block in members.values()
-        for pair in block
-        for depth, name in enumerate(pair.own[:-1])
-        if numbers(name)
+        [
+            (pair.own[:depth], stem(name))
+            for block in members.values()
+            for pair in block
+            for depth, name in enumerate(pair.own[:-1])
+            if numbers(name)
+        ]
     )
     size = sum(map(len, members.values()))
-    lists = [place for place, count in votes.most_common() if 2 * count > size]
+    lists = [place for place, count in votes.items() if 2 * count > size]
     return max(lists, key=lambda place: len(place[0]), default=None)
 
 
@@ -138,7 +162,7 @@ def _mean_the_same(own: set[tuple[int, ...]], other: set[tuple[int, ...]]) -> bo
     return start == 0 or in_row[start : start + len(less)] != sorted(less)
 
 
-def _by_numbers(members: Mapping[tuple[int, ...], Block], counterpart: tuple[Path, str]) -> Repair:
+def _by_numbers(members: Mapping[tuple[int, ...], Block], counterpart: _List) -> Repair:
     """Give each member of a list what has its number; nothing where that is so already, or all is in reverse."""
     parent, depth = counterpart[0], len(counterpart[0])
     inside = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from itertools import product
 
 from autoalign.crossings import common
@@ -41,7 +42,7 @@ def rivalled(assignment: Assignment, source: _Side, target: _Side, fixed: Collec
         (assignment.target, target, assignment.source, source, assignment.names.T),
     )
     for chosen, own, others, other, names in ways:
-        place_of = {int(unit): place for place, unit in enumerate(chosen)}
+        place_of = {unit: place for place, unit in enumerate(chosen.tolist())}
         for (module, taken), (rival, vacant) in _alike(own, place_of):
             places = [place_of[unit] for unit in taken]
             ends = others[places]
@@ -57,19 +58,20 @@ def rivalled(assignment: Assignment, source: _Side, target: _Side, fixed: Collec
 def _alike(side: _Side, matched: Collection[int]) -> Iterator[tuple[_Module, _Module]]:
     """List siblings of the same content of which one is matched as a whole, and the other not at all."""
     paths, kinds = side
+    if len(paths) - len(matched) < _LEAST:
+        return
     below: dict[Path, list[int]] = defaultdict(list)
     for unit, path in enumerate(paths):
         for depth in range(1, len(path)):
             below[path[:depth]].append(unit)
-    alike: dict[object, list[_Module]] = defaultdict(list)
+    siblings: dict[Path, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
     for module, units in below.items():
-        if len(units) >= _LEAST:
-            content = frozenset((paths[unit][len(module) :], int(kinds[unit])) for unit in units)
-            alike[module[:-1], content].append((module, sorted(units, key=lambda unit: paths[unit])))
-    for group in alike.values():
-        taken = [one for one in group if all(unit in matched for unit in one[1])]
-        vacant = [one for one in group if not any(unit in matched for unit in one[1])]
+        if len(units) >= _LEAST and len({unit in matched for unit in units}) == 1:
+            siblings[module[:-1]][units[0] in matched].append(module)
+    content = cache(lambda module: frozenset((paths[unit][len(module) :], int(kinds[unit])) for unit in below[module]))
+    for vacant, taken in siblings.values():
         for first, second in product(taken, vacant):
-            names = first[0][-1], second[0][-1]
-            if not (numbers(names[0]) and stem(names[0]) == stem(names[1])):  # else numbers tell
-                yield first, second
+            told = numbers(first[-1]) and stem(first[-1]) == stem(second[-1])  # by numbers
+            if not told and content(first) == content(second):
+                in_order = [sorted(below[module], key=paths.__getitem__) for module in (first, second)]
+                yield (first, in_order[0]), (second, in_order[1])
