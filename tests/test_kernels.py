@@ -66,4 +66,4 @@ def test_a_stack_is_turned_only_beside_kernels() -> None:
     turned, *_ = as_in_torch([stack, tokens, kernel])
     assert (turned.shape, turned.view) == ((3, 12, 8), Permute((0, 2, 1)))
     assert as_in_torch([stack, tokens, kernel])[1] == tokens
-    assert as_in_torch([stack, tokens]) == [stack, tokens]
+    assert list(as_in_torch([stack, tokens])) == [stack, tokens]
