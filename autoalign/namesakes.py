@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from itertools import starmap
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +71,28 @@ def namesakes(
         return any((path[:depth], stem(path[depth])) in shifted for depth in range(len(path)))
 
     found = [(i, j) for i, j in pairs if trust(source[i][len(own) : -1])]
-    return [(i, j) for i, j in found if not renumbered(source[i][len(own) :])] if shifted else found
+    found = [(i, j) for i, j in found if not renumbered(source[i][len(own) :])] if shifted else found
+    return _without_moved(found, source, fits) if fits else found
+
+
+def _without_moved(
+    pairs: Sequence[tuple[int, int]], source: Sequence[Path], fits: Callable[[int, int], bool]
+) -> list[tuple[int, int]]:
+    """Leave out the layers that moved to another module of a list, as a downsampling from the end of each stage.
+
+    None of these fits its namesake, and some fit that of another.
+    """
+    alike: dict[Path, list[tuple[int, int]]] = defaultdict(list)
+    for i, j in pairs:
+        alike[tuple(map(stem, source[i]))].append((i, j))
+    unfit = {name for name, same in alike.items() if not any(starmap(fits, same)) and any("#" in own for own in name)}
+    if not unfit:
+        return list(pairs)
+    members: dict[Path, list[int]] = defaultdict(list)
+    for i, path in enumerate(source):
+        members[tuple(map(stem, path))].append(i)
+    moved = {name for name in unfit if any(fits(i, j) for i in members[name] for _, j in alike[name])}
+    return [pair for name, same in alike.items() if name not in moved for pair in same]
 
 
 def _shifted(source: Sequence[Path], own: Path, target: Sequence[Path], other: Path) -> set[tuple[Path, str]]:
