@@ -16,6 +16,7 @@ from autoalign.garbage import collection_paused
 from autoalign.pairing import Outcome, paired
 from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
 from autoalign.repeats import LARGE, Specs, extended, is_settled, less_sure, pair_count, runs_of
+from autoalign.same_names import with_same_names
 
 
 def align(
@@ -98,8 +99,8 @@ def _align(
             raise InputError("example_inputs need a module on one side at least. Nothing was aligned.")
     rules = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
-    found = None if pins else _identical(*sides)
-    matches, mismatched, notes = found or _by_repeats(*sides, (own.config, other.config), pins)
+    same = None if pins else with_same_names(*sides)
+    matches, mismatched, notes = (same, [], ()) if same else _by_repeats(*sides, (own.config, other.config), pins)
     if allowed and (matches or pins):
         views = AdaptableSide(own.specs, own.module, own.config), AdaptableSide(other.specs, other.module, other.config)
         changed, unable = adapted(matches, mismatched, *views, allowed, pins)
@@ -131,15 +132,6 @@ def _as_called(side: Checkpoint, specs: Specs, example_inputs: object) -> Specs:
         return specs
     place = {key: place for place, key in enumerate(execution_order(side.module, example_inputs))}
     return sorted(specs, key=lambda spec: place.get(spec.key, len(place)))
-
-
-def _identical(source: Specs, target: Specs) -> Outcome | None:
-    """Match two sides with the same keys and shapes without further ado."""
-    shapes = {spec.key: spec.shape for spec in source}
-    if len(shapes) != len(target) or any(shapes.get(spec.key) != spec.shape for spec in target):
-        return None
-    evidence = {"name": 1.0, "shape": 1.0}
-    return [Match(spec.key, (spec.key,), evidence=evidence) for spec in target], [], ()
 
 
 def _by_repeats(

@@ -61,6 +61,7 @@ FLOW = (
         "assembly",
         *("adaptable", "grids", "positions", "shared_rows", "adapting"),
         "pairing",
+        "same_names",
         "patterns",
         "repeats",
         "aligning",
