@@ -12,7 +12,7 @@ from autoalign.checkpoint import checkpoint_of
 from autoalign.same_names import with_same_names
 
 _CHANNELS = (3, 4, 6, 6, 8)
-_SHARED = {f"features.{n}.weight": (_CHANNELS[n + 1], _CHANNELS[n], 3, 3) for n in range(4)}
+_SHARED: dict[str, tuple[int, ...]] = {f"features.{n}.weight": (_CHANNELS[n + 1], _CHANNELS[n], 3, 3) for n in range(4)}
 _SHARED |= {f"features.{n}.bias": (_CHANNELS[n + 1],) for n in range(4)}
 
 
