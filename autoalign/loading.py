@@ -259,12 +259,18 @@ def _fill(
             # what is mapped is only read as it is copied, and then a function of the caller's may raise
             is_cancellable = callable(progress) and source.is_held
             _check_unchanged(model, alignment, targets)
+            postponed = len(findings.postponed)
+
+            def stepped(done: int, size: int) -> None:
+                findings.examine_postponed(done - postponed + len(findings.postponed))  # while others are copied
+                if source.is_held:
+                    step(done, size)
+
             with transaction(model, keep_values=is_cancellable):
-                copy_all(fills, step if source.is_held else _no_step)
+                copy_all(fills, stepped)
                 if is_cancellable:
                     _check_unchanged(model, alignment, targets)
-            if findings.postponed:
-                findings.examine_postponed()
+            if postponed:
                 _warn_of_values(loaded, findings)
     if "assign" in options:  # the tensors that the model had are not the ones it has now
         alignment = replace(alignment, target_tensors=checkpoint_of(model))

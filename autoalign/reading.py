@@ -33,11 +33,11 @@ class Findings:
     nan: dict[str, tuple[int, int]] = field(default_factory=dict)  # from a source key to NaN and all elements looked at
     postponed: list[tuple[Match, Sequence[Tensor], torch.dtype]] = field(default_factory=list)  # what to examine yet
 
-    def examine_postponed(self) -> None:
-        """Look at what was left for later."""
-        for match, sources, dtype in self.postponed:
+    def examine_postponed(self, count: int) -> None:
+        """Look at the first of what was left for later."""
+        for match, sources, dtype in self.postponed[:count]:
             self.examine(match, sources, dtype)
-        self.postponed.clear()
+        del self.postponed[:count]
 
     def examine(self, match: Match, sources: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Look at what a match loads into a tensor of some dtype."""

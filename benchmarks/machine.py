@@ -7,7 +7,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
-    *("torch", "numpy", "scipy", "networkx", "rapidfuzz", "safetensors", "torchvision", "timm", "transformers"),
+    *("torch", "numpy", "scipy", "rapidfuzz", "safetensors", "torchvision", "timm", "transformers"),
     *("weightbridge", "torch_liberator", "lit-wsl"),
 )
 

@@ -97,7 +97,7 @@ BACKWARDS_WHEN_CALLED = {
     *(("rules", f"exports.{module}") for module in ("python", "renaming", "transformers")),
 }
 # needed for a match or a screen, not for an import
-LATE = ("gguf", "huggingface_hub", "msgpack", "networkx", "rapidfuzz", "rich", "safetensors", "scipy")
+LATE = ("gguf", "huggingface_hub", "msgpack", "rapidfuzz", "rich", "safetensors", "scipy")
 
 
 def own_imports(tree: ast.AST, *, deferred: bool) -> Iterator[str]:

@@ -64,13 +64,14 @@ def count_of(value: object, most: int = _FREE) -> int:
     found, waiting = _STEP, [value]
     while waiting:
         each = waiting.pop()
-        if isinstance(each, tuple | list):
+        is_many = isinstance(each, (tuple, list))
+        if is_many:
             found += _STEP * len(each) + (each.numel if isinstance(each, _Made) else 0)
-        elif isinstance(each, str | bytes):
+        elif isinstance(each, (str, bytes)):
             found += len(each)
         if found > most:
             raise TooCostlyError("it holds values that refer to each other so often that they have no end")
-        if isinstance(each, tuple | list):
+        if is_many:
             waiting += each
     return found
 
@@ -162,9 +163,7 @@ class _Reading:
     def replace(self, count: int, make: Callable[[list[Any]], Any] = tuple) -> None:
         if len(self.stack) < count:
             raise ValueError("an operation without its values")
-        items = self.stack[len(self.stack) - count :]
-        del self.stack[len(self.stack) - count :]
-        self.stack.append(make(items))
+        self.stack[-count:] = [make(self.stack[-count:])]
 
     def extend(self, items: Sequence[Any]) -> None:
         target = self.stack[-1]
