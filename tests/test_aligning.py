@@ -359,7 +359,8 @@ def test_tokens_of_other_kinds_are_not_taken_for_each_other() -> None:
 
 def test_layers_that_moved_to_another_member_of_a_list_are_followed_there() -> None:
     def stages(place: int) -> dict[str, torch.Tensor]:
-        shapes = {f"layers.{n}.blocks.{k}.fc.weight": (2**n * 8, 2**n * 8) for n in range(4) for k in range(2)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        shapes |= {f"layers.{n}.blocks.{k}.fc.weight": (2**n * 8, 2**n * 8) for n in range(4) for k in range(2)}
         shapes |= {f"layers.{n}.blocks.{k}.norm.weight": (2**n * 8,) for n in range(4) for k in range(2)}
         shapes |= {f"layers.{n + place}.downsample.reduction.weight": (2**n * 16, 2**n * 32) for n in range(3)}
         return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}

@@ -466,6 +466,16 @@ PAIRS = (
         {r"qkv\.bias": "Concatenate"},
         absent=r"relative_(position_index|coords_table)$",
     ),
+    *both(
+        Pair(
+            "DiT -> DiT in diffusers' layout",
+            vision.DiT,
+            vision.DiffusersDiT,
+            NOISE,
+            {r"norm_out\.linear\.": "Flip", r"to_[qkv]\.": "Split"},
+        ),
+        {r"final_layer\.adaLN_modulation\.1\.": "Flip", r"attn\.qkv\.": "Concatenate"},
+    ),
 )
 
 
@@ -585,14 +595,6 @@ DOUBTED_PAIRS = (
         IMAGES,
         {r"patch_embed\.proj\.weight": "Reshape Permute"},
         {r"to_patch_embedding\.1\.weight": "Permute Reshape"},
-    ),
-    *both_in_doubt(
-        "DiT -> DiT in diffusers' layout",
-        vision.DiT,
-        vision.DiffusersDiT,
-        NOISE,
-        {r"norm_out\.linear\.": "Flip", r"to_[qkv]\.": "Split"},
-        {r"final_layer\.adaLN_modulation\.1\.": "Flip", r"attn\.qkv\.": "Concatenate"},
     ),
     Pair(
         "Keras GRU -> nn.GRU",

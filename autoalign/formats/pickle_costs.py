@@ -64,14 +64,13 @@ def count_of(value: object, most: int = _FREE) -> int:
     found, waiting = _STEP, [value]
     while waiting:
         each = waiting.pop()
-        is_many = isinstance(each, (tuple, list))
-        if is_many:
+        if isinstance(each, tuple | list):
             found += _STEP * len(each) + (each.numel if isinstance(each, _Made) else 0)
-        elif isinstance(each, (str, bytes)):
+        elif isinstance(each, str | bytes):
             found += len(each)
         if found > most:
             raise TooCostlyError("it holds values that refer to each other so often that they have no end")
-        if is_many:
+        if isinstance(each, tuple | list):
             waiting += each
     return found
 
