@@ -349,7 +349,6 @@ DOUBTS = [
     "Mistral's Mixtral -> transformers 5 Mixtral",
     "transformers.Llama -> InternLM2",
     "gated, fused with the gate last -> gated, separate",
-    "DiT -> DiT in diffusers' layout",
     "timm.VisionTransformer -> vit-pytorch, patches with channels last",
 ]
 
