@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contest import LIMIT, Attempt, time_limit
+from benchmarks.contest import Attempt, timed
 from benchmarks.peers import Peer
 from tests.pairs import FUSED_PAIRS, TIMM_TRANSFORMERS, TORCHVISION_TIMM, Pair, output, randomise, relative_difference
 
@@ -79,12 +79,10 @@ def _load(
         return _Loaded(peer.name, {}, False, 0.0, skipped=f"more than {peer.most_tensors:,} tensors")
     start = time.perf_counter()
     try:
-        with time_limit(LIMIT):
-            aligned = peer.aligned(source, initial)
+        aligned, seconds = timed(lambda: peer.aligned(source, initial))
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         return _Loaded(peer.name, {}, False, time.perf_counter() - start, error=text)
-    seconds = time.perf_counter() - start
     values = deepcopy(initial)
     values.update(aligned)
     model.load_state_dict(values)
