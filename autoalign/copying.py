@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from autoalign.errors import NotInvertibleError
+from autoalign.mapped import MappedFiles, mapped_files
 from autoalign.operations import Operation
 from autoalign.progress import Step
 
@@ -69,12 +71,13 @@ def memory_of(tensor: Tensor) -> int | None:
         return None
 
 
-def copy_all(fills: Sequence[Fill], step: Step) -> None:
+def copy_all(fills: Sequence[Fill], step: Step, *, from_files: bool = False) -> None:
     """Carry out the copies, in order for each storage of the model, and on several threads where that is faster.
 
     Args:
         fills: What to copy. Two that fill the same memory are carried out one after the other.
         step: Called after every batch of copies with what is done, in this thread.
+        from_files: Whether what is mapped is as it is in its file, so that it may be read from there instead.
     """
     batches = list(_batches(fills))
     done = size = 0
@@ -84,19 +87,23 @@ def copy_all(fills: Sequence[Fill], step: Step) -> None:
             done, size = done + 1, size + fill.size
             step(done, size)
         return
-    with ThreadPoolExecutor(min(_THREADS, 2 * (os.cpu_count() or 1)), "autoalign") as threads:
-        waiting = {threads.submit(_copy, batch): batch for batch in batches}
+    with (
+        mapped_files() if from_files else nullcontext() as files,
+        ThreadPoolExecutor(min(_THREADS, 2 * (os.cpu_count() or 1)), "autoalign") as threads,
+    ):
+        waiting = {threads.submit(_copy, batch, files): batch for batch in batches}
         for future in as_completed(waiting):
             future.result()
             done, size = done + len(waiting[future]), size + sum(fill.size for fill in waiting[future])
             step(done, size)
 
 
-def _copy(fills: Iterable[Fill]) -> None:
+def _copy(fills: Iterable[Fill], files: MappedFiles | None = None) -> None:
     with torch.no_grad():  # which is each thread's own
         for fill in fills:
             for part, given in fill.copies:
-                part.copy_(given)
+                if files is None or not files.read(given, part):
+                    part.copy_(given)
 
 
 def _batches(fills: Iterable[Fill]) -> Iterator[list[Fill]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections import OrderedDict
@@ -124,7 +125,8 @@ def load(
     def fill() -> Alignment:
         if ranks is not None:
             return _fill_sharded(model, source, found, ranks, assign=assign, progress=progress, since=since)
-        return _fill(model, source, found, counters, options, progress, since)
+        from_files = isinstance(checkpoint, str | os.PathLike)  # else, what is mapped may have been written to
+        return _fill(model, source, found, counters, options, progress, since, from_files=from_files)
 
     options = {"assign": True, "dtype": dtype, "device": device} if assign else {}
     if dtype is None and device is None:
@@ -234,6 +236,8 @@ def _fill(
     options: Mapping[str, Any],
     progress: Progress | bool | None,
     since: float,
+    *,
+    from_files: bool,
 ) -> Alignment:
     """Move what is matched into a model that is this process's own, and say what was done."""
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
@@ -267,7 +271,7 @@ def _fill(
                     step(done, size)
 
             with transaction(model, keep_values=is_cancellable):
-                copy_all(fills, stepped)
+                copy_all(fills, stepped, from_files=from_files)
                 if is_cancellable:
                     _check_unchanged(model, alignment, targets)
             if postponed:

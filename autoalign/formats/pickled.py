@@ -6,6 +6,7 @@ import io
 import mmap
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -45,7 +46,8 @@ def open_pickled(file: Path) -> Contents:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what fails below or is no concern of ours, such as a pickle protocol
-            if zipped and file.suffix != ".safetensors":  # a suffix that torch.load takes at its word
+            # torch.load takes this suffix at its word, and would write to a mapping of swapped bytes
+            if zipped and file.suffix != ".safetensors" and not _is_swapped(file):
                 loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             else:
                 with file.open("rb") as stream:
@@ -110,6 +112,12 @@ def _check_costs(file: Path, *, zipped: bool) -> None:
         ) from error
     except Exception as error:  # a damaged pickle may lead anywhere
         raise _read_error(file, error) from error
+
+
+def _is_swapped(file: Path) -> bool:
+    """Tell whether a zip file of torch was written with the bytes of each number in the other order."""
+    reader: Any = torch._C.PyTorchFileReader(str(file))
+    return bool(reader.has_record("byteorder")) and reader.get_record("byteorder") != sys.byteorder.encode()
 
 
 def _is_emptied(state_dict: object, announced: object) -> bool:
