@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -64,8 +65,9 @@ class MappedFiles:
         end, offset, inode, path = self.places[index]
         if address + size > end:
             return None
-        if path not in self.opened:
-            self.opened[path] = _opened(path, inode)
+        with self.lock:
+            if path not in self.opened:
+                self.opened[path] = _opened(path, inode)
         descriptor = self.opened[path]
         return None if descriptor is None else (descriptor, offset + address - self.starts[index])
 
