@@ -27,9 +27,8 @@ class MappedFiles:
 
     starts: list[int]  # addresses, ascending
     places: list[tuple[int, int, int, str]]  # of each: its end, the place of its start in the file, inode and path
-    opened: dict[str, int | None] = field(
-        default_factory=dict
-    )  # descriptors; None for a file that is not the mapped one
+    opened: dict[str, int | None] = field(default_factory=dict)  # descriptors; None for a file that is another now
+    lock: Lock = field(default_factory=Lock)  # of what is opened, by one of several threads
 
     def read(self, source: Tensor, target: Tensor) -> bool:
         """Read the values of a mapped tensor into another; False where they are to be copied instead.
