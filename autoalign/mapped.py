@@ -37,7 +37,9 @@ class MappedFiles:
             source: Lies in a mapping that nobody has written to.
             target: On the CPU, of the same shape, and without gradient.
         """
-        if source.dtype != target.dtype or source.nbytes < _LEAST or target.is_conj() or target.is_neg():
+        if source.dtype != target.dtype or source.nbytes < _LEAST:
+            return False
+        if any(tensor.is_conj() or tensor.is_neg() for tensor in (source, target)):  # not what their bytes say
             return False
         if not (source.is_contiguous() and target.is_contiguous()):
             return False
@@ -77,12 +79,12 @@ def mapped_files() -> Iterator[MappedFiles]:
     files = MappedFiles([], [])
     if hasattr(os, "preadv"):
         with suppress(OSError):
-            for line in _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-                addresses, _, offset, _, inode, *path = line.split(maxsplit=5)
-                if inode != "0" and path:
+            for line in _MAPS.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
+                addresses, _, offset, _, inode, path, *_ = (*line.split(" ", 5), *[""] * 6)
+                if inode not in ("", "0") and path.strip():
                     start, _, end = addresses.partition("-")
                     files.starts.append(int(start, 16))
-                    files.places.append((int(end, 16), int(offset, 16), int(inode), path[0]))
+                    files.places.append((int(end, 16), int(offset, 16), int(inode), path.strip(" ")))
     try:
         yield files
     finally:

@@ -1,7 +1,7 @@
 """Same names: the easy case, in which both sides list the same tensors under the same names, a few layers aside.
 
 It is taken only where it proves itself: each of these few is the only layer of its shapes, on both sides, and none of
-the others has them.
+the others has a tensor of as many elements, in whatever layout.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from math import prod
 from autoalign.alignment import Match
 from autoalign.assembly import Found, SideParts, assembled
 from autoalign.candidates import operation_between
+from autoalign.names import split_key
 from autoalign.operations import Shape
 from autoalign.specs import TensorSpec
 from autoalign.units import Part, Unit
@@ -47,23 +48,27 @@ def with_same_names(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) 
     if len(rest) > _MOST * len(target):
         return None
     known = {spec.key: spec.shape for spec in target if shapes.get(spec.key) == spec.shape}
-    found = _only_ones([spec for spec in source if spec.key not in known], rest, set(map(_flat, known.values())))
+    own = [spec for spec in source if spec.key not in known]
+    modules = {split_key(key)[0] for key in known}
+    if any(split_key(spec.key)[0] in modules for spec in (*own, *rest)):  # parts of layers that are known otherwise
+        return None
+    found = _only_ones(own, rest, set(map(prod, known.values())))
     return found and [Match(key, (key,), evidence=_BY_NAME) for key in known] + found
 
 
-def _only_ones(source: Sequence[TensorSpec], target: Sequence[TensorSpec], others: set[Shape]) -> list[Match] | None:
+def _only_ones(source: Sequence[TensorSpec], target: Sequence[TensorSpec], others: set[int]) -> list[Match] | None:
     """Match layers that are the only ones of their shapes.
 
     Args:
         source: Tensors of the source.
         target: As many of the target.
-        others: The flat shapes of all other tensors.
+        others: The numbers of elements of all other tensors.
     """
     sides = SideParts.of(source, {}), SideParts.of(target, {})
     own, other = ({_content(unit, side.parts): unit for unit in side.parts.units} for side in sides)
     if len(own) < len(sides[0].parts.units) or len(other) < len(sides[1].parts.units) or own.keys() != other.keys():
         return None
-    if any(max((shape for _, _, shape in content), key=prod) in others for content in own):
+    if any(max(prod(shape) for _, _, shape in content) in others for content in own):
         return None
     found = {}
     for content, unit in own.items():

@@ -137,3 +137,25 @@ def test_a_file_that_was_replaced_is_not_read(tmp_path: Path) -> None:
         assert not files.read(source, target)
         assert not files.read(torch.ones(1000), target)
     assert torch.equal(target, torch.ones(1000))
+
+
+def test_negated_and_conjugated_views_are_not_read_by_their_bytes(tmp_path: Path, counts: list[int]) -> None:
+    values = {"a": torch.rand(50, 40), "b": torch.rand(30, 20, dtype=torch.complex64)}
+    torch.save({"a": torch._neg_view(values["a"]), "b": values["b"].conj()}, tmp_path / "file")
+    model = nn.Module()
+    for name, tensor in values.items():
+        model.register_buffer(name, torch.zeros_like(tensor))
+    autoalign.load(model, tmp_path / "file")
+    assert torch.equal(model.get_buffer("a"), -values["a"])
+    assert torch.equal(model.get_buffer("b"), values["b"].conj().resolve_conj())
+    assert not counts
+
+
+@pytest.mark.usefixtures("counts")
+def test_a_path_may_hold_what_ends_a_line(tmp_path: Path) -> None:
+    folder = tmp_path / "a\u2028b c"
+    folder.mkdir()
+    state_dict, path = _saved(torch.save, folder / "file")
+    model = _network()
+    autoalign.load(model, path)
+    assert _equal(model, state_dict)

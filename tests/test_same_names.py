@@ -54,6 +54,11 @@ def test_the_rest_is_matched_as_the_optimisation_would(
         ({"a.weight": (6, 6, 3, 3)}, {"b.weight": (6, 6, 3, 3)}),  # as others have
         ({"a.weight": (5, 8), "b.weight": (5, 8)}, {"a.weight": (5, 8), "c.weight": (5, 8)}),
         ({"a.weight": (5, 8), "b.weight": (5, 8)}, {"d.weight": (5, 8), "c.weight": (5, 8)}),
+        ({"a.kernel": (3, 3, 4, 6)}, {"b.kernel": (3, 3, 4, 6)}),  # as many elements as others have, in another layout
+        (
+            {"a.weight": (5, 8), "b.weight": (9, 8), "a.bias": (5,)},
+            {"a.weight": (5, 8), "b.weight": (9, 8), "b.bias": (5,)},
+        ),
         ({"patch.weight": (16, 3, 4, 4)}, {"projection.weight": (16, 48)}),  # in which order is not known
         ({"a.weight": (5, 8)}, {"a.weight": (5, 8), "b.weight": (6, 8)}),
     ],

@@ -117,7 +117,10 @@ def _check_costs(file: Path, *, zipped: bool) -> None:
 def _is_swapped(file: Path) -> bool:
     """Tell whether a zip file of torch was written with the bytes of each number in the other order."""
     reader: Any = torch._C.PyTorchFileReader(str(file))
-    return bool(reader.has_record("byteorder")) and reader.get_record("byteorder") != sys.byteorder.encode()
+    if reader.has_record("byteorder"):
+        return bool(reader.get_record("byteorder") != sys.byteorder.encode())
+    default = torch.serialization.get_default_load_endianness()
+    return default is not None and default.name.lower() not in ("native", sys.byteorder)
 
 
 def _is_emptied(state_dict: object, announced: object) -> bool:
