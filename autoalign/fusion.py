@@ -21,8 +21,6 @@ from autoalign.vocabulary import FUSED, GATE_FIRST
 Sizes = tuple[int, ...]
 
 _ROLES = frozenset(role for kinds in FUSED.values() for known in kinds for role in known)
-_ATTENTION = ("q", "k", "v")
-
 BY_ORDER = "the parts were told apart by their order alone"
 UNTOLD = "nothing but their order tells the parts apart, and other code has them in another"
 
@@ -226,7 +224,7 @@ class _Siblings:
     def _add_beside(self, children: Mapping[Path, list[tuple[str, dict[str, Sizes]]]]) -> None:
         for path, members in children.items():
             by_word = {word: shapes.get("weight", ()) for name, shapes in members for word in words(name)}
-            shapes = [by_word.get(role, ()) for role in _ATTENTION]
+            shapes = [by_word.get(role, ()) for role in FUSED["qkv"][0]]
             if len(rests := {shape[1:] for shape in shapes}) > 1 or not all(rests):
                 continue
             (rest,) = rests
@@ -283,7 +281,7 @@ class _Siblings:
                         return Plan(0, sizes, present, unnamed=True)
             for sizes in sorted(self.beside.get(shape[1:], ())):
                 if sum(sizes) == shape[0]:
-                    return Plan(0, sizes, (*_ATTENTION, "mlp"), BY_ORDER)
+                    return Plan(0, sizes, (*FUSED["qkv"][0], "mlp"), BY_ORDER)
         for sizes in sorted(self.in_order.get(shape[1:], ())):
             if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]][0])):
                 (roles, *_) = FUSED[fused[0] if fused else "qkv" if len(sizes) == 3 else "gateup"]

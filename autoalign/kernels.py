@@ -32,7 +32,8 @@ def as_in_torch(parts: Sequence[Part]) -> Parts:
     layers = [(unit, kinds) for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
     shapes = [{values: parts[index].shape for values, index in kinds.items()} for _, kinds in layers]
     named = [_is_kernel(parts[kinds["weight"]]) for _, kinds in layers]
-    if not any(named) and sum(map(_spatial_first, shapes)) <= 0:
+    is_named = any(named)
+    if not is_named and sum(map(_spatial_first, shapes)) <= 0:
         return parts
     widths = Counter(shape[0] for of in shapes for shape in of.values() if len(shape) == 1).most_common(1)
     width = widths[0][0] if widths else 0
@@ -41,7 +42,7 @@ def as_in_torch(parts: Sequence[Part]) -> Parts:
         for (unit, _), of, is_kernel in zip(layers, shapes, named, strict=True)
         if is_kernel and _keeps_heads(unit, of)
     }
-    result = [_viewed(part, Permute((0, 2, 1))) if any(named) and _is_stack(part) else part for part in parts]
+    result = [_viewed(part, Permute((0, 2, 1))) if is_named and _is_stack(part) else part for part in parts]
     for (unit, kinds), of, is_kernel in zip(layers, shapes, named, strict=True):
         view = None
         if is_kernel:

@@ -15,6 +15,8 @@ from autoalign.graph import Path, block_around
 from autoalign.names import kind, words
 from autoalign.units import Part
 
+_Values = tuple[tuple[int, ...], str]  # shape and numeric
+
 
 def lone_pairs(source: Sequence[Part], target: Sequence[Part], matched: Mapping[int, int]) -> dict[int, int]:
     """Pair the parameters that are left over: the only ones of a shape and a name in modules that correspond.
@@ -50,6 +52,7 @@ def lone_pairs(source: Sequence[Part], target: Sequence[Part], matched: Mapping[
             if module in partners:
                 partners[module].append(source[partner].path)
     sizes = Counter(module for index in used for module in _modules(source[index]))
+    below = _below(source, spare), _below(target, vacant)
     pairs: dict[int, int] = {}
     for index in vacant:
         path, values = target[index].path, _values(target[index])
@@ -57,8 +60,7 @@ def lone_pairs(source: Sequence[Part], target: Sequence[Part], matched: Mapping[
             counterpart = common(partners[module]) if partners[module] else None
             if counterpart is None or sizes[counterpart] > len(partners[module]):
                 continue  # nothing tells what corresponds, or that holds more than this module does
-            own = [k for k in spare if _values(source[k]) == values and counterpart in _modules(source[k])]
-            rivals = [k for k in vacant if _values(target[k]) == values and module in _modules(target[k])]
+            own, rivals = below[0].get((counterpart, values), []), below[1][module, values]
             is_direct = module == path[:-1] and all(source[k].path[:-1] == counterpart for k in own)
             if not (is_direct and block_around(path) and len(own) == len(rivals) == 1):
                 own = [k for k in own if words(source[k].path[-1]) == words(path[-1]) != ()]
@@ -69,12 +71,21 @@ def lone_pairs(source: Sequence[Part], target: Sequence[Part], matched: Mapping[
     return pairs
 
 
+def _below(parts: Sequence[Part], indices: Sequence[int]) -> dict[tuple[Path, _Values], list[int]]:
+    """List some parts of each shape in each module."""
+    found: dict[tuple[Path, _Values], list[int]] = {}
+    for index in indices:
+        for module in _modules(parts[index]):
+            found.setdefault((module, _values(parts[index])), []).append(index)
+    return found
+
+
 def _has_own_name(part: Part) -> bool:
     """Tell a name like ``sinks`` or ``score_bias`` from ``weight`` or ``bias``, which every layer has."""
     return bool(kind(part.path[-1])[1])
 
 
-def _values(part: Part) -> tuple[tuple[int, ...], str]:
+def _values(part: Part) -> _Values:
     return squeeze(part.shape), part.numeric
 
 

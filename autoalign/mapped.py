@@ -81,10 +81,10 @@ def mapped_files() -> Iterator[MappedFiles]:
         with suppress(OSError):
             for line in _MAPS.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
                 addresses, _, offset, _, inode, path, *_ = (*line.split(" ", 5), *[""] * 6)
-                if inode not in ("", "0") and path.strip():
+                if inode not in ("", "0") and (path := path.lstrip(" ")):
                     start, _, end = addresses.partition("-")
                     files.starts.append(int(start, 16))
-                    files.places.append((int(end, 16), int(offset, 16), int(inode), path.strip(" ")))
+                    files.places.append((int(end, 16), int(offset, 16), int(inode), path))
     try:
         yield files
     finally:

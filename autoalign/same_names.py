@@ -18,6 +18,7 @@ from autoalign.specs import TensorSpec
 from autoalign.units import Part, Unit
 
 _MOST = 0.5  # share of the tensors that may have other names or shapes
+_FEW = 32  # such tensors, which are seldom the only ones of their shapes if they are more
 _SURE = 0.99  # the confidence where shapes alone tell, beyond doubt
 _BY_NAME = {"name": 1.0, "shape": 1.0}
 _BY_SHAPE = {"structure": 1.0, "shape": 1.0}
@@ -45,7 +46,7 @@ def with_same_names(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) 
     rest = [spec for spec in target if shapes.get(spec.key) != spec.shape]
     if not rest:
         return [Match(spec.key, (spec.key,), evidence=_BY_NAME) for spec in target]
-    if len(rest) > _MOST * len(target):
+    if len(rest) > min(_MOST * len(target), _FEW):
         return None
     known = {spec.key: spec.shape for spec in target if shapes.get(spec.key) == spec.shape}
     own = [spec for spec in source if spec.key not in known]
