@@ -103,9 +103,14 @@ def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
     return frozenset(found)
 
 
+def _layer_name(path: Path) -> str:
+    """Return the name of the layer that holds a tensor; a tensor at the top of a model is its own layer."""
+    return path[-2] if len(path) > 1 else path[-1]
+
+
 def _order_of_halves(path: Path) -> tuple[str, ...]:
     """Name what tells the order of a gate and what it gates: that the gate is first, or else the layer's name."""
-    found = words(path[-2]) if len(path) > 1 else ()
+    found = words(_layer_name(path))
     return ("gateup",) if "gateup" in found or found in GATE_FIRST else found
 
 
@@ -167,7 +172,7 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | N
     both_doubled = layers[0] in styles[0].doubled and layers[1] in styles[1].doubled
     if (
         both_doubled
-        and stem(source.path[-2]) != stem(target.path[-2])
+        and stem(_layer_name(source.path)) != stem(_layer_name(target.path))
         and (_order_of_halves(source.path) != _order_of_halves(target.path))
     ):
         halves = (2, source.shape[0] // 2, *source.shape[1:])

@@ -151,7 +151,7 @@ def cut(rows: Sequence[Row], table: Sequence[list[str]], budget: int, everything
         return [line for lines in table for line in lines]
     kept = list(table[0])
     count = 1
-    while len(kept) + len(table[count]) < budget:
+    while count < len(table) and len(kept) + len(table[count]) < budget:
         kept += table[count]
         count += 1
     left = sum(row.tensors for row in rows[count:])

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, WHOLE_NAMES
+from autoalign.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, WHOLE_NAMES, WRAPPERS
 
 _LEAVES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}  # that start the name of a parameter
 _OTHERWISE = 0.9  # the most that names of other words are alike
@@ -44,9 +44,13 @@ def split_key(key: str) -> tuple[str, str]:
 def words(component: str) -> tuple[str, ...]:
     """List the words of one component in the vocabulary's canonical spelling, without its numbers.
 
+    A wrapper's own module, such as ``_orig_mod``, has none.
+
     >>> words("SelfAttention"), words("in_proj_weight"), words("fc1"), words("to_k"), words("12")
     (('self', 'attn'), ('qkv', 'weight'), ('in',), ('to', 'k'), ())
     """
+    if component in WRAPPERS:
+        return ()
     pieces = [piece.lower() for piece in _WORDS.findall(component)]
     found: list[str] = []
     position = 0

@@ -164,6 +164,17 @@ CONFIG_HEADS: tuple[tuple[str, ...], ...] = (
     ("head_dim", "kv_channels", "head_size", "d_kv"),
 )
 
+# Modules that wrappers of torch and its kin put around others: they say nothing of what stands inside.
+WRAPPERS: frozenset[str] = frozenset(
+    {
+        "_orig_mod",  # torch.compile
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+        "_forward_module",  # Lightning's Fabric
+        "averaged_model",
+    }
+)
+
 # Names of fused tensors that hold blocks in some code and, where keys are shared among queries, groups in other code.
 GROUPED: frozenset[str] = frozenset({"wqkv"})
 

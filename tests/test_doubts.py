@@ -48,3 +48,13 @@ def test_other_names_do_not_tell_it() -> None:
     alignment = align(_network(_layer("modF.1"), "layers"), _network(_layer("norm_out.linear"), "blocks"))
     assert [match.target for match in alignment.ambiguous] == ["norm_out.linear.weight", "norm_out.linear.bias"]
     assert all(match.alternatives for match in alignment.ambiguous)
+
+
+def test_parameters_at_the_top_of_a_model_can_be_a_gate_and_what_it_gates() -> None:
+    source = {"gate_up": torch.zeros(64, 16), "down": torch.zeros(16, 32)}
+    target = {"w12": torch.zeros(64, 16), "w3": torch.zeros(16, 32)}
+    alignment = align(source, target)  # raised an IndexError
+    assert {match.target: match.sources for match in (*alignment.matches, *alignment.ambiguous)} == {
+        "w12": ("gate_up",),
+        "w3": ("down",),
+    }

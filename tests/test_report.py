@@ -293,3 +293,8 @@ def test_another_operation_on_the_same_source_is_named() -> None:
     )
     report = render(Alignment((), (unsure,), (), (spec("b", 2, 2),), (spec("a", 2, 2),)))
     assert "  b -> a  [2, 2]  copy, confidence 0.45, or transpose\n    ! doubt\n" in report
+
+
+def test_more_notes_than_a_report_has_lines_are_cut() -> None:
+    notes = tuple(f"exclude='unknown{number}' matches no key of either side." for number in range(40))
+    assert notes[0] in render(replace(MIXED, notes=notes))  # raised an IndexError
