@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -55,5 +56,6 @@ def test_a_wrapper_changes_no_match(wrapper: str, where: str) -> None:
 
 def test_a_compiled_model_takes_its_own_state_dict() -> None:
     net = _Net()
-    alignment = autoalign.load(torch.compile(_Net()), net.state_dict(), strict=True)
+    compiled = cast("nn.Module", torch.compile(_Net()))
+    alignment = autoalign.load(compiled, net.state_dict(), strict=True)
     assert len(alignment.matches) == len(net.state_dict())
