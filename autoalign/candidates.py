@@ -50,11 +50,14 @@ def squeeze(shape: Shape) -> Shape:
 def operation_between(source: Shape, target: Shape, *, flipped: bool = False) -> Operation | None:
     """Find the operation on one tensor that turns one shape into another, if the shapes admit one.
 
-    Dimensions of size one may come and go, and trailing dimensions may be flattened: the elements keep their order.
+    Dimensions of size one may come and go, and trailing dimensions may be flattened: the elements keep their order,
+    and the input and output channels of a kernel keep their places.
     Matrices, and those of a stack, are transposed where ``flipped`` says that they are laid out the other way round.
 
     >>> operation_between((64, 32), (64, 32, 1, 1)), operation_between((5,), (6,))
     (Reshape(shape=(64, 32, 1, 1)), None)
+    >>> operation_between((1, 48, 1, 1, 1), (48, 1, 1, 1, 1)) is None
+    True
     """
     if flipped and len(source) == len(squeeze(target)) == 2:
         fits = source[::-1] == squeeze(target)
@@ -65,6 +68,8 @@ def operation_between(source: Shape, target: Shape, *, flipped: bool = False) ->
         return Copy()
     if prod(source) != prod(target):
         return None
+    if len(source) == len(target) >= 4 and source[:2] == target[1::-1]:
+        return None  # a kernel's input channels are not its output channels
     short, long = sorted((squeeze(source), squeeze(target)), key=len)
     if short == long or (len(short) == 2 and short[0] == long[0]):
         return Reshape(target)
