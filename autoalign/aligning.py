@@ -45,8 +45,11 @@ def align(
         target: The model, in any of the same forms.
         rules: What is known beforehand, checkpoint -> model: ``{regex: replacement}``, or pairs of keys or of a regex
             and its replacement. Rules win over inference and steer the rest.
-        include: Regexes; only the keys that match one take part.
-        exclude: Regexes; the keys of either side that match one take no part.
+        include: Patterns; only the keys that one of them takes take part. See ``exclude``.
+        exclude: Patterns; the keys of either side that one of them takes take no part. A plain word or dotted path
+            takes the keys that hold it as whole components, wherever they stand: ``"fc"`` takes ``net.fc.weight`` and
+            leaves ``mlp.fc1.weight`` alone. ``"re:..."`` is a regular expression that is searched for in the key, and
+            so is a compiled one. The notes say how many tensors each took on each side.
         adapt: Changes of values to allow where a counterpart has another shape, none by default. What is so filled has
             the status "adapted", a warning that says how, and no place in ``mapping``. One or more of: ``"head"``,
             the first rows of a classifier; ``"vocab"``, those of embeddings and of output layers (rows that only the

@@ -186,7 +186,7 @@ class Alignment:
           [2] float32 gets nothing, and keeps its values
           why: the source tensors of this shape are excluded
           why: The source holds no tensors.
-          to change it: exclude=r'^head\.bias$', if it is to be trained anew
+          to change it: exclude='head.bias', if it is to be trained anew
 
         Raises:
             InputError: Neither side has the key; close ones are named.

@@ -23,7 +23,7 @@ from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.errors import InputError, NothingLoadedError, OutputError, PartialLoadWarning
 from autoalign.module_state import absent_counters, source_modules, without_counters
-from autoalign.preparing import nothing_message, read_match, require_complete, summary
+from autoalign.preparing import nothing_message, read_match, require_complete, summary, unfilled_statement
 from autoalign.progress import Progress
 from autoalign.specs import TensorSpec
 from autoalign.writers.safetensors import dense, header, in_file_order, write_safetensors
@@ -133,11 +133,9 @@ def convert(
     for shard in shards:
         header(shard, described)  # raises what it does before anything is written
     written = summary(alignment, source, name)
-    unfilled = [key for key in alignment.missing_keys if key not in alignment.excluded]
-    if unfilled:
-        named = ", ".join(unfilled[:4]) + (", ..." if len(unfilled) > 4 else "")
+    if unfilled := unfilled_statement(alignment, "are not in the output"):
         warnings.warn(
-            f"Writing {written}. {len(unfilled)} are not in the output: {named}. print(alignment) shows all.",
+            f"Writing {written}. {unfilled} print(alignment) shows all.",
             PartialLoadWarning,
             stacklevel=2,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
@@ -18,6 +17,7 @@ from autoalign.errors import InputError
 from autoalign.layout import escaped
 from autoalign.leftovers import counterparts, difference, nearest, reason
 from autoalign.matching import WEIGHTS
+from autoalign.patterns import pattern_for
 from autoalign.specs import TensorSpec
 
 _CLOSE = 3  # names of keys that an unknown one may have meant
@@ -81,7 +81,7 @@ def _of_target(alignment: Alignment, spec: TensorSpec, sources: dict[str, Tensor
         return Explanation(spec.key, "target", "excluded", what, (), remedies=("align without that pattern",))
     for match in (*alignment.matches, *alignment.ambiguous):
         if match.target == spec.key:
-            return _of_match(match, status, spec, sources)
+            return _of_match(alignment, match, status, spec, sources)
     for mismatch in alignment.mismatched:
         if mismatch.key == spec.key:
             return _of_mismatch(alignment, mismatch)
@@ -97,11 +97,13 @@ def _of_target(alignment: Alignment, spec: TensorSpec, sources: dict[str, Tensor
             remedies += _adapting(alignment, Mismatch(spec.key, near.key, spec.shape, near.shape))
     if not alignment.matches and alignment.notes:
         why.append(alignment.notes[-1])
-    remedies.append(f"{_excluding(spec.key)}, if it is to be trained anew")
+    remedies.append(f"{_excluding(spec.key, alignment)}, if it is to be trained anew")
     return Explanation(spec.key, "target", status, what, tuple(why), remedies=tuple(remedies))
 
 
-def _of_match(match: Match, status: Status, spec: TensorSpec, sources: dict[str, TensorSpec]) -> Explanation:
+def _of_match(
+    alignment: Alignment, match: Match, status: Status, spec: TensorSpec, sources: dict[str, TensorSpec]
+) -> Explanation:
     made = " + ".join(str(sources[key]) for key in match.sources)
     verb = "is proposed, and not loaded," if status == "ambiguous" else "is filled"
     what = f"{spec.kind} {verb} from {made} by '{match.operation}'"
@@ -131,7 +133,7 @@ def _of_match(match: Match, status: Status, spec: TensorSpec, sources: dict[str,
         why.append(f"the next best would be {other}{score}" if not same else f"it might be made {other}{score}")
     if len(rivals) > _SHOWN:
         why.append(f"there are {len(rivals) - _SHOWN} more such alternatives")
-    remedies = tuple(_settling(match, status))
+    remedies = tuple(_settling(alignment, match, status))
     return Explanation(
         spec.key, "target", status, what, tuple(why), cues, match.confidence, rivals, match.warnings, remedies
     )
@@ -146,7 +148,7 @@ def _margin(match: Match) -> str:
     return f", {weighed - max(scores):+.2f} ahead of the best rival" if scores and weighed else ""
 
 
-def _settling(match: Match, status: Status) -> list[str]:
+def _settling(alignment: Alignment, match: Match, status: Status) -> list[str]:
     """Say what would settle a match, or change one that was taken."""
     remedies = []
     one = len(match.sources) == 1 and not match.operation.takes_part
@@ -166,7 +168,7 @@ def _settling(match: Match, status: Status) -> list[str]:
     if status != "ambiguous":
         if match.operation.adapts:
             remedies.append("align without adapt= leaves it missing")
-        remedies.append(f"{_excluding(match.target)} leaves it out")
+        remedies.append(f"{_excluding(match.target, alignment)} leaves it out")
     return remedies
 
 
@@ -175,7 +177,7 @@ def _of_mismatch(alignment: Alignment, mismatch: Mismatch) -> Explanation:
         f"{list(mismatch.shape)} gets nothing: its counterpart is {mismatch.source_key} {list(mismatch.source_shape)}"
     )
     why = f"no operation makes one shape of the other{difference(mismatch.source_shape, mismatch.shape)}"
-    remedies = [*_adapting(alignment, mismatch), f"{_excluding(mismatch.key)}, if it is to be trained anew"]
+    remedies = [*_adapting(alignment, mismatch), f"{_excluding(mismatch.key, alignment)}, if it is to be trained anew"]
     return Explanation(mismatch.key, "target", "mismatched", what, (why,), remedies=tuple(remedies))
 
 
@@ -243,7 +245,9 @@ def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:_SHOWN]) + more
 
 
-def _excluding(key: str) -> str:
-    """Write the option that leaves out one key."""
-    pattern = f"^{re.escape(key)}$"
-    return f"exclude={pattern!r}" if "'" in pattern or "\n" in pattern else f"exclude=r'{pattern}'"
+def _excluding(key: str, alignment: Alignment) -> str:
+    """Write the option that leaves out one key of the target, and the source's of the same name."""
+    others = {spec.key for spec in (*alignment.source_specs, *alignment.target_specs)} - {key}
+    pattern = pattern_for(key, "$", others)
+    raw = "\\" in pattern and pattern.isprintable() and "'" not in pattern
+    return f"exclude=r'{pattern}'" if raw else f"exclude={pattern!r}"

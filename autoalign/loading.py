@@ -28,7 +28,7 @@ from autoalign.errors import (
 )
 from autoalign.lazy_modules import named_sources, shaped
 from autoalign.module_state import absent_counters, extra_states, source_modules, state_metadata
-from autoalign.preparing import nothing_message, require_complete, summary
+from autoalign.preparing import nothing_message, require_complete, summary, unfilled_statement
 from autoalign.progress import Progress, progress_of
 from autoalign.reading import Findings, check_devices, fills_of, tensors_of
 from autoalign.sharded import Ranks, fill_sharded, fills_surely, ranks_of
@@ -360,12 +360,11 @@ def _may_raise(category: type[Warning]) -> bool:
 
 def _warn_of_keys(loaded: str, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:
     """Warn of what is not filled, on behalf of the caller of ``load``."""
-    unfilled = [key for key in alignment.missing_keys if key not in alignment.excluded]
+    on_meta = any(targets[key].is_meta for key in alignment.missing_keys)
+    unfilled = unfilled_statement(alignment, "stay on meta, without values" if on_meta else "keep their values")
     if unfilled:
-        named = ", ".join(unfilled[:4]) + (", ..." if len(unfilled) > 4 else "")
-        left = "stay on meta, without values" if any(targets[key].is_meta for key in unfilled) else "keep their values"
         warnings.warn(
-            f"Loading {loaded}. {len(unfilled)} {left}: {named}. print(alignment) shows all.",
+            f"Loading {loaded}. {unfilled} print(alignment) shows all.",
             PartialLoadWarning,
             stacklevel=_CALLER,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -25,6 +24,7 @@ from autoalign.mismatches import mismatched_units
 from autoalign.names import components, kind, words
 from autoalign.namesakes import namesakes, share_of
 from autoalign.operations import Copy, Operation
+from autoalign.patterns import pattern_for
 from autoalign.renaming import is_renamed
 from autoalign.scope import Scope, scope_of, within
 from autoalign.units import Part, Unit, counts_of, units_of
@@ -122,7 +122,7 @@ def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
     return (
         f"The {side} holds {len(scope.copies) + 1} copies of what the other side has; {used!r} "
         f"{'was taken' if scope.decided else 'is proposed and nothing was loaded'}, not {others}. "
-        f"To choose, exclude the others: exclude='^{re.escape('.'.join(scope.copies[0]))}[.]'.",
+        f"To choose, exclude the others: exclude={pattern_for('.'.join(scope.copies[0]), '[.]', [used])!r}.",
     )
 
 

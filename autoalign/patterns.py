@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from autoalign.errors import InputError, PatternError
+from autoalign.names import components
 
 RuleLike = Mapping[str, str] | Iterable[tuple[str, str]]
 PatternLike = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
+
+_MARK = "re:"  # before a regular expression
+_SPECIAL = frozenset("^$*+?[]()|\\")  # which a plain pattern does not hold
 
 
 def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) -> dict[str, str]:
@@ -81,51 +86,118 @@ def _pin(pins: dict[str, str], source: str, target: str) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Selector:
+    """One pattern of ``include`` or ``exclude``."""
+
+    text: str  # as it was given
+    parts: str  # of a plain pattern, as _framed writes a key; empty for a regex
+    regex: re.Pattern[str] | None
+
+    def taken(self, keys: Mapping[str, str]) -> set[str]:
+        """Return the keys that it takes, of framed ones by key."""
+        if self.regex is None:
+            return {key for key, framed in keys.items() if self.parts in framed}
+        return {key for key in keys if self.regex.search(key)}
+
+
 def excluded_keys(
     include: PatternLike, exclude: PatternLike, source: Sequence[str], target: Sequence[str]
 ) -> tuple[frozenset[str], tuple[str, ...]]:
-    """List the keys that take no part: those that match ``exclude``, and those that ``include`` leaves out.
+    """List the keys that take no part: those that ``exclude`` takes, and those that ``include`` leaves out.
 
-    A pattern of ``include`` chooses among the target's keys, or among the source's where no target key matches it.
+    A plain word or dotted path takes the keys that hold it as whole components, wherever they stand; ``re:`` before a
+    regular expression, or a compiled one, takes those that it is found in. A pattern of ``include`` chooses among the
+    target's keys, or among the source's where it takes no target key.
 
     Returns:
-        The keys, and a statement for each pattern of ``exclude`` that matches none.
+        The keys, and a statement for each pattern of what it took on each side.
 
-    >>> excluded_keys(None, "fc", ["fc.weight", "conv"], ["conv", "head"])
-    (frozenset({'fc.weight'}), ())
+    >>> excluded_keys(None, "fc", ["fc.weight", "mlp.fc1.weight"], ["net.fc.weight", "head"])[1]
+    ("exclude='fc' took 1 target and 1 source tensor.",)
     """
-    found = {p.pattern: {key for key in (*source, *target) if p.search(key)} for p in _patterns(exclude)}
-    out = {key for keys in found.values() for key in keys}
-    unused = tuple(f"exclude={pattern!r} matches no key of either side." for pattern, keys in found.items() if not keys)
-    wanted = _patterns(include)
-    if wanted:
-        for keys, patterns in (
-            (target, [p for p in wanted if any(p.search(key) for key in target)]),
-            (source, [p for p in wanted if not any(p.search(key) for key in target)]),
-        ):
-            if patterns:
-                kept = {key for key in keys if any(pattern.search(key) for pattern in patterns)}
-                if not kept:
-                    names = ", ".join(repr(pattern.pattern) for pattern in patterns)
-                    raise PatternError(f"include={names} matches no key of either side. Nothing was aligned.")
-                out.update(key for key in keys if key not in kept)
-    return frozenset(out), unused
+    unwanted, wanted = _selectors(exclude, "exclude"), _selectors(include, "include")
+    if not unwanted and not wanted:
+        return frozenset(), ()
+    sides = [{key: _framed(key) for key in side} for side in (target, source)]
+    out: set[str] = set()
+    notes = []
+    for selector in unwanted:
+        taken = [selector.taken(side) for side in sides]
+        out.update(*taken)
+        if any(taken):
+            plural = "s" if len(taken[1]) != 1 else ""
+            took = f"{len(taken[0]):,} target and {len(taken[1]):,} source tensor{plural}"
+            notes.append(f"exclude={selector.text!r} took {took}.")
+        else:
+            notes.append(f"exclude={selector.text!r} matches no key of either side.")
+    kept: list[set[str]] = [set(), set()]
+    for selector in wanted:
+        taken = [selector.taken(side) for side in sides]
+        chosen = 0 if taken[0] else 1
+        if not taken[chosen]:
+            raise PatternError(f"include={selector.text!r} matches no key of either side. Nothing was aligned.")
+        kept[chosen] |= taken[chosen]
+        name = ("target", "source")[chosen]
+        notes.append(f"include={selector.text!r} took {len(taken[chosen]):,} of {len(sides[chosen]):,} {name} tensors.")
+    for side, chosen_keys in zip(sides, kept, strict=True):
+        if chosen_keys:
+            out.update(side.keys() - chosen_keys)
+    return frozenset(out), tuple(notes)
 
 
-def _patterns(given: PatternLike) -> list[re.Pattern[str]]:
+def pattern_for(path: str, end: str, others: Iterable[str]) -> str:
+    r"""Write the pattern that takes a path and none of the others: a plain one, or the regex that ends so.
+
+    >>> pattern_for("teacher", "[.]", ["student"]), pattern_for("fc.bias", "$", ["net.fc.bias"])
+    ('teacher', 're:^fc\\.bias$')
+    """
+    plain = not _is_regex_like(path) and "/" not in path and ":" not in path and all(path.split("."))
+    if plain and not any(_framed(path) in _framed(other) for other in others):
+        return path
+    return f"{_MARK}^{re.escape(path)}{end}"
+
+
+def _selectors(given: PatternLike, option: str) -> list[_Selector]:
     if given is None:
         return []
     if isinstance(given, str | re.Pattern):
         given = [given]
     if not isinstance(given, Iterable):
-        raise InputError(f"include and exclude take regexes, not {type(given).__name__}. Nothing was aligned.")
-    return [_compiled(pattern) for pattern in given]
+        raise InputError(f"{option} takes words or regexes, not {type(given).__name__}. Nothing was aligned.")
+    return list(dict.fromkeys(_selector(pattern, option) for pattern in given))
+
+
+def _selector(pattern: object, option: str) -> _Selector:
+    if isinstance(pattern, re.Pattern):
+        return _Selector(f"re:{pattern.pattern}", "", _compiled(pattern))
+    if isinstance(pattern, str) and pattern.startswith(_MARK):
+        return _Selector(pattern, "", _compiled(pattern.removeprefix(_MARK)))
+    if not isinstance(pattern, str):
+        raise InputError(
+            f"{option} takes words or regexes, and one of them is a {type(pattern).__name__}. Nothing was aligned."
+        )
+    if _is_regex_like(pattern) or not pattern.strip("."):
+        raise PatternError(
+            f"{option}={pattern!r} is not a name of a module or tensor. Nothing was aligned. A plain pattern, such as "
+            f"'fc' or 'layer4.0', means whole components of a key; write {_MARK + pattern!r} for a regular expression."
+        )
+    return _Selector(pattern, _framed(pattern.strip(".")), None)
+
+
+def _framed(key: str) -> str:
+    """Write a key so that whole components of it are found as text."""
+    return f".{'.'.join(components(key))}."
+
+
+def _is_regex_like(text: str) -> bool:
+    return not _SPECIAL.isdisjoint(text)
 
 
 def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
-    if not isinstance(pattern, str | re.Pattern):
-        raise InputError(f"A pattern must be a string or a compiled regex, not {type(pattern).__name__}.")
+    if isinstance(pattern, re.Pattern) and not isinstance(pattern.pattern, str):
+        raise InputError(f"{pattern.pattern!r} is a regular expression over bytes, not text. Nothing was aligned.")
     try:
         return re.compile(pattern)
-    except re.error as error:
-        raise PatternError(f"{pattern!r} is no regular expression: {error}. Nothing was aligned.") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PatternError(f"{pattern!r} is not a valid regular expression: {error}. Nothing was aligned.") from error

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from torch import Tensor
 
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import FILLED, Alignment, Match
 from autoalign.checkpoint import Checkpoint
 from autoalign.errors import CheckpointError, IncompatibleTensorsError, InputError
+
+_NAMED = 4  # keys that a warning names
+_REASONS = {
+    "missing": "{} without a source",
+    "mismatched": "{} of another shape",
+    "ambiguous": "{} ambiguous",
+    "excluded": "{} excluded",
+}
 
 
 def read_match(alignment: Alignment, match: Match, shape: tuple[int, ...], undone: str) -> Tensor:
@@ -53,6 +62,26 @@ def summary(alignment: Alignment, source: Checkpoint, target: str) -> str:
         f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
         f"of {target} from {source!r}"
     )
+
+
+def unfilled_statement(alignment: Alignment, what: str) -> str:
+    """Say how many of the target's tensors get nothing, for which reasons, and which of them nobody left out.
+
+    Args:
+        alignment: Whose target it is.
+        what: Becomes of them, such as "keep their values".
+
+    Returns:
+        A sentence; empty if nothing is unfilled but what ``exclude`` and ``include`` left out.
+    """
+    status = {key: status for key, status in alignment.status.items() if status not in FILLED}
+    named = [key for key in status if key not in alignment.excluded]
+    if not named:
+        return ""
+    counts = Counter("excluded" if key in alignment.excluded else status[key] for key in status)
+    reasons = ", ".join(text.format(counts[reason]) for reason, text in _REASONS.items() if counts[reason])
+    more = ", ..." if len(named) > _NAMED else ""
+    return f"{len(status)} {what}: {', '.join(named[:_NAMED])}{more} ({reasons})."
 
 
 def nothing_message(alignment: Alignment, source: Checkpoint, target: str, undone: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.alignment import Alignment
+from autoalign.patterns import PatternLike
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -212,7 +214,7 @@ def test_a_renaming_that_meets_another_head_reports_it() -> None:
         ({r"^(\d)\.conv": r"\1.covn"}, "gives no key that the model has"),
         ([("0.conv.weight", "0.conv.bias")], "no operation reconciles these shapes"),
         ({"nothing": "x"}, "matches no checkpoint key"),
-        ({"(": "x"}, "no regular expression"),
+        ({"(": "x"}, "is not a valid regular expression"),
     ],
 )
 def test_rules_that_cannot_hold_are_refused(rules: object, message: str) -> None:
@@ -222,8 +224,12 @@ def test_rules_that_cannot_hold_are_refused(rules: object, message: str) -> None
 
 def test_unusable_options_are_refused() -> None:
     sides = state(network("")), state(network("a."))
-    with pytest.raises(autoalign.InputError, match="include and exclude take regexes"):
+    with pytest.raises(autoalign.InputError, match="exclude takes words or regexes, not int"):
         autoalign.align(*sides, exclude=3)  # type: ignore[arg-type]
+    with pytest.raises(autoalign.InputError, match="include takes words or regexes, and one of them is a list"):
+        autoalign.align(*sides, include=[["fc"]])  # type: ignore[list-item]
+    with pytest.raises(autoalign.InputError, match="b'fc' is a regular expression over bytes"):
+        autoalign.align(*sides, exclude=re.compile(b"fc"))  # type: ignore[arg-type]
     with pytest.raises(autoalign.InputError, match="min_confidence must lie in"):
         autoalign.align(*sides, min_confidence=2)
     with pytest.raises(
@@ -232,6 +238,66 @@ def test_unusable_options_are_refused() -> None:
         autoalign.align(*sides, adapt=("vocab", "heads"))
     with pytest.raises(autoalign.InputError, match="adapt=7 is no change of values"):
         autoalign.align(*sides, adapt=7)  # type: ignore[arg-type]
+
+
+MLP = ("mlp.fc1.weight", "mlp.fc2.weight", "net.fc.weight", "head.fc", "layer4.0.fc.bias", "layer40.weight")
+
+
+@pytest.mark.parametrize(
+    ("exclude", "taken"),
+    [
+        ("fc", MLP[2:5]),  # a component, wherever it stands
+        ("mlp", MLP[:2]),
+        ("mlp.", MLP[:2]),
+        ("0.fc", MLP[4:5]),
+        ("layer4", MLP[4:5]),
+        ("head.fc", MLP[3:4]),
+        (("fc1", "layer40.weight"), (MLP[0], MLP[5])),
+        ("re:fc", MLP[:5]),
+        (re.compile(r"fc\d"), MLP[:2]),
+        (r"re:^layer4\b", MLP[4:5]),
+    ],
+)
+def test_a_plain_pattern_takes_whole_components(exclude: PatternLike, taken: tuple[str, ...]) -> None:
+    side = {key: torch.ones(place + 2, 3) for place, key in enumerate(MLP)}
+    for alignment in (autoalign.align(side, side, exclude=exclude), autoalign.align({}, side, exclude=exclude)):
+        assert alignment.excluded == set(taken)
+    assert {match.target for match in autoalign.align(side, side, include=exclude).matches} == set(taken)
+
+
+def test_the_notes_say_what_each_pattern_took_on_each_side() -> None:
+    source = {"m.fc.weight": torch.ones(3, 2), "m.conv.weight": torch.ones(4, 2)}
+    target = {"fc.weight": torch.ones(3, 2), "fc.bias": torch.ones(3), "conv.weight": torch.ones(4, 2)}
+    assert autoalign.align(source, target, exclude=("fc", "re:bias$")).notes == (
+        "exclude='fc' took 2 target and 1 source tensor.",
+        "exclude='re:bias$' took 1 target and 0 source tensors.",
+    )
+    assert autoalign.align(source, target, include=("conv", "m.fc")).notes[:2] == (
+        "include='conv' took 1 of 3 target tensors.",
+        "include='m.fc' took 1 of 2 source tensors.",
+    )
+
+
+@pytest.mark.parametrize("pattern", ["^fc", r"layer\d", "fc|head", "a*", "(b)", "fc[.]", "", ".", "x$"])
+def test_a_plain_pattern_that_looks_like_a_regex_is_refused(pattern: str) -> None:
+    sides = state(network("")), state(network("a."))
+    with pytest.raises(autoalign.PatternError, match=r"is not a name .* write 're:.*for a regular expression") as info:
+        autoalign.align(*sides, exclude=pattern)
+    assert repr(f"re:{pattern}") in str(info.value)
+    with pytest.raises(autoalign.PatternError, match=r"include=.* is not a name"):
+        autoalign.align(*sides, include=pattern)
+
+
+@pytest.mark.parametrize("pattern", ["re:(", "re:a{2,1}", "re:a{99999999999999999999}", "re:" + "(" * 5000])
+def test_a_malformed_regex_is_an_error(pattern: str) -> None:
+    with pytest.raises(autoalign.PatternError, match="is not a valid regular expression"):
+        autoalign.align(state(network("")), state(network("a.")), exclude=pattern)
+
+
+def test_an_inclusion_that_matches_nothing_is_an_error() -> None:
+    sides = state(network("")), state(network("a."))
+    with pytest.raises(autoalign.PatternError, match="include='zzz' matches no key of either side"):
+        autoalign.align(*sides, include=("a", "zzz"))
 
 
 def test_an_exclusion_that_matches_nothing_is_said() -> None:

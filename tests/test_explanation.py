@@ -94,11 +94,20 @@ def test_the_exclusion_that_is_named_leaves_the_key_out() -> None:
     model = torchvision.models.resnet18()
     alignment = autoalign.align(model, model)
     (line,) = alignment.explain("layer1.0.conv1.weight").remedies
+    assert line == "exclude='layer1.0.conv1.weight' leaves it out"
     pattern = eval(line.partition("=")[2].partition(" leaves")[0])
     excluded = autoalign.align(model, model, exclude=pattern)
     assert excluded.missing_keys == ["layer1.0.conv1.weight"]
     explanation = excluded.explain("layer1.0.conv1.weight")
     assert (explanation.status, explanation.why) == ("excluded", ())
+
+
+@pytest.mark.parametrize("key", ["fc.weight", "a'b.weight", "fc(1).weight", "kernel:0", "re:x", "x/y"])
+def test_the_exclusion_leaves_out_no_key_that_ends_alike(key: str) -> None:
+    side = {key: torch.ones(2), f"net.{key}": torch.ones(3), f"{key}.x": torch.ones(4)}
+    line = autoalign.align(side, side).explain(key).remedies[-1]
+    pattern = eval(line.partition("=")[2].partition(" leaves")[0])
+    assert autoalign.align(side, side, exclude=pattern).excluded == {key}
 
 
 def test_the_adaptation_that_is_named_fills_a_mismatch() -> None:

@@ -372,9 +372,26 @@ def test_nothing_to_load_names_mismatched_shapes() -> None:
         load(nn.Linear(3, 5, bias=False), {"weight": torch.zeros(5, 4)})
 
 
+def test_the_warning_counts_all_that_keeps_its_values_by_reason() -> None:
+    def block() -> nn.Module:
+        return nn.ModuleDict({"fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)})
+
+    def network(classes: int) -> nn.ModuleDict:
+        blocks = nn.ModuleList(block() for _ in range(12))
+        return nn.ModuleDict({"stem": nn.Linear(3, 8), "blocks": blocks, "fc": nn.Linear(8, classes)})
+
+    source = network(5).state_dict()
+    text = r"50 keep their values: fc.weight, fc.bias \(2 of another shape, 48 excluded\)"
+    with pytest.warns(PartialLoadWarning, match=text):
+        load(network(7), source, exclude="re:fc[12]")
+    text = r"4 keep their values: stem.weight, stem.bias \(2 without a source, 2 excluded\)"
+    with pytest.warns(PartialLoadWarning, match=text):
+        load(network(5), {key: source[key] for key in source if "stem" not in key}, exclude="fc")
+
+
 def test_nothing_to_load_because_all_is_excluded() -> None:
     with pytest.raises(NothingLoadedError, match=r"2 keys were left out by include and exclude"):
-        load(nn.Linear(3, 5), nn.Linear(3, 5).state_dict(), exclude=".")
+        load(nn.Linear(3, 5), nn.Linear(3, 5).state_dict(), exclude=("weight", "bias"))
 
 
 @pytest.mark.parametrize("model", [None, {"weight": torch.zeros(1)}, "model.pt"])

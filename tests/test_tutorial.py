@@ -61,7 +61,7 @@ def test_a_head_and_the_upper_stage_are_left_out(model: nn.Module, checkpoint: d
 
 
 def test_only_what_is_included_loads(model: nn.Module, checkpoint: dict[str, Tensor]) -> None:
-    autoalign.load(model, checkpoint, include=r"^layer[12]\.", exclude=re.compile("bn2"))
+    autoalign.load(model, checkpoint, include=r"re:^layer[12]\.", exclude=re.compile("bn2"))
     wanted = {key for key in checkpoint if key.startswith(("layer1.", "layer2.")) and "bn2" not in key}
     assert loaded_keys(model, checkpoint) == wanted
 

@@ -56,8 +56,14 @@ def add_align(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="what is known beforehand: a key or regex of the checkpoint, and the target's key or a replacement",
     )
-    group.add_argument("--include", metavar="REGEX", action="append", help="only keys that match take part")
-    group.add_argument("--exclude", metavar="REGEX", action="append", help="keys of either side that take no part")
+    group.add_argument("--include", metavar="PATTERN", action="append", help="only keys that it takes take part")
+    group.add_argument(
+        "--exclude",
+        metavar="PATTERN",
+        action="append",
+        help="keys of either side that take no part: a word or dotted path takes the keys that hold it as whole "
+        "components, re:REGEX those that the regular expression is found in",
+    )
     group.add_argument(
         "--adapt", choices=ADAPTS, action="append", default=[], help="changes of values to allow (default: none)"
     )

@@ -214,7 +214,7 @@ def adapted(seed: int) -> Any:
 def test_adapters_of_peft_are_aligned_to_adapters(tmp_path: Path) -> None:
     source, model = adapted(0), adapted(1)
     source.save_pretrained(tmp_path)
-    alignment = load(model, tmp_path, include="lora_")
+    alignment = load(model, tmp_path, include="re:lora_")
     wanted = {key: tensor for key, tensor in source.state_dict().items() if "lora_" in key}
     assert set(wanted) <= {match.target for match in alignment.matches}
     for key, tensor in wanted.items():
