@@ -19,9 +19,13 @@ from autoalign.errors import InputError, PatternError
 # A longer number, or one with a leading zero, is text: it could not be written back from its value.
 NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
 NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})([^0-9]*)", re.DOTALL)  # a name with one; its last
-_TOKEN = re.compile(r"\\([1-9][0-9]*)|\{([^{}]*)\}|\\([\\{}])|([^\\{]+)", re.DOTALL)
-REFERENCE = re.compile(r"\\([1-9][0-9]*)")
+_TOKEN = re.compile(r"\\([1-9][0-9]{0,5})|\{([^{}]*)\}|\\([\\{}])|([^\\{]+)", re.DOTALL)
+REFERENCE = re.compile(r"\\([1-9][0-9]{0,5})")
 SLICE = "n"
+_DIGITS = 18  # of a captured number
+_LARGEST = 10**_DIGITS
+_DEEPEST = 64  # operators in each other
+_SHOWN = 60  # characters of what is malformed
 
 _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -128,18 +132,35 @@ def expand(replacement: str, captured: tuple[str | None, ...], index: int | None
         elif isinstance(token, int):
             parts.append(captured[token - 1] or "")
         else:
-            numbers = {f"g{group}": int(captured[group - 1] or 0) for group in token.groups}
+            numbers = {f"g{group}": number_of(captured[group - 1] or "0") for group in token.groups}
             if index is not None:
                 numbers[SLICE] = index
             parts.append(str(token.value(numbers)))
     return "".join(parts)
 
 
+def number_of(digits: str) -> int:
+    """Read a captured number.
+
+    Raises:
+        InputError: It is not one, or longer than arithmetic is done on.
+    """
+    if len(digits) > _DIGITS or not digits.isdecimal():
+        raise InputError(f"{digits[:_SHOWN]!r} is not a number of at most {_DIGITS} digits")
+    return int(digits)
+
+
 def _arithmetic(text: str) -> Arithmetic:
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     try:
         tree = ast.parse(REFERENCE.sub(r"g\1", text), mode="eval").body
-    except SyntaxError:
-        raise PatternError(f"{{{text}}} is no arithmetic on captured numbers.") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # of which the last two are of what is too deep
+        raise PatternError(f"{{{shown}}} is not arithmetic on captured numbers.") from None
+    level, depth = [tree], 0
+    while level:
+        level, depth = [child for node in level for child in ast.iter_child_nodes(node)], depth + 1  # type: ignore[misc]
+    if depth > _DEEPEST:
+        raise PatternError(f"{{{shown}}} is longer than arithmetic on captured numbers may be.")
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant):
             known = type(node.value) is int
@@ -148,7 +169,7 @@ def _arithmetic(text: str) -> Arithmetic:
         else:
             known = isinstance(node, (ast.BinOp, ast.Tuple, ast.Subscript, ast.Load, *_OPERATORS))
         if not known:
-            raise PatternError(f"{{{text}}} is no arithmetic on captured numbers.")
+            raise PatternError(f"{{{shown}}} is not arithmetic on captured numbers.")
     return Arithmetic(text, tree)
 
 
@@ -162,9 +183,12 @@ def _evaluate(node: ast.expr, captured: Mapping[str, int]) -> int:
             return captured[name]
         case ast.BinOp(left=left, op=sign, right=right):
             try:
-                return _OPERATORS[type(sign)](_evaluate(left, captured), _evaluate(right, captured))
+                result = _OPERATORS[type(sign)](_evaluate(left, captured), _evaluate(right, captured))
             except ZeroDivisionError:
                 raise InputError("a division by zero") from None
+            if abs(result) > _LARGEST:
+                raise InputError(f"a number over {_LARGEST}")
+            return result
         case ast.Subscript(value=ast.Tuple(elts=items), slice=index):
             place = _evaluate(index, captured)
             if not 0 <= place < len(items):

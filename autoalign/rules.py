@@ -12,16 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import takewhile
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from autoalign import serial
 from autoalign.alignment import Match
 from autoalign.errors import InputError, PatternError, RulesError
-from autoalign.indices import SLICE, Arithmetic, expand, tokens_of
-from autoalign.operations import Copy, Operation, Shape, chain, output_shapes, steps_of
+from autoalign.indices import SLICE, Arithmetic, expand, number_of, tokens_of
+from autoalign.operations import Copy, InsertZeros, Operation, Shape, chain, output_shapes, steps_of
 from autoalign.relative import Pick, Portion, at, exact, slice_count
-from autoalign.serial import from_plain, to_plain
 from autoalign.specs import specs_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _SHOWN = 5  # problems that an error lists
+_MOST_ZEROS = 16  # times the elements of all sources
+_SHOWN_TEXT = 200  # characters of what was wrong
 _WIDTH = 70  # of the patterns' column, before it is given up
 _REFERENCE = re.compile(r"\\[1-9]|\(\?P=|\(\?\(")
 
@@ -162,6 +165,7 @@ class Rules:
         """Do as ``plan`` does, and give the keys that nothing is made of, with the reasons, instead of raising."""
         found: dict[tuple[int, tuple[str | None, ...], str], _Instance] = {}
         planned: list[Match | tuple[Rule, _Instance]] = []
+        problems: dict[str, str] = {}
         for key in shapes:
             taken = self._taken(key)
             if taken is None:
@@ -174,7 +178,11 @@ class Rules:
             assert match is not None
             captured, member = list(match.groups()), -1
             if SLICE in pattern.groupindex:
-                member = int(captured[pattern.groupindex[SLICE] - 1])
+                try:
+                    member = number_of(captured[pattern.groupindex[SLICE] - 1] or "")
+                except InputError as error:
+                    problems[key] = f"{key}: {error} ({rule})"
+                    continue
                 captured[pattern.groupindex[SLICE] - 1] = None
             identity = id(rule), tuple(captured), key[match.end() :]
             if identity not in found:
@@ -182,7 +190,6 @@ class Rules:
                 planned.append((rule, found[identity]))
             found[identity].keys[place][member] = key
         matches: dict[str, Match] = {}
-        problems: dict[str, str] = {}
         for item in planned:
             if isinstance(item, Match):
                 made = [item]
@@ -220,7 +227,14 @@ class Rules:
         specs = getattr(state_dict, "specs", None) or specs_of(state_dict)
         result = {}
         for match in self.plan({spec.key: spec.shape for spec in specs}):
-            (result[match.target],) = match.operation.apply([state_dict[key] for key in match.sources])
+            tensors = [state_dict[key] for key in match.sources]
+            try:
+                (result[match.target],) = match.operation.apply(tensors)
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:  # what torch says of dtypes and devices
+                made = f"{match.target} = {match.operation} of {', '.join(match.sources)}"
+                raise RulesError(
+                    f"The rules do not hold for this state dict. Nothing was converted.\n  {made}: {error}"
+                ) from error
         return result
 
     def to_json(self) -> str:
@@ -229,7 +243,7 @@ class Rules:
         for rule in self.rules:
             data: dict[str, Any] = {"sources": list(rule.sources), "targets": list(rule.targets)}
             if rule.operations:
-                data["operations"] = [to_plain(operation) for operation in rule.operations]
+                data["operations"] = [serial.to_plain(operation) for operation in rule.operations]
             rules.append(data | ({"tied": True} if rule.tied else {}))
         return json.dumps({"version": VERSION, "rules": rules, "notes": list(self.notes)}, indent=1)
 
@@ -242,26 +256,24 @@ class Rules:
         True
 
         Raises:
-            InputError: The text is no JSON of rules, or of a later version.
+            InputError: The text is not JSON of rules, has another version, or a field is not of its type and range.
+            PatternError: A pattern or a replacement is malformed.
         """
         try:
-            data = json.loads(text)
-            if data["version"] != VERSION:
-                raise InputError(f"These rules have version {data['version']!r}; this autoalign reads {VERSION}.")
-            return cls(
-                tuple(
-                    Rule(
-                        _strings(rule["sources"]),
-                        _strings(rule["targets"]),
-                        tuple(map(from_plain, rule.get("operations", ()))),
-                        tied=rule.get("tied", False) is True,
-                    )
-                    for rule in data["rules"]
-                ),
-                _strings(data["notes"]),
-            )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"This is no JSON of autoalign's rules: {error!r}. Nothing was read.") from error
+            data = serial.parsed(text)
+            version = serial.integer(data["version"])
+            if version != VERSION:
+                raise InputError(
+                    f"These rules have version {version}; this autoalign reads {VERSION}. Nothing was read."
+                )
+            return cls(tuple(map(_rule_from_plain, serial.items(data["rules"]))), serial.texts(data["notes"]))
+        except InputError:
+            raise
+        except PatternError as error:
+            raise PatternError(f"{error} Nothing was read.") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            shown = str(error)[:_SHOWN_TEXT]
+            raise InputError(f"This is not JSON of autoalign's rules: {shown}. Nothing was read.") from error
 
     def to_key_mapping(self) -> dict[str, str]:
         """Export as the ``key_mapping`` of transformers' ``from_pretrained``, which ``align`` takes as ``rules`` too.
@@ -348,9 +360,19 @@ def _made(rule: Rule, instance: _Instance, shapes: Mapping[str, Shape]) -> list[
 @lru_cache(maxsize=4096)
 def _tried(operation: Operation, shapes: tuple[Shape, ...]) -> Operation:
     """Give an operation back if it takes tensors of these shapes and makes one of them; else torch says why not."""
-    if _changes(operation) and not operation.adapts and len(output_shapes(operation, shapes)) != 1:
+    if not _changes(operation) and len(shapes) == 1:
+        return operation
+    if _zeros(operation) > _MOST_ZEROS * sum(map(prod, shapes)):
+        raise InputError(f"'{operation}' makes many times more zeros than there are elements")
+    if not operation.adapts and len(output_shapes(operation, shapes)) != 1:
         raise InputError(f"'{operation}' does not make one tensor of {len(shapes)}")
     return operation
+
+
+def _zeros(operation: Operation) -> int:
+    """Count the elements that an operation makes of nothing."""
+    own = prod(operation.shape) if isinstance(operation, InsertZeros) else 0
+    return own + sum(map(_zeros, operation.parts))
 
 
 def equal_parts(operations: Sequence[Operation]) -> Portion | None:
@@ -386,14 +408,24 @@ def _changes(operation: Operation) -> bool:
 
 
 def _check(rule: Rule) -> None:
+    named = f"The rule {rule.sources!r} -> {rule.targets!r}"[:_SHOWN_TEXT]
+    if not all(isinstance(part, tuple) for part in (rule.sources, rule.targets, rule.operations)) or not all(
+        isinstance(pattern, str) for pattern in (*rule.sources, *rule.targets)
+    ):
+        raise PatternError(f"{named} must have tuples of patterns, of replacements and of operations.")
     if not rule.sources or (rule.operations and len(rule.operations) != len(rule.targets)):
-        raise PatternError(f"The rule '{rule}' needs a pattern, and as many operations as targets or none.")
+        raise PatternError(f"{named} needs a pattern, and as many operations as targets or none.")
+    for operation in rule.operations:
+        try:
+            serial.check_operation(operation)
+        except TypeError as error:
+            raise PatternError(f"{named} has an operation that is malformed: {error}.") from error
     groups = set()
     for source in rule.sources:
         try:
             pattern = re.compile(source)
         except re.error as error:
-            raise PatternError(f"{source!r} is no regular expression: {error}.") from error
+            raise PatternError(f"{source!r} is not a valid regular expression: {error}.") from error
         if set(pattern.groupindex) - {SLICE} or _REFERENCE.search(source.replace(r"\\", "")):
             raise PatternError(f"{source!r} has named groups or references, which the patterns of rules cannot have.")
         groups.add(pattern.groups)
@@ -407,7 +439,9 @@ def _check(rule: Rule) -> None:
             raise PatternError(f"The replacement {target!r} refers to what {', '.join(rule.sources)} does not capture.")
 
 
-def _strings(values: object) -> tuple[str, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{values!r} is no list of strings")
-    return tuple(values)
+def _rule_from_plain(data: Mapping[str, Any]) -> Rule:
+    tied = data.get("tied", False)
+    if not isinstance(tied, bool):
+        raise TypeError("tied is neither true nor false")
+    operations = tuple(map(serial.from_plain, serial.items(data.get("operations", []))))
+    return Rule(serial.texts(data["sources"]), serial.texts(data["targets"]), operations, tied=tied)

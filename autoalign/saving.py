@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ import torch
 from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.errors import InputError, PairMismatchError
-from autoalign.operations import Copy
+from autoalign.operations import Copy, Operation, Shape, output_shapes
 from autoalign.replacing import replace_text
-from autoalign.serial import Plain, from_plain, to_plain
+from autoalign.serial import LARGEST, Plain, from_plain, integer, items, number, parsed, text, texts, to_plain
 from autoalign.specs import TensorSpec, tied_groups
 
 FORMAT = "autoalign.alignment"
 VERSION = 1
 _SHOWN = 10  # differences that an error lists
+_LONGEST = 200  # characters of what is damaged
+_UNREAD = " Nothing was read."
+_DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 _COUNTER = "num_batches_tracked"  # an alignment that ``load`` returns leaves out those that a model alone has
 
 
@@ -47,34 +52,37 @@ def alignment_from_plain(data: Mapping[str, Any]) -> Alignment:
     """Read an alignment from plain data.
 
     Raises:
-        InputError: The data is no alignment, or one of another version.
+        InputError: The data is no alignment, one of another version, or a field is not of its type and range.
     """
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-        raise InputError("This is no saved alignment. Nothing was read.")
-    if data.get("version") != VERSION:
+        raise InputError(f"This is no saved alignment.{_UNREAD}")
+    version = data.get("version")
+    if version != VERSION or type(version) is not int:
         raise InputError(
-            f"This alignment was saved in version {data.get('version')!r}; this autoalign reads {VERSION}. "
-            "Nothing was read. Align and save again."
+            f"This alignment was saved in version {str(version)[:_LONGEST]}; this autoalign reads {VERSION}."
+            f"{_UNREAD} Align and save again."
         )
     try:
         source, target = _side_from_plain(data["source"]), _side_from_plain(data["target"])
-        shapes = [{spec.key: spec.shape for spec in side} for side in (source, target)]
+        shapes = {spec.key: spec.shape for spec in source}, {spec.key: spec.shape for spec in target}
         alignment = Alignment(
-            matches=tuple(map(_match_from_plain, data["matches"])),
-            ambiguous=tuple(map(_match_from_plain, data["ambiguous"])),
-            mismatched=tuple(Mismatch(key, own, shapes[1][key], shapes[0][own]) for key, own in data["mismatched"]),
+            matches=tuple(_match_from_plain(match, *shapes) for match in items(data["matches"])),
+            ambiguous=tuple(_match_from_plain(match, *shapes) for match in items(data["ambiguous"])),
+            mismatched=tuple(_mismatch_from_plain(pair, *shapes) for pair in items(data["mismatched"])),
             source_specs=source,
             target_specs=target,
-            excluded=frozenset(data["excluded"]),
-            notes=tuple(data["notes"]),
+            excluded=frozenset(texts(data["excluded"])),
+            notes=texts(data["notes"]),
         )
-        proposed = (*alignment.matches, *alignment.ambiguous)
-        unknown = {key for match in proposed for key in match.sources} - shapes[0].keys()
-        unknown |= {match.target for match in proposed} - shapes[1].keys()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"This saved alignment is damaged: {error!r}. Nothing was read.") from error
-    if unknown:
-        raise InputError(f"This saved alignment is damaged: it lists no tensor {min(unknown)!r}. Nothing was read.")
+        targets = Counter(match.target for match in (*alignment.matches, *alignment.ambiguous))
+        if targets and (repeated := targets.most_common(1)[0])[1] > 1:
+            raise ValueError(f"{repeated[0]!r} is filled twice")
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"This saved alignment is damaged: it lacks {str(error)[:_LONGEST]}.{_UNREAD}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"This saved alignment is damaged: {str(error)[:_LONGEST]}.{_UNREAD}") from error
     return alignment
 
 
@@ -86,9 +94,9 @@ def save(alignment: Alignment, path: str | os.PathLike[str]) -> None:
 def read(path: str | os.PathLike[str]) -> Alignment:
     """Read an alignment from a file; see ``Alignment.read``."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{os.fspath(path)!r} cannot be read as a saved alignment: {error}") from error
+        data = parsed(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as a saved alignment: {error}") from error
     return alignment_from_plain(data)
 
 
@@ -141,14 +149,19 @@ def _side_to_plain(specs: Sequence[TensorSpec]) -> Plain:
 
 
 def _side_from_plain(data: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
-    group = {key: number for number, keys in enumerate(data["tied"]) for key in keys}
-    specs = []
-    for key, shape, name in data["tensors"]:
-        dtype = getattr(torch, name, None)
-        if not isinstance(key, str) or not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{key!r} has no dtype {name!r}")
-        specs.append(TensorSpec(key, tuple(map(int, shape)), dtype, group.get(key)))
-    return tuple(specs)
+    group = {key: number for number, keys in enumerate(items(data["tied"])) for key in texts(keys)}
+    specs: dict[str, TensorSpec] = {}
+    for tensor in items(data["tensors"]):
+        key, shape, name = items(tensor)
+        sizes = tuple(integer(size) for size in items(shape))
+        if text(name) not in _DTYPES:
+            raise TypeError(f"{text(key)!r} has no dtype {name!r}")
+        if key in specs or prod(sizes) > LARGEST:
+            raise ValueError(f"{text(key)!r} is listed twice, or larger than a tensor can be")
+        specs[key] = TensorSpec(text(key), sizes, _DTYPES[name], group.get(key))
+    if unknown := group.keys() - specs.keys():
+        raise KeyError(min(unknown))
+    return tuple(specs.values())
 
 
 def _match_to_plain(match: Match) -> Plain:
@@ -165,16 +178,50 @@ def _match_to_plain(match: Match) -> Plain:
     return data | ({"warnings": list(match.warnings)} if match.warnings else {})
 
 
-def _match_from_plain(data: Mapping[str, Any]) -> Match:
+def _match_from_plain(data: Mapping[str, Any], source: Mapping[str, Shape], target: Mapping[str, Shape]) -> Match:
+    key = text(data["target"])
+    shape = target[key]
+    sources = texts(data["sources"])
+    operation = _operation_from_plain(data.get("operation"), sources, source, shape)
+    evidence = data.get("evidence", {})
+    if not isinstance(evidence, Mapping):
+        raise TypeError(f"the evidence of {key!r} is not a mapping")
+    alternatives = []
+    for other in items(data.get("alternatives", [])):
+        others = texts(other["sources"])
+        alternatives.append(
+            Candidate(others, _operation_from_plain(other["operation"], others, source, shape), number(other["score"]))
+        )
     return Match(
-        data["target"],
-        tuple(data["sources"]),
-        from_plain(data["operation"]) if "operation" in data else Copy(),
-        float(data["confidence"]),
-        {str(cue): float(value) for cue, value in data.get("evidence", {}).items()},
-        tuple(
-            Candidate(tuple(other["sources"]), from_plain(other["operation"]), float(other["score"]))
-            for other in data.get("alternatives", ())
-        ),
-        tuple(data.get("warnings", ())),
+        key,
+        sources,
+        operation,
+        number(data["confidence"], 0, 1),
+        {cue: number(value) for cue, value in evidence.items()},
+        tuple(alternatives),
+        texts(data.get("warnings", [])),
     )
+
+
+def _operation_from_plain(data: object, sources: Sequence[str], source: Mapping[str, Shape], shape: Shape) -> Operation:
+    """Read an operation that makes a tensor of a shape of given sources; none is a copy."""
+    operation = Copy() if data is None else from_plain(data)
+    given = tuple(source[key] for key in sources)
+    if not given or not (operation.adapts or _makes(operation, given, shape)):
+        raise ValueError(f"'{operation}' does not make {list(shape)} of {', '.join(sources)}"[:_LONGEST])
+    return operation
+
+
+def _makes(operation: Operation, given: tuple[Shape, ...], shape: Shape) -> bool:
+    """True if an operation turns tensors of the given shapes into one of a shape."""
+    if isinstance(operation, Copy):
+        return given == (shape,)
+    try:
+        return output_shapes(operation, given) == [shape]
+    except (RuntimeError, IndexError, TypeError, ValueError, OverflowError):  # what torch says of sizes that do not fit
+        return False
+
+
+def _mismatch_from_plain(pair: object, source: Mapping[str, Shape], target: Mapping[str, Shape]) -> Mismatch:
+    key, own = texts(pair)
+    return Mismatch(key, own, target[key], source[own])

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
 
 from autoalign import InputError, PatternError, Rule, Rules, RulesError
-from autoalign.operations import Chain, Concatenate, Grouped, Operation, Stack, Transpose
+from autoalign.adaptations import ResizeGrid, TakeRows
+from autoalign.operations import (
+    Chain,
+    Concatenate,
+    Grouped,
+    InsertZeros,
+    Operation,
+    Split,
+    Stack,
+    Transpose,
+    Unstack,
+)
 from autoalign.relative import Each, Portion, Regroup, Sized, ZerosLike
 
 EVERY_KIND = Rules(
@@ -73,13 +85,126 @@ def test_json_holds_all_of_them() -> None:
     ["", "[]", "{}", '{"version": 1, "rules": [{}], "notes": []}', '{"version": 1, "rules": 3, "notes": []}'],
 )
 def test_what_is_no_json_of_rules_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="no JSON of autoalign's rules"):
+    with pytest.raises(InputError, match="not JSON of autoalign's rules"):
         Rules.from_json(text)
 
 
 def test_another_version_is_refused() -> None:
     with pytest.raises(InputError, match="have version 2; this autoalign reads 1"):
         Rules.from_json('{"version": 2}')
+
+
+OPERATIONS: list[tuple[dict[str, object], str]] = [
+    ({"kind": "Split", "dim": "0, 0, 1); evil(", "start": 0, "length": 1}, "dim of Split cannot be '0, 0, 1"),
+    ({"kind": "Split", "dim": 0, "start": None, "length": 1}, "start of Split cannot be None"),
+    ({"kind": "Split", "dim": 0, "start": 1.5, "length": 1}, "start of Split cannot be 1.5"),
+    ({"kind": "Split", "dim": True, "start": 0, "length": 1}, "dim of Split cannot be True"),
+    ({"kind": "Split", "dim": 64, "start": 0, "length": 1}, "dim of Split cannot be 64"),
+    ({"kind": "Split", "dim": 0, "start": -1, "length": 1}, "start of Split cannot be -1"),
+    ({"kind": "Split", "dim": 0, "start": 0, "length": 2**63}, "length of Split cannot be 9"),
+    ({"kind": "Reshape", "shape": 3}, "shape of Reshape cannot be 3"),
+    ({"kind": "Reshape", "shape": ["2"]}, "shape of Reshape cannot be"),
+    ({"kind": "Reshape", "shape": [[2]]}, "shape of Reshape cannot be"),
+    ({"kind": "Regroup", "dims": [[[0]]]}, "dims of Regroup cannot be"),
+    ({"kind": "Grouped", "size": 0, "operation": {"kind": "Copy"}}, "size of Grouped cannot be 0"),
+    ({"kind": "Grouped", "size": 1, "operation": 3}, "int is not a known kind"),
+    ({"kind": "Chain", "steps": [{"kind": "Flip", "dim": "x"}]}, "dim of Flip cannot be 'x'"),
+    ({"kind": "Chain", "steps": {"kind": "Copy"}}, "steps of Chain cannot be"),
+    ({"kind": "ResizeGrid", "old": [1], "new": [1, 2]}, "old of ResizeGrid cannot be"),
+    ({"kind": "ResizeGrid", "old": [1, 2], "new": [1, 2], "channels_last": 1}, "channels_last of ResizeGrid"),
+    ({"kind": "Transpose", "apply": 1}, "Transpose has no 'apply'"),
+    ({"kind": "Single"}, "has no kind that this version knows"),
+]
+
+
+@pytest.mark.parametrize(("operation", "message"), OPERATIONS)
+def test_every_number_of_an_operation_is_checked(operation: dict[str, object], message: str) -> None:
+    rule = {"sources": ["a"], "targets": ["b"], "operations": [operation]}
+    with pytest.raises(InputError, match=message):
+        Rules.from_json(json.dumps({"version": 1, "rules": [rule], "notes": []}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": True},
+        {"version": 1.0},
+        {"version": "1"},
+        {"notes": "abc"},
+        {"notes": [1]},
+        {"rules": {}},
+        {"rules": ["a"]},
+        {"rules": [{"sources": "a", "targets": []}]},
+        {"rules": [{"sources": ["a"], "targets": [1]}]},
+        {"rules": [{"sources": ["a"], "targets": ["b"], "tied": 1}]},
+        {"rules": [{"sources": ["a"], "targets": ["b"], "operations": "Copy"}]},
+    ],
+)
+def test_every_field_of_rules_is_checked(change: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"not JSON of autoalign's rules: .* Nothing was read"):
+        Rules.from_json(json.dumps({"version": 1, "rules": [], "notes": []} | change))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"version": ' + "1" * 5000 + "}",
+        '{"version": NaN}',
+        '{"version": 1, "notes": [], "rules": [{"sources": ["^a"], "targets": ["b"], "operations": ['
+        + '{"kind": "Grouped", "size": 1, "operation": ' * 60
+        + '{"kind": "Copy"}'
+        + "}" * 60
+        + "]}]}",
+    ],
+)
+def test_json_that_python_cannot_hold_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="Nothing was read"):
+        Rules.from_json(text)
+
+
+def test_a_number_of_an_operation_cannot_become_code() -> None:
+    evil: Any = "0, 0, 1); evil("
+    with pytest.raises(PatternError, match="operation that is malformed: dim of Split cannot be '0, 0, 1"):
+        Rules((Rule(("a",), ("b",), (Split(evil, 0, 1),)),))
+    rules = Rules((Rule(("a",), ("b",), (Chain((Split(0, 0, 1), Each(0))),)),))
+    for operation in rules.rules[0].operations[0].parts:
+        object.__setattr__(operation, "dim", evil)
+        with pytest.raises(TypeError, match="dim of"):
+            rules.to_python()
+        object.__setattr__(operation, "dim", 0)
+
+
+def test_a_rule_of_fewer_operations_than_targets_is_refused() -> None:
+    with pytest.raises(PatternError, match="as many operations as targets or none"):
+        Rules((Rule(("a",), ("b", "c"), (Transpose(),)),))
+    with pytest.raises(PatternError, match="must have tuples"):
+        Rules((Rule("ab", ("c",)),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule(("^a",), ("b",), (Chain((InsertZeros(0, (10**13,)), Concatenate(0))),)), "makes many times more zeros"),
+        (Rule((r"^a(\d+)",), (r"b{\1 * \1}",)), "a number over 10"),
+        (Rule((r"^(.*)",), (r"b{\1 + 1}",)), "'a1111111111' is not a number"),
+        (Rule((r"^a(?P<n>.*)",), ("b",), (Stack(0),)), "'' is not a number of at most 18 digits"),
+        (Rule(("^a",), ("b",), (Unstack(0, 9),)), "Nothing was converted"),
+        (Rule(("^a",), ("b",), (TakeRows(0, 1, 1),)), "Nothing was converted"),
+        (Rule(("^a",), ("b",), (ResizeGrid((9, 9), (2, 2)),)), "Nothing was converted"),
+    ],
+)
+def test_rules_that_do_not_hold_raise_nothing_of_torch(rule: Rule, message: str) -> None:
+    with pytest.raises(RulesError, match=message):
+        Rules((rule,)).apply({"a1111111111": torch.ones(2, 2), "a": torch.ones(2, 2)})
+
+
+@pytest.mark.parametrize(
+    "expression", [r"\1" + r" + \1" * 100, r"\1" + r" + \1" * 10_000, "(" * 10_000, "\0", "9" * 5000]
+)
+def test_arithmetic_is_bounded(expression: str) -> None:
+    with pytest.raises(PatternError, match="arithmetic"):
+        Rules((Rule((r"^a(\d+)",), (f"b{{{expression}}}",)),))
 
 
 @pytest.mark.parametrize(

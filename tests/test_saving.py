@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -55,6 +57,89 @@ def test_everything_that_an_alignment_says_is_kept(tmp_path: Path) -> None:
     assert read.missing_keys == alignment.missing_keys
     assert read.unexpected_keys == alignment.unexpected_keys  # which knows that q.weight is tied
     assert str(read) == str(alignment)
+
+
+def _change(path: tuple[object, ...], value: object) -> Callable[[Any], None]:
+    def change(data: Any) -> None:
+        for part in path[:-1]:
+            data = data[part]
+        data[path[-1]] = value
+
+    return change
+
+
+ZEROS = {
+    "kind": "Chain",
+    "steps": [{"kind": "InsertZeros", "index": 0, "shape": [9]}, {"kind": "Concatenate", "dim": 0}],
+}
+OTHER = {"sources": ["x.weight"], "operation": {"kind": "Copy"}, "score": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("version",), True),
+        (("notes",), "abc"),
+        (("notes",), [5]),
+        (("excluded",), 5),
+        (("excluded",), [[]]),
+        (("mismatched",), [["weight", "nope"]]),
+        (("mismatched",), [["weight"]]),
+        (("source",), []),
+        (("source", "tensors", 0, 1), ["2", "2"]),
+        (("source", "tensors", 0, 1), [-1, 2]),
+        (("source", "tensors", 0, 1), [2**40, 2**40]),
+        (("source", "tensors", 0, 2), "Tensor"),
+        (("source", "tensors", 0, 2), 3),
+        (("source", "tensors", 1), ["x.weight", [2, 2], "float32"]),
+        (("source", "tied"), [["nope"]]),
+        (("source", "tied"), [3]),
+        (("matches",), {}),
+        (("matches", 0), []),
+        (("matches", 0, "target"), 5),
+        (("matches", 0, "target"), [1]),
+        (("matches", 0, "target"), "bias"),
+        (("matches", 0, "sources"), []),
+        (("matches", 0, "sources"), "x.weight"),
+        (("matches", 0, "sources"), ["x.bias"]),
+        (("matches", 0, "sources"), ["x.weight", "x.weight"]),
+        (("matches", 0, "sources"), ["nope"]),
+        (("matches", 0, "confidence"), float("nan")),
+        (("matches", 0, "confidence"), "1"),
+        (("matches", 0, "confidence"), True),
+        (("matches", 0, "confidence"), 1.5),
+        (("matches", 0, "evidence"), [1]),
+        (("matches", 0, "evidence"), {"name": "x"}),
+        (("matches", 0, "warnings"), [1]),
+        (("matches", 0, "warnings"), "abc"),
+        (("matches", 0, "alternatives"), [{"sources": ["x.weight"]}]),
+        (("matches", 0, "alternatives"), [OTHER | {"sources": ["nope"]}]),
+        (("matches", 0, "alternatives"), [OTHER | {"score": float("inf")}]),
+        (("matches", 0, "operation"), 3),
+        (("matches", 0, "operation"), {"kind": "Operation"}),
+        (("matches", 0, "operation"), {"kind": "Reshape", "shape": ["evil()"]}),
+        (("matches", 0, "operation"), {"kind": "Reshape", "shape": [10**18]}),
+        (("matches", 0, "operation"), {"kind": "Reshape", "shape": [4]}),
+        (("matches", 0, "operation"), {"kind": "Flip", "dim": 9}),
+        (("matches", 0, "operation"), {"kind": "Permute", "dims": [0, 0]}),
+        (("matches", 0, "operation"), ZEROS),
+    ],
+)
+def test_every_field_is_checked_on_reading(path: tuple[object, ...], value: object, tmp_path: Path) -> None:
+    made = autoalign.align({"x.weight": torch.ones(2, 2), "x.bias": torch.ones(2)}, nn.Linear(2, 2))
+    made.save(tmp_path / "a.json")
+    data = json.loads((tmp_path / "a.json").read_text())
+    _change(path, value)(data)
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"Nothing was read|cannot be read as a saved alignment"):
+        Alignment.read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"version": ' + "1" * 5000 + "}", "3", "", "{}", "\ud800"])
+def test_what_is_not_a_saved_alignment_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError, match=r"no saved alignment|cannot be read as a saved alignment"):
+        Alignment.read(tmp_path / "a.json")
 
 
 def test_a_saved_alignment_is_applied_without_matching(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +209,7 @@ def test_an_alignment_that_names_what_it_does_not_list_is_refused(saved: Path) -
     data = json.loads(saved.read_text())
     data["matches"][0]["sources"] = ["nowhere"]
     saved.write_text(json.dumps(data))
-    with pytest.raises(InputError, match="lists no tensor 'nowhere'"):
+    with pytest.raises(InputError, match="it lacks 'nowhere'"):
         Alignment.read(saved)
 
 

@@ -26,6 +26,7 @@ from autoalign.operations import (
 )
 from autoalign.relative import Each, Pick, Portion, Regroup, Sized, ZerosLike
 from autoalign.rules import Rule, Rules
+from autoalign.serial import check_operation
 
 _WIDTH = 88  # of a line, as formatters have it by default
 _Group = Callable[[int], str]  # how the code reads a capture
@@ -76,6 +77,8 @@ class _NoShortFormError(Exception):
 
 def _rule(rule: Rule, number: int) -> tuple[list[str], list[str]]:
     """Write a rule: what is done key by key, and what is done when all parts are there."""
+    for operation in rule.operations:
+        check_operation(operation)  # its fields become code, and must be numbers
     listed = f"(?P<{SLICE}>" in rule.sources[0]
     if len(rule.sources) == 1 and not listed:
         return [*_matched(rule.sources[0]), *_indented([*_alone(rule), "continue"], 1)], []
@@ -247,7 +250,7 @@ def _text(text: str, *, raw: bool = False) -> str:
 
 
 def _tuple(values: Sequence[int]) -> str:
-    return f"({values[0]},)" if len(values) == 1 else f"({', '.join(map(str, values))})"
+    return repr(tuple(values))
 
 
 _OPEN = "\0"  # begins a line that may be broken: its parts follow, to be laid out when its indent is known
