@@ -185,8 +185,10 @@ def between_differences(scene: Scene, finding: Finding) -> tuple[list[str], list
     own, other = functions[0] - functions[1], functions[1] - functions[0]
     others = _exchanged(own, other)
     bases = {_base(name) for name in own}, {_base(name) for name in other}
-    if others and (bases[0] == bases[1] or (bases[0] | bases[1]) <= _ACTIVATIONS):
+    if others and bases[0] == bases[1]:
         settings, others = settings or others, []
+    elif bases[0] != bases[1] and bases[0] | bases[1] <= _ACTIVATIONS:  # one side may have none
+        settings, others = settings or [" / ".join(", ".join(side) or "no activation" for side in (own, other))], []
     around = [_around(recording, time) for recording, (_, time) in zip(scene.recordings, bounds, strict=True)]
     for name, partner in zip(*(names[:-_AROUND:-1] for names in around), strict=False):
         both = (model.get_submodule(n) for model, n in zip(scene.models, (name, partner), strict=True))

@@ -152,18 +152,19 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
             if id(event.call) in inner or not event.pair.whole:
                 begun[id(event.call)] = event
                 continue
-            kind = "mispaired" if computed(event.call.given_sums) else "before"
+            kind = "mispaired" if _given_the_same(compared, event.call) else "before"
         else:
             if event.call.module not in wrong and not event.pair.is_mixed and computed(event.call.gave_sums):
                 continue
+            given = _given_the_same(compared, event.call)
             if id(event.call) in begun:
-                kind = "mispaired" if computed(event.call.given_sums) else "before"
-            elif event.difference == inf and computed(event.call.given_sums) and not _is_comparable(event):
+                kind = "mispaired" if given else "before"
+            elif event.difference == inf and given and not _is_comparable(event):
                 kind = "mispaired"
             else:
                 kind = "inside" if id(event.call) in inner else "own"
         if kind == "before":  # the innermost call around it that has a wrong partner, if there is one
-            around = [e for e in begun.values() if e.call.start < event.time and computed(e.call.given_sums)]
+            around = [e for e in begun.values() if e.call.start < event.time and _given_the_same(compared, e.call)]
             around = [e for e in around if e.call.end < 0 or e.call.end >= event.time]
             if around:
                 event, kind = max(around, key=lambda e: e.call.start), "mispaired"
@@ -255,7 +256,10 @@ def _containers(recording: Recording) -> set[int]:
 
 
 def _given_the_same(compared: Compared, call: Call) -> tuple[str, ...]:
-    """List the source's modules that are given what a module of the target is given."""
+    """List the source's modules with tensors that are given what a module of the target is given.
+
+    Not every place at which the source computes the same: a ReLU changes nothing where all is positive.
+    """
     sums = call.given_sums
     if sums is None:
         return ()

@@ -59,6 +59,7 @@ def verify(
 
     >>> from collections import OrderedDict
     >>> import torch
+    >>> _ = torch.manual_seed(0)
     >>> source = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3))
     >>> target = nn.Sequential(OrderedDict(fc1=nn.Linear(3, 3), act=nn.GELU(), fc2=nn.Linear(3, 3)))
     >>> target.load_state_dict(dict(zip(target.state_dict(), source.state_dict().values())))

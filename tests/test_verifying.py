@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -158,6 +159,29 @@ def test_an_activation_outside_of_modules_is_named() -> None:
     assert divergence is not None
     assert (divergence.target_module, divergence.between, divergence.cause) == ("down", ("up", "down"), "configuration")
     assert "gelu / relu" in divergence.detail
+
+
+ACTIVATIONS = [nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Identity]
+
+
+@pytest.mark.parametrize("shift", [0.0, 9.0])
+@pytest.mark.parametrize(("own", "other"), [*permutations(ACTIVATIONS, 2)])
+def test_another_activation_is_named_whatever_the_values(
+    own: Callable[[], nn.Module], other: Callable[[], nn.Module], shift: float
+) -> None:
+    """A ReLU, or none, gives on what other layers of the source give, where all is positive."""
+    source = with_values(nn.Sequential(nn.Linear(3, 3), own(), nn.Linear(3, 3)), 1)
+    with torch.no_grad():
+        source.get_parameter("0.bias").add_(shift)
+    target = nn.Sequential(OrderedDict(fc1=nn.Linear(3, 3), act=other(), fc2=nn.Linear(3, 3)))
+    target.load_state_dict(dict(zip(target.state_dict(), source.state_dict().values(), strict=True)))
+    verification = verify(source, target, torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) - 0.5)
+    if verification.max_difference < 1e-6:  # large and positive values pass through both alike
+        assert verification.equal
+        return
+    divergence = verification.first_divergence
+    assert divergence is not None
+    assert (divergence.target_module, divergence.between, divergence.cause) == ("fc2", ("fc1", "fc2"), "configuration")
 
 
 def test_other_weights_are_told_from_another_setting(pair: tuple[Any, Any]) -> None:
