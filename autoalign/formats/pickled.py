@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from autoalign.errors import CheckpointError, UnsafeCheckpointError
+from autoalign.errors import CheckpointError, DependencyError, UnsafeCheckpointError
 from autoalign.formats.pickle_costs import TooCostlyError, check_cost, count_of
 from autoalign.stored import Contents
 
@@ -38,6 +38,11 @@ def open_pickled(file: Path) -> Contents:
         CheckpointError: The file is damaged, or holds something else than a mapping.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
+    if _is_old(torch.__version__):
+        raise DependencyError(
+            f"{str(file)!r} was not read: torch {torch.__version__} may run code in a file, weights_only=True or not. "
+            "Install torch 2.7 or later."
+        )
     with file.open("rb") as stream:
         zipped = stream.read(2) == b"PK"
     if zipped:
@@ -65,6 +70,12 @@ def open_pickled(file: Path) -> Contents:
             "Nothing was aligned. Merge them with the zero_to_fp32.py that lies beside them."
         )
     return Contents(loaded)
+
+
+def _is_old(version: str) -> bool:
+    """Return True if a version of torch is from before 2.6, which mended CVE-2025-32434."""
+    major, minor, *_ = version.split(".")
+    return (int(major), int(minor)) < (2, 6)
 
 
 def _check_sizes(file: Path) -> None:

@@ -43,8 +43,8 @@ _MOST = 2**20  # modules and tensors
 
 
 def is_torchscript(names: Sequence[str]) -> bool:
-    """Whether a zip file with these members is a TorchScript archive."""
-    return any(name.endswith("/constants.pkl") for name in names) and any(name.endswith("/data.pkl") for name in names)
+    """Return True if torch would take a zip file with these members for a TorchScript archive."""
+    return any(name.lower().endswith("/constants.pkl") for name in names)  # torch finds records in any case
 
 
 def open_torchscript(file: Path) -> Contents:
@@ -61,7 +61,9 @@ def open_torchscript(file: Path) -> Contents:
     try:
         with zipfile.ZipFile(file) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
-            pickled = next(name for name in sizes if name.endswith("/data.pkl"))
+            pickled = next((name for name in sizes if name.lower().endswith("/data.pkl")), None)
+            if pickled is None:
+                raise ValueError("no data.pkl")
             if sizes[pickled] > _LARGEST:
                 raise ValueError(f"a pickle of {sizes[pickled]} bytes")
             content = archive.read(pickled)
@@ -69,7 +71,7 @@ def open_torchscript(file: Path) -> Contents:
         module = _Unpickler(io.BytesIO(content)).load()
         if not isinstance(module, _Module):
             raise ValueError(f"there is a {type(module).__name__} where a module should be")
-        folder = pickled.removesuffix("data.pkl") + "data/"
+        folder = pickled[: -len("data.pkl")] + "data/"
         root = {
             key: _stored(key, tensor, file, opened, f"{folder}{tensor.storage.name}", sizes)
             for key, tensor in _tensors(module)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autoalign.checkpoint import open_checkpoint
-from autoalign.errors import CheckpointError
+from autoalign.errors import CheckpointError, DependencyError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 
@@ -101,4 +101,21 @@ class Packed(nn.Module):
 def test_a_state_of_its_own_making_is_refused(tmp_path: Path) -> None:
     save(nn.Sequential(Packed()), tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"'0' of the TorchScript archive has a state that only its code can"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_pickle_in_capitals_is_no_other_format(tmp_path: Path) -> None:
+    """Torch finds its records in any case, and versions before 2.6 run the code of such a file."""
+    network = Network()
+    save(network, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename.replace("data.pkl", "DATA.PKL"), old.read(info))
+    assert torch.equal(open_checkpoint(tmp_path / "b.pt")["scale"], network.scale)
+
+
+def test_torch_that_may_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(DependencyError, match=r"torch 2\.5\.1\+cpu may run code .* Install torch 2\.7 or later"):
         open_checkpoint(tmp_path / "a.pt")
