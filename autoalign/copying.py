@@ -7,10 +7,12 @@ the target, which takes no memory of its own and cannot fail halfway.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 
 import torch
 from torch import Tensor, nn
@@ -74,36 +76,100 @@ def memory_of(tensor: Tensor) -> int | None:
 def copy_all(fills: Sequence[Fill], step: Step, *, from_files: bool = False) -> None:
     """Carry out the copies, in order for each storage of the model, and on several threads where that is faster.
 
+    All copies are carried out, even if ``step`` raises an error or no thread can be started.
+
     Args:
         fills: What to copy. Two that fill the same memory are carried out one after the other.
         step: Called after every batch of copies with what is done, in this thread.
         from_files: Whether what is mapped is as it is in its file, so that it may be read from there instead.
     """
-    batches = list(_batches(fills))
-    done = size = 0
-    if sum(fill.size for fill in fills) < _PARALLEL or not all(_is_plain(fill) for fill in fills):
-        for fill in fills:
-            _copy([fill])
-            done, size = done + 1, size + fill.size
-            step(done, size)
-        return
-    with (
-        mapped_files() if from_files else nullcontext() as files,
-        ThreadPoolExecutor(min(_THREADS, 2 * (os.cpu_count() or 1)), "autoalign") as threads,
-    ):
-        waiting = {threads.submit(_copy, batch, files): batch for batch in batches}
-        for future in as_completed(waiting):
-            future.result()
-            done, size = done + len(waiting[future]), size + sum(fill.size for fill in waiting[future])
-            step(done, size)
+    is_parallel = sum(fill.size for fill in fills) >= _PARALLEL and all(_is_plain(fill) for fill in fills)
+    batches = list(_batches(fills)) if is_parallel else [[fill] for fill in fills]
+    waiting = deque(batches)
+    finished: SimpleQueue[list[Fill] | BaseException] = SimpleQueue()
+    with mapped_files() if is_parallel and from_files else nullcontext() as files:
+        threads = _started(_copy_waiting, (waiting, finished, files)) if is_parallel else []
+        done = size = 0
+        try:
+            for _ in batches:
+                if not threads:
+                    _copy_next(waiting, finished, files)
+                batch = finished.get()
+                if isinstance(batch, BaseException):
+                    raise batch
+                done, size = done + len(batch), size + sum(fill.size for fill in batch)
+                step(done, size)
+        finally:
+            _copy_waiting(waiting, finished, files)
+            for thread in threads:
+                thread.join()
 
 
-def _copy(fills: Iterable[Fill], files: MappedFiles | None = None) -> None:
+_Waiting = deque[list[Fill]]
+_Finished = SimpleQueue["list[Fill] | BaseException"]
+
+
+def _started(work: Callable[..., None], arguments: tuple[object, ...]) -> list[Thread]:
+    """Start as many threads as are of use and can be had; a limit on them is no error, for this thread is enough."""
+    threads: list[Thread] = []
+    for number in range(min(_THREADS, 2 * (os.cpu_count() or 1))):
+        thread = Thread(target=work, args=arguments, name=f"autoalign-{number}")
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError):
+            break
+        threads.append(thread)
+    return threads
+
+
+def _copy_waiting(waiting: _Waiting, finished: _Finished, files: MappedFiles | None) -> None:
+    """Carry out what no other thread has begun."""
+    while _copy_next(waiting, finished, files):
+        pass
+
+
+def _copy_next(waiting: _Waiting, finished: _Finished, files: MappedFiles | None) -> bool:
+    """Carry out one batch and say so, or say what went wrong; False if there is none."""
+    try:
+        batch = waiting.popleft()
+    except IndexError:
+        return False
+    try:
+        _copy(batch, files)
+    except BaseException as error:  # raised again in the thread that waits for it
+        finished.put(error)
+    else:
+        finished.put(batch)
+    return True
+
+
+def _copy(fills: Iterable[Fill], files: MappedFiles | None) -> None:
     with torch.no_grad():  # which is each thread's own
         for fill in fills:
             for part, given in fill.copies:
                 if files is None or not files.read(given, part):
-                    part.copy_(given)
+                    _copy_values(part, given)
+
+
+def _copy_values(target: Tensor, source: Tensor) -> None:
+    """Copy, in halves where there is no memory for what a copy between devices or layouts allocates."""
+    try:
+        target.copy_(source)
+    except (RuntimeError, MemoryError) as error:
+        length = max(target.shape, default=1)
+        if length == 1 or not _is_out_of_memory(error):
+            raise
+        dim = target.shape.index(length)
+        halves = [length // 2, length - length // 2]
+        for half, given in zip(torch.split(target, halves, dim), torch.split(source, halves, dim), strict=True):
+            _copy_values(half, given)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch found no memory, for which it has no error of its own on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _batches(fills: Iterable[Fill]) -> Iterator[list[Fill]]:

@@ -27,6 +27,7 @@ from autoalign.errors import (
     ValueWarning,
 )
 from autoalign.lazy_modules import named_sources, shaped
+from autoalign.model_lock import model_lock
 from autoalign.module_state import absent_counters, extra_states, source_modules, state_metadata
 from autoalign.preparing import nothing_message, require_complete, summary, unfilled_statement
 from autoalign.progress import Progress, progress_of
@@ -57,7 +58,8 @@ def load(
     loading code of its own, such as hooks, they go through torch's ``load_state_dict``, so that hooks, versions of
     modules and extra states work as they do there. It is all or nothing: if this raises, the model holds what it held
     before. There is one thing that cannot be taken back: a Ctrl-C while values are copied into a model without loading
-    code takes effect when the copy is complete.
+    code takes effect when the copy is complete. Loads in several threads into one model, or into models that share
+    modules or tensors, are carried out one after the other.
 
     A model with sharded tensors (FSDP2, tensor parallelism) is loaded on all its ranks at once, each of which reads
     what it holds; the first of them alone warns and logs.
@@ -109,35 +111,38 @@ def load(
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
     dtype, device = _conversion(dtype, device)
-    ranks = ranks_of(model)
-    if ranks is None:
-        source, found, counters = _prepared(model, checkpoint, align_options, alignment, strict=strict)
-    else:
-        source, found, counters = _prepared_together(model, checkpoint, align_options, alignment, ranks, strict=strict)
-        if dtype is not None or device is not None:
-            raise InputError("A sharded model is given its dtype and device when it is sharded. Nothing was loaded.")
+    with model_lock(model):
+        ranks = ranks_of(model)
+        if ranks is None:
+            prepared = _prepared(model, checkpoint, align_options, alignment, strict=strict)
+        else:
+            prepared = _prepared_together(model, checkpoint, align_options, alignment, ranks, strict=strict)
+            if dtype is not None or device is not None:
+                raise InputError(
+                    "A sharded model is given its dtype and device when it is sharded. Nothing was loaded."
+                )
+        source, found, counters = prepared
+        if dtype is not None:  # what it is about to be
+            specs = found.target_specs
+            converted_specs = (replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in specs)
+            found = replace(found, target_specs=tuple(converted_specs))
 
-    if dtype is not None:  # what it is about to be
-        specs = found.target_specs
-        converted_specs = (replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in specs)
-        found = replace(found, target_specs=tuple(converted_specs))
+        def fill() -> Alignment:
+            if ranks is not None:
+                return _fill_sharded(model, source, found, ranks, assign=assign, progress=progress, since=since)
+            from_files = isinstance(checkpoint, str | os.PathLike)  # else, what is mapped may have been written to
+            return _fill(model, source, found, counters, options, progress, since, from_files=from_files)
 
-    def fill() -> Alignment:
-        if ranks is not None:
-            return _fill_sharded(model, source, found, ranks, assign=assign, progress=progress, since=since)
-        from_files = isinstance(checkpoint, str | os.PathLike)  # else, what is mapped may have been written to
-        return _fill(model, source, found, counters, options, progress, since, from_files=from_files)
-
-    options = {"assign": True, "dtype": dtype, "device": device} if assign else {}
-    if dtype is None and device is None:
-        return fill()
-    with transaction(model, keep_values=False, keep_memory=True):
-        if not assign:
-            converted(model, dtype, device)
-        filled = fill()
-        if assign:  # what is not new
-            converted(model, dtype, device)
-    return replace(filled, target_tensors=checkpoint_of(model))
+        options = {"assign": True, "dtype": dtype, "device": device} if assign else {}
+        if dtype is None and device is None:
+            return fill()
+        with transaction(model, keep_values=False, keep_memory=True):
+            if not assign:
+                converted(model, dtype, device)
+            filled = fill()
+            if assign:  # what is not new
+                converted(model, dtype, device)
+        return replace(filled, target_tensors=checkpoint_of(model))
 
 
 def _conversion(

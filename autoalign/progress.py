@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 Progress = Callable[[int, int], object]  # called with the tensors that are done and all of them
@@ -33,21 +33,28 @@ def progress_of(progress: Progress | bool | None, tensors: int, size: int, since
         yield lambda _done, _size: None
         return
     bar: Any = None
+    failed = False
 
     def step(done: int, done_size: int) -> None:
-        nonlocal bar
-        if bar is None and (progress or time.perf_counter() - since > PATIENCE):
-            bar = _bar(transient=progress is None)
-            bar.start()
-            bar.add_task("Loading", total=size, tensors=tensors, done=done)
-        if bar is not None:
-            bar.update(0, completed=done_size, done=done)
+        nonlocal bar, failed
+        if failed:
+            return
+        try:
+            if bar is None and (progress or time.perf_counter() - since > PATIENCE):
+                bar = _bar(transient=progress is None)
+                bar.start()
+                bar.add_task("Loading", total=size, tensors=tensors, done=done)
+            if bar is not None:
+                bar.update(0, completed=done_size, done=done)
+        except Exception:  # stderr may be closed, or no thread be left: no reason not to load
+            failed = True
 
     try:
         yield step
     finally:
         if bar is not None:
-            bar.stop()
+            with suppress(Exception):
+                bar.stop()
 
 
 def _bar(*, transient: bool) -> Any:
@@ -61,4 +68,9 @@ def _bar(*, transient: bool) -> Any:
         TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), transient=transient)
+
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:  # rich would close stdout and end the process
+            self.quiet = True
+
+    return Progress(*columns, console=Screen(stderr=True), transient=transient)

@@ -32,11 +32,15 @@ class Findings:
     losses: dict[str, str] = field(default_factory=dict)  # from a target key to what its dtype cannot hold
     nan: dict[str, tuple[int, int]] = field(default_factory=dict)  # from a source key to NaN and all elements looked at
     postponed: list[tuple[Match, Sequence[Tensor], torch.dtype]] = field(default_factory=list)  # what to examine yet
+    unexamined: list[str] = field(default_factory=list)  # target keys whose values could not be looked at
 
     def examine_postponed(self, count: int) -> None:
-        """Look at the first of what was left for later."""
+        """Look at the first of what was left for later; raise nothing, for some of it is in the model already."""
         for match, sources, dtype in self.postponed[:count]:
-            self.examine(match, sources, dtype)
+            try:
+                self.examine(match, sources, dtype)
+            except Exception:  # as where there is no memory left
+                self.unexamined.append(match.target)
         del self.postponed[:count]
 
     def examine(self, match: Match, sources: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -51,6 +55,7 @@ class Findings:
     def merge(self, other: Findings) -> None:
         """Take over what was found in other parts of the same tensors."""
         self.losses.update(other.losses)
+        self.unexamined.extend(key for key in other.unexamined if key not in self.unexamined)
         for key, (count, size) in other.nan.items():
             known = self.nan.get(key, (0, 0))
             self.nan[key] = known[0] + count, known[1] + size
@@ -64,11 +69,13 @@ class Findings:
         if self.nan:
             listed = _listed([f"{escaped(key)} ({count:,} of {size:,})" for key, (count, size) in self.nan.items()])
             lines.append(f"{len(self.nan)} tensors of the checkpoint have NaN: {listed}.")
+        if self.unexamined:
+            lines.append(f"{len(self.unexamined)} tensors could not be checked for NaN: {_listed(self.unexamined)}.")
         return lines
 
     def noted(self, alignment: Alignment) -> Alignment:
         """Say in an alignment what was found."""
-        if not self.losses and not self.nan:
+        if not self.statements():
             return alignment
         matches = tuple(
             replace(match, warnings=(*match.warnings, f"the cast loses values, {self.losses[match.target]}"))

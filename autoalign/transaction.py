@@ -63,7 +63,7 @@ def snapshot(model: nn.Module, *, keep_values: bool, keep_memory: bool = False) 
     ]
     for _, entries in registries:  # what is materialised in place cannot be put back, but its like can
         entries.update((name, _like_lazy(tensor)) for name, tensor in entries.items() if is_lazy(tensor))
-    memories = [_held(tensor) for tensor in _tensors(model)] if keep_memory else []
+    memories = [_held(tensor) for tensor in tensors_of_module(model)] if keep_memory else []
     values = _values(model) if keep_values else []
     extra_states = _extra_states(model) if keep_values else []
 
@@ -161,7 +161,8 @@ def _is_writable(tensor: Tensor) -> bool:
     )
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
+def tensors_of_module(model: nn.Module) -> list[Tensor]:
+    """List the parameters and buffers of a module that have a shape."""
     return [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
 
 
@@ -181,7 +182,7 @@ def _values(model: nn.Module) -> list[tuple[Tensor, Tensor | None, Tensor]]:
     """Copy the values of a model's tensors, with the memory that they are in; None for that of a sharded tensor."""
     return [
         (tensor, None if is_sharded(tensor) else tensor.detach(), local_part(tensor).to("cpu", copy=True))
-        for tensor in _tensors(model)
+        for tensor in tensors_of_module(model)
         if not tensor.is_meta and _is_writable(tensor)  # nothing else has a value that a load could change
     ]
 
@@ -216,16 +217,31 @@ def _extra_states(model: nn.Module) -> list[tuple[nn.Module, object]]:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold back Ctrl-C until the block is through, in the one thread that it can reach."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    """Hold back Ctrl-C, and all other signals with a handler in Python, in the one thread that they can reach.
+
+    Their handlers are called when the block is through.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held: list[object] = []
-    signal.signal(signal.SIGINT, lambda _number, _frame: held.append(None))
+    held: list[int] = []
+    # of the least number last, which are Ctrl-C and a hang-up: if they come meanwhile, the others are back in place
+    handlers = {number: signal.getsignal(number) for number in sorted(signal.valid_signals(), reverse=True)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     try:
+        for number in handlers:
+            signal.signal(number, lambda number, _frame: held.append(number))
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            signal.raise_signal(signal.SIGINT)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        _raise_signals(list(dict.fromkeys(held)))
+
+
+def _raise_signals(numbers: list[int]) -> None:
+    """Raise all of them, even if the handler of one raises an error."""
+    if numbers:
+        try:
+            signal.raise_signal(numbers[0])
+        finally:
+            _raise_signals(numbers[1:])

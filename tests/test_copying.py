@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from math import prod
 
 import pytest
@@ -55,6 +56,98 @@ def test_large_copies_are_made_in_several_threads_and_those_of_one_memory_in_ord
     assert all(bool((target == target[0]).all()) for target in targets)
     assert steps == sorted(steps)
     assert steps[-1] == (11, 11 * 40)
+
+
+def large_fills(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Fill]]:
+    """Make copies of 0, 1, ... that are worth threads."""
+    monkeypatch.setattr(copying, "_PARALLEL", 1)
+    monkeypatch.setattr(copying, "_BATCH", 64)
+    targets = [torch.full((20,), -1.0) for _ in range(16)]
+    return targets, [Fill(t, ((t, torch.full((20,), float(place))),)) for place, t in enumerate(targets)]
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=repr)
+def test_copies_are_made_where_no_more_threads_can_be_started(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, error: Exception
+) -> None:
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == allowed:
+            raise error
+        started.append(thread)
+        start(thread)
+
+    targets, fills = large_fills(monkeypatch)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    steps: list[int] = []
+    copy_all(fills, lambda done, _size: steps.append(done))
+    assert [target.tolist() for target in targets] == [[float(place)] * 20 for place in range(16)]
+    assert steps == list(range(1, 17))
+    assert len(started) == allowed
+    assert not any(thread.is_alive() for thread in started)
+
+
+@pytest.mark.parametrize("is_parallel", [True, False])
+def test_all_copies_are_made_even_if_a_step_fails(monkeypatch: pytest.MonkeyPatch, is_parallel: bool) -> None:
+    def step(_done: int, _size: int) -> None:
+        raise ValueError("the screen is gone")
+
+    targets, fills = large_fills(monkeypatch)
+    if not is_parallel:
+        monkeypatch.setattr(copying, "_PARALLEL", 10**9)
+    with pytest.raises(ValueError, match="the screen is gone"):
+        copy_all(fills, step)
+    assert [int(target[0]) for target in targets] == list(range(16))
+
+
+@pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_copies_for_which_there_is_no_memory_are_made_in_parts(
+    monkeypatch: pytest.MonkeyPatch, most: int, error: Exception
+) -> None:
+    copy = Tensor.copy_
+
+    def limited(self: Tensor, other: Tensor) -> Tensor:
+        if self.numel() > most:
+            raise error
+        return copy(self, other)
+
+    source, target = torch.arange(35.0).reshape(5, 7).t(), torch.zeros(7, 5, dtype=torch.float64)
+    monkeypatch.setattr(Tensor, "copy_", limited)
+    copy_all([Fill(target, ((target, source),))], ignored)
+    assert torch.equal(target, source.double())
+
+
+def test_a_copy_that_fails_otherwise_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+
+    def broken(self: Tensor, _other: Tensor) -> Tensor:
+        copied.append(self.numel())
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(Tensor, "copy_", broken)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        copy_all([Fill(torch.zeros(8), ((torch.zeros(8), torch.ones(8)),))], ignored)
+    assert copied == [8]
+
+
+def test_an_error_of_a_copy_is_raised_when_the_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets, fills = large_fills(monkeypatch)
+    fills[3] = Fill(targets[3], ((targets[3], torch.zeros(7)),))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        copy_all(fills, ignored)
+    assert [int(target[0]) for target in targets] == [0, 1, 2, -1, *range(4, 16)]
 
 
 def test_copies_change_versions_and_no_gradients() -> None:

@@ -71,7 +71,7 @@ FLOW = (
     *("recording", "comparing", "counterparts", "divergence", "settings", "causes", "trials"),
     *("subject", "search", "verification", "verifying"),
     # the only part that moves data
-    *("module_state", "lazy_modules", "progress", "mapped", "copying", "values", "reading"),
+    *("module_state", "lazy_modules", "progress", "mapped", "copying", "model_lock", "values", "reading"),
     *("regions", "sharded", "preparing", "loading"),
     *("blocks", "writers.safetensors", "writers.staging", "converting", "differing"),
     # the command line

@@ -24,6 +24,7 @@ from autoalign.errors import (
     InputError,
     NothingLoadedError,
     PartialLoadWarning,
+    ValueWarning,
 )
 from autoalign.loading import load
 
@@ -659,6 +660,20 @@ def test_failing_progress_leaves_the_model_as_it_was(source: Network) -> None:
     with pytest.raises(KeyboardInterrupt, match="enough"):
         load(model, source, progress=progress)
     assert_same(model, before)
+
+
+def test_values_that_cannot_be_looked_at_are_loaded_and_named(source: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails while others are copied may not fail the load, since those are in the model already."""
+
+    def exhausted(_tensor: Tensor) -> int:
+        raise MemoryError
+
+    model = scrambled(Renamed())
+    monkeypatch.setattr("autoalign.reading.nan_count", exhausted)
+    with pytest.warns(ValueWarning, match=r"14 tensors could not be checked for NaN: \w+"):
+        alignment = load(model, source.state_dict())
+    assert any("could not be checked" in note for note in alignment.notes)
+    assert torch.equal(model.fc.weight, source.head.weight)
 
 
 def test_tensor_of_another_shape_than_announced_leaves_the_model_as_it_was() -> None:

@@ -106,3 +106,14 @@ def test_a_model_that_changes_while_it_is_loaded_is_put_back() -> None:
         load(model, source, progress=change)
     assert model[0] is first
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_bar_that_fails_does_not_fail_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Screen):
+        def write(self, _text: str) -> int:
+            raise BrokenPipeError("nobody reads it")
+
+    monkeypatch.setattr(sys, "stderr", Broken(terminal=True))
+    model, source = nn.Linear(2, 1), nn.Linear(2, 1)
+    load(model, source.state_dict(), progress=True)
+    assert torch.equal(model.weight, source.weight)

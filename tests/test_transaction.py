@@ -154,3 +154,25 @@ def test_keys_that_are_no_tensors_of_the_model_can_fail() -> None:
     model = nn.Linear(2, 2)
     kernel = torch.ones(2, 2)
     assert not cannot_fail(model, {"kernel": kernel}, {"kernel": kernel})
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="has no such signals")
+def test_other_signals_wait_as_interrupts_do() -> None:
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(number)
+
+    numbers = signal.SIGUSR1, signal.SIGUSR2
+    previous = [signal.signal(number, leave) for number in numbers]
+    finished = False
+    try:
+        with pytest.raises(SystemExit) as raised, transaction(network(), keep_values=False):  # noqa: PT012
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            finished = True
+        assert finished
+        assert raised.value.code == signal.SIGUSR2  # raised while the first was handled
+        assert isinstance(raised.value.__context__, SystemExit)
+        assert [signal.getsignal(number) for number in numbers] == [leave, leave]
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
