@@ -18,6 +18,7 @@ from autoalign.alignment import Alignment, Match
 from autoalign.drafts import Draft, Parts, drafts_of, spelled_out
 from autoalign.indices import REFERENCE
 from autoalign.moves import Move, moves_of
+from autoalign.names import LEVELS
 from autoalign.rules import Rule, Rules
 from autoalign.wording import worded
 
@@ -33,7 +34,7 @@ def induced(alignment: Alignment) -> Rules:
     """Find the rules of an alignment; see ``Alignment.rules``."""
     moves, kept = moves_of(alignment)
     notes = _notes(kept)
-    drafts = drafts_of(moves)
+    drafts = [_shallow(draft) for draft in drafts_of(moves)]
     shapes = {spec.key: spec.shape for spec in alignment.source_specs}
     wanted = {match.target: match for match in alignment.matches if match not in kept}
     best: Rules | None = None
@@ -48,6 +49,21 @@ def induced(alignment: Alignment) -> Rules:
     if best is None:
         best = Rules(tuple(_rule(spelled_out(move)) for move in moves if not _stays(move)))
     return replace(best, notes=notes)
+
+
+def _shallow(draft: Draft) -> Draft:
+    """Leave the first parts of keys together where there are more than are told apart."""
+
+    def joined(parts: Parts, dot: str) -> Parts:
+        beyond = len(parts) - LEVELS
+        return parts if beyond <= 0 else (dot.join(parts[: beyond + 1]), *parts[beyond + 1 :])
+
+    return replace(
+        draft,
+        sources=tuple(joined(parts, r"\.") for parts in draft.sources),
+        plain=joined(draft.plain, "."),
+        targets=tuple(joined(parts, ".") for parts in draft.targets),
+    )
 
 
 def _notes(kept: Sequence[Match]) -> tuple[str, ...]:

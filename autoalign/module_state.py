@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from autoalign.alignment import Alignment
 from autoalign.checkpoint import Checkpoint
+from autoalign.names import LEVELS
 from autoalign.operations import Copy
 
 
@@ -20,7 +21,7 @@ def source_modules(alignment: Alignment) -> dict[str, str]:
     """
     found: dict[str, set[str]] = {}
     for source_key, key in alignment.mapping.items():
-        theirs, ours = source_key.split("."), key.split(".")
+        theirs, ours = source_key.rsplit(".", LEVELS), key.rsplit(".", LEVELS)
         while theirs and ours and theirs[-1] == ours[-1]:
             del theirs[-1], ours[-1]
             found.setdefault(".".join(ours), set()).add(".".join(theirs))

@@ -19,6 +19,7 @@ from autoalign.resizing import Sample
 Texts = tuple[str, ...]  # a key without its numbers: the text before, between and after them
 _LIST = 4  # tensors of one list that are joined, from which on they are a list and not named parts
 _MARK = "\0"  # around what stands for the number of a list's member
+_NUMBERS = 24  # of a key that are set apart, its last ones; those before them are text
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,8 @@ def _move(
 
 def _parts(key: str) -> tuple[Texts, tuple[int, ...]]:
     parts = NUMBER.split(key)
+    if (beyond := len(parts) - 2 * _NUMBERS) > 1:
+        parts[:beyond] = ["".join(parts[:beyond])]
     return tuple(parts[0::2]), tuple(map(int, parts[1::2]))
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from autoalign.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, WHOLE_NAMES, WRAPPERS
 
+LEVELS = 64  # components that are told apart in a key
 _LEAVES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}  # that start the name of a parameter
 _OTHERWISE = 0.9  # the most that names of other words are alike
 _OUTPUT = re.compile(r":\d+$")  # of a TensorFlow variable, as in "kernel:0"
@@ -23,8 +24,10 @@ def components(key: str) -> tuple[str, ...]:
 
     >>> components("encoder.layer.0.attn.qkv.weight")
     ('encoder', 'layer', '0', 'attn', 'qkv', 'weight')
+
+    Of a key of more than ``LEVELS`` components the first ones are left together as one.
     """
-    return tuple((_OUTPUT.sub("", key) if ":" in key else key).replace("/", ".").split("."))
+    return tuple((_OUTPUT.sub("", key) if ":" in key else key).replace("/", ".").rsplit(".", LEVELS - 1))
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from autoalign.alignment import Candidate, Match, Mismatch
 from autoalign.exchange import BY_ORDER
-from autoalign.names import components, kind, numbers, split_key, stem
+from autoalign.names import LEVELS, components, kind, numbers, split_key, stem
 from autoalign.specs import TensorSpec
 
 LARGE = 500_000  # pairs of layers of equal shape up to which all blocks may be matched instead
@@ -136,10 +136,14 @@ def _runs(
 
 
 def _above(key: str) -> Iterator[str]:
-    """Name the modules above a key, from the nearest up to the root, whose name is empty."""
-    while key:
+    """Name the modules above a key, from the nearest on, ``LEVELS`` at most, and the root, whose name is empty."""
+    for _ in range(LEVELS):
+        if not key:
+            return
         key = split_key(key)[0]
         yield key
+    if key:
+        yield ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,11 @@ def narrowed(tensor: Tensor, region: Region) -> Tensor:
 
 
 def natural(key: str) -> list[tuple[int, str]]:
-    """Split a key for sorting, so that ``layers.10`` comes after ``layers.9``.
+    """Split a key for sorting, so that ``layers.10`` comes after ``layers.9``, however long numbers are.
 
     >>> sorted(["layers.10", "layers.9", "layers.a"], key=natural)
     ['layers.9', 'layers.10', 'layers.a']
     """
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", key)]
+    parts = re.split(r"([0-9]+)", key)
+    parts[1::2] = [number.lstrip("0") for number in parts[1::2]]
+    return [(len(part), part) if place % 2 else (-1, part) for place, part in enumerate(parts)]

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from autoalign.folding import write_range
 from autoalign.indices import NUMBERED
 from autoalign.layout import escaped
+from autoalign.names import LEVELS
 from autoalign.specs import TensorSpec
 
 _NAMES = 4  # of siblings that are written out, before the rest is left to an ellipsis
 _IN_LINE = 3  # kinds of tensors of a layer that are written in its line
 _NEARLY = 0.9  # of the tensors
 _LARGE = 0.2
-_LEVELS = 64  # of modules that are told apart
 _DEEPEST = 3  # modules in each other, in which copies are looked for
 
 
@@ -64,7 +64,7 @@ def tree_of(specs: Iterable[TensorSpec]) -> Branch:
     """
     root: _Tree = {}
     for spec in specs:
-        *path, name = spec.key.split(".", _LEVELS)
+        *path, name = spec.key.split(".", LEVELS)
         node = root
         for part in path:
             node = node.setdefault((part, "module"), {})  # type: ignore[assignment]
@@ -181,9 +181,12 @@ def prefix_of(specs: Sequence[TensorSpec]) -> tuple[str, int]:
     """
     counts: dict[str, int] = {}
     for spec in specs:
-        for place, char in enumerate(spec.key):
-            if char == ".":
-                counts[spec.key[: place + 1]] = counts.get(spec.key[: place + 1], 0) + 1
+        end = spec.key.find(".") + 1
+        for _ in range(LEVELS):
+            if not end:
+                break
+            counts[spec.key[:end]] = counts.get(spec.key[:end], 0) + 1
+            end = spec.key.find(".", end) + 1
     prefix, count = "", len(specs)
     for name, inner in sorted(counts.items(), key=lambda item: item[0].count(".")):
         enough = inner == count if prefix else inner >= _NEARLY * count

@@ -9,6 +9,7 @@ from autoalign.indices import REFERENCE, reference
 from autoalign.rules import Rule
 
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]+(?![A-Za-z(])|(?<=\\\.)[A-Za-z]+(?![A-Za-z(])")
+_LONGEST = 1000  # characters of a pattern that is joined with others
 _MOST = 8  # words in one rule; more would be no easier to read than several rules
 _Frame = tuple[str, str, str | None, str]  # a pattern around a word, and a replacement around it; None: dropped
 
@@ -40,7 +41,7 @@ def worded(rules: Sequence[Rule]) -> list[Rule]:
 
 def _frames(rule: Rule) -> Iterator[tuple[_Frame, str]]:
     """Yield the words that a rule keeps, with what stands around each."""
-    if len(rule.sources) != 1 or len(rule.targets) > 1:
+    if len(rule.sources) != 1 or len(rule.targets) > 1 or len(rule.sources[0]) > _LONGEST:
         return
     (source,) = rule.sources
     for found in _WORD.finditer(source):

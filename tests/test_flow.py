@@ -13,6 +13,7 @@ import autoalign
 FLOW = (
     # values
     *("errors", "specs", "operations", "joining", "adaptations", "alignment", "inversion"),
+    *("vocabulary", "names"),
     # alignment -> rules
     *("relative", "serial", "resizing", "indices", "rules", "fitting", "moves", "drafts", "wording", "induction"),
     *("exports.renaming", "exports.transformers", "exports.python"),
@@ -36,8 +37,8 @@ FLOW = (
         "formats.folder",
     ),
     *("hub", "checkpoint", "saving"),
-    # names and the module graph
-    *("vocabulary", "names", "graph", "units", "idioms", "leaves", "kernels", "namesakes", "renaming"),
+    # the module graph
+    *("graph", "units", "idioms", "leaves", "kernels", "namesakes", "renaming"),
     # a call of a model
     *("transaction", "preservation", "execution"),
     # candidates -> matching -> alignment

@@ -11,6 +11,7 @@ from autoalign.formats.file import format_of, head_of, open_file
 from autoalign.stored import Contents, natural
 
 _LARGEST = 2**26  # bytes of an index
+_LONGEST = 100  # characters of a name in an error
 
 
 def is_index(file: Path) -> bool:
@@ -33,13 +34,20 @@ def open_index(file: Path) -> Contents:
             "Nothing was read."
         )
     names = sorted(set(listed.values()), key=natural)
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not _is_file(folder / name)]
     if missing:
         raise CheckpointError(
             f"{len(missing)} of the {len(names)} files that {str(file)!r} lists are missing: {_few(missing)}. "
             "Nothing was read. Complete the download, or name one of the files to read that alone."
         )
     return _joined(file, [folder / name for name in names], listed)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def open_shards(files: Sequence[Path]) -> Contents:
@@ -113,5 +121,5 @@ def _joined(path: Path, files: Sequence[Path], listed: dict[str, str] | None) ->
 
 
 def _few(names: Iterable[str]) -> str:
-    first, *more = names = [repr(name) for name in names]
+    first, *more = names = [repr(name if len(name) <= _LONGEST else f"{name[:_LONGEST]}...") for name in names]
     return ", ".join([first, *more[:2]]) + (", ..." if len(more) > 2 else "")

@@ -101,6 +101,19 @@ def test_an_index_that_leads_out_of_its_folder(tmp_path: Path, name: str) -> Non
         open_checkpoint(write_index(folder, {"a": name}))
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "\x00"])
+def test_an_index_that_lists_a_name_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"1 of the 1 files that .* lists are missing: 'x{0,100}") as info:
+        open_checkpoint(write_index(tmp_path, {"a": name}))
+    assert len(str(info.value)) < len(str(tmp_path)) + 300
+
+
+def test_keys_of_very_long_numbers_are_sorted_by_them(tmp_path: Path) -> None:
+    keys = [f"layers.{'9' * 5000}.w", f"layers.1{'0' * 5000}.w", "layers.9.w", "layers.10.w"]
+    save_file({key: torch.ones(1) for key in keys}, tmp_path / "a.safetensors")
+    assert list(open_checkpoint(tmp_path / "a.safetensors")) == [keys[2], keys[3], keys[0], keys[1]]
+
+
 def test_an_index_that_lists_what_is_not_there(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1), "b": torch.ones(1), "c": torch.ones(1)}, tmp_path / "1.safetensors")
     with pytest.raises(CheckpointError, match=r"1 of the 2 files that .* lists are missing: '2.safetensors'. Nothing"):
