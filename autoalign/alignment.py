@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,7 +41,7 @@ class Match:
     sources: tuple[str, ...]  # one key; several for a fused or stacked tensor, in the operation's order
     operation: Operation = field(default_factory=Copy)
     confidence: float = 1.0  # in [0, 1]
-    evidence: Mapping[str, float] = field(default_factory=dict)  # which cue said what, each in [0, 1]
+    evidence: Mapping[str, float] = field(default_factory=dict, hash=False)  # which cue said what, each in [0, 1]
     alternatives: tuple[Candidate, ...] = ()  # best first
     warnings: tuple[str, ...] = ()
 
@@ -223,7 +223,11 @@ class Alignment:
         return alignment_to_plain(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the alignment to a JSON file, for ``read``; a file that is there is replaced as a whole."""
+        """Write the alignment to a JSON file, for ``read``; a file that is there is replaced as a whole.
+
+        Raises:
+            OutputError: The file cannot be written there.
+        """
         from autoalign.saving import save
 
         save(self, path)
@@ -339,6 +343,16 @@ class Alignment:
         from autoalign.html.notebook import notebook_html
 
         return notebook_html(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all that was decided and no tensors, as with ``save``."""
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {"tensors": {}, "target_tensors": {}}
+
+    def __copy__(self) -> Alignment:
+        return self  # it is immutable
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Alignment:
+        return self  # its tensors are those of both sides
 
     def __iter__(self) -> Iterator[list[str]]:
         return iter((self.missing_keys, self.unexpected_keys))

@@ -18,7 +18,7 @@ import torch
 
 from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.checkpoint import Side, checkpoint_of
-from autoalign.errors import InputError, PairMismatchError
+from autoalign.errors import InputError, OutputError, PairMismatchError
 from autoalign.operations import Copy, Operation, Shape, output_shapes
 from autoalign.replacing import replace_text
 from autoalign.serial import LARGEST, Plain, from_plain, integer, items, number, parsed, text, texts, to_plain
@@ -59,7 +59,7 @@ def alignment_from_plain(data: Mapping[str, Any]) -> Alignment:
     version = data.get("version")
     if version != VERSION or type(version) is not int:
         raise InputError(
-            f"This alignment was saved in version {str(version)[:_LONGEST]}; this autoalign reads {VERSION}."
+            f"This alignment was saved in version {repr(version)[:_LONGEST]}; this autoalign reads {VERSION}."
             f"{_UNREAD} Align and save again."
         )
     try:
@@ -88,7 +88,14 @@ def alignment_from_plain(data: Mapping[str, Any]) -> Alignment:
 
 def save(alignment: Alignment, path: str | os.PathLike[str]) -> None:
     """Write an alignment to a file; see ``Alignment.save``."""
-    replace_text(Path(path), json.dumps(alignment_to_plain(alignment), indent=1))
+    text = json.dumps(alignment_to_plain(alignment), indent=1)
+    try:
+        replace_text(Path(path), text)
+    except (OSError, ValueError, TypeError) as error:
+        shown = str(getattr(error, "strerror", None) or error)
+        raise OutputError(
+            f"The alignment cannot be saved to {str(path)[:_LONGEST]!r}: {shown}. What was there is unchanged."
+        ) from error
 
 
 def read(path: str | os.PathLike[str]) -> Alignment:
