@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from autoalign.alignment import Candidate, Match
+from autoalign.candidates import operation_between
 from autoalign.doubts import DOUBTED, TOLD, Style, doubt_about, other_layouts, style_of
 from autoalign.evidence import is_alphabetical
 from autoalign.fusion import BY_ORDER, Fusion
@@ -158,9 +159,12 @@ def _match(
     alternatives = [Candidate(sources, operation, 0.0) for sources, operation in rest]
     if len(parts) == 1 and least.rival is not None and not alternatives:
         rival = source.parts[least.rival]
+        shape = target.parts[parts[0]].shape
         is_alike = rival.shape == source.parts[least.source].shape
-        other = chain(rival.view, least.operation) if is_alike else rival.view
-        alternatives.append(Candidate((source.key(rival),), other, 0.0))
+        other = least.operation if is_alike else operation_between(rival.shape, shape)
+        if other is not None:
+            otherwise = [_Piece(source.key(rival), chain(rival.view, other), shape)]
+            alternatives.append(Candidate(*_put_together(otherwise, views, whole.shape), 0.0))
     return Match(
         target=whole.key,
         sources=sources,

@@ -350,15 +350,29 @@ class Chain(Operation):
 
 
 def chain(*steps: Operation) -> Operation:
-    """Compose operations, leaving out those that change nothing.
+    """Compose operations, leaving out those that change nothing and those that undo each other.
 
     >>> chain(Copy(), Transpose())
     Transpose()
+    >>> chain(Permute((2, 0, 1)), Permute((1, 2, 0)))
+    Copy()
     """
-    needed = [step for step in steps if not isinstance(step, Copy)]
+    needed: list[Operation] = []
+    for step in (inner for given in steps for inner in steps_of(given)):
+        if needed and _undoes(step, needed[-1]):
+            needed.pop()
+        else:
+            needed.append(step)
     if len(needed) < 2:
         return needed[0] if needed else Copy()
-    return Chain(tuple(inner for step in needed for inner in steps_of(step)))
+    return Chain(tuple(needed))
+
+
+def _undoes(second: Operation, first: Operation) -> bool:
+    """True if two operations, one after the other, leave dimensions as they were."""
+    if isinstance(first, Permute) and isinstance(second, Permute) and len(first.dims) == len(second.dims):
+        return all(first.dims[dim] == place for place, dim in enumerate(second.dims))
+    return isinstance(first, Transpose) and isinstance(second, Transpose)
 
 
 def _numbered(groups: Sequence[Sequence[Trace]]) -> list[Trace]:

@@ -156,6 +156,7 @@ def _match_parts(
     same = namesakes(own.paths, other.paths, counts, lambda i, j: (i, j) in feasible)
     fixed = _pinned_units(source, target, own, other, pins)
     held = {i for i, _ in fixed}, {j for _, j in fixed}
+    pinned = set(pins.values())
     fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
     pairs = _without(pairs, fixed)
     sides = [
@@ -207,6 +208,8 @@ def _match_parts(
                 least = sureness if _is_told(source, target, piece, wanted) else min(sureness, TOLD)
                 found[b] = Found(a, operation, least, evidence, rivals.get(b), doubt)
     for b, a in lone_pairs(source.parts, target.parts, {b: piece.source for b, piece in found.items()}).items():
+        if target.key(target.parts[b]) in pins or source.key(source.parts[a]) in pinned:
+            continue
         operation = _operation(source.parts[a], target.parts[b], flipped=False)
         if operation is not None:
             found[b] = Found(a, operation, TOLD, {"structure": 1.0, "shape": 1.0}, None)
