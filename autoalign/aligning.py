@@ -14,7 +14,7 @@ from autoalign.errors import InputError, PatternError
 from autoalign.execution import execution_order
 from autoalign.garbage import collection_paused
 from autoalign.pairing import Outcome, paired
-from autoalign.patterns import PatternLike, RuleLike, excluded_keys, pinned_pairs
+from autoalign.patterns import PatternLike, RuleLike, checked_rules, excluded_keys, pinned_pairs
 from autoalign.repeats import LARGE, Specs, extended, is_settled, less_sure, pair_count, runs_of
 from autoalign.same_names import with_same_names
 
@@ -100,7 +100,7 @@ def _align(
         sides = _as_called(own, sides[0], example_inputs), _as_called(other, sides[1], example_inputs)
         if own.module is other.module is None:
             raise InputError("example_inputs need a module on one side at least. Nothing was aligned.")
-    rules = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+    rules = checked_rules(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
     same = None if pins else with_same_names(*sides)
     matches, mismatched, notes = (same, [], ()) if same else _by_repeats(*sides, (own.config, other.config), pins)

@@ -244,6 +244,8 @@ def _adapter_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _of_mapping(root: Mapping[str, object], container: str | None, path: str | None = None) -> Checkpoint:
+    if container is not None and not isinstance(container, str):
+        raise InputError(f"container= takes a name, not {type(container).__name__}. Nothing was aligned.")
     containers = containers_of(root)
     if container is not None:
         chosen = named_container(root, container, containers)

@@ -9,7 +9,7 @@ are trees of the same modules with different tensors, as Flax keeps parameters a
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -296,6 +296,12 @@ def _state_dict(node: _Node, path: str) -> Container:
         state_metadata.update((_join(prefix, module), metadata) for module, metadata in modules.items())
     for key, entry in _flat(node, ""):
         entries.append(entry if entry.spec.key == key else replace(entry, spec=replace(entry.spec, key=key)))
+    keys = Counter(entry.spec.key for entry in entries)
+    if len(keys) < len(entries):
+        raise InputError(
+            f"Two tensors of the nested mappings have the key {keys.most_common(1)[0][0]!r}. Nothing was aligned. "
+            "Give one of the mappings alone."
+        )
     return Container(path, tuple(entries), extras, state_metadata or None)
 
 

@@ -37,6 +37,7 @@ _SUFFIX = ".safetensors"
 _OTHERS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip"})
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
 _UNDONE = "Nothing was written."
+_LONGEST = 200  # characters of a path in an error
 
 
 def convert(
@@ -104,7 +105,8 @@ def convert(
     is_folder = format == "dcp"
     if is_folder and metadata:
         raise InputError(f"A folder of torch.distributed.checkpoint has no metadata of its own. {_UNDONE}")
-    folder, stem = (Path(os.path.abspath(output_path)), "") if is_folder else _place(Path(output_path))  # noqa: PTH100
+    path = _checked_path(output_path)
+    folder, stem = (Path(os.path.abspath(path)), "") if is_folder else _place(path)  # noqa: PTH100
     older = _content(folder) if is_folder else _older(folder, stem)
     if older and is_folder:
         raise OutputError(f"{str(folder)!r} is not a new or empty folder. {_UNDONE} Name another output.")
@@ -194,6 +196,19 @@ def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"Expected a path to write to, not {type(path).__name__}. {_UNDONE}")
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # such as of a name that is too long, or that has a null byte
+        shown = getattr(error, "strerror", None) or error
+        raise OutputError(f"{str(path)[:_LONGEST]!r} cannot be written to: {shown}. {_UNDONE}") from error
+    return Path(path)
+
+
 def _place(path: Path) -> tuple[Path, str]:
     """Tell the folder of an output and the stem of the names of its files."""
     if path.is_dir() or path.suffix.lower() not in {_SUFFIX, *_OTHERS}:
@@ -226,6 +241,8 @@ def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[Tensor
 
 
 def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dict[str, str]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"metadata= takes a mapping of texts, not {type(given).__name__}. {_UNDONE}")
     entries = {**source, **(given or {}), "format": "pt"}
     odd = [key for key, value in entries.items() if not (isinstance(key, str) and isinstance(value, str))]
     if odd:

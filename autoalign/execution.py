@@ -44,6 +44,8 @@ def execution_order(module: nn.Module, example_inputs: object) -> list[str]:
     Raises:
         InputError: The call fails.
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"Expected an nn.Module to call, not {type(module).__name__}. Nothing was called.")
     tracer = UseTracer(module.state_dict(keep_vars=True))
     handles = [owner.register_forward_hook(_finished(tracer, name)) for name, owner in module.named_modules()]
     with preserved(module):

@@ -152,9 +152,11 @@ def _conversion(
     if dtype is not None and not (isinstance(found, torch.dtype) and (found.is_floating_point or found.is_complex)):
         raise InputError(f"dtype={dtype!r} is no dtype of weights, such as 'bfloat16'. Nothing was loaded.")
     try:
-        return found, None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device={device!r} is no device, such as 'cuda:0'. Nothing was loaded.") from error
+        place = None if device is None else torch.device(device)
+        torch.empty(0, device=place)  # torch says only here that a device is not there
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise InputError(f"device={device!r} cannot be used: {error}. Nothing was loaded.") from error
+    return found, place
 
 
 _Prepared = tuple[Checkpoint, Alignment, frozenset[str]]
@@ -302,7 +304,13 @@ def _load_state_dict(
     state_dict.update(extra_states(source, targets, modules))
     state_dict._metadata = state_metadata(source, alignment, targets, modules, counters)  # type: ignore[attr-defined]
     with transaction(model, keep_values=not cannot_fail(model, targets, tensors)):
-        result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if "assign" in options else {}))
+        try:
+            assign = {"assign": True} if "assign" in options else {}
+            result = model.load_state_dict(state_dict, strict=False, **assign)
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):  # it is of code of the model
+                raise
+            raise AlignmentError(f"{error}\nThe model was not changed.", alignment) from error
         untaken = [key for key in getattr(result, "unexpected_keys", ()) if key in tensors]
         if untaken:
             raise AlignmentError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from autoalign.errors import InputError, PatternError
 from autoalign.names import components
@@ -14,6 +15,21 @@ PatternLike = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
 
 _MARK = "re:"  # before a regular expression
 _SPECIAL = frozenset("^$*+?[]()|\\")  # which a plain pattern does not hold
+
+
+def checked_rules(rules: RuleLike) -> list[tuple[str, str]]:
+    """List the pairs that rules are given as.
+
+    Raises:
+        InputError: They are something else.
+    """
+    given: object = rules.items() if isinstance(rules, Mapping) else rules
+    pairs: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    if not all(
+        isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(p, str) for p in pair) for pair in pairs
+    ):
+        raise InputError("rules must be a mapping of regex to replacement or pairs of keys. Nothing was aligned.")
+    return [(first, second) for first, second in pairs]
 
 
 def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) -> dict[str, str]:
@@ -28,11 +44,7 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
     Raises:
         PatternError: A rule is malformed, names keys that do not exist, or fixes one key twice.
     """
-    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
-    if not all(
-        isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(p, str) for p in pair) for pair in pairs
-    ):
-        raise InputError("rules must be a mapping of regex to replacement or pairs of keys. Nothing was aligned.")
+    pairs = checked_rules(rules)
     own, other = set(source), set(target)
     pins: dict[str, str] = {}
     renamings: list[tuple[re.Pattern[str], str]] = []

@@ -95,7 +95,10 @@ def verify(
                 f"{type(model).__name__} has tensors on the meta device, which have no values. Nothing was verified. "
                 "Load it first, with assign=True."
             )
+    _check_options(tolerance, trials, seconds)
     given = alignment is not None
+    if alignment is not None and not isinstance(alignment, Alignment):
+        raise InputError(f"alignment= takes an Alignment, not {type(alignment).__name__}. Nothing was verified.")
     if alignment is None:
         alignment = align(source_model, target_model, **align_options)
     _check(alignment, source_model, target_model)
@@ -142,6 +145,14 @@ def _check(alignment: Alignment, source: nn.Module, target: nn.Module) -> None:
                 f"The alignment is not one of these models: {len(unknown)} keys of its {side} are not in "
                 f"{type(model).__name__}, or of another shape: {', '.join(unknown[:3])}. Nothing was verified."
             )
+
+
+def _check_options(tolerance: object, trials: object, seconds: object) -> None:
+    for name, value, kinds in (("tolerance", tolerance, (int, float)), ("seconds", seconds, (int, float))):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not value >= 0):
+            raise InputError(f"{name}= takes a number that is not negative, not {value!r}. Nothing was verified.")
+    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 0:
+        raise InputError(f"trials= takes a whole number that is not negative, not {trials!r}. Nothing was verified.")
 
 
 def _verified(subject: Subject, *, as_it_is: bool, budget: Budget) -> Verification:

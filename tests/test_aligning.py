@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.alignment import Alignment
+from autoalign.operations import steps_of
 from autoalign.patterns import PatternLike
 
 Shapes = dict[str, tuple[int, ...]]
@@ -236,6 +237,10 @@ def test_unusable_options_are_refused() -> None:
         autoalign.InputError, match=r"'heads' is no change of values.* 'head', 'vocab', 'pos_embed', 'rel_"
     ):
         autoalign.align(*sides, adapt=("vocab", "heads"))
+    with pytest.raises(autoalign.InputError, match="container= takes a name, not int"):
+        autoalign.align(*sides, container=3)  # type: ignore[arg-type]
+    with pytest.raises(autoalign.InputError, match="rules must be a mapping"):
+        autoalign.align(*sides, rules=1.5)  # type: ignore[arg-type]
     with pytest.raises(autoalign.InputError, match="adapt=7 is no change of values"):
         autoalign.align(*sides, adapt=7)  # type: ignore[arg-type]
 
@@ -303,6 +308,39 @@ def test_an_inclusion_that_matches_nothing_is_an_error() -> None:
 def test_an_exclusion_that_matches_nothing_is_said() -> None:
     alignment = autoalign.align(state(network("")), state(network("a.")), exclude="zzz")
     assert alignment.notes == ("exclude='zzz' matches no key of either side.",)
+
+
+def test_a_key_that_a_rule_fills_is_filled_once() -> None:
+    source = {"a.weight": torch.ones(3, 2), "down": torch.ones(()), "c.weight": torch.ones(4, 3)}
+    target = {"net.a.weight": torch.ones(3, 2), "net.down": torch.ones(()), "net.c.weight": torch.ones(4, 3)}
+    alignment = autoalign.align(source, target, rules={"down": "net.down"})
+    assert sorted(match.target for match in alignment.matches) == sorted(target)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ({"a.scale": (1, 4), "qkv": (4,)}, {"weight.x": (4, 1)}),
+        ({"n": (), "v.x": (1,)}, {"module. ": ()}),
+        ({"k.0.kernel:0": (4, 8), "k.1.kernel:0": (4, 8)}, {"k.x.kernel:0": (4, 8)}),  # stored transposed
+        ({"a.in_proj_weight": (4, 12, 2), "gate.x": (4, 12, 2)}, {"net.gate.x": (4, 12, 2)}),
+    ],
+)
+def test_every_alternative_makes_the_shape_of_its_target(source: Shapes, target: Shapes) -> None:
+    alignment = autoalign.align(*({key: torch.ones(shape) for key, shape in side.items()} for side in (source, target)))
+    matches = [*alignment.matches, *alignment.ambiguous]
+    for match in matches:
+        assert len(steps_of(match.operation)) < 2
+        for other in match.alternatives:
+            (made,) = other.operation.apply([torch.ones(source[key]) for key in other.sources])
+            assert made.shape == target[match.target]
+    assert any(match.alternatives for match in matches)
+
+
+def test_nested_mappings_with_one_key_twice_are_refused() -> None:
+    side = {"a": {"b": torch.ones(2)}, "a.b": torch.ones(2)}
+    with pytest.raises(autoalign.InputError, match=r"Two tensors of the nested mappings have the key 'a\.b'"):
+        autoalign.align(side, {"a.b": torch.ones(2)})
 
 
 def test_tied_targets_share_one_source_and_the_conflict_is_said() -> None:

@@ -256,6 +256,7 @@ def test_counters_that_a_checkpoint_is_too_old_for_are_not_missing(tmp_path: Pat
         ({"dtype": "nonsense"}, r"dtype='nonsense' is no floating-point dtype"),
         ({"max_shard_size": 0}, r"max_shard_size=0 is no number of bytes"),
         ({"max_shard_size": "5 bananas"}, r"max_shard_size='5 bananas' is no number of bytes"),
+        ({"metadata": 3}, r"metadata= takes a mapping of texts, not int. Nothing was written"),
         ({"metadata": {"epoch": 3}}, r"The metadata of 'epoch' is no text"),
         ({"output_path": "out.pt"}, r"'out.pt' would be a file of safetensors; call it \*.safetensors"),
     ],
