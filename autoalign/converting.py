@@ -7,13 +7,13 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -21,13 +21,15 @@ from autoalign.aligning import align
 from autoalign.alignment import Alignment
 from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Side, checkpoint_of
-from autoalign.errors import InputError, NothingLoadedError, OutputError, PartialLoadWarning
+from autoalign.errors import CheckpointError, InputError, NothingLoadedError, OutputError, PartialLoadWarning
+from autoalign.formats.sharded import index_of
+from autoalign.formats.unfinished import output_pattern, staging_name, unfinished
 from autoalign.module_state import absent_counters, source_modules, without_counters
 from autoalign.preparing import nothing_message, read_match, require_complete, summary, unfilled_statement
 from autoalign.progress import Progress
 from autoalign.specs import TensorSpec
 from autoalign.writers.safetensors import dense, header, in_file_order, write_safetensors
-from autoalign.writers.staging import staged
+from autoalign.writers.staging import remove_abandoned, staged, staging_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,9 @@ def convert(
     Tensors are read, changed and written one by one, so that little more than the largest of them is in memory; what
     a file format maps into memory is not counted. All that ``align`` matches is written: each key of the target has a
     tensor of its own, those that are tied in the target too, so that the file loads without code that ties them. The
-    output appears when it is complete. If this raises, or is interrupted, there is nothing new and nothing changed.
+    output appears when it is complete. If this raises, or is interrupted, there is nothing new and nothing changed. If
+    the process is killed, the folder opens as what was there before or as all of the new output, and what was left in
+    it is removed by the next call that writes there.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +82,8 @@ def convert(
             keep the dtype that they have in the checkpoint.
         max_shard_size: Bytes of data in a file, or a text such as ``"5GB"`` or ``"4GiB"``. What is larger is written
             as ``NAME-00001-of-00002.safetensors`` and so on, with the index ``NAME.safetensors.index.json``; a tensor
-            that is larger has a file of its own.
+            that is larger has a file of its own. Shards that replace an output have a mark in their names, such as
+            ``NAME-0123abcd-00001-of-00002.safetensors``, so that an index never leads to shards of another output.
         metadata: Entries for the file's metadata, beside and before those of the source's. ``format`` is always ``pt``.
         strict: Raise unless every key of the target gets a tensor and every tensor of the checkpoint is used.
         overwrite: Replace an output that is there, with its index and shards.
@@ -110,9 +115,10 @@ def convert(
     older = _content(folder) if is_folder else _older(folder, stem)
     if older and is_folder:
         raise OutputError(f"{str(folder)!r} is not a new or empty folder. {_UNDONE} Name another output.")
-    if older and not overwrite:
+    kept = [name for name, is_left_over in older.items() if not is_left_over]
+    if kept and not overwrite:
         raise OutputError(
-            f"{str(folder / older[0])!r} exists. {_UNDONE} Pass overwrite=True to replace it, or name another output."
+            f"{str(folder / kept[0])!r} exists. {_UNDONE} Pass overwrite=True to replace it, or name another output."
         )
     source, wanted = checkpoint_of(checkpoint, container=align_options.pop("container", None)), checkpoint_of(target)
     alignment = align(source, wanted, **align_options)
@@ -218,15 +224,24 @@ def _place(path: Path) -> tuple[Path, str]:
     return path.parent, path.stem
 
 
-def _older(folder: Path, stem: str) -> list[str]:
-    """List the files in a folder that an output of this name would replace or be confused with."""
+def _older(folder: Path, stem: str) -> dict[str, bool]:
+    """List the files in a folder that an output of this name would replace or be confused with.
+
+    Returns:
+        Whether each was left over by a process that was killed.
+    """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{str(folder)!r} exists and is no folder. {_UNDONE}")
-    ours = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", re.ASCII)
+    ours = re.compile(output_pattern(stem), re.ASCII)
     try:
-        return sorted(file.name for file in folder.iterdir() if ours.fullmatch(file.name)) if folder.is_dir() else []
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise OutputError(f"{str(folder)!r} cannot be written to: {error}. {_UNDONE}") from error
+    index = f"{stem}{_SUFFIX}.index.json"
+    with suppress(CheckpointError):  # of an index that leads nowhere
+        left_over = unfinished(names, index_of(folder / index).values() if index in names else ())
+        return {name: name in left_over for name in names if ours.fullmatch(name)}
+    return {name: False for name in names if ours.fullmatch(name)}
 
 
 def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[TensorSpec]:
@@ -267,26 +282,28 @@ def _reader(alignment: Alignment, progress: Progress | None) -> Callable[[Tensor
     return read
 
 
-def _content(folder: Path) -> list[str]:
-    """List what an output folder of its own holds already."""
-    return [folder.name] if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) else []
+def _content(folder: Path) -> dict[str, bool]:
+    """List what an output folder of its own holds already, as ``_older``."""
+    return {folder.name: False} if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) else {}
 
 
 def _write_folder(specs: Sequence[TensorSpec], read: Callable[[TensorSpec], torch.Tensor], folder: Path) -> None:
     from autoalign.formats.distributed_writing import write_distributed
 
     known = {spec.key: spec for spec in specs}
-    made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    made = folder.parent / staging_name(folder.name, secrets.token_hex(4))
     try:
-        write_distributed(made, specs, lambda key: dense(key, read(known[key])).to(known[key].dtype))
-        if folder.exists():
-            folder.rmdir()  # an empty one
-        made.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(made, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, OutputError):
-            raise OutputError(f"{str(folder)!r} could not be written: {error}. Nothing is left of it.") from error
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with staging_folder(made):
+            remove_abandoned(folder.parent, re.escape(folder.name))
+            write_distributed(made, specs, lambda key: dense(key, read(known[key])).to(known[key].dtype))
+            if folder.exists():
+                folder.rmdir()  # an empty one
+            made.rename(folder)
+    except OutputError:
         raise
+    except OSError as error:
+        raise OutputError(f"{str(folder)!r} could not be written: {error}. Nothing is left of it.") from error
 
 
 def _write(
@@ -295,20 +312,27 @@ def _write(
     metadata: Mapping[str, str],
     folder: Path,
     stem: str,
-    older: Sequence[str],
+    older: Collection[str],
 ) -> None:
     names = [f"{stem}{_SUFFIX}"]
     if len(shards) > 1:
-        names = [f"{stem}-{number:05}-of-{len(shards):05}{_SUFFIX}" for number in range(1, len(shards) + 1)]
+        start = f"{stem}-{secrets.token_hex(4)}" if older else stem
+        names = [f"{start}-{number:05}-of-{len(shards):05}{_SUFFIX}" for number in range(1, len(shards) + 1)]
         names.append(f"{stem}{_SUFFIX}.index.json")
-    with staged(folder, names, older) as paths:
+    with staged(folder, names, older, output_pattern(stem)) as paths:
         for shard, path in zip(shards, paths, strict=False):  # the index is no shard
             with path.open("xb") as stream:
                 write_safetensors(stream, shard, read, metadata)
-                stream.flush()
-                os.fsync(stream.fileno())
+                _flush(stream)
         if len(shards) > 1:
-            paths[-1].write_text(_index(shards, names), encoding="utf-8")
+            with paths[-1].open("xb") as stream:
+                stream.write(_index(shards, names).encode())
+                _flush(stream)
+
+
+def _flush(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def _index(shards: Sequence[Sequence[TensorSpec]], names: Sequence[str]) -> str:

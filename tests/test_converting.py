@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -351,3 +352,127 @@ def test_a_distributed_checkpoint_is_written_to_an_empty_folder(
     monkeypatch.chdir(tmp_path / "step")
     autoalign.convert({"a": torch.ones(2)}, {"a": torch.empty(2)}, ".", format="dcp")
     assert torch.equal(autoalign.open_checkpoint(tmp_path / "step")["a"], torch.ones(2))
+
+
+_STEPS = """
+import os, signal, sys, warnings
+from pathlib import Path
+import torch
+import autoalign
+
+warnings.simplefilter("error")
+torch.set_num_threads(1)
+root = Path(sys.argv[1])
+target = {f"layers.{number}.weight": torch.empty(2, number + 1, device="meta") for number in range(6)}
+old, new = ({f"net.{key}": torch.full(value.shape, fill) for key, value in target.items()} for fill in (1.0, 2.0))
+CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir")
+os.fsync = lambda _: None  # which takes long and is for when the machine stops
+
+
+def write(values, folder, size, **options):
+    autoalign.convert(values, target, folder / "o.safetensors", max_shard_size=size, **options)
+
+
+def killed(place, *arguments, **options):
+    process = os.fork()
+    if process:
+        return bool(os.waitpid(process, 0)[1])
+    def step(call):
+        def counted(*given, **named):
+            nonlocal place
+            place -= 1
+            if place < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*given, **named)
+        return counted
+    for name in CALLS:
+        setattr(os, name, step(getattr(os, name)))
+    try:
+        write(*arguments, **options)
+    finally:
+        os._exit(0)
+
+
+def opened(path):
+    values = {float(value) for tensor in autoalign.open_checkpoint(path).values() for value in tensor.unique()}
+    assert len(values) == 1, (sorted(os.listdir(path)), values)
+    return values.pop()
+
+
+for before in ("nothing", "100GB", "40", "40 without index"):
+    for after in ("100GB", "40"):
+        found, place = [], 0
+        while True:
+            folder = root / f"{before} {after} {place}"
+            folder.mkdir()
+            if before != "nothing":
+                write(old, folder, before.split()[0])
+            if "without" in before:
+                (folder / "o.safetensors.index.json").unlink()
+            if not killed(place, new, folder, after, overwrite=True):
+                break
+            try:
+                found.append(opened(folder))
+            except autoalign.CheckpointError as error:
+                assert before == "nothing" and "None of its own is a checkpoint" in str(error), error
+                found.append(1.0)
+            index = folder / "o.safetensors.index.json"
+            if index.exists():
+                opened(index)
+            write(new, folder, after, overwrite=before != "nothing" or 2.0 in found)
+            assert opened(folder) == 2
+            own = sorted(os.listdir(folder))
+            assert not any(name.startswith(".") for name in own), own
+            assert len(own) == {"100GB": 1, "40": 6}[after], own
+            place += 1
+        assert found == sorted(found) and 1 in found and (2 in found), (before, after, found)
+        print(before, after, found)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks and kills")
+def test_a_killed_run_leaves_all_of_the_old_output_or_all_of_the_new(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _STEPS, str(tmp_path)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 8
+
+
+@pytest.mark.parametrize("before", ["100GB", "1KB"])
+@pytest.mark.parametrize("after", ["100GB", "1KB"])
+def test_a_step_that_fails_leaves_all_of_the_old_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    out, target = tmp_path / "out", meta(Network, fused=True)
+    older, newer = ({k: v + more for k, v in Network(fused=True).state_dict().items()} for more in (0, 1))
+    convert(older, target, out, max_shard_size=before)
+    names = names_in(out)
+    convert(newer, target, tmp_path / "new", max_shard_size=after)
+    replace = os.replace
+    for allowed in range(len(names_in(tmp_path / "new"))):
+        left = allowed
+
+        def failing(source: Path, target: Path) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise PermissionError("not now")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", failing)
+        with pytest.raises(OutputError, match=r"not now. Nothing is left of it."):
+            convert(newer, target, out, max_shard_size=after, overwrite=True)
+        assert names_in(out) == names
+        assert same(dict(autoalign.open_checkpoint(out)), older)
+    monkeypatch.undo()
+    convert(newer, target, out, max_shard_size=after, overwrite=True)
+    assert same(dict(autoalign.open_checkpoint(out)), newer)
+    assert len(names_in(out)) == len(names_in(tmp_path / "new"))
+
+
+def test_what_a_killed_run_left_of_a_distributed_checkpoint_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step1.0123abcd.tmp").mkdir()
+    (tmp_path / ".step1.0123abcd.tmp" / "__0_0.distcp").write_bytes(b"half")
+    convert({"a": torch.ones(2)}, {"a": torch.empty(2)}, tmp_path / "step1", format="dcp")
+    assert names_in(tmp_path) == ["step1"]

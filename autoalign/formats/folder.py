@@ -12,6 +12,7 @@ from autoalign.errors import CheckpointError
 from autoalign.formats.distributed import is_distributed, open_distributed
 from autoalign.formats.file import FORMATS, format_of, open_file
 from autoalign.formats.sharded import index_of, open_index, open_shards
+from autoalign.formats.unfinished import unfinished
 from autoalign.stored import Contents
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\..*)")
@@ -76,7 +77,9 @@ def _rank(candidate: _Candidate) -> tuple[int, bool, int, str]:
 
 def _candidates(folder: Path) -> list[_Candidate]:
     try:
-        files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+        names = sorted(path.name for path in folder.iterdir())
+        # hidden ones are parts of what is being written or downloaded
+        files = {name: folder / name for name in names if not name.startswith(".") and (folder / name).is_file()}
     except OSError as error:
         raise CheckpointError(f"{str(folder)!r} could not be read: {error}.") from error
     found: list[_Candidate] = []
@@ -86,6 +89,7 @@ def _candidates(folder: Path) -> list[_Candidate]:
         kinds = [kind for shard in shards & files.keys() if (kind := format_of(files[shard]))]
         found.append(_Candidate(name, kinds[0] if kinds else "safetensors", (files[name],)))
         taken |= shards
+    taken |= unfinished(names, taken)
     kinds_of = {
         name: kind
         for name, path in files.items()
@@ -114,7 +118,7 @@ def _together(names: Sequence[str]) -> list[list[str]]:
 
 def _nothing_message(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    inner = [name for name in names if (folder / name).is_dir()]
+    inner = [name for name in names if not name.startswith(".") and (folder / name).is_dir()]
     message = f"{str(folder)!r} is a folder; name a file in it. None of its own is a checkpoint"
     if inner:
         message += f"; the folders in it are {', '.join(map(repr, inner[:5]))}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from autoalign.errors import InputError, OutputError
-from autoalign.writers.staging import staged
+from autoalign.writers.staging import remove_abandoned, staged, staging_folder
 
 
 def names_in(folder: Path) -> list[str]:
@@ -74,3 +74,15 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> Non
     ):
         pass
     assert names_in(tmp_path) == ["file"]
+
+
+def test_hidden_folders_are_removed_when_nobody_writes_there(tmp_path: Path) -> None:
+    used, abandoned, other = (tmp_path / f".{name}.tmp" for name in ("a.01234567", "a.89abcdef", "b.01234567"))
+    abandoned.mkdir()
+    (abandoned / "a").write_text("half")
+    (tmp_path / ".a.00000000.tmp").write_text("of an earlier version")
+    other.mkdir()
+    with staging_folder(used):
+        remove_abandoned(tmp_path, "a")
+        assert names_in(tmp_path) == [used.name, other.name]
+    assert names_in(tmp_path) == [other.name]
