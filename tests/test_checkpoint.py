@@ -208,6 +208,7 @@ def test_truncated_file(tmp_path: Path, kind: str, kept: float) -> None:
         open_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_pickle_that_torch_did_not_write(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(pickle.dumps({"a": [1.0]}))

@@ -45,6 +45,14 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert {name.partition(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names == {"autoalign"}
 
 
+def test_only_the_program_changes_the_warning_filters() -> None:
+    """They are the whole process's: what a thread puts back may be what another has just ignored."""
+    package = ROOT / "autoalign"
+    changing = re.compile(r"catch_warnings|simplefilter|filterwarnings|resetwarnings|showwarning")
+    files = {file.relative_to(package) for file in package.rglob("*.py") if changing.search(file.read_text("utf-8"))}
+    assert {file.parts[0] for file in files} <= {"cli"}, files
+
+
 def test_the_readme_gives_the_line_that_is_run_as_the_test() -> None:
     *_, line = (ROOT / ".ci" / "run").read_text(encoding="utf-8").strip().splitlines()
     assert f"\n{line}\n" in (ROOT / "README.md").read_text(encoding="utf-8")

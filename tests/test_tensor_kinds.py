@@ -131,6 +131,7 @@ def test_sparse_tensors(layouts: tuple[str, str], assign: bool) -> None:
     assert torch.equal(found.to_dense(), dense)
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
 def test_sparse_tensors_of_a_file(tmp_path: Path) -> None:
     dense = torch.tensor([[0.0, 2.0], [0.0, 3.0], [1.0, 0.0]])
     source = Holder({"table": dense.to_sparse()})

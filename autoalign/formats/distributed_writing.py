@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,8 @@ def write_distributed(
     Raises:
         CheckpointError: The folder holds something, or a tensor is of another shape or dtype than its spec.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{str(folder)!r} is not an empty folder. Nothing was written.")
@@ -59,10 +56,12 @@ def write_distributed(
 
     empty = {spec.key: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs}
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=threads)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process is what is meant
-        try:
-            save(empty, storage_writer=writer, planner=Planner(flatten_state_dict=False), no_dist=True)
-        except CheckpointException as error:  # which is no Exception, and hides what was raised in `read`
-            failure = next(iter(error.failures.values()), None)
-            raise (failure[0] if isinstance(failure, tuple) else error) from None
+    planner = Planner(flatten_state_dict=False)
+    # the steps of torch's `save`, which warns where there is but one process, and hides what `read` raises
+    writer.reset()
+    planner.set_up_planner(empty, is_coordinator=True)
+    writer.set_up_storage_writer(True)
+    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    (plan,) = writer.prepare_global_plan(plans)
+    written = writer.write_data(planner.finish_plan(plan), planner).wait()
+    writer.finish(metadata, [written])

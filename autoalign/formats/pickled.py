@@ -7,7 +7,6 @@ import mmap
 import pickle
 import re
 import sys
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,14 +48,14 @@ def open_pickled(file: Path) -> Contents:
         _check_sizes(file)
     _check_costs(file, zipped=zipped)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what fails below or is no concern of ours, such as a pickle protocol
-            # torch.load takes this suffix at its word, and would write to a mapping of swapped bytes
-            if zipped and file.suffix != ".safetensors" and not _is_swapped(file):
-                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            else:
-                with file.open("rb") as stream:
-                    loaded = torch.load(stream, map_location="cpu", weights_only=True)
+        # torch.load takes this suffix at its word, and would write to a mapping of swapped bytes
+        if zipped and file.suffix != ".safetensors" and not _is_swapped(file):
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with file.open("rb") as stream:
+                loaded = torch.load(stream, map_location="cpu", weights_only=True)
+    except Warning:  # torch's own, which a filter of the caller's turns into an error; filters are the whole process's
+        raise
     except Exception as error:  # torch raises whatever the damaged part of a file led to
         raise _read_error(file, error) from error
     if not isinstance(loaded, Mapping):

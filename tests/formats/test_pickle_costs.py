@@ -215,6 +215,7 @@ def test_what_a_file_holds_beside_its_tensors_may_be_of_any_form(
 
 
 @pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
 def test_what_torch_saves_is_within_the_limits(tmp_path: Path, zipped: bool) -> None:
     shared = torch.arange(12.0)
     saved: dict[str, Any] = {
