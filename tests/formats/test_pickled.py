@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,27 +14,24 @@ from autoalign.errors import PartialLoadWarning
 from autoalign.loading import load
 
 
-@pytest.fixture
-def switching() -> Iterator[None]:
-    """Have threads take turns as often as can be."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
-@pytest.mark.usefixtures("switching")
-def test_loads_in_threads_leave_warnings_as_they_are(tmp_path: Path) -> None:
+def test_loads_in_threads_leave_warnings_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({f"net.{key}": tensor for key, tensor in nn.Linear(2, 2).state_dict().items()}, tmp_path / "a.pt")
     load(nn.Linear(2, 2), tmp_path / "a.pt")  # imports scipy, which adds filters of its own
     before = list(warnings.filters)
+    read, together = torch.load, threading.Barrier(4, timeout=60)
+
+    def read_together(*args: Any, **options: Any) -> object:
+        together.wait()
+        return read(*args, **options)
+
+    monkeypatch.setattr(torch, "load", read_together)
     for _ in range(10):
         threads = [threading.Thread(target=load, args=(nn.Linear(2, 2), tmp_path / "a.pt")) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert list(warnings.filters) == before
+    assert list(warnings.filters) == before
     with pytest.raises(PartialLoadWarning, match="1 keep their values"):  # an error in these tests
         load(nn.Linear(2, 2), {"weight": torch.ones(2, 2)})
 
