@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from autoalign.adaptable import AdaptableSide
 from autoalign.adapting import adapted, checked_adapt
@@ -13,8 +13,10 @@ from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.errors import InputError, PatternError
 from autoalign.execution import execution_order
 from autoalign.garbage import collection_paused
+from autoalign.operations import Copy
 from autoalign.pairing import Outcome, paired
 from autoalign.patterns import PatternLike, RuleLike, checked_rules, excluded_keys, pinned_pairs
+from autoalign.quantised import ADVICE, admitted, apart, fills, named
 from autoalign.repeats import LARGE, Specs, extended, is_settled, less_sure, pair_count, runs_of
 from autoalign.same_names import with_same_names
 
@@ -102,6 +104,13 @@ def _align(
             raise InputError("example_inputs need a module on one side at least. Nothing was aligned.")
     rules = checked_rules(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
+    if own.quantised or other.quantised:
+        pins = _without_codes(pins, rules, own, other)
+        hidden = apart(own.quantised, other.quantised), apart(other.quantised, own.quantised)
+        sides = (
+            tuple(spec for spec in sides[0] if spec.key not in hidden[0]),
+            tuple(spec for spec in sides[1] if spec.key not in hidden[1]),
+        )
     same = None if pins else with_same_names(*sides)
     matches, mismatched, notes = (same, [], ()) if same else _by_repeats(*sides, (own.config, other.config), pins)
     if allowed and (matches or pins):
@@ -113,6 +122,13 @@ def _align(
         mismatched = [mismatch for mismatch in mismatched if mismatch.key not in taken]
         notes = (*notes, *unable)
     _check_rules(rules, *sides, matches)
+    if own.quantised or other.quantised:
+        matches = admitted(matches, own.quantised, other.quantised)
+        codes = own.quantised.keys(), other.quantised.keys()
+        mismatched = [item for item in mismatched if item.source_key not in codes[0] and item.key not in codes[1]]
+        if own.quantised and not matches:  # that is why, whatever else was found
+            notes = ()
+        notes = (*notes, *_notes_of_codes(own, other, matches, out))
     order = {spec.key: index for index, spec in enumerate(other.specs)}
     chosen = sorted(matches, key=lambda match: order[match.target])
     sure = {match.target for match in chosen if match.confidence >= min_confidence}
@@ -120,13 +136,54 @@ def _align(
         matches=tuple(match for match in chosen if match.target in sure),
         ambiguous=tuple(match for match in chosen if match.target not in sure),
         mismatched=tuple(sorted(mismatched, key=lambda mismatch: order[mismatch.key])),
-        source_specs=own.specs,
+        source_specs=own.all_specs,
         target_specs=other.specs,
         excluded=out,
         notes=(*own.notes, *unused, *notes),
         tensors=own,
         target_tensors=other,
     )
+
+
+def _without_codes(
+    pins: Mapping[str, str], rules: Sequence[tuple[str, str]], own: Checkpoint, other: Checkpoint
+) -> dict[str, str]:
+    """Leave out of what rules fix the pairs in which codes would be taken for values.
+
+    Raises:
+        PatternError: A rule names such a pair.
+    """
+    kept = {
+        key: source for key, source in pins.items() if fills((source,), key, Copy(), own.quantised, other.quantised)
+    }
+    for key, source in pins.items():
+        if key not in kept and [source, key] in map(list, rules):
+            coded = source if source in own.quantised else key
+            scheme = (own if coded == source else other).quantised[coded].group.scheme
+            raise PatternError(
+                f"The rules fill {key!r} from {source!r}, but {coded!r} is quantised as {scheme} and its elements are "
+                "codes, not values. Nothing was aligned; leave the rule out, or dequantise first."
+            )
+    return kept
+
+
+def _notes_of_codes(
+    own: Checkpoint, other: Checkpoint, matches: Sequence[Match], excluded: Collection[str]
+) -> list[str]:
+    """Say what was left out because it is quantised; what torch itself packs is said where a checkpoint is opened."""
+    packed = {spec.key for spec in (*own.left_out, *other.left_out)}
+    used = {key for match in matches for key in match.sources}
+    filled = {match.target for match in matches}
+    return [
+        *(
+            f"Left out: {what}. Their elements are codes, not values. {ADVICE}"
+            for what in named(own.quantised, used | packed | set(excluded))
+        ),
+        *(
+            f"Of the model, {what} are not filled: they take nothing but the same, with what belongs to them."
+            for what in named(other.quantised, filled | packed | set(excluded))
+        ),
+    ]
 
 
 def _as_called(side: Checkpoint, specs: Specs, example_inputs: object) -> Specs:

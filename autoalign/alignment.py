@@ -13,6 +13,7 @@ from torch import Tensor
 from autoalign.adaptations import needs_target
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError, NothingLoadedError
 from autoalign.operations import Copy, Operation
+from autoalign.quantised import Members, groups_of, named
 from autoalign.specs import TensorSpec
 
 if TYPE_CHECKING:
@@ -97,6 +98,16 @@ class Alignment:
         used = {key for match in self.matches for key in match.sources}
         storages = {spec.storage for spec in self.source_specs if spec.key in used and spec.storage is not None}
         return [spec.key for spec in self.source_specs if spec.key not in used and spec.storage not in storages]
+
+    @cached_property
+    def quantised(self) -> tuple[Members, Members]:
+        """The tensors of the source and of the target that are values only together with others, and these, by key."""
+        return groups_of(self.source_specs), groups_of(self.target_specs)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Say of each scheme how many quantised tensors of the source are used for nothing."""
+        return named(self.quantised[0], {key for match in self.matches for key in match.sources} | self.excluded)
 
     @property
     def mismatched_keys(self) -> list[Mismatch]:

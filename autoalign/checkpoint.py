@@ -19,7 +19,8 @@ from autoalign.formats.file import open_file
 from autoalign.formats.folder import open_folder
 from autoalign.formats.sharded import is_index, open_index
 from autoalign.hub import downloaded, is_remote
-from autoalign.specs import TensorSpec
+from autoalign.quantised import Members, groups_of
+from autoalign.specs import TensorSpec, packing_of
 from autoalign.stored import Contents, Region, narrowed
 
 Side: TypeAlias = nn.Module | Mapping[str, object] | str | os.PathLike[str]
@@ -60,6 +61,16 @@ class Checkpoint(Mapping[str, Tensor]):
     @cached_property
     def _spec_of(self) -> dict[str, TensorSpec]:
         return {spec.key: spec for spec in self.specs}
+
+    @property
+    def all_specs(self) -> tuple[TensorSpec, ...]:
+        """What `specs` has, and what was left out."""
+        return (*self.specs, *self.left_out)
+
+    @cached_property
+    def quantised(self) -> Members:
+        """The tensors that are values only together with others, and these, by key."""
+        return groups_of(self.all_specs)
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._spec_of:
@@ -263,6 +274,10 @@ def _of_mapping(root: Mapping[str, object], container: str | None, path: str | N
     if packed:
         chosen = replace(chosen, entries=tuple(entry for entry in chosen.entries if entry.spec not in packed))
     entries = {entry.spec.key: entry for entry in chosen.entries}
+    for key, value in chosen.extras.items():  # as torch's own quantised layers pack their weight with its bias
+        for tensor in value if isinstance(value, tuple) else ():
+            if isinstance(tensor, Tensor) and (kind := packing_of(tensor)):
+                packed[TensorSpec(key, tuple(tensor.shape), tensor.dtype)] = kind
     notes = []
     if packed:
         listed = ", ".join(f"{spec.key} ({kind})" for spec, kind in list(packed.items())[:3])

@@ -250,8 +250,8 @@ def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[Tensor
     specs = []
     for match in alignment.matches:
         dtype = reduce(torch.promote_types, [dtypes[key] for key in match.sources])
-        floating = dtype.is_floating_point
-        specs.append(TensorSpec(match.target, shapes[match.target], cast if cast and floating else dtype))
+        is_value = dtype.is_floating_point and not any(key in alignment.quantised[0] for key in match.sources)
+        specs.append(TensorSpec(match.target, shapes[match.target], cast if cast and is_value else dtype))
     return specs
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autoalign.alignment import Alignment
+from autoalign.quantised import Members
 from autoalign.specs import TensorSpec
 
 _ALIKE = 40.0  # of 100; names less alike than that say nothing about each other
@@ -19,6 +20,7 @@ class _Alike:
     """The tensors of one shape on one side."""
 
     free: int = 0
+    quantised: int = 0
     used: int = 0
     first_used: str = ""
 
@@ -29,6 +31,8 @@ class Counterparts:
 
     side: Literal["source", "target"]
     excluded: frozenset[str]
+    own_codes: Members  # the quantised tensors of the side that has the key
+    codes: Members  # those of this side
     uses: dict[str, str]  # from each key that is used to what it is used for, in words
     by_shape: dict[_Shape, _Alike]  # by shape without dimensions of one
     by_template: dict[str, list[TensorSpec]]  # those that are free, by key without numbers
@@ -44,6 +48,7 @@ def counterparts(alignment: Alignment, side: Literal["source", "target"]) -> Cou
         else:
             for key in match.sources:
                 uses.setdefault(key, f"{'adapted' if match.operation.adapts else 'used'} for {match.target}")
+    own_codes, codes = alignment.quantised if side == "target" else reversed(alignment.quantised)
     by_shape: dict[_Shape, _Alike] = {}
     by_template: dict[str, list[TensorSpec]] = {}
     for spec in alignment.source_specs if side == "source" else alignment.target_specs:
@@ -51,10 +56,12 @@ def counterparts(alignment: Alignment, side: Literal["source", "target"]) -> Cou
         if spec.key in uses:
             alike.used += 1
             alike.first_used = alike.first_used or spec.key
+        elif spec.key in codes:
+            alike.quantised += 1
         elif spec.key not in alignment.excluded:
             alike.free += 1
             by_template.setdefault(_template(spec.key), []).append(spec)
-    return Counterparts(side, alignment.excluded, uses, by_shape, by_template)
+    return Counterparts(side, alignment.excluded, own_codes, codes, uses, by_shape, by_template)
 
 
 def reason(spec: TensorSpec, others: Counterparts) -> str:
@@ -64,6 +71,10 @@ def reason(spec: TensorSpec, others: Counterparts) -> str:
     """
     if spec.key in others.excluded:
         return "excluded"
+    if member := others.own_codes.get(spec.key):
+        return f"quantised as {member.group.scheme}, and its elements are no values"
+    if member := others.codes.get(spec.key):
+        return f"the {others.side}'s is quantised as {member.group.scheme}"
     alike = others.by_shape.get(_essential(spec.shape))
     if alike is None:
         return f"no {others.side} tensor of this shape"
@@ -73,15 +84,15 @@ def reason(spec: TensorSpec, others: Counterparts) -> str:
         return f"the only {others.side} tensor of this shape, {alike.first_used}, is {others.uses[alike.first_used]}"
     if alike.used:
         return f"all {alike.used} {others.side} tensors of this shape have other counterparts"
-    return f"the {others.side} tensors of this shape are excluded"
+    return f"the {others.side} tensors of this shape are {'quantised' if alike.quantised else 'excluded'}"
 
 
 def nearest(spec: TensorSpec, others: Counterparts) -> TensorSpec | None:
     """Find the free tensor of the other side with the likest name, if there is one with a like name.
 
-    An excluded tensor has none.
+    An excluded tensor and a quantised one have none.
     """
-    if spec.key in others.excluded:
+    if spec.key in others.excluded or spec.key in others.own_codes:
         return None
     from rapidfuzz import process
     from rapidfuzz.fuzz import ratio

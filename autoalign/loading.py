@@ -123,6 +123,7 @@ def load(
                 )
         source, found, counters = prepared
         if dtype is not None:  # what it is about to be
+            _refuse_codes(found)
             specs = found.target_specs
             converted_specs = (replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in specs)
             found = replace(found, target_specs=tuple(converted_specs))
@@ -143,6 +144,20 @@ def load(
             if assign:  # what is not new
                 converted(model, dtype, device)
         return replace(filled, target_tensors=checkpoint_of(model))
+
+
+def _refuse_codes(alignment: Alignment) -> None:
+    """Refuse another dtype for a model some of whose floating-point tensors are codes.
+
+    Raises:
+        InputError: It is such a model.
+    """
+    members = alignment.quantised[1].values()
+    if codes := [member for member in members if member.role == "codes" and member.spec.dtype.is_floating_point]:
+        raise InputError(
+            f"dtype= would change the codes of the model's quantised tensors, such as {codes[0].spec.key} "
+            f"({codes[0].group.scheme}). Nothing was loaded. Leave it out."
+        )
 
 
 def _conversion(
@@ -224,12 +239,11 @@ def _aligned(model: nn.Module, source: Checkpoint, options: Mapping[str, Any]) -
         unknown = len(lazy) - len(known)
         notes += (f"{len(known)} tensors of lazy modules have the shapes of those with their names in the checkpoint.",)
         notes += (f"{unknown} tensors of lazy modules stay without a shape.",) if unknown else ()
-    if not left_out and not source.left_out:
+    if not left_out:
         return replace(alignment, notes=(*alignment.notes, *notes))
     order = {key: place for place, key in enumerate(model.state_dict(keep_vars=True))}
     return replace(
         alignment,
-        source_specs=(*alignment.source_specs, *source.left_out),
         target_specs=tuple(sorted((*alignment.target_specs, *left_out), key=lambda spec: order[spec.key])),
         notes=(*alignment.notes, *notes),
     )

@@ -72,7 +72,7 @@ def unfilled_statement(alignment: Alignment, what: str) -> str:
         what: Becomes of them, such as "keep their values".
 
     Returns:
-        A sentence; empty if nothing is unfilled but what ``exclude`` and ``include`` left out.
+        A sentence, and one on what is quantised; empty if ``exclude`` and ``include`` left out all that is unfilled.
     """
     status = {key: status for key, status in alignment.status.items() if status not in FILLED}
     named = [key for key in status if key not in alignment.excluded]
@@ -81,7 +81,8 @@ def unfilled_statement(alignment: Alignment, what: str) -> str:
     counts = Counter("excluded" if key in alignment.excluded else status[key] for key in status)
     reasons = ", ".join(text.format(counts[reason]) for reason, text in _REASONS.items() if counts[reason])
     more = ", ..." if len(named) > _NAMED else ""
-    return f"{len(status)} {what}: {', '.join(named[:_NAMED])}{more} ({reasons})."
+    left_out = f" Left out: {', '.join(alignment.left_out)}." if alignment.left_out else ""
+    return f"{len(status)} {what}: {', '.join(named[:_NAMED])}{more} ({reasons}).{left_out}"
 
 
 def nothing_message(alignment: Alignment, source: Checkpoint, target: str, undone: str) -> str:
@@ -89,9 +90,10 @@ def nothing_message(alignment: Alignment, source: Checkpoint, target: str, undon
     lines = [
         f"No tensor of {source!r} could be aligned with the {len(alignment.target_specs)} tensors of {target}. {undone}"
     ]
+    left_out = alignment.left_out
     numels = {spec.numel for spec in source.specs}
     unlike = sum(spec.numel not in numels for spec in alignment.target_specs)
-    if unlike:
+    if unlike and not left_out:
         lines.append(f"  {unlike} of the model's tensors have a size that no tensor of the checkpoint has.")
     if alignment.excluded:
         lines.append(f"  {len(alignment.excluded)} keys were left out by include and exclude.")
@@ -105,5 +107,6 @@ def nothing_message(alignment: Alignment, source: Checkpoint, target: str, undon
         lines.append(f"  {len(alignment.mismatched)} have counterparts of another shape:")
         lines += [f"    {mismatch}" for mismatch in alignment.mismatched[:3]]
     lines += [f"  {note}" for note in alignment.notes]
-    lines.append("Check that both are the same network, or pass what you know as rules=.")
+    if not left_out:
+        lines.append("Check that both are the same network, or pass what you know as rules=.")
     return "\n".join(lines)

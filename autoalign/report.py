@@ -10,6 +10,7 @@ from autoalign.alignment import Alignment, Match
 from autoalign.folding import fold
 from autoalign.layout import Row, cut, escaped, lay_out, share_out, under_headings
 from autoalign.leftovers import counterparts, difference, nearest, reason
+from autoalign.quantised import ADVICE
 from autoalign.specs import TensorSpec
 from autoalign.totals import Share, elements, totals_of
 
@@ -17,6 +18,7 @@ SCREEN = 40  # lines
 
 _ORDER = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # of the totals, as of the sections
 _FIRST = 5  # keys of each side where nothing is matched
+_CHECK = "Check that both are the same network, or pass what is known as rules=."
 _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 
 
@@ -81,6 +83,8 @@ def incomplete_message(alignment: Alignment, *, missing: bool = True, unexpected
     if unexpected and left:
         lines.append(f"{left} of {len(alignment.source_specs)} source tensors {_have(left)} no use.")
         lines += _listed(_unexpected_rows(alignment, both=True))
+    if left_out := alignment.left_out:
+        lines.append(f"Left out: {', '.join(left_out)}. {ADVICE}")
     lines.append("Pass rules= to name counterparts, if there are any.")
     return "\n".join(lines)
 
@@ -103,9 +107,7 @@ def nothing_message(alignment: Alignment) -> str:
     for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
         rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST]]
         lines += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
-    return "\n".join(
-        [*lines, *alignment.notes, "Check that both are the same network, or pass what is known as rules=."]
-    )
+    return "\n".join([*lines, *alignment.notes, *([] if alignment.left_out else [_CHECK])])
 
 
 def _have(count: int) -> str:

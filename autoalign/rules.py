@@ -22,6 +22,7 @@ from autoalign.alignment import Match
 from autoalign.errors import InputError, PatternError, RulesError
 from autoalign.indices import SLICE, Arithmetic, expand, number_of, tokens_of
 from autoalign.operations import Copy, InsertZeros, Operation, Shape, chain, output_shapes, steps_of
+from autoalign.quantised import ADVICE, groups_of
 from autoalign.relative import Pick, Portion, at, exact, slice_count
 from autoalign.specs import specs_of
 
@@ -225,8 +226,14 @@ class Rules:
             RulesError: The rules do not hold for this state dict.
         """
         specs = getattr(state_dict, "specs", None) or specs_of(state_dict)
+        codes = groups_of(specs)
         result = {}
         for match in self.plan({spec.key: spec.shape for spec in specs}):
+            if match.operation != Copy() and (coded := [codes[key] for key in match.sources if key in codes]):
+                raise RulesError(
+                    f"{coded[0].spec} is quantised as {coded[0].group.scheme}: its elements are codes, not values, and "
+                    f"{match.operation} would mix them up. Nothing was converted. {ADVICE}"
+                )
             tensors = [state_dict[key] for key in match.sources]
             try:
                 (result[match.target],) = match.operation.apply(tensors)

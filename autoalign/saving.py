@@ -20,6 +20,7 @@ from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.errors import InputError, OutputError, PairMismatchError
 from autoalign.operations import Copy, Operation, Shape, output_shapes
+from autoalign.quantised import ADVICE, fills
 from autoalign.replacing import replace_text
 from autoalign.serial import LARGEST, Plain, from_plain, integer, items, number, parsed, text, texts, to_plain
 from autoalign.specs import TensorSpec, tied_groups
@@ -113,7 +114,7 @@ def applied(alignment: Alignment, source: Side, target: Side, *, container: str 
     known = {spec.key for spec in alignment.target_specs}
     counted = [spec for spec in other.specs if spec.key in known or not spec.key.endswith(_COUNTER)]
     lines = [
-        *_differences("source", alignment.source_specs, own.specs),
+        *_differences("source", alignment.source_specs, own.all_specs),
         *_differences("target", alignment.target_specs, counted),
     ]
     if lines:
@@ -124,12 +125,24 @@ def applied(alignment: Alignment, source: Side, target: Side, *, container: str 
             "Nothing was loaded. Align this pair itself, or use alignment.rules(), which may hold for it.",
             alignment,
         )
+    codes = own.quantised, other.quantised
+    raw = (
+        [m.target for m in alignment.matches if not fills(m.sources, m.target, m.operation, *codes)]
+        if any(codes)
+        else ()
+    )
+    if raw:
+        raise PairMismatchError(
+            f"The alignment takes codes for values: one side of {len(raw)} tensors is quantised, such as {raw[0]}. "
+            f"Nothing was loaded. {ADVICE}",
+            alignment,
+        )
     order = {spec.key: place for place, spec in enumerate(other.specs)}
     return replace(
         alignment,
         matches=tuple(sorted(alignment.matches, key=lambda match: order[match.target])),
         ambiguous=tuple(sorted(alignment.ambiguous, key=lambda match: order[match.target])),
-        source_specs=own.specs,
+        source_specs=own.all_specs,
         target_specs=tuple(spec for spec in other.specs if spec.key in known),
         tensors=own,
         target_tensors=other,
