@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from autoalign.comparing import relative_difference
 from autoalign.counterparts import Pair, feature_rows, features
@@ -18,6 +20,20 @@ from autoalign.recording import Call, Recording, Sums
 _FINER = 30  # modules are held to a tolerance that many times smaller than outputs, since errors grow
 _ROUNDINGS = 16  # that a module's output may be off by
 _JUMP = 10  # how many times what came before a difference must be, to be no mere rounding that grew
+_GRADUAL = 2**30  # added to the positions of differences that grew, which come after all others
+_ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
+    functional.relu,
+    functional.gelu,
+    partial(functional.gelu, approximate="tanh"),
+    functional.silu,
+    functional.relu6,
+    functional.hardswish,
+    functional.leaky_relu,
+    functional.elu,
+    functional.mish,
+    torch.tanh,
+    torch.sigmoid,
+)
 
 Kind = Literal["own", "mispaired", "before", "inside", "gradual"]
 
@@ -50,6 +66,7 @@ class Compared:
     target_shapes: Mapping[str, Shape]
     last: Collection[str]  # modules of either side, as "source:name", whose features are in the last dimension
     tolerance: float  # of modules
+    most: float  # what modules may differ by where all is called equal
     events: tuple[Event, ...] = ()  # in the target's order; filled by `compare`
 
 
@@ -114,7 +131,7 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
     """Find the first module, in the target's order of execution, that does not do what its partner does.
 
     Differences at the borders of modules that are drawn elsewhere (a norm with its activation) are told from real ones
-    by whether the other network computes the same value at another place.
+    by whether the other network computes the same value at another place, or would by an activation.
 
     Args:
         compared: The recordings.
@@ -134,6 +151,7 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
         return sums is not None and any(sums.like(other) for other in by_size.get(sums.numel, ()))
 
     noise, since, source_since = 0.0, -1, -1
+    gradual: Finding | None = None
     begun: dict[int, Event] = {}  # calls whose inputs differ, and that are judged when they end
     endings = {id(event.call): event for event in events if event.ending}
     for position, event in enumerate(events):
@@ -141,6 +159,8 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
             continue
         limit = max(compared.tolerance, _JUMP * noise)
         if event.difference <= limit:
+            if event.difference > compared.most and gradual is None:
+                gradual = _gradual(position, event)
             noise = max(noise, event.difference)
             since, source_since = event.time, event.source_time
             continue
@@ -154,7 +174,8 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
                 continue
             kind = "mispaired" if _given_the_same(compared, event.call) else "before"
         else:
-            if event.call.module not in wrong and not event.pair.is_mixed and computed(event.call.gave_sums):
+            excusable = event.call.module not in wrong and not event.pair.is_mixed
+            if excusable and (computed(event.call.gave_sums) or _holds_activation(event, limit)):
                 continue
             given = _given_the_same(compared, event.call)
             if id(event.call) in begun:
@@ -180,7 +201,7 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
             event.source_time,
             _given_the_same(compared, event.call) if kind == "mispaired" else (),
         )
-    return None
+    return gradual
 
 
 def worst_finding(compared: Compared) -> Finding | None:
@@ -188,9 +209,13 @@ def worst_finding(compared: Compared) -> Finding | None:
     events = [event for event in compared.events if event.difference is not None]
     for position, event in enumerate(events):
         if (event.difference or 0.0) > compared.tolerance:
-            times = -1, -1, event.time, event.source_time
-            return Finding(position, "gradual", event.call, event.pair.source, event.difference or 0.0, *times)
+            return _gradual(position, event)
     return None
+
+
+def _gradual(position: int, event: Event) -> Finding:
+    times = -1, -1, event.time, event.source_time
+    return Finding(_GRADUAL + position, "gradual", event.call, event.pair.source, event.difference or 0.0, *times)
 
 
 def last_agreement(compared: Compared) -> tuple[int, int]:
@@ -202,6 +227,19 @@ def last_agreement(compared: Compared) -> tuple[int, int]:
 def event_count(compared: Compared) -> int:
     """Count the events at which both sides can be compared."""
     return sum(event.difference is not None for event in compared.events)
+
+
+def _holds_activation(event: Event, limit: float) -> bool:
+    """True if one of two layers gives what the other gives, after an activation: it contains the one that follows."""
+    got, want = event.call.gave, event.partner.gave
+    if not (got and want and got[0].is_floating_point() and want[0].is_floating_point()):
+        return False
+    apart = (
+        relative_difference(activation(first.float()), second.float())
+        for first, second in ((want[0], got[0]), (got[0], want[0]))
+        for activation in _ACTIVATIONS
+    )
+    return any(difference is not None and difference <= limit for difference in apart)
 
 
 def _is_comparable(event: Event) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -26,9 +26,9 @@ class Outcome:
 
     differences: tuple[OutputDifference, ...]
     largest: float
-    equal: bool
+    equal: bool  # outputs and all that was compared on the way
     finding: Finding | None
-    position: float  # how far both agree; inf where the outputs are equal
+    position: float  # how far both agree; inf where all is equal
     compared: Compared
     events: int
 
@@ -127,6 +127,7 @@ class Subject:
         target_owner = owners(self.models[1], list(self.target_shapes), called)
         pairs = paired_modules(list(matches.values()), self.source_owner, target_owner, self.sizes)
         tolerance = self.wanted_tolerance or tolerance_of(self.source.outputs, target.outputs)
+        finer = module_tolerance(tolerance, (self.source, target))
         compared = compare(
             Compared(
                 self.source,
@@ -135,14 +136,16 @@ class Subject:
                 self.shapes,
                 self.target_shapes,
                 self.last,
-                module_tolerance(tolerance, (self.source, target)),
+                finer,
+                max(tolerance, finer),
             )
         )
         differences = output_differences(target.outputs, self.source.outputs)
         largest = max((item.difference for item in differences), default=inf)
-        equal = largest <= tolerance
         guilty = {target_owner[key][0] for key in wrong if key in target_owner}
-        finding = first_finding(compared, guilty)
+        outputs_equal = largest <= tolerance  # although values on the way may differ: a signal may fade
+        finding = first_finding(replace(compared, tolerance=compared.most) if outputs_equal else compared, guilty)
+        equal = outputs_equal and finding is None
         position: float = inf if equal else finding.position if finding is not None else 2**31
         return Outcome(tuple(differences), largest, equal, finding, position, compared, event_count(compared))
 

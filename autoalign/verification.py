@@ -15,7 +15,7 @@ _SHOWN = 6  # matches that are listed
 class Verification:
     """What a call of two networks shows of an alignment."""
 
-    equal: bool  # the outputs are, with `alignment`
+    equal: bool  # the outputs are, and all that was compared on the way, with `alignment`
     max_difference: float  # the largest relative difference of the outputs, with `alignment`; inf if none compare
     first_divergence: Divergence | None  # where the models, as they were given, first differ
     alignment: Alignment  # the one that was verified, with any alternative that had to be taken
@@ -29,7 +29,9 @@ class Verification:
 
     def __str__(self) -> str:
         how = "as it is" if self.as_it_is else "with the alignment's values"
-        verdict = "equal" if self.equal else "NOT equal"
+        verdict = "NOT equal" if self.max_difference > self.tolerance else "equal"
+        if verdict == "equal" and not self.equal:
+            verdict = "equal, but NOT what modules compute on the way"
         lines = [
             f"The outputs are {verdict}: largest relative difference {self.max_difference:.1e}, "
             f"tolerance {self.tolerance:.0e}; {self.compared} inputs and outputs of modules compared, "

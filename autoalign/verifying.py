@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from math import inf
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,18 +36,19 @@ def verify(
 ) -> Verification:
     """Call both models on equal inputs, compare all that they compute, and name where they first differ.
 
-    The outputs decide. Modules are paired by the tensors that the alignment pairs, and compared in the order in which
-    the target calls them: the first whose output differs although its inputs agree, or the place between two modules
-    where a difference arises, is the first divergence. Its cause is one of ``weights`` (other values than the source's,
-    or in another layout), ``missing`` (tensors that got nothing), ``configuration`` (the same weights and another
-    setting, which is named), ``code`` and ``precision``.
+    Equal means that the outputs are, and all that paired modules compute on the way, each by its own size: a signal
+    may fade, and hardly show in the outputs. Modules are paired by the tensors that the alignment pairs, and compared
+    in the order in which the target calls them: the first whose output differs although its inputs agree, or the place
+    between two modules where a difference arises, is the first divergence. Its cause is one of ``weights`` (other
+    values than the source's, or in another layout), ``missing`` (tensors that got nothing), ``configuration`` (the same
+    weights and another setting, which is named), ``code`` and ``precision``.
 
     Which values the target is called with: its own if it was loaded, which its values tell; else those of the
     alignment, in place of its own and without changing it. An ``alignment`` that is given is checked by its values,
-    and the target by its own too, if it was loaded. If outputs differ, other ways to fill the target are tried
+    and the target by its own too, if it was loaded. If they differ, other ways to fill the target are tried
     where they first do: what is ambiguous and all ``alternatives``, tensors of equal shape exchanged, square matrices
-    transposed, parts of fused tensors in another order; first all layers at once. The alignment that makes the
-    outputs equal is returned; nothing is loaded:
+    transposed, parts of fused tensors in another order; first all layers at once. The alignment that makes
+    them equal is returned; nothing is loaded:
 
         verification = autoalign.verify(source, target, inputs)
         if verification.equal:
@@ -78,8 +78,9 @@ def verify(
             random values, not zeros: where inputs are alike, differences do not show.
         target_inputs: The same for the target, where it is called in another way.
         alignment: What to check; by default that of the two models.
-        tolerance: The largest difference of outputs that are called equal, as a share of the largest value of each;
-            by default 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16 and 1e-6 for float64.
+        tolerance: The largest difference that is called equal, of an output or of what a module computes, as a share of
+            the largest value of each; by default 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16 and 1e-6 for
+            float64.
         trials: How many calls of the target may be made to try alternatives; 0 for none.
         seconds: For how long alternatives may be tried; no limit by default.
         **align_options: As for ``align``, where no alignment is given.
@@ -109,12 +110,17 @@ def verify(
         if not subject.loaded:
             return _verified(subject, as_it_is=False, budget=budget)
         found = _verified(subject, as_it_is=True, budget=budget)
-        if not found.equal or found.taken or not (given or found.first_divergence):
+        if found.max_difference > found.tolerance or found.taken or not (given or found.first_divergence):
             return found
         by_alignment = _verified(subject, as_it_is=False, budget=budget)
         if by_alignment.equal and by_alignment.first_divergence is None:
             return found
-        return by_alignment if given else _otherwise_right(found, by_alignment)
+        if given:
+            return by_alignment
+        if by_alignment.equal and by_alignment.taken and not found.equal:  # the alignment paired its modules wrongly
+            subject = Subject(source_model, target_model, inputs, by_alignment.alignment, tolerance)
+            found = _verified(subject, as_it_is=True, budget=Budget(0, None))
+        return _otherwise_right(found, by_alignment) if found.equal else found
 
 
 def _otherwise_right(found: Verification, by_alignment: Verification) -> Verification:
@@ -200,10 +206,6 @@ def _verified(subject: Subject, *, as_it_is: bool, budget: Budget) -> Verificati
 def _divergence(subject: Subject, outcome: Outcome, scene: Scene) -> Divergence | None:
     finding = outcome.finding
     if outcome.equal:
-        if finding is not None and finding.difference < inf:
-            module, pair = finding.call.module, scene.pairs.get(finding.call.module)
-            if (pair and pair.is_mixed) or any(scene.owner[key] == module for key in scene.wrong):
-                return diverged(scene, finding)
         return _unseen(subject, scene)
     if (finding := finding or worst_finding(outcome.compared)) is not None:
         return diverged(scene, finding)

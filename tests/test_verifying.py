@@ -29,6 +29,7 @@ from tests.reference_models.parts import CONTEXT, DEPTH
 from tests.test_operation_pairs import DOUBTED_PAIRS, LLAMA, PHI3, TOKENS, Pair, hf, randomise
 
 INPUTS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 BERT = hf("Bert", "Model", max_position_embeddings=CONTEXT)
 
 
@@ -164,7 +165,7 @@ def test_an_activation_outside_of_modules_is_named() -> None:
 ACTIVATIONS = [nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Identity]
 
 
-@pytest.mark.parametrize("shift", [0.0, 9.0])
+@pytest.mark.parametrize("shift", [0.0, 20.0])
 @pytest.mark.parametrize(("own", "other"), [*permutations(ACTIVATIONS, 2)])
 def test_another_activation_is_named_whatever_the_values(
     own: Callable[[], nn.Module], other: Callable[[], nn.Module], shift: float
@@ -328,9 +329,104 @@ def test_values_without_effect_are_told_from_an_alignment_that_is_wrong() -> Non
     with torch.no_grad():
         target.get_parameter(key).mul_(2)
     verification = verify(source, target, TOKENS)
-    assert verification.equal
+    assert not verification.equal  # the projection gives something else, whatever becomes of it
+    assert verification.max_difference < verification.tolerance
     assert verification.first_divergence is not None
     assert verification.first_divergence.keys == (key,)
+    assert str(verification).startswith("The outputs are equal, but NOT what modules compute on the way: ")
+    assert verify(source, target, TOKENS, alignment=autoalign.align(source, target)).as_it_is
+
+
+class Fading(nn.Module):
+    """Branches whose signals fade, as those of deep networks with initial weights do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.left = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        self.right = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        result: Tensor = self.head(1e-7 * (self.left(x) + self.right(x)))
+        return result
+
+
+def _exchange(model: nn.Module, first: str, second: str) -> None:
+    state = model.state_dict()
+    model.load_state_dict(state | {first: state[second].clone(), second: state[first].clone()})
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_outputs_in_which_a_signal_has_faded_prove_nothing(*, given: bool) -> None:
+    source, target = with_values(Fading(), 1), Fading()
+    target.load_state_dict(source.state_dict())
+    assert verify(source, target, ROWS).equal
+    _exchange(target, "left.0.weight", "right.0.weight")
+    alignment = autoalign.align(source, target) if given else None
+    verification = verify(source, target, ROWS, alignment=alignment)
+    assert verification.max_difference < 1e-5 < verification.tolerance
+    assert not verification.equal
+    assert verification.first_divergence is not None
+    assert verification.first_divergence.difference > 0.1
+    assert (verification.first_divergence.target_module, verification.first_divergence.cause) == ("left.0", "weights")
+    assert "left.0.weight holds what right.0.weight should" in verification.first_divergence.detail
+
+
+def test_an_alignment_that_exchanges_faded_branches_is_wrong() -> None:
+    source, target = with_values(Fading(), 1), with_values(Fading(), 2)
+    wrong = _exchanged(autoalign.align(source, target), "left.0", "right.0")
+    verification = verify(source, target, ROWS, alignment=wrong)
+    assert verification.max_difference < verification.tolerance
+    assert not verification.equal
+
+
+def test_the_initial_weights_of_a_deep_network_are_told_apart() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        source: Any = tv("inception_v3", init_weights=False)().eval()
+    target: Any = tv("inception_v3", init_weights=False)().eval()
+    target.load_state_dict(source.state_dict())
+    _exchange(target, "Mixed_5b.branch5x5_2.conv.weight", "Mixed_5d.branch5x5_2.conv.weight")
+    images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    verification = verify(source, target, images)
+    assert verification.max_difference < 1e-5
+    assert not verification.equal
+    assert verification.first_divergence is not None
+    assert verification.first_divergence.keys == ("Mixed_5b.branch5x5_2.conv.weight",)
+
+
+class ActiveNorm(nn.LayerNorm):
+    """A norm that contains the activation that follows it, as timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Pooled(nn.Module):
+    """A norm, an activation inside or behind it, and a head on the mean."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.norm, self.head = ActiveNorm(6) if inside else nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = x if isinstance(self.norm, ActiveNorm) else x.relu()
+        result: Tensor = self.head(x.mean(1))
+        return result
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_activation_inside_or_behind_a_layer_is_no_difference(*, inside: bool) -> None:
+    source, target = with_values(Pooled(inside=inside), 1), Pooled(inside=not inside)
+    target.load_state_dict(source.state_dict())
+    verification = verify(source, target, torch.randn(2, 5, 6))
+    assert (verification.equal, verification.first_divergence) == (True, None)
+    with torch.no_grad():
+        target.get_parameter("norm.weight").add_(0.1)
+    assert not verify(source, target, torch.randn(2, 5, 6)).equal
 
 
 def test_what_a_verification_prints(pair: tuple[Any, Any]) -> None:
