@@ -23,6 +23,7 @@ FLOW = (
     # any format -> tensor specs
     *("garbage", "arrays", "stored", "containers", "config"),
     *(
+        "formats.budget",
         "formats.safetensors",
         "formats.pickle_costs",
         "formats.pickled",
@@ -34,6 +35,7 @@ FLOW = (
         "formats.sharded",
         "formats.distributed",
         "formats.distributed_writing",
+        "formats.unfinished",
         "formats.folder",
     ),
     *("hub", "checkpoint", "saving"),

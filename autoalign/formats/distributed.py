@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from autoalign.errors import CheckpointError, UnsafeCheckpointError
+from autoalign.formats.budget import Budget, TooCostlyError
 from autoalign.formats.pickle_costs import check_cost
+from autoalign.formats.pickled import check_zipped
 from autoalign.stored import Contents, Region, Stored
 
 _METADATA = ".metadata"
 _LARGEST = 2**30  # bytes of metadata
+_BESIDE = 2**16  # bytes that torch writes beside the values of a piece; they are one or two thousand
 
 
 def is_distributed(folder: Path) -> bool:
@@ -39,8 +42,10 @@ def open_distributed(folder: Path) -> Contents:
     """
     try:
         metadata = _read_metadata(folder / _METADATA)
-        _check_pieces(folder, metadata)
-        return Contents(_nested(folder, metadata))
+        budget = Budget((folder / _METADATA).stat().st_size + sum(_check_pieces(folder, metadata).values()))
+        for place in metadata.storage_data.values():  # of which many may be the same part of a file
+            budget.charge(max(place.length, 0))
+        return Contents(_nested(folder, metadata, budget))
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle may lead anywhere
@@ -103,8 +108,12 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
 }
 
 
-def _check_pieces(folder: Path, metadata: Any) -> None:
-    """Make sure that every piece of every tensor is there, with as many bytes as it needs."""
+def _check_pieces(folder: Path, metadata: Any) -> dict[str, int]:
+    """Make sure that every piece of every tensor is there, with as many bytes as it needs.
+
+    Returns:
+        The files of the pieces, with their sizes.
+    """
     from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
     sizes: dict[str, int] = {}
@@ -131,9 +140,10 @@ def _check_pieces(folder: Path, metadata: Any) -> None:
             needed = 0 if packed else prod(chunk.sizes) * dtype.itemsize
             if not (place.offset >= 0 and needed <= place.length <= sizes[name] - place.offset):
                 raise ValueError(f"a piece of {key} has {place.length} bytes at {place.offset} of {name!r}")
+    return sizes
 
 
-def _nested(folder: Path, metadata: Any) -> dict[str, object]:
+def _nested(folder: Path, metadata: Any, budget: Budget) -> dict[str, object]:
     """Nest the tensors as the state dict was that was saved."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -150,12 +160,13 @@ def _nested(folder: Path, metadata: Any) -> dict[str, object]:
             level = inner
         if name in level:
             raise ValueError(f"two tensors are called {key!r}")
-        level[name] = _stored(folder, metadata, key, entry)
+        level[name] = _stored(folder, metadata, key, entry, budget)
     return root
 
 
-def _stored(folder: Path, metadata: Any, key: str, entry: Any) -> Stored:
+def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -> Stored:
     shape, dtype = tuple(entry.size), entry.properties.dtype
+    checked: set[tuple[str, int]] = set()
 
     def read_region(region: Region) -> Tensor:
         from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -170,12 +181,23 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any) -> Stored:
             def lookup_tensor(self, index: object) -> Tensor:  # noqa: ARG002, there is only one
                 return tensor
 
+        class Reader(FileSystemReader):
+            """Looks at a piece before torch loads it."""
+
+            def _slice_file(self, file: Any, place: Any) -> Any:
+                piece = _Part(file, place.offset, place.length)
+                if (place.relative_path, place.offset) not in checked:
+                    _check_piece(piece, place, self, prod(shape) * dtype.itemsize, budget)
+                    checked.add((place.relative_path, place.offset))
+                    piece.seek(0)
+                return piece
+
         starts, sizes = torch.Size([start for start, _ in region]), torch.Size([length for _, length in region])
         try:
             tensor = torch.empty(sizes, dtype=dtype, device="cpu")
             planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
             planner.set_up_planner({key: tensor}, metadata)
-            reader = FileSystemReader(folder)
+            reader = Reader(folder)
             reader.set_up_storage_reader(metadata, is_coordinator=True)
             items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(starts, sizes)])
             reader.read_data(LoadPlan(items), planner).wait()
@@ -184,6 +206,51 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any) -> Stored:
         return tensor
 
     return Stored(shape, dtype, lambda: read_region(tuple((0, size) for size in shape)), read_region=read_region)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file of its own; torch's is wrong about places that are counted from the end."""
+
+    def __init__(self, file: Any, start: int, size: int) -> None:
+        self.file, self.start, self.size, self.at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = max(offset + (0, self.at, self.size)[whence], 0)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.at)
+        count: int = self.file.readinto(memoryview(buffer)[: max(self.size - self.at, 0)])
+        self.at += count
+        return count
+
+
+def _check_piece(piece: Any, place: Any, reader: Any, needed: int, budget: Budget) -> None:
+    """Refuse a piece that would take more than its size, or than the whole of its tensor if it is compressed.
+
+    Raises:
+        TooCostlyError: It would.
+        Exception: It is damaged.
+    """
+    size = place.length
+    if transforms := getattr(place, "transform_descriptors", None):
+        unpacked = reader.transforms.transform_load_stream(None, transforms, piece)
+        content = bytearray()
+        while block := unpacked.read(2**20):
+            content += block
+            if len(content) > needed + _BESIDE:
+                raise TooCostlyError(f"a piece of a tensor of {needed:,} bytes is larger when unpacked")
+        piece, size = io.BytesIO(content), len(content)
+    check_zipped(piece, size, budget)
 
 
 def _damaged(folder: Path, error: Exception) -> CheckpointError:

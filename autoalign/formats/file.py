@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 from autoalign.errors import CheckpointError
+from autoalign.formats.budget import members_of
 from autoalign.formats.gguf import is_gguf, open_gguf
 from autoalign.formats.msgpack import is_msgpack, open_msgpack
 from autoalign.formats.npz import is_npz, open_npz
@@ -77,7 +77,6 @@ def head_of(file: Path) -> bytes:
 
 def _members(file: Path) -> list[str]:
     try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.namelist()
+        return [info.filename for info in members_of(file, file.stat().st_size)]
     except Exception:  # no zip file, or a damaged one, which fails as what it is taken for
         return []

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from autoalign.arrays import as_tensor, torch_dtype
 from autoalign.errors import CheckpointError
+from autoalign.formats.budget import MEMBERS, Budget
 from autoalign.stored import Contents, Stored
 
-_LONGEST = 2**16  # bytes of an array's header that are read; one of numbers has about a hundred
-_MOST = 2**18  # arrays
+_LONGEST = 2**14  # bytes of an array's header that are read; numpy takes 10,000, and one of numbers has a hundred
+_USUAL = 2**8  # bytes that are read first
 _SUFFIX = ".npy"
 
 
@@ -53,11 +54,12 @@ def open_npz(file: Path) -> Contents:
         return Stored(shape, dtype, read)
 
     root: dict[str, object] = {}
+    budget = Budget(file.stat().st_size)
     left_out: dict[str, str] = {}  # from a name to why
     try:
         with zipfile.ZipFile(file) as archive:
-            if len(archive.infolist()) > _MOST:
-                raise ValueError(f"{len(archive.infolist()):,} members, and no more than {_MOST:,} are read")
+            if len(archive.infolist()) > MEMBERS:
+                raise ValueError(f"{len(archive.infolist()):,} members, and no more than {MEMBERS:,} are read")
             for info in archive.infolist():
                 if not info.filename.endswith(_SUFFIX):
                     continue
@@ -65,7 +67,11 @@ def open_npz(file: Path) -> Contents:
                 if name in root or name in left_out:
                     raise CheckpointError(f"{str(file)!r} has two arrays {name!r}. Nothing was read.")
                 with archive.open(info) as stream:
-                    shape, dtype, length = _header(io.BytesIO(stream.read(_LONGEST)))
+                    start = stream.read(_USUAL)
+                    if int.from_bytes(start[8:10], "little") > _USUAL - 10:
+                        start += stream.read(_LONGEST)
+                budget.charge(len(start))
+                shape, dtype, length = _header(io.BytesIO(start))
                 if dtype.hasobject:
                     left_out[name] = "objects, which only unpickling would give, and a pickle may run code"
                     continue

@@ -15,10 +15,11 @@ from math import prod
 from mmap import mmap
 from typing import Any, BinaryIO
 
+from autoalign.formats.budget import FREE, Budget, TooCostlyError
+
 _MOST = 2**22  # operations, of which a tensor takes thirty; torch does a million in a second
 _DEEPEST = 2**10  # marks in each other
-_FREE = 2**23  # steps, whatever the size of the file; one is taken for a character of text or an element of a tensor
-_STEP = 2**4  # for all other values
+_STEP = 2**4  # steps for what is no text and no tensor
 _ENCODINGS = frozenset({"ascii", "latin1", "latin-1", "utf-8", "utf8"})  # which make no text much longer, in no time
 _TENSORS = {  # from names to elements in an element of a storage, of which some hold several
     "torch._utils _rebuild_tensor": 1,
@@ -29,11 +30,7 @@ _TENSORS = {  # from names to elements in an element of a storage, of which some
 _PARAMETERS = frozenset({"torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state"})
 
 
-class TooCostlyError(ValueError):
-    """A pickle asks for more than a file of its size has reason to."""
-
-
-def check_cost(stream: BinaryIO | mmap, size: int, most: int = _MOST) -> object:
+def check_cost(stream: BinaryIO | mmap, size: int, most: int = _MOST, budget: Budget | None = None) -> object:
     """Go through one pickle, from where a stream is to behind it.
 
     >>> import io, pickle
@@ -44,6 +41,7 @@ def check_cost(stream: BinaryIO | mmap, size: int, most: int = _MOST) -> object:
         stream: What holds the pickle.
         size: Of the whole file, in bytes.
         most: Operations.
+        budget: Of all that is read with it; that of the file alone if it is not given.
 
     Returns:
         An outline of the value: mappings and what is called are lists, and names stand for themselves.
@@ -52,10 +50,10 @@ def check_cost(stream: BinaryIO | mmap, size: int, most: int = _MOST) -> object:
         TooCostlyError: Reading it would take too much time or memory.
         ValueError: It is no sound pickle.
     """
-    return _Reading(size).run(stream, most)
+    return _Reading(size, budget or Budget(size)).run(stream, most)
 
 
-def count_of(value: object, most: int = _FREE) -> int:
+def count_of(value: object, most: int = FREE) -> int:
     """Count the steps to go through the outline of a value, to each thing as often as it is reached.
 
     Raises:
@@ -107,9 +105,9 @@ class _Storage:
 class _Reading:
     """The state of a reader of pickles."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, budget: Budget) -> None:
         self.size = size
-        self.left = _FREE + 4 * size
+        self.budget = budget
         self.stack: list[Any] = []
         self.outer: list[list[Any]] = []  # stacks, below a mark each
         self.memo: dict[int, Any] = {}
@@ -136,13 +134,8 @@ class _Reading:
                 raise ValueError(f"unsupported operation {name}")
         raise ValueError("it has no end")
 
-    def charge(self, steps: int) -> None:
-        self.left -= steps
-        if self.left < 0:
-            raise TooCostlyError(f"reading it would take more than {_FREE + 4 * self.size:,} steps")
-
     def walk(self, value: object) -> None:
-        self.charge(count_of(value, self.left))
+        self.budget.charge(count_of(value, self.budget.left))
 
     def hashed(self, keys: Sequence[Any]) -> None:
         for key in keys:
@@ -216,7 +209,7 @@ class _Reading:
         if function == "_codecs encode" and not any(each in _ENCODINGS for each in arguments[1:2] if type(each) is str):
             raise TooCostlyError("it asks for an encoding that may make text endlessly longer")
         if function.endswith(" bytearray") and arguments and isinstance(arguments[0], int):
-            self.charge(max(arguments[0], 0))
+            self.budget.charge(max(arguments[0], 0))
         self.walk(arguments)
         return _Made()
 

@@ -7,15 +7,15 @@ import mmap
 import pickle
 import re
 import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from autoalign.errors import CheckpointError, DependencyError, UnsafeCheckpointError
-from autoalign.formats.pickle_costs import TooCostlyError, check_cost, count_of
+from autoalign.formats.budget import Budget, TooCostlyError, check_archive
+from autoalign.formats.pickle_costs import check_cost, count_of
 from autoalign.stored import Contents
 
 _LARGEST = 2**27  # bytes of a pickle, which holds no tensor data and takes a second for each two million
@@ -42,11 +42,21 @@ def open_pickled(file: Path) -> Contents:
             f"{str(file)!r} was not read: torch {torch.__version__} may run code in a file, weights_only=True or not. "
             "Install torch 2.7 or later."
         )
-    with file.open("rb") as stream:
-        zipped = stream.read(2) == b"PK"
-    if zipped:
-        _check_sizes(file)
-    _check_costs(file, zipped=zipped)
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            zipped = stream.read(2) == b"PK"
+            if zipped:
+                check_zipped(stream, size, Budget(size))
+            else:
+                _check_old(stream, size)
+    except TooCostlyError as error:
+        raise CheckpointError(
+            f"{str(file)!r} was not read, since it is of a kind that exhausts time or memory: {error}. "
+            "If you trust its source, load it with torch.load and pass what that gives."
+        ) from error
+    except Exception as error:  # zipfile, torch and damaged pickles raise whatever they were led to
+        raise _read_error(file, error) from error
     try:
         # torch.load takes this suffix at its word, and would write to a mapping of swapped bytes
         if zipped and file.suffix != ".safetensors" and not _is_swapped(file):
@@ -77,51 +87,36 @@ def _is_old(version: str) -> bool:
     return (int(major), int(minor)) < (2, 6)
 
 
-def _check_sizes(file: Path) -> None:
-    """Refuse a zip file that would be larger in memory than it is."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            total = sum(info.file_size for info in archive.infolist())
-            pickled = max((i.file_size for i in archive.infolist() if i.filename.endswith("/data.pkl")), default=0)
-    except Exception as error:  # zipfile too raises whatever a damaged directory led to
-        raise _read_error(file, error) from error
+def check_zipped(stream: BinaryIO, size: int, budget: Budget) -> None:
+    """Refuse what would take more time or memory to read than its size is a reason for.
+
+    Args:
+        stream: Of a file of torch, or of a part of another file that is as one.
+        size: In bytes.
+        budget: What is left for it.
+
+    Raises:
+        TooCostlyError: It would take more.
+        Exception: It is damaged, and may lead anywhere.
+    """
+    pickled = check_archive(stream, size)
     if pickled > _LARGEST:
-        raise CheckpointError(
-            f"{str(file)!r} has a pickle of {pickled:,} bytes beside its tensors, and no more than {_LARGEST:,} are "
-            "read. Nothing was read. If you trust its source, save its state dict alone."
-        )
-    if total > file.stat().st_size:
-        raise CheckpointError(
-            f"{str(file)!r} is a compressed zip file, as torch writes none, of {total} bytes when unpacked. Nothing "
-            "was read. If you trust its source, unpack it and save it anew with torch.save."
-        )
+        raise TooCostlyError(f"it has a pickle of {pickled:,} bytes beside its tensors, of {_LARGEST:,} at most")
+    stream.seek(0)
+    reader: Any = torch._C.PyTorchFileReader(stream)  # of several records of one name, what torch takes
+    check_cost(io.BytesIO(reader.get_record("data.pkl")), size, budget=budget)
 
 
-def _check_costs(file: Path, *, zipped: bool) -> None:
-    """Refuse pickles that would take more time or memory than the size of their file is a reason for."""
-    size = file.stat().st_size
-    try:
-        if zipped:
-            reader: Any = torch._C.PyTorchFileReader(str(file))  # of several records of one name, what torch takes
-            check_cost(io.BytesIO(reader.get_record("data.pkl")), size)
+def _check_old(stream: BinaryIO, size: int) -> None:
+    """Refuse a file from before zip files as above."""
+    budget = Budget(size)
+    with mmap.mmap(stream.fileno(), min(size, _LARGEST), access=mmap.ACCESS_READ) as start:
+        if check_cost(start, size, budget=budget) != _MAGIC:  # which is all that torch would read of it
             return
-        with (
-            file.open("rb") as stream,
-            mmap.mmap(stream.fileno(), min(size, _LARGEST), access=mmap.ACCESS_READ) as start,
-        ):
-            if check_cost(start, size) != _MAGIC:  # which is all that torch would read of it
-                return
-            for content in ("version", "system", "saved", "storages"):
-                value = check_cost(start, size)
-                if content != "saved":  # since torch looks at all of it
-                    count_of(value)
-    except TooCostlyError as error:
-        raise CheckpointError(
-            f"{str(file)!r} was not read, since its pickle is of a kind that exhausts time or memory: {error}. "
-            "If you trust its source, load it with torch.load and pass what that gives."
-        ) from error
-    except Exception as error:  # a damaged pickle may lead anywhere
-        raise _read_error(file, error) from error
+        for content in ("version", "system", "saved", "storages"):
+            value = check_cost(start, size, budget=budget)
+            if content != "saved":  # since torch looks at all of it
+                count_of(value)
 
 
 def _is_swapped(file: Path) -> bool:

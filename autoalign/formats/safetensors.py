@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from autoalign.errors import CheckpointError
+from autoalign.formats.budget import MEMBERS
 from autoalign.stored import Contents, Stored, natural
 
 DTYPES = {
@@ -35,7 +36,7 @@ DTYPES = {
     "F8_E8M0": "float8_e8m0fnu",
 }
 _ENTRY = b'"data_offsets"'  # is in each of a header
-_MOST, _LONGEST = 2**18, 10**8  # tensors, and bytes of a header, by the library's own limit
+_LONGEST = 10**8  # bytes of a header, by the library's own limit
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
@@ -102,8 +103,8 @@ def open_safetensors(file: Path) -> Contents:
 def _check_count(file: Path) -> None:
     """Refuse a header that would take long and much memory to read."""
     count = _header_of(file).count(_ENTRY)
-    if count > _MOST:
-        raise ValueError(f"it announces {count:,} tensors, and no more than {_MOST:,} are read")
+    if count > MEMBERS:
+        raise ValueError(f"it announces {count:,} tensors, and no more than {MEMBERS:,} are read")
 
 
 def _header_of(file: Path) -> bytes:

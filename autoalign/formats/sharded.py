@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -82,8 +83,8 @@ def index_of(file: Path) -> dict[str, str]:
 def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"it lists {_few(sorted({name for name in names if names.count(name) > 1}))} twice")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"it lists {_few(sorted(name for name, count in counts.items() if count > 1))} twice")
     return found
 
 

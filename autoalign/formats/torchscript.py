@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from autoalign.errors import CheckpointError
+from autoalign.formats.budget import TooCostlyError
 from autoalign.formats.pickle_costs import check_cost
 from autoalign.stored import Contents, Stored
 
@@ -60,18 +61,21 @@ def open_torchscript(file: Path) -> Contents:
 
     try:
         with zipfile.ZipFile(file) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
-            pickled = next((name for name in sizes if name.lower().endswith("/data.pkl")), None)
+            members = {info.filename: info for info in archive.infolist()}
+            pickled = next((name for name in members if name.lower().endswith("/data.pkl")), None)
             if pickled is None:
                 raise ValueError("no data.pkl")
-            if sizes[pickled] > _LARGEST:
-                raise ValueError(f"a pickle of {sizes[pickled]} bytes")
+            size, most = members[pickled].file_size, min(_LARGEST, file.stat().st_size)
+            if size > most:
+                raise TooCostlyError(f"a pickle of {size} bytes, of {most} at most")
             content = archive.read(pickled)
         check_cost(io.BytesIO(content), file.stat().st_size)
         module = _Unpickler(io.BytesIO(content)).load()
         if not isinstance(module, _Module):
             raise ValueError(f"there is a {type(module).__name__} where a module should be")
         folder = pickled[: -len("data.pkl")] + "data/"
+        # code may be compressed, and tensors are not
+        sizes = {name: info.file_size for name, info in members.items() if info.compress_type == zipfile.ZIP_STORED}
         root = {
             key: _stored(key, tensor, file, opened, f"{folder}{tensor.storage.name}", sizes)
             for key, tensor in _tensors(module)
@@ -186,7 +190,8 @@ def _stored(
             data = bytearray(opened().read(record))
             if not prod(view.shape):
                 return torch.empty(view.shape, dtype=dtype, device="cpu")
-            return torch.frombuffer(data, dtype=dtype).as_strided(view.shape, view.stride, view.offset)
+            tensor = torch.frombuffer(data, dtype=dtype).as_strided(view.shape, view.stride, view.offset)
+            return tensor if tensor.nbytes == len(data) else tensor.clone()  # which keeps no more than its own values
         except Exception as error:
             raise _damaged(file, error) from error
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gzip
+import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +199,89 @@ def test_what_was_not_announced_is_not_written(tmp_path: Path, given: Tensor) ->
         write_distributed(tmp_path / "step", SPECS[:1], lambda _: given)
     with pytest.raises(CheckpointError, match=r"None of its own is a checkpoint"):
         open_checkpoint(tmp_path / "step")
+
+
+def replace_piece(folder: Path, content: bytes, *transforms: str) -> None:
+    """Put another content in the place of the one piece of a folder."""
+    (file,) = folder.glob("*.distcp")
+    file.write_bytes(content)
+    changed = read(folder)
+    ((index, _),) = changed.storage_data.items()
+    place = filesystem._StorageInfo(file.name, 0, len(content), transforms or None)
+    changed.storage_data = {index: place}
+    write(folder, changed)
+
+
+def piece(value: Tensor, *, compressed: bool = False) -> bytes:
+    stream, packed = io.BytesIO(), io.BytesIO()
+    torch.save(value, stream)
+    if not compressed:
+        return stream.getvalue()
+    with zipfile.ZipFile(stream) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    return packed.getvalue()
+
+
+def nested() -> bytes:
+    """Make a pickle with a key that takes 2**40 steps to be hashed."""
+    content = b"\x80\x02)q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(40)) + b"}h\x28K\x01s."
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, value in (("data.pkl", content), ("byteorder", b"little"), ("version", b"3\n")):
+            archive.writestr(f"a/{name}", value)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (
+            piece(torch.zeros(2**12), compressed=True),
+            r"is a compressed zip file, as torch writes none, of 16\d\d\d bytes",
+        ),
+        (nested(), r"values that refer to each other so often"),
+        (b"\x80\x02}." * 20, r"two different zip files"),
+    ],
+)
+def test_pieces_are_looked_at_before_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, problem: str
+) -> None:
+    save({"a": torch.ones(2, 3)}, checkpoint_id=tmp_path, no_dist=True)
+    replace_piece(tmp_path, content)
+    checkpoint = open_checkpoint(tmp_path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(CheckpointError, match=problem):
+        checkpoint["a"]
+
+
+def test_compressed_pieces_are_unpacked_up_to_the_size_of_their_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpacked(_self: object, _item: object, _descriptors: object, stream: Any) -> Any:
+        return gzip.GzipFile(fileobj=stream) if isinstance(stream, io.RawIOBase) else stream
+
+    monkeypatch.setattr(filesystem._StorageReaderTransforms, "transform_load_stream", unpacked)
+    save({"a": torch.ones(2, 3)}, checkpoint_id=tmp_path, no_dist=True)
+    replace_piece(tmp_path, gzip.compress(piece(torch.full((2, 3), 2.0))), "stream.gzip/1")
+    assert open_checkpoint(tmp_path)["a"].tolist() == [[2, 2, 2], [2, 2, 2]]
+    replace_piece(tmp_path, gzip.compress(piece(torch.zeros(2**20))), "stream.gzip/1")
+    with pytest.raises(CheckpointError, match=r"a piece of a tensor of 24 bytes is larger when unpacked"):
+        open_checkpoint(tmp_path)["a"]
+
+
+def test_the_pieces_have_one_budget(tmp_path: Path) -> None:
+    """Many pieces may be the same part of a file, which is read for each of them."""
+    count = 2**12
+    save({"a": torch.ones(1, 1), "b": torch.ones(2**12)}, checkpoint_id=tmp_path, no_dist=True)
+    changed = read(tmp_path)
+    entry = changed.state_dict_metadata["a"]
+    assert isinstance(entry, metadata.TensorStorageMetadata)
+    entry.size = torch.Size((count, 1))
+    places = [torch.Size((number, 0)) for number in range(count)]
+    entry.chunks = [metadata.ChunkStorageMetadata(place, torch.Size((1, 1))) for place in places]
+    whole = changed.storage_data[metadata.MetadataIndex("b", (0,))]
+    changed.storage_data |= {metadata.MetadataIndex("a", place): whole for place in places}
+    write(tmp_path, changed)
+    with pytest.raises(CheckpointError, match=r"reading it would take more than [\d,]+ steps"):
+        open_checkpoint(tmp_path)

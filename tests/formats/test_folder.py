@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +259,12 @@ def test_parts_of_zero_are_named_and_merged_ones_are_read(tmp_path: Path) -> Non
         CheckpointError, match="'global_step10'; it is one of DeepSpeed's, whose parts its zero_to_fp32"
     ):
         open_checkpoint(folder)
+
+
+def test_an_index_with_one_key_twice_is_refused_at_once(tmp_path: Path) -> None:
+    entries = ",".join(f'"k{number}": "a"' for number in (*range(100_000), 0))
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{{entries}}}}}')
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=r"it lists 'k0' twice"):
+        open_checkpoint(tmp_path)
+    assert time.process_time() - start < 5

@@ -151,3 +151,13 @@ def test_there_are_no_containers(tmp_path: Path) -> None:
 def test_an_array_without_a_counterpart_in_torch_in_a_mapping() -> None:
     with pytest.raises(InputError, match="Convert the array first"):
         autoalign.align({"a": np.zeros(2, np.longdouble)}, {"a": torch.zeros(2)})
+
+
+def test_long_headers_are_within_a_budget(tmp_path: Path) -> None:
+    start = b"\x93NUMPY\x01\x00" + (9000).to_bytes(2, "little")
+    header = start + b"{'descr': '<f4', 'fortran_order': False, 'shape': (0,)}".ljust(8999) + b"\n"
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(1100):
+            archive.writestr(f"{number}.npy", header)
+    with pytest.raises(CheckpointError, match=r"reading it would take more than [\d,]+ steps"):
+        open_checkpoint(tmp_path / "a.npz")

@@ -114,6 +114,28 @@ def test_a_pickle_in_capitals_is_no_other_format(tmp_path: Path) -> None:
     assert torch.equal(open_checkpoint(tmp_path / "b.pt")["scale"], network.scale)
 
 
+def test_compressed_tensors_are_not_unpacked(tmp_path: Path) -> None:
+    save(Network(), tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as old,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for info in old.infolist():
+            packed = zipfile.ZIP_DEFLATED if "/data/" in info.filename else zipfile.ZIP_STORED
+            new.writestr(info.filename, old.read(info), packed)
+    with pytest.raises(CheckpointError, match=r"is not within its record"):
+        open_checkpoint(tmp_path / "b.pt")
+
+
+def test_a_part_of_a_record_keeps_its_own_values_alone(tmp_path: Path) -> None:
+    module = nn.Module()
+    module.register_buffer("part", torch.arange(2.0**12)[7:9])
+    save(module, tmp_path / "a.pt")
+    tensor = open_checkpoint(tmp_path / "a.pt")["part"]
+    assert tensor.tolist() == [7, 8]
+    assert tensor.untyped_storage().nbytes() == 8
+
+
 def test_torch_that_may_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
