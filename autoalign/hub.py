@@ -1,6 +1,7 @@
-"""Checkpoints that are elsewhere: ``hf://owner/name`` through huggingface_hub, ``https://`` through torch.hub.
+"""Checkpoints that are elsewhere: ``hf://owner/name`` through huggingface_hub, ``https://`` by a request of our own.
 
-Both keep what they download in their own caches. Of a repository only the files of one checkpoint are downloaded.
+What was downloaded is kept in the cache of huggingface_hub or of torch.hub. Of a repository only the files of one
+checkpoint are downloaded.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ import glob
 import hashlib
 import os
 import re
+import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -22,6 +26,10 @@ _SCHEMES = ("hf://", "https://", "http://")
 _LOCAL = frozenset({"127.0.0.1", "::1", "localhost"})
 _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^@]+?))?(?P<path>(/[^/@]+)*)/?")
 _HASH = re.compile(r"-([a-f0-9]{8,64})\.[^.]+$")  # torch.hub's way to put the begin of a file's SHA-256 in its name
+_TIMEOUT = 30.0  # seconds in which a server sends nothing
+_LARGEST = 2**40  # bytes of a file whose server announces its size
+_LARGEST_UNANNOUNCED = 2**34
+_BLOCK = 2**20  # bytes
 _KINDS = (  # of files, in the order of preference
     *(r"[^.]*\.safetensors\.index\.json", r"[^.]*\.safetensors", r"[^.]*\.bin\.index\.json", r"[^.]*\.bin"),
     *(r".*\.safetensors\.index.*\.json", r".*\.safetensors", r"[^.]*\.(pth|pt|ckpt)", r".*\.msgpack", r".*\.npz"),
@@ -43,16 +51,17 @@ def downloaded(address: str) -> Path:
         address: ``hf://owner/name``, optionally with ``@revision`` and then the path of a file or folder in it; or
             ``https://...`` of a file or of the index of a sharded checkpoint. A fragment ``#sha256=...`` there, or a
             hash in the file's name as torch.hub has them, must be that of the file. Plain ``http://`` is for this
-            machine only, since what it brings can be changed on the way.
+            machine only, since what it brings can be changed on the way; redirects are followed to where ``https``
+            goes, and on this machine if they come from it.
 
     Raises:
-        CheckpointError: There is no such checkpoint, it is not the one that its hash says, or it cannot be reached.
+        CheckpointError: There is no such checkpoint, it is not the one that its hash says, or it cannot be reached; the
+            server sends nothing for 30 seconds, less than it announced, or more than the disk or the limit holds.
         DependencyError: The package huggingface_hub is not installed.
     """
     if address.startswith("hf://"):
         return _from_hub(address)
-    parts = urlsplit(address)
-    if parts.scheme == "http" and parts.hostname not in _LOCAL:
+    if not _is_allowed(address, is_local=True):
         raise CheckpointError(
             f"{address!r} would come by plain http, where anyone on the way can change it. Nothing was downloaded. "
             "Use https, or download the file and check it yourself."
@@ -60,12 +69,21 @@ def downloaded(address: str) -> Path:
     return _from_address(address)
 
 
+def _is_allowed(address: str, *, is_local: bool) -> bool:
+    """Return True if an address may be fetched, by this machine itself or else by another that redirects to it."""
+    try:
+        parts = urlsplit(address)
+        return parts.scheme == "https" or (is_local and parts.scheme == "http" and parts.hostname in _LOCAL)
+    except ValueError:
+        return False
+
+
 def _from_address(address: str) -> Path:
     import torch
 
     address, _, fragment = address.partition("#")
     name = PurePosixPath(unquote(urlsplit(address).path)).name
-    if not name:
+    if name in ("", "..") or not name.isprintable():
         raise CheckpointError(f"{address!r} names no file. Nothing was downloaded.")
     # files of one name from several places are kept apart
     folder = (
@@ -83,19 +101,77 @@ def _from_address(address: str) -> Path:
 
 
 def _download(address: str, file: Path, hash_prefix: str | None) -> Path:
-    import torch
-
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(address, str(file), hash_prefix, progress=sys.stderr.isatty())
-        except Exception as error:  # of the network, of the disk, or of the hash
-            raise _unreachable(address, error) from error
-    elif hash_prefix is not None and not _sha256(file).startswith(hash_prefix):
+    try:
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _fetch(address, file, hash_prefix or "")
+            return file
+    except Exception as error:  # of the network, of the disk, or of the hash
+        raise _unreachable(address, error) from error
+    if hash_prefix is not None and not _sha256(file).startswith(hash_prefix):
         raise CheckpointError(
             f"{str(file)!r} was downloaded before and has another hash than {hash_prefix}. Delete it."
         )
     return file
+
+
+def _fetch(address: str, file: Path, hash_prefix: str) -> None:
+    """Download a file, which appears when all of it is there and has the right hash.
+
+    Raises:
+        OSError: It could not be reached or written.
+        RuntimeError: It is not what was announced.
+    """
+    import urllib.request
+
+    class Redirects(urllib.request.HTTPRedirectHandler):
+        """Goes where the address itself might have led."""
+
+        def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+            if not _is_allowed(newurl, is_local=urlsplit(req.full_url).hostname in _LOCAL):
+                raise OSError(f"it redirects to {newurl!r}, which is not followed")
+            return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    request = urllib.request.Request(address, headers={"User-Agent": "autoalign"})
+    temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with (
+            urllib.request.build_opener(Redirects).open(request, timeout=_TIMEOUT) as response,
+            temporary.open("xb") as stream,
+        ):
+            length = response.headers.get("Content-Length")
+            announced = int(length) if length is not None else None
+            free = shutil.disk_usage(file.parent).free
+            most = min(_LARGEST_UNANNOUNCED if announced is None else _LARGEST, free)
+            if announced is not None and announced > most:
+                raise RuntimeError(f"it has {announced:,} bytes, and {most:,} are allowed or free")
+            with _shown(response, announced, file.name) as content:
+                while block := content.read(_BLOCK):
+                    size += len(block)
+                    if size > most:
+                        raise RuntimeError(f"it has more than {most:,} bytes, which are allowed or free")
+                    digest.update(block)
+                    stream.write(block)
+        if announced not in (None, size):
+            raise RuntimeError(f"{size:,} of {announced:,} bytes came")
+        if not digest.hexdigest().startswith(hash_prefix):
+            raise RuntimeError(f"invalid hash value, expected {hash_prefix} and got {digest.hexdigest()}")
+        temporary.replace(file)
+    except TimeoutError as error:
+        raise TimeoutError(f"nothing came for {_TIMEOUT:.0f} seconds") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _shown(content: Any, size: int | None, name: str) -> AbstractContextManager[Any]:
+    """Show how much is read, where a person may be looking."""
+    if not sys.stderr.isatty():
+        return nullcontext(content)
+    from rich.console import Console
+    from rich.progress import wrap_file
+
+    return wrap_file(content, size or 0, description=name, console=Console(stderr=True))
 
 
 def _sha256(file: Path) -> str:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
+from autoalign import hub
 from autoalign.checkpoint import open_checkpoint
 from autoalign.errors import CheckpointError, DependencyError
 from autoalign.hub import is_remote
@@ -32,6 +33,9 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
+        self.redirects: dict[str, str] = {}
+        self.announced: dict[str, int | None] = {}  # lengths that are not those of the files; None for none
+        self.resumed = threading.Event()  # what stalls goes on
         self.asked: list[str] = []
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -60,6 +64,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(json.dumps(info).encode(), "application/json")
         if path.startswith("/owner/name/resolve/"):
             path = "/hub/" + path.split("/", 5)[-1]
+        if path in self.server.redirects:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirects[path])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
         content = self.server.files.get(path)
         if content is None:
             self.send_response(404)
@@ -71,12 +81,18 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, content: bytes, kind: str) -> None:
         self.send_response(200)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
+        path = self.path.partition("?")[0]
+        length = self.server.announced.get(path, len(content))
+        if length is not None:
+            self.send_header("Content-Length", str(length))
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)
+            if path.startswith("/stalled"):
+                self.wfile.flush()
+                self.server.resumed.wait(20)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -93,6 +109,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     yield server
+    server.resumed.set()
     server.shutdown()
     server.server_close()
 
@@ -221,6 +238,71 @@ def test_hashes_are_checked(server: Server) -> None:
 def test_plain_http_is_for_this_machine_only() -> None:
     with pytest.raises(CheckpointError, match=r"plain http, where anyone on the way can change it"):
         open_checkpoint("http://example.com/model.safetensors")
+
+
+def test_a_server_that_sends_nothing_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_TIMEOUT", 0.3)
+    server.files["/stalled.safetensors"] = save(tensors())
+    server.announced["/stalled.safetensors"] = 10**6
+    with pytest.raises(CheckpointError, match=r"could not be downloaded \(TimeoutError: nothing came for"):
+        open_checkpoint(f"{server.address}/stalled.safetensors")
+    assert not server.resumed.is_set()
+    assert cached() == []
+
+
+def cached() -> list[str]:
+    return [path.name for path in Path(torch.hub.get_dir()).rglob("*") if path.is_file()]
+
+
+def test_a_download_that_is_cut_short_is_not_kept(server: Server) -> None:
+    content = save(tensors())
+    server.files["/m.safetensors"], server.announced["/m.safetensors"] = content[:-4], len(content)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=rf"RuntimeError: {len(content) - 4} of {len(content)} bytes came"):
+            open_checkpoint(f"{server.address}/m.safetensors")
+        assert cached() == []
+    server.files["/m.safetensors"] = content
+    assert_loads(f"{server.address}/m.safetensors")
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_download_has_a_largest_size(server: Server, monkeypatch: pytest.MonkeyPatch, announced: bool) -> None:
+    content = save(tensors())
+    server.files["/m.safetensors"] = content
+    if not announced:
+        server.announced["/m.safetensors"] = None
+    limit = "_LARGEST" if announced else "_LARGEST_UNANNOUNCED"
+    monkeypatch.setattr(hub, limit, len(content) - 1)
+    with pytest.raises(CheckpointError, match=r"RuntimeError: it has (more than )?\d+ bytes, (and|which) .*allowed or"):
+        open_checkpoint(f"{server.address}/m.safetensors")
+    assert cached() == []
+    monkeypatch.setattr(hub, limit, len(content))
+    assert_loads(f"{server.address}/m.safetensors")
+
+
+@pytest.mark.parametrize("to", ["http://127.0.0.2:{}/m", "http://example.com/m", "ftp://127.0.0.1:{}/m", "file:///m"])
+def test_a_redirect_leads_nowhere_that_is_refused_itself(server: Server, to: str) -> None:
+    server.files["/m"] = save(tensors())
+    server.redirects |= {"/there": "/m", "/elsewhere": to.format(server.server_address[1])}
+    assert_loads(f"{server.address}/there")
+    asked = len(server.asked)
+    with pytest.raises(CheckpointError, match=r"it redirects to '.*', which is not followed|is not allowed"):
+        open_checkpoint(f"{server.address}/elsewhere")
+    assert server.asked[asked:] == ["/elsewhere"]
+
+
+def test_no_other_machine_redirects_to_this_one() -> None:
+    assert hub._is_allowed("https://example.com/a", is_local=False)
+    assert hub._is_allowed("http://localhost/a", is_local=True)
+    assert not hub._is_allowed("http://localhost/a", is_local=False)
+    assert not hub._is_allowed("http://[::1/a", is_local=True)
+
+
+@pytest.mark.parametrize("name", ["%2e%2e", "a%00b"])
+def test_names_that_no_file_can_have(server: Server, name: str) -> None:
+    with pytest.raises(CheckpointError, match="names no file"):
+        open_checkpoint(f"{server.address}/{name}")
+    assert server.asked == []
 
 
 def test_what_is_not_there_is_said_to_be(server: Server) -> None:
