@@ -252,6 +252,8 @@ def _divides(count: int, size: int) -> bool:
         return False
     if count > size:
         return count % size == 0 and count // size <= _MOST_PACKED
+    if any(32 * count == bits * size for bits in range(1, 9)):  # packed itself, as zero points are
+        return True
     block = -(-size // count)
     return -(-size // block) == count
 

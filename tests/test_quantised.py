@@ -116,6 +116,14 @@ def gptq(rows: int, columns: int) -> dict[str, Tensor]:
     }
 
 
+def gptq_of_three_bits(rows: int, columns: int) -> dict[str, Tensor]:
+    return {
+        ".qweight": codes((columns // 32 * 3, rows), torch.int32),
+        ".qzeros": codes((columns // 128, rows // 32 * 3), torch.int32),
+        ".scales": torch.rand(columns // 128, rows).half(),
+    }
+
+
 def awq(rows: int, columns: int) -> dict[str, Tensor]:
     return {
         ".qweight": codes((columns, rows // 8), torch.int32),
@@ -198,6 +206,7 @@ SCHEMES: dict[Layout, str] = {
     four_bits_of_bitsandbytes("fp4"): "FP4 (weight with absmax, nested_absmax, nested_quant_map, quant_map, "
     "quant_state.bitsandbytes__fp4)",
     gptq: "GPTQ (qweight with g_idx, qzeros, scales)",
+    gptq_of_three_bits: "GPTQ (qweight with qzeros, scales)",
     awq: "AWQ (qweight with qzeros, scales)",
     mlx: "MLX (weight with biases, scales)",
     mxfp4: "MXFP4 (*_blocks with *_scales)",
@@ -284,6 +293,8 @@ def test_codes_are_left_out_everywhere_and_named_with_their_scheme(
     with pytest.warns(PartialLoadWarning, match=re.escape(f"Left out: {text}.")):
         autoalign.convert(tmp_path / "a.safetensors", model, tmp_path / "b.safetensors")
     assert load_file(tmp_path / "b.safetensors").keys() == {key for key in before if "proj" not in key}
+    main(["inspect", str(tmp_path / "a.safetensors")])
+    assert f"Note: {text}." in " ".join(capsys.readouterr().out.split())
     save_file(before, tmp_path / "model.safetensors")
     main(["align", str(tmp_path / "a.safetensors"), str(tmp_path / "model.safetensors")])
     assert f"Left out: {text}" in " ".join(capsys.readouterr().out.split())
@@ -339,7 +350,7 @@ def test_into_the_same_scheme_all_is_copied_as_it_is(layout: Layout, scheme: str
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:UserWarning:torch")
-def test_layers_that_torch_quantised_are_left_out_with_their_scales() -> None:
+def test_layers_that_torch_quantised_are_left_out_with_their_scales(tmp_path: Path) -> None:
     from torch.ao.nn.quantized import Conv2d, Linear
 
     conv: Any = Conv2d
@@ -357,6 +368,10 @@ def test_layers_that_torch_quantised_are_left_out_with_their_scales() -> None:
     report = " ".join(str(alignment).split())
     assert "quantised as torch's qint8" in report
     assert any("_packed_params (qint8)" in note for note in alignment.notes)
+    alignment.save(tmp_path / "a.json")
+    assert autoalign.Alignment.read(tmp_path / "a.json").applied_to(source, model).mapping == alignment.mapping
+    with pytest.raises(IncompatibleTensorsError, match=r"Left out: 2 tensors quantised as torch's qint8"):
+        autoalign.convert(source, model, tmp_path / "a.safetensors", strict=True, min_confidence=0.3)
     only = {key: value for key, value in source.items() if key.startswith("fc.")}
     with pytest.raises(NothingLoadedError, match=r"fc\._packed_params\._packed_params \(qint8\)"):
         autoalign.load(model, only)

@@ -84,6 +84,7 @@ def _facts_of(checkpoint: Checkpoint) -> _Facts:
     from pathlib import Path
 
     from autoalign.formats.file import format_of
+    from autoalign.quantised import named
     from autoalign.tree import copies_of, prefix_of
 
     path = Path(checkpoint.path) if checkpoint.path else None
@@ -100,7 +101,7 @@ def _facts_of(checkpoint: Checkpoint) -> _Facts:
         tensors_with_prefix=count,
         copies=copies_of(checkpoint.specs),
         metadata=dict(checkpoint.metadata),
-        notes=checkpoint.notes,
+        notes=(*checkpoint.notes, *(f"{what}." for what in named(checkpoint.quantised))),
     )
 
 
