@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
 
 from autoalign.adaptable import AdaptableSide
 from autoalign.adapting import adapted, checked_adapt
@@ -10,9 +13,12 @@ from autoalign.alignment import Alignment, Match
 from autoalign.assembly import SideParts, with_ties
 from autoalign.candidates import operation_between
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
+from autoalign.containers import name_words
+from autoalign.doubts import DOUBTED
 from autoalign.errors import InputError, PatternError
 from autoalign.execution import execution_order
 from autoalign.garbage import collection_paused
+from autoalign.names import components
 from autoalign.operations import Copy
 from autoalign.pairing import Outcome, paired
 from autoalign.patterns import PatternLike, RuleLike, checked_rules, excluded_keys, pinned_pairs
@@ -92,7 +98,8 @@ def _align(
     if not isinstance(min_confidence, int | float) or not 0 <= min_confidence <= 1:
         raise InputError(f"min_confidence must lie in [0, 1], not {min_confidence!r}. Nothing was aligned.")
     allowed = checked_adapt(adapt)
-    own, other = checkpoint_of(source, container=container), checkpoint_of(target)
+    other = checkpoint_of(target)
+    own = _called_copy(checkpoint_of(source, container=container), other)
     out, unused = excluded_keys(include, exclude, list(own), list(other))
     sides: tuple[Specs, Specs] = (
         tuple(spec for spec in own.specs if spec.key not in out) if out else own.specs,
@@ -129,6 +136,8 @@ def _align(
         if own.quantised and not matches:  # that is why, whatever else was found
             notes = ()
         notes = (*notes, *_notes_of_codes(own, other, matches, out))
+    if not own.is_decided:
+        matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
     order = {spec.key: index for index, spec in enumerate(other.specs)}
     chosen = sorted(matches, key=lambda match: order[match.target])
     sure = {match.target for match in chosen if match.confidence >= min_confidence}
@@ -184,6 +193,28 @@ def _notes_of_codes(
             for what in named(other.quantised, filled | packed | set(excluded))
         ),
     ]
+
+
+def _called_copy(source: Checkpoint, target: Checkpoint) -> Checkpoint:
+    """Take the copy that the target calls by its name, or all of them where the target has a part for each."""
+    paths = (source.container, *source.copies)
+    if len(paths) == 1 or not target:
+        return source
+    keys = [tuple(components(key)) for key in target]
+    both = zip(min(keys)[:-1], max(keys)[:-1], strict=False)  # what these share, all share
+    shared = [name for name, _ in takewhile(lambda names: names[0] == names[1], both)]
+    parents, names = {path.rpartition(".")[0] for path in paths}, {path.rpartition(".")[2] for path in paths}
+    if len(parents) == 1 and names <= {name for key in keys for name in key[len(shared) :][:1]}:
+        return checkpoint_of(source, container=parents.pop())
+    module = [] if target.module is None else [type(target.module).__name__]
+    called = frozenset(word for name in (*module, *shared) for word in name_words(name))
+    counts = Counter(word for path in paths for word in name_words(path))
+    meant = [path for path in paths if any(counts[word] == 1 for word in name_words(path) & called)]
+    if len(meant) != 1:
+        return source
+    taken = checkpoint_of(source, container=meant[0])
+    note = f"The container {meant[0]!r} was taken, which the target calls by its name."
+    return replace(taken, notes=(*taken.notes, note))
 
 
 def _as_called(side: Checkpoint, specs: Specs, example_inputs: object) -> Specs:

@@ -25,6 +25,12 @@ Status = Literal["matched", "adapted", "ambiguous", "mismatched", "missing"]
 FILLED: frozenset[Status] = frozenset({"matched", "adapted"})
 
 
+class Caution(str):
+    """A note on what could as well be otherwise, which ``load`` and ``convert`` give as a warning too."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A way to fill a target tensor that was weighed and not taken."""

@@ -12,8 +12,9 @@ from typing import TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from autoalign.alignment import Caution
 from autoalign.config import folder_config, module_config, saved_config
-from autoalign.containers import Container, containers_of, named_container, preferred
+from autoalign.containers import Container, containers_of, copies_of, named_container, preferred
 from autoalign.errors import CheckpointError, InputError
 from autoalign.formats.file import open_file
 from autoalign.formats.folder import open_folder
@@ -49,6 +50,8 @@ class Checkpoint(Mapping[str, Tensor]):
     opened: tuple[Path, os.stat_result] | None = None  # the file as it was when it was opened; None for several
     container: str = ""  # dotted path of the state dict that was taken, '' for the top level
     containers: tuple[str, ...] = ("",)  # all that could have been taken
+    copies: tuple[str, ...] = ()  # others of these with tensors of the same shapes, where nobody said which to take
+    is_decided: bool = True  # whether names speak for this one, against each of these copies
     notes: tuple[str, ...] = ()  # statements for the report
     metadata: Mapping[str, str] = field(default_factory=dict)  # a safetensors file's own
     extras: Mapping[str, object] = field(default_factory=dict)  # what is no tensor, and each module's `_extra_state`
@@ -181,7 +184,7 @@ def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
         CheckpointError: As in ``open_checkpoint``.
     """
     if isinstance(side, Checkpoint):
-        if container is None or container == side.container:
+        if container is None or (container == side.container and not side.copies):
             return side
         other = _of_mapping(side if side.root is None else side.root, container, side.path)
         return replace(other, opened=side.opened, metadata=side.metadata, config={**side.config, **other.config})
@@ -285,12 +288,17 @@ def _of_mapping(root: Mapping[str, object], container: str | None, path: str | N
             f"{len(packed)} tensors are quantised or packed in another way, and their elements are no values: they "
             f"were left out: {listed}{', ...' if len(packed) > 3 else ''}. Load before quantising, or dequantise first."
         )
+    copies, is_decided = copies_of(chosen, containers) if container is None else ([], True)
     if len(containers) > 1 and container is None:
         others = ", ".join(str(other) for other in containers if other.path != chosen.path)
-        notes.append(
+        note = (
             f"The container {chosen} was taken, trained weights and well-known names first. "
             f"Pass container= to take another: {others}."
+            if is_decided
+            else f"The container {chosen} is one of {len(copies) + 1} that nothing tells apart, and nothing is loaded. "
+            f"Pass container= to choose: {chosen}, {others}."
         )
+        notes.append(Caution(note) if copies else note)
     return Checkpoint(
         specs=tuple(entry.spec for entry in chosen.entries),
         read=lambda key: entries[key].read(),
@@ -299,6 +307,8 @@ def _of_mapping(root: Mapping[str, object], container: str | None, path: str | N
         path=path,
         container=chosen.path,
         containers=tuple(other.path for other in containers),
+        copies=tuple(copy.path for copy in copies),
+        is_decided=is_decided,
         notes=tuple(notes),
         extras=chosen.extras,
         config=saved_config(root, chosen.path),

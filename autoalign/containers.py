@@ -30,6 +30,7 @@ COPY_WORDS = frozenset({"ema", "teacher", "momentum", "target", "swa", "average"
 TRAINING_WORDS = frozenset(
     {"optimizer", "optimizers", "optim", "opt", "scaler", "scheduler", "schedulers", "amp", "rng", "callbacks", "loops"}
 )
+_ALIKE = 0.8  # share of the tensors of a state dict whose shapes a copy of it has
 _DEEPEST, _MOST = 64, 2**18  # mappings in each other, and in all
 
 
@@ -127,13 +128,38 @@ def preferred(containers: Sequence[Container]) -> Container:
     """
     largest = max(len(container.entries) for container in containers)
 
-    def rank(container: Container) -> tuple[bool, bool, int, int]:
+    def rank(container: Container) -> tuple[bool, tuple[bool, int], int]:
         size = len(container.entries)
-        words = [name_words(name) for name in container.path.split(".")]
-        unknown = sum(not found & (_MODEL_WORDS | COPY_WORDS) or bool(found & _RIVAL_WORDS) for found in words)
-        return 10 * size < largest, any(found & COPY_WORDS for found in words), unknown, -size
+        return 10 * size < largest, _standing(container), -size
 
     return min(containers, key=rank)
+
+
+def copies_of(chosen: Container, containers: Sequence[Container]) -> tuple[list[Container], bool]:
+    """List the other state dicts that hold tensors of the same shapes.
+
+    Returns:
+        The copies; and whether their names speak for the chosen one, against each of them.
+    """
+    shapes = _shapes(chosen)
+    copies = [
+        other
+        for other in containers
+        if other is not chosen
+        and (shapes & _shapes(other)).total() >= _ALIKE * max(len(chosen.entries), len(other.entries))
+    ]
+    return copies, all(_standing(chosen) < _standing(other) for other in copies)
+
+
+def _standing(container: Container) -> tuple[bool, int]:
+    """Rank a state dict by its name: whether it is an average, and how many names in its path are not well known."""
+    words = [name_words(name) for name in container.path.split(".")]
+    unknown = sum(not found & (_MODEL_WORDS | COPY_WORDS) or bool(found & _RIVAL_WORDS) for found in words)
+    return any(found & COPY_WORDS for found in words), unknown
+
+
+def _shapes(container: Container) -> Counter[tuple[int, ...]]:
+    return Counter(entry.spec.shape for entry in container.entries)
 
 
 def named_container(root: Mapping[str, object], name: str, containers: Sequence[Container]) -> Container:

@@ -18,10 +18,17 @@ from typing import Any, BinaryIO
 import torch
 
 from autoalign.aligning import align
-from autoalign.alignment import Alignment
+from autoalign.alignment import Alignment, Caution
 from autoalign.arrays import named_dtype
-from autoalign.checkpoint import Side, checkpoint_of
-from autoalign.errors import CheckpointError, InputError, NothingLoadedError, OutputError, PartialLoadWarning
+from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
+from autoalign.errors import (
+    CheckpointError,
+    ChoiceWarning,
+    InputError,
+    NothingLoadedError,
+    OutputError,
+    PartialLoadWarning,
+)
 from autoalign.formats.sharded import index_of
 from autoalign.formats.unfinished import output_pattern, staging_name, unfinished
 from autoalign.module_state import absent_counters, source_modules, without_counters
@@ -102,6 +109,7 @@ def convert(
         CheckpointError: The checkpoint's file cannot be read.
 
     Warns:
+        ChoiceWarning: The checkpoint holds copies of the network, and one was taken that nobody named.
         PartialLoadWarning: Keys of the target that ``exclude`` and ``include`` did not leave out are not in the output.
     """
     if format not in FORMATS:
@@ -122,6 +130,7 @@ def convert(
         )
     source, wanted = checkpoint_of(checkpoint, container=align_options.pop("container", None)), checkpoint_of(target)
     alignment = align(source, wanted, **align_options)
+    source = alignment.tensors if isinstance(alignment.tensors, Checkpoint) else source  # another container, perhaps
     name = repr(wanted) if wanted.module is None else type(wanted.module).__name__
     if wanted.module is not None:
         counters = absent_counters(wanted.module, source, alignment, source_modules(alignment))
@@ -141,6 +150,9 @@ def convert(
     for shard in shards:
         header(shard, described)  # raises what it does before anything is written
     written = summary(alignment, source, name)
+    for note in alignment.notes:
+        if isinstance(note, Caution):
+            warnings.warn(f"Writing {written}. {note}", ChoiceWarning, stacklevel=2)
     if unfilled := unfilled_statement(alignment, "are not in the output"):
         warnings.warn(
             f"Writing {written}. {unfilled} print(alignment) shows all.",

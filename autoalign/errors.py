@@ -80,6 +80,10 @@ class PartialLoadWarning(UserWarning):
     """A load filled a part of the model only, and the rest keeps what it had; or a conversion wrote a part of it."""
 
 
+class ChoiceWarning(UserWarning):
+    """A checkpoint holds several tensors for one, as copies of a network do, and some were taken without being told."""
+
+
 class ValueWarning(UserWarning):
     """What is loaded has NaN, or values that the model's dtype cannot hold."""
 

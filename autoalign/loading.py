@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from autoalign.aligning import align
-from autoalign.alignment import Alignment
+from autoalign.alignment import Alignment, Caution
 from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
 from autoalign.copying import copy_all
 from autoalign.errors import (
     AlignmentError,
+    ChoiceWarning,
     InputError,
     NothingLoadedError,
     PartialLoadWarning,
@@ -104,6 +105,7 @@ def load(
 
     Warns:
         PartialLoadWarning: Keys of the model that ``exclude`` and ``include`` did not leave out keep their values.
+        ChoiceWarning: The checkpoint holds copies of the network, and one was taken that nobody named.
         ValueWarning: A tensor of the checkpoint has NaN, or the model's dtype cannot hold its values. Rounding to
             another floating-point type of 16 bits or more is not warned of.
     """
@@ -188,6 +190,7 @@ def _prepared(
         changes = ", ".join(rest)
         raise InputError(f"An alignment is applied as it is, and {changes} would change it. Nothing was loaded.")
     alignment = _aligned(model, source, rest) if made is None else made.applied_to(source, model)
+    source = alignment.tensors if isinstance(alignment.tensors, Checkpoint) else source  # another container, perhaps
     counters = absent_counters(model, source, alignment, source_modules(alignment))
     if counters:
         kept = tuple(spec for spec in alignment.target_specs if spec.key not in counters)
@@ -276,6 +279,7 @@ def _fill(
                 fills, findings = None, Findings()
         if fills is None:
             tensors = tensors_of(source, alignment, targets, findings, step, **options)
+        _warn_of_choices(loaded, alignment)
         _warn_of_keys(loaded, alignment, targets)  # before a change, since a warning may be turned into an error
         _warn_of_values(loaded, findings)
         if fills is None:
@@ -363,6 +367,7 @@ def _fill_sharded(
     if ranks.is_first:
         loaded = summary(alignment, source, type(model).__name__)
         logger.info("Loaded %s; %d keys missing, %d unexpected.", loaded, *map(len, alignment))
+        _warn_of_choices(loaded, alignment)
         _warn_of_keys(loaded, alignment, targets)
         _warn_of_values(loaded, findings)
     return findings.noted(alignment)
@@ -395,6 +400,13 @@ def _warn_of_keys(loaded: str, alignment: Alignment, targets: Mapping[str, Tenso
             PartialLoadWarning,
             stacklevel=_CALLER,
         )
+
+
+def _warn_of_choices(loaded: str, alignment: Alignment) -> None:
+    """Warn of what could as well have been taken, on behalf of the caller of ``load``."""
+    for note in alignment.notes:
+        if isinstance(note, Caution):
+            warnings.warn(f"Loading {loaded}. {note}", ChoiceWarning, stacklevel=_CALLER)
 
 
 def _warn_of_values(loaded: str, findings: Findings) -> None:

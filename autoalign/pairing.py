@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from autoalign.alignment import Match, Mismatch
+from autoalign.alignment import Caution, Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.calibration import calibrated
 from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
@@ -118,12 +118,17 @@ def _left_over(
 def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
     if not scope.copies:
         return ()
-    used, others = ".".join(scope.taken), ", ".join(repr(".".join(path)) for path in scope.copies)
-    return (
-        f"The {side} holds {len(scope.copies) + 1} copies of what the other side has; {used!r} "
-        f"{'was taken' if scope.decided else 'is proposed and nothing was loaded'}, not {others}. "
-        f"To choose, exclude the others: exclude={pattern_for('.'.join(scope.copies[0]), '[.]', [used])!r}.",
+    used, *others = names = [".".join(path) for path in (scope.taken, *scope.copies)]
+    ways = []
+    for name in names[:2]:
+        patterns = tuple(pattern_for(other, "[.]", [name]) for other in names if other != name)
+        ways.append(f"exclude={patterns if len(patterns) > 1 else patterns[0]!r} to take {name!r}")
+    note = (
+        f"The {side} holds {len(names)} copies of what the other side has; {used!r} "
+        f"{'was taken' if scope.decided else 'is proposed and nothing was loaded'}, not "
+        f"{', '.join(map(repr, others))}. To choose: {', or '.join(ways)}."
     )
+    return (note if scope.told else Caution(note),)
 
 
 def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:

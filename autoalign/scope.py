@@ -31,6 +31,7 @@ class Scope:
     taken: Path = ()  # the copy that is used
     copies: tuple[Path, ...] = ()  # the others, which are left out
     decided: bool = True  # whether anything speaks for this copy and against the others
+    told: bool = True  # whether a rule or the other side's own name does
 
 
 def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Path] = ()) -> Scope:
@@ -78,7 +79,8 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
         if len(paths) > 1:
             ranks = {path: rank(path, paths) for path in paths}
             first, second, *_ = ordered = sorted(paths, key=ranks.__getitem__)
-            return Scope((), first, tuple(ordered[1:]), ranks[first] < ranks[second])
+            told = ranks[first][:2] < ranks[second][:2]
+            return Scope((), first, tuple(ordered[1:]), ranks[first] < ranks[second], told)
     whole = [module for module in enough if (held[module] & wanted).total() == usable]
     least = min((held[module].total() for module in whole), default=0)
     smallest = [tree.nodes[module] for module in whole if held[module].total() == least]

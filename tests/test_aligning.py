@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import autoalign
-from autoalign.alignment import Alignment
+from autoalign.alignment import Alignment, Caution
+from autoalign.checkpoint import Checkpoint
 from autoalign.operations import steps_of
 from autoalign.patterns import PatternLike
 
@@ -176,6 +177,47 @@ def test_of_two_copies_the_one_that_is_no_average_is_taken_and_said() -> None:
     assert not alignment.missing_keys
     assert {key.split(".")[0] for match in alignment.matches for key in match.sources} == {"student", "cls"}
     assert "2 copies" in alignment.notes[0]
+
+
+def test_a_choice_among_copies_is_a_warning_unless_the_model_calls_one_by_its_name() -> None:
+    source = state(network("student.") | network("teacher."))
+    (note,) = autoalign.align(source, state(network(""))).notes
+    assert isinstance(note, Caution)
+    assert note.endswith("To choose: exclude='teacher' to take 'student', or exclude='student' to take 'teacher'.")
+    for exclude, taken in (("teacher", "student"), ("student", "teacher")):
+        chosen = autoalign.align(source, state(network("")), exclude=exclude)
+        assert {match.sources[0].split(".")[0] for match in chosen.matches} == {taken}
+        assert not any(isinstance(note, Caution) for note in chosen.notes)
+    called = autoalign.align(source, state(network("teacher.")))
+    assert {match.sources[0].split(".")[0] for match in called.matches} == {"teacher"}
+    assert not any(isinstance(note, Caution) for note in called.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"), [(("model", "ema"), "model"), (("g", "g_ema"), "g"), (("G_A", "G_B"), None)]
+)
+def test_a_container_is_taken_where_its_name_speaks_for_it(names: tuple[str, str], taken: str | None) -> None:
+    saved = {name: state(network("")) for name in names}
+    alignment = autoalign.align(saved, state(network("")))
+    (note,) = alignment.notes
+    assert isinstance(note, Caution)
+    assert bool(alignment.matches) == (taken is not None)
+    assert len(alignment.matches) + len(alignment.ambiguous) == len(network(""))
+    for name in names:
+        assert repr(name) in note
+        assert len(autoalign.align(saved, state(network("")), container=name).matches) == len(network(""))
+
+
+def test_a_container_is_taken_by_the_name_that_the_model_has_for_it() -> None:
+    saved = {"G_A": state(network("")), "G_B": state(network(""))}
+    for name in saved:
+        alignment = autoalign.align(saved, state(network(f"{name}.")))
+        assert len(alignment.matches) == len(network(""))
+        assert alignment.notes == (f"The container {name!r} was taken, which the target calls by its name.",)
+        assert isinstance(alignment.tensors, Checkpoint)
+        assert alignment.tensors.container == name
+    both = autoalign.align(saved, state(network("net.G_A.") | network("net.G_B.")))
+    assert both.mapping == {key: f"net.{key}" for key in network("G_A.") | network("G_B.")}
 
 
 def test_between_equal_copies_nothing_is_chosen_until_a_rule_does() -> None:

@@ -313,6 +313,9 @@ def test_choice_of_a_container_is_stated_and_can_be_made(tmp_path: Path) -> None
         "The container 'model' (1 tensors) was taken, trained weights and well-known names first. "
         "Pass container= to take another: 'ema' (1 tensors).",
     )
+    assert (checkpoint.copies, checkpoint.is_decided) == (("ema",), True)
+    named = checkpoint_of(checkpoint, container="model")
+    assert (named.container, named.copies, named.notes) == ("model", (), ())
     for other in (open_checkpoint(path, container="ema"), checkpoint_of(checkpoint, container="ema")):
         assert (other.container, other.path, other.notes) == ("ema", str(path), ())
         assert other["weight"].item() == 1

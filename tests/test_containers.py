@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autoalign import containers
-from autoalign.containers import containers_of, named_container, preferred
+from autoalign.containers import containers_of, copies_of, named_container, preferred
 from autoalign.errors import CheckpointError, InputError
 
 
@@ -82,6 +82,28 @@ def test_single_tensors_beside_the_state_dict_do_not_hide_it() -> None:
 )
 def test_preference_among_equals(names: list[str], expected: str) -> None:
     assert preferred(containers_of({name: weights() for name in names})).path == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model", "ema"], (["ema"], True)),
+        (["teacher", "student"], (["teacher"], True)),
+        (["G_A", "G_B"], (["G_B"], False)),
+        (["model", "module", "ema"], (["module", "ema"], False)),
+        (["a", "b"], (["b"], False)),
+        (["swa_model", "ema"], (["ema"], False)),
+    ],
+)
+def test_what_speaks_for_one_of_several_copies(names: list[str], expected: tuple[list[str], bool]) -> None:
+    found = containers_of({name: weights(8) for name in names})
+    copies, is_decided = copies_of(preferred(found), found)
+    assert ([copy.path for copy in copies], is_decided) == expected
+
+
+def test_state_dicts_of_other_shapes_are_no_copies() -> None:
+    found = containers_of({"generator": weights(8), "discriminator": {"layers.0.weight": torch.ones(5, 3)}})
+    assert copies_of(found[0], found) == ([], True)
 
 
 def test_more_tensors_come_first_among_equal_names() -> None:

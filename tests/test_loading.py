@@ -20,6 +20,7 @@ from autoalign.checkpoint import checkpoint_of, open_checkpoint
 from autoalign.errors import (
     AlignmentError,
     CheckpointError,
+    ChoiceWarning,
     IncompatibleTensorsError,
     InputError,
     NothingLoadedError,
@@ -136,7 +137,10 @@ def test_container_is_chosen_and_can_be_named(source: Network) -> None:
     averaged = scrambled(Network(), seed=2)
     saved = {"ema": averaged.state_dict(), "model": source.state_dict()}
     model = Network()
-    alignment = load(model, saved)
+    with pytest.warns(
+        ChoiceWarning, match=r"The container 'model' \(14 tensors\) was taken.*container= to take .*'ema'"
+    ):
+        alignment = load(model, saved)
     assert_same(model, snapshot(source))
     assert any("The container 'model' (14 tensors) was taken" in note for note in alignment.notes)
     load(model, saved, container="ema")
@@ -144,6 +148,20 @@ def test_container_is_chosen_and_can_be_named(source: Network) -> None:
     with pytest.raises(CheckpointError, match="No container matches 'swa'"):
         load(model, saved, container="swa")
     assert_same(model, snapshot(averaged))
+
+
+def test_of_copies_that_nothing_tells_apart_none_is_loaded(source: Network) -> None:
+    saved = {"G_A": source.state_dict(), "G_B": scrambled(Network(), seed=2).state_dict()}
+    model = Network()
+    before = snapshot(model)
+    with pytest.raises(NothingLoadedError, match=r"that nothing tells apart.*container= to choose: 'G_A'.*'G_B'"):
+        load(model, saved)
+    assert_same(model, before)
+    load(model, saved, container="G_B")
+    assert_same(model, saved["G_B"])
+    called = nn.ModuleDict({"G_B": Network()})
+    load(called, saved)  # by its own name; its values are those of this container
+    assert_same(called["G_B"], saved["G_B"])
 
 
 def test_checkpoint_is_not_changed(source: Network) -> None:

@@ -23,7 +23,13 @@ from autoalign.cli.commands.load_check import add as load_check
 from autoalign.cli.commands.rules import add as rules
 from autoalign.cli.commands.verify import add as verify
 from autoalign.cli.terminal import complain
-from autoalign.errors import AmbiguousAlignmentError, AutoAlignError, IncompatibleTensorsError, PartialLoadWarning
+from autoalign.errors import (
+    AmbiguousAlignmentError,
+    AutoAlignError,
+    ChoiceWarning,
+    IncompatibleTensorsError,
+    PartialLoadWarning,
+)
 
 COMMANDS = (inspect, align, load_check, convert, rules, diff, verify, demo, completion)
 
@@ -83,7 +89,8 @@ def _warnings_shown() -> Iterator[None]:
         complain(f"warning: {message}")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PartialLoadWarning)  # the report says all of it
+        for category in (PartialLoadWarning, ChoiceWarning):
+            warnings.simplefilter("ignore", category)  # the report says all of it
         warnings.showwarning = show
         yield
 
