@@ -5,16 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoalign.errors import InputError, PatternError
+from autoalign.expressions import TimeLimit, compiled
 from autoalign.names import components
+
+if TYPE_CHECKING:
+    import regex
 
 RuleLike = Mapping[str, str] | Iterable[tuple[str, str]]
 PatternLike = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
 
 _MARK = "re:"  # before a regular expression
 _SPECIAL = frozenset("^$*+?[]()|\\")  # which a plain pattern does not hold
+_UNDONE = "Nothing was aligned."
+_LONGEST = 100_000  # characters of a key that renamings make
 
 
 def checked_rules(rules: RuleLike) -> list[tuple[str, str]]:
@@ -47,14 +53,15 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
     pairs = checked_rules(rules)
     own, other = set(source), set(target)
     pins: dict[str, str] = {}
-    renamings: list[tuple[re.Pattern[str], str]] = []
+    renamings: list[tuple[regex.Pattern[str], str, str]] = []
     for first, second in pairs:
         if first in own and second in other:
             _pin(pins, first, second)
         elif first in own:
             raise PatternError(f"The rules fill {second!r}, which is no key of the model. Nothing was aligned.")
         else:
-            renamings.append((_compiled(first), second))
+            renamings.append((_compiled(first), first, second))
+    limit = TimeLimit(len(source), _UNDONE)
     used: set[int] = set()
     fixed: set[int] = set()
     taken = set(pins.values())
@@ -62,13 +69,10 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
         if key in taken:
             continue
         renamed, trail = key, []
-        for number, (pattern, replacement) in enumerate(renamings):
-            try:
-                renamed, count = pattern.subn(replacement, renamed)
-            except (re.error, IndexError) as error:
-                raise PatternError(
-                    f"The replacement {replacement!r} does not fit {pattern.pattern!r}: {error}."
-                ) from error
+        for number, (pattern, text, replacement) in enumerate(renamings):
+            renamed, count = limit.subn(pattern, replacement, renamed)
+            if len(renamed) > max(_LONGEST, len(key)):
+                raise PatternError(f"The rule {text!r} -> {replacement!r} makes keys without end. {_UNDONE}")
             if not count:
                 continue
             trail.append(number)
@@ -78,14 +82,14 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
                 fixed.update(trail)
                 break
         used.update(trail)
-    for number, (pattern, replacement) in enumerate(renamings):
+    for number, (_, text, replacement) in enumerate(renamings):
         if number in used - fixed:
             raise PatternError(
-                f"The rule {pattern.pattern!r} -> {replacement!r} gives no key that the model has. Nothing was aligned."
+                f"The rule {text!r} -> {replacement!r} gives no key that the model has. Nothing was aligned."
             )
         if number not in used:
             raise PatternError(
-                f"The rule {pattern.pattern!r} -> {replacement!r} matches no checkpoint key. Nothing was aligned. "
+                f"The rule {text!r} -> {replacement!r} matches no checkpoint key. Nothing was aligned. "
                 "Rules go from checkpoint key to model key; check the spelling or leave the rule out."
             )
     return pins
@@ -104,13 +108,13 @@ class _Selector:
 
     text: str  # as it was given
     parts: str  # of a plain pattern, as _framed writes a key; empty for a regex
-    regex: re.Pattern[str] | None
+    regex: regex.Pattern[str] | None
 
-    def taken(self, keys: Mapping[str, str]) -> set[str]:
+    def taken(self, keys: Mapping[str, str], limit: TimeLimit) -> set[str]:
         """Return the keys that it takes, of framed ones by key."""
         if self.regex is None:
             return {key for key, framed in keys.items() if self.parts in framed}
-        return {key for key in keys if self.regex.search(key)}
+        return {key for key in keys if limit.search(self.regex, key)}
 
 
 def excluded_keys(
@@ -132,10 +136,11 @@ def excluded_keys(
     if not unwanted and not wanted:
         return frozenset(), ()
     sides = [{key: _framed(key) for key in side} for side in (target, source)]
+    limit = TimeLimit(len(source) + len(target), _UNDONE)
     out: set[str] = set()
     notes = []
     for selector in unwanted:
-        taken = [selector.taken(side) for side in sides]
+        taken = [selector.taken(side, limit) for side in sides]
         out.update(*taken)
         if any(taken):
             plural = "s" if len(taken[1]) != 1 else ""
@@ -145,7 +150,7 @@ def excluded_keys(
             notes.append(f"exclude={selector.text!r} matches no key of either side.")
     kept: list[set[str]] = [set(), set()]
     for selector in wanted:
-        taken = [selector.taken(side) for side in sides]
+        taken = [selector.taken(side, limit) for side in sides]
         chosen = 0 if taken[0] else 1
         if not taken[chosen]:
             raise PatternError(f"include={selector.text!r} matches no key of either side. Nothing was aligned.")
@@ -206,10 +211,8 @@ def _is_regex_like(text: str) -> bool:
     return not _SPECIAL.isdisjoint(text)
 
 
-def _compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
-    if isinstance(pattern, re.Pattern) and not isinstance(pattern.pattern, str):
-        raise InputError(f"{pattern.pattern!r} is a regular expression over bytes, not text. Nothing was aligned.")
+def _compiled(pattern: str | re.Pattern[str]) -> regex.Pattern[str]:
     try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise PatternError(f"{pattern!r} is not a valid regular expression: {error}. Nothing was aligned.") from error
+        return compiled(pattern)
+    except (InputError, PatternError) as error:
+        raise type(error)(f"{error} {_UNDONE}") from error

@@ -20,6 +20,7 @@ from torch import Tensor
 from autoalign import serial
 from autoalign.alignment import Match
 from autoalign.errors import InputError, PatternError, RulesError
+from autoalign.expressions import TimeLimit, compiled
 from autoalign.indices import SLICE, Arithmetic, expand, number_of, tokens_of
 from autoalign.operations import Copy, InsertZeros, Operation, Shape, chain, output_shapes, steps_of
 from autoalign.quantised import ADVICE, groups_of
@@ -27,6 +28,7 @@ from autoalign.relative import Pick, Portion, at, exact, slice_count
 from autoalign.specs import specs_of
 
 if TYPE_CHECKING:
+    import regex
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 VERSION = 1
@@ -34,7 +36,9 @@ _SHOWN = 5  # problems that an error lists
 _MOST_ZEROS = 16  # times the elements of all sources
 _SHOWN_TEXT = 200  # characters of what was wrong
 _WIDTH = 70  # of the patterns' column, before it is given up
-_REFERENCE = re.compile(r"\\[1-9]|\(\?P=|\(\?\(")
+_TRIED = 0.1  # seconds for each pattern where all together take too long
+_UNDONE = "Nothing was converted."
+_REFERENCE = re.compile(r"\\[1-9]|\(\?P=|\(\?\(|^\(\?[a-zA-Z]+\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,21 +120,33 @@ class Rules:
         return len(self.rules)
 
     @cached_property
-    def _any(self) -> tuple[re.Pattern[str], dict[int, tuple[Rule, int, re.Pattern[str]]]]:
-        """All patterns as one, and by the last group that took part in a match which of them matched."""
-        texts, found, group = [], {}, 0
+    def _patterns(self) -> dict[int, tuple[Rule, int, regex.Pattern[str]]]:
+        """Each pattern with its rule and its place there, by the number of the group after it in ``_any``."""
+        found, group = {}, 0
         for rule in self.rules:
             for place, source in enumerate(rule.sources):
-                pattern = re.compile(source)
-                texts.append(f"(?:{source.replace(f'(?P<{SLICE}>', '(')})()")
+                pattern = compiled(source)
                 group += pattern.groups + 1
                 found[group] = rule, place, pattern
-        return re.compile("|".join(texts)), found
+        return found
 
-    def _taken(self, key: str) -> tuple[Rule, int, re.Pattern[str]] | None:
+    @cached_property
+    def _any(self) -> regex.Pattern[str]:
+        """All patterns as one: the last group that takes part in a match tells which of them matched."""
+        sources = (source for rule in self.rules for source in rule.sources)
+        return compiled("|".join(f"(?:{source.replace(f'(?P<{SLICE}>', '(')})()" for source in sources))
+
+    def _taken(self, key: str, limit: TimeLimit) -> tuple[Rule, int, regex.Pattern[str]] | None:
         """Tell which pattern of which rule takes a key."""
-        match = self._any[0].match(key) if self.rules else None
-        return None if match is None else self._any[1][match.lastindex or 0]
+        if not self.rules:
+            return None
+        try:
+            match = limit.match(self._any, key)
+        except PatternError:
+            for _, _, pattern in self._patterns.values():
+                TimeLimit(0, _UNDONE, seconds=_TRIED).match(pattern, key)  # names the one that takes long
+            raise
+        return None if match is None else self._patterns[match.lastindex or 0]
 
     def rule_of(self, key: str) -> Rule | None:
         r"""Tell which rule takes a key; None for a key that keeps its name.
@@ -138,7 +154,7 @@ class Rules:
         >>> print(Rules((Rule((r"^old\.",), ("new.",)),)).rule_of("old.weight"))
         ^old\. -> new.
         """
-        taken = self._taken(key)
+        taken = self._taken(key, TimeLimit(1, _UNDONE))
         return None if taken is None else taken[0]
 
     def plan(self, shapes: Mapping[str, Shape]) -> list[Match]:
@@ -167,15 +183,16 @@ class Rules:
         found: dict[tuple[int, tuple[str | None, ...], str], _Instance] = {}
         planned: list[Match | tuple[Rule, _Instance]] = []
         problems: dict[str, str] = {}
+        limit = TimeLimit(len(shapes), _UNDONE)
         for key in shapes:
-            taken = self._taken(key)
+            taken = self._taken(key, limit)
             if taken is None:
                 planned.append(Match(key, (key,)))
                 continue
             rule, place, pattern = taken
             if not rule.targets:
                 continue
-            match = pattern.match(key)
+            match = limit.match(pattern, key)
             assert match is not None
             captured, member = list(match.groups()), -1
             if SLICE in pattern.groupindex:
@@ -429,12 +446,11 @@ def _check(rule: Rule) -> None:
             raise PatternError(f"{named} has an operation that is malformed: {error}.") from error
     groups = set()
     for source in rule.sources:
-        try:
-            pattern = re.compile(source)
-        except re.error as error:
-            raise PatternError(f"{source!r} is not a valid regular expression: {error}.") from error
+        pattern = compiled(source)
         if set(pattern.groupindex) - {SLICE} or _REFERENCE.search(source.replace(r"\\", "")):
-            raise PatternError(f"{source!r} has named groups or references, which the patterns of rules cannot have.")
+            raise PatternError(
+                f"{source!r} has named groups, references or flags, which the patterns of rules cannot have."
+            )
         groups.add(pattern.groups)
     for target in rule.targets:
         used = {

@@ -12,8 +12,8 @@ import autoalign
 
 FLOW = (
     # values
-    *("errors", "specs", "operations", "joining", "adaptations", "alignment", "inversion"),
-    *("vocabulary", "names"),
+    *("errors", "expressions", "specs", "operations", "joining", "adaptations", "vocabulary", "names"),
+    *("quantised", "alignment", "inversion"),
     # alignment -> rules
     *("relative", "serial", "resizing", "indices", "rules", "fitting", "moves", "drafts", "wording", "induction"),
     *("exports.renaming", "exports.transformers", "exports.python"),
@@ -100,7 +100,7 @@ BACKWARDS_WHEN_CALLED = {
     *(("rules", f"exports.{module}") for module in ("python", "renaming", "transformers")),
 }
 # needed for a match or a screen, not for an import
-LATE = ("gguf", "huggingface_hub", "msgpack", "rapidfuzz", "rich", "safetensors", "scipy")
+LATE = ("gguf", "huggingface_hub", "msgpack", "rapidfuzz", "regex", "rich", "safetensors", "scipy")
 
 
 def own_imports(tree: ast.AST, *, deferred: bool) -> Iterator[str]:
