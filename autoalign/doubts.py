@@ -172,6 +172,7 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | N
     both_doubled = layers[0] in styles[0].doubled and layers[1] in styles[1].doubled
     if (
         both_doubled
+        and source.shape[0] % 2 == 0
         and stem(_layer_name(source.path)) != stem(_layer_name(target.path))
         and (_order_of_halves(source.path) != _order_of_halves(target.path))
     ):

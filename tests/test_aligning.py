@@ -366,6 +366,10 @@ def test_a_key_that_a_rule_fills_is_filled_once() -> None:
         ({"n": (), "v.x": (1,)}, {"module. ": ()}),
         ({"k.0.kernel:0": (4, 8), "k.1.kernel:0": (4, 8)}, {"k.x.kernel:0": (4, 8)}),  # stored transposed
         ({"a.in_proj_weight": (4, 12, 2), "gate.x": (4, 12, 2)}, {"net.gate.x": (4, 12, 2)}),
+        (
+            {"original0": (3, 16, 12), "weight": (16, 4), "h.0.1": (4, 8)},
+            {"_orig_mod.weight": (16, 4), "_orig_mod.h.4.1": (4, 8), "_orig_mod.original0": (3, 16, 12)},
+        ),
     ],
 )
 def test_every_alternative_makes_the_shape_of_its_target(source: Shapes, target: Shapes) -> None:
