@@ -48,7 +48,7 @@ def as_in_torch(parts: Sequence[Part]) -> Parts:
         if is_kernel:
             view = _kernel_view(unit, of, heads, width)
         elif len(of["weight"]) > 3:
-            view = _convolution(of["weight"])
+            view = _convolution(of["weight"], of.get("bias"))
         if view is None:
             continue
         result[kinds["weight"]] = _viewed(parts[kinds["weight"]], view)
@@ -92,7 +92,7 @@ def _kernel_view(unit: Unit, shapes: Mapping[str, Shape], heads: set[Shape], wid
     is_output = weight[:2] in heads or (bias is None and weight[2] == width and _is_output(unit))
     if len(weight) == 3 and is_output and bias in (None, weight[2:]):
         return chain(Reshape((prod(weight[:2]), weight[2])), Transpose())
-    return _convolution(weight)
+    return _convolution(weight, bias)
 
 
 def _is_output(unit: Unit) -> bool:
@@ -109,9 +109,17 @@ def _keeps_heads(unit: Unit, shapes: Mapping[str, Shape]) -> bool:
     return len(weight) == 3 and not _ROLES.isdisjoint(words(unit.path[-1]))
 
 
-def _convolution(weight: Shape) -> Operation:
+def _convolution(weight: Shape, bias: Shape | None) -> Operation:
+    """Return the view of a kernel ``(*spatial, in, out)`` as torch's ``(out, in, *spatial)``.
+
+    One of several inputs and one output is depthwise, ``(*spatial, channels, 1)``, unless its bias or its size of one
+    shows that it adds up its inputs.
+    """
     last = len(weight) - 1
-    return Permute((last, last - 1, *range(last - 1)))
+    *spatial, channels, outputs = weight
+    is_depthwise = outputs == 1 < channels and (bias == (channels,) or (bias is None and prod(spatial) > 1))
+    ends = (last - 1, last) if is_depthwise else (last, last - 1)
+    return Permute((*ends, *range(last - 1)))
 
 
 def _spatial_first(shapes: Mapping[str, Shape]) -> int:

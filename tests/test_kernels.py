@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from autoalign import align
 from autoalign.kernels import as_in_torch
-from autoalign.operations import Permute
+from autoalign.operations import Permute, Shape
 from autoalign.units import Part
 
 _WIDTH, _HIDDEN, _EXPERTS, _WORDS = 8, 12, 3, 20
@@ -67,3 +68,20 @@ def test_a_stack_is_turned_only_beside_kernels() -> None:
     assert (turned.shape, turned.view) == ((3, 12, 8), Permute((0, 2, 1)))
     assert as_in_torch([stack, tokens, kernel])[1] == tokens
     assert list(as_in_torch([stack, tokens])) == [stack, tokens]
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "expected"),
+    [
+        ((3, 3, 32, 1), None, (32, 1, 3, 3)),  # depthwise
+        ((3, 3, 32, 1), (32,), (32, 1, 3, 3)),
+        ((3, 3, 32, 1), (1,), (1, 32, 3, 3)),  # one output
+        ((1, 1, 32, 1), None, (1, 32, 1, 1)),
+        ((3, 3, 1, 32), None, (32, 1, 3, 3)),
+    ],
+)
+def test_a_depthwise_kernel_keeps_its_channels_apart(weight: Shape, bias: Shape | None, expected: Shape) -> None:
+    parts = [Part(0, ("conv", "kernel"), weight, "float")]
+    if bias:
+        parts.append(Part(1, ("conv", "bias"), bias, "float"))
+    assert as_in_torch(parts)[0].shape == expected
