@@ -27,7 +27,7 @@ from autoalign.operations import Copy, Operation
 from autoalign.patterns import pattern_for
 from autoalign.renaming import is_renamed
 from autoalign.scope import Scope, scope_of, within
-from autoalign.units import Part, Unit, counts_of, units_of
+from autoalign.units import Part, Unit, counts_of, under_one_root, units_of
 from autoalign.vocabulary import RIVAL_PAIRS
 
 Outcome = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, mismatches and notes
@@ -154,6 +154,8 @@ def _match_parts(
     whole: tuple[Sequence[Part], Sequence[Part]],
 ) -> tuple[dict[int, Found] | None, list[Mismatch]]:
     """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
+    named = (units_of(source.parts), source.parts), (units_of(target.parts), target.parts)
+    source, target = (_with(side, under_one_root(side.parts)) for side in (source, target))
     own, other = units_of(source.parts), units_of(target.parts)
     pairs = candidates(own, source.parts, other, target.parts)
     counts = counts_of(own, source.parts), counts_of(other, target.parts)
@@ -187,7 +189,7 @@ def _match_parts(
         found_too = set(assignment.target.tolist())
         by_name = share_of([(i, j) for i, j in same if j in found_too], counts) >= _HALF
     found: dict[int, Found] = {}
-    if not (pins or by_name) and not related(assignment, confidence, (own, source.parts), (other, target.parts), whole):
+    if not (pins or by_name) and not related(assignment, confidence, *named, whole):
         return None, _mismatches(source, target, own, other, same)
     taken = set(pins.values())
     cues = {name: np.clip(cue, 0, 1).tolist() for name, cue in assignment.cues.items()}

@@ -10,16 +10,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import repeat
+from itertools import repeat, takewhile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from autoalign.graph import Ancestry, Path, ancestry, block_around
-from autoalign.names import components, kind, words
+from autoalign.names import components, kind, numbers, words
 from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
 from autoalign.vocabulary import COLLECTIONS
@@ -56,12 +56,36 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
     paths = [components(spec.key) for spec in specs]
     if len(tops := {path[0] for path in paths if len(path) > 1}) > 1 and tops <= COLLECTIONS:
         paths = [path[1:] if len(path) > 1 else path for path in paths]
-    if max(map(len, paths), default=0) == 2:  # the module tree is written into the layers' names
-        paths = [(*_JOINT.split(path[0]), path[1]) if len(path) == 2 else path for path in paths]
+    top = len(_around(paths))
+    if not any(numbers(name) for path in paths for name in path[top + 1 : -1]):  # the module tree is in one name
+        paths = [
+            (*path[:top], *_JOINT.split(path[top]), *path[top + 1 :]) if len(path) > top + 1 else path for path in paths
+        ]
     return [
         Part(index, path, spec.shape, _numeric(spec.dtype), count=count)
         for index, (path, spec, count) in enumerate(zip(paths, specs, counts or repeat(1, len(specs)), strict=True))
     ]
+
+
+def under_one_root(parts: Sequence[Part]) -> list[Part]:
+    """Put all parts into one module without a name, instead of the modules that all of them are in.
+
+    >>> [part.path for part in under_one_root(parts_of([TensorSpec("module.net.fc.weight", (8,), torch.float32)]))]
+    [('', 'fc', 'weight')]
+    """
+    top = len(_around([part.path for part in parts]))
+    return [replace(part, path=("", *part.path[top:])) for part in parts]
+
+
+def _around(paths: Sequence[Path]) -> Path:
+    """Name the module that everything is in; the one around it if everything is of one layer."""
+    if not paths:
+        return ()
+    first, last = min(paths), max(paths)  # what these share, all share
+    depth = min(len(path) for path in paths) - 1
+    shared = [own for own, other in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))][:depth]
+    is_layer = all(len(path) == len(shared) + 1 for path in paths)
+    return tuple(shared[:-1] if is_layer else shared)
 
 
 @lru_cache
