@@ -52,10 +52,10 @@ def crossings(blocks: Blocks) -> list[Repair]:
     moved = set[int]()
     for (_, end), modules in spread.items():
         for first, second in combinations(modules, 2) if len(modules) <= _MANY else pairwise(modules):
-            best = _straight(blocks[first], blocks[second], len(first), len(end))
-            if best and moved.isdisjoint(best):
-                moved.update(best)
-                found.append(best)
+            repair = _straightened(blocks[first], blocks[second], len(first), len(end))
+            if repair and moved.isdisjoint(repair):
+                moved.update(repair)
+                found.append(repair)
     return found
 
 
@@ -78,6 +78,15 @@ def blocks_of(assignment: Assignment, source: Sequence[Path], target: Sequence[P
     return blocks
 
 
+def _straightened(first: Block, second: Block, depth: int, end: int) -> Repair:
+    """Exchange parts of two blocks, one after another, as long as that leaves both more of one piece."""
+    repair: Repair = {}
+    while best := _straight(first, second, depth, end):
+        repair |= best
+        first, second = ([replace(p, own=best.get(p.place, p.own)) for p in block] for block in (first, second))
+    return repair
+
+
 def _straight(first: Block, second: Block, depth: int, end: int) -> Repair:
     """Find the exchange of a part of one block with a part of another that leaves both of one piece the most.
 
@@ -90,18 +99,23 @@ def _straight(first: Block, second: Block, depth: int, end: int) -> Repair:
     before = _wholeness(first, second, end)
     if before == len(first) ** 2 + len(second) ** 2:
         return {}
-    home = [_home(block, end) for block in (first, second)]
+    home = [_home(block, other, end) for block, other in ((first, second), (second, first))]
     told = home[0] != home[1] and None not in home
     if not told and not _are_lists(first, second, depth, end):
         return {}
     parts = [_parts(block, depth, deep=told) for block in (first, second)]
     if told:
         parts = [[part for part in of if own not in _ends(part, end)] for of, own in zip(parts, home, strict=True)]
+    alike = (
+        len({name.isdecimal() for pair in (*first, *second) for name in (pair.other[depth - 1], pair.own[end])}) == 1
+    )
     best: Repair = {}
     wholeness = (before, 0)
     for one, two in product(*parts):
         if [pair.kind for pair in one] != [pair.kind for pair in two]:
             continue
+        if not (told or alike) and any(p.own[end + 1 :] != q.own[end + 1 :] for p, q in zip(one, two, strict=True)):
+            continue  # the target might be a list of blocks, and the source one list for each of their parts
         moved = {p.place: replace(p, own=q.own) for p, q in (*zip(one, two, strict=True), *zip(two, one, strict=True))}
         sides = [[moved.get(pair.place, pair) for pair in block] for block in (first, second)]
         in_order = sum(numbers(p.own[end]) < numbers(q.own[end]) for p, q in zip(sides[0], sides[1], strict=False))
@@ -111,26 +125,23 @@ def _straight(first: Block, second: Block, depth: int, end: int) -> Repair:
     return best
 
 
-def _home(block: Block, end: int) -> str | None:
-    """Name the module that fills at least half of a block, and more than any other does."""
-    (name, count), *others = _ends(block, end).most_common(2)
-    return name if 2 * count >= len(block) and all(count > other for _, other in others) else None
+def _home(block: Block, other: Block, end: int) -> str | None:
+    """Name the module that fills most of a block, or most of what the other block has nothing to exchange for."""
+    kinds = {pair.kind for pair in other}
+    for pairs in ([pair for pair in block if pair.kind not in kinds], block):
+        (name, count), *others = _ends(pairs, end).most_common(2) or [("", 0)]
+        if pairs and 2 * count >= len(pairs) and all(count > other for _, other in others):
+            return name
+    return None
 
 
 def _are_lists(first: Block, second: Block, depth: int, end: int) -> bool:
-    """Tell whether two blocks are members of one list, and what fills them is in members of one.
-
-    Else the target might be a list of blocks, and the source one list for each of their parts.
-    """
-    names = [block[0].other[depth - 1] for block in (first, second)]
-    like = [numbers(name) != () and name.isdecimal() == names[0].isdecimal() for name in names]
-    ends = {pair.own[end] for pair in (*first, *second) if len(pair.own) > end + 1}
-    return (
-        all(like)
-        and stem(names[0]) == stem(names[1])
-        and all(numbers(name) and name.isdecimal() == names[0].isdecimal() for name in ends)
-        and all(len(pair.own) > end + 1 for pair in (*first, *second))
-    )
+    """Tell whether two blocks are members of one list, and what fills them is in members of one."""
+    pairs = (*first, *second)
+    return all(
+        all(map(numbers, names)) and len(set(map(stem, names))) == 1
+        for names in ({pair.other[depth - 1] for pair in pairs}, {pair.own[end] for pair in pairs})
+    ) and all(len(pair.own) > end + 1 for pair in pairs)
 
 
 def _parts(block: Block, depth: int, *, deep: bool) -> list[Block]:

@@ -20,7 +20,7 @@ from autoalign.crossings import Blocks, Repair, blocks_of, crossings, shared
 from autoalign.evidence import Floats, Ints, SideEvidence
 from autoalign.graph import Path
 from autoalign.instances import Instance, Pairs, instances_of, parting, places_below
-from autoalign.lists import disordered, misnumbered, sign
+from autoalign.lists import disordered, misnumbered, out_of_step, sign
 from autoalign.matching import Assignment
 from autoalign.names import likeness, numbers, ordinal, stem, words
 from autoalign.vacancies import rivalled
@@ -29,6 +29,7 @@ from autoalign.vocabulary import ROLES
 UNTOLD = 0.45  # the confidence where nothing tells two modules apart, or something speaks for their exchange
 BY_ORDER = 0.85  # the confidence where their order alone does
 _NOTHING_TELLS = "right shape, but nothing tells {} from {}"
+_OUT_OF_STEP = "right shape, but its list would be matched in no order, or across its members"
 _LEFT_OVER = "right shape, but a module of the same content is left over, and nothing tells which of them it is"
 _CLEAR = 0.05  # how much better names must fit one way than the other to tell anything
 _ROLE = 0.5  # what it tells that only one way matches a query, a key or a value to one
@@ -121,23 +122,23 @@ def settled(
     alike = _alike(assignment, kinds)  # no exchange changes it
 
     def repaired(
-        assignment: Assignment, blocks: Blocks, repairs: Callable[[Blocks], Iterable[Repair]]
+        assignment: Assignment, blocks: Blocks, repairs: Callable[[Blocks], Iterable[Repair]], least: float
     ) -> tuple[Assignment, Blocks]:
         before = assignment
         for repair in filter(None, repairs(blocks)):
             wanted = {place: unit_at.get(path, -1) for place, path in repair.items()}
-            assignment = _with_wanted(assignment, wanted, kinds[0], fixed)
+            assignment = _with_wanted(assignment, wanted, kinds[0], fixed, least)
         if assignment is not before:
             blocks = blocks_of(assignment, source.paths, target.paths, alike)
         return assignment, blocks
 
     blocks = blocks_of(assignment, source.paths, target.paths, alike)
     for _ in range(_REPAIRS):
-        before, (assignment, blocks) = assignment, repaired(assignment, blocks, crossings)
+        before, (assignment, blocks) = assignment, repaired(assignment, blocks, crossings, -np.inf)
         if assignment is before:
             break
     for repairs in (partial(misnumbered, source=source.paths), disordered):
-        assignment, blocks = repaired(assignment, blocks, repairs)
+        assignment, blocks = repaired(assignment, blocks, repairs, -_CLEAR / 2)
     slots = _slots(source.paths), _slots(target.paths)
     for _ in range(_ROUNDS):
         found = exchanges(assignment, source, target, alike, slots)
@@ -160,6 +161,14 @@ def settled(
                 doubts[p] = doubts[q] = _NOTHING_TELLS.format(*names)
                 rival[[p, q]] = assignment.source[[q, p]]
     sides = (source.paths, kinds[0]), (target.paths, kinds[1])
+    crossed = out_of_step(
+        blocks_of(assignment, source.paths, target.paths, alike),
+        dict(zip(source.paths, kinds[0].tolist(), strict=True)),
+        ordered=target.ordered,
+    )
+    crossed -= fixed
+    sureness[list(crossed)] = np.minimum(sureness[list(crossed)], UNTOLD)
+    doubts |= dict.fromkeys(crossed - doubts.keys(), _OUT_OF_STEP)
     left_over = rivalled(assignment, *sides, fixed)
     sureness[left_over] = UNTOLD
     doubts |= dict.fromkeys(left_over, _LEFT_OVER)
@@ -189,7 +198,9 @@ def _slots(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints, fixed: set[int]) -> Assignment:
+def _with_wanted(
+    assignment: Assignment, wanted: Mapping[int, int], kinds: Ints, fixed: set[int], least: float
+) -> Assignment:
     """Give places other sources of the same kinds, which no other places have, unless names speak against it.
 
     Args:
@@ -197,6 +208,7 @@ def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints,
         wanted: Place -> the source unit that it should have; -1 for one that there is not.
         kinds: [source units]: equal where all tensors of a unit have the same kinds and shapes.
         fixed: Places that keep what they have.
+        least: How much better the names must fit on average; negative where they may fit less well.
     """
     places, units = list(wanted), list(wanted.values())
     chosen = assignment.source.copy()
@@ -208,7 +220,7 @@ def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints,
         return assignment
     moved = np.flatnonzero(chosen != assignment.source)
     names = assignment.names[chosen, assignment.target] - assignment.names[assignment.source, assignment.target]
-    if not len(moved) or names[moved].mean() < -_CLEAR / 2 or not fixed.isdisjoint(moved.tolist()):
+    if not len(moved) or names[moved].mean() < least or not fixed.isdisjoint(moved.tolist()):
         return assignment
     return _with_sources(assignment, chosen)
 
@@ -228,15 +240,24 @@ def exchanges(
     if not listed:
         return []
     gains, orders = _gains(assignment, source, target, listed)
-    found: dict[tuple[_Key, bool], list[int]] = {}
+    names = [slots[0][i] for i in chosen[0]], [slots[1][j] for j in chosen[1]]
+    together = Counter(zip(*names, strict=True))
+
+    def mirrored(pairs: Pairs) -> int:
+        """Count how many more of the same layers are matched the other way round than this way."""
+        ways = (
+            {(names[0][p], names[1][q]) for pair in pairs for p, q in (pair, pair[::-1])},
+            {(names[0][place], names[1][place]) for pair in pairs for place in pair},
+        )
+        return min(together[both] for both in ways[0]) - min(together[both] for both in ways[1])
+
+    found: dict[tuple[_Key, bool, bool], list[int]] = {}
     for index, one in enumerate(listed):
         gains[index] += _OWN * _own_gain(one)
         key = tuple([tuple(map(stem, path)) for path in (*one.modules, *one.ends)])
-        found.setdefault((key, gains[index] < 0), []).append(index)
-    names = [slots[0][i] for i in chosen[0]], [slots[1][j] for j in chosen[1]]
-    together = Counter(zip(*names, strict=True))
+        found.setdefault((key, gains[index] < 0, mirrored(one.pairs) > 0), []).append(index)
     result = []
-    for (key, _), indices in found.items():
+    for (key, *_), indices in found.items():
         instances = [listed[index] for index in indices]
         pairs = tuple([pair for one in instances for pair in one.pairs])
         is_list = key[0] == key[1] and key[2] == key[3]
@@ -245,7 +266,6 @@ def exchanges(
         leads = [0 if shifted else _direction(of) for of in others]
         order = sum(orders[index] * (lead or 1) for index, lead in zip(indices, leads, strict=True))
         inside = Counter([(names[0][place], names[1][place]) for pair in pairs for place in pair])
-        mirror = {(names[0][p], names[1][q]) for pair in pairs for p, q in (pair, pair[::-1])}
         in_row = sum(orders[index] for index in indices)
         result.append(
             Exchange(
@@ -257,7 +277,7 @@ def exchanges(
                 sign(order) if is_list or (source.ordered and target.ordered) else 0,
                 min(together[both] - count for both, count in inside.items()),
                 sign(sum(_ordinals_agree(one.ends, one.modules) for one in instances)),
-                min(together[both] for both in mirror) - min(inside.values()) + (in_row < 0),
+                mirrored(pairs) + (in_row < 0),
                 is_list and all(lead < 0 for lead in leads),
                 shifted,
             )
@@ -368,11 +388,17 @@ def _with_sources(assignment: Assignment, source: Ints) -> Assignment:
 
 
 def _numbers_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:
-    """Tell whether two pairs of names have the same numbers in this order: 1, in the other: -1, or not: 0."""
-    own, other = ([numbers(path[-1]) for path in side] for side in (source, target))
-    if not all(own) or not all(other) or own[0] == own[1] or other[0] == other[1]:
-        return 0
-    return int(own == other) - int(own == other[::-1])
+    """Tell whether two pairs of modules have the same numbers in this order: 1, in the other: -1, or not: 0.
+
+    Those of their own names, else all that stand in their paths, as where one side writes a path as one name.
+    """
+    for own, other in (
+        ([numbers(path[-1]) for path in side] for side in (source, target)),
+        ([tuple([n for name in path for n in numbers(name)]) for path in side] for side in (source, target)),
+    ):
+        if all(own) and all(other) and own[0] != own[1] and own in (other, other[::-1]):
+            return 1 if own == other else -1
+    return 0
 
 
 def _ordinals_agree(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, pairwise
@@ -11,7 +12,11 @@ from autoalign.graph import Path, block_around
 from autoalign.names import numbers, stem
 
 _UNLIKE = 0.5  # share of the layers of two modules that may have no counterpart in the other
+_BRANCHES = 0.9  # the same for layers of the same names in members of one list: branches may only begin alike
+_FEW = 6  # members of a list that are all compared with one another: they may be branches rather than blocks
 _MANY = 12  # siblings of which only those of one content are compared; more of these, neighbour by neighbour
+
+_STEP = re.compile(r"(?<=\d)_(?=\d)")  # in "branch2_0": a branch, and a step of it
 
 Pairs = tuple[tuple[int, int], ...]  # places in the assignment that would exchange their sources
 
@@ -58,7 +63,7 @@ def instances_of(
             anchors = 0
             for place in rest:
                 path, own = source[place], target[place][: len(top)] == top
-                inside = [path[: len(end)] == end for end in ends]
+                inside = _inside(path, ends)
                 anchors += (inside[0] - inside[1]) * (1 if own else -1)
             yield Instance((first, second), ends, tuple(places), anchors)
 
@@ -70,7 +75,11 @@ def instances_of(
             if kinds[first].isdisjoint(kinds[second]):
                 continue
             pairs, rest = _counterparts(first, second, below, target, alike)
-            if pairs and len(rest) <= _UNLIKE * (len(rest) + 2 * len(pairs)):
+            if len(rest) > _UNLIKE * (len(rest) + 2 * len(pairs)):
+                named = [(a, b) for a, b in pairs if target[a][len(first) :] == target[b][len(second) :]]
+                rest += [place for pair in pairs if pair not in named for place in pair]
+                pairs = named if stem(first[-1]) == stem(second[-1]) else []
+            if pairs and len(rest) <= _BRANCHES * (len(rest) + 2 * len(pairs)):
                 yield from instances(first, second, pairs, rest, first)
     for within in layers.values():
         for first, second in _compared(within, len) if len(within) > 1 else ():
@@ -79,6 +88,21 @@ def instances_of(
                 pair = place_of[first], place_of[second]
                 rest = [place for top in tops for place in below[top] if place not in pair]
                 yield from instances(first, second, [pair], rest, tops[0])
+
+
+def _inside(path: Path, ends: tuple[Path, Path]) -> tuple[bool, bool]:
+    """Tell for each of two siblings whether a layer is in it, or in another step of the branch that it is a step of.
+
+    >>> _inside(("mixed", "branch2_1", "conv"), (("mixed", "branch1_0"), ("mixed", "branch2_0")))
+    (False, True)
+    """
+    *around, _ = ends[0]
+    depth = len(around)
+    if path[:depth] != tuple(around) or len(path) == depth:
+        return False, False
+    name, first, second = path[depth], ends[0][-1], ends[1][-1]
+    branch, own, other = (_STEP.split(each)[0] for each in (name, first, second))
+    return (branch == own, branch == other) if own != other else (name == first, name == second)
 
 
 def places_below(paths: Sequence[Path]) -> dict[Path, list[int]]:
@@ -93,7 +117,7 @@ def places_below(paths: Sequence[Path]) -> dict[Path, list[int]]:
 def _compared(modules: Sequence[Path], content: Callable[[Path], object]) -> Iterable[tuple[Path, Path]]:
     """List the siblings that may be exchanged; of many only those of one content, of a list those that follow."""
     is_list = all(numbers(module[-1]) for module in modules) and len({stem(module[-1]) for module in modules}) == 1
-    if not is_list and len(modules) <= _MANY:
+    if len(modules) <= (_FEW if is_list else _MANY):
         return combinations(modules, 2)
     by_content: dict[object, list[Path]] = {}
     for module in sorted(modules, key=lambda module: numbers(module[-1])) if is_list else modules:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from math import comb
 from operator import attrgetter
 
-from autoalign.crossings import Block, Blocks, Repair, common
+from autoalign.crossings import Block, Blocks, Pair, Repair, common
 from autoalign.graph import Path
 from autoalign.names import numbers, stem
 
@@ -188,3 +188,103 @@ def _by_numbers(members: Mapping[tuple[int, ...], Block], counterpart: _List) ->
         for pair in block
         if number in names
     }
+
+
+def out_of_step(blocks: Blocks, kind_of: Mapping[Path, int], *, ordered: bool) -> set[int]:
+    """Find the places in lists that are matched in a way that no network has: in no order, or across their members.
+
+    Args:
+        blocks: What is matched.
+        kind_of: Path of a layer of the source -> its kind: equal where all tensors have the same shapes.
+        ordered: Whether the order of the target's layers tells anything.
+
+    Returns:
+        The places that another member of the source's list could fill as well.
+    """
+    lists: dict[_List, dict[tuple[int, ...], Block]] = {}
+    for block, pairs in blocks.items():
+        if numbers(block[-1]):
+            lists.setdefault((block[:-1], stem(block[-1])), {})[numbers(block[-1])] = pairs
+    everything = sorted((pair for block, pairs in blocks.items() if len(block) == 1 for pair in pairs), key=_place)
+    result = set[int]()
+    for (parent, _), members in lists.items():
+        counterpart = _counterpart(members) if len(members) > 1 else None
+        if counterpart:
+            result.update(_across(members, counterpart, kind_of))
+            result.update(_beyond(members, len(parent) + 1, counterpart, everything, ordered=ordered))
+    return result
+
+
+_place = attrgetter("place")
+
+
+def _is_in(pair: Pair, counterpart: _List) -> bool:
+    """Tell whether a layer of the source is in a member of a list."""
+    parent, name = counterpart
+    return pair.own[: len(parent)] == parent and len(pair.own) > len(parent) and stem(pair.own[len(parent)]) == name
+
+
+def _across(members: Mapping[tuple[int, ...], Block], counterpart: _List, kind_of: Mapping[Path, int]) -> Iterator[int]:
+    """Find the places in a list whose members run in no direction, or could be of one piece and are not.
+
+    Where two members of the source's list fill one of the target's, and only one of them has a layer that no layer of
+    the other could stand for, the other one, if it fills another one too, belongs there.
+    """
+    depth = len(counterpart[0])
+    inside = [[pair for pair in block if _is_in(pair, counterpart)] for _, block in sorted(members.items())]
+    order = [Counter(numbers(p.own[depth]) for p in block).most_common(1)[0][0] for block in inside if block]
+    in_order = order in (sorted(order), sorted(order, reverse=True))
+    fills = Counter(name for block in inside for name in {pair.own[depth] for pair in block})
+    kinds: dict[str, set[int]] = {}
+    for path, kind in kind_of.items():
+        if path[:depth] == counterpart[0] and len(path) > depth and path[depth] in fills:
+            kinds.setdefault(path[depth], set()).add(kind)
+    for block in inside:
+        filling = {pair.own[depth] for pair in block}
+        needed = {
+            (own, other)
+            for own, other in permutations(filling, 2)
+            if any(pair.own[depth] == own and kind_of[pair.own] not in kinds[other] for pair in block)
+        }
+        for pair in block:
+            own = pair.own[depth]
+            rivals = set(fills) - {own}
+            if in_order:
+                rivals = {other for other in filling if (other, own) in needed and (own, other) not in needed}
+                rivals = rivals if fills[own] > 1 else set()
+            others = ((*counterpart[0], name, *pair.own[depth + 1 :]) for name in rivals)
+            if any(kind_of.get(path) == kind_of[pair.own] for path in others):
+                yield pair.place
+
+
+def _beyond(
+    members: Mapping[tuple[int, ...], Block], above: int, counterpart: _List, everything: Block, *, ordered: bool
+) -> Iterator[int]:
+    """Find the places in a list that could be shifted by one, since a member of the source's list fills another place.
+
+    That is so where a member is filled from elsewhere in turn, or where all that fill them are in no order.
+
+    Args:
+        members: Of a list of the target.
+        above: The depth of their layers' names within them.
+        counterpart: The source's list that fills most of it.
+        everything: All that is matched, in the target's order.
+        ordered: Whether that order tells anything.
+    """
+    depth = len(counterpart[0])
+    listed = {pair.place for block in members.values() for pair in block}
+    foreign = {
+        (pair.other[above:], pair.kind) for block in members.values() for pair in block if not _is_in(pair, counterpart)
+    }
+    alike: dict[tuple[Path, int], list[Pair]] = {}
+    for pair in everything:
+        if _is_in(pair, counterpart):
+            alike.setdefault((pair.own[depth + 1 :], pair.kind), []).append(pair)
+    for pairs in alike.values():
+        inside = [pair.place in listed for pair in pairs]
+        places = [numbers(pair.own[depth]) for pair in pairs]
+        if all(inside) or not any(inside):
+            continue
+        replaced = any((pair.other[above:], pair.kind) in foreign for pair in pairs if pair.place in listed)
+        if replaced or (ordered and places not in (sorted(places), sorted(places, reverse=True))):
+            yield from [pair.place for pair in pairs]

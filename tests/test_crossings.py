@@ -13,7 +13,7 @@ import torchvision
 
 import autoalign
 from autoalign.crossings import Repair, blocks_of, crossings
-from autoalign.lists import disordered, misnumbered
+from autoalign.lists import disordered, misnumbered, out_of_step
 from autoalign.matching import Assignment
 
 WORDS: Mapping[str, Mapping[str, str]] = {
@@ -120,3 +120,49 @@ def test_numbers_that_are_shifted_are_told_by_the_member_of_another_shape() -> N
     alignment = autoalign.align(source, {key.replace("h.", "units."): tensor for key, tensor in target.items()})
     wanted = dict(zip((key.replace("h.", "units.") for key in target), source, strict=True))
     assert {match.target: match.sources[0] for match in alignment.matches} == wanted
+
+
+def test_a_norm_stays_with_its_convolution() -> None:
+    """The two norms of a block have one shape; their convolutions, which have not, tell where each belongs."""
+    with torch.device("meta"):
+        target = torchvision.models.mobilenet_v3_large().state_dict()
+    names = {"0": "exp_conv", "1": "conv1", "2": "conv2", "3": "conv2"}
+    own = {
+        key: re.sub(r"block\.(\d)\.([01])", lambda match: f"{names[match[1]]}.{('conv', 'bn')[int(match[2])]}", key)
+        for key in target
+    }
+    source = {own[key]: tensor for key, tensor in target.items()}
+    alignment = autoalign.align(dict(sorted(source.items())), target)
+    assert {match.target: match.sources for match in alignment.matches} == {key: (own[key],) for key in target}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ({"units.0.a": "cells.3.a", "units.1.a": "cells.4.a", "units.2.a": "cells.5.a"}, set()),
+        ({"units.0.a": "cells.5.a", "units.1.a": "cells.4.a", "units.2.a": "cells.3.a"}, set()),
+        ({"units.0.a": "cells.4.a", "units.1.a": "cells.5.a", "units.2.a": "cells.3.a"}, {0, 1, 2}),
+        # what only one member has tells where the rest of it belongs
+        (
+            {"units.0.p": "cells.0.p", "units.0.a": "cells.1.a", "units.1.a": "cells.0.a", "units.1.q": "cells.1.q"},
+            {1, 2},
+        ),
+        (
+            {"units.0.a": "cells.0.a", "units.0.p": "cells.1.p", "units.1.a": "cells.1.a", "units.1.q": "cells.2.q"},
+            set(),
+        ),
+        # the first member of the list fills what comes before the other list, the last one what comes after
+        ({"stem.x.a": "cells.0.a", "units.0.a": "cells.1.a", "units.1.a": "cells.2.a"}, set()),
+        ({"stem.x.a": "cells.2.a", "units.0.a": "cells.0.a", "units.1.a": "cells.1.a"}, {0, 1, 2}),
+        # a member filled from elsewhere, and elsewhere by a member
+        (
+            {"units.0.a": "middle.a", "units.1.a": "cells.0.a", "units.2.a": "cells.1.a", "mid.x.a": "cells.2.a"},
+            {1, 2, 3},
+        ),
+    ],
+)
+def test_lists_matched_as_no_network_has_them_are_found(pairs: Mapping[str, str], expected: set[int]) -> None:
+    chosen, source, target = assignment(pairs)
+    kinds = {path: "apq".index(path[-1]) for path in source}
+    blocks = blocks_of(chosen, source, target, [kinds[tuple(own.split("."))] for own in pairs.values()])
+    assert out_of_step(blocks, kinds, ordered=True) == expected
