@@ -192,6 +192,7 @@ def _slots(paths: Sequence[Path]) -> list[str]:
             [
                 stem(name) if name.isdecimal() or (many and (path[:depth], name) in many) else name
                 for depth, name in enumerate(path)
+                if name  # the root has none
             ]
         )
         for path in paths
