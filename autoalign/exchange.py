@@ -151,11 +151,12 @@ def settled(
     sureness = np.ones(len(assignment.source), dtype=np.float32)
     rival, doubts = assignment.runner_up.copy(), dict[int, str]()
     for exchange in found:
-        places = list(_places(exchange.pairs))
+        pairs = [pair for pair in exchange.pairs if fixed.isdisjoint(pair)]  # what is held has no rival
+        places = list(_places(pairs))
         sureness[places] = np.minimum(sureness[places], exchange.sureness)
         if exchange.sureness > UNTOLD:
             continue
-        for p, q in exchange.pairs:
+        for p, q in pairs:
             if doubts.keys().isdisjoint((p, q)):
                 names = [slots[1][unit] for unit in assignment.target[[p, q]].tolist()]
                 doubts[p] = doubts[q] = _NOTHING_TELLS.format(*names)
