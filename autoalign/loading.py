@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +36,13 @@ from autoalign.module_state import absent_counters, extra_states, source_modules
 from autoalign.preparing import nothing_message, require_complete, summary, unfilled_statement
 from autoalign.progress import Progress, progress_of
 from autoalign.reading import Findings, check_devices, fills_of, tensors_of
-from autoalign.sharded import Ranks, fill_sharded, fills_surely, ranks_of
-from autoalign.transaction import cannot_fail, converted, copies_surely, takes_copies, transaction
+from autoalign.rendezvous import announce_unsharded, wait_for_ranks
+from autoalign.sharded import Plan, Ranks, digests, fill_parts, fills_surely, plan_of, ranks_of, register, require_same
+from autoalign.transaction import cannot_fail, converted, copies_surely, interrupts_held, takes_copies, transaction
 
 logger = logging.getLogger(__name__)
 
-_CALLER = 5  # frames from a warning to what called ``load``
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 def load(
@@ -63,7 +67,8 @@ def load(
     modules or tensors, are carried out one after the other.
 
     A model with sharded tensors (FSDP2, tensor parallelism) is loaded on all its ranks at once, each of which reads
-    what it holds; the first of them alone warns and logs.
+    what it holds; the first of them alone warns and logs. If it fails on one rank, it fails on all, and so it does
+    where a sample of each tensor shows that they have opened checkpoints of other values.
 
     >>> model, other = nn.Linear(2, 1), nn.Linear(2, 1)
     >>> load(model, {"module.fc.weight": other.weight, "module.fc.bias": other.bias})
@@ -115,15 +120,18 @@ def load(
     dtype, device = _conversion(dtype, device)
     with model_lock(model):
         ranks = ranks_of(model)
-        if ranks is None:
-            prepared = _prepared(model, checkpoint, align_options, alignment, strict=strict)
-        else:
-            prepared = _prepared_together(model, checkpoint, align_options, alignment, ranks, strict=strict)
-            if dtype is not None or device is not None:
-                raise InputError(
-                    "A sharded model is given its dtype and device when it is sharded. Nothing was loaded."
-                )
-        source, found, counters = prepared
+        if ranks is not None:
+
+            def prepare() -> _Prepared:
+                if dtype is not None or device is not None:
+                    raise InputError(
+                        "A sharded model is given its dtype and device when it is sharded. Nothing was loaded."
+                    )
+                return _prepared(model, checkpoint, align_options, alignment, strict=strict)
+
+            return _load_sharded(model, prepare, ranks, assign=assign, progress=progress, since=since)
+        announce_unsharded(model)
+        source, found, counters = _prepared(model, checkpoint, align_options, alignment, strict=strict)
         if dtype is not None:  # what it is about to be
             _refuse_codes(found)
             specs = found.target_specs
@@ -131,8 +139,6 @@ def load(
             found = replace(found, target_specs=tuple(converted_specs))
 
         def fill() -> Alignment:
-            if ranks is not None:
-                return _fill_sharded(model, source, found, ranks, assign=assign, progress=progress, since=since)
             from_files = isinstance(checkpoint, str | os.PathLike)  # else, what is mapped may have been written to
             return _fill(model, source, found, counters, options, progress, since, from_files=from_files)
 
@@ -203,25 +209,6 @@ def _prepared(
         advice = f"The model was not changed. Pass strict=False to load the {len(alignment.matches)} that match."
         require_complete(alignment, advice)
     return source, alignment, counters
-
-
-def _prepared_together(
-    model: nn.Module,
-    checkpoint: Side,
-    options: Mapping[str, Any],
-    made: Alignment | None,
-    ranks: Ranks,
-    *,
-    strict: bool,
-) -> _Prepared:
-    """Decide on every rank what is loaded from where; if one cannot, all raise."""
-    try:
-        prepared = _prepared(model, checkpoint, options, made, strict=strict)
-    except Exception as error:
-        ranks.agree(None, error)
-        raise
-    ranks.agree(prepared[1], None)
-    return prepared
 
 
 def _aligned(model: nn.Module, source: Checkpoint, options: Mapping[str, Any]) -> Alignment:
@@ -338,38 +325,71 @@ def _load_state_dict(
             )
 
 
-def _fill_sharded(
+def _load_sharded(
     model: nn.Module,
-    source: Checkpoint,
-    alignment: Alignment,
+    prepare: Callable[[], _Prepared],
     ranks: Ranks,
     *,
     assign: bool,
     progress: Progress | bool | None,
     since: float,
 ) -> Alignment:
-    """Move what is matched into the parts of a model that this and other processes hold; the first of them reports."""
-    targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    check_devices(alignment, targets, assign=assign)
-    own, findings = Findings(), Findings()
+    """Load the parts of a model that this and other processes hold, on all or on none; the first of them reports."""
+    findings = Findings()
     reported = progress if ranks.is_first else False
-    surely = fills_surely(model, source, alignment, targets, assign=assign) and not callable(reported)
-    surely = all(ranks.gathered(surely))
-    with (
-        progress_of(reported, len(alignment.matches), _size(alignment), since) as step,
-        transaction(model, keep_values=not surely),
-    ):
-        fill_sharded(model, source, alignment, ranks, own, step, assign=assign)
-        for found in ranks.gathered(own):  # before an interrupt takes effect, for which the others would wait
-            findings.merge(found)
+
+    def prepared() -> tuple[tuple[Checkpoint, Alignment, dict[str, Tensor]], tuple[str, str]]:
+        source, alignment, _ = prepare()
+        targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        check_devices(alignment, targets, assign=assign)
+        return (source, alignment, targets), digests(source, alignment)
+
+    def planned() -> tuple[Plan, tuple[bool, bool]]:
+        plan = plan_of(source, alignment, targets, assign=assign)
+        if ranks.is_first:  # before a change, since a warning may be turned into an error
+            _warn_of_choices(loaded, alignment)
+            _warn_of_keys(loaded, alignment, targets)
+        surely = fills_surely(model, source, alignment, targets, assign=assign) and not callable(reported)
+        return plan, (surely, ranks.is_first and _may_raise(ValueWarning))
+
+    def filled() -> tuple[None, Findings]:
+        found = Findings()
+        fill_parts(source, plan, found, step)
+        register(model, plan, targets, assign=assign)
+        return None, found
+
+    def warned() -> tuple[None, None]:
+        if ranks.is_first:
+            _warn_of_values(loaded, findings)
+        return None, None
+
+    with ExitStack() as held:
+        held.enter_context(interrupts_held())
+        wait_for_ranks(model, ranks.group)
+        (source, alignment, targets), given = ranks.each(prepared, held)
+        require_same(given, alignment)
+        loaded = summary(alignment, source, type(model).__name__)
+        plan, votes = ranks.each(planned, held)
+        may_raise_late = any(may_raise for _, may_raise in votes)
+        is_kept = may_raise_late or not all(surely for surely, _ in votes)
+        undone = "the model was not changed on any"
+        if not is_kept and not assign:
+            undone = "the model may have changed in part: load it anew"
+        with (
+            progress_of(reported, len(alignment.matches), _size(alignment), since) as step,
+            transaction(model, keep_values=is_kept),
+        ):
+            _, all_findings = ranks.each(filled, held, undone=undone, stops=is_kept)
+            for found in all_findings:
+                findings.merge(found)
+            if may_raise_late:
+                ranks.each(warned, held, undone=undone)
+        if not may_raise_late:
+            warned()
     if assign:
         alignment = replace(alignment, target_tensors=checkpoint_of(model))
     if ranks.is_first:
-        loaded = summary(alignment, source, type(model).__name__)
         logger.info("Loaded %s; %d keys missing, %d unexpected.", loaded, *map(len, alignment))
-        _warn_of_choices(loaded, alignment)
-        _warn_of_keys(loaded, alignment, targets)
-        _warn_of_values(loaded, findings)
     return findings.noted(alignment)
 
 
@@ -398,7 +418,7 @@ def _warn_of_keys(loaded: str, alignment: Alignment, targets: Mapping[str, Tenso
         warnings.warn(
             f"Loading {loaded}. {unfilled} print(alignment) shows all.",
             PartialLoadWarning,
-            stacklevel=_CALLER,
+            stacklevel=_caller(),
         )
 
 
@@ -406,7 +426,7 @@ def _warn_of_choices(loaded: str, alignment: Alignment) -> None:
     """Warn of what could as well have been taken, on behalf of the caller of ``load``."""
     for note in alignment.notes:
         if isinstance(note, Caution):
-            warnings.warn(f"Loading {loaded}. {note}", ChoiceWarning, stacklevel=_CALLER)
+            warnings.warn(f"Loading {loaded}. {note}", ChoiceWarning, stacklevel=_caller())
 
 
 def _warn_of_values(loaded: str, findings: Findings) -> None:
@@ -415,8 +435,16 @@ def _warn_of_values(loaded: str, findings: Findings) -> None:
         warnings.warn(
             f"Loading {loaded}. {' '.join(statements)} They are loaded as they are.",
             ValueWarning,
-            stacklevel=_CALLER,
+            stacklevel=_caller(),
         )
+
+
+def _caller() -> int:
+    """Count the frames from a warning to the first that is not of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _check_unchanged(model: nn.Module, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:

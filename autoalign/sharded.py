@@ -1,17 +1,19 @@
 """Sharded models: their tensors are spread over processes, each of which reads the part that it holds.
 
-The planning and the copies are those of ``torch.distributed.checkpoint``. To it, an alignment is a storage of tensors
-with the model's names and shapes; what is asked of that storage is worked out from as little of the checkpoint as the
-operations allow (see ``autoalign.regions``).
+The ranks agree before anything is changed and once more when all is filled, so that what fails on one fails on all.
+Which parts a rank holds is told by the planner of ``torch.distributed.checkpoint``, to which an alignment is a storage
+of tensors with the model's names and shapes; they are worked out from as little of the checkpoint as the operations
+allow (see ``autoalign.regions``).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,13 @@ from autoalign.progress import Step
 from autoalign.reading import Findings
 from autoalign.regions import Regional, evaluated
 from autoalign.stored import Region, narrowed
-from autoalign.transaction import is_sharded, local_part, takes_copies
+from autoalign.transaction import interrupts_held, is_sharded, local_part, takes_copies
+
+_SAMPLE = 64  # elements of a tensor that are compared between ranks
+_FEW = 16  # tensors that are, where each is read as a whole for that
+
+Own = TypeVar("Own")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,32 +46,106 @@ class Ranks:
         """Whether this is the one that reports."""
         return int(torch.distributed.get_rank(self.group)) == 0
 
-    def gathered(self, value: object) -> list[Any]:
-        """Collect a value of each, on each; all must call this."""
-        values: list[Any] = [None] * torch.distributed.get_world_size(self.group)
-        torch.distributed.all_gather_object(values, value, group=self.group)
-        return values
+    def each(
+        self,
+        work: Callable[[], tuple[Own, Found]],
+        held: ExitStack,
+        *,
+        undone: str = "nothing was loaded on any",
+        stops: bool = True,
+    ) -> tuple[Own, list[Found]]:
+        """Do something on each rank; if it fails on one, in whatever way, all raise.
 
-    def agree(self, alignment: Alignment | None, error: Exception | None) -> None:
-        """Make sure that each has found the same; all must call this.
+        All ranks must call this. Signals such as Ctrl-C take effect while the work is done. From then on they are held
+        back, since a rank that leaves would keep the others waiting.
+
+        Args:
+            work: What to do. It gives something for this rank and something that all are to know. If it waits for other
+                ranks, it does so first.
+            held: Holds signals back until it is closed.
+            undone: What the others say of the failure of one.
+            stops: Whether signals take effect meanwhile, or stay held back.
+
+        Returns:
+            What it gave for this rank, and what it gave on each for all to know.
 
         Raises:
-            AlignmentError: Another one failed, or found something else.
+            AlignmentError: It failed on another rank, or there is no connection to one.
         """
-        digest = None
-        if alignment is not None:
-            found = [(match.target, match.sources, repr(match.operation)) for match in alignment.matches]
-            digest = hashlib.sha256(repr(found).encode()).hexdigest()
-        outcomes = self.gathered((digest, None if error is None else f"{type(error).__name__}: {error}"))
-        if error is not None:  # which is raised by the caller
-            return
-        failed = [(rank, text) for rank, (_, text) in enumerate(outcomes) if text is not None]
+        own: Any = None
+        found: Any = None
+        failure: BaseException | None = None
+        try:
+            if stops:
+                held.close()
+            own, found = work()
+        except BaseException as error:  # the others must know of an interrupt too
+            failure = error
+        if stops:
+            held.enter_context(interrupts_held())
+        outcomes: list[Any] = [None] * torch.distributed.get_world_size(self.group)
+        mine = None if failure is None else f"{type(failure).__name__}: {failure}", found
+        lost: RuntimeError | None = None
+        try:
+            torch.distributed.all_gather_object(outcomes, mine, group=self.group)
+        except RuntimeError as error:
+            lost = error
+        if failure is not None:
+            raise failure
+        if lost is not None:
+            raise AlignmentError(
+                f"The ranks lost each other, and {undone}: {str(lost).splitlines()[0]}. Make sure that none has ended, "
+                "and that all load into the model and have sharded it alike."
+            ) from lost
+        failed = [(rank, text) for rank, (text, _) in enumerate(outcomes) if text is not None]
         if failed:
-            raise AlignmentError(f"Rank {failed[0][0]} failed, and nothing was loaded on any: {failed[0][1]}")
-        different = [rank for rank, (other, _) in enumerate(outcomes) if other != outcomes[0][0]]
+            raise AlignmentError(f"Rank {failed[0][0]} failed, and {undone}: {failed[0][1]}")
+        return own, [found for _, found in outcomes]
+
+
+def digests(source: Checkpoint, alignment: Alignment) -> tuple[str, str]:
+    """Summarise what is loaded from where, and a sample of the values there; both are to be the same on all ranks.
+
+    The sample is a few numbers in the middle of each tensor, or of the smallest ones where a tensor is read as a whole
+    for that.
+
+    Raises:
+        CheckpointError: The checkpoint changed since it was opened.
+        InputError: Tensors of the checkpoint are spread over processes themselves.
+    """
+    source.require_unchanged()
+    found = [(match.target, match.sources, repr(match.operation)) for match in alignment.matches]
+    keys = sorted({key for match in alignment.matches for key in match.sources})
+    if not source.is_held:
+        keys = sorted(keys, key=lambda key: source.spec(key).numel)[:_FEW]
+    sample = hashlib.sha256()
+    for key in keys:
+        shape = source.spec(key).shape
+        if source.is_held and shape and is_sharded(source.region(key, tuple((0, 0) for _ in shape))):
+            raise InputError(
+                f"{key} of the checkpoint is spread over processes as the model is, and ranks do not exchange parts. "
+                "Nothing was loaded. Give a state dict of whole tensors, or a folder of torch.distributed.checkpoint."
+            )
+        counts = [min(length, 1 if shape[dim + 1 :] else _SAMPLE) for dim, length in enumerate(shape)]
+        region = tuple(((length - count) // 2, count) for length, count in zip(shape, counts, strict=True))
+        part = source.region(key, region)
+        if part.layout == torch.strided and not part.is_meta and not part.is_quantized:
+            flat = part.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+            sample.update(key.encode() + flat.contiguous().view(torch.uint8).numpy().tobytes())
+    return hashlib.sha256(repr(found).encode()).hexdigest(), sample.hexdigest()
+
+
+def require_same(found: Sequence[tuple[str, str]], alignment: Alignment) -> None:
+    """Make sure that all ranks have the same digests.
+
+    Raises:
+        AlignmentError: One has others.
+    """
+    for place, problem in enumerate(("aligned the checkpoint in different ways", "have checkpoints of other values")):
+        different = [rank for rank, digest in enumerate(found) if digest[place] != found[0][place]]
         if different:
             raise AlignmentError(
-                f"Ranks 0 and {different[0]} aligned the checkpoint in different ways, and nothing was loaded on any. "
+                f"Ranks 0 and {different[0]} {problem}, and nothing was loaded on any. "
                 "Make sure that all have the same model, checkpoint and options.",
                 alignment,
             )
@@ -94,55 +176,111 @@ def fills_surely(
     return assign or (source.is_held and all(local_part(targets[key]).layout == torch.strided for key in keys))
 
 
-def fill_sharded(
-    model: nn.Module,
-    source: Checkpoint,
-    alignment: Alignment,
-    ranks: Ranks,
-    findings: Findings,
-    step: Step,
-    *,
-    assign: bool,
-) -> None:
-    """Load what is matched into a model's sharded tensors; all ranks must call this.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What this rank reads, and where it goes."""
 
-    What can be wrong with a source that is mapped shows while the ranks plan, before any of them changes a value.
+    filled: Mapping[str, Tensor]  # the model's own tensors or new ones, by the model's keys, without gradient
+    parts: tuple[tuple[Match, Region, Tensor], ...]  # of what a match gives, and the memory that this part of it fills
+    wholes: Mapping[str, Tensor]  # what operations need of the model's own values, gathered
+
+
+def plan_of(source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tensor], *, assign: bool) -> Plan:
+    """Decide what this rank reads; all ranks must call this, for a tensor may have to be gathered.
+
+    What can be wrong with a source that is mapped shows here: the part that takes the most memory is read for trial.
 
     Raises:
-        CheckpointError: What was asked of the checkpoint could not be read, on this or another rank.
+        CheckpointError: The checkpoint changed, or gives other shapes than announced.
     """
-    from torch.distributed.checkpoint import state_dict_loader
-    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
 
-    targets = model.state_dict(keep_vars=True)
-    filled = {
-        match.target: _empty(targets[match.target]) if assign else targets[match.target].detach()
-        for match in alignment.matches
+    specs = {spec.key: spec for spec in alignment.target_specs}
+    matches = {match.target: match for match in alignment.matches}
+    wholes = {  # on all ranks in one order
+        key: _whole(targets[key]) for key, match in matches.items() if needs_target(match.operation)
     }
-    reader = _reader(source, alignment, targets, findings, step)
+    source.require_unchanged()
+    for match in alignment.matches:
+        result = _evaluated(source, match, wholes, source.region)
+        if result.shape != specs[match.target].shape:
+            raise CheckpointError(
+                f"size mismatch for {match.target}: {', '.join(match.sources)} gives {list(result.shape)} "
+                f"where {list(specs[match.target].shape)} was announced."
+            )
+        for key in match.sources:
+            if source.is_held and source.spec(key).shape:  # an empty region can be had if the tensor can
+                source.region(key, tuple((0, 0) for _ in source.spec(key).shape))
+    filled = {key: _empty(targets[key]) if assign else targets[key].detach() for key in matches}
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
+        key: TensorStorageMetadata(
+            TensorProperties(dtype=specs[key].dtype),
+            torch.Size(specs[key].shape),
+            [ChunkStorageMetadata(torch.Size([0] * len(specs[key].shape)), torch.Size(specs[key].shape))],
+        )
+        for key in matches
+    }
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    try:
-        state_dict_loader.load(dict(filled), storage_reader=reader, planner=planner, process_group=ranks.group)
-    except CheckpointException as error:
-        rank, failure = next(iter(error.failures.items()))
-        cause = failure[0] if isinstance(failure, tuple) else failure
-        if isinstance(cause, KeyboardInterrupt) and rank == torch.distributed.get_rank(ranks.group):
-            raise cause from None
-        raise CheckpointError(
-            f"Rank {rank} could not read its part, and the model was not changed on any: "
-            f"{type(cause).__name__}: {cause}"
-        ) from cause
+    planner.set_up_planner(dict(filled), Metadata(entries))
+    items = planner.create_local_plan().items  # of which torch's planner makes no others when it knows all ranks'
+    parts = tuple(
+        (
+            matches[item.storage_index.fqn],
+            tuple(zip(item.storage_offsets, item.lengths, strict=True)),
+            planner.resolve_tensor(item).detach(),
+        )
+        for item in items
+    )
+    plan = Plan(filled, parts, wholes)
+    if source.is_held and parts:  # else old values are kept, and it may fail later
+        _read_for_trial(source, plan)
+    return plan
+
+
+def _read_for_trial(source: Checkpoint, plan: Plan) -> None:
+    """Read the part that takes the most memory, so that where there is too little this shows in time."""
+    match, region, target = max(plan.parts, key=lambda part: part[2].nbytes)
+    _part(source, match, region, plan.wholes, Findings(), target.dtype)
+
+
+def fill_parts(source: Checkpoint, plan: Plan, findings: Findings, step: Step) -> None:
+    """Read this rank's parts into their places.
+
+    Raises:
+        CheckpointError: The checkpoint gives other shapes than announced.
+    """
+    size = 0
+    for done, (match, region, target) in enumerate(plan.parts, start=1):
+        tensor = _part(source, match, region, plan.wholes, findings, target.dtype)
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"size mismatch for {match.target}: {', '.join(match.sources)} gave {list(tensor.shape)} where "
+                f"{list(target.shape)} was announced."
+            )
+        target.copy_(tensor)
+        size += target.nbytes
+        step(done, size)
+
+
+def register(model: nn.Module, plan: Plan, targets: Mapping[str, Tensor], *, assign: bool) -> None:
+    """Give the model what was filled, where that takes more than to have filled its own tensors."""
     if assign:
         given = {
             key: nn.Parameter(tensor, targets[key].requires_grad) if isinstance(targets[key], nn.Parameter) else tensor
-            for key, tensor in filled.items()
+            for key, tensor in plan.filled.items()
         }
         same = {id(targets[key]): tensor for key, tensor in given.items()}
         tied = {key: same[id(target)] for key, target in targets.items() if id(target) in same}
         model.load_state_dict(tied, strict=False, assign=True)
-    elif not takes_copies(model, filled.keys()):
-        model.load_state_dict(filled, strict=False)
+    elif not takes_copies(model, plan.filled.keys()):
+        model.load_state_dict(dict(plan.filled), strict=False)
 
 
 def _empty(target: Tensor) -> Tensor:
@@ -151,96 +289,6 @@ def _empty(target: Tensor) -> Tensor:
         sharded: Any = target
         device = torch.device(sharded.device_mesh.device_type if is_sharded(target) else "cpu")
     return torch.empty_like(target, device=device, requires_grad=False)
-
-
-def _reader(
-    source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tensor], findings: Findings, step: Step
-) -> Any:
-    """Make a storage reader over an alignment."""
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-    from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-    from torch.distributed.checkpoint.storage import StorageReader
-    from torch.futures import Future
-
-    specs = {spec.key: spec for spec in alignment.target_specs}
-    matches = {match.target: match for match in alignment.matches}
-    wholes = {  # what the model keeps of its own; gathered on all ranks, in one order
-        key: _whole(targets[key]) for key, match in matches.items() if needs_target(match.operation)
-    }
-
-    class Reader(StorageReader):
-        def reset(self, checkpoint_id: object = None) -> None:
-            pass
-
-        def read_metadata(self, *_: object, **__: object) -> Metadata:
-            return Metadata(
-                {
-                    key: TensorStorageMetadata(
-                        TensorProperties(dtype=specs[key].dtype),
-                        torch.Size(specs[key].shape),
-                        [ChunkStorageMetadata(torch.Size([0] * len(specs[key].shape)), torch.Size(specs[key].shape))],
-                    )
-                    for key in matches
-                }
-            )
-
-        def set_up_storage_reader(self, *_: object, **__: object) -> None:
-            pass
-
-        def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-            source.require_unchanged()
-            for item in plan.items:  # nothing of which is read yet
-                match = matches[item.storage_index.fqn]
-                result = _evaluated(source, match, wholes, source.region)
-                if result.shape != specs[match.target].shape:
-                    raise CheckpointError(
-                        f"size mismatch for {match.target}: {', '.join(match.sources)} gives {list(result.shape)} "
-                        f"where {list(specs[match.target].shape)} was announced."
-                    )
-                for shape, key in [(source.spec(key).shape, key) for key in match.sources]:
-                    if source.is_held and shape:  # an empty region can be had if the tensor can
-                        part = source.region(key, tuple((0, 0) for _ in shape))
-                        if is_sharded(part):
-                            raise InputError(
-                                f"{key} of the checkpoint is spread over processes as the model is, and ranks do not "
-                                "exchange parts. Give a state dict of whole tensors, or a folder of "
-                                "torch.distributed.checkpoint."
-                            )
-            return plan
-
-        def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-            return plans
-
-        def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-            size = 0
-            for done, item in enumerate(plan.items, start=1):
-                match = matches[item.storage_index.fqn]
-                target = planner.resolve_tensor(item).detach()
-                region = tuple(zip(item.storage_offsets, item.lengths, strict=True))
-                tensor = _part(source, match, region, wholes, findings, target.dtype)
-                if tensor.shape != target.shape:
-                    raise CheckpointError(
-                        f"size mismatch for {match.target}: {', '.join(match.sources)} gave {list(tensor.shape)} where "
-                        f"{list(target.shape)} was announced."
-                    )
-                target.copy_(tensor)
-                planner.commit_tensor(item, target)
-                size += target.numel() * target.dtype.itemsize
-                step(done, size)
-            future: Future[None] = Future()
-            future.set_result(None)
-            return future
-
-        @classmethod
-        def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:  # noqa: ARG003, it is theirs
-            return True
-
-    return Reader()
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import signal
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.checkpoint import checkpoint_of, open_checkpoint
-from autoalign.errors import AlignmentError, CheckpointError, PartialLoadWarning, ValueWarning
+from autoalign.errors import AlignmentError, CheckpointError, InputError, PartialLoadWarning, ValueWarning
 from autoalign.stored import Region
 
 WIDTH = 8
@@ -90,7 +93,8 @@ def _rank(rank: int, world: int, works: Sequence[tuple[Callable[..., None], tupl
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     for work, arguments in works:  # what a failing rank leaves the others waiting for is ended by ``spawn``
         work(rank, world, *arguments)
-    distributed.barrier()  # gloo aborts a rank whose peers have gone while it waits for them
+    store.set(f"finished/{rank}", "")  # gloo aborts a rank whose peers have gone while it waits for them in a barrier
+    store.wait([f"finished/{other}" for other in range(world)])
     distributed.destroy_process_group()
 
 
@@ -169,7 +173,9 @@ def reads_its_part(rank: int, world: int, path: str) -> None:
         raise AssertionError(f"{key} was read as a whole")
 
     model = fully_sharded(world, filled(1))
-    autoalign.load(model, replace(source, read=never, read_region=region), strict=True)
+    sample = mock.patch("autoalign.loading.digests", return_value=("", ""))
+    with sample, mock.patch("autoalign.sharded._read_for_trial"):
+        autoalign.load(model, replace(source, read=never, read_region=region), strict=True)
     assert_loaded(model, filled())
     held = sum(p.to_local().numel() for p in model.parameters()) + 1  # and the buffer, which every rank has
     assert sum(read.values()) == held, (rank, read)
@@ -182,7 +188,7 @@ def keeps_no_old_values(rank: int, world: int, path: str) -> None:
     interrupted: list[int] = []
 
     def region(key: str, asked: Region) -> Tensor:
-        if key == "head.weight" and rank == 0 and not interrupted and asked[0][1]:
+        if key == "head.weight" and rank == 0 and not interrupted and asked[0][1] > 1:  # which is more than a sample
             interrupted.append(1)
             signal.raise_signal(signal.SIGINT)
         return sound.region(key, asked)
@@ -199,8 +205,8 @@ def keeps_no_old_values(rank: int, world: int, path: str) -> None:
     model = fully_sharded(world, filled(1))
     interrupted.clear()
     unheld = replace(sound, read_region=region, is_held=False)
-    with pytest.raises(KeyboardInterrupt if rank == 0 else CheckpointError, match="" if rank == 0 else "Rank 0"):
-        autoalign.load(model, unheld, strict=True)
+    expect(KeyboardInterrupt if rank == 0 else AlignmentError, "^$" if rank == 0 else "Rank 0 failed", model, unheld)
+    assert len(interrupted) == (rank == 0)
     assert_loaded(model, filled(1))
 
 
@@ -232,45 +238,91 @@ def reports_once(rank: int, world: int, path: str) -> None:
 
 def fails_together(rank: int, world: int, path: str) -> None:
     """What fails on one rank fails on all, and no rank's part is changed."""
-    before = [p.detach().clone() for p in filled(1).parameters()]
     model = fully_sharded(world, filled(1))
+    sound = checkpoint_of(dict(open_checkpoint(path)))
 
-    def unchanged() -> None:
-        for parameter, value in zip(model.parameters(), before, strict=True):
-            assert torch.equal(whole(parameter), value)
+    def fails_on(failing: int, kind: type[BaseException], text: str, source: Any, **options: Any) -> None:
+        own = rank == failing
+        expect(
+            kind if own else AlignmentError, text if own else f"Rank {failing} failed.*{text}", model, source, **options
+        )
+        assert_loaded(model, filled(1))
 
-    mine = path if rank else f"{path}.absent"
-    expect(CheckpointError if rank == 0 else AlignmentError, "does not exist", model, mine)
-    unchanged()
-    source: Any = dict(open_checkpoint(path))
+    fails_on(0, CheckpointError, "does not exist", path if rank else f"{path}.absent")
+    fails_on(0, PartialLoadWarning, "1 keep their values", {**sound, "head.bias": torch.zeros(1)}, strict=False)
+    source: Any = dict(sound)
     if rank == world - 1:
         source["transformer.ln_f.weight"] = source.pop("h.1.ln_1.weight")
-    expect(AlignmentError, "nothing was loaded on any", model, source, strict=False)
-    unchanged()
+    expect(AlignmentError, "aligned the checkpoint in different ways", model, source, strict=False)
+    for key, is_held in (("wte.weight", True), ("steps", True), ("steps", False)):
+        source = checkpoint_of({**sound, key: sound[key] + 1} if rank else sound)
+        text = "Ranks 0 and 1 have checkpoints of other values, and nothing was loaded"
+        expect(AlignmentError, text, model, replace(source, is_held=is_held))
+    assert_loaded(model, filled(1))
+
+    def interrupt(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with mock.patch("autoalign.loading.align", interrupt) if rank == 1 else nullcontext():
+        fails_on(1, KeyboardInterrupt, "^$" if rank == 1 else "KeyboardInterrupt", path)
 
     def broken(key: str, region: Region) -> Tensor:
-        if rank == 1 and key.startswith("h.1.mlp"):
-            raise OSError("the disk is gone")
+        if rank == 1 and prod(size for _, size in region) > largest:
+            raise errors[0]
         return sound.region(key, region)
 
-    sound = checkpoint_of(dict(open_checkpoint(path)))
-    for is_held in (True, False):  # which shows before anything is changed, and after which old values are put back
-        source = replace(sound, read_region=broken, is_held=is_held)
-        expect(CheckpointError, "Rank 1 could not read its part.*the disk is gone", model, source)
-        unchanged()
+    largest = WIDTH * WIDTH  # a rank has more of the weights of an MLP, and no more of any other
+
+    errors: list[BaseException] = [OSError("the disk is gone"), MemoryError("no memory"), KeyboardInterrupt("now")]
+    while errors:
+        for is_held in (True, False):  # which shows before anything is changed, or after which old values are put back
+            source = replace(sound, read_region=broken, is_held=is_held)
+            fails_on(1, type(errors[0]), str(errors[0]), source)
+        del errors[0]
 
     def cancel(done: int, _all: int) -> None:
         if done == 9:
             raise RuntimeError("cancelled")
 
-    expect(CheckpointError, "Rank 0 could not read its part.*cancelled", model, sound, progress=cancel)
-    unchanged()
+    fails_on(0, RuntimeError, "cancelled", sound, progress=cancel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if rank == 0 else "ignore", ValueWarning)
+        fails_on(0, ValueWarning, "NaN", {**sound, "h.0.ln_1.bias": torch.full((WIDTH,), torch.nan)})
+    hook = model.register_load_state_dict_pre_hook(lambda *_: 1 // rank)
+    fails_on(0, ZeroDivisionError, "by zero", path)
+    hook.remove()
+    errors = [MemoryError("no memory")]
+    text = "no memory" if rank == 1 else "may have changed in part: load it anew: MemoryError: no memory"
+    with mock.patch("autoalign.sharded._read_for_trial"):  # as if there had still been memory
+        expect(MemoryError if rank == 1 else AlignmentError, text, model, replace(sound, read_region=broken))
+    autoalign.load(model, path, strict=True)
+    assert_loaded(model, filled())
+
+
+def meets_an_unsharded_rank(rank: int, world: int, path: str) -> None:
+    """Ranks do not wait for one that loads the model unsharded, and load together when it does not."""
+    model = fully_sharded(world, filled(1))
+    autoalign.load(filled(1), path)
+    if rank == 1:  # it is late
+        autoalign.load(filled(1), path)
+        time.sleep(0.5)
+    autoalign.load(model, path, strict=True)
+    assert_loaded(model, filled())
+    model = fully_sharded(world, filled(1))
+    distributed.barrier()
+    with mock.patch("autoalign.rendezvous._PATIENCE", 0.2):
+        if rank == 0:
+            expect(AlignmentError, "Rank 1 has not come .* the same parameters that is not sharded", model, path)
+        distributed.barrier()
+        if rank == 1:
+            expect(AlignmentError, "did not wait any longer for rank 1", model, path)
+    assert_loaded(model, filled(1))
     autoalign.load(model, path, strict=True)
     assert_loaded(model, filled())
 
 
 def expect(
-    kind: type[Exception], text: str, model: nn.Module, source: Any, *, strict: bool = True, progress: Any = None
+    kind: type[BaseException], text: str, model: nn.Module, source: Any, *, strict: bool = True, progress: Any = None
 ) -> None:
     with pytest.raises(kind, match=text):
         autoalign.load(model, source, strict=strict, progress=progress)
@@ -299,7 +351,7 @@ def loads_sharded_tensors(rank: int, world: int, path: str) -> None:
         assert_loaded(model, filled())
         assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
     model = fully_sharded(world, filled(1))
-    expect(CheckpointError, "is spread over processes as the model is", model, spread)
+    expect(InputError, "is spread over processes as the model is", model, spread)
     assert_loaded(model, filled(1))
     torch.save(spread, f"{path}-{rank}.pt")
 

@@ -49,7 +49,8 @@ def test_two_ranks(tmp_path: Path, paths: dict[str, str]) -> None:
     works: list[Any] = [(ranks.loads_from, (paths, "fsdp")), (ranks.loads_from, (paths, "tensor parallel"))]
     works += [(work, (paths["file"],)) for work in (ranks.reads_its_part, ranks.reports_once, ranks.adapts)]
     works += [(work, (paths["file"],)) for work in (ranks.keeps_no_old_values, ranks.loads_sharded_tensors)]
-    ranks.run(2, [*works, (ranks.fails_together, (paths["file"],))], tmp_path)
+    works += [(work, (paths["file"],)) for work in (ranks.fails_together, ranks.meets_an_unsharded_rank)]
+    ranks.run(2, works, tmp_path)
     model = ranks.filled(1)
     with pytest.raises(InputError, match=r"is a part of a tensor that is spread over 2 processes"):
         load(model, f"{paths['file']}-0.pt")
