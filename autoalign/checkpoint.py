@@ -22,7 +22,7 @@ from autoalign.formats.sharded import is_index, open_index
 from autoalign.hub import downloaded, is_remote
 from autoalign.quantised import Members, groups_of
 from autoalign.specs import TensorSpec, packing_of
-from autoalign.stored import Contents, Region, narrowed
+from autoalign.stored import Contents, Region, as_opened, narrowed
 
 Side: TypeAlias = nn.Module | Mapping[str, object] | str | os.PathLike[str]
 
@@ -47,7 +47,7 @@ class Checkpoint(Mapping[str, Tensor]):
     read_region: Callable[[str, Region], Tensor] | None = None  # a part of a tensor; None where that is read as a whole
     is_held: bool = False  # whether reading takes no memory and cannot fail, since all is mapped or in memory
     path: str | None = None  # of the file; None for what was in memory
-    opened: tuple[Path, os.stat_result] | None = None  # the file as it was when it was opened; None for several
+    opened: tuple[tuple[Path, os.stat_result], ...] = ()  # the files as they were when they were opened
     container: str = ""  # dotted path of the state dict that was taken, '' for the top level
     containers: tuple[str, ...] = ("",)  # all that could have been taken
     copies: tuple[str, ...] = ()  # others of these with tensors of the same shapes, where nobody said which to take
@@ -95,26 +95,28 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         return narrowed(self[key], region) if self.read_region is None else self.read_region(key, region)
 
-    def require_unchanged(self) -> None:
-        """Make sure that the file was not written to since; what is mapped of a file that was cut off ends a process.
+    def require_unchanged(self, advice: str = "Nothing was read. Open it anew when it is complete.") -> None:
+        """Make sure that no file was written to since; what is mapped of a file that was cut off ends a process.
 
         A file in whose place another was put is the same as before to what has it open.
 
+        Args:
+            advice: What was not done, and what to do.
+
         Raises:
-            CheckpointError: It was.
+            CheckpointError: One was.
         """
-        if self.opened is None:
-            return
-        path, before = self.opened
-        try:
-            now = path.stat()
-        except OSError:  # deleted, but still there for what has it open
-            return
-        if now.st_ino == before.st_ino and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise CheckpointError(
-                f"{str(path)!r} was changed after it was opened: it has {now.st_size:,} bytes and had "
-                f"{before.st_size:,}. Nothing was read. Open it anew when it is complete."
-            )
+        for path, before in self.opened:
+            try:
+                now = path.stat()
+            except OSError:  # deleted, but still there for what has it open
+                continue
+            same = (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+            if now.st_ino == before.st_ino and not same:
+                raise CheckpointError(
+                    f"{str(path)!r} was changed after it was opened: it has {now.st_size:,} bytes and had "
+                    f"{before.st_size:,}. {advice}"
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._spec_of)
@@ -144,7 +146,9 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
     an index, folders as Hugging Face, PEFT and training scripts leave them, and ``torch.distributed.checkpoint``.
 
     No code of a file ever runs: pickles are read with ``weights_only=True``, or less. Tensors are mapped into memory or
-    read one by one; only msgpack files and older ones of torch are read as a whole.
+    read one by one; only msgpack files and older ones of torch are read as a whole. Mapping is what makes this fast,
+    and its price is that a file that another process cuts while a tensor of it is used ends this one; put a new file in
+    its place instead of writing to it, as ``convert`` does.
 
     Args:
         path: A file, the index of a sharded checkpoint, or a folder. Or an address: ``hf://owner/name``, optionally
@@ -164,10 +168,11 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
         raise InputError(f"Expected a path, not {type(path).__name__}. Nothing was read.")
     local = downloaded(str(path)) if is_remote(path) else Path(path)
     try:
-        opened = (local.absolute(), local.stat()) if local.is_file() else None
+        opened = as_opened(local) if local.is_file() else ()
     except OSError as error:  # such as of a name that is too long
         raise CheckpointError(f"{str(path)!r} could not be read: {error.strerror}. Nothing was read.") from error
-    checkpoint = replace(_of_contents(_contents(local), container, local), opened=opened)
+    contents = _contents(local)
+    checkpoint = replace(_of_contents(contents, container, local), opened=(*opened, *contents.opened))
     return replace(checkpoint, path=str(path)) if is_remote(path) else checkpoint
 
 

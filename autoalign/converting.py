@@ -160,7 +160,7 @@ def convert(
             stacklevel=2,
         )
     source.require_unchanged()
-    read = _reader(alignment, progress)
+    read = _reader(source, alignment, progress)
     if is_folder:
         _write_folder(specs, read, folder)
     else:
@@ -277,7 +277,9 @@ def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dic
     return entries
 
 
-def _reader(alignment: Alignment, progress: Progress | None) -> Callable[[TensorSpec], torch.Tensor]:
+def _reader(
+    source: Checkpoint, alignment: Alignment, progress: Progress | None
+) -> Callable[[TensorSpec], torch.Tensor]:
     """Make what reads the tensor of each output, once, and reports it."""
     matches = {match.target: match for match in alignment.matches}
     shapes = {spec.key: spec.shape for spec in alignment.target_specs}
@@ -287,6 +289,8 @@ def _reader(alignment: Alignment, progress: Progress | None) -> Callable[[Tensor
         nonlocal done
         tensor = read_match(alignment, matches[spec.key], shapes[spec.key], _UNDONE)
         done += 1
+        if done == len(matches):
+            source.require_unchanged(_UNDONE)  # while it was read
         if progress is not None:
             progress(done, len(matches))
         return tensor

@@ -17,7 +17,7 @@ from threading import Thread
 import torch
 from torch import Tensor, nn
 
-from autoalign.errors import NotInvertibleError
+from autoalign.errors import CheckpointError, NotInvertibleError
 from autoalign.mapped import MappedFiles, mapped_files
 from autoalign.operations import Operation
 from autoalign.progress import Step
@@ -76,7 +76,8 @@ def memory_of(tensor: Tensor) -> int | None:
 def copy_all(fills: Sequence[Fill], step: Step, *, from_files: bool = False) -> None:
     """Carry out the copies, in order for each storage of the model, and on several threads where that is faster.
 
-    All copies are carried out, even if ``step`` raises an error or no thread can be started.
+    All copies are carried out, even if ``step`` raises an error or no thread can be started, unless the error is that
+    a file has changed.
 
     Args:
         fills: What to copy. Two that fill the same memory are carried out one after the other.
@@ -99,6 +100,9 @@ def copy_all(fills: Sequence[Fill], step: Step, *, from_files: bool = False) -> 
                     raise batch
                 done, size = done + len(batch), size + sum(fill.size for fill in batch)
                 step(done, size)
+        except CheckpointError:  # what is left of the file is not to be touched
+            waiting.clear()
+            raise
         finally:
             _copy_waiting(waiting, finished, files)
             for thread in threads:
@@ -137,6 +141,8 @@ def _copy_next(waiting: _Waiting, finished: _Finished, files: MappedFiles | None
     try:
         _copy(batch, files)
     except BaseException as error:  # raised again in the thread that waits for it
+        if isinstance(error, CheckpointError):  # as above
+            waiting.clear()
         finished.put(error)
     else:
         finished.put(batch)

@@ -24,6 +24,7 @@ from autoalign.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
 from autoalign.copying import copy_all
 from autoalign.errors import (
     AlignmentError,
+    CheckpointError,
     ChoiceWarning,
     InputError,
     NothingLoadedError,
@@ -43,6 +44,7 @@ from autoalign.transaction import cannot_fail, converted, copies_surely, interru
 logger = logging.getLogger(__name__)
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
+_INTERVAL = 0.002  # seconds between two looks at a file that is being copied
 
 
 def load(
@@ -62,9 +64,10 @@ def load(
     Values are copied into the model's own tensors, whose dtype and device stay. Where the model or a part of it has
     loading code of its own, such as hooks, they go through torch's ``load_state_dict``, so that hooks, versions of
     modules and extra states work as they do there. It is all or nothing: if this raises, the model holds what it held
-    before. There is one thing that cannot be taken back: a Ctrl-C while values are copied into a model without loading
-    code takes effect when the copy is complete. Loads in several threads into one model, or into models that share
-    modules or tensors, are carried out one after the other.
+    before. Two things cannot be taken back, while values are copied into a model without loading code: a Ctrl-C, which
+    takes effect when the copy is complete; and what another process writes to the file, which is an error, after which
+    the model holds old and new values. A file should be replaced by another, and never be written to. Loads in several
+    threads into one model, or into models that share modules or tensors, are carried out one after the other.
 
     A model with sharded tensors (FSDP2, tensor parallelism) is loaded on all its ranks at once, each of which reads
     what it holds; the first of them alone warns and logs. If it fails on one rank, it fails on all, and so it does
@@ -105,7 +108,7 @@ def load(
         IncompatibleTensorsError: With ``strict``, some key is missing or unexpected.
         AlignmentError: The model changed while it was loaded, or its ranks do not agree.
         InputError: The model or the checkpoint is of a kind that cannot be used, or one of them has no values on meta.
-        CheckpointError: The checkpoint's file cannot be read.
+        CheckpointError: The checkpoint's file cannot be read, or was changed meanwhile.
         PairMismatchError: Keys or shapes are not those that ``alignment`` was made for.
 
     Warns:
@@ -275,15 +278,25 @@ def _fill(
             # what is mapped is only read as it is copied, and then a function of the caller's may raise
             is_cancellable = callable(progress) and source.is_held
             _check_unchanged(model, alignment, targets)
+            source.require_unchanged()
             postponed = len(findings.postponed)
+            checked = time.perf_counter()
 
             def stepped(done: int, size: int) -> None:
+                nonlocal checked
+                if time.perf_counter() - checked > _INTERVAL:
+                    source.require_unchanged("")
+                    checked = time.perf_counter()
                 findings.examine_postponed(done - postponed + len(findings.postponed))  # while others are copied
                 if source.is_held:
                     step(done, size)
 
             with transaction(model, keep_values=is_cancellable):
-                copy_all(fills, stepped, from_files=from_files)
+                try:
+                    copy_all(fills, stepped, from_files=from_files)
+                    source.require_unchanged("")
+                except CheckpointError as error:
+                    raise CheckpointError(f"{str(error).strip()} {_changed_advice(is_cancellable)}") from error
                 if is_cancellable:
                     _check_unchanged(model, alignment, targets)
             if postponed:
@@ -308,10 +321,12 @@ def _load_state_dict(
     state_dict: OrderedDict[str, object] = OrderedDict(tensors)
     state_dict.update(extra_states(source, targets, modules))
     state_dict._metadata = state_metadata(source, alignment, targets, modules, counters)  # type: ignore[attr-defined]
-    with transaction(model, keep_values=not cannot_fail(model, targets, tensors)):
+    is_kept = not cannot_fail(model, targets, tensors)
+    with transaction(model, keep_values=is_kept):
         try:
             assign = {"assign": True} if "assign" in options else {}
             result = model.load_state_dict(state_dict, strict=False, **assign)
+            source.require_unchanged(_changed_advice(is_kept or "assign" in options))
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):  # it is of code of the model
                 raise
@@ -391,6 +406,12 @@ def _load_sharded(
     if ranks.is_first:
         logger.info("Loaded %s; %d keys missing, %d unexpected.", loaded, *map(len, alignment))
     return findings.noted(alignment)
+
+
+def _changed_advice(is_kept: bool) -> str:
+    """Say what became of the model, and what to do, where a file was changed while it was loaded."""
+    state = "was not changed" if is_kept else "was being filled and holds old and new values"
+    return f"The model {state}. Load again when the file is complete."
 
 
 def _no_step(_done: int, _size: int) -> None:

@@ -17,6 +17,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from autoalign.errors import CheckpointError
+
 _MAPS = Path("/proc/self/maps")
 _LEAST = 2**16  # bytes of a tensor; less is copied as fast
 
@@ -36,6 +38,9 @@ class MappedFiles:
         Args:
             source: Lies in a mapping that nobody has written to.
             target: On the CPU, of the same shape, and without gradient.
+
+        Raises:
+            CheckpointError: The file has become shorter, and what is gone of its mapping would end the process.
         """
         if source.dtype != target.dtype or source.nbytes < _LEAST:
             return False
@@ -53,7 +58,9 @@ class MappedFiles:
                 count = os.preadv(descriptor, [rest], offset)
             except OSError:
                 return False
-            if count == 0:  # the file has become shorter
+            if count == 0:
+                if os.fstat(descriptor).st_size < offset + len(rest):
+                    raise CheckpointError("The file has become shorter while it was read.")
                 return False
             rest, offset = rest[count:], offset + count
         torch.autograd.graph.increment_version(target)

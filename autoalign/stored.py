@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -33,6 +35,12 @@ class Contents:
     metadata: Mapping[str, str] = field(default_factory=dict)  # statements of the file about itself
     config: Mapping[str, object] = field(default_factory=dict)  # as of ``Checkpoint``
     notes: tuple[str, ...] = ()  # statements for the report
+    opened: tuple[tuple[Path, os.stat_result], ...] = ()  # as of ``Checkpoint``, where there are several files
+
+
+def as_opened(path: Path) -> tuple[tuple[Path, os.stat_result], ...]:
+    """Note how a file is that is about to be opened."""
+    return ((path.absolute(), path.stat()),)
 
 
 def narrowed(tensor: Tensor, region: Region) -> Tensor:

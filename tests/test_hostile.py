@@ -167,6 +167,50 @@ def test_a_file_that_is_written_to_after_it_was_opened(tmp_path: Path, kind: str
         load(model, checkpoint, strict=True)
 
 
+class Loading(nn.Linear):
+    """A layer whose loading code has another process write to the file."""
+
+    path: Path
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self.path.write_bytes(self.path.read_bytes())
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_file_that_is_written_to_while_code_of_the_model_loads_it(tmp_path: Path, assign: bool) -> None:
+    model = Loading(3, 2)
+    model.path, before = tmp_path / "a", model.weight.clone()
+    save_file({"net.weight": torch.ones(2, 3), "net.bias": torch.ones(2)}, model.path)
+    os.utime(model.path, (0, 0))
+    with pytest.raises(CheckpointError, match=r"was changed after it was opened.* model was not changed. Load again"):
+        load(model, model.path, assign=assign)
+    assert torch.equal(model.weight, before)
+
+
+def test_a_shard_that_is_written_to_after_it_was_opened(tmp_path: Path) -> None:
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name, key in zip(names, ("weight", "bias"), strict=True):
+        save_file({key: torch.ones(2, 3) if key == "weight" else torch.ones(2)}, tmp_path / name)
+    checkpoint = open_checkpoint(tmp_path)
+    os.truncate(tmp_path / names[1], 4)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors' was changed after it was opened"):
+        load(nn.Linear(3, 2), checkpoint)
+
+
+def test_a_file_that_is_written_to_while_it_is_converted(tmp_path: Path) -> None:
+    save_file({"net.weight": torch.ones(2, 3), "net.bias": torch.ones(2)}, tmp_path / "a")
+    os.utime(tmp_path / "a", (0, 0))
+
+    def overwrite(done: int, _of: int) -> None:
+        if done == 1:
+            (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes())
+
+    with pytest.raises(CheckpointError, match=r"was changed after it was opened.*Nothing was written"):
+        convert(tmp_path / "a", nn.Linear(3, 2), tmp_path / "b.safetensors", progress=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)

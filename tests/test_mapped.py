@@ -159,3 +159,27 @@ def test_a_path_may_hold_what_ends_a_line(tmp_path: Path) -> None:
     model = _network()
     autoalign.load(model, path)
     assert _equal(model, state_dict)
+
+
+@pytest.mark.parametrize("how", ["cut", "overwritten"])
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.usefixtures("counts")
+def test_a_file_that_is_written_to_while_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Save, how: str
+) -> None:
+    """Other values would be loaded in silence, and what a mapping has lost ends the process."""
+    _, path = _saved(save, tmp_path / "file")
+    os.utime(path, (0, 0))
+    real = os.preadv
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if path.stat().st_mtime == 0:
+            if how == "cut":
+                os.truncate(path, 100)
+            else:
+                path.write_bytes(b"\x7f" * path.stat().st_size)
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(autoalign.CheckpointError, match=r"(shorter|was changed).* holds old and new values. Load"):
+        autoalign.load(_network(), path)

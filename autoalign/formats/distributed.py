@@ -21,7 +21,7 @@ from autoalign.errors import CheckpointError, UnsafeCheckpointError
 from autoalign.formats.budget import Budget, TooCostlyError
 from autoalign.formats.pickle_costs import check_cost
 from autoalign.formats.pickled import check_zipped
-from autoalign.stored import Contents, Region, Stored
+from autoalign.stored import Contents, Region, Stored, as_opened
 
 _METADATA = ".metadata"
 _LARGEST = 2**30  # bytes of metadata
@@ -42,10 +42,12 @@ def open_distributed(folder: Path) -> Contents:
     """
     try:
         metadata = _read_metadata(folder / _METADATA)
-        budget = Budget((folder / _METADATA).stat().st_size + sum(_check_pieces(folder, metadata).values()))
+        sizes = _check_pieces(folder, metadata)
+        budget = Budget((folder / _METADATA).stat().st_size + sum(sizes.values()))
         for place in metadata.storage_data.values():  # of which many may be the same part of a file
             budget.charge(max(place.length, 0))
-        return Contents(_nested(folder, metadata, budget))
+        opened = [stat for name in sizes for stat in as_opened(folder / name)]
+        return Contents(_nested(folder, metadata, budget), opened=tuple(opened))
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle may lead anywhere

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from autoalign.errors import CheckpointError
 from autoalign.formats.file import format_of, head_of, open_file
-from autoalign.stored import Contents, natural
+from autoalign.stored import Contents, as_opened, natural
 
 _LARGEST = 2**26  # bytes of an index
 _LONGEST = 100  # characters of a name in an error
@@ -94,7 +95,9 @@ def _joined(path: Path, files: Sequence[Path], listed: dict[str, str] | None) ->
     notes: dict[str, None] = {}
     metadata: dict[str, str] = {}
     config: dict[str, object] = {}
+    opened: list[tuple[Path, os.stat_result]] = []
     for file in files:
+        opened += as_opened(file)
         contents = open_file(file)
         for key, value in contents.root.items():
             if listed is None and key in root:
@@ -118,7 +121,7 @@ def _joined(path: Path, files: Sequence[Path], listed: dict[str, str] | None) ->
         notes[f"{len(unlisted)} tensors that the index does not list were left out: {_few(unlisted)}."] = None
     if format_of(files[0]) == "safetensors":  # whose files are not in the order of the model
         root = dict(sorted(root.items(), key=lambda item: natural(item[0])))
-    return Contents(root, "sharded checkpoint", metadata, config, tuple(notes))
+    return Contents(root, "sharded checkpoint", metadata, config, tuple(notes), tuple(opened))
 
 
 def _few(names: Iterable[str]) -> str:
