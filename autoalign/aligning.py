@@ -10,7 +10,7 @@ from itertools import takewhile
 from autoalign.adaptable import AdaptableSide
 from autoalign.adapting import adapted, checked_adapt
 from autoalign.alignment import Alignment, Match
-from autoalign.assembly import SideParts, with_ties
+from autoalign.assembly import SideParts, with_stranded_biases, with_ties
 from autoalign.candidates import operation_between
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.containers import name_words
@@ -129,6 +129,8 @@ def _align(
         mismatched = [mismatch for mismatch in mismatched if mismatch.key not in taken]
         notes = (*notes, *unable)
     _check_rules(rules, *sides, matches)
+    if mismatched:
+        matches = with_stranded_biases(matches, mismatched)
     if own.quantised or other.quantised:
         matches = admitted(matches, own.quantised, other.quantised)
         codes = own.quantised.keys(), other.quantised.keys()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from autoalign.alignment import Candidate, Match
+from autoalign.alignment import Candidate, Match, Mismatch
 from autoalign.candidates import operation_between
 from autoalign.doubts import DOUBTED, TOLD, Style, doubt_about, other_layouts, style_of
 from autoalign.evidence import is_alphabetical
@@ -20,6 +20,7 @@ from autoalign.operations import Copy, InsertZeros, Operation, Parallel, Shape, 
 from autoalign.specs import TensorSpec, tied_groups
 from autoalign.units import Part, Parts, parts_of
 
+_STRANDED = "the weight of this layer has another shape, so its bias is not taken alone"
 _NO_BIAS = "the source has no bias here, which is one of zeros"
 _BY_ORDER = 0.85  # how far a match is believed whose parts were told apart by their order
 
@@ -218,3 +219,23 @@ def with_ties(source: Sequence[TensorSpec], target: Sequence[TensorSpec], matche
             if len(tensors) > 1 or key not in by_key or by_key[key].confidence < best.confidence:
                 by_key[key] = replace(best, target=key)
     return list(by_key.values())
+
+
+def with_stranded_biases(matches: Iterable[Match], mismatched: Iterable[Mismatch]) -> list[Match]:
+    """Doubt the biases of layers whose weights have another shape, unless a rule fills them.
+
+    >>> bias = Match("fc.bias", ("head.bias",), confidence=1.0)
+    >>> with_stranded_biases([bias], [Mismatch("fc.weight", "head.weight", (4, 2), (4, 3))])[0].warnings
+    ('the weight of this layer has another shape, so its bias is not taken alone',)
+    """
+    biases = {
+        tuple(f"{key.removesuffix('weight')}bias" for key in (item.key, item.source_key))
+        for item in mismatched
+        if item.key.endswith("weight") and item.source_key.endswith("weight")
+    }
+    return [
+        replace(match, confidence=min(match.confidence, DOUBTED), warnings=(*match.warnings, _STRANDED))
+        if (match.target, *match.sources) in biases and "rule" not in match.evidence
+        else match
+        for match in matches
+    ]

@@ -242,7 +242,9 @@ def test_nothing_is_adapted_unless_asked_for() -> None:
     ):
         alignment = autoalign.align(source, target, adapt=adapt)
         assert set(adapted(alignment)) == expected
-        assert set(alignment.missing_keys) == {item.key for item in alignment.mismatched} == different - expected
+        assert {item.key for item in alignment.mismatched} == different - expected
+        alone = {"patch_embed.proj.bias"} - {f"{key.removesuffix('weight')}bias" for key in expected}
+        assert set(alignment.missing_keys) == different - expected | alone
 
 
 def test_the_source_and_what_the_target_keeps_stay_as_they_are() -> None:

@@ -521,3 +521,21 @@ def test_layers_that_moved_to_another_member_of_a_list_are_followed_there() -> N
         for stage in range(3):
             key = f"layers.{stage + own}.downsample.reduction.weight"
             assert alignment.mapping[key] == f"layers.{stage + other}.downsample.reduction.weight"
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_bias_is_not_taken_where_its_weight_does_not_fit(prefix: str) -> None:
+    shapes = {
+        f"{layer}.{key}": shape
+        for layer in ("stem", "mid", "head")
+        for key, shape in (("weight", (8, 8)), ("bias", (8,)))
+    }
+    source = {prefix + key: torch.zeros(shape) for key, shape in shapes.items()}
+    target = {key: torch.zeros(shape) for key, shape in {**shapes, "stem.weight": (8, 3)}.items()}
+    alignment = autoalign.align(source, target)
+    assert set(alignment.mapping.values()) == shapes.keys() - {"stem.weight", "stem.bias"}
+    (bias,) = alignment.ambiguous
+    assert (bias.target, bias.sources) == ("stem.bias", (f"{prefix}stem.bias",))
+    assert "weight of this layer has another shape" in bias.warnings[0]
+    ruled = autoalign.align(source, target, rules=[(f"{prefix}stem.bias", "stem.bias")])
+    assert ruled.status["stem.bias"] == "matched"
