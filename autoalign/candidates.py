@@ -6,34 +6,57 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.names import kind, words
+from autoalign.errors import InputError
+from autoalign.graph import Path
+from autoalign.names import kind, numbers, words
 from autoalign.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, chain
-from autoalign.units import Part, Unit, units_of
+from autoalign.units import Part, Unit, Units, units_of
 
 Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and flipped of each part of a unit
 
+MOST_LAYERS = 100_000_000  # of one side times the other, which the names of all take four bytes each
+MOST_COST = 40_000_000  # of the pairs that are compared, which take some 15 bytes for each unit of it
+_PAIR_COST = 32  # of a pair, besides that of each two modules around it
+_NEAREST = (64, 32, 16, 8, 4, 2, 1)  # pairs for each layer, the nearest in order, where there are too many for all
+_RARE = 8  # layers of one shape on either side that share a word or numbers which tell something
 _BARE = 0.25  # fit of a parameter that stands alone and the weight of a layer
 
 
 @dataclass(frozen=True, slots=True)
+class Kinds:
+    """The units of two sides by their shapes."""
+
+    members: tuple[list[list[int]], list[list[int]]]  # of each side: the units of each kind, in order
+    source: NDArray[np.int64]  # [source units]: equal for units with the same kinds and shapes of tensors
+    target: NDArray[np.int64]  # [target units]: numbers of its own
+    source_class: NDArray[np.int64]  # [source units]: equal for units whose tensors have equal shapes
+    target_class: NDArray[np.int64]  # [target units]: the same classes
+    class_count: int
+    fits: dict[tuple[int, int], float]  # kinds of a source and of a target that fit, and how well, in (0, 1]
+    adjacent: Sequence[float]  # of each kind of the target: see ``Candidates``
+    flipped: frozenset[int]  # source parts whose matrix is transposed
+
+    def fit(self, source: int, target: int) -> float:
+        """Tell how well the shapes of two units fit; 0 where they do not."""
+        return self.fits.get((int(self.source[source]), int(self.target[target])), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class Candidates:
-    """The feasible pairs of units, as parallel arrays."""
+    """The pairs of units that are compared, as parallel arrays."""
 
     source: NDArray[np.int64]  # unit of the source
     target: NDArray[np.int64]  # unit of the target
     fit: NDArray[np.float32]  # how well the shapes fit, in (0, 1]: 1 where all parts fit as they are
     adjacent: NDArray[np.float32]  # how much the order of neighbours says, in [0, 1]: a batch norm follows its layer
-    source_class: NDArray[np.int64]  # [source units]: equal for units whose tensors have equal shapes
-    target_class: NDArray[np.int64]  # [target units]: the same classes
-    class_count: int
-    source_kind: NDArray[np.int64]  # [source units]: equal for units with the same kinds and shapes of tensors
-    target_kind: NDArray[np.int64]  # [target units]: numbers of its own
-    flipped: frozenset[int]  # source parts whose matrix is transposed
+    crowded: frozenset[tuple[int, int]] = frozenset()  # kinds of which only pairs near in order, or told, are listed
+    told: frozenset[tuple[int, int]] = frozenset()  # pairs of these that have the same numbers, as few others do
 
 
 @lru_cache(maxsize=4096)
@@ -198,13 +221,13 @@ def main_class(entry: Signature) -> tuple[str, Shape]:
     return ("vector" if len(entry) == 1 and len(short) < 2 else "layer"), tuple(sorted(short))
 
 
-def candidates(
+def kinds_of(
     source_units: Sequence[Unit],
     source_parts: Sequence[Part],
     target_units: Sequence[Unit],
     target_parts: Sequence[Part],
-) -> Candidates:
-    """List the feasible pairs of units of two sides."""
+) -> Kinds:
+    """Sort the units of two sides by their shapes, and find which kinds fit."""
     flipped = flipped_parts(source_parts, target_parts)
     members: tuple[dict[Signature, list[int]], dict[Signature, list[int]]] = ({}, {})
     sides = ((source_units, source_parts, flipped), (target_units, target_parts, frozenset[int]()))
@@ -213,36 +236,137 @@ def candidates(
             known.setdefault(signature(unit, parts, transposed), []).append(index)
     classes: dict[tuple[str, Shape], int] = {}
     class_of = [[classes.setdefault(main_class(entry), len(classes)) for entry in known] for known in members]
-    rows: list[int] = []
-    columns: list[int] = []
-    fits, adjacent, counts = [], [], []
-    by_size: dict[int, list[Signature]] = {}  # number of elements of a tensor -> the target's signatures with one
-    for other in members[1]:
-        for size in {prod(shape) for _, shape, _, _ in other}:
-            by_size.setdefault(size, []).append(other)
-    for own, sources in members[0].items():
-        sizes = {prod(shape) for _, shape, _, _ in own}
-        for other in dict.fromkeys(other for size in sizes for other in by_size.get(size, ())):
-            targets = members[1][other]
-            if fit := unit_fit(own, other):
-                rows += [source for source in sources for _ in targets]
-                columns += targets * len(sources)
-                counts.append(len(sources) * len(targets))
-                fits.append(fit)
-                adjacent.append(_adjacency(other))
-    each = np.asarray(counts, dtype=np.int64)
+    by_size: dict[int, list[tuple[int, Signature]]] = {}  # elements of a tensor -> the target's kinds that have one
+    for kind_and_entry in enumerate(members[1]):
+        for size in {prod(shape) for _, shape, _, _ in kind_and_entry[1]}:
+            by_size.setdefault(size, []).append(kind_and_entry)
+    fits: dict[tuple[int, int], float] = {}
+    for own, entry in enumerate(members[0]):
+        sizes = {prod(shape) for _, shape, _, _ in entry}
+        for other, wanted in dict.fromkeys(known for size in sizes for known in by_size.get(size, ())):
+            if fit := unit_fit(entry, wanted):
+                fits[own, other] = fit
     kinds = _numbered(members[0]), _numbered(members[1])
-    return Candidates(
-        np.asarray(rows, dtype=np.int64),
-        np.asarray(columns, dtype=np.int64),
-        np.repeat(np.asarray(fits, dtype=np.float32), each),
-        np.repeat(np.asarray(adjacent, dtype=np.float32), each),
+    return Kinds(
+        (list(members[0].values()), list(members[1].values())),
+        *kinds,
         np.asarray(class_of[0], dtype=np.int64)[kinds[0]],
         np.asarray(class_of[1], dtype=np.int64)[kinds[1]],
         len(classes),
-        *kinds,
+        fits,
+        list(map(_adjacency, members[1])),
         flipped,
     )
+
+
+def candidates(kinds: Kinds, source: Units, target: Units, known: Sequence[tuple[int, int]] = ()) -> Candidates:
+    """List the pairs of units of two sides that fit; known ones have no rivals.
+
+    Where these are more than memory and time allow, only those are listed that are near in order, among the layers of
+    their shapes, or share a word or numbers that hardly any others have.
+
+    Args:
+        kinds: Of the units.
+        source: The units of the source.
+        target: Those of the target.
+        known: Pairs of units.
+
+    Raises:
+        InputError: The pairs are too many even so.
+    """
+    partner, taken = np.full(len(source), -1), np.zeros(len(target), dtype=bool)
+    for own, other in known:
+        partner[own], taken[other] = other, True
+    used = partner >= 0, taken
+    free = [[np.asarray(units)[~out[units]] for units in of] for of, out in zip(kinds.members, used, strict=True)]
+    nearest = _nearest([(len(free[0][own]), len(free[1][other])) for own, other in kinds.fits], source, target)
+    crowded, told = set[tuple[int, int]](), set[tuple[int, int]]()
+    listed = [np.zeros((2, 0), dtype=np.int64)]
+    for own, other in kinds.fits:
+        rows, columns = free[0][own], free[1][other]
+        if len(rows) * len(columns) <= nearest * (len(rows) + len(columns)):
+            pairs = np.stack([np.repeat(rows, len(columns)), np.tile(columns, len(rows))])
+        else:
+            same_word, same_numbers = _alike(rows.tolist(), columns.tolist(), source.paths, target.paths)
+            in_order = (
+                rows[np.argsort(source.ancestry.order[rows])],
+                columns[np.argsort(target.ancestry.order[columns])],
+            )
+            alike = np.asarray([*same_word, *same_numbers], dtype=np.int64).reshape(-1, 2).T
+            codes = np.concatenate([_near(*in_order, nearest), alike], axis=1)
+            pairs = np.stack(np.divmod(np.unique(codes[0] * len(target) + codes[1]), len(target)))
+            crowded.add((own, other))
+            told |= same_numbers
+        units = np.asarray(kinds.members[0][own])
+        units = units[used[0][units]]
+        units = units[kinds.target[partner[units]] == other]
+        if len(units):
+            pairs = np.concatenate([pairs, [units, partner[units]]], axis=1)
+            pairs = pairs[:, np.lexsort(pairs[::-1])]
+        listed.append(pairs)
+    each = [pairs.shape[1] for pairs in listed[1:]]
+    own_units, other_units = np.concatenate(listed, axis=1)
+    return Candidates(
+        own_units,
+        other_units,
+        np.repeat(np.asarray(list(kinds.fits.values()), dtype=np.float32), each),
+        np.repeat(np.asarray([kinds.adjacent[other] for _, other in kinds.fits], dtype=np.float32), each),
+        frozenset(crowded),
+        frozenset(told),
+    )
+
+
+def _nearest(counts: Sequence[tuple[int, int]], source: Units, target: Units) -> int:
+    """Tell for how many of the nearest layers in order each layer may have pairs, if all pairs are too many.
+
+    Args:
+        counts: The numbers of units on either side whose shapes fit.
+        source: The units of the source.
+        target: Those of the target.
+    """
+    depths = [side.ancestry.ancestors.shape[1] for side in (source, target)]
+    most = MOST_COST // (_PAIR_COST + depths[0] * depths[1])
+    if len(source) * len(target) <= MOST_LAYERS:
+        if sum(height * width for height, width in counts) <= most:
+            return max(len(source), len(target))
+        for nearest in _NEAREST:
+            if 2 * sum(min(height * width, nearest * (height + width)) for height, width in counts) <= most:
+                return nearest
+    raise InputError(
+        f"{len(source):,} layers of the source and {len(target):,} of the target are too many to be compared at once. "
+        "Nothing was aligned; align them in parts, with include or exclude."
+    )
+
+
+def _near(rows: NDArray[np.int64], columns: NDArray[np.int64], nearest: int) -> NDArray[np.int64]:
+    """List the pairs of each unit with those that are the nearest to its place among all, in order: [2, pairs]."""
+    pairs = []
+    for own, other in ((rows, columns), (columns, rows)):
+        width = min(nearest, len(other))
+        middle = (np.arange(len(own)) + 0.5) * len(other) / len(own)
+        first = np.clip(np.round(middle - width / 2), 0, len(other) - width).astype(np.int64)
+        pairs.append(np.stack([np.repeat(own, width), other[first[:, None] + np.arange(width)].ravel()]))
+    return np.concatenate([pairs[0], pairs[1][::-1]], axis=1)
+
+
+def _alike(
+    rows: Sequence[int], columns: Sequence[int], source: Sequence[Path], target: Sequence[Path]
+) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+    """List the pairs of units that share a word that few others have, and those that have the same such numbers."""
+    by_word: dict[str, tuple[list[int], list[int]]] = {}
+    by_numbers: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
+    for side, (units, paths) in enumerate(((rows, source), (columns, target))):
+        for unit in units:
+            for word in {word for name in paths[unit] for word in words(name)}:
+                by_word.setdefault(word, ([], []))[side].append(unit)
+            found = [numbers(name) for name in paths[unit]]
+            for place in {sum(found, ()), sum(found[:-1], ())} - {()}:  # those of its own name may be a role: "w1"
+                by_numbers.setdefault(place, ([], []))[side].append(unit)
+    same_word, same_numbers = (
+        {pair for units in known.values() if max(map(len, units)) <= _RARE for pair in product(*units)}
+        for known in (by_word, by_numbers)
+    )
+    return same_word, same_numbers
 
 
 def _numbered(members: Mapping[Signature, Sequence[int]]) -> NDArray[np.int64]:

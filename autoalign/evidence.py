@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.graph import Ancestry, Path
-from autoalign.names import numbers, stem, word_similarity, words
+from autoalign.names import numbers, similar_words, stem, word_similarity, words
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -25,6 +26,7 @@ TEMPLATES = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 2), (1, 3))
 _NUMBER = re.compile(r"\d+")
 _COMMON = 1.0  # names of common words alone say little
 _DECAY = 0.7  # weight of a word for each level that it stands above the tensor
+_TOGETHER = 2**21  # cells of the largest table of words or names that is made at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,30 +97,63 @@ def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
     Cosine of the words of two names, each weighed by its rarity on its side and by how close to the tensor it stands,
     under the similarity of words. Rival words (query against key) count against a pair.
     """
-    (own, first), (other, second) = _word_weights(source), _word_weights(target)
-    if not own or not other:
+    own, other = _word_weights(source), _word_weights(target)
+    if not own.words or not other.words:
         return np.zeros((len(source), len(target)), dtype=np.float32)
-    scores = first @ word_similarity(own, other) @ second.T
+    if max(len(own.words) * len(other.words), *map(prod, (own.shape, other.shape))) > _TOGETHER:
+        return _sparse_scores(own, other)
+    first, second = own.table(), other.table()
+    scores = first @ word_similarity(own.words, other.words) @ second.T
     norms = np.outer(np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1))
     return np.asarray(scores / (norms + _COMMON), dtype=np.float32)
 
 
-def _word_weights(paths: Sequence[Path]) -> tuple[list[str], Floats]:
-    """List the words of one side, and tell how much each says of each name: [units, words]."""
+@dataclass(frozen=True, slots=True)
+class _WordWeights:
+    """How much each word of one side says of each name, as the entries of a table [names, words] that are not zero."""
+
+    words: Sequence[str]
+    shape: tuple[int, int]
+    places: tuple[Ints, Ints]
+    values: Floats
+
+    def table(self) -> Floats:
+        table = np.zeros(self.shape, dtype=np.float32)
+        table[self.places] = self.values
+        return table
+
+
+def _word_weights(paths: Sequence[Path]) -> _WordWeights:
+    """Weigh the words of one side's names."""
     columns: dict[str, int] = {}
-    rows, places, weights = [], [], []
+    weights: dict[tuple[int, int], float] = {}
     for row, path in enumerate(paths):
         weight = _DECAY ** (len(path) - 1)
         for component in path:  # the last is the nearest, and what is nearer counts
             for word in words(component):
-                rows.append(row)
-                places.append(columns.setdefault(word, len(columns)))
-                weights.append(weight)
+                weights[row, columns.setdefault(word, len(columns))] = weight
             weight /= _DECAY
-    table = np.zeros((len(paths), len(columns)), dtype=np.float32)
-    table[rows, places] = weights
-    frequency = np.maximum((table > 0).sum(axis=0), 1)
-    return list(columns), np.asarray(table * (np.log((len(paths) + 1) / frequency) + 0.1), dtype=np.float32)
+    rows, places = np.asarray(list(weights), dtype=np.int64).reshape(-1, 2).T
+    rarity = np.log((len(paths) + 1) / np.maximum(np.bincount(places, minlength=len(columns)), 1)) + 0.1
+    values = np.asarray(list(weights.values()), dtype=np.float32) * rarity[places]
+    return _WordWeights(list(columns), (len(paths), len(columns)), (rows, places), values.astype(np.float32))
+
+
+def _sparse_scores(source: _WordWeights, target: _WordWeights) -> Floats:
+    """Score names of so many words that hardly any two have one in common."""
+    from scipy.sparse import csr_array
+
+    first, second = (csr_array((side.values, side.places), shape=side.shape) for side in (source, target))
+    alike = similar_words(source.words, target.words)
+    places = np.asarray(list(alike), dtype=np.int64).reshape(-1, 2).T
+    values = np.asarray(list(alike.values()), dtype=np.float32)
+    similar = first @ csr_array((values, tuple(places)), shape=(source.shape[1], target.shape[1]))
+    norms = [np.sqrt(side.multiply(side).sum(axis=1)) for side in (first, second)]
+    scores = np.empty((source.shape[0], target.shape[0]), dtype=np.float32)
+    step = max(_TOGETHER // len(scores.T), 1)
+    for rows in (slice(start, start + step) for start in range(0, len(scores), step)):
+        scores[rows] = (similar[rows] @ second.T).toarray() / (np.outer(norms[0][rows], norms[1]) + _COMMON)
+    return scores
 
 
 def _template_ids(paths: Sequence[Path]) -> Ints:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from operator import add, sub
 
 import numpy as np
@@ -258,14 +259,22 @@ def exchanges(
         gains[index] += _OWN * _own_gain(one)
         key = tuple([tuple(map(stem, path)) for path in (*one.modules, *one.ends)])
         found.setdefault((key, gains[index] < 0, mirrored(one.pairs) > 0), []).append(index)
+    runs: dict[tuple[tuple[Path, Path], tuple[str, str]], _Run] = {}
+
+    def run_of(one: Instance) -> _Run:
+        lists, stems = (one.ends[0][:-1], one.modules[0][:-1]), (stem(one.ends[0][-1]), stem(one.modules[0][-1]))
+        if (lists, stems) not in runs:
+            runs[lists, stems] = _run_of(own, other, below.get(lists[1], range(len(other))), lists, stems)
+        return runs[lists, stems]
+
     result = []
     for (key, *_), indices in found.items():
         instances = [listed[index] for index in indices]
         pairs = tuple([pair for one in instances for pair in one.pairs])
         is_list = key[0] == key[1] and key[2] == key[3]
-        others = [_others(own, other, below, one) if is_list else {} for one in instances]
-        shifted = is_list and all(map(_is_shifted, others, instances))
-        leads = [0 if shifted else _direction(of) for of in others]
+        lists = [run_of(one) for one in instances] if is_list else []
+        shifted = is_list and all(map(_is_shifted, lists, instances))
+        leads = [0] * len(instances) if shifted or not is_list else list(map(_direction, lists, instances))
         order = sum(orders[index] * (lead or 1) for index, lead in zip(indices, leads, strict=True))
         inside = Counter([(names[0][place], names[1][place]) for pair in pairs for place in pair])
         in_row = sum(orders[index] for index in indices)
@@ -330,37 +339,89 @@ def _own_gain(one: Instance) -> float:
     return likeness(x, a) + likeness(y, b) - likeness(x, b) - likeness(y, a)
 
 
-def _others(
-    own: Sequence[Path], other: Sequence[Path], below: Mapping[Path, Sequence[int]], one: Instance
-) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Tell to which numbers of the source's list the other members of a list are matched, in order."""
-    source, target = one.ends[0][:-1], one.modules[0][:-1]
-    stems = stem(one.ends[0][-1]), stem(one.modules[0][-1])
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The members of a list of the target, in order of their numbers, and those of the source's that they have."""
+
+    members: Sequence[tuple[int, ...]]  # their numbers
+    partners: Sequence[tuple[int, ...]]  # those of what they are matched to
+    place_of: Mapping[tuple[int, ...], int]
+    steps: Counter[int]  # of ``step``, from each member to the next
+    shifts: Counter[tuple[int, ...]]  # of ``shift``
+
+    @classmethod
+    def of(cls, partners: Mapping[tuple[int, ...], tuple[int, ...]]) -> _Run:
+        members = sorted(partners)
+        own = [partners[member] for member in members]
+        steps = Counter((a < b) - (a > b) for a, b in pairwise(own))
+        place_of = {member: place for place, member in enumerate(members)}
+        return cls(members, own, place_of, steps, Counter(map(_shift, members, own)))
+
+    def places(self, one: Instance) -> set[int]:
+        """Give the places of the two members that an instance would exchange."""
+        parent = one.modules[0][:-1]
+        places = [self.place_of.get(numbers(path[-1])) for path in one.modules if path[:-1] == parent]
+        return {place for place in places if place is not None}
+
+
+def _run_of(
+    own: Sequence[Path], other: Sequence[Path], places: Iterable[int], lists: tuple[Path, Path], stems: tuple[str, str]
+) -> _Run:
+    """Tell to which numbers of the source's list the members of a list are matched.
+
+    Args:
+        own: The paths of the source's units in the assignment.
+        other: Those of the target's.
+        places: Those below the target's list.
+        lists: The parents of the lists of the source and the target.
+        stems: Of their members.
+    """
+    source, target = lists
     votes: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
-    for place in below.get(target, range(len(other))):
+    for place in places:
         path, wanted = own[place][len(source) :], other[place][: len(target) + 1]
-        if not path or own[place][: len(source)] != source or wanted in (target, *one.modules):
+        if not path or own[place][: len(source)] != source or wanted == target:
             continue
         if (stem(path[0]), stem(wanted[-1])) == stems:
             votes.setdefault(numbers(wanted[-1]), Counter())[numbers(path[0])] += 1
-    return {place: votes[place].most_common(1)[0][0] for place in sorted(votes)}
+    return _Run.of({place: found.most_common(1)[0][0] for place, found in votes.items()})
 
 
-def _direction(others: Mapping[tuple[int, ...], tuple[int, ...]]) -> int:
-    """Tell whether members of a list are matched in order: 1, in reverse order: -1, or neither: 0."""
-    partners = list(others.values())
-    if len(partners) < 2 or len(set(partners)) < len(partners):
+def _direction(run: _Run, one: Instance) -> int:
+    """Tell whether the other members of a list are matched in order: 1, in reverse order: -1, or neither: 0."""
+    out, last = run.places(one), len(run.members) - 1
+    count, steps = last - len(out), run.steps.copy()
+    if count < 1:
         return 0
-    return (partners == sorted(partners)) - (partners == sorted(partners, reverse=True))
+    for place in {place for at in out for place in (at - 1, at)}:
+        if 0 <= place < last:
+            steps[_step(run, place, place + 1)] -= 1
+    for at in out:
+        after = at + 1 + (at + 1 in out)
+        if at > 0 and at - 1 not in out and after <= last:
+            steps[_step(run, at - 1, after)] += 1
+    return (steps[1] == count) - (steps[-1] == count)
 
 
-def _is_shifted(others: Mapping[tuple[int, ...], tuple[int, ...]], one: Instance) -> bool:
+def _step(run: _Run, place: int, other: int) -> int:
+    """Tell whether the partner of one member comes before that of another: 1, after it: -1, or is the same: 0."""
+    first, second = run.partners[place], run.partners[other]
+    return (first < second) - (first > second)
+
+
+def _shift(member: tuple[int, ...], partner: tuple[int, ...]) -> tuple[int, ...]:
+    """Tell by how much the numbers of a member and of its partner differ; nothing where they are not as many."""
+    return tuple(map(sub, member, partner)) if len(member) == len(partner) else ()
+
+
+def _is_shifted(run: _Run, one: Instance) -> bool:
     """Tell whether all other members of a list have other numbers by as much as the two taken together."""
-    ends, modules = ([numbers(path[-1]) for path in pair] for pair in (one.ends, one.modules))
-    shifts = {
-        tuple(map(sub, place, partner)) if len(place) == len(partner) else () for place, partner in others.items()
-    }
+    out = run.places(one)
+    if len(run.shifts) > 1 + len(out):
+        return False
+    shifts = run.shifts - Counter([_shift(run.members[place], run.partners[place]) for place in out])
     (shift, *rest) = shifts or [()]
+    ends, modules = ([numbers(path[-1]) for path in pair] for pair in (one.ends, one.modules))
     if rest or not any(shift) or any(len(end) != len(shift) for end in ends):
         return False
     return sorted(tuple(map(add, end, shift)) for end in ends) == sorted(modules)

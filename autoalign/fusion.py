@@ -66,18 +66,25 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     fused = Counter(
         unit.path[:-1] for unit in set(unit_of.values()) if not FUSED.keys().isdisjoint(words(unit.path[-1]))
     )
+    slices = {index: _slices(parts[index], siblings) for index in unit_of}
+    plans = {index: _plan(index, unit, parts, siblings) for index, unit in unit_of.items() if not slices[index]}
+    alike = Counter(  # layers of one module whose parts would have the same names
+        (unit.path[:-1], role)
+        for unit, roles in {unit_of[index]: plan.roles for index, plan in plans.items() if plan}.items()
+        for role in roles
+    )
     for index, part in enumerate(parts):
-        unit = unit_of.get(index)
-        plan = None
+        unit, plan = unit_of.get(index), plans.get(index)
         if unit is None:
             pieces = [part]
-        elif pieces := _slices(part, siblings):
+        elif pieces := slices[index]:
             pieces = [piece for each in pieces for piece in _split_slice(each, siblings)]
-        elif plan := _plan(index, unit, parts, siblings):
+        elif plan:
             leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
             own = {role: called.get((unit.path[:-1], role), role) for role in plan.roles}
             module = unit.path[:-1]
-            above = unit.path if numbers(unit.path[-1]) or fused[module] > 1 else module  # which may have several
+            several = fused[module] > 1 or any(alike[module, role] > 1 for role in plan.roles)
+            above = unit.path if numbers(unit.path[-1]) or several else module
             pieces = _split(part, plan, [(*above, own[role], leaf) for role in plan.roles])
         else:
             pieces = [part]

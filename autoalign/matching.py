@@ -30,6 +30,7 @@ ALONE = 2.0  # the worth of leaving a unit without a partner
 UNPOOLED = 0.3  # the pattern score of a template that occurs once
 _TOGETHER = 2**15  # pairs times templates that are scored at once, while the arrays are small
 _SPARSE = 8  # numbers that there may be for each that is used
+_DENSE = 2**22  # cells of the largest table in which an exact assignment is sought
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,30 +136,38 @@ class _StructureVotes:
         ):
             nodes = ancestors[np.unique(units)]
             sizes.append(np.maximum(np.bincount(nodes[nodes >= 0], minlength=count), 1))
-        self.prior = _module_agreement(source, target) / np.sqrt(np.outer(*sizes))
+        voted = np.arange(dump)
+        if dump > self.pairs.size:  # most pairs of modules get no votes
+            voted = np.unique(self.pairs)
+            self.pairs = np.searchsorted(voted, self.pairs)
+            voted = voted[voted < dump]
+        self.modules = np.divmod(voted, self.shape[1])
+        rows, columns = self.modules
+        self.prior = _module_agreement(source, target, rows, columns) / np.sqrt(sizes[0][rows] * sizes[1][columns])
 
     def scores(self, soft: Floats) -> Floats:
         spread = np.broadcast_to(soft, self.pairs.shape)
-        mass = np.bincount(self.pairs.ravel(), spread.ravel(), self.prior.size + 1)
-        votes = mass[:-1].reshape(self.shape) * self.prior
-        strongest = np.outer(votes.max(axis=1) + 1e-9, votes.max(axis=0) + 1e-9)
-        relative = np.zeros(votes.size + 1, dtype=np.float32)
-        relative[:-1] = (votes / np.sqrt(strongest)).ravel()
+        votes = np.bincount(self.pairs.ravel(), spread.ravel(), len(self.prior) + 1)[:-1] * self.prior
+        strongest = [np.zeros(count) for count in self.shape]
+        for most, modules in zip(strongest, self.modules, strict=True):
+            np.maximum.at(most, modules, votes)
+        rivals = [most[modules] + 1e-9 for most, modules in zip(strongest, self.modules, strict=True)]
+        relative = np.zeros(len(votes) + 1, dtype=np.float32)  # the last is for the padding
+        relative[:-1] = votes / np.sqrt(rivals[0] * rivals[1])
         weighed = relative.take(self.pairs) * self.agreement
         upward = weighed.max(axis=1).sum(axis=0) / self.depths[0]
         downward = weighed.max(axis=0).sum(axis=0) / self.depths[1]
         return np.asarray((upward + downward) / 2, dtype=np.float32)
 
 
-def _module_agreement(source: SideEvidence, target: SideEvidence) -> Floats:
-    """Tell how well the places of two modules among their like agree: [source modules, target modules]."""
+def _module_agreement(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Floats:
+    """Tell how well the places of two modules among their like agree, for pairs of modules."""
     decay = RANK_DECAY * (1.0 if source.ordered and target.ordered else UNORDERED)
-    by_content = 0.9 * np.exp(-decay * np.abs(source.module_rank[:, None] - target.module_rank[None, :]))
-    listed = (source.list_rank[:, None] >= 0) & (target.list_rank[None, :] >= 0)
-    by_number = np.where(
-        listed, np.exp(-RANK_DECAY * np.abs(source.list_rank[:, None] - target.list_rank[None, :])), 0.0
-    )
-    several = (source.module_size[:, None] > 1) & (target.module_size[None, :] > 1)
+    by_content = 0.9 * np.exp(-decay * np.abs(source.module_rank[rows] - target.module_rank[columns]))
+    places = source.list_rank[rows], target.list_rank[columns]
+    listed = (places[0] >= 0) & (places[1] >= 0)
+    by_number = np.where(listed, np.exp(-RANK_DECAY * np.abs(places[0] - places[1])), 0.0)
+    several = (source.module_size[rows] > 1) & (target.module_size[columns] > 1)
     agreement = np.where(several, LIST_FLOOR + (1 - LIST_FLOOR) * np.maximum(by_content, by_number), 1.0)
     return agreement.astype(np.float32)
 
@@ -248,16 +257,40 @@ def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int
     rest = rest[np.argsort(of[rest], kind="stable")]
     for members in np.split(rest, np.flatnonzero(np.diff(of[rest])) + 1) if len(rest) else ():
         height = heights[of[members[0]]]
+        width = sizes[of[members[0]]] - height
         cells = place[rows[members]], place[columns[members] + shape[0]] - height
-        gain = np.zeros((height, sizes[of[members[0]]] - height))
-        pair = np.full(gain.shape, -1)
-        gain[cells] = np.maximum(score[members] - ALONE, 0)
-        pair[cells] = members
-        picked = pair[linear_sum_assignment(gain, maximize=True)]
+        gain = np.maximum(score[members] - ALONE, 0)
+        if height * width > _DENSE:
+            chosen.append(members[_sparse_assignment(gain, *cells, (height, width))])
+            continue
+        table, pair = np.zeros((height, width)), np.full((height, width), -1)
+        table[cells], pair[cells] = gain, members
+        picked = pair[linear_sum_assignment(table, maximize=True)]
         chosen.append(picked[picked >= 0])
     everything = np.concatenate(chosen)
     everything = everything[score[everything] > ALONE]
     return np.asarray(everything[np.argsort(columns[everything], kind="stable")], dtype=np.intp)
+
+
+def _sparse_assignment(gain: Floats, rows: Ints, columns: Ints, shape: tuple[int, int]) -> Ints:
+    """Choose pairs with the largest total gain where few of all are given; each row may stay alone and gain nothing."""
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+    height, width = shape
+    cost = float(gain.max()) + 1 - gain.astype(np.float64)  # costs of zero would count as no pairs
+    alone = np.arange(height)
+    table = csr_array(
+        (
+            np.append(cost, np.full(height, float(gain.max()) + 1)),
+            (np.append(rows, alone), np.append(columns, width + alone)),
+        ),
+        shape=(height, width + height),
+    )
+    matched = np.full(height, -1)
+    own, other = min_weight_full_bipartite_matching(table)
+    matched[own] = other
+    return np.flatnonzero(matched[rows] == columns)
 
 
 def _rivals(

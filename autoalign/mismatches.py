@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoalign.candidates import squeeze
 from autoalign.evidence import SideEvidence, name_scores
@@ -43,29 +44,33 @@ def mismatched_units(
     counterpart = dict(pair for pair, _ in reversed(together.most_common()))  # target block -> source block
     last = len(source[0]) - 1, len(target[0]) - 1
     kinds = [_kind(source[0][i], source[1]) for i in rows], [_kind(target[0][j], target[1]) for j in columns]
-    for row, i in enumerate(rows):
-        for column, j in enumerate(columns):
-            if not _alike(kinds[0][row], kinds[1][column]):
-                scores[row, column] = -1
-                continue
-            same_block = bool(blocks[0][i]) and counterpart.get(blocks[1][j]) == blocks[0][i]
-            scores[row, column] += 0.5 * ((same_block and scores[row, column] > _NAMED) or (i, j) == last)
-            for own, other in ((source[2].previous, target[2].previous), (source[2].next, target[2].next)):
-                scores[row, column] += 0.5 * (own[i] >= 0 and partners.get(int(other[j])) == own[i])
-            scores[row, column] += source[0][i].path == target[0][j].path
-    best = scores.argmax(axis=1)
+    alike = _equal([of for of, _ in kinds[0]], [of for of, _ in kinds[1]])
+    alike |= _equal([of for _, of in kinds[0]], [of for _, of in kinds[1]])
+    extra = _equal([blocks[0][i] or None for i in rows], [counterpart.get(blocks[1][j], ()) for j in columns])
+    extra &= scores > _NAMED
+    extra |= np.outer([i == last[0] for i in rows], [j == last[1] for j in columns])
+    scores[extra] += 0.5
+    for own, other in ((source[2].previous, target[2].previous), (source[2].next, target[2].next)):
+        beside = [own[i] if own[i] >= 0 else None for i in rows]
+        scores[_equal(beside, [partners.get(int(other[j]), -1) for j in columns])] += 0.5
+    scores[_equal([source[0].paths[i] for i in rows], [target[0].paths[j] for j in columns])] += 1
+    scores[~alike] = -1
+    best, best_row = scores.argmax(axis=1).tolist(), scores.argmax(axis=0).tolist()
     return [
         (rows[row], columns[column])
         for row, column in enumerate(best)
-        if scores[row, column] >= _ENOUGH and int(np.argmax(scores[:, column])) == row
+        if scores[row, column] >= _ENOUGH and best_row[column] == row
     ]
+
+
+def _equal(first: Sequence[Hashable], second: Sequence[Hashable]) -> NDArray[np.bool_]:
+    """Tell which of one list are equal to which of another: [first, second]."""
+    numbers: dict[Hashable, int] = {}
+    own, other = ([numbers.setdefault(value, len(numbers)) for value in values] for values in (first, second))
+    return np.equal.outer(own, other)
 
 
 def _kind(unit: Unit, parts: Sequence[Part]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Count the dimensions of each of a layer's tensors, with and without those of size one."""
     shapes = [parts[index].shape for name, index in unit.parts if name in ("weight", "bias", "other")]
     return tuple(map(len, shapes)), tuple(len(squeeze(shape)) for shape in shapes)
-
-
-def _alike(kind: tuple[tuple[int, ...], tuple[int, ...]], other: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
-    return kind[0] == other[0] or kind[1] == other[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,15 @@ from autoalign.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SP
 LEVELS = 64  # components that are told apart in a key
 _LEAVES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}  # that start the name of a parameter
 _OTHERWISE = 0.9  # the most that names of other words are alike
+_LONG = 6  # letters of a word from which on its spelling tells
+_TOGETHER = 2**22  # pairs of words whose spelling is compared at once
 _OUTPUT = re.compile(r":\d+$")  # of a TensorFlow variable, as in "kernel:0"
 _DIGITS = re.compile(r"\d{1,18}")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_KNOWN: dict[str, dict[str, float]] = {}  # word -> what the vocabulary relates to it, and how far
+for _related in (RELATED_PAIRS, dict.fromkeys(RIVAL_PAIRS, -0.8)):
+    for (_word, _other), _value in _related.items():
+        _KNOWN.setdefault(_word, {})[_other] = _value
 
 
 def components(key: str) -> tuple[str, ...]:
@@ -140,23 +147,58 @@ def word_similarity(first: Sequence[str], second: Sequence[str]) -> NDArray[np.f
 
     Rivals, such as "q" and "k", are negative. Words that the vocabulary does not relate are compared by spelling.
     """
+    table = np.zeros((len(first), len(second)), dtype=np.float32)
+    for (row, column), value in similar_words(first, second).items():
+        table[row, column] = value
+    return table
+
+
+def similar_words(first: Sequence[str], second: Sequence[str]) -> dict[tuple[int, int], float]:
+    """List the words of two lists that are alike, by their places; see ``word_similarity``.
+
+    >>> similar_words(["q", "proj"], ["k", "projection"])
+    {(1, 1): 0.8, (0, 0): -0.8}
+    """
+    places = _places(first), _places(second)
+    found = _spelled_alike(first, second)
+    for short, long in (places, places[::-1]):
+        for word, rows in long.items():
+            for end in range(3, len(word)):
+                if columns := short.get(word[:end]):
+                    pairs = product(columns, rows) if short is places[0] else product(rows, columns)
+                    found.update(dict.fromkeys(pairs, 0.8))
+    for word, rows in places[0].items():
+        for other, value in _KNOWN.get(word, {}).items():
+            found.update(dict.fromkeys(product(rows, places[1].get(other, ())), value))
+        found.update(dict.fromkeys(product(rows, places[1].get(word, ())), 1.0))
+    return found
+
+
+def _places(listed: Sequence[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for place, word in enumerate(listed):
+        places.setdefault(word, []).append(place)
+    return places
+
+
+def _spelled_alike(first: Sequence[str], second: Sequence[str]) -> dict[tuple[int, int], float]:
+    """Compare long words by spelling: short ones may differ by one letter and in everything else."""
+    long = [[place for place, word in enumerate(listed) if len(word) >= _LONG] for listed in (first, second)]
+    found: dict[tuple[int, int], float] = {}
+    if not (long[0] and long[1]):
+        return found
     from rapidfuzz import fuzz, process
 
-    spelled = process.cdist(first, second, scorer=fuzz.ratio, score_cutoff=80, dtype=np.float32)
-    table = np.asarray(spelled, dtype=np.float32) * np.float32(0.008)
-    for row, a in enumerate(first):
-        for column, b in enumerate(second):
-            if a == b:
-                table[row, column] = 1.0
-            elif (a, b) in RIVAL_PAIRS:
-                table[row, column] = -0.8
-            elif (a, b) in RELATED_PAIRS:
-                table[row, column] = RELATED_PAIRS[a, b]
-            elif min(len(a), len(b)) >= 3 and (a.startswith(b) or b.startswith(a)):
-                table[row, column] = 0.8
-            elif min(len(a), len(b)) < 6:
-                table[row, column] = 0.0  # short words may differ by one letter and in everything else
-    return table
+    others = [second[place] for place in long[1]]
+    step = max(_TOGETHER // len(others), 1)
+    for start in range(0, len(long[0]), step):
+        rows = long[0][start : start + step]
+        spelled = process.cdist(
+            [first[row] for row in rows], others, scorer=fuzz.ratio, score_cutoff=80, dtype=np.float32
+        )
+        for row, column in np.argwhere(spelled).tolist():
+            found[rows[row], long[1][column]] = float(np.float32(spelled[row, column]) * np.float32(0.008))
+    return found
 
 
 @lru_cache(maxsize=4096)

@@ -42,7 +42,7 @@ def namesakes(
     """
     each = counts or (np.ones(len(source), dtype=np.int64), np.ones(len(target), dtype=np.int64))
     source, target = _unwrapped(source), _unwrapped(target)
-    prefixes = _prefixes(source, target)
+    prefixes = _prefixes(source, target, _fewest(each))
     if prefixes is None:
         return []
     own, other = prefixes
@@ -128,19 +128,31 @@ def _unwrapped(paths: Sequence[Path]) -> Sequence[Path]:
     return [tuple(name for depth, name in enumerate(path) if path[:depth] not in alone) or path for path in paths]
 
 
-def _prefixes(source: Sequence[Path], target: Sequence[Path]) -> tuple[Path, Path] | None:
-    """Find the prefixes whose removal leaves the most names in common; the first of equals."""
+def _fewest(counts: tuple[NDArray[np.int64], NDArray[np.int64]]) -> int:
+    """Count the fewest pairs of layers that may be enough; see ``share_of``."""
+    smaller = counts[int(counts[1].sum() < counts[0].sum())]
+    return int(np.searchsorted(np.cumsum(np.sort(smaller)[::-1]), _SHARE * smaller.sum())) + 1
+
+
+def _prefixes(source: Sequence[Path], target: Sequence[Path], fewest: int) -> tuple[Path, Path] | None:
+    """Find the prefixes whose removal leaves the most names in common; the first of equals.
+
+    Only those that stand before so many names count.
+    """
+    often = [
+        {prefix for prefix, count in below.items() if count >= fewest}
+        for below in (Counter(path[:cut] for path in side for cut in range(len(path))) for side in (source, target))
+    ]
     above: dict[Path, list[Path]] = defaultdict(list)
     for path in source:
         for cut in range(len(path)):
-            above[path[cut:]].append(path[:cut])
-    votes: list[tuple[Path, Path]] = []
+            above[path[cut:]] += [path[:cut]] if path[:cut] in often[0] else []
+    votes = Counter[tuple[Path, Path]]()
     for path in target:
-        for cut in range(len(path)):
-            if known := above.get(path[cut:]):
-                votes += [(prefix, path[:cut]) for prefix in known]
-                break
-    return Counter(votes).most_common(1)[0][0] if votes else None
+        cut = next((cut for cut in range(len(path)) if path[cut:] in above), 0)
+        if path[:cut] in often[1]:
+            votes.update((prefix, path[:cut]) for prefix in above.get(path[cut:], ()))
+    return votes.most_common(1)[0][0] if votes else None
 
 
 def _children(paths: Sequence[Path], prefix: Path) -> dict[Path, set[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 from autoalign.alignment import Caution, Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.calibration import calibrated
-from autoalign.candidates import Candidates, candidates, flipped_parts, operation_between, paired_parts
+from autoalign.candidates import candidates, flipped_parts, kinds_of, operation_between, paired_parts
 from autoalign.decision import coherence, confidence_of, related, special_units, twins
 from autoalign.directions import REVERSIBLE, undirected
 from autoalign.doubts import DOUBTED, TOLD
@@ -37,6 +37,7 @@ _HALF = 0.5  # of them, which fit under the same names: then the sides are relat
 _SAME_NAME = 0.6  # how alike names must be for a bias to be matched without its weight
 _NAMESAKE = 0.3  # how alike names must be where most names are the same on both sides
 _RENAMED = 0.99  # the confidence where only names differ, and consistently
+_CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 _UNRELATED = (
     "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
@@ -157,24 +158,23 @@ def _match_parts(
     named = (units_of(source.parts), source.parts), (units_of(target.parts), target.parts)
     source, target = (_with(side, under_one_root(side.parts)) for side in (source, target))
     own, other = units_of(source.parts), units_of(target.parts)
-    pairs = candidates(own, source.parts, other, target.parts)
+    kinds = kinds_of(own, source.parts, other, target.parts)
     counts = counts_of(own, source.parts), counts_of(other, target.parts)
-    feasible = set(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True))
-    same = namesakes(own.paths, other.paths, counts, lambda i, j: (i, j) in feasible)
+    same = namesakes(own.paths, other.paths, counts, lambda i, j: kinds.fit(i, j) > 0)
     fixed = _pinned_units(source, target, own, other, pins)
     held = {i for i, _ in fixed}, {j for _, j in fixed}
     pinned = set(pins.values())
     fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
-    pairs = _without(pairs, fixed)
+    pairs = candidates(kinds, own, other, fixed)
     sides = [
-        side_evidence(units.paths, units.ancestry, classes, pairs.class_count, ordered=told)
+        side_evidence(units.paths, units.ancestry, classes, kinds.class_count, ordered=told)
         for units, classes, told in (
-            (own, pairs.source_class, source.ordered),
-            (other, pairs.target_class, target.ordered),
+            (own, kinds.source_class, source.ordered),
+            (other, kinds.target_class, target.ordered),
         )
     ]
-    kinds = pairs.source_kind, pairs.target_kind
-    outcome = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds, held[1])
+    known_units = {j for _, j in fixed}
+    outcome = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], (kinds.source, kinds.target), held[1])
     assignment = outcome.assignment
     confidence = confidence_of(assignment)
     confidence = calibrated(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1))
@@ -206,9 +206,12 @@ def _match_parts(
             sureness, DOUBTED if has_twin[place] or contradicted else TOLD if place in lists.by_order else 1.0
         )
         doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
+        is_crowded = j not in known_units and (kinds.source[i], kinds.target[j]) in pairs.crowded
+        if is_crowded and (i, j) not in pairs.told and evidence["name"] < _SAME_NAME:
+            sureness, doubt = min(sureness, DOUBTED), doubt or _CROWDED
         for a, b in paired_parts(own[i], other[j]):
             piece, wanted = source.parts[a], target.parts[b]
-            operation = _operation(piece, wanted, flipped=a in pairs.flipped)
+            operation = _operation(piece, wanted, flipped=a in kinds.flipped)
             if operation is None or (pins and (source.key(piece) in taken or target.key(wanted) in pins)):
                 continue
             if piece.numeric == wanted.numeric:
@@ -260,20 +263,6 @@ def _pinned_units(
             if pin is not None and index not in pairs.values():
                 pairs.setdefault(holder[pin], index)
     return list(pairs.items())
-
-
-def _without(pairs: Candidates, known: Sequence[tuple[int, int]]) -> Candidates:
-    """Leave out the rivals of the pairs that are known."""
-    if not known:
-        return pairs
-    rows, columns = (np.asarray(side) for side in zip(*known, strict=True))
-    partner = np.full(len(pairs.source_class), -1)
-    partner[rows] = columns
-    free = ~np.isin(pairs.source, rows) & ~np.isin(pairs.target, columns)
-    kept = free | (partner[pairs.source] == pairs.target)
-    return replace(
-        pairs, source=pairs.source[kept], target=pairs.target[kept], fit=pairs.fit[kept], adjacent=pairs.adjacent[kept]
-    )
 
 
 def _mismatches(

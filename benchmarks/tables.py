@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from benchmarks import import_time
+from benchmarks import import_time, nameless
 from benchmarks.align_time import Timing
 from benchmarks.contest import Attempt, Tally, time_ratios
 from benchmarks.file_loading import MEMORY_BUDGET, SMALLEST_FILE, TIME_BUDGET, Load, ratio
@@ -117,6 +117,17 @@ def scaling_table(points: Sequence[Point]) -> Iterator[str]:
             )
     if (grown := growth(points, 9_100, 91_000)) is not None:
         yield f"\nFrom about 9,100 to 91,991 tensors the time of autoalign grows {grown:.1f}-fold."
+
+
+def nameless_table(points: Sequence[nameless.Point]) -> Iterator[str]:
+    """Write a line for each case of layers whose names mean nothing."""
+    budgets = f"{nameless.SECONDS_BUDGET:g} CPU seconds, {nameless.MEMORY_BUDGET / 1e6:.0f} MB"
+    yield f"| names that mean nothing | size | matched | ambiguous | CPU seconds | peak memory, MB | {budgets} |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
+    for point in points:
+        figures = f"{point.cpu_seconds:.1f} | {point.peak_bytes / 1e6:.0f}"
+        verdict = point.error or ("ok" if point.is_within_budget else "OVER")
+        yield f"| {point.case} | {point.size:,} | {point.matched:,} | {point.ambiguous:,} | {figures} | {verdict} |"
 
 
 _LOADS = {

@@ -23,6 +23,7 @@ from benchmarks import (
     contest_partial,
     file_loading,
     moe,
+    nameless,
     perturbations,
     reliability,
     scaling,
@@ -250,6 +251,16 @@ def test_memory_that_a_load_takes_for_a_while_is_measured() -> None:
     assert little < 10_000_000
     assert much > 45_000_000
     assert not file_loading.Load("torch", "renamed", 10**9, 2**20, (), (), 66 * 2**20, True).is_within_memory_budget
+
+
+@pytest.mark.parametrize("case", nameless.CASES)
+def test_of_names_that_mean_nothing_a_share_is_measured(case: str) -> None:
+    point = nameless.measured(case, 3)
+    assert (point.matched + point.ambiguous, point.error) == (3, "")
+    assert point.is_within_budget
+    assert not replace(point, cpu_seconds=5.1).is_within_budget
+    assert not replace(point, peak_bytes=10**9 + 1).is_within_budget
+    assert list(tables.nameless_table([point]))[-1].startswith(f"| {case} | 3 | ")
 
 
 def test_each_rank_of_a_sharded_model_is_measured() -> None:

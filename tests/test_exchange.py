@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from random import Random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import autoalign
+from autoalign import exchange
+from autoalign.instances import Instance
 
 WIDTH, INNER = 48, 80
 
@@ -193,3 +198,46 @@ def test_kernels_that_keep_heads(is_heads_first: bool) -> None:
     assert all(torch.equal(loaded[key], tensor) for key, tensor in torch_side.items())
     back = autoalign.align(torch_side, other).state_dict()
     assert all(torch.equal(back[key], tensor) for key, tensor in other.items())
+
+
+def _direction_of(partners: list[tuple[int, ...]]) -> int:
+    if len(partners) < 2 or len(set(partners)) < len(partners):
+        return 0
+    return (partners == sorted(partners)) - (partners == sorted(partners, reverse=True))
+
+
+def test_the_direction_of_the_others_of_a_list_is_that_of_the_list_without_two() -> None:
+    random = Random(0)
+    found = Counter[int]()
+    for _ in range(3_000):
+        count = random.randint(2, 7)
+        partners: list[tuple[int, ...]] = [(number + random.randint(0, 1),) for number in range(count)]
+        if random.random() < 0.5:
+            partners.reverse()
+        first, second = sorted(random.sample(range(count), 2))
+        if random.random() < 0.5:
+            partners[first], partners[second] = partners[second], partners[first]
+        one = Instance((("h", str(first)), ("h", str(second))), (("b", "0"), ("b", "1")), (), 0)
+        others = [partner for place, partner in enumerate(partners) if place not in (first, second)]
+        run = exchange._Run.of({(place,): partner for place, partner in enumerate(partners)})
+        direction = exchange._direction(run, one)
+        assert direction == _direction_of(others), (partners, first, second)
+        found[direction] += 1
+    assert min(found[way] for way in (-1, 0, 1)) > 100
+
+
+def test_a_list_is_read_once_however_many_of_its_members_could_be_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = list[object]()
+    read = exchange._run_of
+
+    def counted(*arguments: Any) -> Any:
+        reads.append(arguments)
+        return read(*arguments)
+
+    monkeypatch.setattr(exchange, "_run_of", counted)
+    random = Random(0)
+    source, target = (
+        {f"{name}.{n}.{random.choice('abc')}x.weight": torch.empty(8, 8) for n in range(40)} for name in ("h", "blocks")
+    )
+    assert len(autoalign.align(source, target).matches) == 40
+    assert 1 <= len(reads) <= 4  # once in each round

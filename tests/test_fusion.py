@@ -65,3 +65,14 @@ def test_several_fused_layers_of_one_module_stay_apart() -> None:
             apart |= {f"{here}.{key}": parts.pop(key) for key in list(parts) if key.startswith(("up", "down"))}
             apart |= {f"transformer_blocks.{block}.attn.{key}": tensor for key, tensor in parts.items()}
     _aligned(joined, apart)
+
+
+def test_fused_layers_of_one_module_that_nothing_names_are_kept_apart() -> None:
+    names = ("mulberry", "quince", "medlar")
+    source = {f"{name}.{part}.weight": torch.empty(8, 8) for name in names for part in ("one", "two", "three")}
+    target = {f"{name}.weight": torch.empty(24, 8) for name in names}
+    alignment = align(source, target)
+    assert not alignment.matches  # nothing tells the order of the parts
+    assert {match.target: match.sources for match in alignment.ambiguous} == {
+        f"{name}.weight": tuple(f"{name}.{part}.weight" for part in ("one", "two", "three")) for name in names
+    }
