@@ -199,6 +199,11 @@ def _put_together(
     return sources, chain(steps[0] if len(set(steps)) == 1 else Parallel(tuple(steps)), *zeros, join)
 
 
+def tie_warning(others: Sequence[Candidate]) -> str:
+    """Say what else fits a tensor that the target ties."""
+    return f"tied in the target; {', '.join(' + '.join(other.sources) for other in others)} would fit as well"
+
+
 def with_ties(source: Sequence[TensorSpec], target: Sequence[TensorSpec], matches: Sequence[Match]) -> list[Match]:
     """Fill all keys of each tied target tensor from one source: that of the surest match among them."""
     groups = tied_groups(target)
@@ -213,8 +218,10 @@ def with_ties(source: Sequence[TensorSpec], target: Sequence[TensorSpec], matche
         best = max(known, key=lambda match: match.confidence)
         tensors = {tuple(storage.get(key, key) for key in match.sources): match.sources for match in known}
         if len(tensors) > 1:  # one storage cannot hold them all
-            others = ", ".join(" + ".join(sources) for sources in tensors.values() if sources != best.sources)
-            best = replace(best, warnings=(*best.warnings, f"tied in the target; {others} would fit as well"))
+            ways = {match.sources: Candidate(match.sources, match.operation, 0.0) for match in known}
+            others = [ways[sources] for sources in tensors.values() if sources != best.sources]
+            warnings = (*best.warnings, tie_warning(others))
+            best = replace(best, warnings=warnings, alternatives=(*others, *best.alternatives))
         for key in keys:
             if len(tensors) > 1 or key not in by_key or by_key[key].confidence < best.confidence:
                 by_key[key] = replace(best, target=key)

@@ -21,6 +21,7 @@ from autoalign.aligning import align
 from autoalign.alignment import Alignment, Caution
 from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
+from autoalign.conflicts import settled
 from autoalign.errors import (
     CheckpointError,
     ChoiceWarning,
@@ -109,7 +110,7 @@ def convert(
         CheckpointError: The checkpoint's file cannot be read.
 
     Warns:
-        ChoiceWarning: The checkpoint holds copies of the network, and one was taken that nobody named.
+        ChoiceWarning: As of ``load``.
         PartialLoadWarning: Keys of the target that ``exclude`` and ``include`` did not leave out are not in the output.
     """
     if format not in FORMATS:
@@ -131,6 +132,7 @@ def convert(
     source, wanted = checkpoint_of(checkpoint, container=align_options.pop("container", None)), checkpoint_of(target)
     alignment = align(source, wanted, **align_options)
     source = alignment.tensors if isinstance(alignment.tensors, Checkpoint) else source  # another container, perhaps
+    alignment = settled(alignment)
     name = repr(wanted) if wanted.module is None else type(wanted.module).__name__
     if wanted.module is not None:
         counters = absent_counters(wanted.module, source, alignment, source_modules(alignment))

@@ -81,7 +81,7 @@ class PartialLoadWarning(UserWarning):
 
 
 class ChoiceWarning(UserWarning):
-    """A checkpoint holds several tensors for one, as copies of a network do, and some were taken without being told."""
+    """Some of a checkpoint was not taken, and nobody said so: a copy of the network, a second tied tensor, a bias."""
 
 
 class ValueWarning(UserWarning):

@@ -21,6 +21,7 @@ from autoalign.aligning import align
 from autoalign.alignment import Alignment, Caution
 from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
+from autoalign.conflicts import settled
 from autoalign.copying import copy_all
 from autoalign.errors import (
     AlignmentError,
@@ -113,7 +114,8 @@ def load(
 
     Warns:
         PartialLoadWarning: Keys of the model that ``exclude`` and ``include`` did not leave out keep their values.
-        ChoiceWarning: The checkpoint holds copies of the network, and one was taken that nobody named.
+        ChoiceWarning: The checkpoint holds copies of the network, and one was taken that nobody named; or different
+            tensors for one that the model ties; or biases for layers that have none.
         ValueWarning: A tensor of the checkpoint has NaN, or the model's dtype cannot hold its values. Rounding to
             another floating-point type of 16 bits or more is not warned of.
     """
@@ -200,6 +202,7 @@ def _prepared(
         raise InputError(f"An alignment is applied as it is, and {changes} would change it. Nothing was loaded.")
     alignment = _aligned(model, source, rest) if made is None else made.applied_to(source, model)
     source = alignment.tensors if isinstance(alignment.tensors, Checkpoint) else source  # another container, perhaps
+    alignment = settled(alignment)
     counters = absent_counters(model, source, alignment, source_modules(alignment))
     if counters:
         kept = tuple(spec for spec in alignment.target_specs if spec.key not in counters)

@@ -75,7 +75,7 @@ FLOW = (
     *("subject", "search", "verification", "verifying"),
     # the only part that moves data
     *("module_state", "lazy_modules", "progress", "mapped", "copying", "model_lock", "values", "reading"),
-    *("regions", "rendezvous", "sharded", "preparing", "loading"),
+    *("regions", "rendezvous", "sharded", "preparing", "conflicts", "loading"),
     *("blocks", "writers.safetensors", "writers.staging", "converting", "differing"),
     # the command line
     "demo",
