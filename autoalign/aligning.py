@@ -14,7 +14,7 @@ from autoalign.assembly import SideParts, with_stranded_biases, with_ties
 from autoalign.candidates import operation_between
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.containers import name_words
-from autoalign.doubts import DOUBTED
+from autoalign.doubts import DOUBTED, ROTARY
 from autoalign.errors import InputError, PatternError
 from autoalign.execution import execution_order
 from autoalign.garbage import collection_paused
@@ -24,6 +24,7 @@ from autoalign.pairing import Outcome, paired
 from autoalign.patterns import PatternLike, RuleLike, checked_rules, excluded_keys, pinned_pairs
 from autoalign.quantised import ADVICE, admitted, apart, fills, named
 from autoalign.repeats import LARGE, Specs, extended, is_settled, less_sure, pair_count, runs_of
+from autoalign.rotary import rotary_settling
 from autoalign.same_names import with_same_names
 
 
@@ -143,6 +144,9 @@ def _align(
     order = {spec.key: index for index, spec in enumerate(other.specs)}
     chosen = sorted(matches, key=lambda match: order[match.target])
     sure = {match.target for match in chosen if match.confidence >= min_confidence}
+    rotated = [match for match in chosen if match.target not in sure and ROTARY in match.warnings]
+    if rotated and (settling := rotary_settling((own, other), sized=all(len(m.alternatives) < 3 for m in rotated))):
+        notes = (*notes, settling)
     return Alignment(
         matches=tuple(match for match in chosen if match.target in sure),
         ambiguous=tuple(match for match in chosen if match.target not in sure),

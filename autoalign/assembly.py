@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 from autoalign.alignment import Candidate, Match, Mismatch
 from autoalign.candidates import operation_between
-from autoalign.doubts import DOUBTED, TOLD, Style, doubt_about, other_layouts, style_of
+from autoalign.doubts import DOUBTED, ROTARY, TOLD, Doubt, Style, doubt_about, other_layouts, style_of
 from autoalign.evidence import is_alphabetical
 from autoalign.fusion import BY_ORDER, Fusion
 from autoalign.graph import Path
@@ -16,7 +17,7 @@ from autoalign.joining import joined, place_of
 from autoalign.kernels import as_in_torch
 from autoalign.leaves import with_known_leaves
 from autoalign.names import components
-from autoalign.operations import Copy, InsertZeros, Operation, Parallel, Shape, chain
+from autoalign.operations import Copy, InsertZeros, Operation, Parallel, Shape, Split, chain
 from autoalign.specs import TensorSpec, tied_groups
 from autoalign.units import Part, Parts, parts_of
 
@@ -123,7 +124,8 @@ def _match(
     confidence, whole = least.confidence, target.specs[target.parts[parts[0]].tensor]
     pieces, views = [], [target.parts[part].view for part in parts]
     others: dict[int, tuple[Operation, ...]] = {}  # place of a piece -> its other views
-    told = False
+    told, untold = False, False  # whether a layout is known by more than its shape, and whether another is not
+    split: Doubt | None = None  # of a tensor that holds several blocks on both sides
     warnings: set[str] = set()
     for place, part in enumerate(parts):
         if part not in found:
@@ -137,25 +139,41 @@ def _match(
         pieces.append(_Piece(source.key(own), chain(own.view, piece.operation), target.parts[part].shape))
         if known := layouts[0].get(piece.source):
             others[place] = tuple(chain(view, piece.operation) for view in known.views)
+            untold = True
             warnings.add(known.reason)
-        elif doubt := doubt_about(own, target.parts[part], piece.operation, styles, weights.get(own.path[:-1], ())):
-            others[place] = tuple(chain(own.view, way) for way in doubt.otherwise)
-            told |= doubt.told
+        doubt = doubt_about(own, target.parts[part], piece.operation, styles, weights.get(own.path[:-1], ()))
+        if doubt and (known is None or doubt.reason == ROTARY):
+            others[place] = (*others.get(place, ()), *(chain(own.view, way) for way in doubt.otherwise))
             warnings.add(doubt.reason)
+            apart = len(parts) == 1 and sum(doubt.sizes) == target.parts[part].shape[0]
+            split = doubt if doubt.blocks and apart else None
+            is_told = doubt.told and (apart or not doubt.blocks)
+            told, untold = told or is_told, untold or not is_told
     ways = [(pieces, views)]
     if others:
         for turn in range(max(map(len, others.values()))):
             changed = {place: views[turn] for place, views in others.items() if turn < len(views)}
             ways.append(([p._replace(view=changed.get(k, p.view)) for k, p in enumerate(pieces)], views))
+    if split:
+        starts = list(accumulate(split.sizes, initial=0))
+        blocks = [Split(0, start, size) for start, size in zip(starts, split.sizes, strict=False)]
+        (only,), (view,) = pieces, views
+        for steps in split.blocks:
+            filling = [
+                _Piece(only.key, chain(only.view, block, step), (size, *only.shape[1:]))
+                for block, step, size in zip(blocks, steps, split.sizes, strict=True)
+            ]
+            ways.append((filling, [chain(view, block) for block in blocks]))
     if known := layouts[1].get(parts[0]):
+        untold = True
         warnings.add(known.reason)
         ways += [(pieces, [layouts[1][part].views[turn] for part in parts]) for turn in range(len(known.views))]
-    if told:
+    if told and not untold:
         ways[:2] = ways[1::-1]
     if BY_ORDER in warnings:
         confidence *= _BY_ORDER
     if warnings - {BY_ORDER, _NO_BIAS}:
-        confidence = min(confidence, TOLD if told else DOUBTED)
+        confidence = min(confidence, TOLD if told and not untold else DOUBTED)
     (sources, operation), *rest = [_put_together(*way, whole.shape) for way in ways]
     alternatives = [Candidate(sources, operation, 0.0) for sources, operation in rest]
     if len(parts) == 1 and least.rival is not None and not alternatives:

@@ -16,10 +16,14 @@ from typing import Any
 
 from torch import nn
 
+from autoalign.vocabulary import ROTARY_SETTINGS
+
 _FILES = ("config.json", "params.json", "adapter_config.json")  # of Hugging Face and many others, Meta, and PEFT
 _KEYS = ("args", "config", "hparams", "hyper_parameters", "model_args")  # in saved mappings; later ones say more
 _LARGEST = 2**24  # bytes of a file
 _MOST = 2**16  # mappings and lists, of which a script may have saved anything
+
+ATTRIBUTES = (*ROTARY_SETTINGS, "head_dim")  # of modules, that say what a config may say
 
 Config = dict[str, object]
 
@@ -77,28 +81,38 @@ def module_config(module: nn.Module) -> tuple[Config, tuple[str, ...]]:
     >>> model.config = {"num_heads": 4, "activation": nn.functional.gelu}
     >>> module_config(nn.Sequential(model))
     ({'num_heads': 4}, ())
+
+    How it rotates queries and keys may also be set at the module itself.
+
+    >>> model.rotary_interleaved = False
+    >>> module_config(model)
+    ({'num_heads': 4, 'rotary_interleaved': False}, ())
     """
+    stated: Config = {}
     try:
-        while not hasattr(module, "config"):
+        while True:
+            found = {name: getattr(module, name, None) for name in ATTRIBUTES}
+            stated = {name: value for name, value in found.items() if isinstance(value, int)} | stated
+            if hasattr(module, "config"):
+                return _plain_mapping(_as_mapping(module.config)) | stated, ()
             children = list(islice(module.children(), 2))
             if len(children) != 1:
-                return {}, ()
+                return stated, ()
             (module,) = children
-        return _plain_mapping(_as_mapping(module.config)), ()
     except Exception as error:  # it is code of others
-        return {}, (f"The configuration of {type(module).__name__} was not read: {type(error).__name__}: {error}.",)
+        return stated, (f"The configuration of {type(module).__name__} was not read: {type(error).__name__}: {error}.",)
 
 
 def _as_mapping(config: object) -> Mapping[Any, object]:
     if isinstance(config, Mapping):
         return config
+    to_dict = getattr(config, "to_dict", None)
+    if callable(to_dict) and not isinstance(config, type):  # which says more than the fields of a dataclass
+        found = to_dict()
+        return found if isinstance(found, Mapping) else {}
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
-    if isinstance(config, Namespace):
-        return vars(config)
-    to_dict = getattr(config, "to_dict", None)
-    found = to_dict() if callable(to_dict) and not isinstance(config, type) else {}
-    return found if isinstance(found, Mapping) else {}
+    return vars(config) if isinstance(config, Namespace) else {}
 
 
 def _plain_mapping(mapping: Mapping[Any, object]) -> Config:

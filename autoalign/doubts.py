@@ -13,11 +13,12 @@ from math import gcd, prod
 
 from autoalign.fusion import Fusion, Plan
 from autoalign.graph import Path
-from autoalign.names import numbers, role_words, stem, words
-from autoalign.operations import Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
+from autoalign.names import kind, numbers, role_words, stem, words
+from autoalign.operations import Copy, Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
+from autoalign.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
 from autoalign.specs import TensorSpec
 from autoalign.units import Part
-from autoalign.vocabulary import CONFIG_HEADS, GATE_FIRST, GROUPED, HALVES_STYLE, INTERLEAVED, META_STYLE, MODULATION
+from autoalign.vocabulary import CONFIG_HEADS, GATE_FIRST, GROUPED, INTERLEAVED, MODULATION
 
 DOUBTED = 0.45  # the most that a match in doubt is believed
 TOLD = 0.85  # the most that one is believed whose layout was told by more than its shape
@@ -43,15 +44,15 @@ class Doubt:
     reason: str
     otherwise: tuple[Operation, ...] = ()  # from the source's part to the target's, the likeliest first
     told: bool = False  # whether the first of these is the right one by what else is known
+    sizes: tuple[int, ...] = ()  # rows of the blocks that are laid out by an operation each, one after another
+    blocks: tuple[tuple[Operation, ...], ...] = ()  # instead of `otherwise`: an operation for each of these blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
     """What a side tells of the code that it comes from."""
 
-    meta: bool  # of Meta's code, which rotates neighbouring rows
-    halves: bool  # of Hugging Face's code, which rotates the halves of a head
-    positions: bool  # has tables of positions, so nothing is rotated
+    rotation: Rotation  # of its queries and keys
     rotated: int | None  # rows of a head that are rotated, as a companion buffer of frequencies tells
     head_dim: int | None  # rows of a head, as its config or the norms of its heads tell
     rows: int  # which the size of a head divides
@@ -61,17 +62,13 @@ class Style:
 
 def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping[str, object]) -> Style:
     """Read the style off a side's keys, its shapes and its config."""
-    names = {component for part in parts for component in part.path}
-    found = [set(words(name)) for name in names]
     frequencies = {
         2 * spec.shape[0] for spec in specs if spec.key.endswith(("rope.freqs", "inv_freq")) and len(spec.shape) == 1
     }
     rows = [part.shape[0] for part in parts if len(part.shape) == 2 and {"q", "k"} & role_words(part.path)]
     sizes = _head_dims(parts, gcd(*rows) if rows else 0, config)
     return Style(
-        meta=bool(names & META_STYLE),
-        halves=names >= HALVES_STYLE,
-        positions=any({"pos", "embed"} <= of or "rel" in of for of in found),
+        rotation=rotation_of(specs, config),
         rotated=frequencies.pop() if len(frequencies) == 1 else None,
         head_dim=sizes.pop() if len(sizes) == 1 else None,
         rows=gcd(*rows) if rows else 0,
@@ -116,9 +113,12 @@ def _order_of_halves(path: Path) -> tuple[str, ...]:
 
 def _head_dims(parts: Sequence[Part], rows: int, config: Mapping[str, object]) -> set[int]:
     """Collect the sizes of heads that a config states, or that norms of single queries and keys have."""
+    known = text_config(config)
+    prefix = config.get("general.architecture")  # of the names in a header of GGUF
 
     def stated(names: Sequence[str]) -> int | None:
-        values = [value for name in names if isinstance(value := config.get(name), int) and value > 0]
+        asked = [*names, *(f"{prefix}.{name}" for name in names if prefix)]
+        values = [value for name in asked if isinstance(value := known.get(name), int) and value > 0]
         return values[0] if values else None
 
     heads, width, size = (stated(names) for names in CONFIG_HEADS)
@@ -158,14 +158,15 @@ def doubt_about(
         halves = Reshape((*source.shape[:dim], 2, min(weight), *source.shape[dim + 1 :]))
         told = {_modulates_last(source), _modulates_last(target)} == {"shift", "scale"}
         return Doubt(_SHIFT, (chain(halves, Flip(dim), Reshape(source.shape), operation),), told)
-    doubt = _doubt(source, target, styles)
+    doubt = _doubt(source, target, styles, weight)
     if doubt is None or not isinstance(operation, Transpose) or source.shape[0] >= source.shape[1]:
         return doubt and replace(doubt, otherwise=tuple(chain(way, operation) for way in doubt.otherwise))
-    turned = _doubt(replace(source, shape=source.shape[::-1]), target, styles)  # its rows are columns in the source
+    columns = replace(source, shape=source.shape[::-1])  # which are the rows in torch's layout
+    turned = _doubt(columns, target, styles, weight[::-1])
     return turned and replace(turned, otherwise=tuple(chain(operation, way) for way in turned.otherwise))
 
 
-def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | None:
+def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shape) -> Doubt | None:
     layers = source.path[:-1], target.path[:-1]
     if (layers[0] in styles[0].gated) != (layers[1] in styles[1].gated):
         return Doubt(_GATES)
@@ -181,11 +182,8 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style]) -> Doubt | N
     interleaved = interleaves(source.path)
     if interleaved != interleaves(target.path) and "qkv" in role_words(source.path) & role_words(target.path):
         return _by_head(source, interleaved, styles)
-    if styles[0].meta != styles[1].meta and len(source.shape) == 2:
-        separate = not (source.view.takes_part or target.view.takes_part)  # fused ones: of code that rotates halves
-        roles = {"q", "k"} & role_words(source.path) & role_words(target.path)
-        if roles and separate and not any(style.positions for style in styles):
-            return _rotary(source, styles)
+    if len(source.shape) < 3 and (doubt := _rotary(source, target, styles, weight)):
+        return doubt
     if {len(source.shape), len(target.shape)} in ({2, 4}, {2, 5}):
         return _patches(source.shape, target.shape)
     return None
@@ -216,18 +214,53 @@ def interleaves(path: Path) -> bool:
     return not INTERLEAVED.isdisjoint(path)
 
 
-def _rotary(source: Part, styles: tuple[Style, Style]) -> Doubt:
-    known = next((style.rotated or style.head_dim for style in styles if style.rotated or style.head_dim), None)
-    rows, rest = source.shape[0], source.shape[1:]
-    ways: list[Operation] = []
-    for size in _sizes(known, gcd(rows, *(style.rows for style in styles))):
-        if size % 2 == 0 and size > 2:
-            heads, half = rows // size, size // 2
-            pairs = (heads, half, 2, *rest) if styles[0].meta else (heads, 2, half, *rest)
-            swap = Permute((0, 2, 1, *range(3, len(pairs))))
-            ways.append(chain(Reshape(pairs), swap, Reshape(source.shape)))
-    told = known is not None and any(style.halves for style in styles)
-    return Doubt(ROTARY, tuple(ways), told=told and bool(ways))
+def _rotary(source: Part, target: Part, styles: tuple[Style, Style], weight: Shape) -> Doubt | None:
+    """Doubt the order of the rows of rotated queries and keys, separate or together."""
+    own, other = (
+        style.rotation.projections.get(part.tensor) for style, part in zip(styles, (source, target), strict=True)
+    )
+    role, _ = role_of(source.path)
+    if own is None or other is None or role not in ROTATED or role_of(target.path)[0] != role:
+        return None
+    if kind(source.path[-1])[0] not in ("weight", "bias"):
+        return None
+    towers, sides = (own.tower, other.tower), [style.rotation for style in styles]
+    if any(tower.positions for tower in towers) or not any(tower.rotated for tower in towers):
+        return None
+    layouts = layouts_of(*sides)
+    told = None not in layouts
+    if layouts[0] == layouts[1] if told else is_same_code(own, other, hugging_face=all(s.hugging_face for s in sides)):
+        return None
+    heads = {size for style in styles for size in (style.rotated, style.head_dim) if size}
+    likelier = ("pairs", "halves") if sides[1].hugging_face else ("halves", "pairs")  # of the source
+    directions = [way for way in likelier if layouts[0] in (None, way) and layouts[1] != way]
+    sizes = _blocks(source, weight) if role == "qkv" else source.shape[:1]
+    if any(side.partial for side in sides) or len(heads) > 1 or not sizes:  # a part of each head is rotated
+        return Doubt(ROTARY)
+    known = next(iter(heads), None)
+    ways = [
+        tuple(_repaired(size, source.shape[1:], head, to_pairs=way == "halves") for size in sizes[:2])
+        for way in directions
+        for head in _sizes(known, gcd(*sizes, *(style.rows for style in styles)))
+        if head % 2 == 0 and head > 2
+    ]
+    told = told and known is not None and bool(ways)
+    if role == "qkv":
+        return Doubt(ROTARY, told=told, sizes=sizes, blocks=tuple((*way, Copy()) for way in ways))
+    return Doubt(ROTARY, tuple(way for (way,) in ways), told)
+
+
+def _blocks(source: Part, weight: Shape) -> tuple[int, ...]:
+    """Give the rows of query, key and value in a tensor that holds one after another; as many queries as it is wide."""
+    rows, width = source.shape[0], weight[1] if len(weight) == 2 else 0
+    rest = rows - width if width and rows != 3 * width else 2 * rows // 3
+    return (rows - rest, rest // 2, rest // 2) if rest > 0 and rest % 2 == 0 else ()
+
+
+def _repaired(rows: int, rest: Shape, head: int, *, to_pairs: bool) -> Operation:
+    """Put rows that are rotated together, as the halves of each head, beside one another; or these apart again."""
+    pairs = (rows // head, 2, head // 2, *rest) if to_pairs else (rows // head, head // 2, 2, *rest)
+    return chain(Reshape(pairs), Permute((0, 2, 1, *range(3, len(pairs)))), Reshape((rows, *rest)))
 
 
 def _by_head(source: Part, interleaved: bool, styles: tuple[Style, Style]) -> Doubt:

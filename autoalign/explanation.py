@@ -19,6 +19,7 @@ from autoalign.leftovers import counterparts, difference, nearest, reason
 from autoalign.matching import WEIGHTS
 from autoalign.patterns import pattern_for
 from autoalign.specs import TensorSpec
+from autoalign.vocabulary import ROTARY_SETTINGS
 
 _CLOSE = 3  # names of keys that an unknown one may have meant
 _SHOWN = 3  # rivals, and other uses
@@ -155,7 +156,9 @@ def _settling(alignment: Alignment, match: Match, status: Status) -> list[str]:
     others = [rival for rival in match.alternatives if rival.sources != match.sources and len(rival.sources) == 1]
     layouts = [rival for rival in match.alternatives if sorted(rival.sources) == sorted(match.sources)]
     if status == "ambiguous":
-        if ROTARY in match.warnings or BY_HEAD in match.warnings:
+        if ROTARY in match.warnings:
+            remedies += [note for note in alignment.notes if ROTARY_SETTINGS[0] in note]
+        if BY_HEAD in match.warnings:
             remedies.append("a model or checkpoint whose config tells the size of its heads")
         if one and not layouts:
             remedies.append(f"rules=[({match.sources[0]!r}, {match.target!r})] takes it")

@@ -23,6 +23,7 @@ from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
 from autoalign.conflicts import settled
 from autoalign.copying import copy_all
+from autoalign.doubts import ROTARY
 from autoalign.errors import (
     AlignmentError,
     CheckpointError,
@@ -41,6 +42,7 @@ from autoalign.reading import Findings, check_devices, fills_of, tensors_of
 from autoalign.rendezvous import announce_unsharded, wait_for_ranks
 from autoalign.sharded import Plan, Ranks, digests, fill_parts, fills_surely, plan_of, ranks_of, register, require_same
 from autoalign.transaction import cannot_fail, converted, copies_surely, interrupts_held, takes_copies, transaction
+from autoalign.vocabulary import ROTARY_SETTINGS
 
 logger = logging.getLogger(__name__)
 
@@ -440,7 +442,7 @@ def _warn_of_keys(loaded: str, alignment: Alignment, targets: Mapping[str, Tenso
     unfilled = unfilled_statement(alignment, "stay on meta, without values" if on_meta else "keep their values")
     if unfilled:
         warnings.warn(
-            f"Loading {loaded}. {unfilled} print(alignment) shows all.",
+            f"Loading {loaded}. {unfilled} print(alignment) shows all.{_rotary_note(alignment)}",
             PartialLoadWarning,
             stacklevel=_caller(),
         )
@@ -451,6 +453,13 @@ def _warn_of_choices(loaded: str, alignment: Alignment) -> None:
     for note in alignment.notes:
         if isinstance(note, Caution):
             warnings.warn(f"Loading {loaded}. {note}", ChoiceWarning, stacklevel=_caller())
+
+
+def _rotary_note(alignment: Alignment) -> str:
+    """Repeat the note that says how to settle rotated queries and keys, if any are ambiguous."""
+    if not any(ROTARY in match.warnings for match in alignment.ambiguous):
+        return ""
+    return "".join(f" {note}" for note in alignment.notes if ROTARY_SETTINGS[0] in note)
 
 
 def _warn_of_values(loaded: str, findings: Findings) -> None:

@@ -151,17 +151,17 @@ GATE_FIRST: frozenset[tuple[str, ...]] = frozenset({("linear", "in"), ("weight",
 # Names that fused tensors have in code that lays the roles out head by head.
 INTERLEAVED: frozenset[str] = frozenset({"query_key_value", "linear_qkv"})
 
-# Names that together tell Hugging Face's code, which rotates the halves of a head.
-HALVES_STYLE: frozenset[str] = frozenset({"embed_tokens", "input_layernorm"})
+# Names that together tell Hugging Face's code.
+HUGGING_FACE_STYLE: frozenset[str] = frozenset({"self_attn", "input_layernorm"})
 
 # Words for layers that give the scale and shift of an adaptive norm.
 MODULATION: frozenset[str] = frozenset({"ada", "modulation", "film", "mod"})
 
 # What configs call the number of heads, the width that they share, and the rows of one head.
 CONFIG_HEADS: tuple[tuple[str, ...], ...] = (
-    ("num_attention_heads", "n_heads", "n_head", "num_heads", "encoder_attention_heads"),
-    ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "hidden_dim"),
-    ("head_dim", "kv_channels", "head_size", "d_kv"),
+    ("num_attention_heads", "n_heads", "n_head", "num_heads", "encoder_attention_heads", "attention.head_count"),
+    ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "hidden_dim", "embedding_length"),
+    ("head_dim", "kv_channels", "head_size", "d_kv", "attention.key_length"),
 )
 
 # Modules that wrappers of torch and its kin put around others: they say nothing of what stands inside.
@@ -178,8 +178,38 @@ WRAPPERS: frozenset[str] = frozenset(
 # Names of fused tensors that hold blocks in some code and, where keys are shared among queries, groups in other code.
 GROUPED: frozenset[str] = frozenset({"wqkv"})
 
-# Names that tell code which rotates neighbouring rows of queries and keys, as Meta's Llama does.
+# Names that together, beside a config like Meta's, tell code which rotates neighbouring rows of queries and keys.
 META_STYLE: frozenset[str] = frozenset({"wq", "wk", "tok_embeddings"})
+
+# What the config beside a checkpoint of Meta's or Mistral's code holds.
+META_CONFIG: frozenset[str] = frozenset({"dim", "n_layers", "n_heads", "norm_eps"})
+
+# What configs call whether neighbouring rows of a query or key are rotated together, and not the halves of each head.
+ROTARY_SETTINGS: tuple[str, ...] = (
+    "rotary_interleaved",
+    "rotary_emb_interleaved",
+    "rope_interleaved",
+    "rope_interleave",
+)
+
+# Types of models of which Hugging Face's code rotates neighbouring rows (read off transformers 5.24).
+PAIRED_TYPES: str = (
+    "blt codegen cohere cohere2 cohere2_moe ernie4_5 ernie4_5_moe ernie4_5_vl_moe glm glm4 glm4v glm_ocr gptj helium "
+    "hy_v4_vl llama4 moonshine moonshine_streaming openai_privacy_filter roformer"
+)
+
+# Architectures in the header of a GGUF file whose rows llama.cpp puts in pairs, and whose rows it leaves in halves.
+GGUF_PAIRS: str = (
+    "arcee arctic baichuan bailingmoe chameleon deci granite granitehybrid granitemoe internlm2 llada llama "
+    "llama-embed minicpm mistral3 olmo smollm3 xverse"
+)
+GGUF_HALVES: str = (
+    "afmoe apertus bailingmoe2 bitnet dbrx dots1 dream eurobert exaone exaone-moe exaone4 falcon falcon-h1 gemma "
+    "gemma-embedding gemma2 gemma3 gemma3n gemma4 gpt-oss gptneox grok grovemoe hunyuan-dense hunyuan-moe jais2 lfm2 "
+    "lfm2moe llada-moe mimo2 minimax-m2 modern-bert nemotron nomic-bert nomic-bert-moe olmo2 olmoe openelm "
+    "pangu-embedded phi2 phi3 phimoe qwen qwen2 qwen2moe qwen3 qwen3moe qwen3next rnd1 seed_oss smallthinker stablelm "
+    "starcoder2 step35"
+)
 
 # The last word of a name -> the kind of value it holds; kinds that differ never match, "other" matches any parameter.
 KINDS: dict[str, str] = {

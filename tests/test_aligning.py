@@ -124,14 +124,20 @@ HUGGING_FACE: Shapes = {
 REST: Shapes = {"v": (16, 32), "o": (32, 32)}
 
 
-def rotated(*, frequencies: bool) -> Alignment:
+def rotated(*, frequencies: bool, told: bool = False) -> Alignment:
     source = META | {f"layers.#.attention.w{role}.weight": shape for role, shape in REST.items()}
     target = HUGGING_FACE | {f"model.layers.#.self_attn.{role}_proj.weight": shape for role, shape in REST.items()}
     source |= {"layers.#.attention_norm.weight": (32,)}
     target |= {"model.layers.#.input_layernorm.weight": (32,)}
+    for own, other, shape in (("w1", "gate", (56, 32)), ("w3", "up", (56, 32)), ("w2", "down", (32, 56))):
+        source |= {f"layers.#.feed_forward.{own}.weight": shape}
+        target |= {f"model.layers.#.mlp.{other}_proj.weight": shape}
     companion: Shapes = {"rope.freqs": (4,)} if frequencies else {}
     words = {"tok_embeddings.weight": (50, 32)}, {"model.embed_tokens.weight": (50, 32)}
-    return autoalign.align(state(words[0] | blocks(source) | companion), state(words[1] | blocks(target)))
+    sides = state(words[0] | blocks(source) | companion), state(words[1] | blocks(target))
+    configs: list[dict[str, object]] = [{"rotary_interleaved": paired} if told else {} for paired in (True, False)]
+    given = [{"model": side, "config": config} for side, config in zip(sides, configs, strict=True)]
+    return autoalign.align(*given)
 
 
 def test_rotary_layouts_are_doubted_and_the_others_are_offered() -> None:
@@ -147,8 +153,16 @@ def test_rotary_layouts_are_doubted_and_the_others_are_offered() -> None:
         assert any(torch.equal(turned, other) for other in offered), size
 
 
-def test_a_rotary_layout_is_taken_where_a_buffer_of_frequencies_tells_the_size_of_heads() -> None:
-    alignment = rotated(frequencies=True)
+def test_a_buffer_of_frequencies_tells_the_size_of_heads_and_not_their_rotary_layout() -> None:
+    weight = torch.randn(32, 32)
+    offered = [way.operation.apply([weight])[0] for way in rotated(frequencies=True).ambiguous[0].alternatives]
+    assert len(offered) == 2
+    assert torch.equal(offered[0], weight.reshape(4, 4, 2, 32).transpose(1, 2).reshape(32, 32))
+    assert torch.equal(offered[1], weight.reshape(4, 2, 4, 32).transpose(1, 2).reshape(32, 32))
+
+
+def test_a_rotary_layout_is_taken_where_configs_tell_it() -> None:
+    alignment = rotated(frequencies=True, told=True)
     assert not alignment.ambiguous
     query = next(match for match in alignment.matches if match.target.endswith("q_proj.weight"))
     assert query.confidence < 0.9

@@ -59,7 +59,7 @@ def test_the_explanation_of_a_layout_in_doubt(rotary: Alignment) -> None:
     assert "is proposed, and not loaded, from layers.1.attention.wq.weight [32, 32] float32 by 'copy'" in text
     assert "it might be made by 'reshape[4, 4, 2, 32] + permute[0, 2, 1, 3] + reshape[32, 32]'" in text
     assert "! right shape, but rotary layouts differ" in text
-    assert "whose config tells the size of its heads" in text
+    assert "'config': {'rotary_interleaved': False, 'head_dim': 64}} for the model" in text
     assert "autoalign.verify(source_model, model, inputs)" in text
     source = rotary.explain("layers.1.attention.wq.weight")
     assert (source.side, source.status) == ("source", "unexpected")

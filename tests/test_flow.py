@@ -60,6 +60,7 @@ FLOW = (
         "decision",
         "directions",
         "lone",
+        "rotary",
         "doubts",
         "assembly",
         *("adaptable", "grids", "positions", "shared_rows", "adapting"),

@@ -345,20 +345,6 @@ PAIRS = (
     ),
     *both(
         Pair(
-            "transformers.Llama -> litgpt (blocks)",
-            LLAMA,
-            llama.LitLlama,
-            TOKENS,
-            {r"\.attn\.qkv\.": "Concatenate"},
-        ),
-        {r"\.[qkv]_proj\.": "Split"},
-    ),
-    *both(
-        Pair("Meta Llama -> transformers.Llama", llama.MetaLlama, LLAMA, TOKENS, ROTARY, unused=r"^rope\.freqs$"),
-        OWN_ROTARY,
-    ),
-    *both(
-        Pair(
             "transformers.Phi3 -> transformers.Llama",
             PHI3,
             LLAMA,
@@ -495,6 +481,31 @@ def test_both_compute_the_same_after_a_load(pair: Pair) -> None:
 
 
 DOUBTED_PAIRS = (
+    *both(
+        Pair(
+            "transformers.Llama -> litgpt (blocks)",
+            LLAMA,
+            llama.LitLlama,
+            TOKENS,
+            {r"\.attn\.qkv\.": "Concatenate"},
+            doubted=r"\.attn\.qkv\.",
+        ),
+        {r"\.[qkv]_proj\.": "Split"},
+        doubted=r"\.[qk]_proj\.",
+    ),
+    *both(
+        Pair(
+            "Meta Llama -> transformers.Llama",
+            llama.MetaLlama,
+            LLAMA,
+            TOKENS,
+            ROTARY,
+            unused=r"^rope\.freqs$",
+            doubted=r"\.[qk]_proj\.",
+        ),
+        OWN_ROTARY,
+        doubted=r"\.w[qk]\.",
+    ),
     *both(
         Pair(
             "Meta Llama without frequencies -> transformers.Llama",

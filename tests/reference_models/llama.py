@@ -33,7 +33,7 @@ from tests.reference_models.parts import (
 class _GroupedAttention(nn.Module):
     """Causal grouped-query attention of four linear layers with the given names: q, k, v, out."""
 
-    def __init__(self, names: str, rotate: Rotation, *, kv_heads: int = KV_HEADS, bias: bool = False) -> None:
+    def __init__(self, names: str, rotate: Rotation | None, *, kv_heads: int = KV_HEADS, bias: bool = False) -> None:
         super().__init__()
         self.names = names.split()
         self.rotate = rotate
@@ -104,9 +104,9 @@ class TorchtuneLlama(nn.Module):
 class _FusedAttention(nn.Module):
     """Fused query, key and value, one after another or, ``grouped``, for one group of heads after another."""
 
-    def __init__(self, fused: str, out: str, *, grouped: bool) -> None:
+    def __init__(self, fused: str, out: str, *, grouped: bool, rotate: Rotation | None = rotate_halves) -> None:
         super().__init__()
-        self.names, self.grouped = (fused, out), grouped
+        self.names, self.grouped, self.rotate = (fused, out), grouped, rotate
         self.add_module(fused, linear(WIDTH, (HEADS + 2 * KV_HEADS) * HEAD_DIM))
         self.add_module(out, linear(WIDTH, WIDTH))
 
@@ -118,7 +118,7 @@ class _FusedAttention(nn.Module):
             q, k, v = groups[..., :-2, :].flatten(2), groups[..., -2, :].flatten(2), groups[..., -1, :].flatten(2)
         else:
             q, k, v = rows.split([HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM], -1)
-        result: Tensor = out(attend(q, k, v, HEADS, KV_HEADS, causal=True, rotate=rotate_halves))
+        result: Tensor = out(attend(q, k, v, HEADS, KV_HEADS, causal=True, rotate=self.rotate))
         return result
 
 
@@ -146,6 +146,43 @@ class LitLlama(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         transformer: Any = self.transformer
         return decode(transformer.wte, transformer.h, transformer.ln_f, self.lm_head, tokens)
+
+
+class OwnLlama(nn.Module):
+    """Llama under names of a person's own, with either rotation; two names of projections are a fused one and the last.
+
+    With ``context`` it has a table of positions and rotates nothing.
+    """
+
+    def __init__(self, names: str, rotate: Rotation | None, context: int = 0, *, bias: bool = False) -> None:
+        super().__init__()
+        projections = names.split()
+
+        def attention() -> nn.Module:
+            if len(projections) == 2:
+                return _FusedAttention(*projections, grouped=False, rotate=rotate)
+            return _GroupedAttention(names, rotate, bias=bias)
+
+        self.emb = nn.Embedding(VOCABULARY, WIDTH)
+        if context:
+            self.pos_emb = nn.Embedding(context, WIDTH)
+        self.blocks = nn.ModuleList(
+            DecoderBlock(
+                {
+                    "n1": RMSNorm(name="gain"),
+                    "attn": attention(),
+                    "n2": RMSNorm(name="gain"),
+                    "mlp": SwiGLU("w1", "w3", "w2"),
+                },
+                "n1 attn n2 mlp",
+            )
+            for _ in range(DEPTH)
+        )
+        self.norm_out = RMSNorm(name="gain")
+        self.unembed = linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return decode(self.emb, self.blocks, self.norm_out, self.unembed, tokens)
 
 
 class InternLM(nn.Module):
