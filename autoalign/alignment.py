@@ -159,8 +159,11 @@ class Alignment:
             sources: Its sources, if they were read already.
 
         Raises:
-            InputError: The operation keeps values of the target's own, which has none on the meta device.
+            InputError: It is not a match, or the operation keeps values of the target's own, which has none on the
+                meta device.
         """
+        if not isinstance(match, Match):
+            raise InputError(f"Expected a Match, not {type(match).__name__}. Nothing was read.")
         tensors = [self.tensors[key] for key in match.sources] if sources is None else list(sources)
         if needs_target(match.operation):
             tensors.append(self.target_tensors[match.target])

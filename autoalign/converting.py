@@ -116,6 +116,8 @@ def convert(
     if format not in FORMATS:
         raise InputError(f"format={format!r} is none that can be written. {_UNDONE} Choose {', '.join(FORMATS)}.")
     cast, limit = _floating_dtype(dtype), shard_size(max_shard_size)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress= takes a function, not {type(progress).__name__}. {_UNDONE}")
     is_folder = format == "dcp"
     if is_folder and metadata:
         raise InputError(f"A folder of torch.distributed.checkpoint has no metadata of its own. {_UNDONE}")

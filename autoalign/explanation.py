@@ -59,6 +59,8 @@ class Explanation:
 
 def explained(alignment: Alignment, key: str) -> Explanation:
     """Explain a key of either side; see ``Alignment.explain``."""
+    if not isinstance(key, str):
+        raise InputError(f"Expected a key, not {type(key).__name__}. There is nothing to explain.")
     targets = {spec.key: spec for spec in alignment.target_specs}
     sources = {spec.key: spec for spec in alignment.source_specs}
     if key in targets:

@@ -196,6 +196,8 @@ def _prepared(
     model: nn.Module, checkpoint: Side, options: Mapping[str, Any], made: Alignment | None, *, strict: bool
 ) -> _Prepared:
     """Decide what is loaded from where, and which BatchNorm counters the checkpoint is too old to have."""
+    if made is not None and not isinstance(made, Alignment):
+        raise InputError(f"alignment= takes an Alignment, not {type(made).__name__}. Nothing was loaded.")
     container = options.get("container")
     source = checkpoint_of(checkpoint, container=container)
     rest = {name: value for name, value in options.items() if name != "container"}

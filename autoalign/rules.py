@@ -113,6 +113,8 @@ class Rules:
     notes: tuple[str, ...] = ()  # what the rules leave out of the alignment that they were made from
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise InputError(f"Rules are a tuple of Rule, and not this {type(self.rules).__name__}.")
         for rule in self.rules:
             _check(rule)
 
@@ -154,6 +156,8 @@ class Rules:
         >>> print(Rules((Rule((r"^old\.",), ("new.",)),)).rule_of("old.weight"))
         ^old\. -> new.
         """
+        if not isinstance(key, str):
+            raise InputError(f"Expected a key, not {type(key).__name__}.")
         taken = self._taken(key, TimeLimit(1, _UNDONE))
         return None if taken is None else taken[0]
 
@@ -170,6 +174,8 @@ class Rules:
         Raises:
             RulesError: The rules do not hold here: a part is missing, a size does not fit, two tensors get one name.
         """
+        if not isinstance(shapes, Mapping) or not all(isinstance(key, str) for key in shapes):
+            raise InputError(f"Expected a mapping of keys to shapes, not {type(shapes).__name__}. {_UNDONE}")
         matches, problems = self.attempt(shapes)
         if problems:
             texts = list(dict.fromkeys(problems.values()))
@@ -242,6 +248,8 @@ class Rules:
         Raises:
             RulesError: The rules do not hold for this state dict.
         """
+        if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+            raise InputError(f"Expected a mapping of keys to tensors, not {type(state_dict).__name__}. {_UNDONE}")
         specs = getattr(state_dict, "specs", None) or specs_of(state_dict)
         codes = groups_of(specs)
         result = {}

@@ -34,7 +34,7 @@ _Group = Callable[[int], str]  # how the code reads a capture
 
 def source_of(rules: Rules, name: str) -> str:
     """Write rules as the source of a function; see ``Rules.to_python``."""
-    if not name.isidentifier() or keyword.iskeyword(name):
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise InputError(f"{name!r} is no name of a function. Nothing was written.")
     body: list[str] = []
     joined: list[str] = []
