@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -66,7 +65,7 @@ def renamed(rules: Rules, key: str) -> list[str]:
     for pattern, replacement in rules.to_revise_keys():
         by_sub = re.sub(pattern, replacement, by_sub)
     mapping = [WeightRenaming(pattern, replacement) for pattern, replacement in rules.to_key_mapping().items()]
-    return [by_sub, apply_renamings(key, mapping)]
+    return [by_sub, rename_source_key(key, mapping, [])[0]]
 
 
 @pytest.mark.parametrize(("key", "name"), NAMES.items())
