@@ -21,7 +21,7 @@ from autoalign.crossings import Blocks, Repair, blocks_of, crossings, shared
 from autoalign.evidence import Floats, Ints, SideEvidence
 from autoalign.graph import Path
 from autoalign.instances import Instance, Pairs, instances_of, parting, places_below
-from autoalign.lists import disordered, misnumbered, out_of_step, sign
+from autoalign.lists import disordered, misnumbered, out_of_step, sign, unparallel
 from autoalign.matching import Assignment
 from autoalign.names import likeness, numbers, ordinal, stem, words
 from autoalign.vacancies import rivalled
@@ -138,7 +138,11 @@ def settled(
         before, (assignment, blocks) = assignment, repaired(assignment, blocks, crossings, -np.inf)
         if assignment is before:
             break
-    for repairs in (partial(misnumbered, source=source.paths), disordered):
+    for repairs in (
+        partial(misnumbered, source=source.paths),
+        disordered,
+        partial(unparallel, paths=(source.paths, target.paths)),
+    ):
         assignment, blocks = repaired(assignment, blocks, repairs, -_CLEAR / 2)
     slots = _slots(source.paths), _slots(target.paths)
     for _ in range(_ROUNDS):
@@ -166,6 +170,7 @@ def settled(
     crossed = out_of_step(
         blocks_of(assignment, source.paths, target.paths, alike),
         dict(zip(source.paths, kinds[0].tolist(), strict=True)),
+        target.paths,
         ordered=target.ordered,
     )
     crossed -= fixed

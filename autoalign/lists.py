@@ -6,6 +6,7 @@ have the same numbers, or one those of the other with gaps, a number means the s
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ _ORDERED = 3  # members of a list whose numbers tell
 _AGREEING = 2  # other lists of the same names that tell the direction of one
 
 _List = tuple[Path, str]  # its parent and the stem of its members
+_Members = Mapping[tuple[int, ...], Block]  # of a list of the target, by their numbers
+_Homes = Mapping[tuple[int, ...], tuple[int, ...]]  # number of a member -> that of what fills it
 _Called = tuple[Path, Path]  # the names of a target's list and of what fills it, without numbers
 
 
@@ -125,25 +128,26 @@ def misnumbered(blocks: Blocks, source: Sequence[Path]) -> Iterator[Repair]:
         if numbers(block[-1]):
             lists.setdefault((block[:-1], stem(block[-1])), {})[numbers(block[-1])] = pairs
     long = [members for members in lists.values() if len(members) >= _ORDERED]
-    numbers_of: dict[_List, set[tuple[int, ...]]] = {}
-    for path in source if long else ():
-        for depth, name in enumerate(path):
-            if numbers(name):
-                numbers_of.setdefault((path[:depth], stem(name)), set()).add(numbers(name))
+    numbers_of = _numbers_of(source if long else ())
     for members in long:
         counterpart = _counterpart(members)
         if counterpart and _mean_the_same(set(members), numbers_of[counterpart]):
             yield _by_numbers(members, counterpart)
 
 
-def _counterpart(members: Mapping[tuple[int, ...], Block]) -> _List | None:
-    """Name the list of the source that fills most of a list of the target; None if none does."""
+def _counterpart(members: Mapping[tuple[int, ...], Block], *, of_layers: bool = False) -> _List | None:
+    """Name the list of the source that fills most of a list of the target; None if none does.
+
+    Args:
+        members: Of the target's list.
+        of_layers: Whether layers count as members of the source's list, or modules only.
+    """
     votes = Counter(
         [
             (pair.own[:depth], stem(name))
             for block in members.values()
             for pair in block
-            for depth, name in enumerate(pair.own[:-1])
+            for depth, name in enumerate(pair.own if of_layers else pair.own[:-1])
             if numbers(name)
         ]
     )
@@ -190,28 +194,129 @@ def _by_numbers(members: Mapping[tuple[int, ...], Block], counterpart: _List) ->
     }
 
 
-def out_of_step(blocks: Blocks, kind_of: Mapping[Path, int], *, ordered: bool) -> set[int]:
+def unparallel(blocks: Blocks, paths: tuple[Sequence[Path], Sequence[Path]]) -> Iterator[Repair]:
+    """Find lists of one module that are matched member by member otherwise than one beside them that shapes tell.
+
+    A pyramid has a list of layers for what comes from each level, and one for what goes on from it.
+
+    Args:
+        blocks: What is matched.
+        paths: Of all layers of the source, and of the target.
+
+    Yields:
+        As ``disordered``.
+    """
+    for members, counterpart, homes in _beside(blocks, paths):
+        if homes.keys() == members.keys():
+            yield _renumbered(members, counterpart, homes)
+
+
+def _beside(blocks: Blocks, paths: tuple[Sequence[Path], Sequence[Path]]) -> Iterator[tuple[_Members, _List, _Homes]]:
+    """List the lists of equal members that are matched otherwise than one of unlike members beside them.
+
+    Both lists have the same numbers, on either side.
+    """
+    numbered = [_numbers_of(side) for side in paths]
+    lists: dict[object, list[tuple[_Members, _List]]] = {}
+    for of, members in _lists_in(blocks).items():
+        counterpart = _counterpart(members, of_layers=True) if len(members) > 1 else None
+        if counterpart and all(_is_in(pair, counterpart) for block in members.values() for pair in block):
+            own, other = numbered[0][counterpart], numbered[1][of]
+            key = _around(*of), _around(*counterpart), frozenset(own), frozenset(other)
+            lists.setdefault(key, []).append((members, counterpart))
+    for beside in lists.values():
+        told = [
+            (counterpart, _homes(members, counterpart)) for members, counterpart in beside if _kinds_differ(members)
+        ]
+        for members, counterpart in beside if told else ():
+            homes: _Homes = {} if _kinds_differ(members) else _homes(members, counterpart)
+            for another, wanted in told:
+                if another != counterpart and any(wanted.get(place, home) != home for place, home in homes.items()):
+                    yield members, counterpart, wanted
+                    break
+
+
+def _numbers_of(paths: Sequence[Path]) -> dict[_List, set[tuple[int, ...]]]:
+    """Give the numbers that each list has, of modules and of layers."""
+    result: dict[_List, set[tuple[int, ...]]] = {}
+    for path in paths:
+        for depth, name in enumerate(path):
+            if numbers(name):
+                result.setdefault((path[:depth], stem(name)), set()).add(numbers(name))
+    return result
+
+
+def _lists_in(blocks: Blocks) -> Mapping[_List, _Members]:
+    """Give the members of each list of the target by their numbers."""
+    lists: dict[_List, dict[tuple[int, ...], Block]] = {}
+    for block, pairs in blocks.items():
+        if numbers(block[-1]):
+            lists.setdefault((block[:-1], stem(block[-1])), {})[numbers(block[-1])] = pairs
+    tops = {pair.other: [pair] for block, pairs in blocks.items() if len(block) == 1 for pair in pairs}
+    for path, pairs in tops.items():  # layers may be members too
+        if numbers(path[-1]):
+            lists.setdefault((path[:-1], stem(path[-1])), {})[numbers(path[-1])] = pairs
+    return lists
+
+
+def _around(parent: Path, name: str) -> Path:
+    """Name the module that a list is part of; one whose members have but numbers for names is a module itself."""
+    return parent[:-1] if name == stem("0") else parent
+
+
+def _kinds_differ(members: Mapping[tuple[int, ...], Block]) -> bool:
+    kinds = [tuple(sorted(pair.kind for pair in block)) for block in members.values()]
+    return len(set(kinds)) == len(kinds)
+
+
+def _homes(members: _Members, counterpart: _List) -> _Homes:
+    """Tell which member of the source's list fills each member; nothing where more than one does."""
+    depth = len(counterpart[0])
+    homes = {number: {numbers(pair.own[depth]) for pair in block} for number, block in members.items()}
+    return {number: home.pop() for number, home in homes.items()} if all(len(h) == 1 for h in homes.values()) else {}
+
+
+def _renumbered(members: _Members, counterpart: _List, homes: _Homes) -> Repair:
+    """Give each member of a list what another member of the source's list has."""
+    depth = len(counterpart[0])
+    return {
+        pair.place: (*pair.own[:depth], _with_numbers(pair.own[depth], homes[number]), *pair.own[depth + 1 :])
+        for number, block in members.items()
+        for pair in block
+    }
+
+
+def _with_numbers(name: str, wanted: Sequence[int]) -> str:
+    """Write other numbers into a name.
+
+    >>> _with_numbers("lateral_2", (3,))
+    'lateral_3'
+    """
+    digits = iter(wanted)
+    return re.sub(r"\d+", lambda match: str(next(digits, match[0])), name)
+
+
+def out_of_step(blocks: Blocks, kind_of: Mapping[Path, int], target: Sequence[Path], *, ordered: bool) -> set[int]:
     """Find the places in lists that are matched in a way that no network has: in no order, or across their members.
 
     Args:
         blocks: What is matched.
         kind_of: Path of a layer of the source -> its kind: equal where all tensors have the same shapes.
+        target: The paths of all layers of the target.
         ordered: Whether the order of the target's layers tells anything.
 
     Returns:
         The places that another member of the source's list could fill as well.
     """
-    lists: dict[_List, dict[tuple[int, ...], Block]] = {}
-    for block, pairs in blocks.items():
-        if numbers(block[-1]):
-            lists.setdefault((block[:-1], stem(block[-1])), {})[numbers(block[-1])] = pairs
     everything = sorted((pair for block, pairs in blocks.items() if len(block) == 1 for pair in pairs), key=_place)
     result = set[int]()
-    for (parent, _), members in lists.items():
+    for (parent, _), members in _lists_in(blocks).items():
         counterpart = _counterpart(members) if len(members) > 1 else None
         if counterpart:
             result.update(_across(members, counterpart, kind_of))
             result.update(_beyond(members, len(parent) + 1, counterpart, everything, ordered=ordered))
+    for members, _, _ in _beside(blocks, (list(kind_of), target)):
+        result.update(pair.place for block in members.values() for pair in block)
     return result
 
 

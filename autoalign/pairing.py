@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from autoalign.patterns import pattern_for
 from autoalign.renaming import is_renamed
 from autoalign.scope import Scope, scope_of, within
 from autoalign.units import Part, Unit, counts_of, under_one_root, units_of
-from autoalign.vocabulary import RIVAL_PAIRS
+from autoalign.vocabulary import RIVAL_OUTPUTS, RIVAL_PAIRS
 
 Outcome = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, mismatches and notes
 
@@ -230,11 +230,20 @@ def _match_parts(
 
 
 def _are_rivals(own: Unit, other: Unit) -> bool:
-    """Tell whether two parameters that stand alone have names that exclude each other, as of two kinds of tokens."""
-    if not own.kinds == other.kinds == ("other",):
-        return False
+    """Tell whether two layers have names that exclude each other.
+
+    The modules of one layer may be those of a mask's head, and of the other those of a box's; and two parameters that
+    stand alone may be two kinds of tokens.
+    """
+    around = ({word for name in unit.path for word in words(name)} for unit in (own, other))
     names = set(words(own.path[-1])), set(words(other.path[-1]))
-    return any((a, b) in RIVAL_PAIRS for a in names[0] - names[1] for b in names[1] - names[0])
+    alone = own.kinds == other.kinds == ("other",)
+    return _exclude(next(around), next(around), RIVAL_OUTPUTS) or (alone and _exclude(*names, RIVAL_PAIRS))
+
+
+def _exclude(own: set[str], other: set[str], rivals: Collection[tuple[str, str]]) -> bool:
+    """Tell whether a word of one side only excludes one of the other side only."""
+    return any((a, b) in rivals for a in own - other for b in other - own)
 
 
 def _is_told(source: SideParts, target: SideParts, own: Part, other: Part) -> bool:

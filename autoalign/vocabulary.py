@@ -5,6 +5,8 @@ One readable table for all architectures. A word that is not listed stands for i
 
 from __future__ import annotations
 
+from itertools import permutations
+
 # canonical word -> other spellings. A spelling may stand for several words ("wte" is a token embedding).
 SYNONYMS: dict[str, str] = {
     # layer types
@@ -91,6 +93,18 @@ ORDINALS: dict[str, int] = {
 # What the parts of a fused projection are.
 ROLES: frozenset[str] = frozenset({"q", "k", "v"})
 
+# What networks predict, wherever in a path it stands: a head for one of them is none for another.
+OUTPUTS: tuple[str, ...] = (
+    "mask bbox keypoint",
+    "mask box keypoint",
+    "mask regression classification",
+    "mask reg cls",
+    "bbox cls",
+    "box cls",
+    "bbox classification",
+    "box classification",
+)
+
 # Sets of words of which at most one is true of a tensor: a different one on each side speaks against the pair.
 RIVALS: tuple[str, ...] = (
     "q k v o",
@@ -109,6 +123,7 @@ RIVALS: tuple[str, ...] = (
     "online ema",
     "student teacher",
     "original0 original1",
+    *OUTPUTS,
 )
 
 # Words that often stand for one another, though not always.
@@ -246,9 +261,14 @@ def _spellings() -> dict[str, tuple[str, ...]]:
 
 
 SPELLINGS: dict[str, tuple[str, ...]] = _spellings()
-RIVAL_PAIRS: frozenset[tuple[str, str]] = frozenset(
-    (first, second) for words in RIVALS for first in words.split() for second in words.split() if first != second
-)
+
+
+def _rival_pairs(rows: tuple[str, ...]) -> frozenset[tuple[str, str]]:
+    return frozenset(pair for words in rows for pair in permutations(words.split(), 2))
+
+
+RIVAL_PAIRS = _rival_pairs(RIVALS)
+RIVAL_OUTPUTS = _rival_pairs(OUTPUTS)
 RELATED_PAIRS: dict[tuple[str, str], float] = {
     pair: value for first, second, value in RELATED for pair in ((first, second), (second, first))
 }

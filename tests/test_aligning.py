@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import autoalign
@@ -553,3 +554,53 @@ def test_a_bias_is_not_taken_where_its_weight_does_not_fit(prefix: str) -> None:
     assert "weight of this layer has another shape" in bias.warnings[0]
     ruled = autoalign.align(source, target, rules=[(f"{prefix}stem.bias", "stem.bias")])
     assert ruled.status["stem.bias"] == "matched"
+
+
+def _backbone(prefix: str) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return {prefix + key: tensor for key, tensor in torchvision.models.resnet18().state_dict().items()}
+
+
+def _layer(name: str, *shape: int) -> dict[str, Tensor]:
+    return {f"{name}.weight": torch.empty(shape, device="meta"), f"{name}.bias": torch.empty(shape[:1], device="meta")}
+
+
+def _pyramid(name: str, levels: range) -> dict[str, Tensor]:
+    """Make the layers for what comes from each level, which differ, and for what goes on from it, which do not."""
+    result: dict[str, Tensor] = {}
+    for place, level in enumerate(levels):
+        result |= _layer(f"{name}.inner.{place}", 64, 64 * 2**level, 1, 1)
+        result |= _layer(f"{name}.outer.{place}", 64, 64, 3, 3)
+    return result
+
+
+def test_a_pyramid_of_fewer_levels_is_matched_level_by_level() -> None:
+    source = _backbone("body.") | _pyramid("fpn", range(4))
+    target = _backbone("net.") | _pyramid("neck", range(1, 4))
+    mapping = {match.target: match.sources[0] for match in autoalign.align(source, target).matches}
+    assert {key: mapping[key] for key in _pyramid("neck", range(3))} == {
+        f"neck.{side}.{place}.{kind}": f"fpn.{side}.{place + 1}.{kind}"
+        for side in ("inner", "outer")
+        for place in range(3)
+        for kind in ("weight", "bias")
+    }
+    # what would have to go up by one is not taken where it stands
+    turned = autoalign.align(
+        _backbone("body.") | _pyramid("fpn", range(1, 4)), _backbone("net.") | _pyramid("neck", range(4))
+    )
+    assert {match.target for match in turned.matches if "neck.outer" in match.target} == set()
+
+
+def test_a_head_for_masks_is_none_for_boxes() -> None:
+    def network(prefix: str, head: str, classes: int) -> dict[str, Tensor]:
+        layers = [_layer(f"{head}_head.{place}", 64, 64, 3, 3) for place in range(4)]
+        return {
+            k: v
+            for part in (_backbone(prefix), *layers, _layer(f"{head}_pred", classes, 64, 1, 1))
+            for k, v in part.items()
+        }
+
+    alignment = autoalign.align(network("body.", "mask", 80), network("net.", "bbox", 4))
+    assert [match.target for match in alignment.matches if not match.target.startswith("net.")] == []
+    same = autoalign.align(network("body.", "mask", 80), network("net.", "mask", 80))
+    assert same.missing_keys == []

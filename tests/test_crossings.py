@@ -165,4 +165,4 @@ def test_lists_matched_as_no_network_has_them_are_found(pairs: Mapping[str, str]
     chosen, source, target = assignment(pairs)
     kinds = {path: "apq".index(path[-1]) for path in source}
     blocks = blocks_of(chosen, source, target, [kinds[tuple(own.split("."))] for own in pairs.values()])
-    assert out_of_step(blocks, kinds, ordered=True) == expected
+    assert out_of_step(blocks, kinds, target, ordered=True) == expected
