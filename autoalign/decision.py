@@ -124,10 +124,11 @@ def _first_layer(side: _Side, tops: Collection[Path] | None = None) -> Part | No
     """Find the matrix or the kernel of the first layer that has one, of all layers or of those in some top modules."""
     units, parts = side
     for unit in units:
-        if tops is None or unit.path[:1] in tops:
-            for values, part in unit.parts:
-                if values == "weight" and parts[part].path[-1] == "weight" and len(parts[part].shape) > 1:
-                    return parts[part]
+        for values, index in unit.parts:
+            part = parts[index]
+            is_matrix = values == part.path[-1] == "weight" and len(part.shape) > 1
+            if is_matrix and (tops is None or part.path[:1] in tops):
+                return part
     return None
 
 

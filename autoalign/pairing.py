@@ -155,7 +155,7 @@ def _match_parts(
     whole: tuple[Sequence[Part], Sequence[Part]],
 ) -> tuple[dict[int, Found] | None, list[Mismatch]]:
     """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
-    named = (units_of(source.parts), source.parts), (units_of(target.parts), target.parts)
+    named = source.parts, target.parts
     source, target = (_with(side, under_one_root(side.parts)) for side in (source, target))
     own, other = units_of(source.parts), units_of(target.parts)
     kinds = kinds_of(own, source.parts, other, target.parts)
@@ -189,7 +189,7 @@ def _match_parts(
         found_too = set(assignment.target.tolist())
         by_name = share_of([(i, j) for i, j in same if j in found_too], counts) >= _HALF
     found: dict[int, Found] = {}
-    if not (pins or by_name) and not related(assignment, confidence, *named, whole):
+    if not (pins or by_name) and not related(assignment, confidence, (own, named[0]), (other, named[1]), whole):
         return None, _mismatches(source, target, own, other, same)
     taken = set(pins.values())
     cues = {name: np.clip(cue, 0, 1).tolist() for name, cue in assignment.cues.items()}

@@ -48,9 +48,9 @@ class ShardedLoad:
 
     @property
     def is_within_budget(self) -> bool:
-        """Whether it read no more than it holds, in little memory."""
+        """Whether it read no more than it holds, and up to a tensor again to be sure of it first, in little memory."""
         is_small = self.memory_bytes is None or self.memory_bytes <= self.largest_bytes + MEMORY_BUDGET
-        return is_small and (self.read_bytes is None or self.read_bytes <= self.held_bytes)
+        return is_small and (self.read_bytes is None or self.read_bytes <= self.held_bytes + self.largest_bytes)
 
 
 def measure(
@@ -73,6 +73,7 @@ def _rank(rank: int, world: int, folder: str, format_: str, way: str, file_bytes
     torch.set_num_threads(1)
     store = distributed.FileStore(str(Path(folder, f"store-{way}")), world)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    torch.manual_seed(0)  # all ranks load the same values
     little = nn.Linear(2, 2)  # under another name, since what alignment needs is imported late
     values = {f"net.{key}": tensor.detach().clone() for key, tensor in little.state_dict().items()}
     autoalign.load(_sharded(little, world), values)

@@ -267,8 +267,10 @@ def test_each_rank_of_a_sharded_model_is_measured() -> None:
     loads = list(sharded_loading.measure(3_000_000, ("safetensors",), ("apart",)))
     assert [load.rank for load in loads] == [0, 1]
     assert all(load.is_right and load.is_within_budget for load in loads)
-    assert all(load.read_bytes == load.held_bytes < 0.51 * load.file_bytes for load in loads)
-    assert not replace(loads[0], read_bytes=loads[0].held_bytes + 1).is_within_budget
+    assert all(load.held_bytes < 0.51 * load.file_bytes for load in loads)
+    assert all(load.held_bytes <= load.read_bytes for load in loads if load.read_bytes is not None)
+    allowed = loads[0].held_bytes + loads[0].largest_bytes
+    assert not replace(loads[0], read_bytes=allowed + 1).is_within_budget
     assert not replace(loads[0], memory_bytes=2**27).is_within_budget
     assert sum(line.startswith("| safetensors | the same, query, key") for line in tables.sharded_table(loads)) == 2
 

@@ -260,9 +260,17 @@ def hf_llama(layers: int, width: int, heads: int) -> dict[str, Tensor]:
 
 def test_rules_of_a_llama_of_4_layers_hold_for_one_of_80() -> None:
     small, large = (4, 64, 4), (80, 128, 8)  # heads of 16 in both
-    rules = autoalign.align(meta_llama(*small), hf_llama(*small)).rules()
+
+    def aligned(source: dict[str, Tensor], target: dict[str, Tensor]) -> Alignment:
+        sides = (
+            {"model": side, "config": {"rotary_interleaved": pairs}}
+            for side, pairs in ((source, True), (target, False))
+        )
+        return autoalign.align(*sides)
+
+    rules = aligned(meta_llama(*small), hf_llama(*small)).rules()
     source = meta_llama(*large)
-    alignment = autoalign.align(source, hf_llama(*large))
+    alignment = aligned(source, hf_llama(*large))
     assert plan(rules, source) == matched(alignment)
     assert len(alignment.matches) == 80 * 9 + 3
     assert len(rules) <= 14

@@ -55,7 +55,9 @@ def test_stacks_of_experts_and_reversed_embeddings_are_laid_out_like_kernels() -
     in_torch = _mixture()
     in_keras = _as_in_keras(in_torch)
     for source, target in ((in_keras, in_torch), (in_torch, in_keras)):
-        alignment = align(source, {key: torch.empty_like(tensor, device="meta") for key, tensor in target.items()})
+        empty = {key: torch.empty_like(tensor, device="meta") for key, tensor in target.items()}
+        rotated = {"rotary_interleaved": False, "head_dim": 4}
+        alignment = align({"model": source, "config": rotated}, {"model": empty, "config": rotated})
         loaded = alignment.state_dict()
         assert loaded.keys() == target.keys()
         assert all(torch.equal(loaded[key], tensor) for key, tensor in target.items())
