@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import signal
 import time
 import warnings
@@ -96,6 +97,9 @@ def _rank(rank: int, world: int, works: Sequence[tuple[Callable[..., None], tupl
     store.set(f"finished/{rank}", "")  # gloo aborts a rank whose peers have gone while it waits for them in a barrier
     store.wait([f"finished/{other}" for other in range(world)])
     distributed.destroy_process_group()
+    os._exit(
+        0
+    )  # threads of torch may abort a process that ends as usual: "terminate called without an active exception"
 
 
 def fully_sharded(world: int, model: nn.Module, device: str = "cpu") -> Any:
