@@ -175,6 +175,7 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
         both_doubled
         and source.shape[0] % 2 == 0
         and stem(_layer_name(source.path)) != stem(_layer_name(target.path))
+        and (source.path[-1] != target.path[-1] or kind(source.path[-1])[0] != "other")  # a parameter of its own
         and (_order_of_halves(source.path) != _order_of_halves(target.path))
     ):
         halves = (2, source.shape[0] // 2, *source.shape[1:])

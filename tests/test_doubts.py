@@ -58,3 +58,10 @@ def test_parameters_at_the_top_of_a_model_can_be_a_gate_and_what_it_gates() -> N
         "w12": ("gate_up",),
         "w3": ("down",),
     }
+
+
+def test_a_prefix_of_bare_parameters_leaves_no_doubt_of_their_halves() -> None:
+    shapes = {"w12": (64, 16), "w3": (16, 32)}
+    state_dict = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    alignment = align({f"net.{key}": tensor for key, tensor in state_dict.items()}, state_dict)
+    assert alignment.mapping == {f"net.{key}": key for key in shapes}
