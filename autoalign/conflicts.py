@@ -1,6 +1,7 @@
 """Conflicts: what a checkpoint holds and the model has no place for, so that the model computes something else.
 
-Two tensors for one that the model ties, and biases of layers that have none in the model. Values are compared, which
+Two tensors for one that the model ties, biases of layers that have none in the model, and classifiers that count the
+background among their classes otherwise. Values are compared, which
 ``align`` does not do; of each conflict, a note says what was taken.
 """
 
@@ -16,6 +17,7 @@ from autoalign.assembly import tie_warning
 from autoalign.names import kind, split_key
 from autoalign.specs import tied_groups
 
+_BOX = 4  # numbers of a box
 _SHOWN = 3  # keys that a note names
 
 
@@ -47,7 +49,36 @@ def settled(alignment: Alignment) -> Alignment:
             f"{len(biases)} biases have no place in the model, where their layers have none, and were dropped: "
             f"{', '.join(biases[:_SHOWN])}{more}. Unless they are added elsewhere, it computes something else."
         )
+    notes += _row_orders(found)
     return replace(found, notes=(*found.notes, *map(Caution, notes))) if notes else found
+
+
+def _row_orders(alignment: Alignment) -> Iterator[str]:
+    """Say which classifiers may have their rows in another order, as the boxes that belong to them give away.
+
+    Some code has a box of four numbers for each class and none for the background, which is its last class; other code
+    has one for the background too, which is its first.
+    """
+    weights = [match for match in alignment.matches if kind(split_key(match.target)[1])[0] == "weight"]
+    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
+    for item in alignment.mismatched:
+        rows = sorted(shape[0] for shape in (item.shape, item.source_shape) if len(shape) > 1)
+        if len(rows) < 2 or rows[1] % _BOX or rows[1] - rows[0] != _BOX:
+            continue
+        classes, around = rows[1] // _BOX, _around(item.key)
+        for match in weights:
+            if shapes[match.target][:1] == (classes,) and _around(match.target) == around:
+                yield (
+                    f"The rows of {match.target} may be in another order: of its {classes:,} classes one is the "
+                    f"background, for which {item.key} {list(item.shape)} and {item.source_key} "
+                    f"{list(item.source_shape)} do not both have a box; it may be first on one side and last on "
+                    f"the other. If so, exclude {match.target!r}."
+                )
+
+
+def _around(key: str) -> str:
+    """Name the module around the layer of a tensor."""
+    return split_key(split_key(key)[0])[0]
 
 
 def _claims(matches: Sequence[Match], alignment: Alignment) -> list[Match]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import autoalign
-from autoalign.errors import ChoiceWarning, IncompatibleTensorsError
+from autoalign.errors import ChoiceWarning, IncompatibleTensorsError, PartialLoadWarning
 
 
 class Tied(nn.Module):
@@ -88,3 +88,20 @@ def test_a_dropped_bias_is_said_if_it_is_not_zero(value: float) -> None:
     with pytest.warns(ChoiceWarning, match=r"1 biases have no place in the model.*: 0\.bias\. Unless they are added"):
         assert autoalign.load(target, source).unexpected_keys == ["0.bias"]
     assert autoalign.load(target, source, exclude=r"re:^0\.bias$").missing_keys == []
+
+
+class Detector(nn.Module):
+    """The end of a detector, with a box for each class, or for each but the background."""
+
+    def __init__(self, boxes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 64))
+        self.predictor = nn.ModuleDict({"cls_score": nn.Linear(64, 81), "bbox_pred": nn.Linear(64, 4 * boxes)})
+
+
+def test_rows_whose_order_the_boxes_give_away_are_said() -> None:
+    said = "predictor.cls_score.weight may be in another order: of its 81 classes one is the background"
+    with pytest.warns(ChoiceWarning, match=said), pytest.warns(PartialLoadWarning):
+        autoalign.load(Detector(81), Detector(80).state_dict())
+    same = autoalign.load(Detector(80), Detector(80).state_dict(), strict=True)
+    assert same.notes == ()
