@@ -28,7 +28,7 @@ from autoalign.patterns import pattern_for
 from autoalign.renaming import is_renamed
 from autoalign.scope import Scope, scope_of, within
 from autoalign.units import Part, Unit, counts_of, under_one_root, units_of
-from autoalign.vocabulary import RIVAL_OUTPUTS, RIVAL_PAIRS
+from autoalign.vocabulary import KNOWN, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
 
 Outcome = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, mismatches and notes
 
@@ -201,7 +201,7 @@ def _match_parts(
         stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
         stranded &= j not in special or evidence["name"] < _SAME_NAME
         sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
-        contradicted = _are_rivals(own[i], other[j])
+        contradicted = _are_rivals(own[i], other[j]) or _is_added(own[i], other[j])
         sureness = min(
             sureness, DOUBTED if has_twin[place] or contradicted else TOLD if place in lists.by_order else 1.0
         )
@@ -239,6 +239,21 @@ def _are_rivals(own: Unit, other: Unit) -> bool:
     names = set(words(own.path[-1])), set(words(other.path[-1]))
     alone = own.kinds == other.kinds == ("other",)
     return _exclude(next(around), next(around), RIVAL_OUTPUTS) or (alone and _exclude(*names, RIVAL_PAIRS))
+
+
+def _is_added(own: Unit, other: Unit) -> bool:
+    """Tell whether a name says that one of two projections to queries, keys or values stands beside the usual one.
+
+    That is a word of its own name which has no known meaning, and which the path of the other does not hold, as in
+    ``to_k_ip`` beside ``to_k``.
+    """
+    names = set(words(own.path[-1])), set(words(other.path[-1]))
+    if ROLES.isdisjoint(names[0] & names[1]):
+        return False
+    around = ({word for name in unit.path for word in words(name)} for unit in (other, own))
+    return any(
+        len(word) > 1 and word not in KNOWN for name, path in zip(names, around, strict=True) for word in name - path
+    )
 
 
 def _exclude(own: set[str], other: set[str], rivals: Collection[tuple[str, str]]) -> bool:

@@ -18,7 +18,7 @@ SYNONYMS: dict[str, str] = {
     # attention
     "attn": "attention att mha msa multiheadattention multiheaddotproductattention",
     "self attn": "sa selfattn selfattention",
-    "cross attn": "crossattn crossattention encdecattention encdecattn encoderattn xattn",
+    "cross attn": "ca crossattn crossattention encdecattention encdecattn encoderattn xattn",
     "q": "query queries wq qw",
     "k": "key keys wk kw",
     "v": "value values val wv vw",
@@ -272,3 +272,15 @@ RIVAL_OUTPUTS = _rival_pairs(OUTPUTS)
 RELATED_PAIRS: dict[tuple[str, str], float] = {
     pair: value for first, second, value in RELATED for pair in ((first, second), (second, first))
 }
+
+# Words that have a meaning here, and those that join others.
+KNOWN: frozenset[str] = frozenset(
+    word
+    for known in (
+        *SPELLINGS.values(),
+        *(words.split() for words in RIVALS),
+        *(row[:2] for row in RELATED),
+        ("to", "of"),
+    )
+    for word in known
+)

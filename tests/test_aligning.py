@@ -604,3 +604,21 @@ def test_a_head_for_masks_is_none_for_boxes() -> None:
     assert [match.target for match in alignment.matches if not match.target.startswith("net.")] == []
     same = autoalign.align(network("body.", "mask", 80), network("net.", "mask", 80))
     assert same.missing_keys == []
+
+
+def test_an_adapters_projections_do_not_overwrite_those_of_the_base() -> None:
+    widths = (32, 32, 64, 64)
+    base: dict[str, Tensor] = {}
+    for place, width in enumerate(widths):
+        block = f"blocks.{place}.attn2"
+        base |= _layer(f"{block}.to_q", width, width) | _layer(f"{block}.to_k", width, 40)
+        base |= _layer(f"{block}.to_v", width, 40) | _layer(f"{block}.to_out.0", width, width)
+    base = {key: tensor for key, tensor in base.items() if "to_out" in key or key.endswith("weight")}
+    adapter = {
+        f"ip_adapter.{2 * place + 1}.to_{role}_ip.weight": torch.empty(width, 40, device="meta")
+        for place, width in enumerate(widths)
+        for role in "kv"
+    }
+    assert autoalign.align(adapter, base).matches == ()
+    both = {f"unet.{key}": tensor for key, tensor in base.items()} | adapter
+    assert autoalign.align(both, base).mapping == {f"unet.{key}": key for key in base}
