@@ -123,10 +123,7 @@ def misnumbered(blocks: Blocks, source: Sequence[Path]) -> Iterator[Repair]:
         blocks: What is matched.
         source: The paths of the source's units.
     """
-    lists: dict[_List, dict[tuple[int, ...], Block]] = {}
-    for block, pairs in blocks.items():
-        if numbers(block[-1]):
-            lists.setdefault((block[:-1], stem(block[-1])), {})[numbers(block[-1])] = pairs
+    lists = _lists_in(blocks)
     long = [members for members in lists.values() if len(members) >= _ORDERED]
     numbers_of = _numbers_of(source if long else ())
     for members in long:
@@ -218,7 +215,7 @@ def _beside(blocks: Blocks, paths: tuple[Sequence[Path], Sequence[Path]]) -> Ite
     """
     numbered = [_numbers_of(side) for side in paths]
     lists: dict[object, list[tuple[_Members, _List]]] = {}
-    for of, members in _lists_in(blocks).items():
+    for of, members in _lists_in(blocks, of_layers=True).items():
         counterpart = _counterpart(members, of_layers=True) if len(members) > 1 else None
         if counterpart and all(_is_in(pair, counterpart) for block in members.values() for pair in block):
             own, other = numbered[0][counterpart], numbered[1][of]
@@ -246,14 +243,11 @@ def _numbers_of(paths: Sequence[Path]) -> dict[_List, set[tuple[int, ...]]]:
     return result
 
 
-def _lists_in(blocks: Blocks) -> Mapping[_List, _Members]:
-    """Give the members of each list of the target by their numbers."""
+def _lists_in(blocks: Blocks, *, of_layers: bool = False) -> Mapping[_List, _Members]:
+    """Give the members of each list of the target, of modules or of layers as well, by their numbers."""
+    layers = {pair.other: [pair] for block, pairs in blocks.items() if len(block) == 1 for pair in pairs}
     lists: dict[_List, dict[tuple[int, ...], Block]] = {}
-    for block, pairs in blocks.items():
-        if numbers(block[-1]):
-            lists.setdefault((block[:-1], stem(block[-1])), {})[numbers(block[-1])] = pairs
-    tops = {pair.other: [pair] for block, pairs in blocks.items() if len(block) == 1 for pair in pairs}
-    for path, pairs in tops.items():  # layers may be members too
+    for path, pairs in (*blocks.items(), *(layers.items() if of_layers else ())):
         if numbers(path[-1]):
             lists.setdefault((path[:-1], stem(path[-1])), {})[numbers(path[-1])] = pairs
     return lists
@@ -310,7 +304,7 @@ def out_of_step(blocks: Blocks, kind_of: Mapping[Path, int], target: Sequence[Pa
     """
     everything = sorted((pair for block, pairs in blocks.items() if len(block) == 1 for pair in pairs), key=_place)
     result = set[int]()
-    for (parent, _), members in _lists_in(blocks).items():
+    for (parent, _), members in _lists_in(blocks, of_layers=True).items():
         counterpart = _counterpart(members) if len(members) > 1 else None
         if counterpart:
             result.update(_across(members, counterpart, kind_of))
