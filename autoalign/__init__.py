@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from autoalign.align_options import AlignOptions
     from autoalign.aligning import align
     from autoalign.alignment import Alignment, Candidate, Match, Mismatch
     from autoalign.causes import Divergence
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlignOptions",
     "Alignment",
     "AlignmentError",
     "AmbiguousAlignmentError",
@@ -79,6 +81,7 @@ __all__ = [
 
 _MODULES = {
     "align": "aligning",
+    "AlignOptions": "align_options",
     "Alignment": "alignment",
     "Candidate": "alignment",
     "Match": "alignment",
@@ -100,8 +103,6 @@ _MODULES = {
 if not TYPE_CHECKING:  # or type checkers would take any name for one of the package's
 
     def __getattr__(name: str) -> object:
-        if name == "report":  # the module, whose render gives more than print(alignment)
-            return import_module(f"{__name__}.report")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)

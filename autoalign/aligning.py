@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
+from typing import Unpack
 
 from autoalign.adaptable import AdaptableSide
+from autoalign.adaptations import Adapt
 from autoalign.adapting import adapted, checked_adapt
+from autoalign.align_options import NoOptions, check_options
 from autoalign.alignment import Alignment, Match
 from autoalign.assembly import SideParts, with_stranded_biases, with_ties
 from autoalign.candidates import operation_between
@@ -35,10 +38,11 @@ def align(
     rules: RuleLike = (),
     include: PatternLike = None,
     exclude: PatternLike = None,
-    adapt: Iterable[str] = (),
+    adapt: Adapt | Iterable[Adapt] = (),
     min_confidence: float = 0.5,
     container: str | None = None,
     example_inputs: object = None,
+    **unknown: Unpack[NoOptions],
 ) -> Alignment:
     """Align the tensors of a checkpoint with those of a model, whatever they are called.
 
@@ -72,6 +76,7 @@ def align(
         example_inputs: What to call a module with, as ``execution_order`` takes it: the order in which a call uses the
             tensors then stands for that in which they are registered. Each side that is a module is called once and
             left as it was.
+        **unknown: There are none; a name that is none of these is refused, with the nearest that is.
 
     Returns:
         The alignment. Each target key has exactly one status.
@@ -81,6 +86,7 @@ def align(
         PatternError: A rule or pattern is malformed, matches nothing, or joins tensors of irreconcilable shapes.
         CheckpointError: A file cannot be read.
     """
+    check_options(align, unknown, "Nothing was aligned.")
     with collection_paused():
         return _align(source, target, rules, include, exclude, adapt, min_confidence, container, example_inputs)
 
@@ -91,7 +97,7 @@ def _align(
     rules: RuleLike,
     include: PatternLike,
     exclude: PatternLike,
-    adapt: Iterable[str],
+    adapt: Adapt | Iterable[Adapt],
     min_confidence: float,
     container: str | None,
     example_inputs: object,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ from autoalign.adaptations import needs_target
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError, NothingLoadedError
 from autoalign.operations import Copy, Operation
 from autoalign.quantised import Members, groups_of, named
-from autoalign.specs import TensorSpec
+from autoalign.specs import TensorSpec, tied_groups
 
 if TYPE_CHECKING:
     from autoalign.checkpoint import Side
@@ -66,12 +66,14 @@ class Mismatch:
         return f"{self.key} {list(self.shape)}  nearest: {self.source_key} {list(self.source_shape)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Alignment:
     """What is loaded into each target key, from where, and what is not.
 
-    Iterating gives ``missing_keys`` and ``unexpected_keys``, so that ``missing, unexpected = autoalign.load(...)``
-    works as it does with torch's ``load_state_dict``. Instances are made by ``align`` and ``load``.
+    Two are equal if all that was decided is, and the keys, shapes, dtypes and ties of both sides, whatever their
+    tensors; ``save`` and ``read``, ``pickle`` and ``copy`` give equal ones. Iterating gives ``missing_keys`` and
+    ``unexpected_keys``, so that ``missing, unexpected = autoalign.load(...)`` works as it does with torch's
+    ``load_state_dict``. Instances are made by ``align`` and ``load``.
     """
 
     matches: tuple[Match, ...]  # what is loaded, in the target's order
@@ -358,11 +360,59 @@ class Alignment:
 
         write(self, path, title=title)
 
+    def render(self, *, width: int = 100, limit: int | None = 40) -> str:
+        """Write the report as plain text: totals, what is matched how, and what is not and why.
+
+        Rows of repeated blocks and of siblings are folded where all that is said of them agrees; of their confidences
+        the lowest is shown. The same alignment always gives the same text. ``print(alignment)`` shows that of the
+        default width and limit.
+
+        >>> import torch, autoalign
+        >>> alignment = autoalign.align({"a.bias": torch.ones(2)}, {"b.bias": torch.ones(2)}, rules={"^a": "b"})
+        >>> print(alignment.render(width=60))
+        1 of 1 target tensors are filled from 1 of 1 source tensors.
+                     tensors            elements
+        matched            1                   2  100.0 % of the target
+        <BLANKLINE>
+        Matched: source -> target, tensors x shape, lowest confidence, operation
+          a.bias -> b.bias  [2]  1.00  copy
+
+        Args:
+            width: Characters of a line; a key that is longer is shortened in its middle.
+            limit: Lines to aim at; sections that are too long for it are cut, and say so. None writes every row.
+
+        Raises:
+            InputError: The width or the limit is no positive number.
+        """
+        from autoalign.report import plain_text
+
+        if not isinstance(width, int) or width < 1:
+            raise InputError(f"width={width!r} is not a positive number of characters. Nothing was written.")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise InputError(f"limit={limit!r} is not a positive number of lines, or None. Nothing was written.")
+        return plain_text(self, width=width, limit=limit)
+
     def _repr_html_(self) -> str:
         """Write the short form of the report that a notebook shows."""
         from autoalign.html.notebook import notebook_html
 
         return notebook_html(self)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Alignment):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Hashable, ...]:
+        """Return what two alignments have in common if they are equal: all that ``save`` keeps of them."""
+        sides = (
+            (tuple((spec.key, spec.shape, spec.dtype) for spec in specs), tied_groups(specs))
+            for specs in (self.source_specs, self.target_specs)
+        )
+        return self.matches, self.ambiguous, self.mismatched, self.excluded, self.notes, *sides
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: all that was decided and no tensors, as with ``save``."""
@@ -388,6 +438,4 @@ class Alignment:
         )
 
     def __str__(self) -> str:
-        from autoalign.report import render
-
-        return render(self)
+        return self.render()

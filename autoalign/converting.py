@@ -13,10 +13,11 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Literal, Unpack, get_args
 
 import torch
 
+from autoalign.align_options import AlignOptions, check_options
 from autoalign.aligning import align
 from autoalign.alignment import Alignment, Caution
 from autoalign.arrays import named_dtype
@@ -41,7 +42,8 @@ from autoalign.writers.staging import remove_abandoned, staged, staging_folder
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("safetensors", "dcp")
+Format = Literal["safetensors", "dcp"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 _SUFFIX = ".safetensors"
 _OTHERS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip"})
@@ -55,14 +57,14 @@ def convert(
     target: Side,
     output_path: str | os.PathLike[str],
     *,
-    format: str = "safetensors",  # noqa: A002, the field's own word
+    format: Format = "safetensors",  # noqa: A002, the field's own word
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "50GB",
     metadata: Mapping[str, str] | None = None,
     strict: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-    **align_options: Any,
+    **align_options: Unpack[AlignOptions],
 ) -> Alignment:
     """Write a checkpoint anew, in the target's names, shapes and layout.
 
@@ -113,6 +115,7 @@ def convert(
         ChoiceWarning: As of ``load``.
         PartialLoadWarning: Keys of the target that ``exclude`` and ``include`` did not leave out are not in the output.
     """
+    check_options(convert, align_options, _UNDONE)
     if format not in FORMATS:
         raise InputError(f"format={format!r} is none that can be written. {_UNDONE} Choose {', '.join(FORMATS)}.")
     cast, limit = _floating_dtype(dtype), shard_size(max_shard_size)

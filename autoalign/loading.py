@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from autoalign.align_options import AlignOptions, check_options
 from autoalign.aligning import align
 from autoalign.alignment import Alignment, Caution
 from autoalign.arrays import named_dtype
@@ -60,7 +61,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | int | None = None,
     alignment: Alignment | None = None,
-    **align_options: Any,
+    **align_options: Unpack[AlignOptions],
 ) -> Alignment:
     """Load every tensor of a checkpoint that can be aligned with the model, whatever it is called.
 
@@ -122,6 +123,7 @@ def load(
             another floating-point type of 16 bits or more is not warned of.
     """
     since = time.perf_counter()
+    check_options(load, align_options, "Nothing was loaded.")
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
     dtype, device = _conversion(dtype, device)

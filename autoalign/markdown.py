@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from autoalign.alignment import Alignment
 from autoalign.layout import Row, escaped
-from autoalign.report import render, rows_of
+from autoalign.report import plain_text, rows_of
 
 _WORDS = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
 
 def render_markdown(alignment: Alignment) -> str:
     """Write an alignment as Markdown: totals, notes, and a table of the folded rows of each kind."""
-    head, _, _ = render(replace(alignment, notes=())).partition("\n\n")
+    head, _, _ = plain_text(replace(alignment, notes=())).partition("\n\n")
     lines = ["```text", *head.split("\n"), "```", *(f"- {words(escaped(note))}" for note in alignment.notes)]
     for title, rows in rows_of(alignment).items():
         if not rows:

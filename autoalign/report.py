@@ -22,17 +22,14 @@ _CHECK = "Check that both are the same network, or pass what is known as rules=.
 _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 
 
-def render(
+def plain_text(
     alignment: Alignment,
     *,
     width: int = 100,
     limit: int | None = SCREEN,
-    everything: str = "autoalign.report.render(alignment, limit=None)",
+    everything: str = "print(alignment.render(limit=None))",
 ) -> str:
-    """Write an alignment as plain text: totals, what was matched how, and what was not and why.
-
-    Rows of repeated blocks and of siblings are folded where all that is said of them agrees; of their confidences the
-    lowest is shown. Control characters in keys are escaped. The text depends on nothing but the alignment.
+    """Write an alignment as plain text; see ``Alignment.render``. Control characters in keys are escaped.
 
     Args:
         alignment: What to report.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor, nn
 
+from autoalign.align_options import MatchOptions, check_options
 from autoalign.aligning import align
 from autoalign.alignment import Alignment, Match
 from autoalign.causes import Divergence, Scene, diverged
@@ -32,7 +33,7 @@ def verify(
     tolerance: float | None = None,
     trials: int = 200,
     seconds: float | None = None,
-    **align_options: Any,
+    **align_options: Unpack[MatchOptions],
 ) -> Verification:
     """Call both models on equal inputs, compare all that they compute, and name where they first differ.
 
@@ -88,6 +89,7 @@ def verify(
     Raises:
         InputError: A model cannot be called on the inputs, or the alignment is not one of these models.
     """
+    check_options(verify, align_options, "Nothing was verified.")
     for model in (source_model, target_model):
         if not isinstance(model, nn.Module):
             raise InputError(f"verify calls two nn.Modules, and {type(model).__name__} is none. Nothing was verified.")

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 import autoalign
 from autoalign import Alignment, AutoAlignError, InputError, Rule, Rules
 from autoalign.markdown import render_markdown
-from autoalign.report import render
 
 PARTS = (
     *("a", "b", "layer", "0", "1", "2", "10", "007", "q", "k", "v", "qkv", "weight", "bias", "norm", "running_mean"),
@@ -312,9 +311,12 @@ def _use(r: random.Random, trial: Trial, alignment: Alignment, folder: Path) -> 
     def saved() -> None:
         alignment.save(path)
         try:
-            assert Alignment.read(path).to_dict() == alignment.to_dict()
+            read = Alignment.read(path)
         except InputError as error:
             raise AssertionError(str(error)) from error
+        assert read.to_dict() == alignment.to_dict()
+        assert read == alignment
+        assert hash(read) == hash(alignment)
 
     def damaged() -> None:
         path.write_text(json.dumps(spoiled(r, alignment.to_dict())))
@@ -349,7 +351,7 @@ def _use(r: random.Random, trial: Trial, alignment: Alignment, folder: Path) -> 
     calls: dict[str, Callable[[], Any]] = {
         "str": lambda: str(alignment),
         "repr": lambda: repr(alignment),
-        "render": lambda: render(alignment, width=r.choice((1, 20, 60, 200)), limit=r.choice((1, 5, 40, None))),
+        "render": lambda: alignment.render(width=r.choice((1, 20, 60, 200)), limit=r.choice((1, 5, 40, None))),
         "markdown": lambda: render_markdown(alignment),
         "html": lambda: alignment.to_html(folder / r.choice(("a.html", "x" * 300, "no/a.html"))),
         "notebook": lambda: alignment._repr_html_(),

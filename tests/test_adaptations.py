@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import autoalign
 from autoalign.adaptations import (
+    Adapt,
     RepeatChannels,
     ResizeBiases,
     ResizeGrid,
@@ -28,7 +29,7 @@ from autoalign.adaptations import (
 from autoalign.alignment import Alignment
 from autoalign.operations import Chain, Copy, Grouped, Operation, Parallel, Transpose
 
-EVERYTHING = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
+EVERYTHING: tuple[Adapt, ...] = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 
 # timm's own interpolation of tables warns about the way in which it indexes
@@ -234,12 +235,13 @@ def test_what_was_adapted_is_never_called_a_copy() -> None:
 def test_nothing_is_adapted_unless_asked_for() -> None:
     source, target = vit(num_classes=30), vit(img_size=384, in_chans=1, num_classes=10)
     different = {"pos_embed", "patch_embed.proj.weight", "head.weight", "head.bias"}
-    for adapt, expected in (
+    cases: tuple[tuple[Adapt | Sequence[Adapt], set[str]], ...] = (
         ((), set()),
         ("head", {"head.weight", "head.bias"}),
         (("pos_embed",), {"pos_embed"}),
         (["in_channels", "vocab", "rel_pos"], {"patch_embed.proj.weight"}),
-    ):
+    )
+    for adapt, expected in cases:
         alignment = autoalign.align(source, target, adapt=adapt)
         assert set(adapted(alignment)) == expected
         assert {item.key for item in alignment.mismatched} == different - expected
@@ -535,7 +537,7 @@ BODY = {
     ],
 )
 def test_name_and_place_tell_what_rows_are(
-    source: dict[str, Sequence[int]], target: dict[str, Sequence[int]], adapt: str, operation: str | None
+    source: dict[str, Sequence[int]], target: dict[str, Sequence[int]], adapt: Adapt, operation: str | None
 ) -> None:
     alignment = autoalign.align(shapes({**BODY, **source}), shapes({**BODY, **target}), adapt=adapt)
     (key,) = target

@@ -293,7 +293,7 @@ def test_unusable_options_are_refused() -> None:
     with pytest.raises(
         autoalign.InputError, match=r"'heads' is no change of values.* 'head', 'vocab', 'pos_embed', 'rel_"
     ):
-        autoalign.align(*sides, adapt=("vocab", "heads"))
+        autoalign.align(*sides, adapt=("vocab", "heads"))  # type: ignore[arg-type]
     with pytest.raises(autoalign.InputError, match="container= takes a name, not int"):
         autoalign.align(*sides, container=3)  # type: ignore[arg-type]
     with pytest.raises(autoalign.InputError, match="rules must be a mapping"):

@@ -60,3 +60,68 @@ def test_an_error_that_holds_an_alignment_is_pickled() -> None:
     error = pickle.loads(pickle.dumps(info.value))
     assert str(error) == str(info.value)
     assert error.alignment == info.value.alignment
+
+
+def unlike_sides() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Make two sides with tied, fused, transposed, adapted, mismatched, ambiguous, excluded and unmatched tensors."""
+    shared = torch.rand(9, 4)
+    source = {
+        **{f"{name}.weight": torch.rand(4, 4) for name in "qkv"},
+        "stem.weight": torch.rand(4, 3, 2, 2),
+        "norm.weight": torch.rand(4),
+        "fc.weight": torch.rand(9, 4),
+        "embed.weight": shared,
+        "decoder.weight": shared,
+        "twin1": torch.rand(7, 3),
+        "twin2": torch.rand(7, 3),
+        "proj.weight": torch.rand(4, 6),
+        "other": torch.rand(11),
+        "left.weight": torch.rand(5, 4),
+    }
+    table = torch.rand(9, 4)
+    target = {
+        "qkv.weight": torch.rand(12, 4),
+        "stem.weight": torch.rand(4, 3, 2, 2),
+        "norm.weight": torch.rand(4),
+        "fc.weight": torch.rand(5, 4),
+        "embed.weight": table,
+        "decoder.weight": table,
+        "one": torch.rand(7, 3),
+        "proj.weight": torch.rand(6, 4),
+        "extra": torch.rand(13),
+        "left.weight": torch.rand(5, 4),
+    }
+    return source, target
+
+
+def test_an_alignment_is_equal_to_itself_after_save_and_read(tmp_path: Path) -> None:
+    alignment = autoalign.align(*unlike_sides(), adapt="head", exclude="left")
+    assert {*alignment.status.values()} >= {"matched", "adapted", "missing"}
+    assert alignment.excluded
+    alignment.save(tmp_path / "a.json")
+    saved = Alignment.read(tmp_path / "a.json")
+    again = autoalign.align(*unlike_sides(), adapt="head", exclude="left")  # other memory, and all else the same
+    for other in (saved, pickle.loads(pickle.dumps(saved)), copy.deepcopy(saved), again):
+        assert other == alignment
+        assert hash(other) == hash(alignment)
+        assert len({other, alignment}) == 1
+        assert other.render() == alignment.render()
+    saved.save(tmp_path / "b.json")
+    assert (tmp_path / "b.json").read_bytes() == (tmp_path / "a.json").read_bytes()
+
+
+def test_a_loaded_alignment_is_equal_to_itself_after_save_and_read(tmp_path: Path) -> None:
+    source, target = sides()
+    model = torchvision.models.resnet18()
+    alignment = autoalign.load(model, source)
+    alignment.save(tmp_path / "a.json")
+    assert Alignment.read(tmp_path / "a.json") == alignment == autoalign.align(source, target)
+
+
+def test_alignments_of_other_ties_differ() -> None:
+    source, target = unlike_sides()
+    first = autoalign.align(source, target)
+    second = autoalign.align({key: tensor.clone() for key, tensor in source.items()}, target)
+    assert {spec.key for spec in first.source_specs} == {spec.key for spec in second.source_specs}
+    assert first != second
+    assert first != first.matches

@@ -53,11 +53,13 @@ def calls(folder: Path) -> Iterator[tuple[str, Callable[[Any], object]]]:
         (autoalign.execution_order, {"module": lambda: nn.Linear(2, 2), "example_inputs": lambda: torch.ones(1, 2)}),
     ]
     for function, given in functions:
-        names = {*given, *inspect.signature(function).parameters, *ALIGN} - {"align_options"}
+        names = {*given, *inspect.signature(function).parameters, *ALIGN} - {"align_options", "unknown"}
         for name in names if function.__name__ in ("align", "load", "convert", "verify") else names - set(ALIGN):
             yield f"{function.__name__} {name}", partial(_called, function, given, name)
     for method in ("save", "to_html", "explain", "tensor"):
         yield method, getattr(alignment, method)
+    yield "render width", lambda junk: alignment.render(width=junk)
+    yield "render limit", lambda junk: alignment.render(limit=junk)
     yield "read", Alignment.read
     yield "applied_to a checkpoint", lambda junk: alignment.applied_to(junk, nn.Linear(2, 2))
     yield "applied_to a model", lambda junk: alignment.applied_to(SOURCE, junk)

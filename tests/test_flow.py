@@ -65,6 +65,7 @@ FLOW = (
         "assembly",
         *("adaptable", "grids", "positions", "shared_rows", "adapting"),
         "patterns",
+        "align_options",
         "pairing",
         "same_names",
         "repeats",

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+import autoalign.report
 from autoalign.alignment import Alignment, Candidate, Match
-from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError
+from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError
 from autoalign.operations import Reshape, Transpose
-from autoalign.report import SCREEN, render
+from autoalign.report import SCREEN
 from autoalign.specs import TensorSpec
 from tests.alignments import MIXED, spec
 
@@ -32,7 +33,7 @@ def blocks(depth: int) -> Alignment:
 
 def test_every_section_of_a_mixed_alignment() -> None:
     assert (
-        render(MIXED)
+        MIXED.render()
         == """\
 11 of 16 target tensors are filled from 14 of 19 source tensors.
              tensors            elements
@@ -75,13 +76,28 @@ Unexpected: in the source and not used
     )
 
 
+@pytest.mark.parametrize("size", [0, -1, "80", 1.5])
+def test_a_width_or_limit_that_is_no_positive_number_is_refused(size: int) -> None:
+    with pytest.raises(InputError, match=re.escape(f"width={size!r} is not a positive number of characters")):
+        MIXED.render(width=size)
+    with pytest.raises(InputError, match=re.escape(f"limit={size!r} is not a positive number of lines, or None")):
+        MIXED.render(limit=size)
+
+
+def test_the_report_says_how_to_get_every_row() -> None:
+    report = blocks(12).render(limit=1)
+    assert "print(alignment.render(limit=None))" in report
+    assert str(MIXED) == MIXED.render() == MIXED.render(width=100, limit=SCREEN)
+    assert not hasattr(autoalign.report, "render")
+
+
 def test_totals_are_sums_over_the_alignment() -> None:
     status, numel = MIXED.status, {spec.key: spec.numel for spec in MIXED.target_specs}
     for kind in ("matched", "mismatched", "ambiguous", "missing"):
         keys = [key for key in status if status[key] == kind]
-        assert totals(render(MIXED))[kind] == (len(keys), sum(numel[key] for key in keys))
+        assert totals(MIXED.render())[kind] == (len(keys), sum(numel[key] for key in keys))
     unexpected = [spec.numel for spec in MIXED.source_specs if spec.key in MIXED.unexpected_keys]
-    assert totals(render(MIXED))["unexpected"] == (len(unexpected), sum(unexpected))
+    assert totals(MIXED.render())["unexpected"] == (len(unexpected), sum(unexpected))
 
 
 def totals(report: str) -> dict[str, tuple[int, int]]:
@@ -98,12 +114,12 @@ def tensors_in_rows(report: str) -> int:
 
 @pytest.mark.parametrize("depth", [1, 2, 12, 200])
 def test_the_rows_hold_as_many_tensors_as_the_totals(depth: int) -> None:
-    report = render(blocks(depth), limit=None)
+    report = blocks(depth).render(limit=None)
     assert tensors_in_rows(report) == 3 * depth == totals(report)["matched"][0]
 
 
 def test_blocks_fold_under_a_heading_that_shows_the_index_on_both_sides() -> None:
-    assert render(blocks(12)).splitlines()[5:] == [
+    assert blocks(12).render().splitlines()[5:] == [
         "  blocks.{0...11} -> encoder.layer.{0...11}",
         "    norm1.{weight,bias} -> ln.{weight,bias}            24 x  [8]     1.00  copy",
         "    attn.proj.weight -> attention.output.dense.weight  12 x  [8, 8]  1.00  copy",
@@ -116,7 +132,7 @@ def test_a_heading_takes_only_the_start_of_keys() -> None:
         tuple(spec(name, i + 1) for i, name in enumerate(names)),
         tuple(spec(f"net.{name}", i + 1) for i, name in enumerate(names)),
     )
-    assert render(alignment).splitlines()[5:] == [
+    assert alignment.render().splitlines()[5:] == [
         "  0 -> net.0",
         "    10.weight    [1]  1.00  copy",
         "    20.0.weight  [2]  1.00  copy",
@@ -132,7 +148,7 @@ def test_rows_fold_only_where_every_field_agrees() -> None:
         "encoder.layer.2.ln.weight": Match("encoder.layer.2.ln.weight", ("blocks.2.norm1.weight",), Reshape((8,))),
         "encoder.layer.3.ln.weight": Match("encoder.layer.3.ln.weight", ("blocks.3.norm1.weight",), confidence=0.6),
     }
-    report = render(replace(alignment, matches=tuple(differing.get(m.target, m) for m in alignment.matches)))
+    report = replace(alignment, matches=tuple(differing.get(m.target, m) for m in alignment.matches)).render()
     assert "blocks.1.norm1.weight -> encoder.layer.1.ln.weight" in report
     assert "blocks.2.norm1.weight -> encoder.layer.2.ln.weight" in report
     assert re.search(r"blocks\.\{0,3\.\.\.5\}.norm1.weight -> .* 4 x  \[8\] +0\.60  copy", report)
@@ -140,7 +156,7 @@ def test_rows_fold_only_where_every_field_agrees() -> None:
 
 
 def test_a_key_of_both_sides_is_written_once() -> None:
-    assert render(copies((spec("fc.weight", 2),), (spec("fc.weight", 2),))).splitlines()[-1] == (
+    assert copies((spec("fc.weight", 2),), (spec("fc.weight", 2),)).render().splitlines()[-1] == (
         "  fc.weight  [2]  1.00  copy"
     )
 
@@ -148,8 +164,8 @@ def test_a_key_of_both_sides_is_written_once() -> None:
 def test_a_part_is_never_called_all() -> None:
     source = (spec("large", 10**6), spec("small", 1))
     partial = Alignment((Match("large", ("large",)),), (), (), source, source)
-    assert "1,000,000   99.9 % of the target" in render(partial)
-    assert "1  < 0.1 % of the target" in render(partial)
+    assert "1,000,000   99.9 % of the target" in partial.render()
+    assert "1  < 0.1 % of the target" in partial.render()
 
 
 @pytest.mark.parametrize("width", [60, 100, 140])
@@ -159,7 +175,7 @@ def test_a_screen_is_enough_for_any_number_of_kinds(width: int) -> None:
     whole = copies(source, target)
     half = replace(whole, matches=whole.matches[::2])
     for alignment in (whole, half, replace(half, matches=())):
-        report = render(alignment, width=width)
+        report = alignment.render(width=width)
         lines = report.splitlines()
         assert len(lines) <= SCREEN
         assert max(map(len, lines)) <= width or width < 80
@@ -168,14 +184,14 @@ def test_a_screen_is_enough_for_any_number_of_kinds(width: int) -> None:
             kept = tensors_in_rows(f"\n\n{section}")
             (left,) = re.findall(r"rows, of ([\d,]+) tensors", section)
             assert kept + int(left) in {500, 250}
-        assert tensors_in_rows(render(alignment, width=width, limit=None)) == sum(
+        assert tensors_in_rows(alignment.render(width=width, limit=None)) == sum(
             count for kind, (count, _) in totals(report).items()
         )
 
 
 def test_a_long_key_is_shortened_in_its_middle() -> None:
     key = f"{'a.' * 60}weight"
-    lines = render(copies((spec(key, 2),), (spec(f"x.{key}", 2),)), width=80).splitlines()
+    lines = copies((spec(key, 2),), (spec(f"x.{key}", 2),)).render(width=80).splitlines()
     assert all(len(line) <= 80 for line in lines)
     source, target, facts = lines[-3:]
     assert re.fullmatch(r"  a\.a\..*….*a\.weight", source)
@@ -188,12 +204,12 @@ def test_control_characters_are_escaped_everywhere() -> None:
     alignment = Alignment((), (), (), (spec(key, 2),), (spec(f"{key}.x", 2),), notes=(f"note {key}",))
     with pytest.raises(IncompatibleTensorsError, match=r"we\\night\\x1b\[31m\\u202e"):
         alignment.raise_if_incomplete()
-    assert all(line.isprintable() for line in render(alignment).splitlines())
-    assert r"we\night\x1b[31m\u202e.x  [2] float32" in render(alignment)
+    assert all(line.isprintable() for line in alignment.render().splitlines())
+    assert r"we\night\x1b[31m\u202e.x  [2] float32" in alignment.render()
 
 
 def reasons(alignment: Alignment) -> str:
-    return render(alignment, width=300)
+    return alignment.render(width=300)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +250,7 @@ def test_no_nearest_counterpart_where_no_name_is_alike() -> None:
 def test_a_scale_of_experts_takes_a_row_for_each_kind() -> None:
     names = [f"layers.{i}.experts.{j}.{leaf}" for i in range(20) for j in range(64) for leaf in ("gate", "up", "down")]
     source = tuple(spec(f"model.{name}", 4, 4) for name in names)
-    report = render(copies(source, tuple(spec(name, 4, 4) for name in names)))
+    report = copies(source, tuple(spec(name, 4, 4) for name in names)).render()
     assert report.splitlines()[5:] == [
         "  model.layers.{0...19}.experts.{0...63}.{gate,up,down}",
         "    -> layers.{0...19}.experts.{0...63}.{gate,up,down}  3,840 x  [4, 4]  1.00  copy",
@@ -275,12 +291,12 @@ They are not loaded. Name the sources, as in rules=[('twin1.weight', 'one.weight
 
 def test_an_unsure_match_without_a_rival_is_below_min_confidence() -> None:
     unsure = Match("a", ("b",), confidence=0.31)
-    report = render(Alignment((), (unsure,), (), (spec("b", 2),), (spec("a", 2),)))
+    report = Alignment((), (unsure,), (), (spec("b", 2),), (spec("a", 2),)).render()
     assert "  b -> a  [2]  copy, confidence 0.31, below min_confidence" in report
 
 
 def test_an_empty_alignment() -> None:
-    assert render(Alignment((), (), (), (), ())) == (
+    assert Alignment((), (), (), (), ()).render() == (
         "0 of 0 target tensors are filled from 0 of 0 source tensors.\n"
         "             tensors            elements\n"
         "matched            0                   0        - of the target"
@@ -291,10 +307,10 @@ def test_another_operation_on_the_same_source_is_named() -> None:
     unsure = Match(
         "a", ("b",), confidence=0.45, alternatives=(Candidate(("b",), Transpose(), 0.0),), warnings=("doubt",)
     )
-    report = render(Alignment((), (unsure,), (), (spec("b", 2, 2),), (spec("a", 2, 2),)))
+    report = Alignment((), (unsure,), (), (spec("b", 2, 2),), (spec("a", 2, 2),)).render()
     assert "  b -> a  [2, 2]  copy, confidence 0.45, or transpose\n    ! doubt\n" in report
 
 
 def test_more_notes_than_a_report_has_lines_are_cut() -> None:
     notes = tuple(f"exclude='unknown{number}' matches no key of either side." for number in range(40))
-    assert notes[0] in render(replace(MIXED, notes=notes))  # raised an IndexError
+    assert notes[0] in replace(MIXED, notes=notes).render()  # raised an IndexError

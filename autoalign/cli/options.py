@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoalign.cli.codes import EXIT_CODES
+
+if TYPE_CHECKING:
+    from autoalign.align_options import MatchOptions
 
 ADAPTS = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
 OUTPUT_FORMATS = ("safetensors", "dcp")  # of ``convert``
@@ -79,7 +82,7 @@ def add_align(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def align_options(options: argparse.Namespace) -> dict[str, Any]:
+def align_options(options: argparse.Namespace) -> MatchOptions:
     """Turn the options of ``add_align`` into arguments of ``autoalign.align``.
 
     Raises:

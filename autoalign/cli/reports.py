@@ -11,7 +11,7 @@ from autoalign.alignment import Alignment
 from autoalign.cli.terminal import show, width
 from autoalign.layout import escaped
 from autoalign.markdown import code, render_markdown
-from autoalign.report import SCREEN, render
+from autoalign.report import SCREEN, plain_text
 from autoalign.summary import as_dict
 
 
@@ -29,7 +29,7 @@ def show_alignment(alignment: Alignment, options: argparse.Namespace, source: st
         show(_html(alignment, f"{source} -> {target}"), plain=True)
     else:
         limit = None if options.all else SCREEN
-        report = render(alignment, width=width(), limit=limit, everything="--all")
+        report = plain_text(alignment, width=width(), limit=limit, everything="--all")
         show("\n".join([f"{escaped(source)} -> {escaped(target)}", "", report, *(f"\n{line}" for line in more)]))
 
 

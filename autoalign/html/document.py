@@ -18,7 +18,7 @@ from autoalign.errors import InputError
 from autoalign.html.data import page_data
 from autoalign.layout import escaped
 from autoalign.replacing import replace_text
-from autoalign.report import percent, render
+from autoalign.report import percent, plain_text
 from autoalign.totals import elements, tensors, totals_of
 
 TITLE = "Alignment report"
@@ -49,7 +49,7 @@ def document(alignment: Alignment, *, title: str = TITLE) -> str:
             + _total("Elements filled", [(s.status, s.elements) for s in found.target], elements(found.target))
             + _total("Source tensors used", [(s.status, s.tensors) for s in found.source], tensors(found.source)),
             "notes": f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else "",
-            "text": escape(render(alignment, width=120)),
+            "text": escape(plain_text(alignment, width=120)),
             "data": script_safe(page_data(alignment)),
             "css": style,
             "script": script,
