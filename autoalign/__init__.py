@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from autoalign.align_options import AlignOptions
-    from autoalign.aligning import align
-    from autoalign.alignment import Alignment, Candidate, Match, Mismatch
+    from autoalign.alignment import Alignment
+    from autoalign.api import align
     from autoalign.causes import Divergence
     from autoalign.checkpoint import Checkpoint, open_checkpoint
     from autoalign.converting import convert
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from autoalign.execution import execution_order
     from autoalign.explanation import Explanation
     from autoalign.loading import load
+    from autoalign.matches import Candidate, Match, Mismatch
     from autoalign.rules import Rule, Rules
     from autoalign.verification import Verification
     from autoalign.verifying import verify
@@ -80,12 +81,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "align": "aligning",
+    "align": "api",
     "AlignOptions": "align_options",
     "Alignment": "alignment",
-    "Candidate": "alignment",
-    "Match": "alignment",
-    "Mismatch": "alignment",
+    "Candidate": "matches",
+    "Match": "matches",
+    "Mismatch": "matches",
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "convert": "converting",

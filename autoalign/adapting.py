@@ -7,8 +7,8 @@ from math import isqrt
 
 from autoalign.adaptable import AdaptableSide, Plan
 from autoalign.adaptations import ADAPTS, RepeatChannels, SumChannels
-from autoalign.alignment import Match, Mismatch
 from autoalign.errors import InputError
+from autoalign.matches import Match, Mismatch
 from autoalign.positions import are_positions, are_relative, positions_plan, regridding_plan, relative_plan
 from autoalign.shared_rows import rows_plan, shared_rows
 from autoalign.specs import TensorSpec

@@ -6,13 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import Unpack
 
 from autoalign.adaptable import AdaptableSide
 from autoalign.adaptations import Adapt
 from autoalign.adapting import adapted, checked_adapt
-from autoalign.align_options import NoOptions, check_options
-from autoalign.alignment import Alignment, Match
 from autoalign.assembly import SideParts, with_stranded_biases, with_ties
 from autoalign.candidates import operation_between
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
@@ -21,6 +18,7 @@ from autoalign.doubts import DOUBTED, ROTARY
 from autoalign.errors import InputError, PatternError
 from autoalign.execution import execution_order
 from autoalign.garbage import collection_paused
+from autoalign.matches import Match, Plan
 from autoalign.names import components
 from autoalign.operations import Copy
 from autoalign.pairing import Outcome, paired
@@ -31,7 +29,7 @@ from autoalign.rotary import rotary_settling
 from autoalign.same_names import with_same_names
 
 
-def align(
+def match_tensors(
     source: Side,
     target: Side,
     *,
@@ -42,51 +40,8 @@ def align(
     min_confidence: float = 0.5,
     container: str | None = None,
     example_inputs: object = None,
-    **unknown: Unpack[NoOptions],
-) -> Alignment:
-    """Align the tensors of a checkpoint with those of a model, whatever they are called.
-
-    Neither side is changed and no tensor data is read. The same input always gives the same result.
-
-    >>> import torch
-    >>> alignment = align({"fc.weight": torch.ones(3, 2)}, {"module.fc.weight": torch.zeros(3, 2)})
-    >>> alignment.mapping
-    {'fc.weight': 'module.fc.weight'}
-
-    Args:
-        source: The checkpoint: an ``nn.Module``, a mapping of names to tensors, a path, or an open ``Checkpoint``.
-        target: The model, in any of the same forms.
-        rules: What is known beforehand, checkpoint -> model: ``{regex: replacement}``, or pairs of keys or of a regex
-            and its replacement. Rules win over inference and steer the rest.
-        include: Patterns; only the keys that one of them takes take part. See ``exclude``.
-        exclude: Patterns; the keys of either side that one of them takes take no part. A plain word or dotted path
-            takes the keys that hold it as whole components, wherever they stand: ``"fc"`` takes ``net.fc.weight`` and
-            leaves ``mlp.fc1.weight`` alone. ``"re:..."`` is a regular expression that is searched for in the key, and
-            so is a compiled one. The notes say how many tensors each took on each side.
-        adapt: Changes of values to allow where a counterpart has another shape, none by default. What is so filled has
-            the status "adapted", a warning that says how, and no place in ``mapping``. One or more of: ``"head"``,
-            the first rows of a classifier; ``"vocab"``, those of embeddings and of output layers (rows that only the
-            target has keep its own values); ``"pos_embed"``, position embeddings interpolated, bicubically with
-            antialiasing on the grid of an image and linearly in a sequence; ``"rel_pos"``, tables of relative
-            positions interpolated for another window; ``"in_channels"``, the input channels of the first convolution
-            summed into one, or repeated and rescaled. A module on either side tells grids and windows that a state
-            dict does not; without one they are taken to be square, and nothing is adapted where they cannot be.
-        min_confidence: Matches below it, in [0, 1], are listed as ambiguous and not loaded.
-        container: Which of several state dicts in the checkpoint to use, such as ``"ema"``.
-        example_inputs: What to call a module with, as ``execution_order`` takes it: the order in which a call uses the
-            tensors then stands for that in which they are registered. Each side that is a module is called once and
-            left as it was.
-        **unknown: There are none; a name that is none of these is refused, with the nearest that is.
-
-    Returns:
-        The alignment. Each target key has exactly one status.
-
-    Raises:
-        InputError: A side or an option is of a kind that cannot be used.
-        PatternError: A rule or pattern is malformed, matches nothing, or joins tensors of irreconcilable shapes.
-        CheckpointError: A file cannot be read.
-    """
-    check_options(align, unknown, "Nothing was aligned.")
+) -> Plan:
+    """Match the tensors of two sides; the options are those of ``autoalign.align``."""
     with collection_paused():
         return _align(source, target, rules, include, exclude, adapt, min_confidence, container, example_inputs)
 
@@ -101,7 +56,7 @@ def _align(
     min_confidence: float,
     container: str | None,
     example_inputs: object,
-) -> Alignment:
+) -> Plan:
     if not isinstance(min_confidence, int | float) or not 0 <= min_confidence <= 1:
         raise InputError(f"min_confidence must lie in [0, 1], not {min_confidence!r}. Nothing was aligned.")
     allowed = checked_adapt(adapt)
@@ -153,7 +108,7 @@ def _align(
     rotated = [match for match in chosen if match.target not in sure and ROTARY in match.warnings]
     if rotated and (settling := rotary_settling((own, other), sized=all(len(m.alternatives) < 3 for m in rotated))):
         notes = (*notes, settling)
-    return Alignment(
+    return Plan(
         matches=tuple(match for match in chosen if match.target in sure),
         ambiguous=tuple(match for match in chosen if match.target not in sure),
         mismatched=tuple(sorted(mismatched, key=lambda mismatch: order[mismatch.key])),

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 
-from autoalign.alignment import Candidate, Match, Mismatch
 from autoalign.candidates import operation_between
 from autoalign.doubts import DOUBTED, ROTARY, TOLD, Doubt, Style, doubt_about, other_layouts, style_of
 from autoalign.evidence import is_alphabetical
@@ -16,6 +15,7 @@ from autoalign.graph import Path
 from autoalign.joining import joined, place_of
 from autoalign.kernels import as_in_torch
 from autoalign.leaves import with_known_leaves
+from autoalign.matches import Candidate, Match, Mismatch
 from autoalign.names import components
 from autoalign.operations import Copy, InsertZeros, Operation, Parallel, Shape, Split, chain
 from autoalign.specs import TensorSpec, tied_groups

@@ -9,9 +9,10 @@ from typing import Literal
 
 from torch import nn
 
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
 from autoalign.counterparts import Pair
 from autoalign.divergence import Finding
+from autoalign.matches import Match
 from autoalign.operations import Copy
 from autoalign.recording import Call, Recording, Sums
 from autoalign.settings import computes, described, setting_differences

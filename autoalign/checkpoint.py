@@ -12,7 +12,6 @@ from typing import TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from autoalign.alignment import Caution
 from autoalign.config import folder_config, module_config, saved_config
 from autoalign.containers import Container, containers_of, copies_of, named_container, preferred
 from autoalign.errors import CheckpointError, InputError
@@ -20,6 +19,7 @@ from autoalign.formats.file import open_file
 from autoalign.formats.folder import open_folder
 from autoalign.formats.sharded import is_index, open_index
 from autoalign.hub import downloaded, is_remote
+from autoalign.matches import Caution
 from autoalign.quantised import Members, groups_of
 from autoalign.specs import TensorSpec, packing_of
 from autoalign.stored import Contents, Region, as_opened, narrowed

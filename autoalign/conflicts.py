@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from autoalign.alignment import Alignment, Caution, Match
+from autoalign.alignment import Alignment
 from autoalign.assembly import tie_warning
+from autoalign.matches import Caution, Match
 from autoalign.names import kind, split_key
 from autoalign.specs import tied_groups
 

@@ -18,8 +18,8 @@ from typing import BinaryIO, Literal, Unpack, get_args
 import torch
 
 from autoalign.align_options import AlignOptions, check_options
-from autoalign.aligning import align
-from autoalign.alignment import Alignment, Caution
+from autoalign.aligning import match_tensors
+from autoalign.alignment import Alignment
 from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.conflicts import settled
@@ -33,6 +33,7 @@ from autoalign.errors import (
 )
 from autoalign.formats.sharded import index_of
 from autoalign.formats.unfinished import output_pattern, staging_name, unfinished
+from autoalign.matches import Caution
 from autoalign.module_state import absent_counters, source_modules, without_counters
 from autoalign.preparing import nothing_message, read_match, require_complete, summary, unfilled_statement
 from autoalign.progress import Progress
@@ -135,7 +136,7 @@ def convert(
             f"{str(folder / kept[0])!r} exists. {_UNDONE} Pass overwrite=True to replace it, or name another output."
         )
     source, wanted = checkpoint_of(checkpoint, container=align_options.pop("container", None)), checkpoint_of(target)
-    alignment = align(source, wanted, **align_options)
+    alignment = Alignment.of(match_tensors(source, wanted, **align_options))
     source = alignment.tensors if isinstance(alignment.tensors, Checkpoint) else source  # another container, perhaps
     alignment = settled(alignment)
     name = repr(wanted) if wanted.module is None else type(wanted.module).__name__

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from autoalign.alignment import Match
+from autoalign.matches import Match
 from autoalign.names import kind
 from autoalign.operations import Copy, Operation, Reshape, Shape
 from autoalign.recording import Call

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from autoalign.alignment import Alignment
+from typing import Any
 
 
 class AutoAlignError(Exception):
@@ -48,10 +45,10 @@ class AlignmentError(AutoAlignError, RuntimeError):
     """An alignment is not what the caller required of it.
 
     Attributes:
-        alignment: The whole alignment, to look at or to load in part; None where there was no alignment to give.
+        alignment: The whole ``Alignment``, to look at or to load in part; None where there was no alignment to give.
     """
 
-    def __init__(self, message: str, alignment: Alignment | None = None) -> None:
+    def __init__(self, message: str, alignment: Any = None) -> None:
         super().__init__(message)
         self.alignment = alignment
 

@@ -10,12 +10,12 @@ from typing import Literal
 from autoalign.adaptable import AdaptableSide
 from autoalign.adaptations import ADAPTS
 from autoalign.adapting import adapted
-from autoalign.alignment import Alignment, Candidate, Match, Mismatch, Status
 from autoalign.candidates import operation_between
 from autoalign.doubts import BY_HEAD, ROTARY
 from autoalign.errors import InputError
 from autoalign.layout import escaped
 from autoalign.leftovers import counterparts, difference, nearest, reason
+from autoalign.matches import Candidate, Match, Mismatch, Plan, Status
 from autoalign.matching import WEIGHTS
 from autoalign.patterns import pattern_for
 from autoalign.specs import TensorSpec
@@ -57,7 +57,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explained(alignment: Alignment, key: str) -> Explanation:
+def explained(alignment: Plan, key: str) -> Explanation:
     """Explain a key of either side; see ``Alignment.explain``."""
     if not isinstance(key, str):
         raise InputError(f"Expected a key, not {type(key).__name__}. There is nothing to explain.")
@@ -77,7 +77,7 @@ def explained(alignment: Alignment, key: str) -> Explanation:
     raise InputError(f"{key!r} is no key of the target or of the source. There is nothing to explain.{hint}")
 
 
-def _of_target(alignment: Alignment, spec: TensorSpec, sources: dict[str, TensorSpec]) -> Explanation:
+def _of_target(alignment: Plan, spec: TensorSpec, sources: dict[str, TensorSpec]) -> Explanation:
     status = alignment.status[spec.key]
     if spec.key in alignment.excluded:
         what = f"{spec.kind} is left out by include or exclude, and keeps its values"
@@ -105,7 +105,7 @@ def _of_target(alignment: Alignment, spec: TensorSpec, sources: dict[str, Tensor
 
 
 def _of_match(
-    alignment: Alignment, match: Match, status: Status, spec: TensorSpec, sources: dict[str, TensorSpec]
+    alignment: Plan, match: Match, status: Status, spec: TensorSpec, sources: dict[str, TensorSpec]
 ) -> Explanation:
     made = " + ".join(str(sources[key]) for key in match.sources)
     verb = "is proposed, and not loaded," if status == "ambiguous" else "is filled"
@@ -151,7 +151,7 @@ def _margin(match: Match) -> str:
     return f", {weighed - max(scores):+.2f} ahead of the best rival" if scores and weighed else ""
 
 
-def _settling(alignment: Alignment, match: Match, status: Status) -> list[str]:
+def _settling(alignment: Plan, match: Match, status: Status) -> list[str]:
     """Say what would settle a match, or change one that was taken."""
     remedies = []
     one = len(match.sources) == 1 and not match.operation.takes_part
@@ -177,7 +177,7 @@ def _settling(alignment: Alignment, match: Match, status: Status) -> list[str]:
     return remedies
 
 
-def _of_mismatch(alignment: Alignment, mismatch: Mismatch) -> Explanation:
+def _of_mismatch(alignment: Plan, mismatch: Mismatch) -> Explanation:
     what = (
         f"{list(mismatch.shape)} gets nothing: its counterpart is {mismatch.source_key} {list(mismatch.source_shape)}"
     )
@@ -186,7 +186,7 @@ def _of_mismatch(alignment: Alignment, mismatch: Mismatch) -> Explanation:
     return Explanation(mismatch.key, "target", "mismatched", what, (why,), remedies=tuple(remedies))
 
 
-def _adapting(alignment: Alignment, mismatch: Mismatch) -> list[str]:
+def _adapting(alignment: Plan, mismatch: Mismatch) -> list[str]:
     """Find the kinds of ``adapt`` that would fill a key from its counterpart."""
     sides = AdaptableSide(alignment.source_specs), AdaptableSide(alignment.target_specs)
     return [
@@ -197,7 +197,7 @@ def _adapting(alignment: Alignment, mismatch: Mismatch) -> list[str]:
     ]
 
 
-def _of_source(alignment: Alignment, spec: TensorSpec, targets: dict[str, TensorSpec]) -> Explanation:
+def _of_source(alignment: Plan, spec: TensorSpec, targets: dict[str, TensorSpec]) -> Explanation:
     def explanation(
         status: Literal["excluded", "used", "unexpected"],
         what: str,
@@ -250,7 +250,7 @@ def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:_SHOWN]) + more
 
 
-def _excluding(key: str, alignment: Alignment) -> str:
+def _excluding(key: str, alignment: Plan) -> str:
     """Write the option that leaves out one key of the target, and the source's of the same name."""
     others = {spec.key for spec in (*alignment.source_specs, *alignment.target_specs)} - {key}
     pattern = pattern_for(key, "$", others)

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from autoalign.alignment import Alignment, Match
 from autoalign.drafts import Draft, Parts, drafts_of, spelled_out
 from autoalign.indices import REFERENCE
+from autoalign.matches import Match, Plan
 from autoalign.moves import Move, moves_of
 from autoalign.names import LEVELS
 from autoalign.rules import Rule, Rules
@@ -30,7 +30,7 @@ _START: _Way = (0, ())
 _NO_WAY: _Way = (-1, ())  # where the rule above a node comes too late for it
 
 
-def induced(alignment: Alignment) -> Rules:
+def induced(alignment: Plan) -> Rules:
     """Find the rules of an alignment; see ``Alignment.rules``."""
     moves, kept = moves_of(alignment)
     notes = _notes(kept)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from autoalign.alignment import Alignment, Match
 from autoalign.errors import NotInvertibleError
 from autoalign.joining import joined, place_of
+from autoalign.matches import Match, PlanT
 from autoalign.operations import Operation, Parallel, Shape, chain
 
 
@@ -20,7 +20,7 @@ class _Piece:
     restore: Operation  # takes the part out of the target tensor
 
 
-def inverted(alignment: Alignment) -> Alignment:
+def inverted(alignment: PlanT) -> PlanT:
     """Turn an alignment round; see ``Alignment.inverse``."""
     shapes = {spec.key: spec.shape for spec in alignment.source_specs}
     pieces: dict[str, dict[Operation, _Piece]] = {}
@@ -44,7 +44,8 @@ def inverted(alignment: Alignment) -> Alignment:
         restored.append(_restored(spec.key, spec.shape, list(known.values())))
     names = ", ".join(changed[:3])
     notes = (f"{len(changed)} tensors were adapted and cannot be restored: {names}.",) if changed else ()
-    return Alignment(
+    return replace(
+        alignment,
         matches=tuple(match for match in restored if match is not None),
         ambiguous=(),
         mismatched=(),

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from autoalign.alignment import Alignment
+from autoalign.matches import Plan
 from autoalign.quantised import Members
 from autoalign.specs import TensorSpec
 
@@ -38,7 +38,7 @@ class Counterparts:
     by_template: dict[str, list[TensorSpec]]  # those that are free, by key without numbers
 
 
-def counterparts(alignment: Alignment, side: Literal["source", "target"]) -> Counterparts:
+def counterparts(alignment: Plan, side: Literal["source", "target"]) -> Counterparts:
     """Collect what one side has for the keys that are left on the other side."""
     uses: dict[str, str] = {}
     for match in alignment.matches:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from autoalign.align_options import AlignOptions, check_options
-from autoalign.aligning import align
-from autoalign.alignment import Alignment, Caution
+from autoalign.aligning import match_tensors
+from autoalign.alignment import Alignment
 from autoalign.arrays import named_dtype
 from autoalign.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
 from autoalign.conflicts import settled
@@ -35,13 +35,24 @@ from autoalign.errors import (
     ValueWarning,
 )
 from autoalign.lazy_modules import named_sources, shaped
+from autoalign.matches import Caution
 from autoalign.model_lock import model_lock
 from autoalign.module_state import absent_counters, extra_states, source_modules, state_metadata
 from autoalign.preparing import nothing_message, require_complete, summary, unfilled_statement
 from autoalign.progress import Progress, progress_of
 from autoalign.reading import Findings, check_devices, fills_of, tensors_of
 from autoalign.rendezvous import announce_unsharded, wait_for_ranks
-from autoalign.sharded import Plan, Ranks, digests, fill_parts, fills_surely, plan_of, ranks_of, register, require_same
+from autoalign.sharded import (
+    Ranks,
+    ShardPlan,
+    digests,
+    fill_parts,
+    fills_surely,
+    plan_of,
+    ranks_of,
+    register,
+    require_same,
+)
 from autoalign.transaction import cannot_fail, converted, copies_surely, interrupts_held, takes_copies, transaction
 from autoalign.vocabulary import ROTARY_SETTINGS
 
@@ -229,12 +240,12 @@ def _aligned(model: nn.Module, source: Checkpoint, options: Mapping[str, Any]) -
     if lazy:
         known = named_sources(lazy, source)
         if len(known) < len(lazy):
-            rest = align(source, shaped(model, lazy, known), **options)
+            rest = Alignment.of(match_tensors(source, shaped(model, lazy, known), **options))
             known |= named_sources({key: lazy[key] for key in lazy if key not in known}, source, rest)
         target = shaped(model, lazy, known)
     else:
         target = checkpoint_of(model)
-    alignment = align(source, target, **options)
+    alignment = Alignment.of(match_tensors(source, target, **options))
     left_out = target.left_out
     notes = tuple(f"Of the model, {note[0].lower()}{note[1:]}" for note in target.notes if left_out)
     if lazy:
@@ -368,7 +379,7 @@ def _load_sharded(
         check_devices(alignment, targets, assign=assign)
         return (source, alignment, targets), digests(source, alignment)
 
-    def planned() -> tuple[Plan, tuple[bool, bool]]:
+    def planned() -> tuple[ShardPlan, tuple[bool, bool]]:
         plan = plan_of(source, alignment, targets, assign=assign)
         if ranks.is_first:  # before a change, since a warning may be turned into an error
             _warn_of_choices(loaded, alignment)

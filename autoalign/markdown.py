@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autoalign.alignment import Alignment
 from autoalign.layout import Row, escaped
+from autoalign.matches import Plan
 from autoalign.report import plain_text, rows_of
 
 _WORDS = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
 
-def render_markdown(alignment: Alignment) -> str:
+def render_markdown(alignment: Plan) -> str:
     """Write an alignment as Markdown: totals, notes, and a table of the folded rows of each kind."""
     head, _, _ = plain_text(replace(alignment, notes=())).partition("\n\n")
     lines = ["```text", *head.split("\n"), "```", *(f"- {words(escaped(note))}" for note in alignment.notes)]

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from autoalign.alignment import Alignment, Match
 from autoalign.indices import NUMBER, SLICE, shifted
+from autoalign.matches import Match, Plan
 from autoalign.operations import Operation, Shape, Split, Stack, Unstack, chain, steps_of
 from autoalign.relative import Pick
 from autoalign.resizing import Sample
@@ -63,7 +63,7 @@ class Move:
         return len(lengths) == 1 and len(starts) > 1 and all(start % min(lengths) == 0 for start in starts)
 
 
-def moves_of(alignment: Alignment) -> tuple[list[Move], list[Match]]:
+def moves_of(alignment: Plan) -> tuple[list[Move], list[Match]]:
     """Take an alignment apart into moves, in the source's order.
 
     Returns:

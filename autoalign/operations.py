@@ -28,9 +28,15 @@ class Trace:
     restore: Operation  # from that output back to this part
 
 
+KINDS: dict[str, type[Operation]] = {}  # by the names that JSON knows them by; each class enters itself
+
+
 @dataclass(frozen=True, slots=True)
 class Operation(ABC):
     """Base of all operations. Operations never change their inputs; results may be views of them."""
+
+    def __init_subclass__(cls) -> None:
+        KINDS[cls.__name__] = cls
 
     @abstractmethod
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:

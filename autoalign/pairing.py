@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from autoalign.alignment import Caution, Match, Mismatch
 from autoalign.assembly import Found, SideParts, assembled, with_ties
 from autoalign.calibration import calibrated
 from autoalign.candidates import candidates, flipped_parts, kinds_of, operation_between, paired_parts
@@ -19,6 +18,7 @@ from autoalign.exchange import settled
 from autoalign.fusion import split_fused
 from autoalign.idioms import in_context
 from autoalign.lone import lone_pairs
+from autoalign.matches import Caution, Match, Mismatch
 from autoalign.matching import match_units
 from autoalign.mismatches import mismatched_units
 from autoalign.names import components, kind, words

@@ -7,9 +7,10 @@ from collections import Counter
 
 from torch import Tensor
 
-from autoalign.alignment import FILLED, Alignment, Match
+from autoalign.alignment import Alignment
 from autoalign.checkpoint import Checkpoint
 from autoalign.errors import CheckpointError, IncompatibleTensorsError, InputError
+from autoalign.matches import FILLED, Match
 
 _NAMED = 4  # keys that a warning names
 _REASONS = {

@@ -23,7 +23,7 @@ from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
 
 if TYPE_CHECKING:
-    from autoalign.alignment import Match
+    from autoalign.matches import Match
 
 ADVICE = "Load the checkpoint from before it was quantised, or dequantise it first."
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from autoalign.adaptations import needs_target
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
 from autoalign.checkpoint import Checkpoint
 from autoalign.copying import Fill, copies_in_place, memory_of
 from autoalign.errors import CheckpointError, InputError
 from autoalign.layout import escaped
+from autoalign.matches import Match
 from autoalign.operations import Copy
 from autoalign.progress import Step
 from autoalign.transaction import is_sharded

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autoalign.alignment import Candidate, Match, Mismatch
 from autoalign.exchange import BY_ORDER
+from autoalign.matches import Candidate, Match, Mismatch
 from autoalign.names import LEVELS, components, kind, numbers, split_key, stem
 from autoalign.specs import TensorSpec
 

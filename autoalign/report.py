@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Hashable, Sequence
 from math import floor
 
-from autoalign.alignment import Alignment, Match
 from autoalign.folding import fold
 from autoalign.layout import Row, cut, escaped, lay_out, share_out, under_headings
 from autoalign.leftovers import counterparts, difference, nearest, reason
+from autoalign.matches import Match, Plan
 from autoalign.quantised import ADVICE
 from autoalign.specs import TensorSpec
 from autoalign.totals import Share, elements, totals_of
@@ -23,7 +23,7 @@ _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 
 
 def plain_text(
-    alignment: Alignment,
+    alignment: Plan,
     *,
     width: int = 100,
     limit: int | None = SCREEN,
@@ -49,7 +49,7 @@ def plain_text(
     return "\n".join(lines)
 
 
-def rows_of(alignment: Alignment) -> dict[str, list[Row]]:
+def rows_of(alignment: Plan) -> dict[str, list[Row]]:
     """List the folded rows of each section of a report, by its title; a section may have none."""
     copied = [match for match in alignment.matches if not match.operation.adapts]
     adapted = [match for match in alignment.matches if match.operation.adapts]
@@ -63,7 +63,7 @@ def rows_of(alignment: Alignment) -> dict[str, list[Row]]:
     }
 
 
-def incomplete_message(alignment: Alignment, *, missing: bool = True, unexpected: bool = True) -> str:
+def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: bool = True) -> str:
     """Name the keys of either side that are left, why and with the nearest counterparts, and the next step.
 
     Args:
@@ -86,7 +86,7 @@ def incomplete_message(alignment: Alignment, *, missing: bool = True, unexpected
     return "\n".join(lines)
 
 
-def ambiguous_message(alignment: Alignment) -> str:
+def ambiguous_message(alignment: Plan) -> str:
     """Name the target keys for which no source is clearly right, with the proposals, and the next step."""
     count, first = len(alignment.ambiguous), alignment.ambiguous[0]
     return "\n".join(
@@ -98,7 +98,7 @@ def ambiguous_message(alignment: Alignment) -> str:
     )
 
 
-def nothing_message(alignment: Alignment) -> str:
+def nothing_message(alignment: Plan) -> str:
     """Say that nothing is matched, with the first keys of both sides, and the next step."""
     lines = [f"None of {len(alignment.target_specs)} target tensors has a source."]
     for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
@@ -111,7 +111,7 @@ def _have(count: int) -> str:
     return "has" if count == 1 else "have"
 
 
-def _totals(alignment: Alignment) -> list[str]:
+def _totals(alignment: Plan) -> list[str]:
     found = totals_of(alignment)
     lines = [found.filled, f"{'':<10}{'tensors':>10}{'elements':>20}"]
     target = {"matched": Share("matched", 0, 0)} | {share.status: share for share in found.target}
@@ -138,7 +138,7 @@ def percent(part: int, whole: int) -> str:
     return "< 0.1 %" if part and not tenths else f"{tenths / 10:.1f} %"
 
 
-def _matched_rows(alignment: Alignment, filled: Sequence[Match]) -> list[Row]:
+def _matched_rows(alignment: Plan, filled: Sequence[Match]) -> list[Row]:
     specs = _specs(alignment)
     entries = [((escaped(m.target), _folded(m.sources)), _agreeing(m, *specs)) for m in filled]
     rows = []
@@ -152,7 +152,7 @@ def _matched_rows(alignment: Alignment, filled: Sequence[Match]) -> list[Row]:
     return rows
 
 
-def _ambiguous_rows(alignment: Alignment, *, both: bool = False) -> list[Row]:
+def _ambiguous_rows(alignment: Plan, *, both: bool = False) -> list[Row]:
     """Write the proposals that were not loaded, with ``both`` the shapes of all sources too."""
     specs = _specs(alignment)
     entries = []
@@ -174,7 +174,7 @@ def _ambiguous_rows(alignment: Alignment, *, both: bool = False) -> list[Row]:
     return rows
 
 
-def _mismatched_rows(alignment: Alignment) -> list[Row]:
+def _mismatched_rows(alignment: Plan) -> list[Row]:
     _, target = _specs(alignment)
     entries = [
         ((escaped(item.key), escaped(item.source_key)), (item.shape, item.source_shape, target[item.key].dtype))
@@ -188,7 +188,7 @@ def _mismatched_rows(alignment: Alignment) -> list[Row]:
     return rows
 
 
-def _missing_rows(alignment: Alignment) -> list[Row]:
+def _missing_rows(alignment: Plan) -> list[Row]:
     specs = [spec for spec in alignment.target_specs if alignment.status[spec.key] == "missing"]
     if not specs:
         return []
@@ -203,7 +203,7 @@ def _missing_rows(alignment: Alignment) -> list[Row]:
     return rows
 
 
-def _unexpected_rows(alignment: Alignment, *, both: bool = False) -> list[Row]:
+def _unexpected_rows(alignment: Plan, *, both: bool = False) -> list[Row]:
     """Write what the source has and the target does not use, with ``both`` the shapes of counterparts too."""
     unused = set(alignment.unexpected_keys)
     specs = [spec for spec in alignment.source_specs if spec.key in unused]
@@ -229,7 +229,7 @@ def _unexpected_rows(alignment: Alignment, *, both: bool = False) -> list[Row]:
     return rows
 
 
-def _specs(alignment: Alignment) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+def _specs(alignment: Plan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
     source = {spec.key: spec for spec in alignment.source_specs}
     return source, {spec.key: spec for spec in alignment.target_specs}
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from autoalign import serial
-from autoalign.alignment import Match
 from autoalign.errors import InputError, PatternError, RulesError
 from autoalign.expressions import TimeLimit, compiled
 from autoalign.indices import SLICE, Arithmetic, expand, number_of, tokens_of
+from autoalign.matches import Match
 from autoalign.operations import Copy, InsertZeros, Operation, Shape, chain, output_shapes, steps_of
 from autoalign.quantised import ADVICE, groups_of
 from autoalign.relative import Pick, Portion, at, exact, slice_count
@@ -317,7 +317,7 @@ class Rules:
         """
         from autoalign.exports.renaming import key_mapping
 
-        return key_mapping(self)
+        return key_mapping(self.rules)
 
     def to_revise_keys(self) -> list[tuple[str, str]]:
         """Export as the ``revise_keys`` of mmengine: patterns and replacements, which ``re.sub`` applies one by one.
@@ -327,7 +327,7 @@ class Rules:
         """
         from autoalign.exports.renaming import revise_keys
 
-        return revise_keys(self)
+        return revise_keys(self.rules)
 
     def to_transformers(self) -> list[WeightRenaming | WeightConverter]:
         """Export as ``WeightRenaming`` and ``WeightConverter`` objects of transformers 5.
@@ -338,7 +338,7 @@ class Rules:
         """
         from autoalign.exports.transformers import conversions
 
-        return conversions(self)
+        return conversions(self.rules)
 
     def to_python(self, name: str = "checkpoint_filter_fn") -> str:
         """Export as the source of a function ``name(state_dict, model)``, which needs torch and not this package.
@@ -349,7 +349,7 @@ class Rules:
         """
         from autoalign.exports.python import source_of
 
-        return source_of(self, name)
+        return source_of(self.rules, name)
 
     def __str__(self) -> str:
         sides = [rule.sides for rule in self.rules]

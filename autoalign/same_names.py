@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from autoalign.alignment import Match
 from autoalign.assembly import Found, SideParts, assembled
 from autoalign.candidates import operation_between
+from autoalign.matches import Match
 from autoalign.names import split_key
 from autoalign.operations import Shape
 from autoalign.specs import TensorSpec

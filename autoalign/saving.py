@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from autoalign.alignment import Alignment, Candidate, Match, Mismatch
 from autoalign.checkpoint import Side, checkpoint_of
 from autoalign.errors import InputError, OutputError, PairMismatchError
+from autoalign.matches import Candidate, Match, Mismatch, Plan, PlanT
 from autoalign.operations import Copy, Operation, Shape, output_shapes
 from autoalign.quantised import ADVICE, fills
 from autoalign.replacing import replace_text
@@ -34,7 +34,7 @@ _DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values
 _COUNTER = "num_batches_tracked"  # an alignment that ``load`` returns leaves out those that a model alone has
 
 
-def alignment_to_plain(alignment: Alignment) -> Plain:
+def alignment_to_plain(alignment: Plan) -> Plain:
     """Write an alignment as plain data, without tensors."""
     return {
         "format": FORMAT,
@@ -49,7 +49,7 @@ def alignment_to_plain(alignment: Alignment) -> Plain:
     }
 
 
-def alignment_from_plain(data: Mapping[str, Any]) -> Alignment:
+def alignment_from_plain(data: Mapping[str, Any]) -> Plan:
     """Read an alignment from plain data.
 
     Raises:
@@ -66,7 +66,7 @@ def alignment_from_plain(data: Mapping[str, Any]) -> Alignment:
     try:
         source, target = _side_from_plain(data["source"]), _side_from_plain(data["target"])
         shapes = {spec.key: spec.shape for spec in source}, {spec.key: spec.shape for spec in target}
-        alignment = Alignment(
+        alignment = Plan(
             matches=tuple(_match_from_plain(match, *shapes) for match in items(data["matches"])),
             ambiguous=tuple(_match_from_plain(match, *shapes) for match in items(data["ambiguous"])),
             mismatched=tuple(_mismatch_from_plain(pair, *shapes) for pair in items(data["mismatched"])),
@@ -87,7 +87,7 @@ def alignment_from_plain(data: Mapping[str, Any]) -> Alignment:
     return alignment
 
 
-def save(alignment: Alignment, path: str | os.PathLike[str]) -> None:
+def save(alignment: Plan, path: str | os.PathLike[str]) -> None:
     """Write an alignment to a file; see ``Alignment.save``."""
     text = json.dumps(alignment_to_plain(alignment), indent=1)
     try:
@@ -99,7 +99,7 @@ def save(alignment: Alignment, path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def read(path: str | os.PathLike[str]) -> Alignment:
+def read(path: str | os.PathLike[str]) -> Plan:
     """Read an alignment from a file; see ``Alignment.read``."""
     try:
         data = parsed(Path(path).read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ def read(path: str | os.PathLike[str]) -> Alignment:
     return alignment_from_plain(data)
 
 
-def applied(alignment: Alignment, source: Side, target: Side, *, container: str | None) -> Alignment:
+def applied(alignment: PlanT, source: Side, target: Side, *, container: str | None) -> PlanT:
     """Take an alignment to a pair of the same keys and shapes; see ``Alignment.applied_to``."""
     own, other = checkpoint_of(source, container=container), checkpoint_of(target)
     known = {spec.key for spec in alignment.target_specs}

@@ -10,8 +10,8 @@ from math import inf
 
 from torch import Tensor
 
-from autoalign.alignment import Match
 from autoalign.counterparts import owners
+from autoalign.matches import Match
 from autoalign.subject import Outcome, Subject
 from autoalign.trials import Option, exchanges, in_all_layers, listed_options, other_options
 

@@ -10,18 +10,11 @@ from inspect import isabstract
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from autoalign import adaptations, operations, relative
 from autoalign.errors import InputError
-from autoalign.operations import Operation
+from autoalign.operations import KINDS, Operation
 
 Plain = dict[str, Any]  # of what JSON has: strings, numbers, booleans, lists and further ones
 
-_KINDS: dict[str, type[Operation]] = {
-    name: kind
-    for module in (operations, adaptations, relative)
-    for name, kind in vars(module).items()
-    if isinstance(kind, type) and issubclass(kind, Operation) and not isabstract(kind)
-}
 _DEEPEST = 16  # operations in each other
 _NESTED = 3 * _DEEPEST  # lists and operations in each other
 LARGEST = 2**63 - 1  # number that torch takes
@@ -35,6 +28,12 @@ _RANGES = {
     "channels": (1, LARGEST),
 }  # of numbers by the names of fields; all others are not negative
 _SHOWN = 80  # characters of what is malformed
+
+
+def _known(name: object) -> type[Operation] | None:
+    """Look up the class of an operation by its name; None if there is none."""
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    return None if kind is None or isabstract(kind) else kind
 
 
 def parsed(text: str | bytes) -> Any:
@@ -85,7 +84,7 @@ def check_operation(operation: object, depth: int = 0) -> None:
         TypeError: One of them is not, or the operation is of no kind that this version knows.
     """
     kind = type(operation)
-    if _KINDS.get(kind.__name__) is not kind:
+    if _known(kind.__name__) is not kind:
         raise TypeError(f"{kind.__name__} is not a known kind")
     if depth > _DEEPEST:
         raise TypeError("operations are nested too deeply")
@@ -151,11 +150,10 @@ def number(value: object, low: float = -1e30, high: float = 1e30) -> float:
 
 
 def _operation(data: object, depth: int) -> Operation:
-    if not isinstance(data, Mapping) or not isinstance(data.get("kind"), str) or data["kind"] not in _KINDS:
+    if not isinstance(data, Mapping) or (kind := _known(data.get("kind"))) is None:
         raise TypeError(f"{_short(data)} has no kind that this version knows")
     if depth > _NESTED:
         raise TypeError("operations are nested too deeply")
-    kind = _KINDS[data["kind"]]
     given = {name: _value(value, depth + 1) for name, value in data.items() if name != "kind"}
     unknown = given.keys() - _hints(kind).keys()
     if unknown:

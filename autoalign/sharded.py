@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from autoalign.adaptations import needs_target
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
 from autoalign.checkpoint import Checkpoint
 from autoalign.errors import AlignmentError, CheckpointError, InputError
+from autoalign.matches import Match
 from autoalign.progress import Step
 from autoalign.reading import Findings
 from autoalign.regions import Regional, evaluated
@@ -177,7 +178,7 @@ def fills_surely(
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ShardPlan:
     """What this rank reads, and where it goes."""
 
     filled: Mapping[str, Tensor]  # the model's own tensors or new ones, by the model's keys, without gradient
@@ -185,7 +186,7 @@ class Plan:
     wholes: Mapping[str, Tensor]  # what operations need of the model's own values, gathered
 
 
-def plan_of(source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tensor], *, assign: bool) -> Plan:
+def plan_of(source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tensor], *, assign: bool) -> ShardPlan:
     """Decide what this rank reads; all ranks must call this, for a tensor may have to be gathered.
 
     What can be wrong with a source that is mapped shows here: the part that takes the most memory is read for trial.
@@ -238,19 +239,19 @@ def plan_of(source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tens
         )
         for item in items
     )
-    plan = Plan(filled, parts, wholes)
+    plan = ShardPlan(filled, parts, wholes)
     if source.is_held and parts:  # else old values are kept, and it may fail later
         _read_for_trial(source, plan)
     return plan
 
 
-def _read_for_trial(source: Checkpoint, plan: Plan) -> None:
+def _read_for_trial(source: Checkpoint, plan: ShardPlan) -> None:
     """Read the part that takes the most memory, so that where there is too little this shows in time."""
     match, region, target = max(plan.parts, key=lambda part: part[2].nbytes)
     _part(source, match, region, plan.wholes, Findings(), target.dtype)
 
 
-def fill_parts(source: Checkpoint, plan: Plan, findings: Findings, step: Step) -> None:
+def fill_parts(source: Checkpoint, plan: ShardPlan, findings: Findings, step: Step) -> None:
     """Read this rank's parts into their places.
 
     Raises:
@@ -269,7 +270,7 @@ def fill_parts(source: Checkpoint, plan: Plan, findings: Findings, step: Step) -
         step(done, size)
 
 
-def register(model: nn.Module, plan: Plan, targets: Mapping[str, Tensor], *, assign: bool) -> None:
+def register(model: nn.Module, plan: ShardPlan, targets: Mapping[str, Tensor], *, assign: bool) -> None:
     """Give the model what was filled, where that takes more than to have filled its own tensors."""
     if assign:
         given = {

@@ -13,9 +13,9 @@ from math import prod
 
 from autoalign.adaptable import AdaptableSide, Plan, named
 from autoalign.adaptations import Adapt, TakeRows
-from autoalign.alignment import Mismatch
 from autoalign.candidates import operation_between
 from autoalign.graph import Path
+from autoalign.matches import Mismatch
 from autoalign.names import components, kind, numbers, stem, words
 from autoalign.operations import Copy, Operation, Parallel, chain
 

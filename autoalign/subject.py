@@ -9,11 +9,12 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
 from autoalign.causes import Scene
 from autoalign.comparing import OutputDifference, output_differences, relative_difference, tolerance_of
 from autoalign.counterparts import owners, paired_modules
 from autoalign.divergence import Compared, Finding, compare, event_count, features_last, first_finding, module_tolerance
+from autoalign.matches import Match
 from autoalign.recording import record
 
 _HELD = 0.5  # of the tensors with values of their own that a target must hold to count as loaded

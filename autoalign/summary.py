@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from autoalign.alignment import Alignment, Match
+from autoalign.matches import Match, Plan
 from autoalign.specs import TensorSpec
 
 
-def as_dict(alignment: Alignment) -> dict[str, object]:
+def as_dict(alignment: Plan) -> dict[str, object]:
     """Put all that an alignment says into plain data; operations are given as text.
 
     >>> import torch, autoalign

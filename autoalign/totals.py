@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autoalign.alignment import FILLED, Alignment, Status
+from autoalign.matches import FILLED, Plan, Status
 
 STATUSES: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched", "missing")
 
@@ -43,7 +43,7 @@ class Totals:
         return self.filled + (f" {self.excluded:,} of the others were excluded." if self.excluded else "")
 
 
-def totals_of(alignment: Alignment) -> Totals:
+def totals_of(alignment: Plan) -> Totals:
     """Count what each status has."""
     status, unexpected = alignment.status, set(alignment.unexpected_keys)
     target: dict[str, list[int]] = {}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, permutations, product
 
-from autoalign.alignment import Match
+from autoalign.matches import Match
 from autoalign.names import components, stem
 from autoalign.operations import Chain, Concatenate, Operation, Parallel, Shape, Split, Transpose, chain
 

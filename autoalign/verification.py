@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
 from autoalign.causes import Divergence
 from autoalign.comparing import OutputDifference
+from autoalign.matches import Match
 
 _SHOWN = 6  # matches that are listed
 

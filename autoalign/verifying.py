@@ -10,12 +10,13 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from autoalign.align_options import MatchOptions, check_options
-from autoalign.aligning import align
-from autoalign.alignment import Alignment, Match
+from autoalign.aligning import match_tensors
+from autoalign.alignment import Alignment
 from autoalign.causes import Divergence, Scene, diverged
 from autoalign.counterparts import owners
 from autoalign.divergence import Finding, last_agreement, worst_finding
 from autoalign.errors import InputError
+from autoalign.matches import Match
 from autoalign.names import kind
 from autoalign.preservation import preserved
 from autoalign.search import Budget, State, search
@@ -103,7 +104,7 @@ def verify(
     if alignment is not None and not isinstance(alignment, Alignment):
         raise InputError(f"alignment= takes an Alignment, not {type(alignment).__name__}. Nothing was verified.")
     if alignment is None:
-        alignment = align(source_model, target_model, **align_options)
+        alignment = Alignment.of(match_tensors(source_model, target_model, **align_options))
     _check(alignment, source_model, target_model)
     inputs = (example_inputs, example_inputs if target_inputs is None else target_inputs)
     with preserved(source_model, target_model):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import autoalign
-from autoalign.alignment import Match
+from autoalign.matches import Match
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "alignbench"
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import autoalign
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
+from autoalign.matches import Match
 from autoalign.operations import Copy
 from benchmarks import gold, perturbations
 from benchmarks.architectures import Choice

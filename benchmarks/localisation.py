@@ -20,9 +20,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from autoalign.aligning import align
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
+from autoalign.api import align
 from autoalign.execution import execution_order
+from autoalign.matches import Match
 from autoalign.operations import Transpose, chain
 from autoalign.verification import Verification
 from autoalign.verifying import verify

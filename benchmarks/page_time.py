@@ -14,7 +14,8 @@ from pathlib import Path
 
 from selenium import webdriver
 
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
+from autoalign.matches import Match
 from autoalign.specs import TensorSpec
 from benchmarks.picture import chromium
 

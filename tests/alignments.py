@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from autoalign.alignment import Alignment, Candidate, Match, Mismatch
+from autoalign.alignment import Alignment
+from autoalign.matches import Candidate, Match, Mismatch
 from autoalign.operations import Concatenate, Copy, Reshape
 from autoalign.specs import TensorSpec
 

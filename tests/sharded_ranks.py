@@ -267,7 +267,7 @@ def fails_together(rank: int, world: int, path: str) -> None:
     def interrupt(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    with mock.patch("autoalign.loading.align", interrupt) if rank == 1 else nullcontext():
+    with mock.patch("autoalign.loading.match_tensors", interrupt) if rank == 1 else nullcontext():
         fails_on(1, KeyboardInterrupt, "^$" if rank == 1 else "KeyboardInterrupt", path)
 
     def broken(key: str, region: Region) -> Tensor:

@@ -11,8 +11,9 @@ import torchvision
 from torch import Tensor, nn
 
 import autoalign
-from autoalign.alignment import Alignment, Caution
+from autoalign.alignment import Alignment
 from autoalign.checkpoint import Checkpoint
+from autoalign.matches import Caution
 from autoalign.operations import steps_of
 from autoalign.patterns import PatternLike
 

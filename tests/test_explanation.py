@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import autoalign
-from autoalign.alignment import Alignment, Candidate, Match
+from autoalign.alignment import Alignment
 from autoalign.errors import InputError
 from autoalign.explanation import Explanation
+from autoalign.matches import Candidate, Match
 from autoalign.matching import WEIGHTS
 from autoalign.operations import Copy
 from autoalign.specs import TensorSpec

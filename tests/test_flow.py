@@ -13,7 +13,7 @@ import autoalign
 FLOW = (
     # values
     *("errors", "expressions", "specs", "operations", "joining", "adaptations", "vocabulary", "names"),
-    *("quantised", "alignment", "inversion"),
+    *("quantised", "matches", "inversion"),
     # alignment -> rules
     *("relative", "serial", "resizing", "indices", "rules", "fitting", "moves", "drafts", "wording", "induction"),
     *("exports.renaming", "exports.transformers", "exports.python"),
@@ -72,7 +72,7 @@ FLOW = (
         "aligning",
     ),
     # why, and proof by a call of both
-    "explanation",
+    *("explanation", "alignment", "api"),
     *("recording", "comparing", "counterparts", "divergence", "settings", "causes", "trials"),
     *("subject", "search", "verification", "verifying"),
     # the only part that moves data
@@ -95,12 +95,8 @@ FLOW = (
     ),
     *("cli.app", "__main__"),
 )
-# what an alignment and its rules offer as methods stands in modules that read alignments and rules
-BACKWARDS_WHEN_CALLED = {
-    *(("alignment", module) for module in ("report", "inversion", "explanation", "induction", "saving")),
-    *(("alignment", f"html.{module}") for module in ("document", "notebook")),
-    *(("rules", f"exports.{module}") for module in ("python", "renaming", "transformers")),
-}
+# what rules offer as methods stands in modules that read rules
+BACKWARDS_WHEN_CALLED = {("rules", f"exports.{module}") for module in ("python", "renaming", "transformers")}
 # needed for a match or a screen, not for an import
 LATE = ("gguf", "huggingface_hub", "msgpack", "rapidfuzz", "regex", "rich", "safetensors", "scipy")
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
 from autoalign.checkpoint import checkpoint_of
+from autoalign.matches import Match
 from autoalign.module_state import absent_counters, extra_states, source_modules, state_metadata
 from autoalign.operations import Reshape, Split
 

@@ -24,8 +24,9 @@ import transformers
 from torch import Tensor, nn
 
 import autoalign
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
 from autoalign.errors import PartialLoadWarning
+from autoalign.matches import Match
 from autoalign.operations import Operation
 from tests.pairs import relative_difference
 from tests.reference_models import (

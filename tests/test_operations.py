@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import autoalign
 from autoalign.adaptations import TakeRows
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
 from autoalign.joining import joined, place_of
+from autoalign.matches import Match
 from autoalign.operations import (
     Concatenate,
     Copy,

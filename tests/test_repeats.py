@@ -11,7 +11,8 @@ from torch import Tensor
 
 import autoalign
 from autoalign import repeats
-from autoalign.alignment import Alignment, Match, Mismatch
+from autoalign.alignment import Alignment
+from autoalign.matches import Match, Mismatch
 from autoalign.operations import Copy
 from autoalign.specs import specs_of
 from tests.strategies import Case, perturbed, tensors, transformer_cases

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 import autoalign.report
-from autoalign.alignment import Alignment, Candidate, Match
+from autoalign.alignment import Alignment
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError
+from autoalign.matches import Candidate, Match
 from autoalign.operations import Reshape, Transpose
 from autoalign.report import SCREEN
 from autoalign.specs import TensorSpec

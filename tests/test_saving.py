@@ -15,7 +15,7 @@ from torch import nn
 
 import autoalign
 from autoalign import Alignment, InputError, PairMismatchError
-from autoalign.alignment import Match
+from autoalign.matches import Match
 from autoalign.operations import Concatenate
 from autoalign.replacing import replace_text
 
@@ -147,7 +147,7 @@ def test_a_saved_alignment_is_applied_without_matching(saved: Path, monkeypatch:
     first, second = timm.create_model("resnet18"), timm.create_model("resnet18")
     with pytest.warns(autoalign.PartialLoadWarning, match=r"fc\.weight, fc\.bias"):
         wanted = autoalign.load(first, source)
-    monkeypatch.setattr("autoalign.loading.align", lambda *_, **__: pytest.fail("it was matched again"))
+    monkeypatch.setattr("autoalign.loading.match_tensors", lambda *_, **__: pytest.fail("it was matched again"))
     with pytest.warns(autoalign.PartialLoadWarning, match=r"fc\.weight, fc\.bias"):
         got = autoalign.load(second, source, alignment=Alignment.read(saved))
     assert names(got) == names(wanted)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import autoalign
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, NothingLoadedError
+from autoalign.matches import Match
 from autoalign.specs import TensorSpec
 from tests.alignments import MIXED
 

@@ -25,21 +25,21 @@ from autoalign.operations import (
     steps_of,
 )
 from autoalign.relative import Each, Pick, Portion, Regroup, Sized, ZerosLike
-from autoalign.rules import Rule, Rules
+from autoalign.rules import Rule
 from autoalign.serial import check_operation
 
 _WIDTH = 88  # of a line, as formatters have it by default
 _Group = Callable[[int], str]  # how the code reads a capture
 
 
-def source_of(rules: Rules, name: str) -> str:
+def source_of(rules: Sequence[Rule], name: str) -> str:
     """Write rules as the source of a function; see ``Rules.to_python``."""
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise InputError(f"{name!r} is no name of a function. Nothing was written.")
     body: list[str] = []
     joined: list[str] = []
     refused: list[str] = []
-    for number, rule in enumerate(rules.rules):
+    for number, rule in enumerate(rules):
         try:
             first, second = _rule(rule, number)
         except _NoShortFormError:
@@ -53,9 +53,9 @@ def source_of(rules: Rules, name: str) -> str:
             "adapt. Nothing was written. Use rules.apply instead.\n" + "\n".join(refused)
         )
     lines = [
-        *(["import re", ""] if rules.rules else []),
+        *(["import re", ""] if rules else []),
         *(["import torch", ""] if any("torch." in line for line in (*body, *joined)) else []),
-        *([""] if rules.rules else []),
+        *([""] if rules else []),
         f"def {name}(state_dict, model=None):",
         '    """Rename and convert the tensors of a checkpoint; those that no rule takes keep their names."""',
         "    result = {}",

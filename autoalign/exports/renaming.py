@@ -19,7 +19,7 @@ from math import prod
 
 from autoalign.errors import RulesError
 from autoalign.indices import tokens_of
-from autoalign.rules import Rule, Rules
+from autoalign.rules import Rule
 
 Renaming = tuple[str, str]  # pattern, replacement
 DONE, PENDING = "=", "~"  # marks; regexes take both literally
@@ -45,12 +45,12 @@ class Step:
         return cls(rule.sources[0], rule.targets[0] if rule.targets else None)
 
 
-def revise_keys(rules: Rules) -> list[Renaming]:
+def revise_keys(rules: Sequence[Rule]) -> list[Renaming]:
     """Write rules as renamings that ``re.sub`` applies in order; see ``Rules.to_revise_keys``."""
     return in_order(steps_for(rules, "revise_keys"), at_once)
 
 
-def key_mapping(rules: Rules) -> dict[str, str]:
+def key_mapping(rules: Sequence[Rule]) -> dict[str, str]:
     """Write rules as renamings of transformers; see ``Rules.to_key_mapping``."""
     steps = steps_for(rules, "key_mapping")
     try:
@@ -59,20 +59,20 @@ def key_mapping(rules: Rules) -> dict[str, str]:
         raise RulesError(f"{error}, which key_mapping cannot say. Nothing was exported. Use to_python.") from None
 
 
-def steps_for(rules: Rules, form: str) -> list[Step]:
+def steps_for(rules: Sequence[Rule], form: str) -> list[Step]:
     """List the steps of rules that do no more than rename.
 
     Raises:
         RulesError: Some do more; they are named.
     """
-    refused = [rule for rule in rules.rules if not rule.renames or rule.has_arithmetic]
+    refused = [rule for rule in rules if not rule.renames or rule.has_arithmetic]
     if refused:
         listed = "\n".join(f"  {rule}" for rule in refused)
         raise RulesError(
             f"{len(refused)} of {len(rules)} rules do more than rename, which {form} cannot say. Nothing was exported. "
             f"Use to_python, to_transformers, or apply.\n{listed}"
         )
-    return list(map(Step.of, rules.rules))
+    return list(map(Step.of, rules))
 
 
 def in_order(steps: Sequence[Step], write: Callable[[Step, str], list[Renaming]]) -> list[Renaming]:

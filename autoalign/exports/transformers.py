@@ -15,7 +15,7 @@ from autoalign.exports.renaming import CannotSayError, Step, in_order, one_by_on
 from autoalign.indices import literal, tokens_of
 from autoalign.operations import Concatenate, Grouped, Operation, Permute, Split, Stack, Transpose, steps_of
 from autoalign.relative import Sized
-from autoalign.rules import Rule, Rules, equal_parts
+from autoalign.rules import Rule, equal_parts
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LIST = r"(?P<n>\d+)"
 
 
-def conversions(rules: Rules) -> list[WeightRenaming | WeightConverter]:
+def conversions(rules: Sequence[Rule]) -> list[WeightRenaming | WeightConverter]:
     """Write rules as objects of transformers; see ``Rules.to_transformers``."""
     try:
         from transformers.core_model_loading import WeightRenaming
@@ -35,7 +35,7 @@ def conversions(rules: Rules) -> list[WeightRenaming | WeightConverter]:
     steps: list[Step] = []
     converters: list[WeightConverter] = []
     refused: list[str] = []
-    for number, rule in enumerate(rules.rules):
+    for number, rule in enumerate(rules):
         try:
             if rule.has_arithmetic:
                 raise CannotSayError("numbers in names are computed")

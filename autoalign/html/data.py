@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
 
-from autoalign.alignment import Alignment, Match, Status
 from autoalign.html.tree import Leaf, Tree, template, tree
 from autoalign.layout import escaped
 from autoalign.leftovers import Counterparts, counterparts, difference, nearest, reason
+from autoalign.matches import Match, Plan, Status
 from autoalign.operations import Copy, Operation
 from autoalign.specs import TensorSpec
 
@@ -61,7 +61,7 @@ class _Pools:
     evidence: _Pool = field(default_factory=_Pool)
 
 
-def page_data(alignment: Alignment) -> dict[str, Any]:
+def page_data(alignment: Plan) -> dict[str, Any]:
     """Turn an alignment into what the page needs of it; all of it can be written as JSON.
 
     Keys are written as on a screen, with characters that cannot be seen as their escapes. Tensors are numbered on
@@ -85,7 +85,7 @@ def page_data(alignment: Alignment) -> dict[str, Any]:
     }
 
 
-def _links(alignment: Alignment) -> list[_Link]:
+def _links(alignment: Plan) -> list[_Link]:
     links = [_link("adapted" if m.operation.adapts else "matched", m) for m in alignment.matches]
     links += [_link("ambiguous", match) for match in alignment.ambiguous]
     links += [_link("mismatched", Match(item.key, (item.source_key,))) for item in alignment.mismatched]
@@ -97,7 +97,7 @@ def _link(status: Status, match: Match) -> _Link:
     return _Link(status, match, (status, operation, match.warnings), tuple(numbers))
 
 
-def _side_of(alignment: Alignment, side: Literal["source", "target"], links: Sequence[_Link]) -> _Side:
+def _side_of(alignment: Plan, side: Literal["source", "target"], links: Sequence[_Link]) -> _Side:
     if side == "source":
         specs, uses, left = alignment.source_specs, _uses_of_sources(links), alignment.unexpected_keys
         others = counterparts(alignment, "target") if left else None

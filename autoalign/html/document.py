@@ -9,14 +9,14 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from html import escape
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-from autoalign import __version__
-from autoalign.alignment import FILLED, Alignment
 from autoalign.errors import InputError
 from autoalign.html.data import page_data
 from autoalign.layout import escaped
+from autoalign.matches import FILLED, Plan
 from autoalign.replacing import replace_text
 from autoalign.report import percent, plain_text
 from autoalign.totals import elements, tensors, totals_of
@@ -27,7 +27,7 @@ _SCRIPTS = ("model", "rows", "layout", "view", "panel", "main")  # in the order 
 _KIND = {"matched": "sure", "used": "sure"}  # by status: the colour, where it is not the status's own
 
 
-def document(alignment: Alignment, *, title: str = TITLE) -> str:
+def document(alignment: Plan, *, title: str = TITLE) -> str:
     """Write an alignment as an HTML document that loads nothing from elsewhere.
 
     Its policy allows the style and the script that it holds and nothing more; keys are data to it and never markup.
@@ -40,7 +40,7 @@ def document(alignment: Alignment, *, title: str = TITLE) -> str:
         {
             "policy": "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
             f"style-src '{_digest(style)}'; script-src '{_digest(script)}'",
-            "version": escape(__version__),
+            "version": escape(version("autoalign")),
             "title": escape(escaped(title)),
             "lead": escape(found.lead),
             "totals": _total(
@@ -57,7 +57,7 @@ def document(alignment: Alignment, *, title: str = TITLE) -> str:
     )
 
 
-def write(alignment: Alignment, path: str | os.PathLike[str], *, title: str = TITLE) -> None:
+def write(alignment: Plan, path: str | os.PathLike[str], *, title: str = TITLE) -> None:
     """Write the document to a file, which is replaced as a whole or left as it was.
 
     Raises:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from autoalign.alignment import Alignment
 from autoalign.layout import Row, escaped
+from autoalign.matches import Plan
 from autoalign.report import percent, rows_of
 from autoalign.totals import Totals, elements, totals_of
 
@@ -19,7 +19,7 @@ _KEY = "font-family:monospace;overflow-wrap:anywhere;direction:ltr;unicode-bidi:
 _PALE = "opacity:0.7"
 
 
-def notebook_html(alignment: Alignment) -> str:
+def notebook_html(alignment: Plan) -> str:
     """Write an alignment as a fragment of HTML that needs neither scripts nor a network.
 
     Sections open without scripts; matched rows are closed where others need attention, and long sections are cut.

@@ -104,7 +104,7 @@ def test_align_takes_the_options_of_the_call(
         seen.update(options, source=source, target=target)
         return Alignment((), (), (), (), ())
 
-    monkeypatch.setattr("autoalign.aligning.align", align)
+    monkeypatch.setattr("autoalign.api.align", align)
     flags = ["--rule", "(?<=a)b=c", "--rule", "x=y", "--include", "i", "--exclude", "e1", "--exclude", "e2"]
     flags += ["--adapt", "head", "--adapt", "vocab", "--min-confidence", "0.9", "--container", "ema"]
     assert cli.main(["align", checkpoint, checkpoint, *flags]) == cli.COMPLETE

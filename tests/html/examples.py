@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from autoalign.alignment import Alignment, Match
+from autoalign.alignment import Alignment
+from autoalign.matches import Match
 from autoalign.operations import Concatenate, Split
 from tests.alignments import mixed, spec
 

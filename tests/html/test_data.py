@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import autoalign
-from autoalign.alignment import Alignment, Candidate, Match, Mismatch
+from autoalign.alignment import Alignment
 from autoalign.html.data import page_data
 from autoalign.layout import escaped
+from autoalign.matches import Candidate, Match, Mismatch
 from autoalign.operations import Concatenate, Copy
 from tests.alignments import spec
 from tests.html.examples import FUSED, HOSTILE, MIXED, hostile, many

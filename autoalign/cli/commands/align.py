@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    from autoalign.aligning import align
+    from autoalign.api import align
     from autoalign.cli.reports import show_alignment
     from autoalign.cli.targets import side_of
 

@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
-    from autoalign.aligning import align
+    from autoalign.api import align
     from autoalign.cli.targets import side_of
     from autoalign.cli.terminal import complain, show
     from autoalign.errors import InputError
