@@ -10,6 +10,8 @@ from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, 
 from autoalign.matches import Plan
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from autoalign.checkpoint import Side
     from autoalign.explanation import Explanation
     from autoalign.rules import Rules
@@ -243,6 +245,36 @@ class Alignment(Plan):
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise InputError(f"limit={limit!r} is not a positive number of lines, or None. Nothing was written.")
         return plain_text(self, width=width, limit=limit)
+
+    def to_networkx(self, *, proposals: bool = False) -> nx.DiGraph:
+        """Return the graph of what corresponds: the module trees of both sides, with an edge for each match.
+
+        Nodes are named ``"source:tensor:KEY"``, ``"source:module:PATH"`` and the same for ``target``; the path of each
+        root is empty. All have ``side``, ``kind``, ``path`` (of a tensor, its key), ``elements`` and ``status``. The
+        status of a tensor is ``used`` or ``unexpected`` in the source, and that of ``alignment.status`` in the target;
+        that of a module is what all tensors in it have, or ``mixed``. Tensors have ``shape`` and ``dtype`` as well, and
+        modules ``tensors``, the number of tensors in them.
+
+        Edges have a ``relation``. ``contains`` leads from a module to what it holds, and ``fills`` from a source tensor
+        to the target tensor that is made of it, with ``operation``, ``confidence`` and ``inputs``, its place among the
+        operation's inputs. So what a source module is used for is among its descendants, and what a target tensor is
+        made of among its ancestors. All attributes are texts and numbers, so that ``networkx.write_graphml`` and
+        ``networkx.node_link_data`` take the graph as it is.
+
+        >>> import networkx, torch, autoalign
+        >>> checkpoint = {f"attn.{name}.weight": torch.rand(2, 4) for name in "qkv"}
+        >>> graph = autoalign.align(checkpoint, {"block.qkv.weight": torch.empty(6, 4)}).to_networkx()
+        >>> graph.edges["source:tensor:attn.k.weight", "target:tensor:block.qkv.weight"]["operation"]
+        'concatenate(dim 0)'
+        >>> sorted(node for node in networkx.descendants(graph, "source:module:attn.k"))
+        ['source:tensor:attn.k.weight', 'target:tensor:block.qkv.weight']
+
+        Args:
+            proposals: Whether what is ``ambiguous``, and so not loaded, has edges too; their relation is ``proposed``.
+        """
+        from autoalign.networkx_graph import correspondence_graph
+
+        return correspondence_graph(self, proposals=proposals)
 
     def _repr_html_(self) -> str:
         """Write the short form of the report that a notebook shows."""

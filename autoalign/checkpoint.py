@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -23,6 +23,9 @@ from autoalign.matches import Caution
 from autoalign.quantised import Members, groups_of
 from autoalign.specs import TensorSpec, packing_of
 from autoalign.stored import Contents, Region, as_opened, narrowed
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Side: TypeAlias = nn.Module | Mapping[str, object] | str | os.PathLike[str]
 
@@ -94,6 +97,27 @@ class Checkpoint(Mapping[str, Tensor]):
         tensor([[3, 4]])
         """
         return narrowed(self[key], region) if self.read_region is None else self.read_region(key, region)
+
+    def to_networkx(self) -> nx.DiGraph:
+        """Return the tree of modules, with an edge from each to what it holds, as a graph; no tensor is read.
+
+        Nodes are named ``"tensor:KEY"`` and ``"module:PATH"``; the path of the whole is empty. All have ``kind``,
+        ``path`` (of a tensor, its key) and ``elements``, tensors ``shape`` and ``dtype``, and modules ``tensors``, the
+        number of tensors in them. All attributes are texts and numbers.
+
+        >>> import networkx, torch
+        >>> keys = [f"layers.{i}.fc.{leaf}" for i in range(2) for leaf in ("weight", "bias")]
+        >>> tree = checkpoint_of({key: torch.ones(2) for key in keys}).to_networkx()
+        >>> tree.nodes["module:layers"]
+        {'kind': 'module', 'path': 'layers', 'tensors': 4, 'elements': 8}
+        >>> list(tree["module:layers"])
+        ['module:layers.0', 'module:layers.1']
+        >>> networkx.is_arborescence(tree)
+        True
+        """
+        from autoalign.networkx_graph import module_graph
+
+        return module_graph(self.all_specs)
 
     def require_unchanged(self, advice: str = "Nothing was read. Open it anew when it is complete.") -> None:
         """Make sure that no file was written to since; what is mapped of a file that was cut off ends a process.

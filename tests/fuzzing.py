@@ -353,6 +353,7 @@ def _use(r: random.Random, trial: Trial, alignment: Alignment, folder: Path) -> 
         "repr": lambda: repr(alignment),
         "render": lambda: alignment.render(width=r.choice((1, 20, 60, 200)), limit=r.choice((1, 5, 40, None))),
         "markdown": lambda: render_markdown(alignment),
+        "networkx": lambda: alignment.to_networkx(proposals=True),
         "html": lambda: alignment.to_html(folder / r.choice(("a.html", "x" * 300, "no/a.html"))),
         "notebook": lambda: alignment._repr_html_(),
         "dict": lambda: json.dumps(alignment.to_dict()),

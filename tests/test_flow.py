@@ -19,6 +19,7 @@ FLOW = (
     *("exports.renaming", "exports.transformers", "exports.python"),
     # what a person reads
     *("replacing", "folding", "leftovers", "layout", "totals", "report", "markdown", "summary", "tree"),
+    "networkx_graph",
     *("html.tree", "html.data", "html.document", "html.notebook"),
     # any format -> tensor specs
     *("garbage", "arrays", "stored", "containers", "config"),
@@ -98,7 +99,7 @@ FLOW = (
 # what rules offer as methods stands in modules that read rules
 BACKWARDS_WHEN_CALLED = {("rules", f"exports.{module}") for module in ("python", "renaming", "transformers")}
 # needed for a match or a screen, not for an import
-LATE = ("gguf", "huggingface_hub", "msgpack", "rapidfuzz", "regex", "rich", "safetensors", "scipy")
+LATE = ("gguf", "huggingface_hub", "msgpack", "networkx", "rapidfuzz", "regex", "rich", "safetensors", "scipy")
 
 
 def own_imports(tree: ast.AST, *, deferred: bool) -> Iterator[str]:

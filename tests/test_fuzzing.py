@@ -47,6 +47,7 @@ def test_keys_of_any_length_go_through_every_call(name: str, other: str, tmp_pat
     assert "6 of 6 target tensors are filled" in str(alignment)
     assert str(alignment.explain(alignment.matches[0].target))
     alignment.to_html(tmp_path / "a.html")
+    alignment.to_networkx()
     alignment.save(tmp_path / "a.json")
     assert Alignment.read(tmp_path / "a.json").to_dict() == alignment.to_dict()
     rules = alignment.rules()
