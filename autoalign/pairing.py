@@ -17,6 +17,7 @@ from autoalign.evidence import side_evidence
 from autoalign.exchange import settled
 from autoalign.fusion import split_fused
 from autoalign.idioms import in_context
+from autoalign.islands import groundless
 from autoalign.lone import lone_pairs
 from autoalign.matches import Caution, Match, Mismatch
 from autoalign.matching import match_units
@@ -38,6 +39,7 @@ _SAME_NAME = 0.6  # how alike names must be for a bias to be matched without its
 _NAMESAKE = 0.3  # how alike names must be where most names are the same on both sides
 _RENAMED = 0.99  # the confidence where only names differ, and consistently
 _CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
+_GROUNDLESS = "right shape, but nothing else speaks for it: most of the modules around it have no counterparts"
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 _UNRELATED = (
     "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
@@ -183,6 +185,7 @@ def _match_parts(
     special = special_units(other, target.parts)
     lists = undirected(assignment, (own, source.parts), (other, target.parts))
     has_twin = twins(assignment, (own, source.parts))
+    coincidences = set(groundless(assignment, (own, source.parts), (other, target.parts), known_units))
     if by_name:  # where names are shared, another name is another layer
         known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
         confidence = np.where(known | np.isin(assignment.target, special), confidence, DOUBTED * confidence)
@@ -209,6 +212,8 @@ def _match_parts(
         is_crowded = j not in known_units and (kinds.source[i], kinds.target[j]) in pairs.crowded
         if is_crowded and (i, j) not in pairs.told and evidence["name"] < _SAME_NAME:
             sureness, doubt = min(sureness, DOUBTED), doubt or _CROWDED
+        if place in coincidences:
+            sureness, doubt = min(sureness, DOUBTED), doubt or _GROUNDLESS
         for a, b in paired_parts(own[i], other[j]):
             piece, wanted = source.parts[a], target.parts[b]
             operation = _operation(piece, wanted, flipped=a in kinds.flipped)

@@ -59,6 +59,7 @@ FLOW = (
         "exchange",
         "mismatches",
         "decision",
+        "islands",
         "directions",
         "lone",
         "rotary",
