@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoalign.errors import CheckpointError, NotInvertibleError
-from autoalign.mapped import MappedFiles, mapped_files
+from autoalign.mapped import MappedFiles
 from autoalign.operations import Operation
 from autoalign.progress import Step
 
@@ -73,7 +72,7 @@ def memory_of(tensor: Tensor) -> int | None:
         return None
 
 
-def copy_all(fills: Sequence[Fill], step: Step, *, from_files: bool = False) -> None:
+def copy_all(fills: Sequence[Fill], step: Step, files: MappedFiles | None = None) -> None:
     """Carry out the copies, in order for each storage of the model, and on several threads where that is faster.
 
     All copies are carried out, even if ``step`` raises an error or no thread can be started, unless the error is that
@@ -82,31 +81,30 @@ def copy_all(fills: Sequence[Fill], step: Step, *, from_files: bool = False) -> 
     Args:
         fills: What to copy. Two that fill the same memory are carried out one after the other.
         step: Called after every batch of copies with what is done, in this thread.
-        from_files: Whether what is mapped is as it is in its file, so that it may be read from there instead.
+        files: From which to read what is mapped; None where it may have been written to in memory.
     """
     is_parallel = sum(fill.size for fill in fills) >= _PARALLEL and all(_is_plain(fill) for fill in fills)
     batches = list(_batches(fills)) if is_parallel else [[fill] for fill in fills]
     waiting = deque(batches)
     finished: SimpleQueue[list[Fill] | BaseException] = SimpleQueue()
-    with mapped_files() if is_parallel and from_files else nullcontext() as files:
-        threads = _started(_copy_waiting, (waiting, finished, files)) if is_parallel else []
-        done = size = 0
-        try:
-            for _ in batches:
-                if not threads:
-                    _copy_next(waiting, finished, files)
-                batch = finished.get()
-                if isinstance(batch, BaseException):
-                    raise batch
-                done, size = done + len(batch), size + sum(fill.size for fill in batch)
-                step(done, size)
-        except CheckpointError:  # what is left of the file is not to be touched
-            waiting.clear()
-            raise
-        finally:
-            _copy_waiting(waiting, finished, files)
-            for thread in threads:
-                thread.join()
+    threads = _started(_copy_waiting, (waiting, finished, files)) if is_parallel else []
+    done = size = 0
+    try:
+        for _ in batches:
+            if not threads:
+                _copy_next(waiting, finished, files)
+            batch = finished.get()
+            if isinstance(batch, BaseException):
+                raise batch
+            done, size = done + len(batch), size + sum(fill.size for fill in batch)
+            step(done, size)
+    except CheckpointError:  # what is left of the file is not to be touched
+        waiting.clear()
+        raise
+    finally:
+        _copy_waiting(waiting, finished, files)
+        for thread in threads:
+            thread.join()
 
 
 _Waiting = deque[list[Fill]]

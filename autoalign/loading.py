@@ -8,8 +8,8 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -35,12 +35,13 @@ from autoalign.errors import (
     ValueWarning,
 )
 from autoalign.lazy_modules import named_sources, shaped
+from autoalign.mapped import CutError, mapped_files
 from autoalign.matches import Caution
 from autoalign.model_lock import model_lock
 from autoalign.module_state import absent_counters, extra_states, source_modules, state_metadata
 from autoalign.preparing import nothing_message, require_complete, summary, unfilled_statement
 from autoalign.progress import Progress, progress_of
-from autoalign.reading import Findings, check_devices, fills_of, tensors_of
+from autoalign.reading import Findings, check_devices, fills_of, given_by, read_ahead, tensors_of
 from autoalign.rendezvous import announce_unsharded, wait_for_ranks
 from autoalign.sharded import (
     Ranks,
@@ -81,8 +82,14 @@ def load(
     modules and extra states work as they do there. It is all or nothing: if this raises, the model holds what it held
     before. Two things cannot be taken back, while values are copied into a model without loading code: a Ctrl-C, which
     takes effect when the copy is complete; and what another process writes to the file, which is an error, after which
-    the model holds old and new values. A file should be replaced by another, and never be written to. Loads in several
-    threads into one model, or into models that share modules or tensors, are carried out one after the other.
+    the model holds old and new values if more than 4 MiB are loaded. A file should be replaced by another, and never be
+    written to. Loads in several threads into one model, or into models that share modules or tensors, are carried out
+    one after the other.
+
+    On Linux, the file of a path is read and not used by way of its mapping, so that a file that is cut meanwhile is an
+    error too. It ends the process, as whatever is mapped may, where the mapping is used: with ``assign=True``, for more
+    than 4 MiB into a model with loading code of its own, for an open ``Checkpoint``, and on other systems. A write that
+    began before the file was opened, and a write by way of a mapping, are not noticed.
 
     A model with sharded tensors (FSDP2, tensor parallelism) is loaded on all its ranks at once, each of which reads
     what it holds; the first of them alone warns and logs. If it fails on one rank, it fails on all, and so it does
@@ -279,16 +286,27 @@ def _fill(
     source.require_unchanged()
     findings = Findings()
     loaded = summary(alignment, source, type(model).__name__)
-    with progress_of(progress, len(alignment.matches), _size(alignment), since) as step:
-        fills = None
+    opened = [path for path, _ in source.opened] if from_files and source.is_held else []
+    with (
+        progress_of(progress, len(alignment.matches), _size(alignment), since) as step,
+        mapped_files(opened) as files,
+    ):
+        fills, ahead, is_ahead = None, None, False
+        if opened and "assign" not in options:
+            with _cut_said():
+                ahead, is_ahead = read_ahead(list(given_by(source, alignment)), files)
         if "assign" not in options and takes_copies(model, [match.target for match in alignment.matches]):
-            postpone = source.is_held and not _may_raise(ValueWarning)
+            findings = Findings(pieces=files.pieces)
+            postpone = source.is_held and not is_ahead and not _may_raise(ValueWarning)
             early = _no_step if source.is_held else step
-            fills = fills_of(source, alignment, targets, findings, early, postpone=postpone)
+            given = given_by(source, alignment) if ahead is None else ahead
+            with _cut_said():
+                fills = fills_of(given, alignment, targets, findings, early, postpone=postpone, files=files)
             if not all(copies_surely(given, part) for fill in fills for part, given in fill.copies):
                 fills, findings = None, Findings()
         if fills is None:
-            tensors = tensors_of(source, alignment, targets, findings, step, **options)
+            given = given_by(source, alignment) if ahead is None else ahead
+            tensors = tensors_of(given, alignment, targets, findings, step, **options)
         _warn_of_choices(loaded, alignment)
         _warn_of_keys(loaded, alignment, targets)  # before a change, since a warning may be turned into an error
         _warn_of_values(loaded, findings)
@@ -298,13 +316,13 @@ def _fill(
             # what is mapped is only read as it is copied, and then a function of the caller's may raise
             is_cancellable = callable(progress) and source.is_held
             _check_unchanged(model, alignment, targets)
-            source.require_unchanged()
+            source.require_unchanged(_changed_advice(is_kept=True))
             postponed = len(findings.postponed)
             checked = time.perf_counter()
 
             def stepped(done: int, size: int) -> None:
                 nonlocal checked
-                if time.perf_counter() - checked > _INTERVAL:
+                if not is_ahead and time.perf_counter() - checked > _INTERVAL:
                     source.require_unchanged("")
                     checked = time.perf_counter()
                 findings.examine_postponed(done - postponed + len(findings.postponed))  # while others are copied
@@ -313,8 +331,9 @@ def _fill(
 
             with transaction(model, keep_values=is_cancellable):
                 try:
-                    copy_all(fills, stepped, from_files=from_files)
-                    source.require_unchanged("")
+                    copy_all(fills, stepped, files)
+                    if not is_ahead:
+                        source.require_unchanged("")
                 except CheckpointError as error:
                     raise CheckpointError(f"{str(error).strip()} {_changed_advice(is_cancellable)}") from error
                 if is_cancellable:
@@ -432,6 +451,15 @@ def _changed_advice(is_kept: bool) -> str:
     """Say what became of the model, and what to do, where a file was changed while it was loaded."""
     state = "was not changed" if is_kept else "was being filled and holds old and new values"
     return f"The model {state}. Load again when the file is complete."
+
+
+@contextmanager
+def _cut_said() -> Iterator[None]:
+    """Say what became of the model where a file is cut while it is read, before anything is changed."""
+    try:
+        yield
+    except CutError as error:
+        raise CheckpointError(f"{error} {_changed_advice(is_kept=True)}") from error
 
 
 def _no_step(_done: int, _size: int) -> None:

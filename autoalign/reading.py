@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,13 +17,16 @@ from autoalign.checkpoint import Checkpoint
 from autoalign.copying import Fill, copies_in_place, memory_of
 from autoalign.errors import CheckpointError, InputError
 from autoalign.layout import escaped
+from autoalign.mapped import CutError, MappedFiles
 from autoalign.matches import Match
 from autoalign.operations import Copy
 from autoalign.progress import Step
 from autoalign.transaction import is_sharded
-from autoalign.values import loss_of_kind, loss_of_range, nan_count
+from autoalign.values import Pieces, in_one, loss_of_kind, loss_of_range, nan_count
 
 _FEW = 3
+_AHEAD = 2**22  # bytes that are read into memory before anything is changed; for more, pages must be made first
+_SMALL = 2**16  # bytes of a tensor whose read of its own would take longer than its values
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,19 @@ class Findings:
     nan: dict[str, tuple[int, int]] = field(default_factory=dict)  # from a source key to NaN and all elements looked at
     postponed: list[tuple[Match, Sequence[Tensor], torch.dtype]] = field(default_factory=list)  # what to examine yet
     unexamined: list[str] = field(default_factory=list)  # target keys whose values could not be looked at
+    pieces: Pieces = in_one  # how values are read to be looked at
 
     def examine_postponed(self, count: int) -> None:
-        """Look at the first of what was left for later; raise nothing, for some of it is in the model already."""
+        """Look at the first of what was left for later, some of which is in the model already.
+
+        Raises:
+            CutError: The file was cut. Nothing else is raised.
+        """
         for match, sources, dtype in self.postponed[:count]:
             try:
                 self.examine(match, sources, dtype)
+            except CutError:
+                raise
             except Exception:  # as where there is no memory left
                 self.unexamined.append(match.target)
         del self.postponed[:count]
@@ -47,10 +57,10 @@ class Findings:
     def examine(self, match: Match, sources: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Look at what a match loads into a tensor of some dtype."""
         for key, tensor in zip(match.sources, sources, strict=True):
-            loss = loss_of_kind(tensor.dtype, dtype) or loss_of_range(tensor, dtype)
+            loss = loss_of_kind(tensor.dtype, dtype) or loss_of_range(tensor, dtype, self.pieces)
             if loss and match.target not in self.losses:
                 self.losses[match.target] = f"{_name(tensor.dtype)} to {_name(dtype)}: {loss}"
-            if key not in self.nan and (count := nan_count(tensor)):
+            if key not in self.nan and (count := nan_count(tensor, self.pieces)):
                 self.nan[key] = count, tensor.numel()
 
     def merge(self, other: Findings) -> None:
@@ -109,25 +119,58 @@ def check_devices(alignment: Alignment, targets: Mapping[str, Tensor], *, assign
         )
 
 
+Given = tuple[Match, list[Tensor]]  # what is loaded, and what it is loaded from
+
+
+def read_ahead(given: Sequence[Given], files: MappedFiles) -> tuple[list[Given], bool]:
+    """Read mapped tensors into memory, all of them if they take little of it, and else the small ones.
+
+    Returns:
+        The same with what was read in place; and whether all was.
+
+    Raises:
+        CutError: A file has become shorter.
+    """
+    files.find()
+    tensors = [tensor for _, sources in given for tensor in sources]
+    left = _AHEAD
+    if is_all := sum(tensor.nbytes for tensor in tensors if tensor.layout == torch.strided) <= _AHEAD:
+        chosen = list(range(len(tensors)))
+    else:
+        chosen = []
+        for index, tensor in enumerate(tensors):
+            if tensor.layout == torch.strided and tensor.nbytes < min(_SMALL, left):
+                chosen.append(index)
+                left -= tensor.nbytes
+    read = files.read_together([tensors[index] for index in chosen])
+    is_all = is_all and all(new is not tensors[index] for index, new in zip(chosen, read, strict=True))
+    for index, tensor in zip(chosen, read, strict=True):
+        tensors[index] = tensor
+    rest = iter(tensors)
+    return [(match, [next(rest) for _ in sources]) for match, sources in given], is_all
+
+
 def fills_of(
-    source: Checkpoint,
+    given: Iterable[Given],
     alignment: Alignment,
     targets: Mapping[str, Tensor],
     findings: Findings,
     step: Step,
     *,
     postpone: bool,
+    files: MappedFiles | None = None,
 ) -> list[Fill]:
     """Find the copies that fill the model's tensors; what takes more than copies is worked out here.
 
     Args:
-        source: The checkpoint.
+        given: What each match is loaded from.
         alignment: What is loaded from where.
         targets: The model's state dict.
         findings: Where to say what is found of the values.
         step: Called after every tensor.
         postpone: Leave the values to be examined when they are copied and in memory anyway, as they are not yet in that
             of a mapped file.
+        files: To be read in place of what is mapped, if what takes more than copies is worked out here.
 
     Raises:
         InputError: The checkpoint has no values.
@@ -135,7 +178,7 @@ def fills_of(
     """
     memories = _memories(targets)
     fills, size = [], 0
-    for done, (match, sources) in enumerate(_read(source, alignment), start=1):
+    for done, (match, sources) in enumerate(given, start=1):
         target = targets[match.target].detach()
         if postpone and all(memory_of(tensor) not in memories for tensor in sources):
             findings.postponed.append((match, sources, target.dtype))
@@ -143,11 +186,11 @@ def fills_of(
             findings.examine(match, sources, target.dtype)
         fill = None if needs_target(match.operation) else copies_in_place(match.operation, sources, target)
         if fill is None:
-            tensor = alignment.tensor(match, sources)
+            tensor = alignment.tensor(match, files.read_together(sources) if files is not None else sources)
             _check_shape(match, tensor, target.shape)
             fill = Fill(target, ((target, tensor),))
         # the model's own values may change before they are copied
-        copies = [(part, given.clone() if memory_of(given) in memories else given) for part, given in fill.copies]
+        copies = [(part, new.clone() if memory_of(new) in memories else new) for part, new in fill.copies]
         fills.append(Fill(target, tuple(copies)))
         size += fill.size
         step(done, size)
@@ -155,7 +198,7 @@ def fills_of(
 
 
 def tensors_of(
-    source: Checkpoint,
+    given: Iterable[Given],
     alignment: Alignment,
     targets: Mapping[str, Tensor],
     findings: Findings,
@@ -168,7 +211,7 @@ def tensors_of(
     """Work out what ``load_state_dict`` is given.
 
     Args:
-        source: The checkpoint.
+        given: What each match is loaded from.
         alignment: What is loaded from where.
         targets: The model's state dict.
         findings: Where to say what is found of the values.
@@ -185,7 +228,7 @@ def tensors_of(
     assigned: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     size = 0
-    for done, (match, sources) in enumerate(_read(source, alignment), start=1):
+    for done, (match, sources) in enumerate(given, start=1):
         target = targets[match.target]
         wanted = dtype if dtype is not None and target.dtype.is_floating_point else target.dtype
         if isinstance(match.operation, Copy):
@@ -214,7 +257,7 @@ def _memories(targets: Mapping[str, Tensor]) -> set[int | None]:
     return {memory_of(target) for target in targets.values() if isinstance(target, Tensor)} - {None}
 
 
-def _read(source: Checkpoint, alignment: Alignment) -> Iterator[tuple[Match, list[Tensor]]]:
+def given_by(source: Checkpoint, alignment: Alignment) -> Iterator[Given]:
     """Read the sources of each match, each once if that takes memory."""
     uses = Counter(key for match in alignment.matches for key in match.sources)
     kept: dict[str, Tensor] = {}

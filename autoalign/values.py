@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
+
+Pieces = Callable[[Tensor], Iterable[Tensor]]  # from a tensor to its values, piece by piece
 
 _SAMPLE = 2**10  # elements in a row that are looked at, at three places of a tensor
 
 
-def nan_count(tensor: Tensor) -> int:
+def in_one(tensor: Tensor) -> tuple[Tensor]:
+    """Give a tensor in one piece, as it is."""
+    return (tensor,)
+
+
+def nan_count(tensor: Tensor, pieces: Pieces = in_one) -> int:
     """Count the NaN in a tensor, if there are some in a sample of it; 0 if not.
 
     Small tensors are looked at as a whole. Of others, three stretches are, so that a mapped file is not read for it.
 
     >>> nan_count(torch.full((64, 64), torch.nan))
     4096
+
+    Args:
+        tensor: What to look at.
+        pieces: How to read it, where it is in a file.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()) or not _has_values(tensor):
         return 0
     if tensor.layout != torch.strided:
         return 0 if tensor.layout != torch.sparse_coo else nan_count(tensor._values())
     parts = [tensor] if tensor.numel() <= 3 * _SAMPLE else _stretches(tensor)
-    sums = [_wide(part).sum().item() for part in parts]
+    sums = [_wide(piece).sum().item() for part in parts for piece in pieces(part)]
     if all(total == total for total in sums):  # a NaN makes one of the sum, as do infinities of both signs
         return 0
-    return int(torch.isnan(_wide(tensor)).sum())
+    return sum(int(torch.isnan(_wide(piece)).sum()) for piece in pieces(tensor))
 
 
 def _has_values(tensor: Tensor) -> bool:
@@ -72,7 +85,7 @@ def loss_of_kind(source: torch.dtype, target: torch.dtype) -> str | None:
     return None
 
 
-def loss_of_range(tensor: Tensor, target: torch.dtype) -> str | None:
+def loss_of_range(tensor: Tensor, target: torch.dtype, pieces: Pieces = in_one) -> str | None:
     """Say what a cast loses of the values that a tensor has; it is only read where its dtype has a wider range.
 
     >>> loss_of_range(torch.tensor([1.0, 7e4]), torch.float16)
@@ -81,6 +94,11 @@ def loss_of_range(tensor: Tensor, target: torch.dtype) -> str | None:
     'values from 1 to 300 do not fit'
     >>> loss_of_range(torch.ones(1), torch.float16) is None
     True
+
+    Args:
+        tensor: What is cast.
+        target: The dtype that it gets.
+        pieces: As of ``nan_count``.
     """
     source = tensor.dtype
     if source == target or source.is_complex or tensor.layout != torch.strided or not _has_values(tensor):
@@ -88,8 +106,8 @@ def loss_of_range(tensor: Tensor, target: torch.dtype) -> str | None:
     if source.is_floating_point:
         if not target.is_floating_point or target.itemsize == 1 or not _limit(source) > 2 * _limit(target):
             return None
-        low, high = (float(value) for value in torch.aminmax(torch.nan_to_num(tensor, 0, 0, 0)))
-        largest = max(high, -low)
+        ranges = (torch.aminmax(torch.nan_to_num(piece, 0, 0, 0)) for piece in pieces(tensor))
+        largest = max(max(float(found.max), -float(found.min)) for found in ranges)
         # what is rounded to the largest number is within the range
         fits = bool(torch.isfinite(torch.tensor(largest, dtype=torch.float64).to(source).to(target)))
         return None if fits else f"values up to {largest:.1g} become infinite"
@@ -98,7 +116,8 @@ def loss_of_range(tensor: Tensor, target: torch.dtype) -> str | None:
     exact = _exact_integers(target)
     if exact is None or (source.itemsize < 8 and exact[1] >= 2 ** (8 * source.itemsize) and exact[0] < 0):
         return None
-    low, high = (int(value) for value in torch.aminmax(tensor.long()))
+    found = [torch.aminmax(piece.long()) for piece in pieces(tensor)]
+    low, high = min(int(each.min) for each in found), max(int(each.max) for each in found)
     return None if exact[0] <= low and high <= exact[1] else f"values from {low} to {high} do not fit"
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
 }
+Mapped: TypeAlias = tuple[torch.UntypedStorage, Mapping[str, tuple[int, int]]]  # of a file, and where in it each is
+
 _ENTRY = b'"data_offsets"'  # is in each of a header
 _LONGEST = 10**8  # bytes of a header, by the library's own limit
 
@@ -53,16 +57,15 @@ def open_safetensors(file: Path) -> Contents:
     from safetensors import SafetensorError, safe_open
 
     @cache
-    def opened() -> Any:
-        return safe_open(file, framework="pt")
+    def mapped() -> Mapped:
+        return _mapped(file)
 
     def stored(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
         def read() -> Tensor:
             try:
-                tensor: Tensor = opened().get_tensor(key)
+                return _tensor(mapped(), key, shape, dtype)
             except Exception as error:  # of a file that was changed since, or of a shape that torch cannot hold
                 raise _damaged(file, error) from error
-            return tensor
 
         return Stored(shape, dtype, read, mapped=True)
 
@@ -98,6 +101,27 @@ def open_safetensors(file: Path) -> Contents:
         else ()
     )
     return Contents(root, "safetensors file", metadata, notes=notes)
+
+
+def _mapped(file: Path) -> Mapped:
+    """Map a file whose header is known to be sound, and look up where its tensors are."""
+    content = _header_of(file)
+    start = 8 + len(content)
+    places = {key: entry["data_offsets"] for key, entry in json.loads(content).items() if key != "__metadata__"}
+    storage: Any = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+    return storage, {key: (start + begin, start + end) for key, (begin, end) in places.items()}
+
+
+def _tensor(mapped: Mapped, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Take a tensor without touching its memory, as ``get_tensor`` does: what is cut from the file ends the process."""
+    storage, places = mapped
+    start, end = places[key]
+    tensor = torch.empty(0, dtype=dtype, device="cpu")
+    if end - start != prod(shape) * dtype.itemsize or end > storage.nbytes():
+        raise ValueError(f"{key} is not where it was announced")
+    if start < end:
+        tensor.set_(storage[start:end])
+    return tensor.reshape(shape)
 
 
 def _check_count(file: Path) -> None:
