@@ -283,7 +283,7 @@ def _sparse_assignment(gain: Floats, rows: Ints, columns: Ints, shape: tuple[int
     table = csr_array(
         (
             np.append(cost, np.full(height, float(gain.max()) + 1)),
-            (np.append(rows, alone), np.append(columns, width + alone)),
+            (np.append(rows, alone).astype(np.int32), np.append(columns, width + alone).astype(np.int32)),  # scipy 1.11
         ),
         shape=(height, width + height),
     )

@@ -45,7 +45,7 @@ def wait_for_ranks(model: nn.Module, group: Any) -> None:
     store = _store()
     if store is None:
         return
-    me, ranks = distributed.get_rank(), distributed.get_process_group_ranks(group)
+    me, ranks = distributed.get_rank(), distributed.get_process_group_ranks(group or distributed.group.WORLD)
     name = f"{_name(model)}/{ranks}"
     try:
         number = store.add(f"{name}/here/{me}", 1)

@@ -310,7 +310,8 @@ class Rules:
     def to_key_mapping(self) -> dict[str, str]:
         """Export as the ``key_mapping`` of transformers' ``from_pretrained``, which ``align`` takes as ``rules`` too.
 
-        It renames only: dropped tensors keep a name that the model does not have, or the one they have.
+        It renames only: dropped tensors keep a name that the model does not have, or the one they have. Of the
+        versions 5 it is for 5.6 and later: earlier ones rename each place where the text that a pattern matches occurs.
 
         Raises:
             RulesError: Some rules do more than rename; they are named.
@@ -330,11 +331,11 @@ class Rules:
         return revise_keys(self.rules)
 
     def to_transformers(self) -> list[WeightRenaming | WeightConverter]:
-        """Export as ``WeightRenaming`` and ``WeightConverter`` objects of transformers 5.
+        """Export as ``WeightRenaming`` and ``WeightConverter`` objects of transformers 5.6 and later.
 
         Raises:
             RulesError: Some rules are more than those can say; they are named.
-            DependencyError: transformers 5 is not installed.
+            DependencyError: transformers 5.6 or later is not installed.
         """
         from autoalign.exports.transformers import conversions
 

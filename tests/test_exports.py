@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import core_model_loading
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -24,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 import autoalign
-from autoalign import InputError, Match, Rule, Rules, RulesError
+from autoalign import DependencyError, InputError, Match, Rule, Rules, RulesError
 from autoalign.operations import Chain, Concatenate, Grouped, Operation, Stack, Transpose
 from autoalign.relative import Portion
 from tests.strategies import Case, perturbed, written_cases
@@ -121,6 +123,8 @@ def test_a_name_that_transformers_would_misread_is_refused() -> None:
         rules.to_key_mapping()
 
 
+splits = pytest.mark.skipif(not hasattr(core_model_loading, "Split"), reason="needs transformers 5.20")
+
 # transformers ---------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +176,7 @@ def convert(conversions: list[Any], state_dict: dict[str, Tensor], model: torch.
     return result
 
 
-@pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 2}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"num_key_value_heads": 2}, marks=splits)])
 def test_conversions_split_by_the_machinery_of_transformers(options: dict[str, int]) -> None:
     model = llama(**options)
     source = gpt_like(model)
@@ -186,6 +190,21 @@ def test_conversions_split_by_the_machinery_of_transformers(options: dict[str, i
     assert all(torch.equal(got[key], tensor) for key, tensor in wanted.items())
 
 
+def test_parts_of_unequal_size_need_a_transformers_that_splits_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("transformers.core_model_loading.Split", raising=False)
+    model = llama(num_key_value_heads=2)
+    rules = autoalign.align(halved(gpt_like(model)), model).rules()
+    with pytest.raises(RulesError, match=r"its parts differ in size, which transformers splits from version 5\.20 on"):
+        rules.to_transformers()
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.5.4"])
+def test_a_transformers_that_renames_too_much_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(DependencyError, match=rf"transformers {version} renames each place .* 'transformers>=5\.6'"):
+        RENAMINGS.to_transformers()
+
+
 def test_conversions_are_loaded_by_transformers() -> None:
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -193,9 +212,9 @@ def test_conversions_are_loaded_by_transformers() -> None:
     model = llama()
     source = gpt_like(model)
     rules = autoalign.align(halved(source), model).rules()
-    info, _ = convert_and_load_state_dict_in_model(
-        model, source, LoadStateDictConfig(weight_mapping=rules.to_transformers())
-    )
+    config = LoadStateDictConfig(weight_mapping=rules.to_transformers())
+    old = "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters
+    info, _ = convert_and_load_state_dict_in_model(model, source, config, **({"tp_plan": None} if old else {}))
     assert not info.missing_keys
     assert not info.unexpected_keys
     assert not info.conversion_errors

@@ -21,17 +21,24 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 _LIST = r"(?P<n>\d+)"
+_HINT = "Nothing was exported. Install it with: pip install 'transformers>=5.6'"
 
 
 def conversions(rules: Sequence[Rule]) -> list[WeightRenaming | WeightConverter]:
     """Write rules as objects of transformers; see ``Rules.to_transformers``."""
     try:
+        import transformers
         from transformers.core_model_loading import WeightRenaming
     except ImportError as error:
         raise DependencyError(
             "WeightRenaming and WeightConverter are transformers' own, from version 5 on, which is not installed. "
-            "Nothing was exported. Install it with: pip install 'transformers>=5'"
+            + _HINT
         ) from error
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 6):
+        raise DependencyError(
+            f"transformers {transformers.__version__} renames each place where the text that a pattern matches occurs, "
+            f"not the first. {_HINT}"
+        )
     steps: list[Step] = []
     converters: list[WeightConverter] = []
     refused: list[str] = []
@@ -70,7 +77,7 @@ def _converted(rule: Rule, number: int) -> tuple[list[Step], WeightConverter]:
         Step(source.replace(_LIST, r"\d+"), fronts[0] + placeholder)
         for source, placeholder in zip(rule.sources, placeholders, strict=True)
     ]
-    return steps, WeightConverter(placeholders, list(words), list(_operations(rule)))
+    return steps, WeightConverter(placeholders, list(words), operations=list(_operations(rule)))
 
 
 def _parted(target: str) -> tuple[str, str]:
@@ -105,8 +112,11 @@ def _operations(rule: Rule) -> Iterator[ConversionOps]:
     last = [own[-1] for own in steps]
     if parts := equal_parts(last):
         yield theirs.Chunk(parts.dim)
-    else:
-        yield theirs.Split(_uneven(last))
+        return
+    dim = _uneven(last)
+    if not hasattr(theirs, "Split"):
+        raise CannotSayError("its parts differ in size, which transformers splits from version 5.20 on")
+    yield theirs.Split(dim)
 
 
 def _joining(steps: Sequence[Operation], listed: bool, count: int) -> Iterator[ConversionOps]:
