@@ -290,7 +290,11 @@ FUSED_PAIRS = (
         image_size=56,
     ),
     *both_directions(
-        "timm.swin_tiny <-> transformers.Swin", tm("swin_tiny_patch4_window7_224"), hf("Swin"), image_size=224
+        "timm.swin_tiny <-> transformers.Swin",
+        tm("swin_tiny_patch4_window7_224"),
+        hf("Swin"),
+        image_size=224,
+        only_second=r"\.relative_position_index$",  # which older versions save
     ),
     *both_directions(
         "timm.swinv2_tiny <-> transformers.Swinv2",

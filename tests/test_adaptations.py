@@ -123,7 +123,8 @@ def test_relative_positions_are_resized_as_by_timm(old: int, new: tuple[int, int
 
 def test_relative_positions_by_head_are_resized_as_by_timm() -> None:
     table = torch.randn(3, 13, 13)
-    expected = resize_rel_pos_bias_table(table, (8, 10), (3, 15, 19))
+    # older versions of timm give the values of three dimensions in another shape
+    expected = resize_rel_pos_bias_table(table.flatten(1).T, (8, 10), (15 * 19, 3)).T.reshape(3, 15, 19)
     torch.testing.assert_close(applied(ResizeBiases((7, 7), (8, 10)), table), expected)
 
 
@@ -295,7 +296,8 @@ def test_tables_of_relative_positions_in_other_modules_are_found_by_their_blocks
             transformers.SwinConfig(image_size=128, window_size=8, num_labels=5, **options)
         )
     alignment = autoalign.align(source, target, adapt="rel_pos")
-    assert not alignment.missing_keys
+    # which older versions of transformers save
+    assert not [key for key in alignment.missing_keys if not key.endswith(".relative_position_index")]
     for match in alignment.matches:
         if match.operation.adapts:
             numbers = [[part for part in key.split(".") if part.isdigit()] for key in (match.target, *match.sources)]
