@@ -161,7 +161,7 @@ def _copy_values(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
     except (RuntimeError, MemoryError) as error:
         length = max(target.shape, default=1)
-        if length == 1 or not _is_out_of_memory(error):
+        if length == 1 or not is_out_of_memory(error):
             raise
         dim = target.shape.index(length)
         halves = [length // 2, length - length // 2]
@@ -169,8 +169,8 @@ def _copy_values(target: Tensor, source: Tensor) -> None:
             _copy_values(half, given)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether torch found no memory, for which it has no error of its own on the CPU."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Return True if torch found no memory, for which it has no error of its own on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "allocate memory" in str(error) or "not enough memory" in str(error)

@@ -9,10 +9,13 @@ allow (see ``autoalign.regions``).
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from math import prod
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,16 +24,22 @@ from torch import Tensor, nn
 from autoalign.adaptations import needs_target
 from autoalign.alignment import Alignment
 from autoalign.checkpoint import Checkpoint
+from autoalign.copying import is_out_of_memory
 from autoalign.errors import AlignmentError, CheckpointError, InputError
+from autoalign.mapped import MappedFiles
 from autoalign.matches import Match
+from autoalign.operations import Copy
 from autoalign.progress import Step
 from autoalign.reading import Findings
 from autoalign.regions import Regional, evaluated
 from autoalign.stored import Region, narrowed
 from autoalign.transaction import interrupts_held, is_sharded, local_part, takes_copies
 
-_SAMPLE = 64  # elements of a tensor that are compared between ranks
-_FEW = 16  # tensors that are, where each is read as a whole for that
+_RUN = 64  # elements in a row that are compared between ranks
+_RUNS = 2**12  # such rows of all tensors together, with no less than two and no more than 16 of each
+_FEW = 16  # tensors that are compared where each is read as a whole for that
+_MOST_RUNS = 16
+_PIECE = 2**12  # bytes of a file in a row that are compared then, at as many places of all files
 
 Own = TypeVar("Own")
 Found = TypeVar("Found")
@@ -53,6 +62,7 @@ class Ranks:
         held: ExitStack,
         *,
         undone: str = "nothing was loaded on any",
+        is_changed: bool = False,
         stops: bool = True,
     ) -> tuple[Own, list[Found]]:
         """Do something on each rank; if it fails on one, in whatever way, all raise.
@@ -64,14 +74,17 @@ class Ranks:
             work: What to do. It gives something for this rank and something that all are to know. If it waits for other
                 ranks, it does so first.
             held: Holds signals back until it is closed.
-            undone: What the others say of the failure of one.
+            undone: What is said of the model if it fails.
+            is_changed: Whether the model may be changed then, as the rank itself is to say too.
             stops: Whether signals take effect meanwhile, or stay held back.
 
         Returns:
             What it gave for this rank, and what it gave on each for all to know.
 
         Raises:
-            AlignmentError: It failed on another rank, or there is no connection to one.
+            AlignmentError: It failed on another rank, or there is no connection to one; or it failed here, for want of
+                memory or when the model may be changed.
+            BaseException: It failed here in another way.
         """
         own: Any = None
         found: Any = None
@@ -92,6 +105,9 @@ class Ranks:
         except RuntimeError as error:
             lost = error
         if failure is not None:
+            if isinstance(failure, Exception) and (is_changed or is_out_of_memory(failure)):
+                rank = torch.distributed.get_rank(self.group)
+                raise AlignmentError(f"Rank {rank} (this one) failed, and {undone}: {mine[0]}") from failure
             raise failure
         if lost is not None:
             raise AlignmentError(
@@ -104,14 +120,21 @@ class Ranks:
         return own, [found for _, found in outcomes]
 
 
-def digests(source: Checkpoint, alignment: Alignment) -> tuple[str, str]:
+def digests(source: Checkpoint, alignment: Alignment, files: MappedFiles) -> tuple[str, str]:
     """Summarise what is loaded from where, and a sample of the values there; both are to be the same on all ranks.
 
-    The sample is a few numbers in the middle of each tensor, or of the smallest ones where a tensor is read as a whole
-    for that.
+    The sample is all of a tensor of up to 1,024 numbers, and of a larger one rows of up to 64 numbers at places spread
+    evenly over it: 16 of each, and at least two where there are more than 256 tensors. Where a tensor is read as a
+    whole for that, as of an npz file, it is of the 16 smallest tensors, with the sizes of all files and 4 KiB at 4,096
+    places spread over their bytes. Checkpoints that differ in nothing but a few rows of a large tensor may pass.
+
+    Args:
+        source: The checkpoint.
+        alignment: What is loaded from where.
+        files: From which to read what is mapped.
 
     Raises:
-        CheckpointError: The checkpoint changed since it was opened.
+        CheckpointError: The checkpoint changed since it was opened, or while it was read.
         InputError: Tensors of the checkpoint are spread over processes themselves.
     """
     source.require_unchanged()
@@ -119,21 +142,63 @@ def digests(source: Checkpoint, alignment: Alignment) -> tuple[str, str]:
     keys = sorted({key for match in alignment.matches for key in match.sources})
     if not source.is_held:
         keys = sorted(keys, key=lambda key: source.spec(key).numel)[:_FEW]
-    sample = hashlib.sha256()
     for key in keys:
         shape = source.spec(key).shape
-        if source.is_held and shape and is_sharded(source.region(key, tuple((0, 0) for _ in shape))):
+        if source.is_held and is_sharded(source.region(key, tuple((0, 0) for _ in shape))):
             raise InputError(
                 f"{key} of the checkpoint is spread over processes as the model is, and ranks do not exchange parts. "
                 "Nothing was loaded. Give a state dict of whole tensors, or a folder of torch.distributed.checkpoint."
             )
-        counts = [min(length, 1 if shape[dim + 1 :] else _SAMPLE) for dim, length in enumerate(shape)]
-        region = tuple(((length - count) // 2, count) for length, count in zip(shape, counts, strict=True))
-        part = source.region(key, region)
-        if part.layout == torch.strided and not part.is_meta and not part.is_quantized:
-            flat = part.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
-            sample.update(key.encode() + flat.contiguous().view(torch.uint8).numpy().tobytes())
+    files.find()  # which are mapped now
+    sample = hashlib.sha256()
+    count = max(2, min(_MOST_RUNS, _RUNS // max(1, len(keys))))
+    for key in keys:
+        shape = source.spec(key).shape
+        regions = _spread(shape, count) if source.is_held else [tuple((0, length) for length in shape)]
+        sample.update(key.encode())
+        for part in files.read_together([source.region(key, region) for region in regions]):
+            if part.layout == torch.strided and not part.is_meta and not part.is_quantized:
+                flat = part.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+                sample.update(flat.contiguous().view(torch.uint8).numpy().tobytes())
+    if not source.is_held:
+        _sample_files([path for path, _ in source.opened], sample.update)
+    source.require_unchanged()
     return hashlib.sha256(repr(found).encode()).hexdigest(), sample.hexdigest()
+
+
+def _spread(shape: Sequence[int], count: int) -> list[Region]:
+    """Choose parts of a tensor that lie spread evenly over it: all of a small one.
+
+    >>> _spread((2, 3), 5)
+    [((0, 2), (0, 3))]
+    >>> _spread((3, 1000), 2)
+    [((0, 1), (0, 64)), ((2, 1), (936, 64))]
+    """
+    if prod(shape) <= _MOST_RUNS * _RUN:
+        return [tuple((0, length) for length in shape)]
+    *outer, last = shape
+    length, rows = min(last, _RUN), prod(outer)
+    regions = []
+    for place in range(count):
+        row, region = place * (rows - 1) // (count - 1), [(place * (last - length) // (count - 1), length)]
+        for size in reversed(outer):
+            row, index = divmod(row, size)
+            region.insert(0, (index, 1))
+        regions.append(tuple(region))
+    return list(dict.fromkeys(regions))
+
+
+def _sample_files(paths: Sequence[Path], update: Callable[[bytes], None]) -> None:
+    """Take the sizes of files, and bytes at places spread evenly over them; all of what is small."""
+    count = max(2, _RUNS // max(1, len(paths)))
+    for path in paths:
+        with suppress(OSError), path.open("rb") as stream:  # deleted, but still there for what has it open
+            size = os.fstat(stream.fileno()).st_size
+            update(f"{path.name} {size}".encode())
+            last = max(0, size - _PIECE)
+            for start in sorted({place * last // (count - 1) for place in range(count)}):
+                stream.seek(start)
+                update(stream.read(_PIECE))
 
 
 def require_same(found: Sequence[tuple[str, str]], alignment: Alignment) -> None:
@@ -186,7 +251,9 @@ class ShardPlan:
     wholes: Mapping[str, Tensor]  # what operations need of the model's own values, gathered
 
 
-def plan_of(source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tensor], *, assign: bool) -> ShardPlan:
+def plan_of(
+    source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tensor], files: MappedFiles, *, assign: bool
+) -> ShardPlan:
     """Decide what this rank reads; all ranks must call this, for a tensor may have to be gathered.
 
     What can be wrong with a source that is mapped shows here: the part that takes the most memory is read for trial.
@@ -241,31 +308,40 @@ def plan_of(source: Checkpoint, alignment: Alignment, targets: Mapping[str, Tens
     )
     plan = ShardPlan(filled, parts, wholes)
     if source.is_held and parts:  # else old values are kept, and it may fail later
-        _read_for_trial(source, plan)
+        files.find()
+        _read_for_trial(source, plan, files)
     return plan
 
 
-def _read_for_trial(source: Checkpoint, plan: ShardPlan) -> None:
+def _read_for_trial(source: Checkpoint, plan: ShardPlan, files: MappedFiles) -> None:
     """Read the part that takes the most memory, so that where there is too little this shows in time."""
     match, region, target = max(plan.parts, key=lambda part: part[2].nbytes)
-    _part(source, match, region, plan.wholes, Findings(), target.dtype)
+    _part(source, match, region, plan.wholes, Findings(), target.dtype, files)
 
 
-def fill_parts(source: Checkpoint, plan: ShardPlan, findings: Findings, step: Step) -> None:
+def fill_parts(source: Checkpoint, plan: ShardPlan, findings: Findings, step: Step, files: MappedFiles) -> None:
     """Read this rank's parts into their places.
 
     Raises:
-        CheckpointError: The checkpoint gives other shapes than announced.
+        CheckpointError: The checkpoint gives other shapes than announced, or changed meanwhile.
     """
+    files.find()
     size = 0
     for done, (match, region, target) in enumerate(plan.parts, start=1):
-        tensor = _part(source, match, region, plan.wholes, findings, target.dtype)
+        is_read = False
+        if isinstance(match.operation, Copy):
+            tensor = source.region(match.sources[0], region)
+            is_read = tensor.shape == target.shape and files.read(tensor, target)
+            findings.examine(match, [tensor], target.dtype)
+        else:
+            tensor = _part(source, match, region, plan.wholes, findings, target.dtype, files)
         if tensor.shape != target.shape:
             raise CheckpointError(
                 f"size mismatch for {match.target}: {', '.join(match.sources)} gave {list(tensor.shape)} where "
                 f"{list(target.shape)} was announced."
             )
-        target.copy_(tensor)
+        if not is_read:
+            target.copy_(tensor)
         size += target.nbytes
         step(done, size)
 
@@ -304,11 +380,12 @@ def _part(
     wholes: Mapping[str, Tensor],
     findings: Findings,
     dtype: torch.dtype,
+    files: MappedFiles,
 ) -> Tensor:
     """Work out a part of what a match gives."""
 
     def read(key: str, inner: Region) -> Tensor:
-        tensor = source.region(key, inner)
+        (tensor,) = files.read_together([source.region(key, inner)])
         findings.examine(Match(match.target, (key,)), [tensor], dtype)
         return tensor
 

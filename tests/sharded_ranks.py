@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -192,12 +193,13 @@ def keeps_no_old_values(rank: int, world: int, path: str) -> None:
     interrupted: list[int] = []
 
     def region(key: str, asked: Region) -> Tensor:
-        if key == "head.weight" and rank == 0 and not interrupted and asked[0][1] > 1:  # which is more than a sample
+        if key == "head.weight" and rank == 0 and not interrupted and asked[0][1] > 1:
             interrupted.append(1)
             signal.raise_signal(signal.SIGINT)
         return sound.region(key, asked)
 
-    with mock.patch("autoalign.transaction._values", side_effect=AssertionError("old values are kept")):
+    kept = mock.patch("autoalign.transaction._values", side_effect=AssertionError("old values are kept"))
+    with kept, mock.patch("autoalign.loading.digests", return_value=("", "")):  # else the interrupt comes there
         if rank == 0:
             with pytest.raises(KeyboardInterrupt):
                 autoalign.load(model, replace(sound, read_region=region), strict=True)
@@ -209,7 +211,9 @@ def keeps_no_old_values(rank: int, world: int, path: str) -> None:
     model = fully_sharded(world, filled(1))
     interrupted.clear()
     unheld = replace(sound, read_region=region, is_held=False)
-    expect(KeyboardInterrupt if rank == 0 else AlignmentError, "^$" if rank == 0 else "Rank 0 failed", model, unheld)
+    with mock.patch("autoalign.loading.digests", return_value=("", "")):
+        kind = KeyboardInterrupt if rank == 0 else AlignmentError
+        expect(kind, "^$" if rank == 0 else "Rank 0 failed", model, unheld)
     assert len(interrupted) == (rank == 0)
     assert_loaded(model, filled(1))
 
@@ -262,6 +266,9 @@ def fails_together(rank: int, world: int, path: str) -> None:
         source = checkpoint_of({**sound, key: sound[key] + 1} if rank else sound)
         text = "Ranks 0 and 1 have checkpoints of other values, and nothing was loaded"
         expect(AlignmentError, text, model, replace(source, is_held=is_held))
+    other = sound["h.0.mlp.c_fc.weight"].clone()
+    other[0, 0] += rank
+    expect(AlignmentError, text, model, {**sound, "h.0.mlp.c_fc.weight": other})
     assert_loaded(model, filled(1))
 
     def interrupt(*_: object, **__: object) -> None:
@@ -275,13 +282,20 @@ def fails_together(rank: int, world: int, path: str) -> None:
             raise errors[0]
         return sound.region(key, region)
 
+    unsampled = mock.patch("autoalign.loading.digests", return_value=("", ""))  # for which it is read too
     largest = WIDTH * WIDTH  # a rank has more of the weights of an MLP, and no more of any other
 
     errors: list[BaseException] = [OSError("the disk is gone"), MemoryError("no memory"), KeyboardInterrupt("now")]
     while errors:
         for is_held in (True, False):  # which shows before anything is changed, or after which old values are put back
             source = replace(sound, read_region=broken, is_held=is_held)
-            fails_on(1, type(errors[0]), str(errors[0]), source)
+            with unsampled:
+                if isinstance(errors[0], MemoryError):
+                    text = r"Rank 1 .*failed, and .* (loaded|changed) on any: MemoryError: no memory"
+                    expect(AlignmentError, text, model, source)
+                    assert_loaded(model, filled(1))
+                else:
+                    fails_on(1, type(errors[0]), str(errors[0]), source)
         del errors[0]
 
     def cancel(done: int, _all: int) -> None:
@@ -296,9 +310,9 @@ def fails_together(rank: int, world: int, path: str) -> None:
     fails_on(0, ZeroDivisionError, "by zero", path)
     hook.remove()
     errors = [MemoryError("no memory")]
-    text = "no memory" if rank == 1 else "may have changed in part: load it anew: MemoryError: no memory"
-    with mock.patch("autoalign.sharded._read_for_trial"):  # as if there had still been memory
-        expect(MemoryError if rank == 1 else AlignmentError, text, model, replace(sound, read_region=broken))
+    text = "may have changed in part: load it anew: MemoryError: no memory"
+    with unsampled, mock.patch("autoalign.sharded._read_for_trial"):  # as if there had still been memory
+        expect(AlignmentError, text, model, replace(sound, read_region=broken))
     autoalign.load(model, path, strict=True)
     assert_loaded(model, filled())
 
@@ -314,15 +328,49 @@ def meets_an_unsharded_rank(rank: int, world: int, path: str) -> None:
     assert_loaded(model, filled())
     model = fully_sharded(world, filled(1))
     distributed.barrier()
+    with mock.patch("autoalign.rendezvous._PATIENCE", 0.3):  # it takes longer, and is waited for
+        if rank == 1:
+            autoalign.load(filled(1), path, progress=lambda *_: time.sleep(0.05))
+        autoalign.load(model, path, strict=True)
+    assert_loaded(model, filled())
+    model = fully_sharded(world, filled(1))
+    distributed.barrier()
     with mock.patch("autoalign.rendezvous._PATIENCE", 0.2):
         if rank == 0:
-            expect(AlignmentError, "Rank 1 has not come .* the same parameters that is not sharded", model, path)
+            expect(AlignmentError, "Rank 1 has not come .* after it loaded .* that is not sharded", model, path)
         distributed.barrier()
         if rank == 1:
             expect(AlignmentError, "did not wait any longer for rank 1", model, path)
     assert_loaded(model, filled(1))
     autoalign.load(model, path, strict=True)
     assert_loaded(model, filled())
+
+
+def meets_a_cut_file(rank: int, world: int, path: str) -> None:
+    """A file that is cut while the parts are read ends no process, and all say what became of the model."""
+    fill_parts: Any = importlib.import_module("autoalign.sharded").fill_parts
+    for fails in (False, True):  # before values are kept, and after
+        model = fully_sharded(world, filled(1))
+        cut = f"{path}-{fails}.cut"
+        if rank == 0:
+            shutil.copy(path, cut)
+        distributed.barrier()
+
+        def cutting(*arguments: Any, cut: str = cut) -> None:
+            distributed.barrier()
+            if rank == 0:
+                os.truncate(cut, 0)
+            distributed.barrier()
+            fill_parts(*arguments)
+
+        text = "[Tt]he model was not changed" if fails else "may have changed in part: load it anew: CheckpointError"
+        with mock.patch("autoalign.loading.fill_parts", cutting), warnings.catch_warnings():
+            if fails:
+                warnings.simplefilter("error", ValueWarning)
+            with pytest.raises((AlignmentError, CheckpointError), match=text):
+                autoalign.load(model, cut, strict=True)
+        if fails:
+            assert_loaded(model, filled(1))
 
 
 def expect(

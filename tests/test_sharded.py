@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from autoalign import align
+from autoalign.checkpoint import open_checkpoint
 from autoalign.errors import InputError
 from autoalign.loading import load
-from autoalign.sharded import ranks_of
+from autoalign.mapped import MappedFiles
+from autoalign.sharded import digests, ranks_of
 from tests import sharded_ranks as ranks
 
 
@@ -50,6 +54,7 @@ def test_two_ranks(tmp_path: Path, paths: dict[str, str]) -> None:
     works += [(work, (paths["file"],)) for work in (ranks.reads_its_part, ranks.reports_once, ranks.adapts)]
     works += [(work, (paths["file"],)) for work in (ranks.keeps_no_old_values, ranks.loads_sharded_tensors)]
     works += [(work, (paths["file"],)) for work in (ranks.fails_together, ranks.meets_an_unsharded_rank)]
+    works += [(ranks.meets_a_cut_file, (paths["file"],))]
     ranks.run(2, works, tmp_path)
     model = ranks.filled(1)
     with pytest.raises(InputError, match=r"is a part of a tensor that is spread over 2 processes"):
@@ -67,6 +72,21 @@ def test_four_ranks(tmp_path: Path, paths: dict[str, str]) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_model_on_a_mesh_of_cuda_devices(tmp_path: Path, file: str) -> None:
     ranks.run(2, [(ranks.on_cuda, (file,))], tmp_path)
+
+
+def test_digests_tell_files_apart_whose_tensors_are_read_as_a_whole(tmp_path: Path) -> None:
+    arrays = {f"layer{number}.weight": np.zeros((number + 2, 5)) for number in range(20)}
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "file.npz", allow_pickle=False, **arrays)
+        source = open_checkpoint(tmp_path / name / "file.npz")
+        assert not source.is_held
+        target = {key: torch.zeros(spec.shape) for key, spec in zip(source, source.specs, strict=True)}
+        found.append(digests(source, align(source, target), MappedFiles(frozenset())))
+        arrays["layer19.weight"][3, 3] = 1.0  # of the largest
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
 
 
 def test_a_plain_model_has_no_ranks() -> None:
