@@ -20,7 +20,6 @@ from benchmarks import (
     contest_partial,
     contest_perturbed,
     file_loading,
-    gold,
     import_time,
     moe,
     nameless,
@@ -166,8 +165,6 @@ def _partial(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[st
 
 
 def _gold(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[str]:
-    if not gold.is_available():
-        return iter(["The gold cases are not beside this project."])
     return _contest(results, contest_gold.attempts(peers, plan.gold))
 
 

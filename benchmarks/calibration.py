@@ -1,7 +1,7 @@
 """Fit the calibration of the confidence: ``python -m benchmarks.calibration --from DIR --write``.
 
 DIR is a folder that ``python -m benchmarks.reliability --count 2000 --out DIR`` has filled: matches with known truth
-over perturbed architectures and, where they are there, gold cases. What the optimisation itself did not decide (equal
+over perturbed architectures and gold cases. What the optimisation itself did not decide (equal
 keys, plain renamings, what rules fix, layouts in doubt) is left out.
 """
 

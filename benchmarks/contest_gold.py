@@ -1,19 +1,18 @@
-"""The matchers on the gold cases that may lie beside this project."""
+"""The matchers on the gold cases."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import Tensor
-
+from autoalign.matches import Match
+from benchmarks.cases.gold import GoldCase, names, read
 from benchmarks.contest import Attempt, attempt
-from benchmarks.gold import GoldCase, paths, read, scorer
 from benchmarks.peers import Peer
 
 
 def attempts(peers: Sequence[Peer], limit: int | None = None) -> Iterator[Attempt]:
-    """Try every matcher on the gold cases, or on ``limit`` from all over their list; none where they are absent."""
-    found = paths()
+    """Try every matcher on the gold cases, or on ``limit`` from all over their list."""
+    found = names()
     count = len(found) if limit is None else min(limit, len(found))
     for index in range(count):
         case = read(found[index * len(found) // count])
@@ -22,39 +21,39 @@ def attempts(peers: Sequence[Peer], limit: int | None = None) -> Iterator[Attemp
 
 
 def _attempt(peer: Peer, case: GoldCase) -> Attempt:
-    counted, group = case.expressions, f"gold, {case.group}"
     size = max(len(case.source), len(case.target))
 
-    def by_value(aligned: Mapping[str, Tensor]) -> tuple[int, int]:
-        judged = [case.is_value_right(key, tensor) for key, tensor in aligned.items() if key in counted]
+    def judge(matches: Sequence[Match]) -> tuple[int, int]:
+        judged = [case.is_right(match.target, match) for match in matches if match.target in case.expressions]
         return sum(judged), len(judged) - sum(judged)
 
-    def by_key(mapping: Mapping[str, frozenset[str]]) -> tuple[int, int]:
+    def judge_keys(mapping: Mapping[str, str]) -> tuple[int, int]:
         judged = [
-            (expression := counted[key]) is not None and used == scorer().gold_sources(expression)
-            for key, used in mapping.items()
-            if key in counted
+            case.is_right_key(key, own)
+            for key, own in mapping.items()
+            if key in case.expressions and case.source[own].numel() == case.target[key].numel()
         ]
         return sum(judged), len(judged) - sum(judged)
 
-    if case.on_meta:
-        return attempt(peer, group, case.name, lambda: _used(peer, case), by_key, gold=case.gold_count, tensors=size)
+    group = f"gold, {case.group}"
+    if peer.name == "autoalign":
+        import autoalign
+
+        return attempt(
+            peer,
+            group,
+            case.name,
+            lambda: autoalign.align(case.source, case.target).matches,
+            judge,
+            gold=case.gold_count,
+            tensors=size,
+        )
     return attempt(
         peer,
         group,
         case.name,
-        lambda: peer.aligned(case.source, case.target),
-        by_value,
+        lambda: peer.match(case.source, case.target),
+        judge_keys,
         gold=case.gold_count,
         tensors=size,
     )
-
-
-def _used(peer: Peer, case: GoldCase) -> dict[str, frozenset[str]]:
-    """The source keys that each target key is filled from."""
-    if peer.name == "autoalign":
-        import autoalign
-
-        matches = autoalign.align(case.source, case.target).matches
-        return {match.target: frozenset(match.sources) for match in matches}
-    return {key: frozenset([own]) for key, own in peer.match(case.source, case.target).items()}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import autoalign
 from autoalign.alignment import Alignment
 from autoalign.matches import Match
 from autoalign.operations import Copy
-from benchmarks import gold, perturbations
+from benchmarks import perturbations
 from benchmarks.architectures import Choice
+from benchmarks.cases import gold
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def judged_perturbation(index: int, seed: int, choice: Choice = perturbations.AL
     """Make a perturbation, align it and judge the result; only copies of the true source are right."""
     case = perturbations.case(index, seed, choice)
 
-    def is_right(match: Match, _: Alignment) -> bool:
+    def is_right(match: Match) -> bool:
         truth = case.truth[match.target]
         return match.sources == (truth,) and isinstance(match.operation, Copy)
 
@@ -80,12 +80,12 @@ def judged_perturbation(index: int, seed: int, choice: Choice = perturbations.AL
     )
 
 
-def judged_gold(path: Path) -> JudgedCase:
-    """Align a gold case and judge the result, by value."""
-    case = gold.read(path)
+def judged_gold(name: str) -> JudgedCase:
+    """Align a gold case and judge the result."""
+    case = gold.read(name)
     matches, seconds, error = _judged(
         lambda: autoalign.align(case.source, case.target),
-        case.is_right,
+        lambda match: case.is_right(match.target, match),
         lambda key: None if case.expressions[key] is None else str(case.expressions[key])[:200],
         case.expressions,
     )
@@ -94,7 +94,7 @@ def judged_gold(path: Path) -> JudgedCase:
 
 def _judged(
     align: Callable[[], Alignment],
-    is_right: Callable[[Match, Alignment], bool],
+    is_right: Callable[[Match], bool],
     truth: Callable[[str], str | None],
     counted: Mapping[str, object] | None = None,
 ) -> tuple[tuple[Judged, ...], float, str]:
@@ -113,7 +113,7 @@ def _judged(
                 str(match.operation),
                 match.confidence,
                 is_loaded,
-                is_right(match, alignment),
+                is_right(match),
                 truth(match.target),
                 match.evidence,
             )

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import gold
 from benchmarks.architectures import Choice
+from benchmarks.cases import gold
 from benchmarks.judging import JudgedCase, judged_gold, judged_perturbation
 from benchmarks.perturbations import ALL, LEVELS
 
@@ -82,15 +82,15 @@ def judged_cases(
     processes: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[JudgedCase]:
-    """Judge the perturbations of a seed and then the gold cases that are there, always in the same order."""
+    """Judge the perturbations of a seed and then the gold cases, always in the same order."""
     choice.architectures()  # builds the cache once, before other processes read it
     generated = partial(judged_perturbation, seed=seed, choice=choice)
-    paths = gold.paths() if with_gold else []
+    names = gold.names() if with_gold else []
     if processes == 1:
-        yield from _counted(chain(map(generated, range(count)), map(judged_gold, paths)), progress)
+        yield from _counted(chain(map(generated, range(count)), map(judged_gold, names)), progress)
         return
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = chain(pool.map(generated, range(count), chunksize=_CHUNK), pool.map(judged_gold, paths))
+        found = chain(pool.map(generated, range(count), chunksize=_CHUNK), pool.map(judged_gold, names))
         yield from _counted(found, progress)
 
 

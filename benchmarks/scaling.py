@@ -1,6 +1,6 @@
 """Time and memory of one mixture of experts at four sizes, each in a process of its own, every result checked.
 
-So are the gold cases of large language models, where they lie beside this project.
+So are the gold cases of large language models.
 
     python -m benchmarks.scaling 91000 autoalign 1    # one measurement, as JSON
 """
@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 
 import autoalign
-from benchmarks import gold
+from benchmarks.cases import gold
 from benchmarks.memory import peak_bytes
 from benchmarks.moe import INFERENCE, PUBLISHED, SIZES, state_dict, truth
 from benchmarks.peers import PEERS, Peer
@@ -64,10 +64,10 @@ def measure(peers: Sequence[Peer], sizes: Sequence[int], repeats: int) -> Iterat
 
 
 def measure_gold(repeats: int) -> Iterator[Point]:
-    """Measure autoalign on the gold cases of large models; none where they are absent."""
-    for path in gold.paths():
-        if path.name.startswith("scale."):
-            yield _in_process(PEERS["autoalign"], 0, repeats, path.name)
+    """Measure autoalign on the gold cases of large models."""
+    for entry in gold.index():
+        if entry.group == "scale":
+            yield _in_process(PEERS["autoalign"], 0, repeats, entry.name)
 
 
 def _in_process(peer: Peer, size: int, repeats: int, case: str = "") -> Point:
@@ -110,11 +110,11 @@ def measured_gold(name: str, repeats: int) -> Point:
     """Measure a gold case in this process; a match is right if it reads the gold source keys."""
     one = {"fc.weight": torch.empty(2, 3)}
     autoalign.align(one, one)
-    (case,) = gold.gold_cases(name)
+    case = gold.read(name)
     before = peak_bytes()
     alignment, seconds, cpu_seconds = _timed(lambda: autoalign.align(case.source, case.target), repeats)
     peak = max(peak_bytes() - before, 0)
-    judged = [case.is_right(match, alignment) for match in alignment.matches if match.target in case.expressions]
+    judged = [case.is_right(match.target, match) for match in alignment.matches if match.target in case.expressions]
     right, wrong = sum(judged), len(judged) - sum(judged)
     return Point("autoalign", 0, case.gold_count, right, wrong, seconds, cpu_seconds, peak, case=case.name)
 
