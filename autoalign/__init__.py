@@ -7,12 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autoalign.align_options import AlignOptions
     from autoalign.alignment import Alignment
-    from autoalign.api import align
-    from autoalign.causes import Divergence
-    from autoalign.checkpoint import Checkpoint, open_checkpoint
-    from autoalign.converting import convert
+    from autoalign.api import AlignOptions, align, convert, load, verify
+    from autoalign.checkpoints.checkpoint import Checkpoint, open_checkpoint
     from autoalign.errors import (
         AlignmentError,
         AmbiguousAlignmentError,
@@ -32,13 +29,13 @@ if TYPE_CHECKING:
         UnsafeCheckpointError,
         ValueWarning,
     )
-    from autoalign.execution import execution_order
-    from autoalign.explanation import Explanation
-    from autoalign.loading import load
-    from autoalign.matches import Candidate, Match, Mismatch
-    from autoalign.rules import Rule, Rules
-    from autoalign.verification import Verification
-    from autoalign.verifying import verify
+    from autoalign.plan.matches import Candidate, Match, Mismatch
+    from autoalign.reports.explain import Explanation
+    from autoalign.rules.rule import Rule
+    from autoalign.rules.rules import Rules
+    from autoalign.verification.causes import Divergence
+    from autoalign.verification.run import execution_order
+    from autoalign.verification.verify import Verification
 
 __version__ = "0.1.0"
 
@@ -82,22 +79,22 @@ __all__ = [
 
 _MODULES = {
     "align": "api",
-    "AlignOptions": "align_options",
+    "load": "api",
+    "verify": "api",
+    "convert": "api",
+    "AlignOptions": "api",
     "Alignment": "alignment",
-    "Candidate": "matches",
-    "Match": "matches",
-    "Mismatch": "matches",
-    "Checkpoint": "checkpoint",
-    "open_checkpoint": "checkpoint",
-    "convert": "converting",
-    "load": "loading",
-    "Divergence": "causes",
-    "Verification": "verification",
-    "verify": "verifying",
-    "Explanation": "explanation",
-    "execution_order": "execution",
-    "Rule": "rules",
-    "Rules": "rules",
+    "Candidate": "plan.matches",
+    "Match": "plan.matches",
+    "Mismatch": "plan.matches",
+    "Checkpoint": "checkpoints.checkpoint",
+    "open_checkpoint": "checkpoints.checkpoint",
+    "Divergence": "verification.causes",
+    "Verification": "verification.verify",
+    "Explanation": "reports.explain",
+    "execution_order": "verification.run",
+    "Rule": "rules.rule",
+    "Rules": "rules.rules",
 }  # and all others are in errors
 
 

@@ -7,14 +7,14 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError, NothingLoadedError
-from autoalign.matches import Plan
+from autoalign.plan.matches import Plan
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from autoalign.checkpoint import Side
-    from autoalign.explanation import Explanation
-    from autoalign.rules import Rules
+    from autoalign.checkpoints.checkpoint import Side
+    from autoalign.reports.explain import Explanation
+    from autoalign.rules.rules import Rules
 
 
 class Alignment(Plan):
@@ -44,7 +44,7 @@ class Alignment(Plan):
         >>> print(*(f"{match.target} = {match.operation}" for match in alignment.inverse().matches), sep="; ")
         q.weight = split(dim 0, 0:2); k.weight = split(dim 0, 2:4); v.weight = split(dim 0, 4:6)
         """
-        from autoalign.inversion import inverted
+        from autoalign.plan.inversion import inverted
 
         return inverted(self)
 
@@ -67,7 +67,7 @@ class Alignment(Plan):
         Raises:
             InputError: Neither side has the key; close ones are named.
         """
-        from autoalign.explanation import explained
+        from autoalign.reports.explain import explained
 
         return explained(self, key)
 
@@ -83,7 +83,7 @@ class Alignment(Plan):
         >>> print(autoalign.align(checkpoint, model).rules())
         ^layers\.(\d+)\.fc\. -> blocks.\1.linear.
         """
-        from autoalign.induction import induced
+        from autoalign.rules.induce import induced
 
         return induced(self)
 
@@ -94,7 +94,7 @@ class Alignment(Plan):
         >>> autoalign.align({"a": torch.ones(2)}, {"b": torch.zeros(2)}, rules={"a": "b"}).to_dict()["matches"]
         [{'target': 'b', 'sources': ['a'], 'confidence': 1.0, 'evidence': {'rule': 1.0}}]
         """
-        from autoalign.saving import alignment_to_plain
+        from autoalign.reports.serialization import alignment_to_plain
 
         return alignment_to_plain(self)
 
@@ -104,7 +104,7 @@ class Alignment(Plan):
         Raises:
             OutputError: The file cannot be written there.
         """
-        from autoalign.saving import save
+        from autoalign.reports.serialization import save
 
         save(self, path)
 
@@ -117,7 +117,7 @@ class Alignment(Plan):
         Raises:
             InputError: The file is no saved alignment, or one of another version.
         """
-        from autoalign.saving import read
+        from autoalign.reports.serialization import read
 
         return cls.of(read(path))
 
@@ -137,7 +137,7 @@ class Alignment(Plan):
         Raises:
             PairMismatchError: Keys or shapes differ from those that the alignment was made for; the text lists them.
         """
-        from autoalign.saving import applied
+        from autoalign.reports.serialization import applied
 
         return applied(self, source, target, container=container)
 
@@ -150,7 +150,7 @@ class Alignment(Plan):
             IncompatibleTensorsError: Lists every missing, mismatched, ambiguous and unexpected key, with both shapes.
         """
         if self.missing_keys or self.unexpected_keys:
-            from autoalign.report import incomplete_message
+            from autoalign.reports.text import incomplete_message
 
             raise IncompatibleTensorsError(incomplete_message(self), self)
 
@@ -161,7 +161,7 @@ class Alignment(Plan):
             IncompatibleTensorsError: Lists every missing, mismatched and ambiguous key, with both shapes.
         """
         if self.missing_keys:
-            from autoalign.report import incomplete_message
+            from autoalign.reports.text import incomplete_message
 
             raise IncompatibleTensorsError(incomplete_message(self, unexpected=False), self)
 
@@ -172,7 +172,7 @@ class Alignment(Plan):
             IncompatibleTensorsError: Lists every unexpected key, with its shape and that of what comes near.
         """
         if self.unexpected_keys:
-            from autoalign.report import incomplete_message
+            from autoalign.reports.text import incomplete_message
 
             raise IncompatibleTensorsError(incomplete_message(self, missing=False), self)
 
@@ -183,7 +183,7 @@ class Alignment(Plan):
             NothingLoadedError: Lists the first keys of both sides, with their shapes.
         """
         if not self.matches:
-            from autoalign.report import nothing_message
+            from autoalign.reports.text import nothing_message
 
             raise NothingLoadedError(nothing_message(self), self)
 
@@ -194,7 +194,7 @@ class Alignment(Plan):
             AmbiguousAlignmentError: Lists every ambiguous key with its proposals.
         """
         if self.ambiguous:
-            from autoalign.report import ambiguous_message
+            from autoalign.reports.text import ambiguous_message
 
             raise AmbiguousAlignmentError(ambiguous_message(self), self)
 
@@ -210,7 +210,7 @@ class Alignment(Plan):
         Raises:
             InputError: The file cannot be written there.
         """
-        from autoalign.html.document import write
+        from autoalign.reports.html import write
 
         write(self, path, title=title)
 
@@ -238,7 +238,7 @@ class Alignment(Plan):
         Raises:
             InputError: The width or the limit is no positive number.
         """
-        from autoalign.report import plain_text
+        from autoalign.reports.text import plain_text
 
         if not isinstance(width, int) or width < 1:
             raise InputError(f"width={width!r} is not a positive number of characters. Nothing was written.")
@@ -272,13 +272,13 @@ class Alignment(Plan):
         Args:
             proposals: Whether what is ``ambiguous``, and so not loaded, has edges too; their relation is ``proposed``.
         """
-        from autoalign.networkx_graph import correspondence_graph
+        from autoalign.reports.graph import correspondence_graph
 
         return correspondence_graph(self, proposals=proposals)
 
     def _repr_html_(self) -> str:
         """Write the short form of the report that a notebook shows."""
-        from autoalign.html.notebook import notebook_html
+        from autoalign.reports.html import notebook_html
 
         return notebook_html(self)
 

@@ -2,15 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Unpack
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from autoalign.adaptations import Adapt
-from autoalign.align_options import NoOptions, check_options
-from autoalign.aligning import match_tensors
+import torch
+from torch import nn
+
 from autoalign.alignment import Alignment
-from autoalign.checkpoint import Side
-from autoalign.patterns import PatternLike, RuleLike
+from autoalign.checkpoints.checkpoint import Side
+from autoalign.errors import InputError
+from autoalign.matching.match import OrderOfUse, match_tensors
+from autoalign.matching.scope import PatternLike, RuleLike
+from autoalign.plan.adaptations import Adapt
+
+if TYPE_CHECKING:
+    from autoalign.loading.convert import Format
+    from autoalign.loading.prepare import Progress
+    from autoalign.verification.verify import Verification
+
+_CLOSE = 60  # likeness, of 100, from which on another name may be what was meant
+
+
+class MatchOptions(TypedDict, total=False):
+    """The options of ``align`` that need no call of a module, as ``verify`` hands them on."""
+
+    rules: RuleLike
+    include: PatternLike
+    exclude: PatternLike
+    adapt: Adapt | Iterable[Adapt]
+    min_confidence: float
+    container: str | None
+
+
+class AlignOptions(MatchOptions, TypedDict, total=False):
+    """The options of ``align``, for functions that hand them on.
+
+    A type checker knows each option and its type, and an editor completes them:
+
+        from typing import Unpack
+
+        def my_load(model: nn.Module, path: str, **options: Unpack[autoalign.AlignOptions]) -> None:
+            autoalign.load(model, path, **options)
+    """
+
+    example_inputs: object
+
+
+class NoOptions(TypedDict):
+    """No options: what a function takes as ``**unknown`` that refuses them itself, as type checkers do."""
+
+
+def check_options(function: Callable[..., object], given: Mapping[str, object], undone: str) -> None:
+    """Refuse options that ``align`` does not have.
+
+    >>> check_options(sorted, {"exclude": "fc"}, "Nothing was sorted.")
+    >>> check_options(sorted, {"revers": True}, "Nothing was sorted.")
+    Traceback (most recent call last):
+    autoalign.errors.InputError: sorted() got an unexpected keyword argument 'revers'; did you mean 'reverse'? Nothing \
+was sorted.
+
+    Args:
+        function: What was called; its own parameters may be what was meant.
+        given: The options that are no parameters of its own.
+        undone: What was not done.
+
+    Raises:
+        InputError: Names each such option with the nearest one that there is.
+    """
+    known = AlignOptions.__annotations__.keys()
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    from rapidfuzz import fuzz, process
+
+    own = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind < 4]
+    names = list(dict.fromkeys((*own, *known)))
+    parts = []
+    for name in unknown:
+        close = process.extractOne(name, names, scorer=fuzz.ratio, score_cutoff=_CLOSE)
+        parts.append(f"{name!r}; did you mean {close[0]!r}?" if close else f"{name!r}.")
+    plural = "an unexpected keyword argument" if len(parts) == 1 else "unexpected keyword arguments"
+    raise InputError(f"{function.__name__}() got {plural} {' '.join(parts)} {undone}")
 
 
 def align(
@@ -78,6 +153,279 @@ def align(
         adapt=adapt,
         min_confidence=min_confidence,
         container=container,
-        example_inputs=example_inputs,
+        order_of_use=_order_of_use(example_inputs),
     )
     return Alignment.of(plan)
+
+
+def load(
+    model: nn.Module,
+    checkpoint: Side,
+    *,
+    strict: bool = False,
+    assign: bool = False,
+    progress: Progress | bool | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    alignment: Alignment | None = None,
+    **align_options: Unpack[AlignOptions],
+) -> Alignment:
+    """Load every tensor of a checkpoint that can be aligned with the model, whatever it is called.
+
+    Values are copied into the model's own tensors, whose dtype and device stay. Where the model or a part of it has
+    loading code of its own, such as hooks, they go through torch's ``load_state_dict``, so that hooks, versions of
+    modules and extra states work as they do there. It is all or nothing: if this raises, the model holds what it held
+    before. Two things cannot be taken back, while values are copied into a model without loading code: a Ctrl-C, which
+    takes effect when the copy is complete; and what another process writes to the file, which is an error, after which
+    the model holds old and new values if more than 4 MiB are loaded. A file should be replaced by another, and never be
+    written to. Loads in several threads into one model, or into models that share modules or tensors, are carried out
+    one after the other.
+
+    On Linux, the file of a path is read and not used by way of its mapping, so that a file that is cut meanwhile is an
+    error too. It ends the process, as whatever is mapped may, where the mapping is used: with ``assign=True``, for more
+    than 4 MiB into a model with loading code of its own, for an open ``Checkpoint``, and on other systems. A write that
+    began before the file was opened, and a write by way of a mapping, are not noticed.
+
+    A model with sharded tensors (FSDP2, tensor parallelism) is loaded on all its ranks at once, each of which reads
+    what it holds; the first of them alone warns and logs. If it fails on one rank, it fails on all, and so it does
+    where a sample shows that they have opened checkpoints of other values. All of a small tensor is compared, and of a
+    larger one up to 16 rows of 64 numbers, spread evenly: files that differ in nothing but a few rows may pass.
+
+    >>> model, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    >>> load(model, {"module.fc.weight": other.weight, "module.fc.bias": other.bias})
+    <All keys matched successfully>
+    >>> bool((model.weight == other.weight).all())
+    True
+
+    Args:
+        model: The module to fill. Tensors of lazy modules get the shapes that the checkpoint's have under their names.
+        checkpoint: A path, a mapping of tensors, a module, or an open ``Checkpoint``.
+        strict: Raise unless every key of the model gets a tensor and every tensor of the checkpoint is used.
+        assign: Give the model new tensors instead of copying into those it has, as the meta device needs. They have
+            the dtype, the ``requires_grad`` and, unless that was meta, the device of the old ones, and tied
+            parameters stay tied; an optimizer made before keeps the old ones. A tensor of a mapping may come to be
+            shared with the model, as with torch. A tensor of a mapped file (safetensors, torch) is not copied: it is
+            read when it is used, and the file must not be overwritten while the model is.
+        progress: Whether to show a bar on stderr: by default if stderr is a terminal and the load takes more than two
+            seconds. Or what to call with the number of tensors done and of all; it may raise to cancel the load, for
+            which the old values are kept meanwhile.
+        dtype: What to convert the model's floating-point tensors to, as ``model.to`` does, before they are filled; such
+            as ``torch.bfloat16`` or ``"bfloat16"``.
+        device: Where to move the model's tensors, as ``model.to`` does, before they are filled. If the load fails, both
+            are undone, for which the old tensors are kept meanwhile.
+        alignment: One that was made before for the same keys and shapes, such as ``Alignment.read`` gives. It is
+            applied as it is, and nothing is matched.
+        **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``, and
+            ``adapt``, by which values are changed where a counterpart has another shape.
+
+    Returns:
+        The alignment. It unpacks, as in ``missing_keys, unexpected_keys = load(...)``, and ``print`` shows all of it.
+
+    Raises:
+        NothingLoadedError: No tensor of the checkpoint could be aligned with the model.
+        IncompatibleTensorsError: With ``strict``, some key is missing or unexpected.
+        AlignmentError: The model changed while it was loaded, or its ranks do not agree.
+        InputError: The model or the checkpoint is of a kind that cannot be used, or one of them has no values on meta.
+        CheckpointError: The checkpoint's file cannot be read, or was changed meanwhile.
+        PairMismatchError: Keys or shapes are not those that ``alignment`` was made for.
+
+    Warns:
+        PartialLoadWarning: Keys of the model that ``exclude`` and ``include`` did not leave out keep their values.
+        ChoiceWarning: The checkpoint holds copies of the network, and one was taken that nobody named; or different
+            tensors for one that the model ties; or biases for layers that have none.
+        ValueWarning: A tensor of the checkpoint has NaN, or the model's dtype cannot hold its values. Rounding to
+            another floating-point type of 16 bits or more is not warned of.
+    """
+    check_options(load, align_options, "Nothing was loaded.")
+    from autoalign.loading.load import load_checkpoint
+
+    return load_checkpoint(
+        model,
+        checkpoint,
+        _resolved(align_options),
+        strict=strict,
+        assign=assign,
+        progress=progress,
+        dtype=dtype,
+        device=device,
+        alignment=alignment,
+    )
+
+
+def convert(
+    checkpoint: Side,
+    target: Side,
+    output_path: str | os.PathLike[str],
+    *,
+    format: Format = "safetensors",  # noqa: A002, the field's own word
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "50GB",
+    metadata: Mapping[str, str] | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **align_options: Unpack[AlignOptions],
+) -> Alignment:
+    """Write a checkpoint anew, in the target's names, shapes and layout.
+
+    Tensors are read, changed and written one by one, so that little more than the largest of them is in memory; what
+    a file format maps into memory is not counted. All that ``align`` matches is written: each key of the target has a
+    tensor of its own, those that are tied in the target too, so that the file loads without code that ties them. The
+    output appears when it is complete. If this raises, or is interrupted, there is nothing new and nothing changed. If
+    the process is killed, the folder opens as what was there before or as all of the new output, and what was left in
+    it is removed by the next call that writes there.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "fc.safetensors")
+    ...     alignment = convert({"module.fc.weight": torch.ones(3, 2)}, {"head.weight": torch.empty(3, 2)}, path)
+    ...     print(alignment.mapping, sorted(file.name for file in Path(folder).iterdir()))
+    {'module.fc.weight': 'head.weight'} ['fc.safetensors']
+
+    Args:
+        checkpoint: The source: a path, a mapping of tensors, a module, or an open ``Checkpoint``.
+        target: What to write it for, in any of the same forms. Its values are not needed; it may be on ``meta``.
+        output_path: A file, ``NAME.safetensors``, or else a folder, in which the file is ``model.safetensors``.
+        format: ``"safetensors"``, or ``"dcp"`` for a folder of ``torch.distributed.checkpoint``, which must be new or
+            empty, and has neither a limit of size nor metadata.
+        dtype: What floating-point tensors are converted to, such as ``torch.float16`` or ``"bfloat16"``; by default all
+            keep the dtype that they have in the checkpoint.
+        max_shard_size: Bytes of data in a file, or a text such as ``"5GB"`` or ``"4GiB"``. What is larger is written
+            as ``NAME-00001-of-00002.safetensors`` and so on, with the index ``NAME.safetensors.index.json``; a tensor
+            that is larger has a file of its own. Shards that replace an output have a mark in their names, such as
+            ``NAME-0123abcd-00001-of-00002.safetensors``, so that an index never leads to shards of another output.
+        metadata: Entries for the file's metadata, beside and before those of the source's. ``format`` is always ``pt``.
+        strict: Raise unless every key of the target gets a tensor and every tensor of the checkpoint is used.
+        overwrite: Replace an output that is there, with its index and shards.
+        progress: Called with the number of tensors written and of all, while they are written.
+        **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``,
+            and ``adapt``.
+
+    Returns:
+        The alignment; its ``matches`` are what was written.
+
+    Raises:
+        NothingLoadedError: No tensor of the checkpoint could be aligned with the target.
+        IncompatibleTensorsError: With ``strict``, some key is missing or unexpected.
+        OutputError: The output is there already, or cannot be written.
+        InputError: An argument cannot be used, the checkpoint has no values, or safetensors does not hold its dtypes.
+        CheckpointError: The checkpoint's file cannot be read.
+
+    Warns:
+        ChoiceWarning: As of ``load``.
+        PartialLoadWarning: Keys of the target that ``exclude`` and ``include`` did not leave out are not in the output.
+    """
+    check_options(convert, align_options, "Nothing was written.")
+    from autoalign.loading.convert import convert_checkpoint
+
+    return convert_checkpoint(
+        checkpoint,
+        target,
+        output_path,
+        _resolved(align_options),
+        format=format,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        metadata=metadata,
+        strict=strict,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def verify(
+    source_model: nn.Module,
+    target_model: nn.Module,
+    example_inputs: object,
+    *,
+    target_inputs: object = None,
+    alignment: Alignment | None = None,
+    tolerance: float | None = None,
+    trials: int = 200,
+    seconds: float | None = None,
+    **align_options: Unpack[MatchOptions],
+) -> Verification:
+    """Call both models on equal inputs, compare all that they compute, and name where they first differ.
+
+    Equal means that the outputs are, and all that paired modules compute on the way, each by its own size: a signal
+    may fade, and hardly show in the outputs. Modules are paired by the tensors that the alignment pairs, and compared
+    in the order in which the target calls them: the first whose output differs although its inputs agree, or the place
+    between two modules where a difference arises, is the first divergence. Its cause is one of ``weights`` (other
+    values than the source's, or in another layout), ``missing`` (tensors that got nothing), ``configuration`` (the same
+    weights and another setting, which is named), ``code`` and ``precision``.
+
+    Which values the target is called with: its own if it was loaded, which its values tell; else those of the
+    alignment, in place of its own and without changing it. An ``alignment`` that is given is checked by its values,
+    and the target by its own too, if it was loaded. If they differ, other ways to fill the target are tried
+    where they first do: what is ambiguous and all ``alternatives``, tensors of equal shape exchanged, square matrices
+    transposed, parts of fused tensors in another order; first all layers at once. The alignment that makes
+    them equal is returned; nothing is loaded:
+
+        verification = autoalign.verify(source, target, inputs)
+        if verification.equal:
+            target.load_state_dict(verification.alignment.state_dict(), strict=False)
+
+    Both models are left as they were: the mode of each submodule, hooks, parameters, buffers, random states. Their
+    values are kept meanwhile in a copy, on the CPU.
+
+    >>> from collections import OrderedDict
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> source = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3))
+    >>> target = nn.Sequential(OrderedDict(fc1=nn.Linear(3, 3), act=nn.GELU(), fc2=nn.Linear(3, 3)))
+    >>> target.load_state_dict(dict(zip(target.state_dict(), source.state_dict().values())))
+    <All keys matched successfully>
+    >>> verify(source, target, torch.randn(2, 3)).equal
+    True
+    >>> target.act = nn.ReLU()
+    >>> print(verify(source, target, torch.randn(2, 3)).first_divergence.cause)
+    configuration
+
+    Args:
+        source_model: The model whose outputs are right.
+        target_model: The model to check.
+        example_inputs: What the models are called with: a tensor or a list, as the only argument; a tuple of the
+            arguments, whose last may be a dict of keyword arguments; or a dict of keyword arguments. Give real or
+            random values, not zeros: where inputs are alike, differences do not show.
+        target_inputs: The same for the target, where it is called in another way.
+        alignment: What to check; by default that of the two models.
+        tolerance: The largest difference that is called equal, of an output or of what a module computes, as a share of
+            the largest value of each; by default 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16 and 1e-6 for
+            float64.
+        trials: How many calls of the target may be made to try alternatives; 0 for none.
+        seconds: For how long alternatives may be tried; no limit by default.
+        **align_options: As for ``align``, where no alignment is given.
+
+    Raises:
+        InputError: A model cannot be called on the inputs, or the alignment is not one of these models.
+    """
+    check_options(verify, align_options, "Nothing was verified.")
+    from autoalign.verification.verify import verify_models
+
+    return verify_models(
+        source_model,
+        target_model,
+        example_inputs,
+        align_options,
+        target_inputs=target_inputs,
+        alignment=alignment,
+        tolerance=tolerance,
+        trials=trials,
+        seconds=seconds,
+    )
+
+
+def _resolved(options: AlignOptions) -> dict[str, Any]:
+    """Give a way to call a module in the place of what it is called with."""
+    given: dict[str, Any] = {**options}
+    order_of_use = _order_of_use(given.pop("example_inputs", None))
+    return given if order_of_use is None else given | {"order_of_use": order_of_use}
+
+
+def _order_of_use(example_inputs: object) -> OrderOfUse | None:
+    if example_inputs is None:
+        return None
+    from autoalign.verification.run import execution_order
+
+    return partial(execution_order, example_inputs=example_inputs)

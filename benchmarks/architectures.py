@@ -22,7 +22,7 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from autoalign.specs import TensorSpec, specs_of
+from autoalign.plan.specs import TensorSpec, specs_of
 
 TIMM_COUNT = 300  # of its 1,371 names, spread over all of its modules
 MOST_TENSORS = 1_400  # what has more is left out, so that thousands of cases stay quick

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import autoalign
-from autoalign.calibration import FILE, uncalibrated
+from autoalign.matching.confidence import FILE, uncalibrated
 
 EDGES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999, 1.000001)  # of the raw confidence
 FIXED = (0.45, 0.85)  # confidences that stand for a reason

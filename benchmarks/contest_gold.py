@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from autoalign.matches import Match
+from autoalign.plan.matches import Match
 from benchmarks.cases.gold import GoldCase, names, read
 from benchmarks.contest import Attempt, attempt
 from benchmarks.peers import Peer

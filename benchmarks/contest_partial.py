@@ -10,7 +10,7 @@ from random import Random
 import timm
 import transformers
 
-from autoalign.specs import TensorSpec
+from autoalign.plan.specs import TensorSpec
 from benchmarks.architectures import architecture_of, architectures, build_on_meta
 from benchmarks.content_steps import dropped
 from benchmarks.contest import Attempt, Truth, attempt_on_keys

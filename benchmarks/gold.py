@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 import autoalign
-from autoalign.matches import Match
+from autoalign.plan.matches import Match
 from benchmarks.cases.gold import GoldCase, names, read
 
 SURE = 0.9

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import autoalign
 from autoalign.alignment import Alignment
-from autoalign.matches import Match
-from autoalign.operations import Copy
+from autoalign.plan.matches import Match
+from autoalign.plan.operations import Copy
 from benchmarks import perturbations
 from benchmarks.architectures import Choice
 from benchmarks.cases import gold

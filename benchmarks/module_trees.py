@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from autoalign.specs import TensorSpec
+from autoalign.plan.specs import TensorSpec
 from benchmarks.words import words_of
 
 Path = tuple[str, ...]

@@ -15,8 +15,8 @@ from pathlib import Path
 from selenium import webdriver
 
 from autoalign.alignment import Alignment
-from autoalign.matches import Match
-from autoalign.specs import TensorSpec
+from autoalign.plan.matches import Match
+from autoalign.plan.specs import TensorSpec
 from benchmarks.picture import chromium
 
 COUNTS = (500, 5_000, 45_000)

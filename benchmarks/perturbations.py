@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from autoalign.specs import TensorSpec
+from autoalign.plan.specs import TensorSpec
 from benchmarks.architectures import Architecture, Choice
 from benchmarks.content_steps import dropped, inserted, shuffled
 from benchmarks.module_trees import path_of, telling_words, tree_of

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from autoalign.alignment import Alignment
-from autoalign.matches import Candidate, Match, Mismatch
-from autoalign.operations import Concatenate, Copy, Reshape
-from autoalign.specs import TensorSpec
+from autoalign.plan.matches import Candidate, Match, Mismatch
+from autoalign.plan.operations import Concatenate, Copy, Reshape
+from autoalign.plan.specs import TensorSpec
 
 
 def spec(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorSpec:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign import Alignment, AutoAlignError, InputError, Rule, Rules
-from autoalign.markdown import render_markdown
+from autoalign.reports.text import render_markdown
 
 PARTS = (
     *("a", "b", "layer", "0", "1", "2", "10", "007", "q", "k", "v", "qkv", "weight", "bias", "norm", "running_mean"),

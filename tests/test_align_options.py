@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import autoalign
-from autoalign.align_options import AlignOptions, MatchOptions
+from autoalign.api import AlignOptions, MatchOptions
 
 ROOT = Path(__file__).parent.parent
 WRONG = "  # wrong"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import autoalign
 from autoalign import Alignment, AlignmentError
-from autoalign.matches import Match
+from autoalign.plan.matches import Match
 
 
 def sides() -> tuple[dict[str, Tensor], dict[str, Tensor]]:

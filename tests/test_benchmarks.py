@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import autoalign
-from autoalign.specs import TensorSpec
+from autoalign.plan.specs import TensorSpec
 from benchmarks import (
     baseline,
     contest_partial,

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import autoalign
-from autoalign.matches import Match
-from autoalign.operations import Chain, Copy, Permute, Reshape, Transpose
+from autoalign.plan.matches import Match
+from autoalign.plan.operations import Chain, Copy, Permute, Reshape, Transpose
 from benchmarks import gold
 from benchmarks.cases.gold import __main__ as command
 from benchmarks.cases.gold import files

@@ -25,10 +25,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autoalign.checkpoint import open_checkpoint
-from autoalign.converting import convert
+from autoalign.api import convert, load
+from autoalign.checkpoints.checkpoint import open_checkpoint
 from autoalign.errors import CheckpointError, NothingLoadedError, ValueWarning
-from autoalign.loading import load
 
 SLOWEST, LARGEST = 5.0, 2**18  # seconds of this process, and KiB by which it may grow
 

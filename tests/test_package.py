@@ -21,7 +21,9 @@ def test_every_name_of_the_package_is_there() -> None:
 
 
 def test_functions_are_not_hidden_by_modules() -> None:
-    code = "import autoalign.aligning, autoalign.loading, autoalign.cli; print(autoalign.align, autoalign.load)"
+    code = (
+        "import autoalign.matching.match, autoalign.loading.load, autoalign.cli; print(autoalign.align, autoalign.load)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert re.fullmatch(r"<function align at .*> <function load at .*>\n", done.stdout)
 

@@ -1,6 +1,6 @@
 """The command line: ``autoalign COMMAND``, also ``python -m autoalign``."""
 
 from autoalign.cli.app import main
-from autoalign.cli.codes import COMPLETE, ERROR, INCOMPLETE
+from autoalign.cli.options import COMPLETE, ERROR, INCOMPLETE
 
 __all__ = ["COMPLETE", "ERROR", "INCOMPLETE", "main"]

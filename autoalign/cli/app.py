@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from autoalign import __version__
-from autoalign.cli.codes import BROKEN_PIPE, ERROR, EXIT_CODES, INCOMPLETE, INTERRUPTED
 from autoalign.cli.commands.align import add as align
 from autoalign.cli.commands.completion import add as completion
 from autoalign.cli.commands.convert import add as convert
@@ -22,6 +21,7 @@ from autoalign.cli.commands.inspect import add as inspect
 from autoalign.cli.commands.load_check import add as load_check
 from autoalign.cli.commands.rules import add as rules
 from autoalign.cli.commands.verify import add as verify
+from autoalign.cli.options import BROKEN_PIPE, ERROR, EXIT_CODES, INCOMPLETE, INTERRUPTED
 from autoalign.cli.terminal import complain
 from autoalign.errors import (
     AmbiguousAlignmentError,

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Exit codes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,23 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoalign.cli.codes import EXIT_CODES
-
 if TYPE_CHECKING:
-    from autoalign.align_options import MatchOptions
+    from autoalign.alignment import Alignment
+    from autoalign.api import MatchOptions
+
+COMPLETE, INCOMPLETE, ERROR = 0, 1, 2
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as of a process that SIGINT or SIGPIPE has ended
+
+EXIT_CODES = (
+    "exit codes: 0 complete: every tensor of the target is filled, but for those that --exclude and --include leave "
+    "out; 1 incomplete: some are not, or something differs; 2 an error, said on stderr"
+)
+
+
+def code_of(alignment: Alignment) -> int:
+    """Tell whether all of a target that was not left out on purpose is filled."""
+    return COMPLETE if set(alignment.missing_keys) <= alignment.excluded else INCOMPLETE
+
 
 ADAPTS = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
 OUTPUT_FORMATS = ("safetensors", "dcp")  # of ``convert``

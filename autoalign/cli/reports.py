@@ -9,10 +9,9 @@ from pathlib import Path
 
 from autoalign.alignment import Alignment
 from autoalign.cli.terminal import show, width
-from autoalign.layout import escaped
-from autoalign.markdown import code, render_markdown
-from autoalign.report import SCREEN, plain_text
-from autoalign.summary import as_dict
+from autoalign.reports.rows import escaped
+from autoalign.reports.serialization import as_dict
+from autoalign.reports.text import SCREEN, code, plain_text, render_markdown
 
 
 def show_alignment(alignment: Alignment, options: argparse.Namespace, source: str, target: str, *more: str) -> None:

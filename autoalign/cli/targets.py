@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoalign.checkpoint import Side
+from autoalign.checkpoints.checkpoint import Side
 from autoalign.errors import AutoAlignError, DependencyError, InputError
 
 _SPEC = re.compile(r"([A-Za-z_][\w.]*):(.+?)(\(.*\))?", re.DOTALL)

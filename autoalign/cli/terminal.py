@@ -35,7 +35,7 @@ _OPTIONS = {  # what messages call arguments, and what they are called here
 def printable(text: str) -> str:
     r"""Write what could break or disguise the lines of a terminal as escapes: all that is not printable but newlines.
 
-    Keys in reports are escaped already, by ``autoalign.layout.escaped``; this is for text of any origin.
+    Keys in reports are escaped already, by ``autoalign.reports.rows.escaped``; this is for text of any origin.
 
     >>> print(printable("a\x1b[31m\nb\u202e"))
     a\x1b[31m

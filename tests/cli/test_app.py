@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import autoalign
 from autoalign import cli
 from autoalign.cli.app import COMMANDS
-from autoalign.cli.codes import BROKEN_PIPE, INTERRUPTED
+from autoalign.cli.options import BROKEN_PIPE, INTERRUPTED
 from tests.cli.factories import Network
 
 NAMES = ["inspect", "align", "load-check", "convert", "rules", "diff", "verify", "demo", "completion"]
@@ -85,7 +85,7 @@ def test_errors_of_the_system_are_no_tracebacks_either(
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "a.pt")
 
-    monkeypatch.setattr("autoalign.checkpoint.checkpoint_of", refused)
+    monkeypatch.setattr("autoalign.checkpoints.checkpoint.checkpoint_of", refused)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == cli.ERROR
     assert capsys.readouterr().err == "autoalign: error: [Errno 13] Permission denied: 'a.pt'\n"
 
@@ -98,7 +98,7 @@ def test_warnings_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         warnings.warn("old \x1b format", stacklevel=1)
         raise autoalign.InputError("no more")
 
-    monkeypatch.setattr("autoalign.checkpoint.checkpoint_of", warned)
+    monkeypatch.setattr("autoalign.checkpoints.checkpoint.checkpoint_of", warned)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == cli.ERROR
     assert capsys.readouterr().err == "autoalign: warning: old \\x1b format\nautoalign: error: no more\n"
 
@@ -107,7 +107,7 @@ def test_an_interrupt_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autoalign.checkpoint.checkpoint_of", interrupted)
+    monkeypatch.setattr("autoalign.checkpoints.checkpoint.checkpoint_of", interrupted)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == INTERRUPTED
     assert capsys.readouterr() == ("", "autoalign: interrupted\n")
 
@@ -117,7 +117,7 @@ def test_ctrl_c_in_the_middle_of_a_conversion_leaves_nothing(tmp_path: Path) -> 
     torch.manual_seed(0)
     save_file(Network().state_dict(), tmp_path / "source.safetensors")
     code = (
-        "import sys, signal, os\nfrom autoalign import converting\nfrom autoalign.cli import main\n"
+        "import sys, signal, os\nfrom autoalign.loading import convert as converting\nfrom autoalign.cli import main\n"
         "read = converting.read_match\n"
         "def reading(*arguments):\n"
         "    print(*os.listdir('.'), flush=True); sys.stdin.readline()\n"

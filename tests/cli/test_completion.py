@@ -6,9 +6,9 @@ import subprocess
 import pytest
 
 from autoalign import cli
-from autoalign.adaptations import ADAPTS
 from autoalign.cli import options
 from autoalign.cli.commands.completion import SHELLS
+from autoalign.plan.adaptations import ADAPTS
 
 
 def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:

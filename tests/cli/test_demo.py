@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import autoalign
-from autoalign import cli, demo
+from autoalign import cli
 from autoalign.alignment import Alignment
+from autoalign.cli import demo
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 

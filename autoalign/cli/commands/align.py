@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from autoalign.cli.codes import code_of
-from autoalign.cli.options import TARGET, Commands, add_align, add_report, add_sides, align_options, command
+from autoalign.cli.options import TARGET, Commands, add_align, add_report, add_sides, align_options, code_of, command
 
 
 def add(commands: Commands) -> None:

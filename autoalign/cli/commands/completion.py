@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from autoalign.cli.codes import COMPLETE
-from autoalign.cli.options import PATHS, Commands, command
+from autoalign.cli.options import COMPLETE, PATHS, Commands, command
 
 SHELLS = ("bash", "zsh", "fish")
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from autoalign.cli.codes import code_of
-from autoalign.cli.options import OUTPUT_FORMATS, TARGET, Commands, add_align, add_report, align_options, command
+from autoalign.cli.options import (
+    OUTPUT_FORMATS,
+    TARGET,
+    Commands,
+    add_align,
+    add_report,
+    align_options,
+    code_of,
+    command,
+)
 
 
 def add(commands: Commands) -> None:
@@ -45,12 +53,12 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
+    from autoalign.api import convert
     from autoalign.cli.reports import show_alignment
     from autoalign.cli.targets import side_of
     from autoalign.cli.terminal import progress
-    from autoalign.converting import convert
     from autoalign.errors import InputError
-    from autoalign.layout import escaped
+    from autoalign.reports.rows import escaped
 
     metadata = {}
     for entry in options.metadata:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from autoalign.cli.codes import COMPLETE, INCOMPLETE
-from autoalign.cli.options import Commands, command
+from autoalign.cli.options import COMPLETE, INCOMPLETE, Commands, command
 
 
 def add(commands: Commands) -> None:
@@ -25,8 +24,8 @@ def run(_: argparse.Namespace) -> int:
     """Run the command."""
     from rich.console import Console
 
+    from autoalign.cli.demo import SOURCE, TARGET, TOLERANCE, demonstrate
     from autoalign.cli.terminal import show
-    from autoalign.demo import SOURCE, TARGET, TOLERANCE, demonstrate
 
     with Console(stderr=True).status(f"Loading {SOURCE} into {TARGET}"):
         demonstration = demonstrate()

@@ -6,12 +6,11 @@ import argparse
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from autoalign.cli.codes import COMPLETE, INCOMPLETE
-from autoalign.cli.options import Commands, add_format, command
+from autoalign.cli.options import COMPLETE, INCOMPLETE, Commands, add_format, command
 
 if TYPE_CHECKING:
-    from autoalign.differing import Changed, Differences
-    from autoalign.specs import TensorSpec
+    from autoalign.loading.diff import Changed, Differences
+    from autoalign.plan.specs import TensorSpec
 
 
 def add(commands: Commands) -> None:
@@ -37,10 +36,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     import json
 
-    from autoalign.checkpoint import checkpoint_of
+    from autoalign.checkpoints.checkpoint import checkpoint_of
     from autoalign.cli.targets import side_of
     from autoalign.cli.terminal import complain, progress, show
-    from autoalign.differing import differences
+    from autoalign.loading.diff import differences
 
     first = checkpoint_of(side_of(options.first, values=True), container=options.container)
     second = checkpoint_of(side_of(options.second, values=True), container=options.other_container)
@@ -57,9 +56,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _lines(found: Differences, first: str, second: str, *, markdown: bool) -> list[str]:
     from autoalign.cli.terminal import width
-    from autoalign.folding import fold
-    from autoalign.layout import Row, escaped, lay_out
-    from autoalign.markdown import table, words
+    from autoalign.reports.rows import Row, escaped, fold, lay_out
+    from autoalign.reports.text import table, words
 
     def folded(specs: tuple[TensorSpec, ...]) -> list[Row]:
         entries = [((escaped(spec.key),), spec.kind) for spec in specs]

@@ -6,11 +6,10 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autoalign.cli.codes import COMPLETE
-from autoalign.cli.options import Commands, add_format, command
+from autoalign.cli.options import COMPLETE, Commands, add_format, command
 
 if TYPE_CHECKING:
-    from autoalign.checkpoint import Checkpoint
+    from autoalign.checkpoints.checkpoint import Checkpoint
 
 
 _LONGEST = 60  # characters of an entry of the metadata
@@ -56,12 +55,12 @@ def run(options: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from autoalign.checkpoint import checkpoint_of
+    from autoalign.checkpoints.checkpoint import checkpoint_of
     from autoalign.cli.targets import side_of
     from autoalign.cli.terminal import show
-    from autoalign.layout import escaped
-    from autoalign.markdown import code, words
-    from autoalign.tree import render_tree, tree_of
+    from autoalign.reports.module_tree import render_tree, tree_of
+    from autoalign.reports.rows import escaped
+    from autoalign.reports.text import code, words
 
     checkpoint = checkpoint_of(side_of(options.checkpoint), container=options.container)
     facts = _facts_of(checkpoint)
@@ -83,9 +82,9 @@ def _facts_of(checkpoint: Checkpoint) -> _Facts:
     from collections import Counter
     from pathlib import Path
 
-    from autoalign.formats.file import format_of
-    from autoalign.quantised import named
-    from autoalign.tree import copies_of, prefix_of
+    from autoalign.checkpoints.formats.detection import format_of
+    from autoalign.plan.quantised import named
+    from autoalign.reports.module_tree import copies_of, prefix_of
 
     path = Path(checkpoint.path) if checkpoint.path else None
     dtypes = Counter(spec.dtype_name for spec in checkpoint.specs)
@@ -107,8 +106,8 @@ def _facts_of(checkpoint: Checkpoint) -> _Facts:
 
 def _said(facts: _Facts) -> list[str]:
     """Write the facts as lines."""
-    from autoalign.layout import escaped
-    from autoalign.tree import size_text
+    from autoalign.reports.module_tree import size_text
+    from autoalign.reports.rows import escaped
 
     count = sum(facts.dtypes.values())
     counted = [f"{times:,} {dtype}" for dtype, times in facts.dtypes.items()] if len(facts.dtypes) > 1 else facts.dtypes

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from autoalign.cli.codes import code_of
-from autoalign.cli.options import TARGET, Commands, add_align, add_report, add_sides, align_options, command
+from autoalign.cli.options import TARGET, Commands, add_align, add_report, add_sides, align_options, code_of, command
 
 
 def add(commands: Commands) -> None:
@@ -31,11 +30,11 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
+    from autoalign.api import load
     from autoalign.cli.reports import show_alignment
     from autoalign.cli.targets import model_of
     from autoalign.errors import ValueWarning
-    from autoalign.layout import escaped
-    from autoalign.loading import load
+    from autoalign.reports.rows import escaped
 
     model = model_of(options.target)
     with warnings.catch_warnings():

@@ -8,8 +8,7 @@ from inspect import signature
 from pprint import pformat
 from typing import Any
 
-from autoalign.cli.codes import code_of
-from autoalign.cli.options import TARGET, Commands, add_align, add_format, add_sides, align_options, command
+from autoalign.cli.options import TARGET, Commands, add_align, add_format, add_sides, align_options, code_of, command
 
 FORMATS = ("text", "json", "key_mapping", "revise_keys", "transformers", "python")
 

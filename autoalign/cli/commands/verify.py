@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from autoalign.cli.codes import COMPLETE, INCOMPLETE
-from autoalign.cli.options import TARGET, Commands, add_align, add_format, align_options, command
+from autoalign.cli.options import COMPLETE, INCOMPLETE, TARGET, Commands, add_align, add_format, align_options, command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +95,7 @@ def _input(text: str) -> tuple[str, Tensor]:
 
     import torch
 
-    from autoalign.arrays import named_dtype
+    from autoalign.checkpoints.stored import named_dtype
     from autoalign.errors import InputError
 
     found = re.fullmatch(r"(?:(\w+)=)?([0-9]+(?:,[0-9]+)*)?(?::(\w+)(?::([0-9]+))?)?", text)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoalign.matches import Candidate, Match
-from autoalign.operations import Copy, Operation, Reshape
+from autoalign.plan.matches import Candidate, Match
+from autoalign.plan.operations import Copy, Operation, Reshape
 from benchmarks.cases.gold.expressions import Expression, evaluate, is_layout, operation_of, source_keys
 
 _MOST_ELEMENTS = 2_000_000_000  # of both sides; above it, a match is judged by the source keys that it reads

@@ -1,0 +1,321 @@
+"""One file of any format, told by its content and never by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autoalign.checkpoints.atomic import unfinished
+from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
+from autoalign.checkpoints.formats.distributed import is_distributed, open_distributed
+from autoalign.checkpoints.formats.gguf import is_gguf, open_gguf
+from autoalign.checkpoints.formats.msgpack import is_msgpack, open_msgpack
+from autoalign.checkpoints.formats.npz import is_npz, open_npz
+from autoalign.checkpoints.formats.pickle_budget import members_of
+from autoalign.checkpoints.formats.safetensors import is_safetensors, open_safetensors
+from autoalign.checkpoints.formats.torch_pickle import is_pickled, open_pickled
+from autoalign.checkpoints.formats.torchscript import is_torchscript, open_torchscript
+from autoalign.checkpoints.stored import Contents, as_opened
+from autoalign.errors import CheckpointError
+from autoalign.plan.keys import natural
+
+FORMATS = {
+    "safetensors": open_safetensors,
+    "torch": open_pickled,
+    "TorchScript": open_torchscript,
+    "npz": open_npz,
+    "GGUF": open_gguf,
+    "msgpack": open_msgpack,
+}  # the first is the first that is taken where a folder has several
+_HEAD = 2**12  # bytes of a file that are looked at
+
+
+def open_file(file: Path) -> Contents:
+    """Open a file of any of ``FORMATS``.
+
+    Raises:
+        CheckpointError: The file cannot be read, is damaged or of none of the formats.
+        DependencyError: The package that reads its format is not installed.
+    """
+    name = format_of(file)
+    if name is not None:
+        return FORMATS[name](file)
+    head = head_of(file)[:32]
+    content = f"begins with {head!r}" if head else "is empty"
+    raise CheckpointError(
+        f"{str(file)!r} is neither a file of torch nor of safetensors: it {content}. Nothing was read. "
+        f"Other formats that are known are {', '.join(list(FORMATS)[2:])}. "
+        "Check that the download is complete and no web page or pointer file."
+    )
+
+
+def format_of(file: Path) -> str | None:
+    """Say which of ``FORMATS`` a file is of, if any.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    head = head_of(file)
+    if is_gguf(head):  # first, since to safetensors its magic is the length of a header
+        return "GGUF"
+    if is_safetensors(head, file.stat().st_size):
+        return "safetensors"
+    if is_npz(head):
+        return "npz"
+    if is_pickled(head):
+        return "TorchScript" if is_torchscript(_members(file)) else "torch"
+    return "msgpack" if is_msgpack(head) else None
+
+
+def head_of(file: Path) -> bytes:
+    """Read the beginning of a file.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            return stream.read(_HEAD)
+    except OSError as error:
+        raise CheckpointError(f"{str(file)!r} could not be read: {error}.") from error
+
+
+def _members(file: Path) -> list[str]:
+    try:
+        return [info.filename for info in members_of(file, file.stat().st_size)]
+    except Exception:  # no zip file, or a damaged one, which fails as what it is taken for
+        return []
+
+
+_LARGEST = 2**26  # bytes of an index
+_LONGEST = 100  # characters of a name in an error
+
+
+def is_index(file: Path) -> bool:
+    """Whether a file is JSON, as an index is; the length that a file of safetensors begins with may look like it."""
+    return head_of(file).lstrip().startswith(b"{") and format_of(file) is None
+
+
+def open_index(file: Path) -> Contents:
+    """Open the files that an index lists; each must lie in the index's folder and hold what the index says.
+
+    Raises:
+        CheckpointError: The index is damaged or lists what is not there, or one of its files is damaged.
+    """
+    listed = index_of(file)
+    folder = file.parent
+    outside = sorted({name for name in listed.values() if Path(name).name != name})
+    if outside:
+        raise CheckpointError(
+            f"The index {str(file)!r} lists {_few(outside)}, and only files in its own folder are read. "
+            "Nothing was read."
+        )
+    names = sorted(set(listed.values()), key=natural)
+    missing = [name for name in names if not _is_file(folder / name)]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of the {len(names)} files that {str(file)!r} lists are missing: {_few(missing)}. "
+            "Nothing was read. Complete the download, or name one of the files to read that alone."
+        )
+    return _joined(file, [folder / name for name in names], listed)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def open_shards(files: Sequence[Path]) -> Contents:
+    """Open files that are parts of one checkpoint and have no index.
+
+    Raises:
+        CheckpointError: One of them is damaged, or a tensor is in two of them.
+    """
+    return _joined(files[0].parent, files, None)
+
+
+def index_of(file: Path) -> dict[str, str]:
+    """Read an index: the name of the file of each tensor.
+
+    Raises:
+        CheckpointError: The file is no index, or is damaged.
+    """
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST} bytes")
+        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_mapping)
+        listed = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError("it has no weight_map with the file of each tensor")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} could not be read as the index of a sharded checkpoint: {error}. Nothing was read."
+        ) from error
+    return listed
+
+
+def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"it lists {_few(sorted(name for name, count in counts.items() if count > 1))} twice")
+    return found
+
+
+def _joined(path: Path, files: Sequence[Path], listed: dict[str, str] | None) -> Contents:
+    root: dict[str, object] = {}
+    unlisted: list[str] = []
+    notes: dict[str, None] = {}
+    metadata: dict[str, str] = {}
+    config: dict[str, object] = {}
+    opened: list[tuple[Path, os.stat_result]] = []
+    for file in files:
+        opened += as_opened(file)
+        contents = open_file(file)
+        for key, value in contents.root.items():
+            if listed is None and key in root:
+                raise CheckpointError(
+                    f"{key} is in two files of {str(path)!r}, such as {file.name!r}. Nothing was read."
+                )
+            if listed is None or listed.get(key) == file.name:
+                root[key] = value
+            elif key not in listed:
+                unlisted.append(key)
+        notes.update(dict.fromkeys(contents.notes))
+        metadata |= contents.metadata
+        config |= contents.config
+    absent = [key for key in listed or () if key not in root]
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} tensors that {str(path)!r} lists are not in their files: {_few(absent)}. "
+            "Nothing was read. The index and the files may be of different checkpoints."
+        )
+    if unlisted:
+        notes[f"{len(unlisted)} tensors that the index does not list were left out: {_few(unlisted)}."] = None
+    if format_of(files[0]) == "safetensors":  # whose files are not in the order of the model
+        root = dict(sorted(root.items(), key=lambda item: natural(item[0])))
+    return Contents(root, "sharded checkpoint", metadata, config, tuple(notes), tuple(opened))
+
+
+def _few(names: Iterable[str]) -> str:
+    first, *more = names = [repr(name if len(name) <= _LONGEST else f"{name[:_LONGEST]}...") for name in names]
+    return ", ".join([first, *more[:2]]) + (", ..." if len(more) > 2 else "")
+
+
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\..*)")
+_INDEX = re.compile(r"\.index(?P<variant>\.\w+)?\.json")
+_STATE_WORDS = TRAINING_WORDS | {"args", "random", "training"}  # of what training scripts save beside a model
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A checkpoint in a folder."""
+
+    name: str
+    kind: str  # one of ``FORMATS``
+    files: tuple[Path, ...]  # an index alone, or all the files
+
+    def open(self) -> Contents:
+        if _INDEX.search(self.name):
+            return open_index(self.files[0])
+        return open_file(self.files[0]) if len(self.files) == 1 else open_shards(self.files)
+
+
+def open_folder(folder: Path) -> Contents:
+    """Open the checkpoint in a folder: a distributed one, a sharded one, or the one file that is a model's.
+
+    Of the same model in several formats the first of ``FORMATS`` is taken, of several variants the plain one. What is
+    not taken is named in a note.
+
+    Raises:
+        CheckpointError: There is none, there are several, or it cannot be read.
+        DependencyError: The package that reads its format is not installed.
+    """
+    if is_distributed(folder):
+        return open_distributed(folder)
+    found = sorted(_candidates(folder), key=_rank)
+    if not found:
+        raise CheckpointError(_nothing_message(folder))
+    first, *rest = found
+    rivals = [other.name for other in rest if _rank(other)[:-1] == _rank(first)[:-1]]
+    if rivals:
+        raise CheckpointError(
+            f"{str(folder)!r} is a folder; name a file in it: it holds {len(found)} checkpoints, such as "
+            f"{first.name!r} and {rivals[0]!r}. Nothing was read."
+        )
+    contents = first.open()
+    if not rest:
+        return contents
+    others = ", ".join(repr(other.name) for other in rest[:3])
+    note = f"{first.name!r} of the folder was taken. To take another, give its path: {others}."
+    return replace(contents, notes=(note, *contents.notes))
+
+
+def _rank(candidate: _Candidate) -> tuple[int, bool, int, str]:
+    """Rank the checkpoints of a folder; those with equal numbers are rivals."""
+    stem = _INDEX.sub(r"\g<variant>", candidate.name)
+    return (
+        list(FORMATS).index(candidate.kind),
+        "model" not in name_words(stem),
+        stem.count("."),  # model.fp16.safetensors is a variant
+        stem,
+    )
+
+
+def _candidates(folder: Path) -> list[_Candidate]:
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+        # hidden ones are parts of what is being written or downloaded
+        files = {name: folder / name for name in names if not name.startswith(".") and (folder / name).is_file()}
+    except OSError as error:
+        raise CheckpointError(f"{str(folder)!r} could not be read: {error}.") from error
+    found: list[_Candidate] = []
+    taken: set[str] = set()
+    for name in [name for name in files if _INDEX.search(name)]:
+        shards = set(index_of(files[name]).values())
+        kinds = [kind for shard in shards & files.keys() if (kind := format_of(files[shard]))]
+        found.append(_Candidate(name, kinds[0] if kinds else "safetensors", (files[name],)))
+        taken |= shards
+    taken |= unfinished(names, taken)
+    kinds_of = {
+        name: kind
+        for name, path in files.items()
+        if name not in taken
+        and not name_words(name.partition(".")[0]) & _STATE_WORDS
+        and (kind := format_of(path)) is not None
+    }
+    groups = _together(list(kinds_of))
+    return found + [_Candidate(names[0], kinds_of[names[0]], tuple(files[name] for name in names)) for names in groups]
+
+
+def _together(names: Sequence[str]) -> list[list[str]]:
+    """Group the files of which each says that it is one of so many."""
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        shard = _SHARD.fullmatch(name)
+        groups.setdefault(shard.group("stem", "count", "suffix") if shard else name, []).append(name)
+    for group, members in groups.items():
+        if isinstance(group, tuple) and len(members) != int(group[1]):
+            raise CheckpointError(
+                f"Only {len(members)} of the {int(group[1])} files of {members[0]!r} are in the folder. Nothing was "
+                "read. Complete the download, or name one of the files to read that alone."
+            )
+    return list(groups.values())
+
+
+def _nothing_message(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    inner = [name for name in names if not name.startswith(".") and (folder / name).is_dir()]
+    message = f"{str(folder)!r} is a folder; name a file in it. None of its own is a checkpoint"
+    if inner:
+        message += f"; the folders in it are {', '.join(map(repr, inner[:5]))}"
+    if "zero_to_fp32.py" in names or any("zero_pp_rank" in name for name in names):
+        message += "; it is one of DeepSpeed's, whose parts its zero_to_fp32.py merges"
+    return f"{message}. Nothing was read."

@@ -1,0 +1,317 @@
+"""Folders of ``torch.distributed.checkpoint``: a file of metadata, and files with pieces of tensors.
+
+Torch's own reader unpickles the metadata whatever it asks for; here it can name torch's own records and nothing else.
+The pieces are read by torch, tensor for tensor, with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoalign.checkpoints.formats.pickle_budget import Budget, TooCostlyError, check_cost
+from autoalign.checkpoints.formats.torch_pickle import check_zipped
+from autoalign.checkpoints.stored import Contents, Stored, as_opened
+from autoalign.errors import CheckpointError, UnsafeCheckpointError
+from autoalign.plan.regions import Region
+from autoalign.plan.specs import TensorSpec
+
+_METADATA = ".metadata"
+_LARGEST = 2**30  # bytes of metadata
+_BESIDE = 2**16  # bytes that torch writes beside the values of a piece; they are one or two thousand
+
+
+def is_distributed(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of ``torch.distributed.checkpoint``."""
+    return (folder / _METADATA).is_file()
+
+
+def open_distributed(folder: Path) -> Contents:
+    """Read which tensors a folder holds, nested as they were saved.
+
+    Raises:
+        CheckpointError: The metadata is damaged, or tells of files that are not there or not in the folder.
+        UnsafeCheckpointError: The metadata asks for code.
+    """
+    try:
+        metadata = _read_metadata(folder / _METADATA)
+        sizes = _check_pieces(folder, metadata)
+        budget = Budget((folder / _METADATA).stat().st_size + sum(sizes.values()))
+        for place in metadata.storage_data.values():  # of which many may be the same part of a file
+            budget.charge(max(place.length, 0))
+        opened = [stat for name in sizes for stat in as_opened(folder / name)]
+        return Contents(_nested(folder, metadata, budget), opened=tuple(opened))
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle may lead anywhere
+        raise _damaged(folder, error) from error
+
+
+def _read_metadata(file: Path) -> Any:
+    size = file.stat().st_size
+    if size > _LARGEST:
+        raise ValueError(f"metadata of {size} bytes")
+    content = file.read_bytes()
+    check_cost(io.BytesIO(content), size, most=size)
+    metadata = _Unpickler(io.BytesIO(content)).load()
+    if type(metadata).__name__ != "Metadata":
+        raise ValueError(f"there is a {type(metadata).__name__} where metadata should be")
+    return metadata
+
+
+class _Unpickler(pickle._Unpickler):  # in Python, whose memory an index in a pickle cannot exhaust
+    """Reads what torch writes for its metadata."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        from torch.distributed.checkpoint import filesystem, metadata
+
+        if module == metadata.__name__ and name in _RECORDS:
+            return getattr(metadata, name)
+        if module == filesystem.__name__ and name == "_StorageInfo":
+            return getattr(filesystem, name)
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        raise UnsafeCheckpointError(
+            f"The metadata of a distributed checkpoint asks for {module}.{name}, which torch does not write there. "
+            "Nothing was read, since that may be code.",
+            (f"{module}.{name}",),
+        )
+
+
+_RECORDS = frozenset(
+    {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    }
+)
+_KNOWN: Mapping[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib", "WindowsPath"): PureWindowsPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,
+    ("pathlib._local", "WindowsPath"): PureWindowsPath,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+}
+
+
+def _check_pieces(folder: Path, metadata: Any) -> dict[str, int]:
+    """Make sure that every piece of every tensor is there, with as many bytes as it needs.
+
+    Returns:
+        The files of the pieces, with their sizes.
+    """
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+    sizes: dict[str, int] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(key, str):
+            raise ValueError(f"a tensor called {key!r}")
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        dtype = entry.properties.dtype
+        if any(size < 0 for size in entry.size) or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{key} has shape {list(entry.size)} and dtype {dtype}")
+        if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
+            raise ValueError(f"the pieces of {key} {list(entry.size)} do not make it up")
+        for chunk in entry.chunks:
+            place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            name = place.relative_path
+            if name not in sizes:
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise ValueError(f"a piece of {key} is in {name!r}, which is not in the folder")
+                if not (folder / name).is_file():
+                    raise ValueError(f"a piece of {key} is in {name!r}, which is missing")
+                sizes[name] = (folder / name).stat().st_size
+            packed = bool(getattr(place, "transform_descriptors", None))  # as compressed pieces are
+            needed = 0 if packed else prod(chunk.sizes) * dtype.itemsize
+            if not (place.offset >= 0 and needed <= place.length <= sizes[name] - place.offset):
+                raise ValueError(f"a piece of {key} has {place.length} bytes at {place.offset} of {name!r}")
+    return sizes
+
+
+def _nested(folder: Path, metadata: Any, budget: Budget) -> dict[str, object]:
+    """Nest the tensors as the state dict was that was saved."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    root: dict[str, object] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):  # pickled values, such as a learning rate
+            continue
+        *path, name = map(str, (metadata.planner_data or {}).get(key, (key,)))
+        level = root
+        for step in path:
+            inner = level.setdefault(step, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{step!r} is a tensor and holds {key!r}")
+            level = inner
+        if name in level:
+            raise ValueError(f"two tensors are called {key!r}")
+        level[name] = _stored(folder, metadata, key, entry, budget)
+    return root
+
+
+def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -> Stored:
+    shape, dtype = tuple(entry.size), entry.properties.dtype
+    checked: set[tuple[str, int]] = set()
+
+    def read_region(region: Region) -> Tensor:
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+        from torch.distributed.checkpoint.planner import LoadPlan
+        from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+        class Planner(DefaultLoadPlanner):
+            """Takes the one tensor that is filled for every part of it."""
+
+            def lookup_tensor(self, index: object) -> Tensor:  # noqa: ARG002, there is only one
+                return tensor
+
+        class Reader(FileSystemReader):
+            """Looks at a piece before torch loads it."""
+
+            def _slice_file(self, file: Any, place: Any) -> Any:
+                piece = _Part(file, place.offset, place.length)
+                if (place.relative_path, place.offset) not in checked:
+                    _check_piece(piece, place, self, prod(shape) * dtype.itemsize, budget)
+                    checked.add((place.relative_path, place.offset))
+                    piece.seek(0)
+                return piece
+
+        starts, sizes = torch.Size([start for start, _ in region]), torch.Size([length for _, length in region])
+        try:
+            tensor = torch.empty(sizes, dtype=dtype, device="cpu")
+            planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            planner.set_up_planner({key: tensor}, metadata)
+            reader = Reader(folder)
+            reader.set_up_storage_reader(metadata, is_coordinator=True)
+            items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(starts, sizes)])
+            reader.read_data(LoadPlan(items), planner).wait()
+        except Exception as error:  # torch raises whatever the damaged part of a file led to
+            raise _damaged(folder, error) from error
+        return tensor
+
+    return Stored(shape, dtype, lambda: read_region(tuple((0, size) for size in shape)), read_region=read_region)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file of its own; torch's is wrong about places that are counted from the end."""
+
+    def __init__(self, file: Any, start: int, size: int) -> None:
+        self.file, self.start, self.size, self.at = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = max(offset + (0, self.at, self.size)[whence], 0)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.start + self.at)
+        count: int = self.file.readinto(memoryview(buffer)[: max(self.size - self.at, 0)])
+        self.at += count
+        return count
+
+
+def _check_piece(piece: Any, place: Any, reader: Any, needed: int, budget: Budget) -> None:
+    """Refuse a piece that would take more than its size, or than the whole of its tensor if it is compressed.
+
+    Raises:
+        TooCostlyError: It would.
+        Exception: It is damaged.
+    """
+    size = place.length
+    if transforms := getattr(place, "transform_descriptors", None):
+        unpacked = reader.transforms.transform_load_stream(None, transforms, piece)
+        content = bytearray()
+        while block := unpacked.read(2**20):
+            content += block
+            if len(content) > needed + _BESIDE:
+                raise TooCostlyError(f"a piece of a tensor of {needed:,} bytes is larger when unpacked")
+        piece, size = io.BytesIO(content), len(content)
+    check_zipped(piece, size, budget)
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{str(folder)!r} could not be read as a folder of torch.distributed.checkpoint "
+        f"({type(error).__name__}: {error}). It may be incomplete or damaged."
+    )
+
+
+def write_distributed(
+    folder: Path, specs: Sequence[TensorSpec], read: Callable[[str], Tensor], *, threads: int = 1
+) -> None:
+    """Write tensors to a folder that ``torch.distributed.checkpoint.load`` reads, into sharded models too.
+
+    Each tensor is read when it is written, so that no more than a few are in memory. The metadata is written last: a
+    folder without it is no checkpoint.
+
+    >>> import tempfile
+    >>> from autoalign.checkpoints.formats.distributed import open_distributed
+    >>> folder = Path(tempfile.mkdtemp()) / "step1"
+    >>> write_distributed(folder, [TensorSpec("fc.weight", (2,), torch.float32)], lambda key: torch.ones(2))
+    >>> open_distributed(folder).root["fc.weight"].read()
+    tensor([1., 1.])
+
+    Args:
+        folder: Where to write; it must be empty or not there yet.
+        specs: Names, shapes and dtypes.
+        read: From a name to its tensor, of any device.
+        threads: How many files to write at once.
+
+    Raises:
+        CheckpointError: The folder holds something, or a tensor is of another shape or dtype than its spec.
+    """
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{str(folder)!r} is not an empty folder. Nothing was written.")
+    known = {spec.key: spec for spec in specs}
+
+    class Planner(DefaultSavePlanner):
+        """Plans by tensors without data, and gives those with data when they are written."""
+
+        def resolve_data(self, write_item: Any) -> Tensor:
+            spec = known[write_item.index.fqn]
+            tensor = read(spec.key).detach()
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise CheckpointError(f"{spec} was announced, and {list(tensor.shape)} {tensor.dtype} given.")
+            return tensor.contiguous()
+
+    empty = {spec.key: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs}
+    writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=threads)
+    planner = Planner(flatten_state_dict=False)
+    # the steps of torch's `save`, which warns where there is but one process, and hides what `read` raises
+    writer.reset()
+    planner.set_up_planner(empty, is_coordinator=True)
+    writer.set_up_storage_writer(True)
+    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    (plan,) = writer.prepare_global_plan(plans)
+    written = writer.write_data(planner.finish_plan(plan), planner).wait()
+    writer.finish(metadata, [written])

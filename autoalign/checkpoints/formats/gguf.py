@@ -1,0 +1,138 @@
+"""GGUF files, as of llama.cpp: tensors that are not quantised, through the package ``gguf``.
+
+Its shapes are in the order of torch here. Quantised tensors are blocks of packed bytes and are left out, with a note.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoalign.checkpoints.stored import Contents, Stored, as_tensor
+from autoalign.errors import CheckpointError, DependencyError
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+_MOST = 2**22  # values in a header; a vocabulary has some hundred thousand
+_LONGEST = 2**10  # values of an entry that is handed on; longer ones are vocabularies
+
+
+def is_gguf(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` is one of GGUF."""
+    return head.startswith(b"GGUF")
+
+
+def open_gguf(file: Path) -> Contents:
+    """Read the header of a GGUF file. Its entries, such as ``llama.attention.head_count``, are the configuration.
+
+    Raises:
+        CheckpointError: The file is damaged, or has only quantised tensors.
+        DependencyError: The package ``gguf`` is not installed.
+    """
+    try:
+        from gguf import GGUFEndian, GGUFReader, GGUFValueType
+    except ImportError as error:
+        raise DependencyError.reading("GGUF files", "gguf") from error
+
+    class Reader(GGUFReader):  # type: ignore[misc]
+        """One that stops at the end of the file, and takes lists as a whole where the package's own does item by item.
+
+        The lists are vocabularies of some hundred thousand words, over which it would take half a minute.
+        """
+
+        asked = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *arguments: Any, **options: Any) -> Any:
+            values = super()._get(offset, dtype, count, *arguments, **options)
+            self.asked += 1
+            if len(values) < count or self.asked > _MOST:
+                raise ValueError(f"values beyond the end of the file, or more than {_MOST} in its header")
+            return values
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            types = [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
+            begin = orig_offs + kind.nbytes + count.nbytes
+            number = self.gguf_scalar_to_np.get(types[1])
+            if number is not None:
+                values = self._get(begin, number, int(count[0]))
+                return begin + values.nbytes - orig_offs, [kind, count, values], [2], types
+            if types[1] != GGUFValueType.STRING or count[0] > _MOST:
+                raise ValueError(f"a list of {count[0]} of {types[1].name}")
+            length, end, data = (
+                struct.Struct(">Q" if self.endianess == GGUFEndian.BIG else "<Q"),
+                begin,
+                memoryview(self.data),
+            )
+            for _ in range(int(count[0])):
+                end += length.size + length.unpack_from(data, end)[0]
+            return end - orig_offs, [kind, count, self._get(begin, np.uint8, end - begin)], [], types
+
+    try:
+        reader = Reader(file, "c")  # mapped so that a write to a tensor stays in memory
+        tensors = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
+        end = int(reader.data_offset)
+        for tensor in tensors:
+            if tensor.data_offset < end:
+                raise ValueError(f"{tensor.name} overlaps what is before it")
+            end = int(tensor.data_offset) + int(tensor.n_bytes)
+        config = {name: value for name, field in reader.fields.items() if (value := _value(field)) is not None}
+        root = {
+            str(tensor.name): _stored(tensor, big=reader.endianess == GGUFEndian.BIG)
+            for tensor in reader.tensors
+            if tensor.tensor_type.name in _DTYPES
+        }
+    except Exception as error:  # the reader raises whatever the damaged part of a file led to
+        raise CheckpointError(
+            f"{str(file)!r} could not be read as a GGUF file ({type(error).__name__}: {error}). "
+            "It may be truncated or damaged; compare its size with the original's."
+        ) from error
+    quantised = Counter(tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type.name not in _DTYPES)
+    listed = ", ".join(f"{count} of {name}" for name, count in sorted(quantised.items()))
+    if quantised and not root:
+        raise CheckpointError(
+            f"All tensors of {str(file)!r} are quantised ({listed}), which no model of torch takes as they are. "
+            "Nothing was read. Use the file of F16, BF16 or F32, or convert it with llama-quantize."
+        )
+    notes = (
+        (f"{quantised.total()} quantised tensors of the file were left out: {listed}. Use its F16, BF16 or F32 form.",)
+        if quantised
+        else ()
+    )
+    return Contents(root, "GGUF file", config=config, notes=notes)
+
+
+def _value(field: Any) -> object:
+    """Take over an entry of the header that is short and of plain data."""
+    if field.name.startswith("GGUF.") or not field.data or field.parts[field.data[0]].size > _LONGEST:
+        return None
+    value: object = field.contents()
+    return value
+
+
+def _stored(tensor: Any, *, big: bool) -> Stored:
+    dtype = _DTYPES[tensor.tensor_type.name]
+    data: np.ndarray = tensor.data  # mapped into memory
+    if dtype == torch.bfloat16:  # which is bytes to numpy
+        data = data.view(">u2" if big else "<u2")
+
+    def read() -> Tensor:
+        return as_tensor(np.asarray(data), dtype)
+
+    return Stored(tuple(reversed([int(size) for size in tensor.shape])), dtype, read, mapped=not big)

@@ -1,0 +1,114 @@
+"""Files of Flax's ``msgpack_serialize``: nested mappings of arrays, through the package ``msgpack``.
+
+An array is an extension that holds its shape, the name of its dtype and its bytes. A very large one is a mapping of
+pieces. The file is read as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoalign.checkpoints.stored import Contents, Stored, as_tensor, named_dtype
+from autoalign.errors import CheckpointError, DependencyError
+
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # the codes of Flax's extensions
+_PIECES = "__msgpack_chunked_array__"
+_LONGEST, _MOST, _DEEPEST = 2**16, 2**20, 64  # items of a list, items of a mapping, mappings in each other
+
+
+def is_msgpack(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` is a mapping of msgpack with a name as its first key."""
+    sizes = {0xDE: 3, 0xDF: 5}  # bytes before the first key
+    if len(head) < 8 or not (0x81 <= head[0] <= 0x8F or head[0] in sizes):
+        return False
+    key = head[sizes.get(head[0], 1)]
+    return 0xA0 <= key <= 0xBF or key in (0xD9, 0xDA)
+
+
+def open_msgpack(file: Path) -> Contents:
+    """Read a file of Flax.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds a dtype that torch has not.
+        DependencyError: The package ``msgpack`` is not installed.
+    """
+    try:
+        import msgpack
+    except ImportError as error:
+        raise DependencyError.reading("Files of Flax", "msgpack") from error
+
+    def extension(code: int, data: bytes) -> object:
+        if code == _COMPLEX:
+            return complex(*msgpack.unpackb(data))
+        if code not in (_ARRAY, _SCALAR):
+            raise ValueError(f"an extension of code {code}")
+        shape, name, values = msgpack.unpackb(data, raw=False, max_array_len=_LONGEST)
+        return _array(shape, name.decode() if isinstance(name, bytes) else name, values)
+
+    limits = {"raw": False, "max_array_len": _LONGEST, "max_map_len": _MOST}
+    try:
+        found = msgpack.unpackb(file.read_bytes(), ext_hook=extension, object_pairs_hook=_mapping, **limits)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        root = _joined(found, _DEEPEST)
+    except Exception as error:  # msgpack raises errors of many kinds
+        raise CheckpointError(
+            f"{str(file)!r} could not be read as a msgpack file of Flax ({type(error).__name__}: {error}). "
+            "It may be truncated or damaged; compare its size with the original's."
+        ) from error
+    return Contents(root)
+
+
+def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"two entries of one name in {list(found)[:3]}")
+    return found
+
+
+def _array(shape: Any, name: str, values: bytes) -> Stored:
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"shape {shape}")
+    dtype = named_dtype(name)
+    if dtype is None or prod(shape) * dtype.itemsize != len(values):
+        raise ValueError(f"an array of shape {shape} and dtype {name} in {len(values)} bytes")
+
+    def read() -> Tensor:
+        data = np.frombuffer(values, np.uint8)
+        if not len(data):
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+        return as_tensor(data, torch.uint8).view(dtype).reshape(tuple(shape))
+
+    return Stored(tuple(shape), dtype, read)
+
+
+def _joined(found: Mapping[str, object], depth: int) -> dict[str, object]:
+    """Join the pieces of large arrays."""
+    if not depth:
+        raise ValueError(f"more than {_DEEPEST} mappings in each other")
+    return {
+        name: _whole(value)
+        if isinstance(value, dict) and _PIECES in value
+        else _joined(value, depth - 1)
+        if isinstance(value, dict)
+        else value
+        for name, value in found.items()
+    }
+
+
+def _whole(value: Mapping[str, Any]) -> Stored:
+    shape = tuple(value["shape"][str(index)] for index in range(len(value["shape"])))
+    pieces: list[Stored] = [value["chunks"][str(index)] for index in range(len(value["chunks"]))]
+    (dtype,) = {piece.dtype for piece in pieces}
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"shape {shape}")
+    if prod(shape) != sum(prod(piece.shape) for piece in pieces):
+        raise ValueError(f"an array of shape {shape} in pieces of other sizes")
+    return Stored(shape, dtype, lambda: torch.cat([piece.read().reshape(-1) for piece in pieces]).reshape(shape))

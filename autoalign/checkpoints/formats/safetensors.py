@@ -1,0 +1,277 @@
+"""Files of safetensors: a JSON header with names, shapes and dtypes, then the data, which is mapped into memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import torch
+from torch import Tensor
+
+from autoalign.checkpoints.formats.pickle_budget import MEMBERS
+from autoalign.checkpoints.stored import Contents, Stored
+from autoalign.errors import CheckpointError, InputError
+from autoalign.plan.keys import natural
+from autoalign.plan.specs import TensorSpec
+
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+Mapped: TypeAlias = tuple[torch.UntypedStorage, Mapping[str, tuple[int, int]]]  # of a file, and where in it each is
+
+_ENTRY = b'"data_offsets"'  # is in each of a header
+_LONGEST = 10**8  # bytes of a header, by the library's own limit
+
+
+def is_safetensors(head: bytes, size: int) -> bool:
+    """Whether a file of this size that begins with ``head`` is one of safetensors."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size  # the length of a header, which is JSON
+
+
+def open_safetensors(file: Path) -> Contents:
+    """Read the header of a file of safetensors.
+
+    Raises:
+        CheckpointError: The file is damaged, or has nothing but dtypes that torch has not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    @cache
+    def mapped() -> Mapped:
+        return _mapped(file)
+
+    def stored(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
+        def read() -> Tensor:
+            try:
+                return _tensor(mapped(), key, shape, dtype)
+            except Exception as error:  # of a file that was changed since, or of a shape that torch cannot hold
+                raise _damaged(file, error) from error
+
+        return Stored(shape, dtype, read, mapped=True)
+
+    try:
+        _check_count(file)
+        # for torch, the file would be mapped writable, which fails for one that is larger than the memory
+        with safe_open(file, framework="numpy") as header:
+            headers = [(key, header.get_slice(key)) for key in header.keys()]  # noqa: SIM118, it is no mapping
+            metadata = header.metadata() or {}
+        if _header_of(file).count(_ENTRY) > len(headers):  # which a name may hold too
+            json.loads(_header_of(file), object_pairs_hook=_mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(file, error) from error
+    # the format sorts by dtype and name, which tells nothing; by number, at least the blocks are in their order
+    headers.sort(key=lambda header: natural(header[0]))
+    root: dict[str, object] = {}
+    left_out = []
+    for key, tensor in headers:
+        dtype = getattr(torch, DTYPES.get(tensor.get_dtype(), ""), None)
+        if isinstance(dtype, torch.dtype):
+            root[key] = stored(key, tuple(tensor.get_shape()), dtype)
+        else:
+            left_out.append(f"{key} {tensor.get_shape()} {tensor.get_dtype()}")
+    listed = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+    if left_out and not root:
+        raise CheckpointError(
+            f"All tensors of {str(file)!r} have a dtype that this version of torch cannot read: {listed}. Nothing was "
+            "read. A newer torch may read them; quantised ones must be dequantised first."
+        )
+    notes = (
+        (f"{len(left_out)} tensors have a dtype that this version of torch cannot read and were left out: {listed}.",)
+        if left_out
+        else ()
+    )
+    return Contents(root, "safetensors file", metadata, notes=notes)
+
+
+def _mapped(file: Path) -> Mapped:
+    """Map a file whose header is known to be sound, and look up where its tensors are."""
+    content = _header_of(file)
+    start = 8 + len(content)
+    places = {key: entry["data_offsets"] for key, entry in json.loads(content).items() if key != "__metadata__"}
+    storage: Any = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+    return storage, {key: (start + begin, start + end) for key, (begin, end) in places.items()}
+
+
+def _tensor(mapped: Mapped, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Take a tensor without touching its memory, as ``get_tensor`` does: what is cut from the file ends the process."""
+    storage, places = mapped
+    start, end = places[key]
+    tensor = torch.empty(0, dtype=dtype, device="cpu")
+    if end - start != prod(shape) * dtype.itemsize or end > storage.nbytes():
+        raise ValueError(f"{key} is not where it was announced")
+    if start < end:
+        tensor.set_(storage[start:end])
+    return tensor.reshape(shape)
+
+
+def _check_count(file: Path) -> None:
+    """Refuse a header that would take long and much memory to read."""
+    count = _header_of(file).count(_ENTRY)
+    if count > MEMBERS:
+        raise ValueError(f"it announces {count:,} tensors, and no more than {MEMBERS:,} are read")
+
+
+def _header_of(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return stream.read(length) if length <= _LONGEST else b""  # which the library refuses
+
+
+def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("two tensors of one name")
+    return found
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{str(file)!r} could not be read as a file of safetensors: {error}. "
+        "It may be truncated or damaged; compare its size with the original's."
+    )
+
+
+BLOCK = 2**20  # elements: few megabytes, and enough for a strided view to be read in whole cache lines
+
+
+def blocks(tensor: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
+    """Yield the elements of a tensor in row-major order, as flat tensors of at most ``size`` elements.
+
+    A block is a view where the memory of its elements is in this order, else a copy.
+
+    >>> [block.tolist() for block in blocks(torch.arange(6).reshape(2, 3).T, 2)]
+    [[0, 3], [1, 4], [2, 5]]
+    """
+    if tensor.numel() <= size:
+        yield tensor.reshape(-1)
+    elif tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), size)
+    elif len(tensor) == 1:
+        yield from blocks(tensor[0], size)
+    else:
+        for part in torch.split(tensor, max(size * len(tensor) // tensor.numel(), 1)):
+            yield from blocks(part, size)
+
+
+_NAMES = {getattr(torch, name): known for known, name in DTYPES.items() if hasattr(torch, name)}
+_ALIGNMENT = 8  # bytes, of the header
+_LARGEST = 100_000_000  # bytes of a header that readers take
+
+
+def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Order tensors as a file holds them: wide elements first, so that all are aligned, else as they come."""
+    return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+
+
+def header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Write the length and the header of a file that holds tensors in this order.
+
+    >>> header([TensorSpec("bias", (3,), torch.float32)], {})[8:]
+    b'{"bias":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}      '
+
+    Raises:
+        InputError: The format does not hold such a dtype, key or number of tensors.
+    """
+    listed: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for spec in specs:
+        if spec.dtype not in _NAMES:
+            raise InputError(
+                f"{spec} cannot be written: safetensors has no such dtype. Nothing was written. "
+                "Pass dtype= to convert floating-point tensors, or exclude the key."
+            )
+        end = start + spec.numel * spec.dtype.itemsize
+        entry = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        if spec.key == "__metadata__" or listed.setdefault(spec.key, entry) is not entry:
+            raise InputError(f"No tensor of a file of safetensors can be called {spec.key!r}. Nothing was written.")
+        start = end
+    try:
+        text = json.dumps(listed, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        part = error.object[max(error.start - 20, 0) : error.end + 20]
+        raise InputError(
+            f"{part!r}, in a key or in the metadata, is no Unicode text, which safetensors needs. Nothing was written."
+        ) from error
+    text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > _LARGEST:
+        raise InputError(
+            f"The names of {len(specs)} tensors and the metadata take {len(text)} bytes, and readers of safetensors "
+            f"take {_LARGEST}. Nothing was written. Pass a smaller max_shard_size."
+        )
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    stream: BinaryIO, specs: Sequence[TensorSpec], read: Callable[[TensorSpec], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a file; one tensor is read at a time.
+
+    Args:
+        stream: To write to.
+        specs: What to write, ``in_file_order``; values are converted to the dtypes that they name.
+        read: From each of ``specs`` to a tensor of its shape, on any device and of any strides.
+        metadata: The file's own.
+
+    Raises:
+        InputError: As ``header``, or a tensor is sparse or of a class of its own.
+    """
+    stream.write(header(specs, metadata))
+    for spec in specs:
+        _write_values(stream, dense(spec.key, read(spec)), spec.dtype)
+
+
+def _write_values(stream: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Write the values of a tensor, of which nothing is held when this is done."""
+    for block in blocks(tensor):
+        plain = block.resolve_conj().resolve_neg().to("cpu", dtype)
+        stream.write(_little_endian(plain).numpy().data)
+
+
+def dense(key: str, tensor: Tensor) -> Tensor:
+    """Take a tensor without its gradient.
+
+    Raises:
+        InputError: It is sparse or of a class of its own.
+    """
+    tensor = tensor.detach()
+    if type(tensor) is not Tensor or tensor.layout != torch.strided:
+        kind = type(tensor).__name__ if type(tensor) is not Tensor else str(tensor.layout)
+        raise InputError(
+            f"{key} is a {kind} and not a plain tensor of all its values. Nothing was written. "
+            "Make it one first, as to_dense() and full_tensor() do."
+        )
+    return tensor
+
+
+def _little_endian(flat: Tensor) -> Tensor:
+    """Return the bytes of a flat tensor as a file has them; they are a view, except on big-endian machines."""
+    if flat.stride() != (1,):  # which contiguous() lets pass for one element
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    data = flat.view(torch.uint8)
+    if sys.byteorder == "little":
+        return data
+    width = flat.dtype.itemsize // (2 if flat.is_complex() else 1)
+    return data.view(-1, width).flip(1).reshape(-1)

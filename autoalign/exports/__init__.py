@@ -1,1 +1,0 @@
-"""Exports of rules to the forms that other libraries take, and to Python."""

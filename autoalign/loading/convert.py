@@ -1,0 +1,331 @@
+"""Converting: write a checkpoint anew in the names and shapes of another implementation, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+import torch
+
+from autoalign.alignment import Alignment
+from autoalign.checkpoints.atomic import (
+    output_pattern,
+    remove_abandoned,
+    staged,
+    staging_folder,
+    staging_name,
+    unfinished,
+)
+from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
+from autoalign.checkpoints.formats.detection import index_of
+from autoalign.checkpoints.formats.safetensors import dense, header, in_file_order, write_safetensors
+from autoalign.checkpoints.stored import named_dtype
+from autoalign.errors import (
+    CheckpointError,
+    ChoiceWarning,
+    InputError,
+    NothingLoadedError,
+    OutputError,
+    PartialLoadWarning,
+)
+from autoalign.loading.conflicts import settled
+from autoalign.loading.prepare import (
+    Progress,
+    absent_counters,
+    caller_level,
+    nothing_message,
+    read_match,
+    require_complete,
+    source_modules,
+    summary,
+    unfilled_statement,
+    without_counters,
+)
+from autoalign.matching.match import match_tensors
+from autoalign.plan.matches import Caution
+from autoalign.plan.specs import TensorSpec
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["safetensors", "dcp"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+_SUFFIX = ".safetensors"
+_OTHERS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip"})
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
+_UNDONE = "Nothing was written."
+_LONGEST = 200  # characters of a path in an error
+
+
+def convert_checkpoint(
+    checkpoint: Side,
+    target: Side,
+    output_path: str | os.PathLike[str],
+    align_options: Mapping[str, Any],
+    *,
+    format: Format,  # noqa: A002, the field's own word
+    dtype: torch.dtype | str | None,
+    max_shard_size: int | str,
+    metadata: Mapping[str, str] | None,
+    strict: bool,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Alignment:
+    """Write a checkpoint anew; see ``autoalign.convert``. ``align_options`` are those of ``match_tensors``."""
+    if format not in FORMATS:
+        raise InputError(f"format={format!r} is none that can be written. {_UNDONE} Choose {', '.join(FORMATS)}.")
+    cast, limit = _floating_dtype(dtype), shard_size(max_shard_size)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress= takes a function, not {type(progress).__name__}. {_UNDONE}")
+    is_folder = format == "dcp"
+    if is_folder and metadata:
+        raise InputError(f"A folder of torch.distributed.checkpoint has no metadata of its own. {_UNDONE}")
+    path = _checked_path(output_path)
+    folder, stem = (Path(os.path.abspath(path)), "") if is_folder else _place(path)  # noqa: PTH100
+    older = _content(folder) if is_folder else _older(folder, stem)
+    if older and is_folder:
+        raise OutputError(f"{str(folder)!r} is not a new or empty folder. {_UNDONE} Name another output.")
+    kept = [name for name, is_left_over in older.items() if not is_left_over]
+    if kept and not overwrite:
+        raise OutputError(
+            f"{str(folder / kept[0])!r} exists. {_UNDONE} Pass overwrite=True to replace it, or name another output."
+        )
+    source, wanted = checkpoint_of(checkpoint, container=align_options.get("container")), checkpoint_of(target)
+    alignment = Alignment.of(match_tensors(source, wanted, **{**align_options, "container": None}))
+    source = alignment.tensors if isinstance(alignment.tensors, Checkpoint) else source  # another container, perhaps
+    alignment = settled(alignment)
+    name = repr(wanted) if wanted.module is None else type(wanted.module).__name__
+    if wanted.module is not None:
+        counters = absent_counters(wanted.module, source, alignment, source_modules(alignment))
+        alignment = without_counters(alignment, counters, "are not written")
+    states = [key for key in source.extras if key.rpartition(".")[2] == "_extra_state"]
+    if states:
+        note = f"{len(states)} extra states of modules are no tensors and are not written: {', '.join(states[:3])}."
+        alignment = replace(alignment, notes=(*alignment.notes, note))
+    if not alignment.matches:
+        raise NothingLoadedError(nothing_message(alignment, source, name, _UNDONE), alignment)
+    if strict:
+        advice = f"{_UNDONE} Pass strict=False to write the {len(alignment.matches)} that match."
+        require_complete(alignment, advice)
+    specs = _output_specs(alignment, cast)
+    shards = [] if is_folder else sharded(specs, limit)
+    described = _metadata(source.metadata, metadata)
+    for shard in shards:
+        header(shard, described)  # raises what it does before anything is written
+    written = summary(alignment, source, name)
+    for note in alignment.notes:
+        if isinstance(note, Caution):
+            warnings.warn(f"Writing {written}. {note}", ChoiceWarning, stacklevel=caller_level())
+    if unfilled := unfilled_statement(alignment, "are not in the output"):
+        warnings.warn(
+            f"Writing {written}. {unfilled} print(alignment) shows all.",
+            PartialLoadWarning,
+            stacklevel=caller_level(),
+        )
+    source.require_unchanged()
+    read = _reader(source, alignment, progress)
+    if is_folder:
+        _write_folder(specs, read, folder)
+    else:
+        _write(shards, read, described, folder, stem, older)
+    logger.info("Wrote %s to %s.", written, folder)
+    return alignment
+
+
+def shard_size(size: int | str) -> int:
+    """Take a number of bytes, or a text that says it, as Hugging Face's libraries do.
+
+    >>> shard_size("5GB"), shard_size("1.5 GiB"), shard_size(100)
+    (5000000000, 1610612736, 100)
+
+    Raises:
+        InputError: It says no positive number of bytes.
+    """
+    found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    if found:
+        unit = found[2].lower()
+        base = 1024 if unit.endswith("i") else 1000
+        size = int(float(found[1]) * base ** (" kmgt".index(unit[0]) if unit else 0))
+    if not isinstance(size, int) or size < 1:
+        raise InputError(f"max_shard_size={size!r} is no number of bytes, such as 5_000_000 or '5GB'. {_UNDONE}")
+    return size
+
+
+def sharded(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """Cut a list of tensors, in its order, into files of at most ``limit`` bytes of data, or of one tensor.
+
+    >>> specs = [TensorSpec(key, (4,), torch.float32) for key in "abc"]
+    >>> [[spec.key for spec in shard] for shard in sharded(specs, 32)]
+    [['a', 'b'], ['c']]
+    """
+    shards: list[list[TensorSpec]] = []
+    left = 0
+    for spec in specs:
+        size = spec.numel * spec.dtype.itemsize
+        if not shards or size > left:
+            shards.append([])
+            left = limit
+        shards[-1].append(spec)
+        left -= size
+    return [in_file_order(shard) for shard in shards]
+
+
+def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = named_dtype(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise InputError(f"dtype={dtype!r} is no floating-point dtype, such as 'bfloat16'. {_UNDONE}")
+    return found
+
+
+def _checked_path(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"Expected a path to write to, not {type(path).__name__}. {_UNDONE}")
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # such as of a name that is too long, or that has a null byte
+        shown = getattr(error, "strerror", None) or error
+        raise OutputError(f"{str(path)[:_LONGEST]!r} cannot be written to: {shown}. {_UNDONE}") from error
+    return Path(path)
+
+
+def _place(path: Path) -> tuple[Path, str]:
+    """Tell the folder of an output and the stem of the names of its files."""
+    if path.is_dir() or path.suffix.lower() not in {_SUFFIX, *_OTHERS}:
+        return path, "model"
+    if path.suffix != _SUFFIX:
+        raise InputError(f"{str(path)!r} would be a file of safetensors; call it *.safetensors. {_UNDONE}")
+    return path.parent, path.stem
+
+
+def _older(folder: Path, stem: str) -> dict[str, bool]:
+    """List the files in a folder that an output of this name would replace or be confused with.
+
+    Returns:
+        Whether each was left over by a process that was killed.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{str(folder)!r} exists and is no folder. {_UNDONE}")
+    ours = re.compile(output_pattern(stem), re.ASCII)
+    try:
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise OutputError(f"{str(folder)!r} cannot be written to: {error}. {_UNDONE}") from error
+    index = f"{stem}{_SUFFIX}.index.json"
+    with suppress(CheckpointError):  # of an index that leads nowhere
+        left_over = unfinished(names, index_of(folder / index).values() if index in names else ())
+        return {name: name in left_over for name in names if ours.fullmatch(name)}
+    return {name: False for name in names if ours.fullmatch(name)}
+
+
+def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[TensorSpec]:
+    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
+    dtypes = {spec.key: spec.dtype for spec in alignment.source_specs}
+    specs = []
+    for match in alignment.matches:
+        dtype = reduce(torch.promote_types, [dtypes[key] for key in match.sources])
+        is_value = dtype.is_floating_point and not any(key in alignment.quantised[0] for key in match.sources)
+        specs.append(TensorSpec(match.target, shapes[match.target], cast if cast and is_value else dtype))
+    return specs
+
+
+def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dict[str, str]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"metadata= takes a mapping of texts, not {type(given).__name__}. {_UNDONE}")
+    entries = {**source, **(given or {}), "format": "pt"}
+    odd = [key for key, value in entries.items() if not (isinstance(key, str) and isinstance(value, str))]
+    if odd:
+        raise InputError(f"The metadata of {odd[0]!r} is no text, as safetensors wants all of it. {_UNDONE}")
+    return entries
+
+
+def _reader(
+    source: Checkpoint, alignment: Alignment, progress: Progress | None
+) -> Callable[[TensorSpec], torch.Tensor]:
+    """Make what reads the tensor of each output, once, and reports it."""
+    matches = {match.target: match for match in alignment.matches}
+    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
+    done = 0
+
+    def read(spec: TensorSpec) -> torch.Tensor:
+        nonlocal done
+        tensor = read_match(alignment, matches[spec.key], shapes[spec.key], _UNDONE)
+        done += 1
+        if done == len(matches):
+            source.require_unchanged(_UNDONE)  # while it was read
+        if progress is not None:
+            progress(done, len(matches))
+        return tensor
+
+    return read
+
+
+def _content(folder: Path) -> dict[str, bool]:
+    """List what an output folder of its own holds already, as ``_older``."""
+    return {folder.name: False} if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) else {}
+
+
+def _write_folder(specs: Sequence[TensorSpec], read: Callable[[TensorSpec], torch.Tensor], folder: Path) -> None:
+    from autoalign.checkpoints.formats.distributed import write_distributed
+
+    known = {spec.key: spec for spec in specs}
+    made = folder.parent / staging_name(folder.name, secrets.token_hex(4))
+    try:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with staging_folder(made):
+            remove_abandoned(folder.parent, re.escape(folder.name))
+            write_distributed(made, specs, lambda key: dense(key, read(known[key])).to(known[key].dtype))
+            if folder.exists():
+                folder.rmdir()  # an empty one
+            made.rename(folder)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{str(folder)!r} could not be written: {error}. Nothing is left of it.") from error
+
+
+def _write(
+    shards: Sequence[Sequence[TensorSpec]],
+    read: Callable[[TensorSpec], torch.Tensor],
+    metadata: Mapping[str, str],
+    folder: Path,
+    stem: str,
+    older: Collection[str],
+) -> None:
+    names = [f"{stem}{_SUFFIX}"]
+    if len(shards) > 1:
+        start = f"{stem}-{secrets.token_hex(4)}" if older else stem
+        names = [f"{start}-{number:05}-of-{len(shards):05}{_SUFFIX}" for number in range(1, len(shards) + 1)]
+        names.append(f"{stem}{_SUFFIX}.index.json")
+    with staged(folder, names, older, output_pattern(stem)) as paths:
+        for shard, path in zip(shards, paths, strict=False):  # the index is no shard
+            with path.open("xb") as stream:
+                write_safetensors(stream, shard, read, metadata)
+                _flush(stream)
+        if len(shards) > 1:
+            with paths[-1].open("xb") as stream:
+                stream.write(_index(shards, names).encode())
+                _flush(stream)
+
+
+def _flush(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _index(shards: Sequence[Sequence[TensorSpec]], names: Sequence[str]) -> str:
+    """Write the index as Hugging Face's libraries do."""
+    files = {spec.key: name for shard, name in zip(shards, names, strict=False) for spec in shard}
+    total = sum(spec.numel * spec.dtype.itemsize for shard in shards for spec in shard)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2, sort_keys=True) + "\n"

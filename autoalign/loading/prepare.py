@@ -1,0 +1,356 @@
+"""What a module's state dict holds beside its tensors: versions, extra states, and counters that old ones lack."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from autoalign.alignment import Alignment
+from autoalign.checkpoints.checkpoint import Checkpoint, of_module
+from autoalign.errors import AlignmentError, CheckpointError, IncompatibleTensorsError, InputError
+from autoalign.plan.keys import LEVELS
+from autoalign.plan.matches import FILLED, Match
+from autoalign.plan.operations import Copy
+from autoalign.plan.specs import TensorSpec
+
+
+def require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:
+    """Refuse to have filled tensors that the model does not have any more.
+
+    Raises:
+        AlignmentError: The model has others now.
+    """
+    now: Mapping[str, object] = model.state_dict(keep_vars=True)
+    gone = [match.target for match in alignment.matches if now.get(match.target) is not targets[match.target]]
+    if gone:
+        raise AlignmentError(
+            f"The model changed while it was loaded: it has other tensors now for {', '.join(gone[:3])}"
+            f"{', ...' if len(gone) > 3 else ''}. Nothing was loaded. Load when nothing else changes the model.",
+            alignment,
+        )
+
+
+def source_modules(alignment: Alignment) -> dict[str, str]:
+    """Map each of the model's modules to the checkpoint's, where everything that was found for it comes from one.
+
+    Modules correspond if the rest of the keys below them is the same.
+    """
+    found: dict[str, set[str]] = {}
+    for source_key, key in alignment.mapping.items():
+        theirs, ours = source_key.rsplit(".", LEVELS), key.rsplit(".", LEVELS)
+        while theirs and ours and theirs[-1] == ours[-1]:
+            del theirs[-1], ours[-1]
+            found.setdefault(".".join(ours), set()).add(".".join(theirs))
+    return {module: sources.pop() for module, sources in found.items() if len(sources) == 1}
+
+
+def absent_counters(
+    model: nn.Module, source: Checkpoint, alignment: Alignment, modules: Mapping[str, str]
+) -> frozenset[str]:
+    """List the BatchNorm counters that a checkpoint has not got because it is older than they are.
+
+    As with torch, such a counter is not missing: BatchNorm's version is below 2 or unknown.
+    """
+    versions = source.state_metadata or {}
+    own_modules = dict(model.named_modules(remove_duplicate=False))
+    matched = {match.target.rpartition(".")[0] for match in alignment.matches}
+    counters = set()
+    for key, status in alignment.status.items():
+        path, _, name = key.rpartition(".")
+        if name != "num_batches_tracked" or status != "missing" or key in alignment.excluded or path not in matched:
+            continue
+        origin = modules.get(path)
+        if not isinstance(own_modules.get(path), _NormBase):
+            continue
+        if origin is not None:
+            version = versions.get(origin, {}).get("version")
+            if f"{origin}.{name}".lstrip(".") in source or (isinstance(version, int) and version >= 2):
+                continue
+        counters.add(key)
+    return frozenset(counters)
+
+
+def without_counters(alignment: Alignment, counters: frozenset[str], fate: str) -> Alignment:
+    """Take the counters that a checkpoint is too old for out of what an alignment is to fill, with a note."""
+    if not counters:
+        return alignment
+    kept = tuple(spec for spec in alignment.target_specs if spec.key not in counters)
+    note = f"{len(counters)} num_batches_tracked {fate}: the checkpoint is from before torch had them."
+    return replace(alignment, target_specs=kept, notes=(*alignment.notes, note))
+
+
+def extra_states(source: Checkpoint, targets: Mapping[str, object], modules: Mapping[str, str]) -> dict[str, object]:
+    """Find the extra state of each module that has one in the checkpoint's module that corresponds to it."""
+    own = {key: translated(key, modules) for key in targets if key.rpartition(".")[2] == "_extra_state"}
+    return {key: source.extras[source_key] for key, source_key in own.items() if source_key in source.extras}
+
+
+def translated(key: str, modules: Mapping[str, str]) -> str:
+    """Translate a key by the nearest module above it that corresponds, since its own may hold no tensors."""
+    parts = key.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        origin = modules.get(".".join(parts[:depth]))
+        if origin is not None:
+            return ".".join(filter(None, (origin, *parts[depth:])))
+    return key
+
+
+def state_metadata(
+    source: Checkpoint,
+    alignment: Alignment,
+    targets: Mapping[str, Tensor],
+    modules: Mapping[str, str],
+    counters: frozenset[str],
+) -> dict[str, dict[str, object]]:
+    """Say which version each module's tensors are of, for the upgrades that modules do on their own.
+
+    A module whose tensors were all found as they are, under their own names, may be of the checkpoint's version. The
+    rest was brought into the model's own layout already, so it is of the model's own version.
+    """
+    metadata = {path: dict(entry) for path, entry in getattr(targets, "_metadata", {}).items()}
+    as_they_are = {
+        match.target
+        for match in alignment.matches
+        if isinstance(match.operation, Copy) and match.target.rpartition(".")[2] == match.sources[0].rpartition(".")[2]
+    }
+    changed = {spec.key.rpartition(".")[0] for spec in alignment.target_specs if spec.key not in as_they_are}
+    direct = {key.rpartition(".")[0] for key in as_they_are} - changed
+    versions = source.state_metadata or {}
+    for path, origin in modules.items():
+        if path in direct and origin in versions:
+            metadata[path] = dict(versions[origin])
+    metadata.update((key.rpartition(".")[0], {}) for key in counters)  # so that torch makes them up
+    return metadata
+
+
+def shaped(model: nn.Module, lazy: Mapping[str, Tensor], known: Mapping[str, TensorSpec]) -> Checkpoint:
+    """Take a model as a checkpoint in which lazy tensors have the shapes of known ones; others are left out."""
+    state_dict = {
+        key: torch.empty(known[key].shape, dtype=lazy[key].dtype, device="meta") if key in known else value
+        for key, value in model.state_dict(keep_vars=True).items()
+        if key in known or key not in lazy
+    }
+    return of_module(model, state_dict)
+
+
+def named_sources(
+    lazy: Mapping[str, Tensor], source: Checkpoint, alignment: Alignment | None = None
+) -> dict[str, TensorSpec]:
+    """Find the source of each lazy tensor by its name; those without one are left out.
+
+    Args:
+        lazy: The tensors without a shape, by key.
+        source: The checkpoint.
+        alignment: Of the rest of the model, by which modules of other names correspond.
+    """
+    specs = {spec.key: spec for spec in source.specs}
+    used = {key for match in alignment.matches for key in match.sources} if alignment else set()
+    free = {key: spec for key, spec in specs.items() if key not in used}
+    modules = source_modules(alignment) if alignment else {}
+    added, taken = _prefixes(lazy, free)
+    found = {}
+    for key in lazy:
+        names = (translated(key, modules), key, added + key.removeprefix(taken))
+        name = next((name for name in names if name in free), None)
+        if name is not None:
+            found[key] = free.pop(name)
+    return found
+
+
+def _prefixes(keys: Mapping[str, Tensor], others: Mapping[str, TensorSpec]) -> tuple[str, str]:
+    """Find what most of these keys lack before others, or have before others: the wrapper of one side."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for key in keys:
+        for other in others:
+            if other.endswith(f".{key}"):
+                counts[other.removesuffix(key), ""] += 1
+            elif key.endswith(f".{other}"):
+                counts["", key.removesuffix(other)] += 1
+    return counts.most_common(1)[0][0] if counts else ("", "")
+
+
+Progress = Callable[[int, int], object]  # called with the tensors that are done and all of them
+Step = Callable[[int, int], object]  # called with the tensors that are done, and their bytes
+
+PATIENCE = 2.0  # seconds without a bar
+
+
+@contextmanager
+def progress_of(progress: Progress | bool | None, tensors: int, size: int, since: float) -> Iterator[Step]:
+    """Report how far a load has come, for as long as the block runs.
+
+    Args:
+        progress: True for a bar on stderr, None for one if stderr is a terminal and the load takes more than two
+            seconds, False for none, or a function of the tensors that are done and of all.
+        tensors: How many tensors are loaded.
+        size: How many bytes they have.
+        since: When the load began, by ``time.perf_counter``.
+    """
+    if callable(progress):
+        call = progress
+        yield lambda done, _size: call(done, tensors)
+        return
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield lambda _done, _size: None
+        return
+    bar: Any = None
+    failed = False
+
+    def step(done: int, done_size: int) -> None:
+        nonlocal bar, failed
+        if failed:
+            return
+        try:
+            if bar is None and (progress or time.perf_counter() - since > PATIENCE):
+                bar = _bar(transient=progress is None)
+                bar.start()
+                bar.add_task("Loading", total=size, tensors=tensors, done=done)
+            if bar is not None:
+                bar.update(0, completed=done_size, done=done)
+        except Exception:  # stderr may be closed, or no thread be left: no reason not to load
+            failed = True
+
+    try:
+        yield step
+    finally:
+        if bar is not None:
+            with suppress(Exception):
+                bar.stop()
+
+
+def _bar(*, transient: bool) -> Any:
+    from rich.console import Console  # late, as all that a load without a bar does not need
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
+        TimeRemainingColumn(),
+    )
+
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:  # rich would close stdout and end the process
+            self.quiet = True
+
+    return Progress(*columns, console=Screen(stderr=True), transient=transient)
+
+
+_NAMED = 4  # keys that a warning names
+_REASONS = {
+    "missing": "{} without a source",
+    "mismatched": "{} of another shape",
+    "ambiguous": "{} ambiguous",
+    "excluded": "{} excluded",
+}
+
+
+def read_match(alignment: Alignment, match: Match, shape: tuple[int, ...], undone: str) -> Tensor:
+    """Read the tensor of a match; its values are there and it has the shape of the target.
+
+    Args:
+        alignment: Whose match it is.
+        match: What to read.
+        shape: The target's.
+        undone: What an error says was not done, as a sentence.
+
+    Raises:
+        InputError: The source, or a target of which values are kept, is on the meta device.
+        CheckpointError: The file holds another shape than it announced.
+    """
+    tensor = alignment.tensor(match)
+    if tensor.is_meta:
+        raise InputError(
+            f"{', '.join(match.sources)} of the checkpoint is on the meta device and has no values. "
+            f"{undone} Give a checkpoint with values."
+        )
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"size mismatch for {match.target}: {', '.join(match.sources)} was read with shape "
+            f"{list(tensor.shape)} where {list(shape)} was announced. {undone}"
+        )
+    return tensor
+
+
+def require_complete(alignment: Alignment, advice: str) -> None:
+    """Raise as ``Alignment.raise_if_incomplete`` does, with advice as the last line."""
+    try:
+        alignment.raise_if_incomplete()
+    except IncompatibleTensorsError as error:
+        raise IncompatibleTensorsError(f"{error}\n{advice}", alignment) from None
+
+
+def summary(alignment: Alignment, source: Checkpoint, target: str) -> str:
+    """Say how much of a target, such as ``"ResNet"``, comes from where; a part is never called 100 %."""
+    share = math.floor(1000 * alignment.coverage) / 10
+    return (
+        f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
+        f"of {target} from {source!r}"
+    )
+
+
+def unfilled_statement(alignment: Alignment, what: str) -> str:
+    """Say how many of the target's tensors get nothing, for which reasons, and which of them nobody left out.
+
+    Args:
+        alignment: Whose target it is.
+        what: Becomes of them, such as "keep their values".
+
+    Returns:
+        A sentence, and one on what is quantised; empty if ``exclude`` and ``include`` left out all that is unfilled.
+    """
+    status = {key: status for key, status in alignment.status.items() if status not in FILLED}
+    named = [key for key in status if key not in alignment.excluded]
+    if not named:
+        return ""
+    counts = Counter("excluded" if key in alignment.excluded else status[key] for key in status)
+    reasons = ", ".join(text.format(counts[reason]) for reason, text in _REASONS.items() if counts[reason])
+    more = ", ..." if len(named) > _NAMED else ""
+    left_out = f" Left out: {', '.join(alignment.left_out)}." if alignment.left_out else ""
+    return f"{len(status)} {what}: {', '.join(named[:_NAMED])}{more} ({reasons}).{left_out}"
+
+
+def nothing_message(alignment: Alignment, source: Checkpoint, target: str, undone: str) -> str:
+    """Explain why no tensor of a source could be aligned with those of a target."""
+    lines = [
+        f"No tensor of {source!r} could be aligned with the {len(alignment.target_specs)} tensors of {target}. {undone}"
+    ]
+    left_out = alignment.left_out
+    numels = {spec.numel for spec in source.specs}
+    unlike = sum(spec.numel not in numels for spec in alignment.target_specs)
+    if unlike and not left_out:
+        lines.append(f"  {unlike} of the model's tensors have a size that no tensor of the checkpoint has.")
+    if alignment.excluded:
+        lines.append(f"  {len(alignment.excluded)} keys were left out by include and exclude.")
+    if alignment.ambiguous:
+        lines.append(f"  {len(alignment.ambiguous)} have proposals that were not sure enough:")
+        lines += [
+            f"    {match.target} from {', '.join(match.sources)} (confidence {match.confidence:.2f})"
+            for match in alignment.ambiguous[:3]
+        ]
+    if alignment.mismatched:
+        lines.append(f"  {len(alignment.mismatched)} have counterparts of another shape:")
+        lines += [f"    {mismatch}" for mismatch in alignment.mismatched[:3]]
+    lines += [f"  {note}" for note in alignment.notes]
+    if not left_out:
+        lines.append("Check that both are the same network, or pass what you know as rules=.")
+    return "\n".join(lines)
+
+
+def caller_level() -> int:
+    """Count the frames from a warning to the first that is not of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "autoalign":
+        level, frame = level + 1, frame.f_back
+    return level

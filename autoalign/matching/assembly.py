@@ -1,0 +1,264 @@
+"""Assembly: from matched parts back to whole tensors, each with its operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import NamedTuple
+
+from autoalign.matching.candidates import operation_between
+from autoalign.matching.conventions import as_in_torch, with_known_leaves
+from autoalign.matching.features import is_alphabetical
+from autoalign.matching.fusion import BY_ORDER, Fusion
+from autoalign.matching.layers import Part, Parts, Path, parts_of
+from autoalign.matching.layouts import DOUBTED, ROTARY, TOLD, Doubt, Style, doubt_about, other_layouts, style_of
+from autoalign.plan.keys import components
+from autoalign.plan.matches import Candidate, Match, Mismatch
+from autoalign.plan.operations import Copy, InsertZeros, Operation, Parallel, Shape, Split, chain
+from autoalign.plan.regions import joined, place_of
+from autoalign.plan.specs import TensorSpec, tied_groups
+
+_STRANDED = "the weight of this layer has another shape, so its bias is not taken alone"
+_NO_BIAS = "the source has no bias here, which is one of zeros"
+_BY_ORDER = 0.85  # how far a match is believed whose parts were told apart by their order
+
+
+@dataclass(frozen=True, slots=True)
+class SideParts:
+    """What takes part of one side in matching."""
+
+    specs: tuple[TensorSpec, ...]
+    parts: Parts
+    fusions: tuple[Fusion, ...] = ()
+    config: Mapping[str, object] = field(default_factory=dict)  # what is known of its network, as it was found
+    ordered: bool = True  # whether its keys come in the order of registration, as far as can be seen
+
+    @staticmethod
+    def of(specs: Sequence[TensorSpec], config: Mapping[str, object], counts: Sequence[int] | None = None) -> SideParts:
+        ordered = not is_alphabetical([spec.key for spec in specs])
+        parts = as_in_torch(with_known_leaves(parts_of(specs, counts), ordered=ordered))
+        return SideParts(tuple(specs), parts, config=config, ordered=ordered)
+
+    def key(self, part: Part) -> str:
+        return self.specs[part.tensor].key
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The source part of one target part."""
+
+    source: int
+    operation: Operation  # from the source part to the target part
+    confidence: float
+    evidence: Mapping[str, float]
+    rival: int | None  # the next best source part
+    doubt: str | None = None  # why the rival may be as good
+
+
+def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) -> list[Match]:
+    """Put the parts of each target tensor together; a tensor with a part that nothing fills gets no match.
+
+    A bias that the source does not have beside those that it has (that of the key, often) is zero.
+    """
+    styles = style_of(source.specs, source.parts, source.config), style_of(target.specs, target.parts, target.config)
+    layouts = _layouts(source, styles), _layouts(target, styles)
+    wholes: dict[int, list[int]] = {}
+    for part, piece in enumerate(target.parts):
+        wholes.setdefault(piece.tensor, []).append(part)
+    absent = {
+        part
+        for fusion in target.fusions
+        for part in fusion.absent
+        if len(target.parts[part].shape) == 1 and part not in found
+    }
+    filled = found.keys() | absent
+    weights = {part.path[:-1]: part.shape for part in source.parts if len(part.shape) == 2}
+    return [
+        _match(source, target, parts, found, styles, layouts, weights)
+        for parts in wholes.values()
+        if filled.issuperset(parts) and not found.keys().isdisjoint(parts)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layouts:
+    """The other layouts of a fused tensor, as one of its parts sees them."""
+
+    reason: str
+    views: tuple[Operation, ...]  # what takes the part out of the tensor in each of them
+
+
+def _layouts(side: SideParts, styles: tuple[Style, Style]) -> dict[int, _Layouts]:
+    """Find, for the parts of fused tensors, how else they might be taken out."""
+    result = {}
+    for fusion in side.fusions:
+        reason, ways = other_layouts(fusion, components(side.specs[fusion.tensor].key), styles)
+        if reason:
+            for place, part in enumerate(fusion.parts):
+                result[part] = _Layouts(reason, tuple(views[place] for views in ways))
+    return result
+
+
+class _Piece(NamedTuple):
+    """What fills a part of a target tensor."""
+
+    key: str | None  # of the source tensor; None for zeros
+    view: Operation  # from that tensor to the part
+    shape: Shape
+
+
+def _match(
+    source: SideParts,
+    target: SideParts,
+    parts: Sequence[int],
+    found: Mapping[int, Found],
+    styles: tuple[Style, Style],
+    layouts: tuple[Mapping[int, _Layouts], Mapping[int, _Layouts]],
+    weights: Mapping[Path, Shape],
+) -> Match:
+    filled = [found[part] for part in parts if part in found]
+    least = filled[0] if len(filled) == 1 else min(filled, key=lambda piece: piece.confidence)
+    confidence, whole = least.confidence, target.specs[target.parts[parts[0]].tensor]
+    pieces, views = [], [target.parts[part].view for part in parts]
+    others: dict[int, tuple[Operation, ...]] = {}  # place of a piece -> its other views
+    told, untold = False, False  # whether a layout is known by more than its shape, and whether another is not
+    split: Doubt | None = None  # of a tensor that holds several blocks on both sides
+    warnings: set[str] = set()
+    for place, part in enumerate(parts):
+        if part not in found:
+            pieces.append(_Piece(None, Copy(), target.parts[part].shape))
+            warnings.add(_NO_BIAS)
+            continue
+        piece = found[part]
+        if piece.doubt:
+            warnings.add(piece.doubt)
+        own = source.parts[piece.source]
+        pieces.append(_Piece(source.key(own), chain(own.view, piece.operation), target.parts[part].shape))
+        if known := layouts[0].get(piece.source):
+            others[place] = tuple(chain(view, piece.operation) for view in known.views)
+            untold = True
+            warnings.add(known.reason)
+        doubt = doubt_about(own, target.parts[part], piece.operation, styles, weights.get(own.path[:-1], ()))
+        if doubt and (known is None or doubt.reason == ROTARY):
+            others[place] = (*others.get(place, ()), *(chain(own.view, way) for way in doubt.otherwise))
+            warnings.add(doubt.reason)
+            apart = len(parts) == 1 and sum(doubt.sizes) == target.parts[part].shape[0]
+            split = doubt if doubt.blocks and apart else None
+            is_told = doubt.told and (apart or not doubt.blocks)
+            told, untold = told or is_told, untold or not is_told
+    ways = [(pieces, views)]
+    if others:
+        for turn in range(max(map(len, others.values()))):
+            changed = {place: views[turn] for place, views in others.items() if turn < len(views)}
+            ways.append(([p._replace(view=changed.get(k, p.view)) for k, p in enumerate(pieces)], views))
+    if split:
+        starts = list(accumulate(split.sizes, initial=0))
+        blocks = [Split(0, start, size) for start, size in zip(starts, split.sizes, strict=False)]
+        (only,), (view,) = pieces, views
+        for steps in split.blocks:
+            filling = [
+                _Piece(only.key, chain(only.view, block, step), (size, *only.shape[1:]))
+                for block, step, size in zip(blocks, steps, split.sizes, strict=True)
+            ]
+            ways.append((filling, [chain(view, block) for block in blocks]))
+    if known := layouts[1].get(parts[0]):
+        untold = True
+        warnings.add(known.reason)
+        ways += [(pieces, [layouts[1][part].views[turn] for part in parts]) for turn in range(len(known.views))]
+    if told and not untold:
+        ways[:2] = ways[1::-1]
+    if BY_ORDER in warnings:
+        confidence *= _BY_ORDER
+    if warnings - {BY_ORDER, _NO_BIAS}:
+        confidence = min(confidence, TOLD if told and not untold else DOUBTED)
+    (sources, operation), *rest = [_put_together(*way, whole.shape) for way in ways]
+    alternatives = [Candidate(sources, operation, 0.0) for sources, operation in rest]
+    if len(parts) == 1 and least.rival is not None and not alternatives:
+        rival = source.parts[least.rival]
+        shape = target.parts[parts[0]].shape
+        is_alike = rival.shape == source.parts[least.source].shape
+        other = least.operation if is_alike else operation_between(rival.shape, shape)
+        if other is not None:
+            otherwise = [_Piece(source.key(rival), chain(rival.view, other), shape)]
+            alternatives.append(Candidate(*_put_together(otherwise, views, whole.shape), 0.0))
+    return Match(
+        target=whole.key,
+        sources=sources,
+        operation=operation,
+        confidence=confidence,
+        evidence=least.evidence,
+        alternatives=tuple(alternatives),
+        warnings=tuple(sorted(warnings)),
+    )
+
+
+def _put_together(
+    pieces: Sequence[_Piece], views: Sequence[Operation], shape: Shape
+) -> tuple[tuple[str, ...], Operation]:
+    """Name the sources of a tensor and the operation that makes it of them.
+
+    Args:
+        pieces: What fills its parts.
+        views: What takes each part out of it.
+        shape: Of the tensor.
+    """
+    if len(pieces) == 1 and isinstance(views[0], Copy) and pieces[0].key is not None:
+        return (pieces[0].key,), pieces[0].view
+    order = sorted(range(len(pieces)), key=lambda place: place_of(views[place]))
+    join = joined(shape, [views[place] for place in order])
+    assert join is not None, "the parts of a tensor make it up"
+    ordered = [pieces[place] for place in order]
+    zeros = [InsertZeros(place, piece.shape) for place, piece in enumerate(ordered) if piece.key is None]
+    steps = [piece.view for piece in ordered if piece.key is not None]
+    sources = tuple(piece.key for piece in ordered if piece.key is not None)
+    return sources, chain(steps[0] if len(set(steps)) == 1 else Parallel(tuple(steps)), *zeros, join)
+
+
+def tie_warning(others: Sequence[Candidate]) -> str:
+    """Say what else fits a tensor that the target ties."""
+    return f"tied in the target; {', '.join(' + '.join(other.sources) for other in others)} would fit as well"
+
+
+def with_ties(source: Sequence[TensorSpec], target: Sequence[TensorSpec], matches: Sequence[Match]) -> list[Match]:
+    """Fill all keys of each tied target tensor from one source: that of the surest match among them."""
+    groups = tied_groups(target)
+    if not groups:
+        return list(matches)
+    by_key = {match.target: match for match in matches}
+    storage = {spec.key: spec.storage for spec in source if spec.storage is not None}
+    for keys in groups:
+        known = [by_key[key] for key in keys if key in by_key]
+        if not known:
+            continue
+        best = max(known, key=lambda match: match.confidence)
+        tensors = {tuple(storage.get(key, key) for key in match.sources): match.sources for match in known}
+        if len(tensors) > 1:  # one storage cannot hold them all
+            ways = {match.sources: Candidate(match.sources, match.operation, 0.0) for match in known}
+            others = [ways[sources] for sources in tensors.values() if sources != best.sources]
+            warnings = (*best.warnings, tie_warning(others))
+            best = replace(best, warnings=warnings, alternatives=(*others, *best.alternatives))
+        for key in keys:
+            if len(tensors) > 1 or key not in by_key or by_key[key].confidence < best.confidence:
+                by_key[key] = replace(best, target=key)
+    return list(by_key.values())
+
+
+def with_stranded_biases(matches: Iterable[Match], mismatched: Iterable[Mismatch]) -> list[Match]:
+    """Doubt the biases of layers whose weights have another shape, unless a rule fills them.
+
+    >>> bias = Match("fc.bias", ("head.bias",), confidence=1.0)
+    >>> with_stranded_biases([bias], [Mismatch("fc.weight", "head.weight", (4, 2), (4, 3))])[0].warnings
+    ('the weight of this layer has another shape, so its bias is not taken alone',)
+    """
+    biases = {
+        tuple(f"{key.removesuffix('weight')}bias" for key in (item.key, item.source_key))
+        for item in mismatched
+        if item.key.endswith("weight") and item.source_key.endswith("weight")
+    }
+    return [
+        replace(match, confidence=min(match.confidence, DOUBTED), warnings=(*match.warnings, _STRANDED))
+        if (match.target, *match.sources) in biases and "rule" not in match.evidence
+        else match
+        for match in matches
+    ]

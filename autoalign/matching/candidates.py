@@ -1,0 +1,377 @@
+"""Candidates: which layers of the source could be which layers of the target, and by what operation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoalign.errors import InputError
+from autoalign.matching.layers import Part, Path, Unit, Units, units_of
+from autoalign.matching.names import kind, words
+from autoalign.plan.keys import numbers
+from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, chain
+
+Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and flipped of each part of a unit
+
+MOST_LAYERS = 100_000_000  # of one side times the other, which the names of all take four bytes each
+MOST_COST = 40_000_000  # of the pairs that are compared, which take some 15 bytes for each unit of it
+_PAIR_COST = 32  # of a pair, besides that of each two modules around it
+_NEAREST = (64, 32, 16, 8, 4, 2, 1)  # pairs for each layer, the nearest in order, where there are too many for all
+_RARE = 8  # layers of one shape on either side that share a word or numbers which tell something
+_BARE = 0.25  # fit of a parameter that stands alone and the weight of a layer
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """The units of two sides by their shapes."""
+
+    members: tuple[list[list[int]], list[list[int]]]  # of each side: the units of each kind, in order
+    source: NDArray[np.int64]  # [source units]: equal for units with the same kinds and shapes of tensors
+    target: NDArray[np.int64]  # [target units]: numbers of its own
+    source_class: NDArray[np.int64]  # [source units]: equal for units whose tensors have equal shapes
+    target_class: NDArray[np.int64]  # [target units]: the same classes
+    class_count: int
+    fits: dict[tuple[int, int], float]  # kinds of a source and of a target that fit, and how well, in (0, 1]
+    adjacent: Sequence[float]  # of each kind of the target: see ``Candidates``
+    flipped: frozenset[int]  # source parts whose matrix is transposed
+
+    def fit(self, source: int, target: int) -> float:
+        """Tell how well the shapes of two units fit; 0 where they do not."""
+        return self.fits.get((int(self.source[source]), int(self.target[target])), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The pairs of units that are compared, as parallel arrays."""
+
+    source: NDArray[np.int64]  # unit of the source
+    target: NDArray[np.int64]  # unit of the target
+    fit: NDArray[np.float32]  # how well the shapes fit, in (0, 1]: 1 where all parts fit as they are
+    adjacent: NDArray[np.float32]  # how much the order of neighbours says, in [0, 1]: a batch norm follows its layer
+    crowded: frozenset[tuple[int, int]] = frozenset()  # kinds of which only pairs near in order, or told, are listed
+    told: frozenset[tuple[int, int]] = frozenset()  # pairs of these that have the same numbers, as few others do
+
+
+@lru_cache(maxsize=4096)
+def squeeze(shape: Shape) -> Shape:
+    """Leave out the dimensions of size one.
+
+    >>> squeeze((1, 1, 768))
+    (768,)
+    """
+    return tuple(size for size in shape if size != 1)
+
+
+@lru_cache(maxsize=4096)
+def operation_between(source: Shape, target: Shape, *, flipped: bool = False) -> Operation | None:
+    """Find the operation on one tensor that turns one shape into another, if the shapes admit one.
+
+    Dimensions of size one may come and go, and trailing dimensions may be flattened: the elements keep their order,
+    and the input and output channels of a kernel keep their places.
+    Matrices, and those of a stack, are transposed where ``flipped`` says that they are laid out the other way round.
+
+    >>> operation_between((64, 32), (64, 32, 1, 1)), operation_between((5,), (6,))
+    (Reshape(shape=(64, 32, 1, 1)), None)
+    >>> operation_between((1, 48, 1, 1, 1), (48, 1, 1, 1, 1)) is None
+    True
+    """
+    if flipped and len(source) == len(squeeze(target)) == 2:
+        fits = source[::-1] == squeeze(target)
+        return chain(Transpose(), Copy() if len(target) == 2 else Reshape(target)) if fits else None
+    if flipped and len(source) == len(target) == 3:
+        return Permute((0, 2, 1)) if turned(source) == target else None
+    if source == target:
+        return Copy()
+    if prod(source) != prod(target):
+        return None
+    if len(source) == len(target) >= 4 and source[:2] == target[1::-1]:
+        return None  # a kernel's input channels are not its output channels
+    short, long = sorted((squeeze(source), squeeze(target)), key=len)
+    if short == long or (len(short) == 2 and short[0] == long[0]):
+        return Reshape(target)
+    return None
+
+
+def turned(shape: Shape) -> Shape:
+    """Tell the shape of a transposed matrix, or of a stack of them.
+
+    >>> turned((2, 3)), turned((8, 2, 3))
+    ((3, 2), (8, 3, 2))
+    """
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def paired_parts(source: Unit, target: Unit) -> list[tuple[int, int]]:
+    """Pair the parts of two units by kind; parameters that stand alone pair whatever their kind."""
+    own, other = dict(source.parts), dict(target.parts)
+    shared = [(own[name], other[name]) for name in own if name in other]
+    if shared or len(own) > 1 or len(other) > 1:
+        return shared
+    kinds = {*own, *other}
+    alone = "other" in kinds and kinds <= {"other", "weight", "bias"}
+    return list(zip(own.values(), other.values(), strict=True)) if alone else []
+
+
+def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[int]:
+    """Find the source matrices that the target holds transposed.
+
+    A layout is a property of a layer type in a checkpoint: where the biases, or the shapes alone, show that the
+    matrices of most linear layers must be transposed, square ones and those whose shape fits either way are too.
+    Matrices that fit only as they are (embeddings) or only transposed (a bare projection) decide for themselves.
+    """
+    matrices = [[part for part in parts if _is_matrix(part)] for parts in (source, target)]
+    shapes = [Counter(part.shape for part in parts) for parts in matrices]
+    layers = [Counter(part.shape for part in parts if _is_layer(part)) for parts in matrices]
+    forced_flip = {s for s in shapes[0] if s not in shapes[1] and turned(s) in shapes[1] and turned(s) not in shapes[0]}
+    forced_copy = {s for s in shapes[0] if s in shapes[1] and turned(s) not in shapes[1]}
+    for_flip = sum(layers[0][shape] for shape in forced_flip if layers[1][turned(shape)])
+    for_copy = sum(part.shape in forced_copy and _is_layer(part) for part in matrices[0])
+    for_flip += sum(part.turned for parts in (source, target) for part in parts)
+    layouts = _layout(source), _layout(target)
+    most = layouts[0] != layouts[1] if all(layouts) else for_flip > for_copy and for_flip > 1
+    stacks = any(len(shape) == 3 for shape in forced_flip) and not any(len(shape) == 3 for shape in forced_copy)
+
+    def flips(part: Part) -> bool:
+        if part.turned or part.shape in forced_flip:
+            return True
+        if len(part.shape) == 3:
+            return stacks and part.shape[1] == part.shape[2]
+        return most and part.shape not in forced_copy and _is_layer(part)
+
+    return frozenset(index for index, part in enumerate(source) if _is_matrix(part) and flips(part))
+
+
+def _layout(parts: Sequence[Part]) -> int:
+    """Tell from the biases whether matrices are stored as (out, in): 1, or as (in, out): -1; 0 where nothing tells."""
+    votes = 0
+    for unit in units_of(parts):
+        kinds = dict(unit.parts)
+        if "bias" in kinds and "weight" in kinds and len(parts[kinds["weight"]].shape) == 2:
+            (rows, columns), bias = parts[kinds["weight"]].shape, parts[kinds["bias"]].shape
+            votes += (bias == (rows,)) - (bias == (columns,))
+    return (votes > 0) - (votes < 0)
+
+
+def _is_matrix(part: Part) -> bool:
+    """Tell a matrix, or a stack of them."""
+    return len(part.shape) in (2, 3) and min(part.shape) > 1
+
+
+def _is_layer(part: Part) -> bool:
+    """Tell a linear layer's matrix from a bare parameter or an embedding's."""
+    embeds = any(word == "embed" for component in part.path[-2:] for word in words(component))
+    return len(part.shape) == 2 and kind(part.path[-1])[0] == "weight" and not embeds
+
+
+def unit_fit(source: Signature, target: Signature) -> float:
+    """Tell how well a source unit fits a target unit by shape alone: 0 where it cannot, 1 where every part fits."""
+    own, other = {entry[0]: entry for entry in source}, {entry[0]: entry for entry in target}
+    pairs = [(own[name], other[name]) for name in own if name in other]
+    bare = not pairs
+    if bare:
+        kinds = {*own, *other}
+        if len(source) > 1 or len(target) > 1 or "other" not in kinds or not kinds <= {"other", "weight", "bias"}:
+            return 0.0
+        if "bias" in kinds and len(squeeze(source[0][1])) < 2:
+            return 0.0  # the bias of a layer is no parameter of its own; a table of biases is
+        pairs = [(source[0], target[0])]
+    fits, fitting = 0.0, 0
+    for (_, shape, numeric, flipped), (_, wanted, wanted_numeric, _) in pairs:
+        if numeric == wanted_numeric and operation_between(shape, wanted, flipped=flipped) is not None:
+            fitting += 1
+            turned_kernel = len(shape) == len(wanted) > 3 and shape != wanted  # as one of 1 x 11 for one of 11 x 1
+            fits += 1.0 if flipped or (squeeze(shape) == squeeze(wanted) and not turned_kernel) else 0.3
+        elif bare and operation_between(shape, wanted, flipped=True) is not None:
+            fitting += 1
+            fits += 1.0
+        elif len(shape) != len(wanted) and len(squeeze(shape)) != len(squeeze(wanted)):
+            return 0.0  # a norm is no matrix, a matrix no convolution
+    if not fitting:
+        return 0.0
+    vector = max(len(squeeze(entry[1])) for entry in source) < 2  # a norm with a bias is hardly a scale without one
+    fit = 0.2 ** (len(pairs) - fits) * (_BARE if bare and own.keys() != other.keys() else 1.0)
+    for name in () if bare else {*own} ^ {*other}:
+        fit *= {"count": 0.98, "mean": 0.6, "var": 0.6}.get(name, 0.4 if vector else 0.25)
+    return float(fit)
+
+
+def signature(unit: Unit, parts: Sequence[Part], flipped: frozenset[int] = frozenset()) -> Signature:
+    """Describe a unit by the kinds, shapes and numeric kinds of its parts, and whether they are transposed."""
+    return tuple((name, parts[index].shape, parts[index].numeric, index in flipped) for name, index in unit.parts)
+
+
+def _adjacency(entry: Signature) -> float:
+    bound = any(name == "mean" or len(shape) > 2 for name, shape, _, _ in entry)
+    return 1.0 if bound else 0.25
+
+
+def main_class(entry: Signature) -> tuple[str, Shape]:
+    """Name the class of a unit: its largest tensor's shape, flattened and sorted so that a transposed one agrees."""
+    _, shape, _, _ = max(entry, key=lambda part: (len(squeeze(part[1])), part[0] == "weight"))
+    short = squeeze(shape)
+    if len(short) > 2:
+        short = (short[0], prod(short[1:]))
+    return ("vector" if len(entry) == 1 and len(short) < 2 else "layer"), tuple(sorted(short))
+
+
+def kinds_of(
+    source_units: Sequence[Unit],
+    source_parts: Sequence[Part],
+    target_units: Sequence[Unit],
+    target_parts: Sequence[Part],
+) -> Kinds:
+    """Sort the units of two sides by their shapes, and find which kinds fit."""
+    flipped = flipped_parts(source_parts, target_parts)
+    members: tuple[dict[Signature, list[int]], dict[Signature, list[int]]] = ({}, {})
+    sides = ((source_units, source_parts, flipped), (target_units, target_parts, frozenset[int]()))
+    for known, (units, parts, transposed) in zip(members, sides, strict=True):
+        for index, unit in enumerate(units):
+            known.setdefault(signature(unit, parts, transposed), []).append(index)
+    classes: dict[tuple[str, Shape], int] = {}
+    class_of = [[classes.setdefault(main_class(entry), len(classes)) for entry in known] for known in members]
+    by_size: dict[int, list[tuple[int, Signature]]] = {}  # elements of a tensor -> the target's kinds that have one
+    for kind_and_entry in enumerate(members[1]):
+        for size in {prod(shape) for _, shape, _, _ in kind_and_entry[1]}:
+            by_size.setdefault(size, []).append(kind_and_entry)
+    fits: dict[tuple[int, int], float] = {}
+    for own, entry in enumerate(members[0]):
+        sizes = {prod(shape) for _, shape, _, _ in entry}
+        for other, wanted in dict.fromkeys(known for size in sizes for known in by_size.get(size, ())):
+            if fit := unit_fit(entry, wanted):
+                fits[own, other] = fit
+    kinds = _numbered(members[0]), _numbered(members[1])
+    return Kinds(
+        (list(members[0].values()), list(members[1].values())),
+        *kinds,
+        np.asarray(class_of[0], dtype=np.int64)[kinds[0]],
+        np.asarray(class_of[1], dtype=np.int64)[kinds[1]],
+        len(classes),
+        fits,
+        list(map(_adjacency, members[1])),
+        flipped,
+    )
+
+
+def candidates(kinds: Kinds, source: Units, target: Units, known: Sequence[tuple[int, int]] = ()) -> Candidates:
+    """List the pairs of units of two sides that fit; known ones have no rivals.
+
+    Where these are more than memory and time allow, only those are listed that are near in order, among the layers of
+    their shapes, or share a word or numbers that hardly any others have.
+
+    Args:
+        kinds: Of the units.
+        source: The units of the source.
+        target: Those of the target.
+        known: Pairs of units.
+
+    Raises:
+        InputError: The pairs are too many even so.
+    """
+    partner, taken = np.full(len(source), -1), np.zeros(len(target), dtype=bool)
+    for own, other in known:
+        partner[own], taken[other] = other, True
+    used = partner >= 0, taken
+    free = [[np.asarray(units)[~out[units]] for units in of] for of, out in zip(kinds.members, used, strict=True)]
+    nearest = _nearest([(len(free[0][own]), len(free[1][other])) for own, other in kinds.fits], source, target)
+    crowded, told = set[tuple[int, int]](), set[tuple[int, int]]()
+    listed = [np.zeros((2, 0), dtype=np.int64)]
+    for own, other in kinds.fits:
+        rows, columns = free[0][own], free[1][other]
+        if len(rows) * len(columns) <= nearest * (len(rows) + len(columns)):
+            pairs = np.stack([np.repeat(rows, len(columns)), np.tile(columns, len(rows))])
+        else:
+            same_word, same_numbers = _alike(rows.tolist(), columns.tolist(), source.paths, target.paths)
+            in_order = (
+                rows[np.argsort(source.ancestry.order[rows])],
+                columns[np.argsort(target.ancestry.order[columns])],
+            )
+            alike = np.asarray([*same_word, *same_numbers], dtype=np.int64).reshape(-1, 2).T
+            codes = np.concatenate([_near(*in_order, nearest), alike], axis=1)
+            pairs = np.stack(np.divmod(np.unique(codes[0] * len(target) + codes[1]), len(target)))
+            crowded.add((own, other))
+            told |= same_numbers
+        units = np.asarray(kinds.members[0][own])
+        units = units[used[0][units]]
+        units = units[kinds.target[partner[units]] == other]
+        if len(units):
+            pairs = np.concatenate([pairs, [units, partner[units]]], axis=1)
+            pairs = pairs[:, np.lexsort(pairs[::-1])]
+        listed.append(pairs)
+    each = [pairs.shape[1] for pairs in listed[1:]]
+    own_units, other_units = np.concatenate(listed, axis=1)
+    return Candidates(
+        own_units,
+        other_units,
+        np.repeat(np.asarray(list(kinds.fits.values()), dtype=np.float32), each),
+        np.repeat(np.asarray([kinds.adjacent[other] for _, other in kinds.fits], dtype=np.float32), each),
+        frozenset(crowded),
+        frozenset(told),
+    )
+
+
+def _nearest(counts: Sequence[tuple[int, int]], source: Units, target: Units) -> int:
+    """Tell for how many of the nearest layers in order each layer may have pairs, if all pairs are too many.
+
+    Args:
+        counts: The numbers of units on either side whose shapes fit.
+        source: The units of the source.
+        target: Those of the target.
+    """
+    depths = [side.ancestry.ancestors.shape[1] for side in (source, target)]
+    most = MOST_COST // (_PAIR_COST + depths[0] * depths[1])
+    if len(source) * len(target) <= MOST_LAYERS:
+        if sum(height * width for height, width in counts) <= most:
+            return max(len(source), len(target))
+        for nearest in _NEAREST:
+            if 2 * sum(min(height * width, nearest * (height + width)) for height, width in counts) <= most:
+                return nearest
+    raise InputError(
+        f"{len(source):,} layers of the source and {len(target):,} of the target are too many to be compared at once. "
+        "Nothing was aligned; align them in parts, with include or exclude."
+    )
+
+
+def _near(rows: NDArray[np.int64], columns: NDArray[np.int64], nearest: int) -> NDArray[np.int64]:
+    """List the pairs of each unit with those that are the nearest to its place among all, in order: [2, pairs]."""
+    pairs = []
+    for own, other in ((rows, columns), (columns, rows)):
+        width = min(nearest, len(other))
+        middle = (np.arange(len(own)) + 0.5) * len(other) / len(own)
+        first = np.clip(np.round(middle - width / 2), 0, len(other) - width).astype(np.int64)
+        pairs.append(np.stack([np.repeat(own, width), other[first[:, None] + np.arange(width)].ravel()]))
+    return np.concatenate([pairs[0], pairs[1][::-1]], axis=1)
+
+
+def _alike(
+    rows: Sequence[int], columns: Sequence[int], source: Sequence[Path], target: Sequence[Path]
+) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+    """List the pairs of units that share a word that few others have, and those that have the same such numbers."""
+    by_word: dict[str, tuple[list[int], list[int]]] = {}
+    by_numbers: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
+    for side, (units, paths) in enumerate(((rows, source), (columns, target))):
+        for unit in units:
+            for word in {word for name in paths[unit] for word in words(name)}:
+                by_word.setdefault(word, ([], []))[side].append(unit)
+            found = [numbers(name) for name in paths[unit]]
+            for place in {sum(found, ()), sum(found[:-1], ())} - {()}:  # those of its own name may be a role: "w1"
+                by_numbers.setdefault(place, ([], []))[side].append(unit)
+    same_word, same_numbers = (
+        {pair for units in known.values() if max(map(len, units)) <= _RARE for pair in product(*units)}
+        for known in (by_word, by_numbers)
+    )
+    return same_word, same_numbers
+
+
+def _numbered(members: Mapping[Signature, Sequence[int]]) -> NDArray[np.int64]:
+    """Number the units by their signatures."""
+    kinds = np.zeros(sum(map(len, members.values())), dtype=np.int64)
+    for number, units in enumerate(members.values()):
+        kinds[units] = number
+    return kinds

@@ -1,0 +1,290 @@
+"""Leaves: what layers call their own tensors, where no vocabulary tells.
+
+A layer's tensors show what they are by their company. Of a matrix and a vector of its length, one is the weight and the
+other the bias; two vectors are the gain and the bias of a norm, and with two more, its mean and variance. What a name
+means in one layer it means in all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+from autoalign.matching.layers import Part, Parts, Unit
+from autoalign.matching.names import kind, words
+from autoalign.matching.vocabulary import FUSED, KERNELS
+from autoalign.plan.operations import Operation, Permute, Reshape, Shape, Transpose, chain, output_shapes
+
+_USUAL = {
+    "weight": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+    "count": "num_batches_tracked",
+}
+_OF_NORMS = {2: ("weight", "bias"), 4: ("weight", "bias", "mean", "var")}  # by their number, as they are registered
+_LEAST = 2  # layers that must agree on what a name means
+_AGREED = 0.9  # share of them
+
+_Layer = Sequence[Part]  # the tensors of a module that has no others below it
+_Meanings = Mapping[str, str]  # own name of a tensor -> kind of values
+
+
+def with_known_leaves(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
+    """Give the tensors of layers whose names say nothing the names that torch gives them; the rest stay as they are.
+
+    >>> shapes = {"0.mat": (8, 4), "0.vec": (8,), "1.a": (8,), "1.b": (8,), "2.mat": (8, 8), "2.vec": (8,)}
+    >>> parts = [Part(n, tuple(key.split(".")), shape, "float") for n, (key, shape) in enumerate(shapes.items())]
+    >>> [".".join(part.path) for part in with_known_leaves(parts, ordered=True)]
+    ['0.weight', '0.bias', '1.a', '1.b', '2.weight', '2.bias']
+
+    Args:
+        parts: Of one side.
+        ordered: Whether they are in the order of registration.
+    """
+    names = {part.path[-1] for part in parts}
+    known = {name: values for name in names if (values := _told(name)) in _USUAL}
+    untold = {name for name in names if kind(name)[0] == "other"}
+    layers = _layers(parts, untold) if untold else []
+    if not layers:
+        return list(parts)
+    found: dict[str, str] = {}
+    for _ in range(2):  # what is found of one name tells another
+        found |= _agreed(_by_company(layers, known | found))
+    by_order = _agreed(_by_order(layers, known | found)) if ordered else {}
+    alone = {id(part) for layer in layers for part in layer}
+    return [
+        replace(part, path=(*part.path[:-1], _USUAL[meaning]), by_order=part.path[-1] in by_order)
+        if id(part) in alone and (meaning := found.get(part.path[-1]) or by_order.get(part.path[-1]))
+        else part
+        for part in parts
+    ]
+
+
+def _told(name: str) -> str:
+    """Tell what a tensor's name says of its values; "other" where it says nothing or more than that."""
+    values, rest = kind(name)
+    return "other" if rest else values
+
+
+def _layers(parts: Sequence[Part], untold: Collection[str]) -> list[_Layer]:
+    """List the layers with a tensor of one of these names."""
+    modules: dict[tuple[str, ...], list[Part]] = defaultdict(list)
+    for part in parts:
+        modules[part.path[:-1]].append(part)
+    above = {path[:depth] for path in modules for depth in range(len(path))}
+    return [
+        layer for path, layer in modules.items() if path not in above and any(part.path[-1] in untold for part in layer)
+    ]
+
+
+def _by_company(layers: Iterable[_Layer], known: _Meanings) -> Iterator[tuple[str, str]]:
+    """Say what a name means where the shapes of a layer tell, or the names of all its other tensors do."""
+    for layer in layers:
+        floats, counters = _split(layer)
+        if len(floats) == 2:
+            matrix, vector = sorted(floats, key=lambda part: -len(part.shape))
+            fits = len(matrix.shape) > 1 and len(vector.shape) == 1 and vector.shape[0] in matrix.shape
+            if fits and _may_be(matrix, "weight", known) and _may_be(vector, "bias", known):
+                yield matrix.path[-1], "weight"
+                yield vector.path[-1], "bias"
+        unknown, left = _unknown(floats, known)
+        if len(unknown) == 1:
+            yield unknown[0], left[0]
+        if _is_norm(floats) and len(counters) == 1:
+            yield counters[0].path[-1], "count"
+
+
+def _by_order(layers: Iterable[_Layer], known: _Meanings) -> Iterator[tuple[str, str]]:
+    """Say what the names of vectors of one length mean, if they come in the usual order."""
+    for layer in layers:
+        yield from zip(*_unknown(_split(layer)[0], known), strict=True)
+
+
+def _unknown(floats: _Layer, known: _Meanings) -> tuple[list[str], list[str]]:
+    """List the names of a norm's tensors that say nothing, and what is left for them to mean."""
+    if not _is_norm(floats):
+        return [], []
+    names = [part.path[-1] for part in floats]
+    told = [known[name] for name in names if name in known]
+    left = [values for values in _OF_NORMS[len(floats)] if values not in told]
+    unknown = [name for name in names if name not in known]
+    return (unknown, left) if len(unknown) == len(left) else ([], [])
+
+
+def _is_norm(floats: _Layer) -> bool:
+    return len(floats) in _OF_NORMS and len({part.shape for part in floats}) == 1 and len(floats[0].shape) == 1
+
+
+def _split(layer: _Layer) -> tuple[_Layer, _Layer]:
+    return (
+        [part for part in layer if part.numeric == "float"],
+        [part for part in layer if part.numeric == "int" and not part.shape],
+    )
+
+
+def _may_be(part: Part, values: str, known: _Meanings) -> bool:
+    return known.get(part.path[-1], values) == values
+
+
+def _agreed(votes: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Take what nearly all layers say of a name that is not known."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, values in votes:
+        if kind(name)[0] == "other":
+            counts[name][values] += 1
+    best = {name: count.most_common(1)[0] for name, count in counts.items()}
+    return {
+        name: values
+        for name, (values, number) in best.items()
+        if number >= _LEAST and number >= _AGREED * counts[name].total()
+    }
+
+
+_AFTER_ATTENTION = re.compile(r"post_(attention|attn)(?=_|$)")
+_AROUND_MLP = re.compile(r"(pre|post)_(mlp|feed_?forward|ffn|ffw)(?=_|$)")
+
+
+def in_context(parts: Sequence[Part], others: Sequence[Part]) -> Sequence[Part]:
+    """Let what is named after attention be what its name says, where one beside it is named before or after the MLP.
+
+    Elsewhere it is the norm before the MLP. Where the other side has the name too, the name is enough.
+
+    >>> parts = [Part(0, ("0", "post_attention_norm"), (8,), "float"), Part(1, ("0", "post_mlp_norm"), (8,), "float")]
+    >>> in_context(parts, [])[0].path
+    ('0', 'attn_post_norm')
+    """
+    around = set(filter(_AROUND_MLP.match, {name for part in parts for name in part.path}))
+    if not around or any(map(_AFTER_ATTENTION.match, {name for part in others for name in part.path})):
+        return parts
+    beside = {part.path[:k] for part in parts for k, name in enumerate(part.path) if name in around}
+    return [
+        replace(
+            part,
+            path=tuple(
+                _AFTER_ATTENTION.sub("attn_post", name) if part.path[:k] in beside else name
+                for k, name in enumerate(part.path)
+            ),
+        )
+        for part in parts
+    ]
+
+
+_ROLES = frozenset(role for word in ("qkv", "gateup") for roles in FUSED[word] for role in roles)
+
+
+def as_in_torch(parts: Sequence[Part]) -> Parts:
+    """View the parts of one side as torch lays them out; those that are laid out so already stay as they are.
+
+    >>> (part,) = as_in_torch([Part(0, ("dense", "kernel"), (8, 4), "float")])
+    >>> part.shape, part.view
+    ((4, 8), Transpose())
+    """
+    parts = Parts(parts)
+    layers = [(unit, kinds) for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
+    shapes = [{values: parts[index].shape for values, index in kinds.items()} for _, kinds in layers]
+    named = [_is_kernel(parts[kinds["weight"]]) for _, kinds in layers]
+    is_named = any(named)
+    if not is_named and sum(map(_spatial_first, shapes)) <= 0:
+        return parts
+    widths = Counter(shape[0] for of in shapes for shape in of.values() if len(shape) == 1).most_common(1)
+    width = widths[0][0] if widths else 0
+    heads = {
+        of["weight"][1:]
+        for (unit, _), of, is_kernel in zip(layers, shapes, named, strict=True)
+        if is_kernel and _keeps_heads(unit, of)
+    }
+    result = [_viewed(part, Permute((0, 2, 1))) if is_named and _is_stack(part) else part for part in parts]
+    for (unit, kinds), of, is_kernel in zip(layers, shapes, named, strict=True):
+        view = None
+        if is_kernel:
+            view = _kernel_view(unit, of, heads, width)
+        elif len(of["weight"]) > 3:
+            view = _convolution(of["weight"], of.get("bias"))
+        if view is None:
+            continue
+        result[kinds["weight"]] = _viewed(parts[kinds["weight"]], view)
+        if len(of.get("bias", ())) > 1:
+            result[kinds["bias"]] = _viewed(parts[kinds["bias"]], Reshape((prod(of["bias"]),)))
+    return Parts(result)
+
+
+def _is_kernel(part: Part) -> bool:
+    return part.path[-1].lower().endswith(KERNELS)
+
+
+def _is_stack(part: Part) -> bool:
+    """Tell kernels of equal layers, such as experts, that one parameter of another name holds."""
+    return len(part.shape) == 3 and min(part.shape) > 1 and kind(part.path[-1])[0] == "other"
+
+
+def _viewed(part: Part, view: Operation) -> Part:
+    (shape,) = output_shapes(view, [part.shape])
+    return replace(part, shape=shape, view=chain(part.view, view))
+
+
+def _kernel_view(unit: Unit, shapes: Mapping[str, Shape], heads: set[Shape], width: int) -> Operation | None:
+    """Tell how a kernel of JAX, Keras or TensorFlow is turned into a weight of torch.
+
+    Args:
+        unit: Its layer.
+        shapes: Of what the layer holds.
+        heads: The numbers and sizes of heads of the projections to queries, keys and values.
+        width: Of the network: the size of most vectors.
+    """
+    weight, bias = shapes["weight"], shapes.get("bias")
+    if len(weight) < 2:
+        return None
+    if len(weight) == 2:
+        return Transpose()
+    if _keeps_heads(unit, shapes):
+        if bias is None and weight[1] == width != weight[0]:  # (heads, in, head_dim)
+            return chain(Permute((1, 0, 2)), Reshape((width, weight[0] * weight[2])), Transpose())
+        return chain(Reshape((weight[0], prod(weight[1:]))), Transpose())
+    is_output = weight[:2] in heads or (bias is None and weight[2] == width and _is_output(unit))
+    if len(weight) == 3 and is_output and bias in (None, weight[2:]):
+        return chain(Reshape((prod(weight[:2]), weight[2])), Transpose())
+    return _convolution(weight, bias)
+
+
+def _is_output(unit: Unit) -> bool:
+    """Tell the projection that joins heads by its name."""
+    found = {word for name in unit.path[-2:] for word in words(name)}
+    return "o" in found or found >= {"attn", "out"}
+
+
+def _keeps_heads(unit: Unit, shapes: Mapping[str, Shape]) -> bool:
+    """Tell a kernel that maps to several heads: its bias has them too, or its name is that of a projection."""
+    weight, bias = shapes["weight"], shapes.get("bias")
+    if bias is not None:
+        return len(bias) > 1 and weight[1:] == bias
+    return len(weight) == 3 and not _ROLES.isdisjoint(words(unit.path[-1]))
+
+
+def _convolution(weight: Shape, bias: Shape | None) -> Operation:
+    """Return the view of a kernel ``(*spatial, in, out)`` as torch's ``(out, in, *spatial)``.
+
+    One of several inputs and one output is depthwise, ``(*spatial, channels, 1)``, unless its bias or its size of one
+    shows that it adds up its inputs.
+    """
+    last = len(weight) - 1
+    *spatial, channels, outputs = weight
+    is_depthwise = outputs == 1 < channels and (bias == (channels,) or (bias is None and prod(spatial) > 1))
+    ends = (last - 1, last) if is_depthwise else (last, last - 1)
+    return Permute((*ends, *range(last - 1)))
+
+
+def _spatial_first(shapes: Mapping[str, Shape]) -> int:
+    """Vote on where the weight of a convolution has its spatial dimensions: 1 first, -1 last, 0 no telling."""
+    weight, bias = shapes["weight"], shapes.get("bias")
+    if len(weight) < 4:
+        return 0
+    if bias is not None and bias in (weight[:1], weight[-1:]) and weight[0] != weight[-1]:
+        return 1 if bias == weight[-1:] else -1
+    first, last = weight[0] == weight[1], weight[-1] == weight[-2]
+    if first == last:
+        return (weight[0] < weight[-1]) - (weight[0] > weight[-1]) if first else 0
+    return 1 if first else -1

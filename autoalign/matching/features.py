@@ -1,0 +1,263 @@
+"""Evidence that does not change while matching: names, templates of names, ranks and neighbours, as arrays."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoalign.matching.layers import Ancestry, Path
+from autoalign.matching.names import similar_words, word_similarity, words
+from autoalign.plan.keys import numbers, stem
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+# How many numbers of a name a template keeps, counted from its end, and how many of its last components; 0 for all.
+# A number may be a repetition (to be replaced) or a role (to be kept); several readings vote together.
+_READINGS = 3  # by the numbers that are kept
+TEMPLATES = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 2), (1, 3))
+
+_NUMBER = re.compile(r"\d+")
+_COMMON = 1.0  # names of common words alone say little
+_DECAY = 0.7  # weight of a word for each level that it stands above the tensor
+_TOGETHER = 2**21  # cells of the largest table of words or names that is made at once
+
+
+@dataclass(frozen=True, slots=True)
+class SideEvidence:
+    """What one side's names and order say."""
+
+    paths: tuple[Path, ...]
+    ancestry: Ancestry
+    ordered: bool  # whether siblings stand in the order of registration, not in that of the alphabet
+    # Within each ancestor, among the units of the same class that stand equally deep below it:
+    rank: NDArray[np.int32]  # [units, depth]: how many come before
+    count: NDArray[np.int32]  # [units, depth]: how many there are
+    module_size: Ints  # [modules]: units below
+    module_rank: Ints  # [modules]: how many modules with the same shapes below come before
+    list_rank: Ints  # [modules]: place in the list of siblings that differ in a number; -1 outside lists
+    previous: Ints  # [units]: the unit before, within the same numbered block; -1 for the first
+    next: Ints  # [units]: the unit after, within the same numbered block; -1 for the last
+    place: Ints  # [units]: place in the innermost list of equal modules; -1 outside lists
+    length: Ints  # [units]: of that list
+    templates: Ints  # [TEMPLATES, units]: id of the unit's template
+
+
+def side_evidence(
+    paths: Sequence[Path], ancestry: Ancestry, classes: Ints, class_count: int, *, ordered: bool
+) -> SideEvidence:
+    """Gather one side's evidence."""
+    rank, count = _ranks(ancestry, classes, class_count)
+    size, module_rank = _modules(ancestry, classes, class_count)
+    previous, following = _neighbours(ancestry)
+    return SideEvidence(
+        tuple(paths),
+        ancestry,
+        ordered,
+        rank,
+        count,
+        size,
+        module_rank,
+        _list_ranks(ancestry.nodes),
+        previous,
+        following,
+        *_places(paths, classes),
+        _template_ids(paths),
+    )
+
+
+def is_alphabetical(keys: Sequence[str]) -> bool:
+    """Tell whether keys are sorted, as text or by their numbers, as files often have them; then order tells nothing.
+
+    >>> is_alphabetical(["fc.bias", "fc.weight"]), is_alphabetical(["fc.weight", "fc.bias"])
+    (True, False)
+    """
+    natural = (_NUMBER.sub(lambda number: number[0].zfill(8), key) for key in keys)
+    return list(keys) == sorted(keys) or all(key <= following for key, following in pairwise(natural))
+
+
+def template(path: Path) -> Path:
+    """Replace the numbers of a name by ``#``.
+
+    >>> template(("layer", "3", "conv1"))
+    ('layer', '#', 'conv#')
+    """
+    return tuple(map(stem, path))
+
+
+def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
+    """Score how alike the names of two sides are: [source units, target units], at most about 1.
+
+    Cosine of the words of two names, each weighed by its rarity on its side and by how close to the tensor it stands,
+    under the similarity of words. Rival words (query against key) count against a pair.
+    """
+    own, other = _word_weights(source), _word_weights(target)
+    if not own.words or not other.words:
+        return np.zeros((len(source), len(target)), dtype=np.float32)
+    if max(len(own.words) * len(other.words), *map(prod, (own.shape, other.shape))) > _TOGETHER:
+        return _sparse_scores(own, other)
+    first, second = own.table(), other.table()
+    scores = first @ word_similarity(own.words, other.words) @ second.T
+    norms = np.outer(np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1))
+    return np.asarray(scores / (norms + _COMMON), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _WordWeights:
+    """How much each word of one side says of each name, as the entries of a table [names, words] that are not zero."""
+
+    words: Sequence[str]
+    shape: tuple[int, int]
+    places: tuple[Ints, Ints]
+    values: Floats
+
+    def table(self) -> Floats:
+        table = np.zeros(self.shape, dtype=np.float32)
+        table[self.places] = self.values
+        return table
+
+
+def _word_weights(paths: Sequence[Path]) -> _WordWeights:
+    """Weigh the words of one side's names."""
+    columns: dict[str, int] = {}
+    weights: dict[tuple[int, int], float] = {}
+    for row, path in enumerate(paths):
+        weight = _DECAY ** (len(path) - 1)
+        for component in path:  # the last is the nearest, and what is nearer counts
+            for word in words(component):
+                weights[row, columns.setdefault(word, len(columns))] = weight
+            weight /= _DECAY
+    rows, places = np.asarray(list(weights), dtype=np.int64).reshape(-1, 2).T
+    rarity = np.log((len(paths) + 1) / np.maximum(np.bincount(places, minlength=len(columns)), 1)) + 0.1
+    values = np.asarray(list(weights.values()), dtype=np.float32) * rarity[places]
+    return _WordWeights(list(columns), (len(paths), len(columns)), (rows, places), values.astype(np.float32))
+
+
+def _sparse_scores(source: _WordWeights, target: _WordWeights) -> Floats:
+    """Score names of so many words that hardly any two have one in common."""
+    from scipy.sparse import csr_array
+
+    first, second = (csr_array((side.values, side.places), shape=side.shape) for side in (source, target))
+    alike = similar_words(source.words, target.words)
+    places = np.asarray(list(alike), dtype=np.int64).reshape(-1, 2).T
+    values = np.asarray(list(alike.values()), dtype=np.float32)
+    similar = first @ csr_array((values, tuple(places)), shape=(source.shape[1], target.shape[1]))
+    norms = [np.sqrt(side.multiply(side).sum(axis=1)) for side in (first, second)]
+    scores = np.empty((source.shape[0], target.shape[0]), dtype=np.float32)
+    step = max(_TOGETHER // len(scores.T), 1)
+    for rows in (slice(start, start + step) for start in range(0, len(scores), step)):
+        scores[rows] = (similar[rows] @ second.T).toarray() / (np.outer(norms[0][rows], norms[1]) + _COMMON)
+    return scores
+
+
+def _template_ids(paths: Sequence[Path]) -> Ints:
+    readings = list(map(_readings, paths))
+    found = []
+    for kept, last in TEMPLATES:
+        ids: dict[Path, int] = {}
+        found.append([ids.setdefault(written[kept][-last:], len(ids)) for written in readings])
+    return np.asarray(found, dtype=np.int64)
+
+
+def _readings(path: Path) -> list[Path]:
+    """Write a name with none of its numbers, with the last one, and with the last two.
+
+    >>> _readings(("layer", "3", "0", "conv1"))
+    [('layer', '#', '#', 'conv#'), ('layer', '#', '#', 'conv1'), ('layer', '#', '0', 'conv1')]
+    """
+    written = [*template(path)]
+    readings = [tuple(written)]
+    for place in range(len(path) - 1, -1, -1):
+        for others in range(len(numbers(path[place])) - 1, -1, -1):
+            written[place] = _NUMBER.sub("#", path[place], others) if others else path[place]
+            readings.append(tuple(written))
+            if len(readings) == _READINGS:
+                return readings
+    return readings + readings[-1:] * (_READINGS - len(readings))
+
+
+def _ranks(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    above = ancestry.ancestors[ancestry.in_order].T.astype(np.int64)  # [depth, leaves]
+    depths = np.arange(len(above))[:, None] * (ancestry.node_count + 1)
+    groups = ((depths + above) * class_count + classes[ancestry.in_order]).ravel()
+    by_group = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[by_group], prepend=groups.min(initial=0) - 1))
+    lengths = np.diff(starts, append=len(groups))
+    rank, count = np.empty((2, len(groups)), dtype=np.int32)
+    rank[by_group] = np.arange(len(groups)) - np.repeat(starts, lengths)
+    count[by_group] = np.repeat(lengths, lengths)
+    back = ancestry.order
+    return rank.reshape(above.shape).T[back], count.reshape(above.shape).T[back]
+
+
+def _modules(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[Ints, Ints]:
+    """Count the units below each module, and rank modules among those with the same classes of units below."""
+    codes = np.random.default_rng(0).integers(1, 2**62, class_count, dtype=np.int64)  # sums tell multisets apart
+    content = np.zeros(ancestry.node_count, dtype=np.int64)
+    unit, depth = np.nonzero(ancestry.ancestors >= 0)
+    module = ancestry.ancestors[unit, depth]
+    np.add.at(content, module, codes[classes[unit]])
+    seen: Counter[int] = Counter()
+    rank = np.zeros(ancestry.node_count, dtype=np.int64)
+    for place, below in enumerate(content.tolist()):  # modules are numbered in natural order
+        rank[place] = seen[below]
+        seen[below] += 1
+    return np.bincount(module, minlength=ancestry.node_count), rank
+
+
+def _list_ranks(nodes: Sequence[Path]) -> Ints:
+    """Rank each module, in natural order, among the siblings that differ from it in a number."""
+    lists: dict[tuple[Path, str, Path], list[int]] = {}
+    for module, path in enumerate(nodes):
+        for place in range(len(path) - 1, -1, -1):
+            if numbers(path[place]):
+                lists.setdefault((path[:place], stem(path[place]), path[place + 1 :]), []).append(module)
+                break
+    ranks = np.full(len(nodes), -1, dtype=np.int64)
+    for members in lists.values():
+        if len(members) > 1:
+            ranks[members] = np.arange(len(members))
+    return ranks
+
+
+def _neighbours(ancestry: Ancestry) -> tuple[Ints, Ints]:
+    """Find the units just before and after each unit, where they belong to the same innermost numbered block."""
+    numbered = np.asarray([not path or bool(numbers(path[-1])) for path in ancestry.nodes])
+    in_block = (ancestry.ancestors >= 0) & numbered[np.maximum(ancestry.ancestors, 0)]
+    block = ancestry.ancestors[np.arange(len(in_block)), in_block.argmax(axis=1)]
+    in_order = ancestry.in_order
+    together = block[in_order[1:]] == block[in_order[:-1]]
+    previous, following = np.full(len(block), -1, dtype=np.int64), np.full(len(block), -1, dtype=np.int64)
+    previous[in_order[1:][together]] = in_order[:-1][together]
+    following[in_order[:-1][together]] = in_order[1:][together]
+    return previous, following
+
+
+def _places(paths: Sequence[Path], classes: Ints) -> tuple[Ints, Ints]:
+    """Find the place of each unit in the innermost list of equal modules that it belongs to, and how long that is."""
+    content: dict[Path, list[tuple[Path, int]]] = {}
+    for path, of in zip(paths, classes.tolist(), strict=True):
+        for depth, name in enumerate(path, start=1):
+            if numbers(name):
+                content.setdefault(path[:depth], []).append((path[depth:], of))
+    lists: dict[tuple[Path, str, frozenset[tuple[Path, int]]], list[Path]] = {}
+    for member, below in content.items():
+        lists.setdefault((member[:-1], stem(member[-1]), frozenset(below)), []).append(member)
+    ranks: dict[Path, tuple[int, int]] = {}
+    for members in lists.values():
+        members.sort(key=lambda member: numbers(member[-1]))
+        ranks.update((member, (rank, len(members))) for rank, member in enumerate(members) if len(members) > 1)
+    place, length = np.full(len(paths), -1, dtype=np.int64), np.zeros(len(paths), dtype=np.int64)
+    for index, path in enumerate(paths):
+        for depth in range(len(path), 0, -1):
+            if numbers(path[depth - 1]) and path[:depth] in ranks:
+                place[index], length[index] = ranks[path[:depth]]
+                break
+    return place, length

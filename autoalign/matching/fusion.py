@@ -1,0 +1,313 @@
+"""Fused tensors: finding those that hold what the other side keeps apart, and splitting them into parts.
+
+A fused tensor (``qkv``) is a group of siblings on the other side (``query``, ``key``, ``value``). It is split into
+virtual parts that carry the roles' names, so that the matcher pairs one part with one tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from autoalign.matching.candidates import squeeze
+from autoalign.matching.layers import Part, Path, Unit, units_of
+from autoalign.matching.names import kind, words
+from autoalign.matching.vocabulary import FUSED, GATE_FIRST
+from autoalign.plan.keys import numbers
+from autoalign.plan.operations import Copy, Operation, Split, Transpose, Unstack, chain, output_shapes
+
+Sizes = tuple[int, ...]
+
+_ROLES = frozenset(role for kinds in FUSED.values() for known in kinds for role in known)
+BY_ORDER = "the parts were told apart by their order alone"
+UNTOLD = "nothing but their order tells the parts apart, and other code has them in another"
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """How a tensor was split into parts."""
+
+    tensor: int
+    parts: tuple[int, ...]  # in the order in which the tensor holds them
+    base: Operation  # lays the tensor out as torch does, before it is split
+    shape: tuple[int, ...]  # of the tensor in that layout
+    plan: Plan | None = None  # None for a stack
+    absent: frozenset[int] = frozenset()  # those of the parts that the other side does not have at all
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A split that the other side calls for."""
+
+    dim: int
+    sizes: Sizes
+    roles: tuple[str, ...]
+    doubt: str = ""  # why the parts might be laid out otherwise
+    unnamed: bool = False  # whether the sizes of its parts alone tell that it is fused
+    absent: frozenset[str] = frozenset()  # roles for which the other side has no tensor of this kind
+
+
+def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Part], list[Fusion]]:
+    """Split the tensors of one side that the other side holds as several.
+
+    Which part is which is decided by role words and order. Tensors that the other side holds in the same shape and
+    under a fused name too stay whole.
+    """
+    held = Counter(squeeze(part.shape) for part in others)
+    unit_of = _in_question(parts, others, held)
+    if not unit_of:
+        return list(parts), []
+    siblings = _Siblings(others, held)
+    result: list[Part] = []
+    fusions: list[Fusion] = []
+    called = _role_names(units_of(parts))
+    fused = Counter(
+        unit.path[:-1] for unit in set(unit_of.values()) if not FUSED.keys().isdisjoint(words(unit.path[-1]))
+    )
+    slices = {index: _slices(parts[index], siblings) for index in unit_of}
+    plans = {index: _plan(index, unit, parts, siblings) for index, unit in unit_of.items() if not slices[index]}
+    alike = Counter(  # layers of one module whose parts would have the same names
+        (unit.path[:-1], role)
+        for unit, roles in {unit_of[index]: plan.roles for index, plan in plans.items() if plan}.items()
+        for role in roles
+    )
+    for index, part in enumerate(parts):
+        unit, plan = unit_of.get(index), plans.get(index)
+        if unit is None:
+            pieces = [part]
+        elif pieces := slices[index]:
+            pieces = [piece for each in pieces for piece in _split_slice(each, siblings)]
+        elif plan:
+            leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
+            own = {role: called.get((unit.path[:-1], role), role) for role in plan.roles}
+            module = unit.path[:-1]
+            several = fused[module] > 1 or any(alike[module, role] > 1 for role in plan.roles)
+            above = unit.path if numbers(unit.path[-1]) or several else module
+            pieces = _split(part, plan, [(*above, own[role], leaf) for role in plan.roles])
+        else:
+            pieces = [part]
+        if len(pieces) > 1:
+            members = tuple(range(len(result), len(result) + len(pieces)))
+            absent = [m for m, role in zip(members, plan.roles, strict=True) if role in plan.absent] if plan else []
+            fusions.append(Fusion(part.tensor, members, part.view, part.shape, plan, frozenset(absent)))
+        result += pieces
+    return result, fusions
+
+
+def _in_question(parts: Sequence[Part], others: Sequence[Part], held: Mapping[Sizes, int]) -> dict[int, Unit]:
+    """Find the parts of layers that are called fused, or have a shape that the other side has not, with their layers.
+
+    Left out are those of which the other side holds as many layers of this shape.
+    """
+    units = units_of(parts)
+    modules = {unit.path[:-1] for unit in units_of(others)}
+    lengths = set(Counter(path[:-1] for path in modules if path and path[-1].isdigit()).values())  # of lists
+
+    def is_lacking(shape: Sizes) -> bool:
+        flat = squeeze(shape)
+        is_stack = len(shape) == 3 and shape[0] in lengths and 1 not in shape[1:]
+        return (is_stack and shape not in held) or (len(flat) > 1 and flat not in held and flat[::-1] not in held)
+
+    lacking = set(filter(is_lacking, {part.shape for part in parts}))
+    fused = [
+        unit
+        for unit in units
+        if not FUSED.keys().isdisjoint(words(unit.path[-1]))
+        or (lacking and any(parts[index].shape in lacking for _, index in unit.parts))
+    ]
+    counts = Counter(_matrix(unit, parts) for unit in units) if fused else {}
+
+    def stays(unit: Unit, index: int) -> bool:
+        matrix = _matrix(unit, parts)
+        return bool(matrix) and counts[matrix] <= held.get(matrix, 0) and squeeze(parts[index].shape) in held
+
+    return {index: unit for unit in fused for _, index in unit.parts if not stays(unit, index)}
+
+
+def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
+    """Tell the shape of a layer's matrix, whose parts its bias has too; empty for a layer that has none."""
+    weight = dict(unit.parts).get("weight")
+    shape = () if weight is None else squeeze(parts[weight].shape)
+    return shape if len(shape) > 1 else ()
+
+
+def _slices(part: Part, siblings: _Siblings) -> list[Part]:
+    """Take a stacked tensor apart, where the other side has a list of modules instead."""
+    if len(part.shape) != 3:
+        return []
+    views = siblings.stacked(part)
+    shapes = [output_shapes(view, [part.shape])[0] for _, view in views[:1]] * len(views)
+    return [
+        replace(part, path=path, shape=shape, view=chain(part.view, view))
+        for (path, view), shape in zip(views, shapes, strict=True)
+    ]
+
+
+def _split_slice(part: Part, siblings: _Siblings) -> list[Part]:
+    plan = siblings.plan(part, words(part.path[-2]))
+    return [part] if plan is None else _split(part, plan, [(*part.path[:-2], role, "weight") for role in plan.roles])
+
+
+def _plan(index: int, unit: Unit, parts: Sequence[Part], siblings: _Siblings) -> Plan | None:
+    """Plan how to split a tensor; a bias follows its weight."""
+    part, fused, kinds = parts[index], words(unit.path[-1]), dict(unit.parts)
+    plan = siblings.plan(part, fused)
+    weight = kinds.get("weight")
+    if plan is None and weight is not None and kinds.get("bias") == index:
+        plan = siblings.plan(parts[weight], fused)
+        if plan is None or plan.dim != 0 or part.shape != (sum(plan.sizes),):
+            return None
+    return plan
+
+
+def _split(part: Part, plan: Plan, paths: Sequence[Path]) -> list[Part]:
+    pieces, start = [], 0
+    for path, size in zip(paths, plan.sizes, strict=True):
+        shape = (*part.shape[: plan.dim], size, *part.shape[plan.dim + 1 :])
+        view = chain(part.view, Split(plan.dim, start, size))
+        pieces.append(replace(part, path=path, shape=shape, view=view, turned=plan.dim == 1))
+        start += size
+    return pieces
+
+
+def _role_names(units: Sequence[Unit]) -> dict[tuple[Path, str], str]:
+    """Find what a side itself calls a role below a module, as in ``q_bias`` beside ``qkv.weight``."""
+    called = [(unit.path, words(unit.path[-1])) for unit in units]
+    return {
+        (path[:-1], word): path[-1] for path, found in called if "norm" not in found for word in found if word in _ROLES
+    }
+
+
+class _Siblings:
+    """What one side keeps apart: groups of sibling tensors by role, and lists of equal modules."""
+
+    def __init__(self, parts: Sequence[Part], held: Mapping[Sizes, int]) -> None:
+        self.whole: Counter[tuple[str, Sizes]] = Counter()  # fused word and shape of tensors held whole
+        self.shapes = held
+        self.by_role: dict[tuple[tuple[str, ...], Sizes], set[Sizes]] = {}
+        self.in_order: dict[Sizes, set[Sizes]] = {}  # rest of the shape -> sizes of neighbours of one shape
+        self.beside: dict[Sizes, set[Sizes]] = {}  # rest -> sizes of q, k and v, and of the one such layer beside them
+        self.lists: dict[int, set[Sizes]] = {}  # length of a list -> shapes of the matrices in each of its modules
+        children: dict[Path, list[tuple[str, dict[str, Sizes]]]] = {}
+        units = units_of(parts)
+        for unit in (units[position] for position in units.ancestry.in_order):
+            shapes = {values: squeeze(parts[index].shape) for values, index in unit.parts}
+            children.setdefault(unit.path[:-1], []).append((unit.path[-1], shapes))
+            for word in words(unit.path[-1]):
+                if word in FUSED:
+                    self.whole.update((word, shape) for shape in shapes.values())
+        for members in children.values():
+            self._add_roles(members)
+            self._add_neighbours(members)
+        self._add_beside(children)
+        self._add_lists(children)
+
+    def _add_roles(self, members: list[tuple[str, dict[str, Sizes]]]) -> None:
+        for values in ("weight", "bias"):
+            sizes = {
+                word: shapes[values]
+                for name, shapes in members
+                for word in words(name)
+                if word in _ROLES and shapes.get(values) and "norm" not in words(name)
+            }
+            for roles in (roles for kinds in FUSED.values() for roles in kinds) if len(sizes) > 1 else ():
+                present = tuple(role for role in roles if role in sizes)
+                rests = {sizes[role][1:] for role in present}
+                if len(present) > 1 and len(rests) == 1:
+                    found = self.by_role.setdefault((present, rests.pop()), set())
+                    found.add(tuple(sizes[role][0] for role in present))
+
+    def _add_neighbours(self, members: list[tuple[str, dict[str, Sizes]]]) -> None:
+        matrices = [shapes["weight"] for _, shapes in members if len(shapes.get("weight", ())) > 1]
+        for first, second in pairwise(matrices):
+            if first == second:
+                self.in_order.setdefault(first[1:], set()).add((first[0], second[0]))
+        for first, second, third in zip(matrices, matrices[1:], matrices[2:], strict=False):
+            if first == second == third:
+                self.in_order.setdefault(first[1:], set()).add((first[0],) * 3)
+
+    def _add_beside(self, children: Mapping[Path, list[tuple[str, dict[str, Sizes]]]]) -> None:
+        for path, members in children.items():
+            by_word = {word: shapes.get("weight", ()) for name, shapes in members for word in words(name)}
+            shapes = [by_word.get(role, ()) for role in FUSED["qkv"][0]]
+            if len(rests := {shape[1:] for shape in shapes}) > 1 or not all(rests):
+                continue
+            (rest,) = rests
+            others = [of.get("weight", ()) for _, of in children.get(path[:-1], ())] if path else []
+            if len(alike := [shape for shape in others if shape[1:] == rest]) == 1:
+                self.beside.setdefault(rest, set()).add(tuple(shape[0] for shape in [*shapes, *alike]))
+
+    def _add_lists(self, children: dict[Path, list[tuple[str, dict[str, Sizes]]]]) -> None:
+        lengths = Counter(path[:-1] for path in children if path and path[-1].isdigit())
+        for path, members in children.items():
+            if path and path[-1].isdigit():
+                shapes = {shape for _, of in members for shape in of.values() if len(shape) == 2}
+                self.lists.setdefault(lengths[path[:-1]], set()).update(shapes)
+
+    def stacked(self, part: Part) -> list[tuple[Path, Operation]]:
+        """Name the slices of a stacked tensor and what takes them out, where the other side has a list of modules."""
+        count, *rest = part.shape
+        shapes = self.lists.get(count, set())
+        if part.shape in self.shapes or not shapes:
+            return []
+        halves = {(2 * shape[0], shape[1]) for shape in shapes}
+        ways = [way for way in ((rest[0], rest[1]), (rest[1], rest[0])) if way in shapes or way in halves]
+        if not ways:
+            return []
+        name = part.path[-1]
+        above, role = (
+            (part.path[:-2], part.path[-2]) if name == "weight" and len(part.path) > 1 else (part.path[:-1], name)
+        )
+        turn = Copy() if ways[0] == tuple(rest) else Transpose()
+        return [((*above, str(index), role, "weight"), chain(Unstack(0, index), turn)) for index in range(count)]
+
+    def plan(self, part: Part, named: Sequence[str]) -> Plan | None:
+        """Decide whether the other side calls for a split of this tensor, and which."""
+        shape = squeeze(part.shape)
+        if len(shape) != len(part.shape) or not shape:
+            return None
+        fused = [word for word in named if word in FUSED]
+        for word in fused:
+            if (word, shape) in self.whole or (word, shape[::-1]) in self.whole:
+                return None
+            for plan in self._splits(word, shape):
+                return plan
+        if shape in self.shapes or shape[::-1] in self.shapes or len(shape) < 2:
+            return None
+        if not fused:
+            for (present, rest), sides in self.by_role.items():
+                for sizes in sorted(sides):
+                    if (
+                        present == FUSED["qkv"][0]
+                        and rest == shape[1:]
+                        and len(set(sizes)) > 1
+                        and sum(sizes) == shape[0]
+                    ):
+                        return Plan(0, sizes, present, unnamed=True)
+            for sizes in sorted(self.beside.get(shape[1:], ())):
+                if sum(sizes) == shape[0]:
+                    return Plan(0, sizes, (*FUSED["qkv"][0], "mlp"), BY_ORDER)
+        for sizes in sorted(self.in_order.get(shape[1:], ())):
+            if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]][0])):
+                (roles, *_) = FUSED[fused[0] if fused else "qkv" if len(sizes) == 3 else "gateup"]
+                told = len(sizes) == 2 and (fused or tuple(named) in GATE_FIRST)
+                return Plan(0, sizes, roles, BY_ORDER if told else UNTOLD)
+        return None
+
+    def _splits(self, word: str, shape: Sizes) -> Iterator[Plan]:
+        for roles in FUSED[word]:
+            yield from self._role_splits(roles, shape)
+
+    def _role_splits(self, roles: tuple[str, ...], shape: Sizes) -> Iterator[Plan]:
+        for dim in range(len(shape) if len(shape) < 3 else 1):
+            rest = (*shape[:dim], *shape[dim + 1 :])
+            for present, sides in ((known, sizes) for (known, other), sizes in self.by_role.items() if other == rest):
+                if not set(present) <= set(roles):
+                    continue
+                for sizes in sorted(sides):
+                    if present == roles and sum(sizes) == shape[dim]:
+                        yield Plan(dim, sizes, roles)
+                    elif len(set(sizes)) == 1 and sizes[0] * len(roles) == shape[dim]:
+                        yield Plan(dim, sizes[:1] * len(roles), roles, absent=frozenset(roles) - set(present))

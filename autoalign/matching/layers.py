@@ -1,0 +1,268 @@
+"""The module graph of one side: a tree of modules with its tensors as leaves, in natural order."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import repeat, takewhile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from autoalign.matching.names import kind, words
+from autoalign.matching.vocabulary import COLLECTIONS
+from autoalign.plan.keys import components, numbers, stem
+from autoalign.plan.operations import Copy, Operation
+from autoalign.plan.specs import TensorSpec
+
+Path = tuple[str, ...]
+
+_Tree = dict[tuple[str, bool], "_Tree | int"]  # name, and whether of a tensor -> what is in the module, or the leaf
+
+
+def block_around(path: Path) -> Path:
+    """Find the innermost numbered module around a layer, or the root.
+
+    >>> block_around(("layer1", "0", "conv2"))
+    ('layer1', '0')
+    """
+    depth = len(path) - 1
+    while depth > 0 and not numbers(path[depth - 1]):
+        depth -= 1
+    return path[: max(depth, 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Ancestry:
+    """The module graph as arrays. Leaf ``i`` is the tensor that was ``i``-th in the input."""
+
+    node_count: int  # of modules; module 0 is the root
+    ancestors: NDArray[np.int32]  # [leaves, depth]: module ids from the nearest up to the root, padded with -1
+    order: NDArray[np.int64]  # [leaves]: position in natural order
+    in_order: NDArray[np.int64]  # [leaves]: the leaves in natural order
+    nodes: tuple[Path, ...]  # the path of each module
+
+
+def ancestry(paths: Sequence[Path]) -> Ancestry:
+    """Build the tree of modules above the given tensor paths; a module with one child only counts as that child.
+
+    Natural order is the order of registration, but children whose names differ in their numbers alone and which are
+    sorted as text are ordered by these numbers: files sorted by key put ``layers.10`` before ``layers.2``. A tensor and
+    a module may share a name.
+
+    >>> ancestry([("h", "10", "w"), ("h", "2", "w"), ("w",)]).in_order.tolist()
+    [1, 0, 2]
+    """
+    tree: _Tree = {}
+    for index, path in enumerate(paths):
+        module = tree
+        for name in path[:-1]:
+            module = module.setdefault((name, False), {})  # type: ignore[assignment]
+        module[path[-1], True] = index
+    in_order: list[int] = []
+    chains: list[list[int]] = [[] for _ in paths]  # of each leaf: the modules above it, from the nearest
+    nodes: list[Path] = []
+    stack: list[tuple[Path, _Tree | int, list[int]]] = [((), tree, [])]
+    while stack:
+        path, found, above = stack.pop()
+        if isinstance(found, int):
+            in_order.append(found)
+            chains[found] = above
+            continue
+        if len(found) != 1 or not nodes:
+            above = [len(nodes), *above]
+            nodes.append(path)
+        stack += [((*path, child[0]), found[child], above) for child in reversed(_by_number(list(found)))]
+    depth = max(map(len, chains), default=0) or 1
+    padded = [above + [-1] * (depth - len(above)) for above in chains]
+    ancestors = np.asarray(padded, dtype=np.int32).reshape(len(paths), depth)
+    order = np.zeros(len(paths), dtype=np.int64)
+    order[in_order] = np.arange(len(paths))
+    return Ancestry(len(nodes), ancestors, order, np.asarray(in_order, dtype=np.int64), tuple(nodes))
+
+
+def _by_number(siblings: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    """Sort siblings of one stem that are sorted as text by their numbers, each stem within the places it holds."""
+    places: dict[str, list[int]] = {}
+    for place, (name, _) in enumerate(siblings):
+        places.setdefault(stem(name), []).append(place)
+    if len(places) == len(siblings):
+        return siblings
+    ordered = list(siblings)
+    for same in places.values():
+        names = [siblings[place][0] for place in same]
+        if len(same) > 1 and names == sorted(names):
+            members = sorted((siblings[place] for place in same), key=lambda child: numbers(child[0]))
+            for place, child in zip(same, members, strict=True):
+                ordered[place] = child
+    return ordered
+
+
+_WHOLE = Copy()
+_JOINT = re.compile(r"_(?=\d)|(?<=\d)_")  # in "features_5_conv_2"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor, or a part of one, that is matched with one of the other side."""
+
+    tensor: int  # index among the side's tensors
+    path: Path  # the names of its modules and its own
+    shape: tuple[int, ...]
+    numeric: str  # "float", "int" or "bool": tensors of one kind of number only match their like
+    view: Operation = _WHOLE  # takes the part out of its tensor
+    turned: bool = False  # whether the split shows that the matrix is laid out the other way round
+    count: int = 1  # how many tensors of equal blocks it stands for
+    by_order: bool = False  # whether its place among the tensors of its layer is all that tells what it is
+
+
+def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -> list[Part]:
+    """Make one part of each tensor, which may stand for several (see ``repeats``).
+
+    Integers of eight bits are quantised floats; wider ones are indices and counters. A layer's statistics that stand
+    in a collection of their own, as those of Flax do, are taken back to the layer, and the names of a flat list of
+    layers are taken apart at their numbers.
+
+    >>> spec = TensorSpec("conv2_block1_bn/gamma:0", (8,), torch.float32)
+    >>> parts_of([spec])[0].path
+    ('conv2', 'block1', 'bn', 'gamma')
+    """
+    paths = [components(spec.key) for spec in specs]
+    if len(tops := {path[0] for path in paths if len(path) > 1}) > 1 and tops <= COLLECTIONS:
+        paths = [path[1:] if len(path) > 1 else path for path in paths]
+    top = len(_around(paths))
+    if not any(numbers(name) for path in paths for name in path[top + 1 : -1]):  # the module tree is in one name
+        paths = [
+            (*path[:top], *_JOINT.split(path[top]), *path[top + 1 :]) if len(path) > top + 1 else path for path in paths
+        ]
+    return [
+        Part(index, path, spec.shape, _numeric(spec.dtype), count=count)
+        for index, (path, spec, count) in enumerate(zip(paths, specs, counts or repeat(1, len(specs)), strict=True))
+    ]
+
+
+def under_one_root(parts: Sequence[Part]) -> list[Part]:
+    """Put all parts into one module without a name, instead of the modules that all of them are in.
+
+    >>> [part.path for part in under_one_root(parts_of([TensorSpec("module.net.fc.weight", (8,), torch.float32)]))]
+    [('', 'fc', 'weight')]
+    """
+    top = len(_around([part.path for part in parts]))
+    return [replace(part, path=("", *part.path[top:])) for part in parts]
+
+
+def _around(paths: Sequence[Path]) -> Path:
+    """Name the module that everything is in; the one around it if everything is of one layer."""
+    if not paths:
+        return ()
+    first, last = min(paths), max(paths)  # what these share, all share
+    depth = min(len(path) for path in paths) - 1
+    shared = [own for own, other in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))][:depth]
+    is_layer = all(len(path) == len(shared) + 1 for path in paths)
+    return tuple(shared[:-1] if is_layer else shared)
+
+
+@lru_cache
+def _numeric(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    if dtype.is_floating_point or dtype.is_complex or dtype.itemsize == 1:
+        return "float"
+    return "int"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parts that belong to one layer, at most one of each kind."""
+
+    path: Path  # of the layer; unique within a side
+    parts: tuple[tuple[str, int], ...]  # kind of values -> index of the part, sorted by kind
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of values that the layer holds."""
+        return tuple(name for name, _ in self.parts)
+
+
+class Units(tuple[Unit, ...]):
+    """The units of one side, in order of their first part, and what their paths tell, which is found once."""
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The path of each."""
+        return [unit.path for unit in self]
+
+    @cached_property
+    def ancestry(self) -> Ancestry:
+        """The modules above them."""
+        return ancestry(self.paths)
+
+    @cached_property
+    def blocks(self) -> list[Path]:
+        """The innermost numbered module around each."""
+        return list(map(block_around, self.paths))
+
+
+class Parts(tuple[Part, ...]):
+    """The parts of one side, and the units that they make, which are found once."""
+
+    @cached_property
+    def units(self) -> Units:
+        """The parts of each layer."""
+        return _grouped(self)
+
+    def changed(self, parts: Sequence[Part]) -> Parts:
+        """Put other parts in their place; where they are the same, what is known of them is kept."""
+        return self if self == tuple(parts) else Parts(parts)
+
+
+def counts_of(units: Sequence[Unit], parts: Sequence[Part]) -> NDArray[np.int64]:
+    """Tell how many layers of equal blocks each unit stands for."""
+    return np.asarray([parts[unit.parts[0][1]].count for unit in units], dtype=np.int64)
+
+
+def units_of(parts: Sequence[Part]) -> Units:
+    """Group the parts of one side into units, in order of their first part.
+
+    >>> parts = [Part(k, tuple(key.split(".")), (8,), "float") for k, key in enumerate(["bn.weight", "bn.bias", "cls"])]
+    >>> [(unit.path, unit.parts) for unit in units_of(parts)]
+    [(('bn',), (('bias', 1), ('weight', 0))), (('cls',), (('other', 2),))]
+    """
+    return parts.units if isinstance(parts, Parts) else _grouped(parts)
+
+
+def _grouped(parts: Sequence[Part]) -> Units:
+    groups: dict[Path, dict[str, int]] = {}
+    for index, part in enumerate(parts):
+        values, rest = kind(part.path[-1])
+        if values == "bias" and rest and sum(size > 1 for size in part.shape) > 1:
+            values, rest = "other", part.path[-1]  # a table of biases is no bias of a layer
+        path = (*part.path[:-1], rest) if rest else part.path[:-1] or ("",)  # a bare layer has no name
+        while values in (members := groups.setdefault(path, {})):  # the same kind twice: tensors of their own
+            path = (*path, part.path[-1])
+        members[values] = index
+    _take_in_biases(groups)
+    return Units(Unit(path, tuple(sorted(members.items()))) for path, members in groups.items())
+
+
+def _take_in_biases(groups: dict[Path, dict[str, int]]) -> None:
+    """Give a bias that stands beside its layer (``q_bias`` beside ``query.weight``), or in it, to that layer.
+
+    One that stands in it has a name of its own (``gate.weight`` with ``gate.e_score_correction_bias``), and is the only
+    one that does.
+    """
+    alone = [path for path, members in groups.items() if members.keys() == {"bias"}]
+    if not alone:
+        return
+    layers = {(path[:-1], words(path[-1])): path for path, members in groups.items() if members.keys() == {"weight"}}
+    inside = Counter(path[:-1] for path in alone)
+    for path in alone:
+        layer = layers.get((path[:-1], words(path[-1])))
+        if layer is not None and words(path[-1]):
+            groups[layer] |= groups.pop(path)
+        elif inside[path[:-1]] == 1 and groups.get(path[:-1], {}).keys() == {"weight"}:
+            groups[path[:-1]] |= groups.pop(path)

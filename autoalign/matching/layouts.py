@@ -1,0 +1,337 @@
+"""Doubts: tensors whose shapes fit although their rows may be in another order.
+
+Nothing in two lists of shapes shows these. A match in doubt carries a warning and its other layouts; it is loaded only
+where something else in the two checkpoints tells the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from math import gcd, prod
+
+from autoalign.matching.fusion import Fusion, Plan
+from autoalign.matching.layers import Part, Path
+from autoalign.matching.names import kind, role_words, words
+from autoalign.matching.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
+from autoalign.matching.vocabulary import CONFIG_HEADS, GATE_FIRST, GROUPED, INTERLEAVED, MODULATION
+from autoalign.plan.keys import numbers, stem
+from autoalign.plan.operations import Copy, Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
+from autoalign.plan.specs import TensorSpec
+
+DOUBTED = 0.45  # the most that a match in doubt is believed
+TOLD = 0.85  # the most that one is believed whose layout was told by more than its shape
+
+_USUAL = (64, 128, 80, 96, 32, 256, 112, 72, 88, 48, 40, 160, 192, 16)  # sizes of heads, the most frequent first
+_IMAGE_CHANNELS = 4  # the most channels that an image has
+
+ROTARY = (
+    "right shape, but rotary layouts differ between Meta's and Hugging Face's code: "
+    "the rows of each query and key head may have to be reordered"
+)
+BY_HEAD = "right shape, but one side may interleave query, key and value by head"
+_PATCHES = "right shape, but the pixels of a patch may be flattened in another order (channels first or last)"
+_GATES = "right shape, but Keras orders the gates of a GRU as update, reset, new, and torch as reset, update, new"
+_HALVES = "right shape, but one side may hold the gate first and the other what it gates"
+_SHIFT = "right shape, but scale and shift of an adaptive norm may be in the other order"
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """Why a part might be laid out otherwise, and what would turn one layout into the other."""
+
+    reason: str
+    otherwise: tuple[Operation, ...] = ()  # from the source's part to the target's, the likeliest first
+    told: bool = False  # whether the first of these is the right one by what else is known
+    sizes: tuple[int, ...] = ()  # rows of the blocks that are laid out by an operation each, one after another
+    blocks: tuple[tuple[Operation, ...], ...] = ()  # instead of `otherwise`: an operation for each of these blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """What a side tells of the code that it comes from."""
+
+    rotation: Rotation  # of its queries and keys
+    rotated: int | None  # rows of a head that are rotated, as a companion buffer of frequencies tells
+    head_dim: int | None  # rows of a head, as its config or the norms of its heads tell
+    rows: int  # which the size of a head divides
+    doubled: frozenset[Path]  # layers that hold a gate and what it gates, as the width of the layer after them tells
+    gated: frozenset[Path]  # recurrent layers of three gates in Keras' order, which is not torch's
+
+
+def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping[str, object]) -> Style:
+    """Read the style off a side's keys, its shapes and its config."""
+    frequencies = {
+        2 * spec.shape[0] for spec in specs if spec.key.endswith(("rope.freqs", "inv_freq")) and len(spec.shape) == 1
+    }
+    rows = [part.shape[0] for part in parts if len(part.shape) == 2 and {"q", "k"} & role_words(part.path)]
+    sizes = _head_dims(parts, gcd(*rows) if rows else 0, config)
+    return Style(
+        rotation=rotation_of(specs, config),
+        rotated=frequencies.pop() if len(frequencies) == 1 else None,
+        head_dim=sizes.pop() if len(sizes) == 1 else None,
+        rows=gcd(*rows) if rows else 0,
+        doubled=_doubled(parts),
+        gated=frozenset(
+            part.path[:-1]
+            for part in parts
+            if part.path[-1] == "recurrent_kernel" and len(part.shape) == 2 and part.shape[0] == 3 * part.shape[1]
+        ),
+    )
+
+
+def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
+    last: dict[tuple[Path, Shape], int] = {}  # module, shape -> the last place of a matrix of this shape below it
+    matrices = [part for part in parts if len(part.shape) == 2 and not part.view.takes_part]
+    shapes = {part.shape for part in matrices}
+    if all((columns, rows // 2) not in shapes for rows, columns in shapes):
+        return frozenset()
+    for place, part in enumerate(matrices):
+        last.update(((part.path[:-up], part.shape), place) for up in range(2, 5))
+    found = set()
+    for place, part in enumerate(matrices):
+        rows, columns = part.shape
+        after = (columns, rows // 2)
+        # keys and values together have twice as many rows as columns, often
+        follows = any(last.get((part.path[:-up], after), -1) > place for up in range(2, 5))
+        if follows and rows % 2 == 0 and rows != 2 * columns:
+            found.add(part.path[:-1])
+    return frozenset(found)
+
+
+def _layer_name(path: Path) -> str:
+    """Return the name of the layer that holds a tensor; a tensor at the top of a model is its own layer."""
+    return path[-2] if len(path) > 1 else path[-1]
+
+
+def _order_of_halves(path: Path) -> tuple[str, ...]:
+    """Name what tells the order of a gate and what it gates: that the gate is first, or else the layer's name."""
+    found = words(_layer_name(path))
+    return ("gateup",) if "gateup" in found or found in GATE_FIRST else found
+
+
+def _head_dims(parts: Sequence[Part], rows: int, config: Mapping[str, object]) -> set[int]:
+    """Collect the sizes of heads that a config states, or that norms of single queries and keys have."""
+    known = text_config(config)
+    prefix = config.get("general.architecture")  # of the names in a header of GGUF
+
+    def stated(names: Sequence[str]) -> int | None:
+        asked = [*names, *(f"{prefix}.{name}" for name in names if prefix)]
+        values = [value for name in asked if isinstance(value := known.get(name), int) and value > 0]
+        return values[0] if values else None
+
+    heads, width, size = (stated(names) for names in CONFIG_HEADS)
+    if size:
+        return {size}
+    if heads and width and width % heads == 0:
+        return {width // heads}
+    return {
+        part.shape[0]
+        for part in (parts if rows else ())
+        if len(part.shape) == 1
+        and part.shape[0] < rows
+        and "norm" in (roles := role_words(part.path))
+        and not roles.isdisjoint(("q", "k"))
+    }
+
+
+def doubt_about(
+    source: Part, target: Part, operation: Operation, styles: tuple[Style, Style], weight: Shape
+) -> Doubt | None:
+    """Tell what speaks against taking a source part by this operation for a target part.
+
+    Args:
+        source: The part of the source.
+        target: The part of the target.
+        operation: From one to the other.
+        styles: Of both sides.
+        weight: The shape of the matrix of the source's layer, of which the part may be the bias.
+    """
+    if not source.shape:
+        return None
+    doubled = len(weight) == 2 and max(weight) == 2 * min(weight) and max(weight) in source.shape
+    if doubled and (_modulates(source) or _modulates(target)):
+        if source.path[-3:-1] == target.path[-3:-1]:
+            return None
+        dim = source.shape.index(max(weight))
+        halves = Reshape((*source.shape[:dim], 2, min(weight), *source.shape[dim + 1 :]))
+        told = {_modulates_last(source), _modulates_last(target)} == {"shift", "scale"}
+        return Doubt(_SHIFT, (chain(halves, Flip(dim), Reshape(source.shape), operation),), told)
+    doubt = _doubt(source, target, styles, weight)
+    if doubt is None or not isinstance(operation, Transpose) or source.shape[0] >= source.shape[1]:
+        return doubt and replace(doubt, otherwise=tuple(chain(way, operation) for way in doubt.otherwise))
+    columns = replace(source, shape=source.shape[::-1])  # which are the rows in torch's layout
+    turned = _doubt(columns, target, styles, weight[::-1])
+    return turned and replace(turned, otherwise=tuple(chain(operation, way) for way in turned.otherwise))
+
+
+def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shape) -> Doubt | None:
+    layers = source.path[:-1], target.path[:-1]
+    if (layers[0] in styles[0].gated) != (layers[1] in styles[1].gated):
+        return Doubt(_GATES)
+    both_doubled = layers[0] in styles[0].doubled and layers[1] in styles[1].doubled
+    if (
+        both_doubled
+        and source.shape[0] % 2 == 0
+        and stem(_layer_name(source.path)) != stem(_layer_name(target.path))
+        and (source.path[-1] != target.path[-1] or kind(source.path[-1])[0] != "other")  # a parameter of its own
+        and (_order_of_halves(source.path) != _order_of_halves(target.path))
+    ):
+        halves = (2, source.shape[0] // 2, *source.shape[1:])
+        return Doubt(_HALVES, (chain(Reshape(halves), Flip(0), Reshape(source.shape)),))
+    interleaved = interleaves(source.path)
+    if interleaved != interleaves(target.path) and "qkv" in role_words(source.path) & role_words(target.path):
+        return _by_head(source, interleaved, styles)
+    if len(source.shape) < 3 and (doubt := _rotary(source, target, styles, weight)):
+        return doubt
+    if {len(source.shape), len(target.shape)} in ({2, 4}, {2, 5}):
+        return _patches(source.shape, target.shape)
+    return None
+
+
+def _modulates(part: Part) -> bool:
+    """Tell a layer that gives the scale and shift of a norm: by its name, or as a part of the last norm."""
+    names = [set(words(name)) for name in part.path[-4:-1]]
+    return any(found & MODULATION for found in names) or any({"norm", "out"} <= found for found in names[:-1])
+
+
+def _modulates_last(part: Part) -> str:
+    """Tell what comes first in the layer that modulates a network's last norm: "shift" or "scale", or "" for another.
+
+    Code with a ``final_layer``, as DiT's, has the shift first; diffusers, with a ``norm_out``, the scale.
+    """
+    names = [set(words(name)) for name in part.path[:-1]]
+    first = next((k for k, found in enumerate(names) if found >= {"norm", "out"} or "last" in found), len(names))
+    if any(map(numbers, part.path[:first])) or first == len(names):
+        return ""
+    if names[first] == {"norm", "out"}:
+        return "scale" if names[first + 1 :] == [{"linear"}] else ""
+    return "shift" if any(found & MODULATION for found in names[first:]) else ""
+
+
+def interleaves(path: Path) -> bool:
+    """Tell whether a fused tensor's name is one of code that lays the roles out head by head."""
+    return not INTERLEAVED.isdisjoint(path)
+
+
+def _rotary(source: Part, target: Part, styles: tuple[Style, Style], weight: Shape) -> Doubt | None:
+    """Doubt the order of the rows of rotated queries and keys, separate or together."""
+    own, other = (
+        style.rotation.projections.get(part.tensor) for style, part in zip(styles, (source, target), strict=True)
+    )
+    role, _ = role_of(source.path)
+    if own is None or other is None or role not in ROTATED or role_of(target.path)[0] != role:
+        return None
+    if kind(source.path[-1])[0] not in ("weight", "bias"):
+        return None
+    towers, sides = (own.tower, other.tower), [style.rotation for style in styles]
+    if any(tower.positions for tower in towers) or not any(tower.rotated for tower in towers):
+        return None
+    layouts = layouts_of(*sides)
+    told = None not in layouts
+    if layouts[0] == layouts[1] if told else is_same_code(own, other, hugging_face=all(s.hugging_face for s in sides)):
+        return None
+    heads = {size for style in styles for size in (style.rotated, style.head_dim) if size}
+    likelier = ("pairs", "halves") if sides[1].hugging_face else ("halves", "pairs")  # of the source
+    directions = [way for way in likelier if layouts[0] in (None, way) and layouts[1] != way]
+    sizes = _blocks(source, weight) if role == "qkv" else source.shape[:1]
+    if any(side.partial for side in sides) or len(heads) > 1 or not sizes:  # a part of each head is rotated
+        return Doubt(ROTARY)
+    known = next(iter(heads), None)
+    ways = [
+        tuple(_repaired(size, source.shape[1:], head, to_pairs=way == "halves") for size in sizes[:2])
+        for way in directions
+        for head in _sizes(known, gcd(*sizes, *(style.rows for style in styles)))
+        if head % 2 == 0 and head > 2
+    ]
+    told = told and known is not None and bool(ways)
+    if role == "qkv":
+        return Doubt(ROTARY, told=told, sizes=sizes, blocks=tuple((*way, Copy()) for way in ways))
+    return Doubt(ROTARY, tuple(way for (way,) in ways), told)
+
+
+def _blocks(source: Part, weight: Shape) -> tuple[int, ...]:
+    """Give the rows of query, key and value in a tensor that holds one after another; as many queries as it is wide."""
+    rows, width = source.shape[0], weight[1] if len(weight) == 2 else 0
+    rest = rows - width if width and rows != 3 * width else 2 * rows // 3
+    return (rows - rest, rest // 2, rest // 2) if rest > 0 and rest % 2 == 0 else ()
+
+
+def _repaired(rows: int, rest: Shape, head: int, *, to_pairs: bool) -> Operation:
+    """Put rows that are rotated together, as the halves of each head, beside one another; or these apart again."""
+    pairs = (rows // head, 2, head // 2, *rest) if to_pairs else (rows // head, head // 2, 2, *rest)
+    return chain(Reshape(pairs), Permute((0, 2, 1, *range(3, len(pairs)))), Reshape((rows, *rest)))
+
+
+def _by_head(source: Part, interleaved: bool, styles: tuple[Style, Style]) -> Doubt:
+    known = next((style.head_dim for style in styles if style.head_dim), None)
+    rows, rest = source.shape[0], source.shape[1:]
+    ways: list[Operation] = []
+    for size in _sizes(known, rows // 3 if rows % 3 == 0 else 0):
+        heads = rows // 3 // size
+        if heads == 1:
+            continue  # a single head is not interleaved
+        apart = (heads, 3, size, *rest) if interleaved else (3, heads, size, *rest)
+        ways.append(chain(Reshape(apart), Permute((1, 0, 2, *range(3, len(apart)))), Reshape(source.shape)))
+    return Doubt(BY_HEAD, tuple(ways))
+
+
+def _patches(source: Shape, target: Shape) -> Doubt | None:
+    """Doubt how the kernel of the first convolution was flattened into a matrix."""
+    kernel = max(source, target, key=len)
+    if not 1 < kernel[1] <= _IMAGE_CHANNELS or prod(kernel[2:]) == 1:
+        return None
+    last = (0, *range(2, len(kernel)), 1)
+    if kernel == source:
+        return Doubt(_PATCHES, (Permute(last),))
+    first = Permute((0, len(kernel) - 1, *range(1, len(kernel) - 1)))
+    return Doubt(_PATCHES, (chain(Reshape(tuple(kernel[dim] for dim in last)), first, Reshape(source)),))
+
+
+def _sizes(known: int | None, rows: int) -> list[int]:
+    """List the sizes that heads may have, the likeliest first."""
+    if known is not None:
+        return [known] if rows and rows % known == 0 else []
+    usual = {size: place for place, size in enumerate(_USUAL)}
+    sizes = [size for size in range(2, rows + 1) if rows % size == 0]
+    return sorted(sizes, key=lambda size: (usual.get(size, len(usual)), -size))
+
+
+def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tuple[str, list[tuple[Operation, ...]]]:
+    """List the other ways to take the parts out of a fused tensor: in another order, or head by head.
+
+    Args:
+        fusion: How it was split.
+        path: Its name.
+        styles: Of both sides.
+
+    Returns:
+        The reason to doubt, empty for none; and for each other layout, what takes each part out.
+    """
+    plan = fusion.plan
+    if plan is None:
+        return "", []
+    if plan.doubt:
+        orders = list(permutations(range(len(plan.sizes))))[1:] if len(set(plan.sizes)) == 1 else []
+        ways = [tuple(Split(plan.dim, place * plan.sizes[0], plan.sizes[0]) for place in order) for order in orders]
+        return plan.doubt, [tuple(chain(fusion.base, view) for view in views) for views in ways]
+    least = min(plan.sizes)
+    grouped = max(plan.sizes) > least and (plan.unnamed or not GROUPED.isdisjoint(path))
+    if not (interleaves(path) or grouped) or any(size % least for size in plan.sizes):
+        return "", []
+    known = next((style.head_dim for style in styles if style.head_dim), None)
+    sizes = [size for size in _sizes(known, least) if least > size]
+    heads = [_by_groups(fusion, plan, least // size, size) for size in sizes]
+    return (BY_HEAD if heads or known is None else ""), heads
+
+
+def _by_groups(fusion: Fusion, plan: Plan, groups: int, size: int) -> tuple[Operation, ...]:
+    """Take the parts out of a tensor that holds, group by group, the heads of each role."""
+    heads = [length // groups // size for length in plan.sizes]
+    before, after = fusion.shape[: plan.dim], fusion.shape[plan.dim + 1 :]
+    apart = chain(fusion.base, Reshape((*before, groups, sum(heads), size, *after)))
+    return tuple(
+        chain(apart, Split(plan.dim + 1, sum(heads[:role]), count), Reshape((*before, groups * count * size, *after)))
+        for role, count in enumerate(heads)
+    )

@@ -1,0 +1,307 @@
+"""Garbage collection: paused while hundreds of thousands of small values are made that are all kept."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
+from autoalign.checkpoints.containers import name_words
+from autoalign.errors import InputError, PatternError
+from autoalign.matching.adapt import adapted, checked_adapt
+from autoalign.matching.assembly import SideParts, with_stranded_biases, with_ties
+from autoalign.matching.candidates import operation_between
+from autoalign.matching.layouts import DOUBTED, ROTARY
+from autoalign.matching.pipeline import Outcome, paired
+from autoalign.matching.positions import AdaptableSide
+from autoalign.matching.repeats import (
+    LARGE,
+    Specs,
+    extended,
+    is_settled,
+    less_sure,
+    pair_count,
+    runs_of,
+    with_same_names,
+)
+from autoalign.matching.rotary import rotary_settling
+from autoalign.matching.scope import PatternLike, RuleLike, checked_rules, excluded_keys, pinned_pairs
+from autoalign.plan.adaptations import Adapt
+from autoalign.plan.keys import components
+from autoalign.plan.matches import Match, Plan
+from autoalign.plan.operations import Copy
+from autoalign.plan.quantised import ADVICE, Members, apart, fills, named
+
+if TYPE_CHECKING:
+    from autoalign.plan.matches import Match
+
+
+def admitted(matches: Iterable[Match], own: Members, other: Members) -> list[Match]:
+    """Leave out the matches in which codes are taken for values, or go without their companions.
+
+    The matches of one group are as sure as the least sure of them.
+    """
+    if not (own or other):
+        return list(matches)
+    kept = []
+    for match in matches:
+        if not fills(match.sources, match.target, match.operation, own, other):
+            continue
+        rivals = tuple(
+            rival for rival in match.alternatives if fills(rival.sources, match.target, rival.operation, own, other)
+        )
+        kept.append(match if rivals == match.alternatives else replace(match, alternatives=rivals))
+    groups: dict[str, list[Match]] = defaultdict(list)
+    for match in kept:
+        if match.target in other:
+            groups[other[match.target].group.codes.key].append(match)
+    sureness: dict[str, float] = {}
+    for codes, members in groups.items():
+        group = other[codes].group
+        needed = {spec.key for spec in (group.codes, *group.companions) if other[spec.key].is_needed}
+        origins = {own[match.sources[0]].group.codes.key for match in members}
+        if len(origins) == 1 and needed <= {match.target for match in members}:
+            sureness[codes] = min(match.confidence for match in members)
+    result = []
+    for match in kept:
+        if match.target not in other:
+            result.append(match)
+        elif (sure := sureness.get(other[match.target].group.codes.key)) is not None:
+            result.append(match if sure == match.confidence else replace(match, confidence=sure))
+    return result
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Keep the cyclic garbage collector from walking over all values again and again while more are made.
+
+    None of the values made here refers to itself, so nothing is left behind. The collector's setting is put back.
+
+    >>> with collection_paused():
+    ...     gc.isenabled()
+    False
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # what was made is taken as old at once, without being walked over
+            gc.freeze()
+            gc.unfreeze()
+        gc.enable()
+
+
+OrderOfUse = Callable[[nn.Module], Sequence[str]]
+
+
+def match_tensors(
+    source: Side,
+    target: Side,
+    *,
+    rules: RuleLike = (),
+    include: PatternLike = None,
+    exclude: PatternLike = None,
+    adapt: Adapt | Iterable[Adapt] = (),
+    min_confidence: float = 0.5,
+    container: str | None = None,
+    order_of_use: OrderOfUse | None = None,
+) -> Plan:
+    """Match the tensors of two sides; see ``autoalign.align`` for the options.
+
+    ``order_of_use`` lists the keys of a module in the order in which a call uses them first.
+    """
+    with collection_paused():
+        return _align(source, target, rules, include, exclude, adapt, min_confidence, container, order_of_use)
+
+
+def _align(
+    source: Side,
+    target: Side,
+    rules: RuleLike,
+    include: PatternLike,
+    exclude: PatternLike,
+    adapt: Adapt | Iterable[Adapt],
+    min_confidence: float,
+    container: str | None,
+    order_of_use: OrderOfUse | None,
+) -> Plan:
+    if not isinstance(min_confidence, int | float) or not 0 <= min_confidence <= 1:
+        raise InputError(f"min_confidence must lie in [0, 1], not {min_confidence!r}. Nothing was aligned.")
+    allowed = checked_adapt(adapt)
+    other = checkpoint_of(target)
+    own = _called_copy(checkpoint_of(source, container=container), other)
+    out, unused = excluded_keys(include, exclude, list(own), list(other))
+    sides: tuple[Specs, Specs] = (
+        tuple(spec for spec in own.specs if spec.key not in out) if out else own.specs,
+        tuple(spec for spec in other.specs if spec.key not in out) if out else other.specs,
+    )
+    if order_of_use is not None:
+        sides = _as_called(own, sides[0], order_of_use), _as_called(other, sides[1], order_of_use)
+        if own.module is other.module is None:
+            raise InputError("example_inputs need a module on one side at least. Nothing was aligned.")
+    rules = checked_rules(rules)
+    pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
+    if own.quantised or other.quantised:
+        pins = _without_codes(pins, rules, own, other)
+        hidden = apart(own.quantised, other.quantised), apart(other.quantised, own.quantised)
+        sides = (
+            tuple(spec for spec in sides[0] if spec.key not in hidden[0]),
+            tuple(spec for spec in sides[1] if spec.key not in hidden[1]),
+        )
+    same = None if pins else with_same_names(*sides)
+    matches, mismatched, notes = (same, [], ()) if same else _by_repeats(*sides, (own.config, other.config), pins)
+    if allowed and (matches or pins):
+        views = AdaptableSide(own.specs, own.module, own.config), AdaptableSide(other.specs, other.module, other.config)
+        changed, unable = adapted(matches, mismatched, *views, allowed, pins)
+        taken = {match.target for match in changed}
+        matches = with_ties(*sides, [*(match for match in matches if match.target not in taken), *changed])
+        taken = {match.target for match in matches}
+        mismatched = [mismatch for mismatch in mismatched if mismatch.key not in taken]
+        notes = (*notes, *unable)
+    _check_rules(rules, *sides, matches)
+    if mismatched:
+        matches = with_stranded_biases(matches, mismatched)
+    if own.quantised or other.quantised:
+        matches = admitted(matches, own.quantised, other.quantised)
+        codes = own.quantised.keys(), other.quantised.keys()
+        mismatched = [item for item in mismatched if item.source_key not in codes[0] and item.key not in codes[1]]
+        if own.quantised and not matches:  # that is why, whatever else was found
+            notes = ()
+        notes = (*notes, *_notes_of_codes(own, other, matches, out))
+    if not own.is_decided:
+        matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
+    order = {spec.key: index for index, spec in enumerate(other.specs)}
+    chosen = sorted(matches, key=lambda match: order[match.target])
+    sure = {match.target for match in chosen if match.confidence >= min_confidence}
+    rotated = [match for match in chosen if match.target not in sure and ROTARY in match.warnings]
+    if rotated and (settling := rotary_settling((own, other), sized=all(len(m.alternatives) < 3 for m in rotated))):
+        notes = (*notes, settling)
+    return Plan(
+        matches=tuple(match for match in chosen if match.target in sure),
+        ambiguous=tuple(match for match in chosen if match.target not in sure),
+        mismatched=tuple(sorted(mismatched, key=lambda mismatch: order[mismatch.key])),
+        source_specs=own.all_specs,
+        target_specs=other.specs,
+        excluded=out,
+        notes=(*own.notes, *unused, *notes),
+        tensors=own,
+        target_tensors=other,
+    )
+
+
+def _without_codes(
+    pins: Mapping[str, str], rules: Sequence[tuple[str, str]], own: Checkpoint, other: Checkpoint
+) -> dict[str, str]:
+    """Leave out of what rules fix the pairs in which codes would be taken for values.
+
+    Raises:
+        PatternError: A rule names such a pair.
+    """
+    kept = {
+        key: source for key, source in pins.items() if fills((source,), key, Copy(), own.quantised, other.quantised)
+    }
+    for key, source in pins.items():
+        if key not in kept and [source, key] in map(list, rules):
+            coded = source if source in own.quantised else key
+            scheme = (own if coded == source else other).quantised[coded].group.scheme
+            raise PatternError(
+                f"The rules fill {key!r} from {source!r}, but {coded!r} is quantised as {scheme} and its elements are "
+                "codes, not values. Nothing was aligned; leave the rule out, or dequantise first."
+            )
+    return kept
+
+
+def _notes_of_codes(
+    own: Checkpoint, other: Checkpoint, matches: Sequence[Match], excluded: Collection[str]
+) -> list[str]:
+    """Say what was left out because it is quantised; what torch itself packs is said where a checkpoint is opened."""
+    packed = {spec.key for spec in (*own.left_out, *other.left_out)}
+    used = {key for match in matches for key in match.sources}
+    filled = {match.target for match in matches}
+    return [
+        *(
+            f"Left out: {what}. Their elements are codes, not values. {ADVICE}"
+            for what in named(own.quantised, used | packed | set(excluded))
+        ),
+        *(
+            f"Of the model, {what} are not filled: they take nothing but the same, with what belongs to them."
+            for what in named(other.quantised, filled | packed | set(excluded))
+        ),
+    ]
+
+
+def _called_copy(source: Checkpoint, target: Checkpoint) -> Checkpoint:
+    """Take the copy that the target calls by its name, or all of them where the target has a part for each."""
+    paths = (source.container, *source.copies)
+    if len(paths) == 1 or not target:
+        return source
+    keys = [tuple(components(key)) for key in target]
+    both = zip(min(keys)[:-1], max(keys)[:-1], strict=False)  # what these share, all share
+    shared = [name for name, _ in takewhile(lambda names: names[0] == names[1], both)]
+    parents, names = {path.rpartition(".")[0] for path in paths}, {path.rpartition(".")[2] for path in paths}
+    if len(parents) == 1 and names <= {name for key in keys for name in key[len(shared) :][:1]}:
+        return checkpoint_of(source, container=parents.pop())
+    module = [] if target.module is None else [type(target.module).__name__]
+    called = frozenset(word for name in (*module, *shared) for word in name_words(name))
+    counts = Counter(word for path in paths for word in name_words(path))
+    meant = [path for path in paths if any(counts[word] == 1 for word in name_words(path) & called)]
+    if len(meant) != 1:
+        return source
+    taken = checkpoint_of(source, container=meant[0])
+    note = f"The container {meant[0]!r} was taken, which the target calls by its name."
+    return replace(taken, notes=(*taken.notes, note))
+
+
+def _as_called(side: Checkpoint, specs: Specs, order_of_use: OrderOfUse) -> Specs:
+    """Sort the specs of a module by the order in which a call uses them."""
+    if side.module is None:
+        return specs
+    place = {key: place for place, key in enumerate(order_of_use(side.module))}
+    return sorted(specs, key=lambda spec: place.get(spec.key, len(place)))
+
+
+def _by_repeats(
+    source: Specs, target: Specs, configs: tuple[Mapping[str, object], Mapping[str, object]], pins: Mapping[str, str]
+) -> Outcome:
+    """Match two sides, long lists of equal blocks by their first members; all of them where these leave others open."""
+    stacks = [frozenset(spec.shape[0] for spec in specs if len(spec.shape) == 3) for specs in (source, target)]
+    runs = runs_of(source, stacks[1], pins.values()), runs_of(target, stacks[0], pins)
+    if spans := runs[0].spans | runs[1].spans:  # the number of a member tells more than its place
+        runs = runs_of(source, stacks[1] | spans, pins.values()), runs_of(target, stacks[0] | spans, pins)
+    own, other = (SideParts.of(of.kept, config, of.counts) for of, config in zip(runs, configs, strict=True))
+    matches, mismatched, notes = paired(own, other, pins)
+    if runs[0].run_of or runs[1].run_of:
+        matches, mismatched = extended(matches, mismatched, *runs)
+        if not is_settled(*runs, matches):
+            if pair_count(source, target) <= LARGE:
+                return paired(SideParts.of(source, configs[0]), SideParts.of(target, configs[1]), pins)
+            matches = less_sure(runs[1], matches)
+        matches = with_ties(source, target, matches)
+    return matches, mismatched, notes
+
+
+def _check_rules(rules: Sequence[tuple[str, str]], source: Specs, target: Specs, matches: Sequence[Match]) -> None:
+    """Refuse a rule that names two tensors of irreconcilable shapes, unless one was adapted to the other."""
+    if not rules:
+        return
+    adapted_keys = {(key, match.target) for match in matches if match.operation.adapts for key in match.sources}
+    shapes = {spec.key: spec.shape for spec in source}, {spec.key: spec.shape for spec in target}
+    for first, second in rules:
+        shape, wanted = shapes[0].get(first), shapes[1].get(second)
+        if shape is None or wanted is None or (first, second) in adapted_keys:
+            continue
+        if not any(operation_between(shape, wanted, flipped=way) for way in (False, True)):
+            raise PatternError(
+                f"The rules fill {second!r} {list(wanted)} from {first!r} {list(shape)}, and no operation reconciles "
+                "these shapes. Nothing was aligned; correct the rule or leave it out."
+            )

@@ -1,0 +1,166 @@
+"""Reading names: the components of a key, the words in them, and how alike the words of two networks are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoalign.matching.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, WHOLE_NAMES, WRAPPERS
+
+_LEAVES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}  # that start the name of a parameter
+_OTHERWISE = 0.9  # the most that names of other words are alike
+_LONG = 6  # letters of a word from which on its spelling tells
+_TOGETHER = 2**22  # pairs of words whose spelling is compared at once
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_KNOWN: dict[str, dict[str, float]] = {}  # word -> what the vocabulary relates to it, and how far
+for _related in (RELATED_PAIRS, dict.fromkeys(RIVAL_PAIRS, -0.8)):
+    for (_word, _other), _value in _related.items():
+        _KNOWN.setdefault(_word, {})[_other] = _value
+
+
+@lru_cache(maxsize=65536)
+def words(component: str) -> tuple[str, ...]:
+    """List the words of one component in the vocabulary's canonical spelling, without its numbers.
+
+    A wrapper's own module, such as ``_orig_mod``, has none.
+
+    >>> words("SelfAttention"), words("in_proj_weight"), words("fc1"), words("to_k"), words("12")
+    (('self', 'attn'), ('qkv', 'weight'), ('in',), ('to', 'k'), ())
+    """
+    if component in WRAPPERS:
+        return ()
+    pieces = [piece.lower() for piece in _WORDS.findall(component)]
+    found: list[str] = []
+    position = 0
+    while position < len(pieces):
+        for length in range(5, 0, -1):  # a spelling may span pieces, as in "w1" or "layer_norm"
+            joined = "".join(pieces[position : position + length])
+            if joined in SPELLINGS and (length == 1 or pieces[position] != "to"):  # "to_k" is no token
+                found += SPELLINGS[joined]
+                position += length
+                break
+        else:
+            if not pieces[position].isdigit():
+                found.append(pieces[position])
+            position += 1
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def role_words(path: tuple[str, ...]) -> frozenset[str]:
+    """Collect the words in the last three names of a path, which tell what a tensor is for.
+
+    >>> sorted(role_words(("encoder", "embed_positions", "weight")))
+    ['embed', 'encoder', 'pos', 'weight']
+    """
+    return frozenset(word for component in path[-3:] for word in words(component))
+
+
+@lru_cache(maxsize=65536)
+def ordinal(component: str) -> tuple[int, ...]:
+    """Give the place among alike layers that the words of a component tell, or nothing.
+
+    >>> [ordinal(name) for name in ("layernorm_before", "self_attn_norm", "cross_attn_norm", "pre_mlp_norm", "norm")]
+    [(1,), (4,), (6,), (7,), ()]
+    """
+    found = words(component)
+    beside = ("post" in found) - ("pre" in found)
+    stages = [ORDINALS[word] for word in found if word in ORDINALS]
+    if not stages:
+        return (1 if beside < 0 else 2 * max(ORDINALS.values()),) if beside else ()
+    return (2 * max(stages) + beside,)
+
+
+@lru_cache(maxsize=65536)
+def kind(component: str) -> tuple[str, str]:
+    """Tell what a tensor's own name says of its values (weight, bias, mean, var, count, or other), and the rest of it.
+
+    >>> kind("in_proj_weight"), kind("running_mean"), kind("gamma"), kind("cls_token"), kind("weight_ih_l0")
+    (('weight', 'in_proj'), ('mean', ''), ('weight', ''), ('other', 'cls_token'), ('weight', 'ih_l0'))
+    """
+    if component in WHOLE_NAMES:
+        return WHOLE_NAMES[component]
+    head, _, rest = component.partition("_")
+    if rest and head.lower() in _LEAVES:
+        return _LEAVES[head.lower()], rest
+    rest, _, tail = component.rpartition("_")
+    canonical = words(tail)
+    if len(canonical) == 1 and canonical[0] in KINDS and not tail[-1:].isdigit():
+        return KINDS[canonical[0]], rest
+    return "other", component
+
+
+def word_similarity(first: Sequence[str], second: Sequence[str]) -> NDArray[np.float32]:
+    """Tell how far each word of one list means the same as each word of the other, in [-1, 1].
+
+    Rivals, such as "q" and "k", are negative. Words that the vocabulary does not relate are compared by spelling.
+    """
+    table = np.zeros((len(first), len(second)), dtype=np.float32)
+    for (row, column), value in similar_words(first, second).items():
+        table[row, column] = value
+    return table
+
+
+def similar_words(first: Sequence[str], second: Sequence[str]) -> dict[tuple[int, int], float]:
+    """List the words of two lists that are alike, by their places; see ``word_similarity``.
+
+    >>> similar_words(["q", "proj"], ["k", "projection"])
+    {(1, 1): 0.8, (0, 0): -0.8}
+    """
+    places = _places(first), _places(second)
+    found = _spelled_alike(first, second)
+    for short, long in (places, places[::-1]):
+        for word, rows in long.items():
+            for end in range(3, len(word)):
+                if columns := short.get(word[:end]):
+                    pairs = product(columns, rows) if short is places[0] else product(rows, columns)
+                    found.update(dict.fromkeys(pairs, 0.8))
+    for word, rows in places[0].items():
+        for other, value in _KNOWN.get(word, {}).items():
+            found.update(dict.fromkeys(product(rows, places[1].get(other, ())), value))
+        found.update(dict.fromkeys(product(rows, places[1].get(word, ())), 1.0))
+    return found
+
+
+def _places(listed: Sequence[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for place, word in enumerate(listed):
+        places.setdefault(word, []).append(place)
+    return places
+
+
+def _spelled_alike(first: Sequence[str], second: Sequence[str]) -> dict[tuple[int, int], float]:
+    """Compare long words by spelling: short ones may differ by one letter and in everything else."""
+    long = [[place for place, word in enumerate(listed) if len(word) >= _LONG] for listed in (first, second)]
+    found: dict[tuple[int, int], float] = {}
+    if not (long[0] and long[1]):
+        return found
+    from rapidfuzz import fuzz, process
+
+    others = [second[place] for place in long[1]]
+    step = max(_TOGETHER // len(others), 1)
+    for start in range(0, len(long[0]), step):
+        rows = long[0][start : start + step]
+        spelled = process.cdist(
+            [first[row] for row in rows], others, scorer=fuzz.ratio, score_cutoff=80, dtype=np.float32
+        )
+        for row, column in np.argwhere(spelled).tolist():
+            found[rows[row], long[1][column]] = float(np.float32(spelled[row, column]) * np.float32(0.008))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def likeness(first: tuple[str, ...], second: tuple[str, ...]) -> float:
+    """Tell how alike two names are by their words: 1 if they are the same, at most 0.9 for the same in another order.
+
+    >>> likeness(words("image_encoder"), words("visual_encoder")), likeness(("a", "to", "b"), ("b", "to", "a"))
+    (1.0, 0.9)
+    """
+    if first == second or not first or not second:
+        return float(first == second != ())
+    return min(float(word_similarity(first, second).sum() / np.sqrt(len(first) * len(second))), _OTHERWISE)

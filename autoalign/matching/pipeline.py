@@ -1,0 +1,305 @@
+"""Pairing: from the tensors of two sides to matches and mismatches, by one joint optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from autoalign.matching.assembly import Found, SideParts, assembled, with_ties
+from autoalign.matching.assignment import match_units
+from autoalign.matching.branch_order import REVERSIBLE, undirected
+from autoalign.matching.candidates import candidates, flipped_parts, kinds_of, operation_between, paired_parts
+from autoalign.matching.confidence import calibrated, coherence, confidence_of, related, special_units, twins
+from autoalign.matching.containment import Scope, scope_of, within
+from autoalign.matching.conventions import in_context
+from autoalign.matching.exchange import settled
+from autoalign.matching.features import side_evidence
+from autoalign.matching.fusion import split_fused
+from autoalign.matching.islands import groundless
+from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
+from autoalign.matching.layouts import DOUBTED, TOLD
+from autoalign.matching.leftovers import lone_pairs, mismatched_units
+from autoalign.matching.names import kind, words
+from autoalign.matching.repeats import is_renamed
+from autoalign.matching.same_names import namesakes, share_of
+from autoalign.matching.scope import pattern_for
+from autoalign.matching.vocabulary import KNOWN, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
+from autoalign.plan.keys import components
+from autoalign.plan.matches import Caution, Match, Mismatch
+from autoalign.plan.operations import Copy, Operation
+
+Outcome = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, mismatches and notes
+
+_MOST = 0.9  # of the layers of the smaller side
+_HALF = 0.5  # of them, which fit under the same names: then the sides are related, however the rest is spread
+_SAME_NAME = 0.6  # how alike names must be for a bias to be matched without its weight
+_NAMESAKE = 0.3  # how alike names must be where most names are the same on both sides
+_RENAMED = 0.99  # the confidence where only names differ, and consistently
+_CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
+_GROUNDLESS = "right shape, but nothing else speaks for it: most of the modules around it have no counterparts"
+_ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
+_UNRELATED = (
+    "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
+    "of them. Nothing was matched. If they are related, name a pair of keys in rules."
+)
+
+
+def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Outcome:
+    """Match two sides; pinned pairs are taken as they are and vote for the rest."""
+    if not pins and is_renamed(source.parts, target.parts):
+        renamed = {
+            place: Found(place, Copy(), _RENAMED if _is_told(source, target, *both) else TOLD, _ALIKE, None)
+            for place, both in enumerate(zip(source.parts, target.parts, strict=True))
+        }
+        return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()
+    pinned, refused = _pinned(source, target, pins) if pins else ([], [])
+    read = in_context(source.parts, target.parts), in_context(target.parts, source.parts)
+    sides = source, target = _with(source, read[0]), _with(target, read[1])
+    taken = set(pins.values())
+    fixed = (
+        [part for part in source.parts if source.key(part) in taken],
+        [part for part in target.parts if target.key(part) in pins],
+    )
+    scope = scope_of(source.parts, target.parts, [part.path for part in fixed[0]])
+    kept = source.parts.changed(within(source.parts, scope))
+    other_scope = scope_of(target.parts, kept, [part.path for part in fixed[1]])
+    rest = (
+        kept.changed([part for part in kept if source.key(part) not in taken]),
+        target.parts.changed([part for part in within(target.parts, other_scope) if target.key(part) not in pins]),
+    )
+    split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
+    source, target = (
+        replace(side, parts=own.changed((*pieces, *held)), fusions=tuple(fusions))
+        for side, own, (pieces, fusions), held in zip(sides, rest, split, fixed, strict=True)
+    )
+    found, mismatched = _match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
+    if found is None:
+        empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
+        return [], mismatched, (f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED,)
+    matches = assembled(source, target, found)
+    if not (scope.decided and other_scope.decided):
+        matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
+    matches = with_ties(source.specs, target.specs, [*pinned, *matches])
+    notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
+    named = []
+    if len({match.target for match in matches}) < len(target.specs):
+        whole = [
+            _with(side, within(side.parts, replace(around, path=())))
+            for side, around in zip(sides, (scope, other_scope), strict=True)
+        ]
+        named = _same_names(whole[0], whole[1])
+    return matches, _left_over(matches, mismatched, named, refused), notes
+
+
+def _with(side: SideParts, parts: Sequence[Part]) -> SideParts:
+    return replace(side, parts=side.parts.changed(parts))
+
+
+def _same_names(source: SideParts, target: SideParts) -> list[Mismatch]:
+    """List the tensors of the same name whose shapes no operation reconciles, in scope or not, and split or not."""
+    own, other = units_of(source.parts), units_of(target.parts)
+    same = namesakes(own.paths, other.paths)
+    return _mismatches(source, target, own, other, same)
+
+
+def _left_over(
+    matches: Sequence[Match], found: Sequence[Mismatch], named: Sequence[Mismatch], refused: Sequence[Mismatch]
+) -> list[Mismatch]:
+    """Join the mismatches that were found by all that is known, by name, and by rule; the last are the surest."""
+    done = {match.target for match in matches}
+    used = {key for match in matches for key in match.sources}
+    known = {item.key: item for item in named if item.source_key not in used}
+    claimed = {item.source_key: item.key for item in known.values()}
+    found = [item for item in found if claimed.get(item.source_key, item.key) == item.key]
+    left = {item.key: item for item in found} | known | {item.key: item for item in refused}
+    return [item for key, item in left.items() if key not in done]
+
+
+def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
+    if not scope.copies:
+        return ()
+    used, *others = names = [".".join(path) for path in (scope.taken, *scope.copies)]
+    ways = []
+    for name in names[:2]:
+        patterns = tuple(pattern_for(other, "[.]", [name]) for other in names if other != name)
+        ways.append(f"exclude={patterns if len(patterns) > 1 else patterns[0]!r} to take {name!r}")
+    note = (
+        f"The {side} holds {len(names)} copies of what the other side has; {used!r} "
+        f"{'was taken' if scope.decided else 'is proposed and nothing was loaded'}, not "
+        f"{', '.join(map(repr, others))}. To choose: {', or '.join(ways)}."
+    )
+    return (note if scope.told else Caution(note),)
+
+
+def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:
+    """Make the matches that the rules fix; pairs of shapes that no operation reconciles are mismatches."""
+    flipped = {source.key(source.parts[index]) for index in flipped_parts(source.parts, target.parts)}
+    shapes = [{spec.key: spec.shape for spec in side.specs} for side in (source, target)]
+    matches, mismatched = [], []
+    for other, own in pins.items():
+        shape, wanted = shapes[0][own], shapes[1][other]
+        ways = (own in flipped, own not in flipped)
+        operation = next((op for way in ways if (op := operation_between(shape, wanted, flipped=way))), None)
+        if operation is None:
+            mismatched.append(Mismatch(other, own, wanted, shape))
+        else:
+            matches.append(Match(other, (own,), operation, evidence={"rule": 1.0}))
+    return matches, mismatched
+
+
+def _match_parts(
+    source: SideParts,
+    target: SideParts,
+    pins: Mapping[str, str],
+    whole: tuple[Sequence[Part], Sequence[Part]],
+) -> tuple[dict[int, Found] | None, list[Mismatch]]:
+    """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
+    named = source.parts, target.parts
+    source, target = (_with(side, under_one_root(side.parts)) for side in (source, target))
+    own, other = units_of(source.parts), units_of(target.parts)
+    kinds = kinds_of(own, source.parts, other, target.parts)
+    counts = counts_of(own, source.parts), counts_of(other, target.parts)
+    same = namesakes(own.paths, other.paths, counts, lambda i, j: kinds.fit(i, j) > 0)
+    fixed = _pinned_units(source, target, own, other, pins)
+    held = {i for i, _ in fixed}, {j for _, j in fixed}
+    pinned = set(pins.values())
+    fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
+    pairs = candidates(kinds, own, other, fixed)
+    sides = [
+        side_evidence(units.paths, units.ancestry, classes, kinds.class_count, ordered=told)
+        for units, classes, told in (
+            (own, kinds.source_class, source.ordered),
+            (other, kinds.target_class, target.ordered),
+        )
+    ]
+    known_units = {j for _, j in fixed}
+    outcome = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], (kinds.source, kinds.target), held[1])
+    assignment = outcome.assignment
+    confidence = confidence_of(assignment)
+    confidence = calibrated(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1))
+    confidence = np.minimum(confidence, outcome.sureness)
+    by_name = share_of(same, counts) >= _MOST
+    special = special_units(other, target.parts)
+    lists = undirected(assignment, (own, source.parts), (other, target.parts))
+    has_twin = twins(assignment, (own, source.parts))
+    coincidences = set(groundless(assignment, (own, source.parts), (other, target.parts), known_units))
+    if by_name:  # where names are shared, another name is another layer
+        known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
+        confidence = np.where(known | np.isin(assignment.target, special), confidence, DOUBTED * confidence)
+        found_too = set(assignment.target.tolist())
+        by_name = share_of([(i, j) for i, j in same if j in found_too], counts) >= _HALF
+    found: dict[int, Found] = {}
+    if not (pins or by_name) and not related(assignment, confidence, (own, named[0]), (other, named[1]), whole):
+        return None, _mismatches(source, target, own, other, same)
+    taken = set(pins.values())
+    cues = {name: np.clip(cue, 0, 1).tolist() for name, cue in assignment.cues.items()}
+    for place in range(len(assignment.source)):
+        i, j = int(assignment.source[place]), int(assignment.target[place])
+        evidence = {name: round(cue[place], 3) for name, cue in cues.items()}
+        runner_up = lists.reverse.get(place, int(assignment.runner_up[place]))
+        rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
+        stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
+        stranded &= j not in special or evidence["name"] < _SAME_NAME
+        sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
+        contradicted = _are_rivals(own[i], other[j]) or _is_added(own[i], other[j])
+        sureness = min(
+            sureness, DOUBTED if has_twin[place] or contradicted else TOLD if place in lists.by_order else 1.0
+        )
+        doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
+        is_crowded = j not in known_units and (kinds.source[i], kinds.target[j]) in pairs.crowded
+        if is_crowded and (i, j) not in pairs.told and evidence["name"] < _SAME_NAME:
+            sureness, doubt = min(sureness, DOUBTED), doubt or _CROWDED
+        if place in coincidences:
+            sureness, doubt = min(sureness, DOUBTED), doubt or _GROUNDLESS
+        for a, b in paired_parts(own[i], other[j]):
+            piece, wanted = source.parts[a], target.parts[b]
+            operation = _operation(piece, wanted, flipped=a in kinds.flipped)
+            if operation is None or (pins and (source.key(piece) in taken or target.key(wanted) in pins)):
+                continue
+            if piece.numeric == wanted.numeric:
+                least = sureness if _is_told(source, target, piece, wanted) else min(sureness, TOLD)
+                found[b] = Found(a, operation, least, evidence, rivals.get(b), doubt)
+    for b, a in lone_pairs(source.parts, target.parts, {b: piece.source for b, piece in found.items()}).items():
+        if target.key(target.parts[b]) in pins or source.key(source.parts[a]) in pinned:
+            continue
+        operation = _operation(source.parts[a], target.parts[b], flipped=False)
+        if operation is not None:
+            found[b] = Found(a, operation, TOLD, {"structure": 1.0, "shape": 1.0}, None)
+    partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
+    left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
+    matched = [(i, j) for j, i in partners.items()]
+    return found, _mismatches(source, target, own, other, (*left, *matched))
+
+
+def _are_rivals(own: Unit, other: Unit) -> bool:
+    """Tell whether two layers have names that exclude each other.
+
+    The modules of one layer may be those of a mask's head, and of the other those of a box's; and two parameters that
+    stand alone may be two kinds of tokens.
+    """
+    around = ({word for name in unit.path for word in words(name)} for unit in (own, other))
+    names = set(words(own.path[-1])), set(words(other.path[-1]))
+    alone = own.kinds == other.kinds == ("other",)
+    return _exclude(next(around), next(around), RIVAL_OUTPUTS) or (alone and _exclude(*names, RIVAL_PAIRS))
+
+
+def _is_added(own: Unit, other: Unit) -> bool:
+    """Tell whether a name says that one of two projections to queries, keys or values stands beside the usual one.
+
+    That is a word of its own name which has no known meaning, and which the path of the other does not hold, as in
+    ``to_k_ip`` beside ``to_k``.
+    """
+    names = set(words(own.path[-1])), set(words(other.path[-1]))
+    if ROLES.isdisjoint(names[0] & names[1]):
+        return False
+    around = ({word for name in unit.path for word in words(name)} for unit in (other, own))
+    return any(
+        len(word) > 1 and word not in KNOWN for name, path in zip(names, around, strict=True) for word in name - path
+    )
+
+
+def _exclude(own: set[str], other: set[str], rivals: Collection[tuple[str, str]]) -> bool:
+    """Tell whether a word of one side only excludes one of the other side only."""
+    return any((a, b) in rivals for a in own - other for b in other - own)
+
+
+def _is_told(source: SideParts, target: SideParts, own: Part, other: Part) -> bool:
+    """Tell whether more than its place in its layer shows what a tensor is."""
+    if not (own.by_order or other.by_order):
+        return True
+    return components(source.key(own))[-1] == components(target.key(other))[-1]
+
+
+def _operation(source: Part, target: Part, *, flipped: bool) -> Operation | None:
+    """Find the operation on a matched part; a bare matrix may stand for that of a layer, which is transposed."""
+    bare = (kind(source.path[-1])[0] == "other") != (kind(target.path[-1])[0] == "other")
+    operation = operation_between(source.shape, target.shape, flipped=flipped)
+    return operation or (operation_between(source.shape, target.shape, flipped=True) if bare else None)
+
+
+def _pinned_units(
+    source: SideParts, target: SideParts, own: Sequence[Unit], other: Sequence[Unit], pins: Mapping[str, str]
+) -> list[tuple[int, int]]:
+    """List the pairs of units that hold pinned tensors, each unit once."""
+    holder = {source.key(source.parts[part]): index for index, unit in enumerate(own) for _, part in unit.parts}
+    pairs: dict[int, int] = {}
+    for index, unit in enumerate(other):
+        for _, part in unit.parts:
+            pin = pins.get(target.key(target.parts[part]))
+            if pin is not None and index not in pairs.values():
+                pairs.setdefault(holder[pin], index)
+    return list(pairs.items())
+
+
+def _mismatches(
+    source: SideParts, target: SideParts, own: Sequence[Unit], other: Sequence[Unit], pairs: Iterable[tuple[int, int]]
+) -> list[Mismatch]:
+    """List the tensors of corresponding layers whose shapes no operation reconciles."""
+    left = [(source.parts[a], target.parts[b]) for i, j in pairs for a, b in paired_parts(own[i], other[j])]
+    return [
+        Mismatch(target.key(b), source.key(a), target.specs[b.tensor].shape, source.specs[a.tensor].shape)
+        for a, b in left
+        if not (operation_between(a.shape, b.shape) or operation_between(a.shape, b.shape, flipped=True))
+    ]

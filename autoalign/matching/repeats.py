@@ -1,0 +1,424 @@
+"""Same names: the easy case, in which both sides list the same tensors under the same names, a few layers aside.
+
+It is taken only where it proves itself: each of these few is the only layer of its shapes, on both sides, and none of
+the others has a tensor of as many elements, in whatever layout.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from autoalign.matching.assembly import Found, SideParts, assembled
+from autoalign.matching.candidates import operation_between
+from autoalign.matching.exchange import BY_ORDER
+from autoalign.matching.layers import Part, Path, Unit
+from autoalign.matching.names import kind, words
+from autoalign.matching.vocabulary import RIVAL_PAIRS
+from autoalign.plan.keys import LEVELS, components, numbers, split_key, stem
+from autoalign.plan.matches import Candidate, Match, Mismatch
+from autoalign.plan.operations import Shape
+from autoalign.plan.specs import TensorSpec
+
+_MOST = 0.5  # share of the tensors that may have other names or shapes
+_FEW = 32  # such tensors, which are seldom the only ones of their shapes if they are more
+_SURE = 0.99  # the confidence where shapes alone tell, beyond doubt
+_BY_NAME = {"name": 1.0, "shape": 1.0}
+_BY_SHAPE = {"structure": 1.0, "shape": 1.0}
+
+_Content = tuple[tuple[str, str, Shape], ...]  # kind, numeric and flat shape of each tensor of a layer
+
+
+def with_same_names(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) -> list[Match] | None:
+    """Match two sides by the same names; None where that does not match each tensor of either side for certain.
+
+    >>> import torch
+    >>> shapes = {"a.weight": (3, 2), "b.weight": (4, 3), "c.weight": (5, 4)}
+    >>> source = [TensorSpec(key, shape, torch.float32) for key, shape in shapes.items()]
+    >>> target = [*source[:2], TensorSpec("head.weight", (5, 4), torch.float32)]
+    >>> [(match.sources, match.target) for match in with_same_names(source, target) or ()][2:]
+    [(('c.weight',), 'head.weight')]
+
+    Args:
+        source: The tensors of the source.
+        target: Those of the target.
+    """
+    shapes = {spec.key: spec.shape for spec in source}
+    if len(shapes) != len(target):
+        return None
+    rest = [spec for spec in target if shapes.get(spec.key) != spec.shape]
+    if not rest:
+        return [Match(spec.key, (spec.key,), evidence=_BY_NAME) for spec in target]
+    if len(rest) > min(_MOST * len(target), _FEW):
+        return None
+    known = {spec.key: spec.shape for spec in target if shapes.get(spec.key) == spec.shape}
+    own = [spec for spec in source if spec.key not in known]
+    modules = {split_key(key)[0] for key in known}
+    if any(split_key(spec.key)[0] in modules for spec in (*own, *rest)):  # parts of layers that are known otherwise
+        return None
+    found = _only_ones(own, rest, set(map(prod, known.values())))
+    return found and [Match(key, (key,), evidence=_BY_NAME) for key in known] + found
+
+
+def _only_ones(source: Sequence[TensorSpec], target: Sequence[TensorSpec], others: set[int]) -> list[Match] | None:
+    """Match layers that are the only ones of their shapes.
+
+    Args:
+        source: Tensors of the source.
+        target: As many of the target.
+        others: The numbers of elements of all other tensors.
+    """
+    sides = SideParts.of(source, {}), SideParts.of(target, {})
+    own, other = ({_content(unit, side.parts): unit for unit in side.parts.units} for side in sides)
+    if len(own) < len(sides[0].parts.units) or len(other) < len(sides[1].parts.units) or own.keys() != other.keys():
+        return None
+    if any(max(prod(shape) for _, _, shape in content) in others for content in own):
+        return None
+    found = {}
+    for content, unit in own.items():
+        for (_, a), (_, b) in zip(unit.parts, other[content].parts, strict=True):
+            operation = operation_between(sides[0].parts[a].shape, sides[1].parts[b].shape)
+            if operation is None:
+                return None
+            found[b] = Found(a, operation, _SURE, _BY_SHAPE, None)
+    matches = assembled(*sides, found)
+    return matches if len(matches) == len(target) and all(match.confidence == _SURE for match in matches) else None
+
+
+def _content(unit: Unit, parts: Sequence[Part]) -> _Content:
+    return tuple((kind, parts[index].numeric, _flat(parts[index].shape)) for kind, index in unit.parts)
+
+
+def _flat(shape: Shape) -> Shape:
+    return (shape[0], prod(shape[1:])) if shape else (1, 1)
+
+
+_LEAST = 8  # tensors that two sides must have to be told from a coincidence
+_LONG = 6  # members from which on a list runs from the input to the output, wherever its numbers begin
+
+
+def is_renamed(source: Sequence[Part], target: Sequence[Part]) -> bool:
+    """Tell whether the n-th part of one side is certainly the n-th of the other.
+
+    >>> shapes = [(3, 2), (3,), (4, 3), (4,)] * 2
+    >>> names = [f"{n}.{layer}.{leaf}" for n in range(2) for layer in "ab" for leaf in ("weight", "bias")]
+    >>> sides = [
+    ...     [
+    ...         Part(place, tuple(f"{top}.{name}".split(".")), shape, "float")
+    ...         for place, (name, shape) in enumerate(zip(names, shapes))
+    ...     ]
+    ...     for top in ("blocks", "model.layers")
+    ... ]
+    >>> is_renamed(*sides), is_renamed(sides[0], sides[1][::-1])
+    (True, False)
+    """
+    if len(source) != len(target) or len(source) < _LEAST:
+        return False
+    if any(_values(a) != _values(b) for a, b in zip(source, target, strict=True)):
+        return False
+    partner: dict[Path, Path] = {(): ()}
+    content: dict[Path, int] = {}  # sums of hashes, which tell multisets of tensors apart
+    for (own, other), part in zip(zip(_inner(source), _inner(target), strict=True), source, strict=True):
+        if len(own) != len(other):
+            return False
+        values = hash(_values(part))
+        for depth in range(len(own) + 1):
+            if partner.setdefault(own[:depth], other[:depth]) != other[:depth]:
+                return False
+            content[own[:depth]] = content.get(own[:depth], 0) + values
+    if len(set(partner.values())) < len(partner):
+        return False
+    siblings: dict[tuple[Path, int], list[tuple[str, str]]] = {}
+    for own, other in partner.items():
+        if own:
+            siblings.setdefault((own[:-1], content[own]), []).append((own[-1], other[-1]))
+    return all(map(_told_apart, siblings.values()))
+
+
+def _values(part: Part) -> tuple[tuple[int, ...], str, str]:
+    return part.shape, part.numeric, kind(part.path[-1])[0]
+
+
+def _inner(parts: Sequence[Part]) -> list[Path]:
+    """Leave out the modules that hold everything."""
+    paths = [part.path for part in parts]
+    first, last = min(paths), max(paths)  # what these share, all share
+    shared = next((depth for depth, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    shared = min(shared, min(map(len, paths)) - 1)
+    return [path[shared:] for path in paths]
+
+
+def _told_apart(names: Sequence[tuple[str, str]]) -> bool:
+    """Tell whether the names of equal siblings tell which is which, and none of them speaks against its partner."""
+    if any((a, b) in RIVAL_PAIRS for own, other in names for a in words(own) for b in words(other)):
+        return False
+    if len(names) == 1:
+        return True
+    lists = [{stem(name) for name in side} for side in zip(*names, strict=True)]
+    places = [[numbers(name) for name in side] for side in zip(*names, strict=True)]
+    if len(lists[0]) == len(lists[1]) == 1:
+        in_order = all(side == sorted(side) for side in places)
+        return places[0] == places[1] or (in_order and len(names) > _LONG)
+    return all(
+        own == other or (words(own) == words(other) != () and numbers(own) == numbers(other)) for own, other in names
+    )
+
+
+LARGE = 500_000  # pairs of layers of equal shape up to which all blocks may be matched instead
+KEPT = 4  # blocks of each run that are matched
+
+Specs = Sequence[TensorSpec]
+_Members = tuple[str, ...]
+_Kind = tuple[tuple[int, ...], bool]  # shape, and whether of floating point
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The runs of equal blocks of one side: members of one list with the same tensors below."""
+
+    specs: Specs  # of the side
+    run_of: Mapping[str, _Members]  # kept member, a module's whole name -> all members of its run
+    kept: Specs  # what is matched: all tensors but those of the later members
+    counts: Sequence[int]  # of each of them: how many tensors it stands for
+    spans: frozenset[int] = frozenset()  # lengths of lists that are kept whole for a gap in their numbers, if filled
+
+
+def pair_count(source: Specs, target: Specs) -> int:
+    """Count the pairs of weights and other parameters of equal shape, which is what matching costs."""
+    shapes = [
+        Counter(spec.shape for spec in specs if kind(components(spec.key)[-1])[0] in ("weight", "other"))
+        for specs in (source, target)
+    ]
+    return sum(count * shapes[1][shape] for shape, count in shapes[0].items())
+
+
+def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned: Iterable[str] = ()) -> Runs:
+    """Find the runs of more than ``KEPT`` equal blocks.
+
+    Lists of a length that must stay whole are passed over, and those around a pinned key, and those with gaps.
+
+    >>> import torch
+    >>> specs = [TensorSpec(f"h.{n}.weight", (2, 2), torch.float32) for n in range(6)]
+    >>> runs = runs_of(specs)
+    >>> runs.run_of["h.0"], [spec.key for spec in runs.kept][-1]
+    (('h.0', 'h.1', 'h.2', 'h.3', 'h.4', 'h.5'), 'h.3.weight')
+    """
+    tensors: dict[str, list[int]] = {}  # of each module, by their places in specs
+    for place, spec in enumerate(specs):
+        tensors.setdefault(split_key(spec.key)[0], []).append(place)
+    children = _children(tensors)
+    if max(map(len, children.values()), default=0) <= KEPT:
+        return Runs(specs, {}, specs, [1] * len(specs))
+    kinds = _kinds(specs, tensors, children)
+    whole = {module for key in pinned for module in _above(key)}
+    spans: set[int] = set()
+    run_of: dict[str, _Members] = {}
+    kept: dict[int, int] = {}  # place -> how many it stands for
+    visited = [("", 1)]
+    while visited:
+        module, count = visited.pop()
+        kept.update(dict.fromkeys(tensors.get(module, ()), count))
+        below = dict.fromkeys(children.get(module, ()), count)
+        if len(below) > KEPT and module not in whole:
+            for run in _runs(list(below), kinds, lengths_to_keep, spans):
+                run_of.update(dict.fromkeys(run[:KEPT], run))
+                for member in run[KEPT:]:
+                    del below[member]
+                below[run[KEPT - 1]] *= len(run) - KEPT + 1
+        visited.extend(below.items())
+    places = sorted(kept)
+    return Runs(specs, run_of, [specs[place] for place in places], [kept[place] for place in places], frozenset(spans))
+
+
+def _children(modules: Iterable[str]) -> dict[str, list[str]]:
+    """List the modules in each module."""
+    children: dict[str, list[str]] = {}
+    known = set(modules)
+    for module in list(known):
+        while module:
+            parent = split_key(module)[0]
+            siblings = children.setdefault(parent, [])
+            siblings.append(module)
+            if len(siblings) > 1 or parent in known:
+                break  # the parent has its place already, or gets it in its turn
+            module = parent
+    return children
+
+
+def _kinds(specs: Specs, tensors: Mapping[str, Sequence[int]], children: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Number the modules so that those with the same names and shapes below have the same number."""
+    numbered: dict[object, int] = {}
+    kinds: dict[str, int] = {}
+    for module in sorted({*tensors, *children}, key=len, reverse=True):  # what is below a module has a longer name
+        start = len(module)
+        own = [(specs[place].key[start:], specs[place].shape) for place in tensors.get(module, ())]
+        below = [(child[start:], kinds[child]) for child in children.get(module, ())]
+        kinds[module] = numbered.setdefault((frozenset(own), frozenset(below)), len(numbered))
+    return kinds
+
+
+def _runs(
+    modules: Sequence[str], kinds: Mapping[str, int], lengths_to_keep: frozenset[int], spans: set[int]
+) -> Iterator[_Members]:
+    """Find the runs of equal modules among siblings, and add the spans of lists with gaps."""
+    lists: dict[str, list[tuple[tuple[int, ...], str]]] = {}
+    for module in modules:
+        name = split_key(module)[1]
+        if number := numbers(name):
+            lists.setdefault(stem(name), []).append((number, module))
+    for found in lists.values():
+        if len(found) <= KEPT or len(found) in lengths_to_keep:
+            continue
+        found.sort()
+        if (span := found[-1][0][-1] - found[0][0][-1] + 1) != len(found):
+            spans.add(span)
+            continue
+        members = [module for _, module in found]
+        start = 0
+        for end in range(1, len(members) + 1):
+            if end == len(members) or kinds[members[end]] != kinds[members[start]]:
+                if end - start > KEPT:
+                    yield tuple(members[start:end])
+                start = end
+
+
+def _above(key: str) -> Iterator[str]:
+    """Name the modules above a key, from the nearest on, ``LEVELS`` at most, and the root, whose name is empty."""
+    for _ in range(LEVELS):
+        if not key:
+            return
+        key = split_key(key)[0]
+        yield key
+    if key:
+        yield ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """How a source key goes on from the last matched block of a run to the ones after it."""
+
+    block: str  # the block that it is in
+    following: _Members  # the blocks after it
+    rest: str  # of the key
+
+    def to(self, step: int) -> str:
+        return self.following[step] + self.rest
+
+
+def extended(
+    matches: Sequence[Match], mismatched: Sequence[Mismatch], source: Runs, target: Runs
+) -> tuple[list[Match], list[Mismatch]]:
+    """Extend what was found for shortened sides to all members of their runs, pairing by order; inner lists first.
+
+    What was found in the last of the matched blocks goes on in the ones after it, if it was found one block further
+    back in the block before.
+    """
+    found = {match.target: match for match in matches}
+    for run, key, suffix in _in_last_blocks(found, target):
+        last, before = found[key], found.get(run[KEPT - 2] + suffix)
+        if before is None or before.operation != last.operation:
+            continue
+        moves = _moves(before.sources, last.sources, source)
+        others = [(other, _along(other.sources, moves)) for other in last.alternatives]
+        for step in range(_steps(run, moves)):
+            moved = run[KEPT + step] + suffix
+            alternatives = [
+                Candidate(tuple([move.to(step) for move in way]), other.operation, other.score)
+                for other, way in others
+                if way
+            ]
+            found[moved] = Match(
+                moved,
+                tuple([move.to(step) for move in moves]),
+                last.operation,
+                last.confidence,
+                last.evidence,
+                tuple(alternatives),
+                last.warnings,
+            )
+    unlike = {mismatch.key: mismatch for mismatch in mismatched}
+    for run, key, suffix in _in_last_blocks(unlike, target):
+        last_one, one_before = unlike[key], unlike.get(run[KEPT - 2] + suffix)
+        if one_before is None:
+            continue
+        moves = _moves((one_before.source_key,), (last_one.source_key,), source)
+        for step in range(_steps(run, moves)):
+            moved = run[KEPT + step] + suffix
+            unlike[moved] = replace(last_one, key=moved, source_key=moves[0].to(step))
+    return list(found.values()), list(unlike.values())
+
+
+def _in_last_blocks(found: Mapping[str, object], runs: Runs) -> Iterator[tuple[_Members, str, str]]:
+    """List the keys in the last matched block of a run, inner runs first: the run, the key, and its end in the block.
+
+    Keys that are added to ``found`` meanwhile are listed too, where an outer run is concerned.
+    """
+    last = {run[KEPT - 1]: run for run in runs.run_of.values()}
+    for depth in sorted({len(components(block)) for block in last}, reverse=True):
+        blocks = {block: run for block, run in last.items() if len(components(block)) == depth}
+        starts = tuple(blocks)
+        for key in [key for key in found if key.startswith(starts)]:
+            for block in _above(key):
+                if block in blocks:
+                    yield blocks[block], key, key[len(block) :]
+                    break
+
+
+def _moves(before: tuple[str, ...], last: tuple[str, ...], runs: Runs) -> list[_Move]:
+    """Tell how the sources of a match go on, if those of the block before are one block back; else nothing."""
+    moves = [_move(*pair, runs) for pair in zip(before, last, strict=False)]
+    return [move for move in moves if move] if len(before) == len(last) and all(moves) else []
+
+
+def _move(before: str, last: str, runs: Runs) -> _Move | None:
+    for block in _above(last):
+        if run := runs.run_of.get(block):
+            place, rest = run.index(block), last[len(block) :]
+            if place and before == run[place - 1] + rest:
+                return _Move(block, run[place + 1 :], rest)
+    return None
+
+
+def _along(sources: Sequence[str], moves: Sequence[_Move]) -> list[_Move]:
+    """Tell how other sources go on beside those of a match; nothing if one of them is in none of its blocks."""
+    way = [
+        next((replace(move, rest=key[len(move.block) :]) for move in moves if key.startswith(move.block)), None)
+        for key in sources
+    ]
+    return [move for move in way if move] if all(way) else []
+
+
+def _steps(run: _Members, moves: Sequence[_Move]) -> int:
+    return min(len(run) - KEPT, *(len(move.following) for move in moves)) if moves else 0
+
+
+def is_settled(source: Runs, target: Runs, matches: Sequence[Match]) -> bool:
+    """Tell whether the first blocks settled all others.
+
+    They did not where a tensor in a run of one side is left, and one of its shape on the other side.
+    """
+    if len(matches) == len(target.specs):
+        return True
+    used = {key for match in matches for key in match.sources}, {match.target for match in matches}
+    left: list[tuple[set[_Kind], set[_Kind]]] = []  # of each side: in runs, and in all
+    for runs, done in zip((source, target), used, strict=True):
+        members = {block for run in runs.run_of.values() for block in run}
+        open_specs = [spec for spec in runs.specs if spec.key not in done]
+        in_runs = [spec for spec in open_specs if not members.isdisjoint(_above(spec.key))]
+        left.append((set(map(_kind, in_runs)), set(map(_kind, open_specs))))
+    return left[0][0].isdisjoint(left[1][1]) and left[0][1].isdisjoint(left[1][0])
+
+
+def less_sure(target: Runs, matches: Sequence[Match]) -> list[Match]:
+    """Believe what is in the runs of the target no more than an order alone, since they are not settled."""
+    members = {block for run in target.run_of.values() for block in run}
+    return [
+        replace(match, confidence=min(match.confidence, 1.0 if members.isdisjoint(_above(match.target)) else BY_ORDER))
+        for match in matches
+    ]
+
+
+def _kind(spec: TensorSpec) -> _Kind:
+    return spec.shape, spec.dtype.is_floating_point

@@ -1,0 +1,212 @@
+"""Matches, and the plan that they make up: a value that says what is loaded from where, what is not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal, Self, TypeVar
+
+from torch import Tensor
+
+from autoalign.errors import InputError
+from autoalign.plan.adaptations import needs_target
+from autoalign.plan.operations import Copy, Operation
+from autoalign.plan.quantised import Members, groups_of, named
+from autoalign.plan.specs import TensorSpec, tied_groups
+
+Status = Literal["matched", "adapted", "ambiguous", "mismatched", "missing"]
+FILLED: frozenset[Status] = frozenset({"matched", "adapted"})
+
+
+class Caution(str):
+    """A note on what could as well be otherwise, which ``load`` and ``convert`` give as a warning too."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to fill a target tensor that was weighed and not taken."""
+
+    sources: tuple[str, ...]
+    operation: Operation
+    score: float  # on the scale of the chosen match's evidence; comparable within one match only
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One target tensor with the source tensors that fill it."""
+
+    target: str
+    sources: tuple[str, ...]  # one key; several for a fused or stacked tensor, in the operation's order
+    operation: Operation = field(default_factory=Copy)
+    confidence: float = 1.0  # in [0, 1]
+    evidence: Mapping[str, float] = field(default_factory=dict, hash=False)  # which cue said what, each in [0, 1]
+    alternatives: tuple[Candidate, ...] = ()  # best first
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A target tensor and its counterpart in the source, whose shapes no operation reconciles."""
+
+    key: str
+    source_key: str
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.key} {list(self.shape)}  nearest: {self.source_key} {list(self.source_shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is loaded into each target key, from where, and what is not: the value that every stage takes and returns.
+
+    Iterating gives ``missing_keys`` and ``unexpected_keys``. Two are equal if all that was decided is, whatever their
+    tensors. Replacing a field keeps the class.
+    """
+
+    matches: tuple[Match, ...]  # what is loaded, in the target's order
+    ambiguous: tuple[Match, ...]  # proposals that are not loaded: unsure, or with an equal rival
+    mismatched: tuple[Mismatch, ...]
+    source_specs: tuple[TensorSpec, ...]
+    target_specs: tuple[TensorSpec, ...]
+    excluded: frozenset[str] = frozenset()  # keys of either side that include and exclude left out
+    notes: tuple[str, ...] = ()  # statements about the whole, such as the choice of a container
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # the source's, read lazily
+    target_tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # as they are now
+
+    @cached_property
+    def status(self) -> dict[str, Status]:
+        """The one status of every target key, in the target's order."""
+        kinds: dict[str, Status] = {spec.key: "missing" for spec in self.target_specs}
+        kinds.update((mismatch.key, "mismatched") for mismatch in self.mismatched)
+        kinds.update((match.target, "ambiguous") for match in self.ambiguous)
+        kinds.update((match.target, "adapted" if match.operation.adapts else "matched") for match in self.matches)
+        return kinds
+
+    @property
+    def missing_keys(self) -> list[str]:
+        """Target keys that get nothing: without a counterpart, excluded, mismatched or ambiguous (see ``status``)."""
+        return [key for key, status in self.status.items() if status not in FILLED]
+
+    @cached_property
+    def unexpected_keys(self) -> list[str]:
+        """Source keys that are used for nothing, in the source's order; a key tied to a used one counts as used."""
+        used = {key for match in self.matches for key in match.sources}
+        storages = {spec.storage for spec in self.source_specs if spec.key in used and spec.storage is not None}
+        return [spec.key for spec in self.source_specs if spec.key not in used and spec.storage not in storages]
+
+    @cached_property
+    def quantised(self) -> tuple[Members, Members]:
+        """The tensors of the source and of the target that are values only together with others, and these, by key."""
+        return groups_of(self.source_specs), groups_of(self.target_specs)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Say of each scheme how many quantised tensors of the source are used for nothing."""
+        return named(self.quantised[0], {key for match in self.matches for key in match.sources} | self.excluded)
+
+    @property
+    def mismatched_keys(self) -> list[Mismatch]:
+        """Counterparts whose shapes no operation reconciles."""
+        return list(self.mismatched)
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """Checkpoint key to model key, for the matches that take one whole tensor each and adapt nothing.
+
+        A source key that fills several tied target keys is mapped to the first of them.
+        """
+        pairs: dict[str, str] = {}
+        for match in self.matches:
+            if len(match.sources) == 1 and not match.operation.takes_part and not match.operation.adapts:
+                pairs.setdefault(match.sources[0], match.target)
+        return pairs
+
+    @property
+    def coverage(self) -> float:
+        """The loaded share of the target's elements, in [0, 1]; 1 for a target without elements."""
+        numel = {spec.key: spec.numel for spec in self.target_specs}
+        total = sum(numel.values())
+        return sum(numel[match.target] for match in self.matches) / total if total else 1.0
+
+    @property
+    def coverage_of_tensors(self) -> float:
+        """The loaded share of the target's tensors, in [0, 1], whatever their sizes; 1 for a target without tensors."""
+        return len(self.matches) / len(self.target_specs) if self.target_specs else 1.0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Read the matched target keys' tensors, in the target's names, shapes and order; dtypes are the source's.
+
+        Tensors may be views of the source's, as those of ``nn.Module.state_dict`` are.
+        """
+        return {match.target: self.tensor(match) for match in self.matches}
+
+    def tensor(self, match: Match, sources: Sequence[Tensor] | None = None) -> Tensor:
+        """Read the tensor of one match, of this alignment's ``matches`` or ``ambiguous``.
+
+        Args:
+            match: What is to be read.
+            sources: Its sources, if they were read already.
+
+        Raises:
+            InputError: It is not a match, or the operation keeps values of the target's own, which has none on the
+                meta device.
+        """
+        if not isinstance(match, Match):
+            raise InputError(f"Expected a Match, not {type(match).__name__}. Nothing was read.")
+        tensors = [self.tensors[key] for key in match.sources] if sources is None else list(sources)
+        if needs_target(match.operation):
+            tensors.append(self.target_tensors[match.target])
+            if tensors[-1].is_meta and not tensors[0].is_meta:
+                raise InputError(
+                    f"{match.target} is on the meta device and has no values that '{match.operation}' could keep. "
+                    "Nothing was changed. Give a model with values, or leave this kind out of adapt."
+                )
+        (tensor,) = match.operation.apply(tensors)
+        return tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Hashable, ...]:
+        """Return what two alignments have in common if they are equal: all that ``save`` keeps of them."""
+        sides = (
+            (tuple((spec.key, spec.shape, spec.dtype) for spec in specs), tied_groups(specs))
+            for specs in (self.source_specs, self.target_specs)
+        )
+        return self.matches, self.ambiguous, self.mismatched, self.excluded, self.notes, *sides
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all that was decided and no tensors, as with ``save``."""
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {"tensors": {}, "target_tensors": {}}
+
+    def __copy__(self) -> Self:
+        return self  # it is immutable
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # its tensors are those of both sides
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return iter((self.missing_keys, self.unexpected_keys))
+
+    def __repr__(self) -> str:
+        adapted = sum(match.operation.adapts for match in self.matches)
+        if not self.missing_keys and not self.unexpected_keys and not adapted:
+            return "<All keys matched successfully>"
+        return (
+            f"<{type(self).__name__}: {len(self.matches) - adapted} of {len(self.target_specs)} target keys matched, "
+            + (f"{adapted} adapted, " if adapted else "")
+            + f"{len(self.missing_keys)} missing, {len(self.unexpected_keys)} unexpected>"
+        )
+
+
+PlanT = TypeVar("PlanT", bound=Plan)

@@ -1,0 +1,213 @@
+"""Plain data, for the JSON of alignments and of rules: what is read is checked, type by type and number by number."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from inspect import isabstract
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from autoalign.errors import InputError
+from autoalign.plan.operations import KINDS, Operation
+
+Plain = dict[str, Any]  # of what JSON has: strings, numbers, booleans, lists and further ones
+
+_DEEPEST = 16  # operations in each other
+_NESTED = 3 * _DEEPEST  # lists and operations in each other
+LARGEST = 2**63 - 1  # number that torch takes
+_RANGES = {
+    "dim": (-64, 63),  # torch has 64 dimensions at most
+    "dims": (-64, LARGEST),
+    "shape": (-1, LARGEST),  # -1: the rest
+    "tokens": (-1, LARGEST),
+    "size": (1, LARGEST),
+    "of": (1, LARGEST),
+    "channels": (1, LARGEST),
+}  # of numbers by the names of fields; all others are not negative
+_SHOWN = 80  # characters of what is malformed
+
+
+def _known(name: object) -> type[Operation] | None:
+    """Look up the class of an operation by its name; None if there is none."""
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    return None if kind is None or isabstract(kind) else kind
+
+
+def parsed(text: str | bytes) -> Any:
+    """Read JSON; what Python's reader takes beyond JSON, and what is too deep for it, is refused.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def to_plain(operation: Operation) -> Plain:
+    """Write an operation as plain data.
+
+    >>> from autoalign.plan.operations import Chain, Concatenate, Transpose
+    >>> to_plain(Chain((Transpose(), Concatenate(0))))
+    {'kind': 'Chain', 'steps': [{'kind': 'Transpose'}, {'kind': 'Concatenate', 'dim': 0}]}
+    """
+    return {"kind": type(operation).__name__} | {
+        field.name: _plain(getattr(operation, field.name)) for field in fields(operation)
+    }
+
+
+def from_plain(data: object) -> Operation:
+    """Read an operation from plain data.
+
+    >>> from_plain({"kind": "Reshape", "shape": [2, 3]})
+    Reshape(shape=(2, 3))
+
+    Raises:
+        InputError: It is not an operation that this version knows, or one of its fields has not its type or range.
+    """
+    try:
+        operation = _operation(data, 0)
+        check_operation(operation)
+    except TypeError as error:
+        raise InputError(f"{_short(data)} is not an operation of autoalign: {error}. Nothing was read.") from error
+    return operation
+
+
+def check_operation(operation: object, depth: int = 0) -> None:
+    """Check that the fields of an operation are of their types and ranges, and so those of the operations in it.
+
+    Raises:
+        TypeError: One of them is not, or the operation is of no kind that this version knows.
+    """
+    kind = type(operation)
+    if _known(kind.__name__) is not kind:
+        raise TypeError(f"{kind.__name__} is not a known kind")
+    if depth > _DEEPEST:
+        raise TypeError("operations are nested too deeply")
+    for name, hint in _hints(kind).items():
+        value = getattr(operation, name)
+        if not _fits(value, hint, _RANGES.get(name, (0, LARGEST)), depth):
+            raise TypeError(f"{name} of {kind.__name__} cannot be {_short(value)}")
+
+
+def text(value: object) -> str:
+    """Return a string.
+
+    Raises:
+        TypeError: It is not one.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{_short(value)} is not a string")
+    return value
+
+
+def texts(value: object) -> tuple[str, ...]:
+    """Return a list of strings.
+
+    Raises:
+        TypeError: It is not one.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{_short(value)} is not a list of strings")
+    return tuple(value)
+
+
+def items(value: object) -> list[Any]:
+    """Return a list.
+
+    Raises:
+        TypeError: It is not one.
+    """
+    if not isinstance(value, list):
+        raise TypeError(f"{_short(value)} is not a list")
+    return value
+
+
+def integer(value: object, low: int = 0, high: int = LARGEST) -> int:
+    """Return a whole number in a range.
+
+    Raises:
+        TypeError: It is not one.
+    """
+    if type(value) is not int or not low <= value <= high:
+        raise TypeError(f"{_short(value)} is not a whole number from {low} to {high}")
+    return value
+
+
+def number(value: object, low: float = -1e30, high: float = 1e30) -> float:
+    """Return a finite number in a range.
+
+    Raises:
+        TypeError: It is not one.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # nor is NaN
+        raise TypeError(f"{_short(value)} is not a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _operation(data: object, depth: int) -> Operation:
+    if not isinstance(data, Mapping) or (kind := _known(data.get("kind"))) is None:
+        raise TypeError(f"{_short(data)} has no kind that this version knows")
+    if depth > _NESTED:
+        raise TypeError("operations are nested too deeply")
+    given = {name: _value(value, depth + 1) for name, value in data.items() if name != "kind"}
+    unknown = given.keys() - _hints(kind).keys()
+    if unknown:
+        raise TypeError(f"{data['kind']} has no {_short(min(unknown))}")
+    return kind(**given)
+
+
+@cache
+def _hints(kind: type[Operation]) -> dict[str, Any]:
+    """Return the types of the fields of an operation."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _fits(value: object, hint: Any, numbers: tuple[int, int], depth: int) -> bool:
+    """True if a value is of a type that the fields of operations have, and its numbers are in range."""
+    if hint is int or hint is bool:
+        return type(value) is hint and (hint is bool or numbers[0] <= value <= numbers[1])
+    if hint is Operation:
+        check_operation(value, depth + 1)
+        return True
+    kinds = get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, kind, numbers, depth) for kind in kinds)
+    if not isinstance(value, tuple):
+        return False
+    if kinds[1:] == (...,):
+        return all(_fits(item, kinds[0], numbers, depth) for item in value)
+    return len(value) == len(kinds) and all(map(lambda item, kind: _fits(item, kind, numbers, depth), value, kinds))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Operation):
+        return to_plain(value)
+    return [_plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _value(value: object, depth: int) -> object:
+    if isinstance(value, Mapping):
+        return _operation(value, depth)
+    if not isinstance(value, list):
+        return value
+    if depth > _NESTED:
+        raise TypeError("lists are nested too deeply")
+    return tuple(_value(item, depth + 1) for item in value)
+
+
+def _short(value: object) -> str:
+    try:
+        written = repr(value)
+    except (RecursionError, ValueError):  # too deep, or a number of more digits than Python writes
+        return f"this {type(value).__name__}"
+    return written if len(written) <= _SHOWN else f"{written[:_SHOWN]}..."
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

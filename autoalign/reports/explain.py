@@ -1,0 +1,258 @@
+"""Explanation: why an alignment does with one key what it does, and what would change that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Literal
+
+from autoalign.checkpoints.config import ROTARY_SETTINGS
+from autoalign.errors import InputError
+from autoalign.matching.adapt import adapted
+from autoalign.matching.assignment import WEIGHTS
+from autoalign.matching.candidates import operation_between
+from autoalign.matching.layouts import BY_HEAD, ROTARY
+from autoalign.matching.positions import AdaptableSide
+from autoalign.matching.scope import pattern_for
+from autoalign.plan.adaptations import ADAPTS
+from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, Status
+from autoalign.plan.specs import TensorSpec
+from autoalign.reports.rows import escaped
+from autoalign.reports.unmatched import counterparts, difference, nearest, reason
+
+_CLOSE = 3  # names of keys that an unknown one may have meant
+_SHOWN = 3  # rivals, and other uses
+
+
+@dataclass(frozen=True, slots=True)
+class Cue:
+    """What one kind of evidence said for a match."""
+
+    name: str  # name, structure, pattern, order, place, shape; or rule, outputs
+    value: float  # in [0, 1]
+    weight: float | None  # in the score of matching; None for what decides by itself
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why an alignment does with one key what it does."""
+
+    key: str
+    side: Literal["target", "source"]
+    status: Status | Literal["excluded", "used", "unexpected"]
+    what: str  # what is done with it, with both sides' shapes
+    why: tuple[str, ...]  # the grounds, a line each
+    cues: tuple[Cue, ...] = ()  # the heaviest first
+    confidence: float | None = None
+    rivals: tuple[Candidate, ...] = ()  # best first
+    warnings: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()  # what would change the decision, a line each
+
+    def __str__(self) -> str:
+        lines = [f"{escaped(self.key)} ({self.side}): {self.status}", f"  {self.what}"]
+        lines += [f"  why: {line}" for line in self.why]
+        lines += [f"  ! {warning}" for warning in self.warnings]
+        lines += [f"  to change it: {line}" for line in self.remedies]
+        return "\n".join(lines)
+
+
+def explained(alignment: Plan, key: str) -> Explanation:
+    """Explain a key of either side; see ``Alignment.explain``."""
+    if not isinstance(key, str):
+        raise InputError(f"Expected a key, not {type(key).__name__}. There is nothing to explain.")
+    targets = {spec.key: spec for spec in alignment.target_specs}
+    sources = {spec.key: spec for spec in alignment.source_specs}
+    if key in targets:
+        return _of_target(alignment, targets[key], sources)
+    if key in sources:
+        return _of_source(alignment, sources[key], targets)
+    from rapidfuzz import process
+
+    close = [
+        found
+        for found, *_ in process.extract(key, list(dict.fromkeys((*targets, *sources))), limit=_CLOSE, score_cutoff=50)
+    ]
+    hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+    raise InputError(f"{key!r} is no key of the target or of the source. There is nothing to explain.{hint}")
+
+
+def _of_target(alignment: Plan, spec: TensorSpec, sources: dict[str, TensorSpec]) -> Explanation:
+    status = alignment.status[spec.key]
+    if spec.key in alignment.excluded:
+        what = f"{spec.kind} is left out by include or exclude, and keeps its values"
+        return Explanation(spec.key, "target", "excluded", what, (), remedies=("align without that pattern",))
+    for match in (*alignment.matches, *alignment.ambiguous):
+        if match.target == spec.key:
+            return _of_match(alignment, match, status, spec, sources)
+    for mismatch in alignment.mismatched:
+        if mismatch.key == spec.key:
+            return _of_mismatch(alignment, mismatch)
+    others = counterparts(alignment, "source")
+    near, remedies = nearest(spec, others), []
+    what = f"{spec.kind} gets nothing, and keeps its values"
+    why = [reason(spec, others)]
+    if near is not None:
+        why.append(f"the likest name that is free is {near}{difference(near.shape, spec.shape)}")
+        if _fits(near, spec):
+            remedies.append(f"rules=[({near.key!r}, {spec.key!r})]")
+        else:
+            remedies += _adapting(alignment, Mismatch(spec.key, near.key, spec.shape, near.shape))
+    if not alignment.matches and alignment.notes:
+        why.append(alignment.notes[-1])
+    remedies.append(f"{_excluding(spec.key, alignment)}, if it is to be trained anew")
+    return Explanation(spec.key, "target", status, what, tuple(why), remedies=tuple(remedies))
+
+
+def _of_match(
+    alignment: Plan, match: Match, status: Status, spec: TensorSpec, sources: dict[str, TensorSpec]
+) -> Explanation:
+    made = " + ".join(str(sources[key]) for key in match.sources)
+    verb = "is proposed, and not loaded," if status == "ambiguous" else "is filled"
+    what = f"{spec.kind} {verb} from {made} by '{match.operation}'"
+    cues = tuple(
+        sorted(
+            (Cue(name, value, WEIGHTS.get(name)) for name, value in match.evidence.items()),
+            key=lambda cue: -(cue.weight or 10.0) * cue.value,
+        )
+    )
+    why = []
+    weighed = [cue for cue in cues if cue.weight is not None]
+    if weighed:
+        terms = ", ".join(f"{cue.name} {cue.value:.2f} x {cue.weight:g}" for cue in weighed)
+        total = sum(cue.value * (cue.weight or 0.0) for cue in weighed)
+        most = sum(WEIGHTS[cue.name] for cue in weighed)
+        why.append(f"of its cues (value x weight): {terms}; together {total:.2f} of {most:.2f}")
+    for cue in cues:
+        if cue.weight is None:
+            said = {"rule": "a rule says so", "outputs": "with it both models compute the same"}
+            why.append(said.get(cue.name, f"{cue.name}: {cue.value:.2f}"))
+    why.append(f"its confidence is {match.confidence:.2f}{_margin(match)}")
+    rivals = match.alternatives
+    for rival in rivals[:_SHOWN]:
+        same = rival.sources == match.sources
+        other = f"by '{rival.operation}'" if same else f"from {' + '.join(rival.sources)} by '{rival.operation}'"
+        score = f", score {rival.score:.2f}" if rival.score else ""
+        why.append(f"the next best would be {other}{score}" if not same else f"it might be made {other}{score}")
+    if len(rivals) > _SHOWN:
+        why.append(f"there are {len(rivals) - _SHOWN} more such alternatives")
+    remedies = tuple(_settling(alignment, match, status))
+    return Explanation(
+        spec.key, "target", status, what, tuple(why), cues, match.confidence, rivals, match.warnings, remedies
+    )
+
+
+def _margin(match: Match) -> str:
+    """Say by how much the best rival was beaten, where that is known."""
+    scores = [rival.score for rival in match.alternatives if rival.score]
+    weighed = sum(value * WEIGHTS[name] for name, value in match.evidence.items() if name in WEIGHTS)
+    if not match.alternatives:
+        return ", and it has no rival"
+    return f", {weighed - max(scores):+.2f} ahead of the best rival" if scores and weighed else ""
+
+
+def _settling(alignment: Plan, match: Match, status: Status) -> list[str]:
+    """Say what would settle a match, or change one that was taken."""
+    remedies = []
+    one = len(match.sources) == 1 and not match.operation.takes_part
+    others = [rival for rival in match.alternatives if rival.sources != match.sources and len(rival.sources) == 1]
+    layouts = [rival for rival in match.alternatives if sorted(rival.sources) == sorted(match.sources)]
+    if status == "ambiguous":
+        if ROTARY in match.warnings:
+            remedies += [note for note in alignment.notes if ROTARY_SETTINGS[0] in note]
+        if BY_HEAD in match.warnings:
+            remedies.append("a model or checkpoint whose config tells the size of its heads")
+        if one and not layouts:
+            remedies.append(f"rules=[({match.sources[0]!r}, {match.target!r})] takes it")
+        remedies.append(f"min_confidence={floor(100 * match.confidence) / 100:g} or less loads it as it is proposed")
+    remedies += [f"rules=[({rival.sources[0]!r}, {match.target!r})] takes the rival" for rival in others[:_SHOWN]]
+    if layouts or status == "ambiguous":
+        remedies.append(
+            "autoalign.verify(source_model, model, inputs) tries the alternatives, where both can be called"
+        )
+    if status != "ambiguous":
+        if match.operation.adapts:
+            remedies.append("align without adapt= leaves it missing")
+        remedies.append(f"{_excluding(match.target, alignment)} leaves it out")
+    return remedies
+
+
+def _of_mismatch(alignment: Plan, mismatch: Mismatch) -> Explanation:
+    what = (
+        f"{list(mismatch.shape)} gets nothing: its counterpart is {mismatch.source_key} {list(mismatch.source_shape)}"
+    )
+    why = f"no operation makes one shape of the other{difference(mismatch.source_shape, mismatch.shape)}"
+    remedies = [*_adapting(alignment, mismatch), f"{_excluding(mismatch.key, alignment)}, if it is to be trained anew"]
+    return Explanation(mismatch.key, "target", "mismatched", what, (why,), remedies=tuple(remedies))
+
+
+def _adapting(alignment: Plan, mismatch: Mismatch) -> list[str]:
+    """Find the kinds of ``adapt`` that would fill a key from its counterpart."""
+    sides = AdaptableSide(alignment.source_specs), AdaptableSide(alignment.target_specs)
+    return [
+        f"adapt={kind!r} fills it by '{match.operation}'"
+        for kind in ADAPTS
+        for match in adapted((), [mismatch], *sides, frozenset({kind}), {})[0]
+        if match.target == mismatch.key
+    ]
+
+
+def _of_source(alignment: Plan, spec: TensorSpec, targets: dict[str, TensorSpec]) -> Explanation:
+    def explanation(
+        status: Literal["excluded", "used", "unexpected"],
+        what: str,
+        why: Sequence[str] = (),
+        remedies: Sequence[str] = (),
+        confidence: float | None = None,
+    ) -> Explanation:
+        what = f"{spec.kind} {what}"
+        remedies = tuple(remedies)
+        return Explanation(spec.key, "source", status, what, tuple(why), confidence=confidence, remedies=remedies)
+
+    used = [match for match in alignment.matches if spec.key in match.sources]
+    if used:
+        fills = [f"{targets[match.target]} by '{match.operation}'" for match in used]
+        see = [f"see explain({used[0].target!r})"]
+        return explanation("used", f"is used for {_listed(fills)}", (), see, used[0].confidence)
+    if spec.key in alignment.excluded:
+        return explanation("excluded", "is left out by include or exclude", (), ["align without that pattern"])
+    if spec.key not in alignment.unexpected_keys:
+        return explanation("used", "is tied to a tensor that is used")
+    what = "is used for nothing"
+    proposed = [match for match in alignment.ambiguous if spec.key in match.sources]
+    if proposed:
+        why = f"it is proposed for {_listed([str(targets[match.target]) for match in proposed])}, and not loaded"
+        see = [f"see explain({proposed[0].target!r})"]
+        return explanation("unexpected", what, [why], see, proposed[0].confidence)
+    for mismatch in alignment.mismatched:
+        if mismatch.source_key == spec.key:
+            why = f"its counterpart {mismatch.key} has the shape {list(mismatch.shape)}"
+            return explanation("unexpected", what, [why], [f"see explain({mismatch.key!r})"])
+    others = counterparts(alignment, "target")
+    grounds, remedies = [reason(spec, others)], []
+    rival = next((m for m in alignment.matches if any(spec.key in other.sources for other in m.alternatives)), None)
+    if rival is not None:
+        grounds.append(f"{rival.target} would have been its next best use, and got {' + '.join(rival.sources)}")
+        remedies.append(f"rules=[({spec.key!r}, {rival.target!r})]")
+    elif (near := nearest(spec, others)) is not None:
+        grounds.append(f"the likest name that is free is {near}")
+        if _fits(spec, near):
+            remedies.append(f"rules=[({spec.key!r}, {near.key!r})]")
+    return explanation("unexpected", what, grounds, remedies)
+
+
+def _fits(source: TensorSpec, target: TensorSpec) -> bool:
+    return any(operation_between(source.shape, target.shape, flipped=way) for way in (False, True))
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more
+
+
+def _excluding(key: str, alignment: Plan) -> str:
+    """Write the option that leaves out one key of the target, and the source's of the same name."""
+    others = {spec.key for spec in (*alignment.source_specs, *alignment.target_specs)} - {key}
+    pattern = pattern_for(key, "$", others)
+    raw = "\\" in pattern and pattern.isprintable() and "'" not in pattern
+    return f"exclude=r'{pattern}'" if raw else f"exclude={pattern!r}"

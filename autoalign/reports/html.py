@@ -1,0 +1,428 @@
+"""The data of a page: an alignment as columns of small numbers, which a script turns back into trees and matches."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from html import escape
+from importlib.metadata import version
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from autoalign.checkpoints.atomic import replace_text
+from autoalign.errors import InputError
+from autoalign.plan.matches import FILLED, Match, Plan, Status
+from autoalign.plan.operations import Copy, Operation
+from autoalign.plan.specs import TensorSpec
+from autoalign.reports.module_tree import TensorRow, Tree, template, tree
+from autoalign.reports.rows import Row, escaped
+from autoalign.reports.text import Totals, elements, percent, plain_text, rows_of, tensors, totals_of
+from autoalign.reports.unmatched import Counterparts, counterparts, difference, nearest, reason
+
+LINKS: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched")  # what joins tensors of both sides
+NEAREST = 200  # rows of a side whose nearest counterpart is sought, which takes a while for each
+
+_Use = tuple[tuple[Hashable, ...], tuple[int, ...]]  # what is said of a tensor where it is used, and the numbers in it
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """What joins one target tensor with its sources."""
+
+    status: Status
+    match: Match
+    said: tuple[Hashable, ...]  # of it in either tree: status, operation and warnings, without numbers
+    numbers: tuple[int, ...]  # of its operation
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Values that occur many times, by their places."""
+
+    places: dict[Any, int] = field(default_factory=dict)
+
+    def add(self, value: Hashable) -> int:
+        return self.places.setdefault(value, len(self.places))
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One side of the page."""
+
+    specs: tuple[TensorSpec, ...]  # in the order of the tree
+    tree: Tree
+    places: Mapping[str, int]  # of each key among them
+    reasons: Mapping[str, str]  # why nothing joins or uses a tensor, for those
+    others: Counterparts | None  # what the other side has for them; None where there are none
+
+
+@dataclass(slots=True)
+class _Pools:
+    names: _Pool = field(default_factory=_Pool)
+    shapes: _Pool = field(default_factory=_Pool)
+    dtypes: _Pool = field(default_factory=_Pool)
+    operations: _Pool = field(default_factory=_Pool)
+    texts: _Pool = field(default_factory=_Pool)
+    evidence: _Pool = field(default_factory=_Pool)
+
+
+def page_data(alignment: Plan) -> dict[str, Any]:
+    """Turn an alignment into what the page needs of it; all of it can be written as JSON.
+
+    Keys are written as on a screen, with characters that cannot be seen as their escapes. Tensors are numbered on
+    each side in the order of its tree, and everything that occurs many times stands in a table once.
+    """
+    links = _links(alignment)
+    pools = _Pools()
+    source, target = _side_of(alignment, "source", links), _side_of(alignment, "target", links)
+    return {
+        "notes": [escaped(note) for note in alignment.notes],
+        "statuses": list(LINKS),
+        "source": _side_columns(source, target, pools),
+        "target": _side_columns(target, source, pools),
+        "links": _link_columns(links, source.places, target.places, pools),
+        "names": list(pools.names.places),
+        "shapes": [list(shape) for shape in pools.shapes.places],
+        "dtypes": list(pools.dtypes.places),
+        "operations": [[text, _kinds(text)] for text in pools.operations.places],
+        "texts": list(pools.texts.places),
+        "evidence": [dict(cues) for cues in pools.evidence.places],
+    }
+
+
+def _links(alignment: Plan) -> list[_Link]:
+    links = [_link("adapted" if m.operation.adapts else "matched", m) for m in alignment.matches]
+    links += [_link("ambiguous", match) for match in alignment.ambiguous]
+    links += [_link("mismatched", Match(item.key, (item.source_key,))) for item in alignment.mismatched]
+    return links
+
+
+def _link(status: Status, match: Match) -> _Link:
+    operation, numbers = template(str(match.operation))
+    return _Link(status, match, (status, operation, match.warnings), tuple(numbers))
+
+
+def _side_of(alignment: Plan, side: Literal["source", "target"], links: Sequence[_Link]) -> _Side:
+    if side == "source":
+        specs, uses, left = alignment.source_specs, _uses_of_sources(links), alignment.unexpected_keys
+        others = counterparts(alignment, "target") if left else None
+    else:
+        specs, uses = alignment.target_specs, _uses_of_targets(links)
+        left = [key for key, status in alignment.status.items() if status == "missing"]
+        others = counterparts(alignment, "source") if left else None
+    by_key = {spec.key: spec for spec in specs}
+    reasons = {key: reason(by_key[key], others) for key in left} if others else {}
+    leaves = []
+    for spec in specs:
+        said: tuple[Hashable, ...] = (spec.shape, spec.dtype)
+        numbers: tuple[int, ...] = ()
+        for more, own in uses.get(spec.key) or [((reasons.get(spec.key, "tied"),), ())]:
+            said, numbers = (*said, *more), (*numbers, *own)
+        leaves.append(TensorRow(escaped(spec.key), said, numbers))
+    found = tree(leaves)
+    ordered = tuple(specs[tensor] for tensor in found.tensors if tensor >= 0)
+    return _Side(ordered, found, {spec.key: place for place, spec in enumerate(ordered)}, reasons, others)
+
+
+def _uses_of_targets(links: Sequence[_Link]) -> dict[str, list[_Use]]:
+    uses: dict[str, list[_Use]] = {}
+    for link in links:
+        texts, numbers = zip(*map(template, link.match.sources), strict=True)
+        uses[link.match.target] = [((*texts, *link.said), (*chain.from_iterable(numbers), *link.numbers))]
+    return uses
+
+
+def _uses_of_sources(links: Sequence[_Link]) -> dict[str, list[_Use]]:
+    uses: dict[str, list[_Use]] = {}
+    for link in links:
+        text, numbers = template(link.match.target)
+        for place, key in enumerate(link.match.sources):
+            uses.setdefault(key, []).append(((text, *link.said), (*numbers, *link.numbers, place)))
+    return uses
+
+
+def _side_columns(side: _Side, opposite: _Side, pools: _Pools) -> dict[str, Any]:
+    tree = side.tree
+    return {
+        "name": [pools.names.add(name) for name in tree.names],
+        # of modules; of tensors one less than the negative
+        "depth": [depth if tensor < 0 else -1 - depth for depth, tensor in zip(tree.depths, tree.tensors, strict=True)],
+        "runs": [[node, length] for node, length in sorted(tree.runs.items())],
+        "shape": [pools.shapes.add(spec.shape) for spec in side.specs],
+        "dtype": [pools.dtypes.add(spec.dtype_name) for spec in side.specs],
+        "left": _rows_left(side, opposite.places, pools),
+    }
+
+
+def _rows_left(side: _Side, opposite: Mapping[str, int], pools: _Pools) -> list[list[int]]:
+    """List what is missing or unexpected: the tensor, the reason, and its nearest counterpart with the difference."""
+    if side.others is None:
+        return []
+    nodes = [node for node, tensor in enumerate(side.tree.tensors) if tensor >= 0]
+    shown = side.tree.representatives()
+    sought = 0
+    rows = []
+    for key, why in side.reasons.items():
+        place = side.places[key]
+        row = [place, pools.texts.add(escaped(why))]
+        if shown[nodes[place]] == nodes[place] and sought < NEAREST:
+            sought += 1
+            row += _nearest(side.specs[place], side.others, opposite, pools)
+        rows.append(row)
+    return rows
+
+
+def _nearest(spec: TensorSpec, others: Counterparts, places: Mapping[str, int], pools: _Pools) -> list[int]:
+    near = nearest(spec, others)
+    if near is None:
+        return []
+    return [places[near.key], pools.texts.add(difference(near.shape, spec.shape).strip(" ()"))]
+
+
+def _link_columns(
+    links: Sequence[_Link], source: Mapping[str, int], target: Mapping[str, int], pools: _Pools
+) -> dict[str, Any]:
+    def one_or_more(keys: Sequence[str]) -> int | list[int]:
+        found = [source[key] for key in keys]
+        return found[0] if len(found) == 1 else found
+
+    def operation(of: Operation) -> int:
+        return pools.operations.add(escaped(str(of)))
+
+    matches = [link.match for link in links]
+    return {
+        "status": [LINKS.index(link.status) for link in links],
+        "target": [target[match.target] for match in matches],
+        "sources": [one_or_more(match.sources) for match in matches],
+        "operation": [operation(match.operation) for match in matches],
+        "confidence": [round(match.confidence, 4) for match in matches],
+        "evidence": [
+            pools.evidence.add(tuple((escaped(cue), round(value, 3)) for cue, value in match.evidence.items()))
+            for match in matches
+        ],
+        "warnings": [[pools.texts.add(escaped(warning)) for warning in match.warnings] or 0 for match in matches],
+        "alternatives": [
+            [[one_or_more(other.sources), operation(other.operation)] for other in match.alternatives] or 0
+            for match in matches
+        ],
+    }
+
+
+def _kinds(operation: str) -> str:
+    """Name the kinds of operations, without their numbers.
+
+    >>> _kinds("transpose + concatenate(dim 0)"), _kinds("reshape[4, 2]")
+    ('transpose + concatenate', 'reshape')
+    """
+    kinds: list[str] = []
+    depth = 0
+    for char in operation:
+        depth += char in "(["
+        if not depth:
+            kinds.append(char)
+        depth -= char in ")]"
+    return "".join(kinds).strip() or str(Copy())
+
+
+TITLE = "Alignment report"
+
+_SCRIPTS = ("model", "rows", "layout", "view", "panel", "main")  # in the order in which they need each other
+_KIND = {"matched": "sure", "used": "sure"}  # by status: the colour, where it is not the status's own
+
+
+def document(alignment: Plan, *, title: str = TITLE) -> str:
+    """Write an alignment as an HTML document that loads nothing from elsewhere.
+
+    Its policy allows the style and the script that it holds and nothing more; keys are data to it and never markup.
+    """
+    found = totals_of(alignment)
+    style, script = _asset("report.css"), _script()
+    notes = "".join(f"<li>{escape(escaped(note))}</li>" for note in alignment.notes)
+    return _fill(
+        _asset("report.html"),
+        {
+            "policy": "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+            f"style-src '{_digest(style)}'; script-src '{_digest(script)}'",
+            "version": escape(version("autoalign")),
+            "title": escape(escaped(title)),
+            "lead": escape(found.lead),
+            "totals": _total(
+                "Target tensors filled", [(s.status, s.tensors) for s in found.target], tensors(found.target)
+            )
+            + _total("Elements filled", [(s.status, s.elements) for s in found.target], elements(found.target))
+            + _total("Source tensors used", [(s.status, s.tensors) for s in found.source], tensors(found.source)),
+            "notes": f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else "",
+            "text": escape(plain_text(alignment, width=120)),
+            "data": script_safe(page_data(alignment)),
+            "css": style,
+            "script": script,
+        },
+    )
+
+
+def write(alignment: Plan, path: str | os.PathLike[str], *, title: str = TITLE) -> None:
+    """Write the document to a file, which is replaced as a whole or left as it was.
+
+    Raises:
+        InputError: The path is no place for a file.
+    """
+    text = document(alignment, title=title)
+    try:
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise InputError(
+                f"The report cannot be written to {str(target)!r}: there is no folder {str(target.parent)!r}. "
+                "Nothing was written. Make the folder first, or give another path."
+            )
+        if target.is_dir():
+            raise InputError(
+                f"The report cannot be written to {str(target)!r}, which is a folder. Nothing was written. "
+                "Give the path of a file in it."
+            )
+        replace_text(target, text)
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"The report cannot be written to {str(path)!r}: {getattr(error, 'strerror', None) or error}. "
+            "What was there is unchanged. Give a path that can be written to."
+        ) from error
+
+
+def script_safe(value: object) -> str:
+    r"""Write a value as JSON that ends no script element and holds nothing but ASCII.
+
+    >>> script_safe("</script>")
+    '"\\u003c/script\\u003e"'
+    """
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _total(name: str, parts: Sequence[tuple[str, int]], whole: int) -> str:
+    good = sum(count for status, count in parts if status in FILLED or status == "used")
+    rects, x = "", 0.0
+    for status, count in parts:
+        width = 100 * count / whole if whole else 0
+        rects += f'<rect class="k-{_KIND.get(status, status)}" x="{x:.3f}" width="{width:.3f}" height="10"/>'
+        x += width
+    described = ", ".join(f"{status} {count:,}" for status, count in parts)
+    return (
+        f'<div class="total"><div class="figures"><strong>{escape(percent(good, whole))}</strong>'
+        f'<span class="name">{name}: {_short(good, whole)} of {_short(whole)}</span></div>'
+        f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{described}">'
+        f"<title>{described}</title>{rects}</svg></div>"
+    )
+
+
+def _short(count: int, of: int = 0) -> str:
+    """Write a count in a few characters, without its unit if that is the unit of what follows.
+
+    >>> _short(45_395), _short(671_026_419_200), _short(56_000_000_000, 671_026_419_200)
+    ('45,395', '671.0 billion', '56.0')
+    """
+    for unit, name in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million")):
+        if count >= unit:
+            return f"{count // (unit // 10) / 10:,}" + ("" if of // unit in range(1, 1000) else f" {name}")
+    return f"{count:,}"
+
+
+def _fill(template: str, values: dict[str, str]) -> str:
+    """Put values into a template; what looks like a place in a value is left alone."""
+    start, *parts = template.split("{{")
+    filled = [start]
+    for part in parts:
+        name, rest = part.split("}}", 1)
+        filled += [values[name], rest]
+    return "".join(filled)
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+@cache
+def _asset(name: str) -> str:
+    return files("autoalign.reports").joinpath("page", name).read_text(encoding="utf-8")
+
+
+@cache
+def _script() -> str:
+    parts = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
+
+
+ROWS = 30  # of a section
+
+# Colours are the notebook's own, whether it is light or dark; what is said of a key is paler than the key.
+_CELL = "padding:1px 10px 1px 0;text-align:left;vertical-align:top;background:none;border:0"
+_NUMBER = "padding:1px 10px 1px 0;text-align:right;background:none;border:0;font-variant-numeric:tabular-nums"
+_KEY = "font-family:monospace;overflow-wrap:anywhere;direction:ltr;unicode-bidi:isolate-override"
+_PALE = "opacity:0.7"
+
+
+def notebook_html(alignment: Plan) -> str:
+    """Write an alignment as a fragment of HTML that needs neither scripts nor a network.
+
+    Sections open without scripts; matched rows are closed where others need attention, and long sections are cut.
+    """
+    found = totals_of(alignment)
+    sections = {title: rows for title, rows in rows_of(alignment).items() if rows}
+    parts = [
+        f"<div><strong>{escape(repr(alignment))}</strong></div>",
+        f"<div>{escape(found.lead)}</div>",
+        _totals(found),
+        *(f"<div>Note: {escape(escaped(note))}</div>" for note in alignment.notes),
+        *(
+            _section(title, rows, opened=len(sections) == 1 or not title.startswith("Matched"))
+            for title, rows in sections.items()
+        ),
+    ]
+    return f'<div class="autoalign">{"".join(parts)}</div>'
+
+
+def _totals(found: Totals) -> str:
+    rows = "".join(
+        f'<tr><td style="{_CELL}">{share.status}</td><td style="{_NUMBER}">{share.tensors:,}</td>'
+        f'<td style="{_NUMBER}">{share.elements:,}</td>'
+        f'<td style="{_NUMBER}">{percent(share.elements, elements(shares))} of the {side}</td></tr>'
+        for side, shares in (("target", found.target), ("source", found.source))
+        for share in shares
+        if share.status != "used"
+    )
+    heads = "".join(
+        f'<th scope="col" style="{style}">{name}</th>'
+        for name, style in (("", _CELL), ("tensors", _NUMBER), ("elements", _NUMBER), ("", _NUMBER))
+    )
+    return f'<table style="margin:6px 0;border:0"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _section(title: str, rows: Sequence[Row], *, opened: bool) -> str:
+    count = sum(row.tensors for row in rows)
+    left = len(rows) - ROWS
+    more = f"<div>… and {left:,} more rows: print the alignment, or write it with to_html</div>" if left > 0 else ""
+    body = "".join(map(_row, rows[:ROWS]))
+    return (
+        f"<details{' open' if opened else ''}><summary>{escape(title)} ({count:,})</summary>"
+        f'<table style="margin:2px 0 6px 16px;border:0"><tbody>{body}</tbody></table>{more}</details>'
+    )
+
+
+def _row(row: Row) -> str:
+    *others, key = row.keys
+    cells = [f'<td style="{_CELL};{_KEY}">{escape(other)}</td>' for other in others]
+    cells.append(f'<td style="{_CELL};{_KEY}">{"→ " if others else ""}{escape(key)}</td>')
+    if not others:
+        cells[0] = cells[0].replace("<td ", '<td colspan="2" ', 1)
+    warnings = "".join(f"<div>⚠ {escape(warning)}</div>" for warning in row.warnings)
+    *cells_before, verdict = (escape(cell) for cell in row.cells)
+    said = "".join(f'<td style="{_CELL};{_PALE};white-space:nowrap">{cell}</td>' for cell in cells_before)
+    said += f'<td style="{_CELL};{_PALE}">{verdict}{warnings}</td>'
+    return f'<tr style="background:none">{"".join(cells)}{said}</tr>'

@@ -1,0 +1,376 @@
+"""The totals of an alignment, as every report shows them."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import floor
+
+from autoalign.plan.matches import FILLED, Match, Plan, Status
+from autoalign.plan.quantised import ADVICE
+from autoalign.plan.specs import TensorSpec
+from autoalign.reports.rows import Row, cut, escaped, fold, lay_out, share_out, under_headings
+from autoalign.reports.unmatched import counterparts, difference, nearest, reason
+
+STATUSES: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched", "missing")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The tensors of one status, of one side."""
+
+    status: str
+    tensors: int
+    elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """How many tensors and elements of either side have which status; those without any are left out."""
+
+    target: tuple[Share, ...]
+    source: tuple[Share, ...]  # used and unexpected
+    excluded: int
+
+    @property
+    def filled(self) -> str:
+        """Say in a sentence what is filled from what."""
+        filled = sum(share.tensors for share in self.target if share.status in FILLED)
+        used = sum(share.tensors for share in self.source if share.status == "used")
+        return (
+            f"{filled:,} of {tensors(self.target):,} target tensors are filled from "
+            f"{used:,} of {tensors(self.source):,} source tensors."
+        )
+
+    @property
+    def lead(self) -> str:
+        """Say in a sentence or two what is filled from what, and what was excluded."""
+        return self.filled + (f" {self.excluded:,} of the others were excluded." if self.excluded else "")
+
+
+def totals_of(alignment: Plan) -> Totals:
+    """Count what each status has."""
+    status, unexpected = alignment.status, set(alignment.unexpected_keys)
+    target: dict[str, list[int]] = {}
+    for spec in alignment.target_specs:
+        target.setdefault(status[spec.key], []).append(spec.numel)
+    source: dict[str, list[int]] = {}
+    for spec in alignment.source_specs:
+        source.setdefault("unexpected" if spec.key in unexpected else "used", []).append(spec.numel)
+    return Totals(_shares(STATUSES, target), _shares(("used", "unexpected"), source), len(alignment.excluded))
+
+
+def tensors(shares: Iterable[Share]) -> int:
+    """Count the tensors of all statuses together."""
+    return sum(share.tensors for share in shares)
+
+
+def elements(shares: Iterable[Share]) -> int:
+    """Count the elements of all statuses together."""
+    return sum(share.elements for share in shares)
+
+
+def _shares(statuses: Iterable[str], sizes: dict[str, list[int]]) -> tuple[Share, ...]:
+    return tuple(Share(status, len(sizes[status]), sum(sizes[status])) for status in statuses if status in sizes)
+
+
+SCREEN = 40  # lines
+
+_ORDER = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # of the totals, as of the sections
+_FIRST = 5  # keys of each side where nothing is matched
+_CHECK = "Check that both are the same network, or pass what is known as rules=."
+_MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
+
+
+def plain_text(
+    alignment: Plan,
+    *,
+    width: int = 100,
+    limit: int | None = SCREEN,
+    everything: str = "print(alignment.render(limit=None))",
+) -> str:
+    """Write an alignment as plain text; see ``Alignment.render``. Control characters in keys are escaped.
+
+    Args:
+        alignment: What to report.
+        width: Characters of a line; a key that is longer is shortened in its middle.
+        limit: Lines to aim at; sections that are too long for it are cut, and say so. None writes every row.
+        everything: How to get every row, to be said where some are left out.
+    """
+    sections = {title: under_headings(rows) for title, rows in rows_of(alignment).items() if rows}
+    tables = {title: lay_out(rows, width) for title, rows in sections.items()}
+    lines = _totals(alignment)
+    for note in alignment.notes:
+        lines += textwrap.wrap(f"Note: {escaped(note)}", width, subsequent_indent="  ")
+    sizes = [sum(map(len, table)) for table in tables.values()]
+    budgets = sizes if limit is None else share_out(sizes, limit - len(lines) - 2 * len(tables))
+    for (title, table), budget in zip(tables.items(), budgets, strict=True):
+        lines += ["", title, *cut(sections[title], table, budget, everything)]
+    return "\n".join(lines)
+
+
+def rows_of(alignment: Plan) -> dict[str, list[Row]]:
+    """List the folded rows of each section of a report, by its title; a section may have none."""
+    copied = [match for match in alignment.matches if not match.operation.adapts]
+    adapted = [match for match in alignment.matches if match.operation.adapts]
+    return {
+        "Matched: source -> target, tensors x shape, lowest confidence, operation": _matched_rows(alignment, copied),
+        "Adapted: filled with changed values, as adapt allows": _matched_rows(alignment, adapted),
+        "Mismatched: the counterpart has another shape": _mismatched_rows(alignment),
+        "Ambiguous: proposed, but not loaded": _ambiguous_rows(alignment),
+        "Missing: not filled": _missing_rows(alignment),
+        "Unexpected: in the source and not used": _unexpected_rows(alignment),
+    }
+
+
+def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: bool = True) -> str:
+    """Name the keys of either side that are left, why and with the nearest counterparts, and the next step.
+
+    Args:
+        alignment: What is incomplete.
+        missing: Whether to name the target's keys that are missing.
+        unexpected: Whether to name the source's keys that are used for nothing.
+    """
+    lines = []
+    lost, left = len(alignment.missing_keys), len(alignment.unexpected_keys)
+    if missing and lost:
+        lines.append(f"{lost} of {len(alignment.target_specs)} target tensors {_have(lost)} no compatible source.")
+        ambiguous = _ambiguous_rows(alignment, both=True)
+        lines += _listed([*_mismatched_rows(alignment), *ambiguous, *_missing_rows(alignment)])
+    if unexpected and left:
+        lines.append(f"{left} of {len(alignment.source_specs)} source tensors {_have(left)} no use.")
+        lines += _listed(_unexpected_rows(alignment, both=True))
+    if left_out := alignment.left_out:
+        lines.append(f"Left out: {', '.join(left_out)}. {ADVICE}")
+    lines.append("Pass rules= to name counterparts, if there are any.")
+    return "\n".join(lines)
+
+
+def ambiguous_message(alignment: Plan) -> str:
+    """Name the target keys for which no source is clearly right, with the proposals, and the next step."""
+    count, first = len(alignment.ambiguous), alignment.ambiguous[0]
+    return "\n".join(
+        [
+            f"{count} of {len(alignment.target_specs)} target tensors {_have(count)} no clear source.",
+            *_listed(_ambiguous_rows(alignment, both=True)),
+            f"They are not loaded. Name the sources, as in rules=[({first.sources[0]!r}, {first.target!r})].",
+        ]
+    )
+
+
+def nothing_message(alignment: Plan) -> str:
+    """Say that nothing is matched, with the first keys of both sides, and the next step."""
+    lines = [f"None of {len(alignment.target_specs)} target tensors has a source."]
+    for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
+        rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST]]
+        lines += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
+    return "\n".join([*lines, *alignment.notes, *([] if alignment.left_out else [_CHECK])])
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"
+
+
+def _totals(alignment: Plan) -> list[str]:
+    found = totals_of(alignment)
+    lines = [found.filled, f"{'':<10}{'tensors':>10}{'elements':>20}"]
+    target = {"matched": Share("matched", 0, 0)} | {share.status: share for share in found.target}
+    shares = [target[status] for status in _ORDER if status in target]
+    unexpected = [share for share in found.source if share.status == "unexpected"]
+    for side, all_of, shown in (("target", found.target, shares), ("source", found.source, unexpected)):
+        for share in shown:
+            part = percent(share.elements, elements(all_of))
+            lines.append(f"{share.status:<10}{share.tensors:>10,}{share.elements:>20,}{part:>9} of the {side}")
+    if found.excluded:
+        lines.append(f"excluded, of the missing and unexpected: {found.excluded:,}")
+    return lines
+
+
+def percent(part: int, whole: int) -> str:
+    """Write a share, rounded down, so that 100 % means all.
+
+    >>> percent(9999, 10000), percent(1, 10**6), percent(0, 0)
+    ('99.9 %', '< 0.1 %', '-')
+    """
+    if not whole:
+        return "-"
+    tenths = floor(1000 * part / whole)
+    return "< 0.1 %" if part and not tenths else f"{tenths / 10:.1f} %"
+
+
+def _matched_rows(alignment: Plan, filled: Sequence[Match]) -> list[Row]:
+    specs = _specs(alignment)
+    entries = [((escaped(m.target), _folded(m.sources)), _agreeing(m, *specs)) for m in filled]
+    rows = []
+    for row in fold(entries):
+        matches = [filled[member] for member in row.members]
+        (target, sources), (shape, operation) = row.texts, _described(matches[0], *specs)
+        keys = (target,) if sources == target else (sources, target)
+        lowest = min(match.confidence for match in matches)
+        facts = (shape, f"{lowest:.2f}", operation)
+        rows.append(Row(keys, facts, len(matches), tuple(map(escaped, matches[0].warnings))))
+    return rows
+
+
+def _ambiguous_rows(alignment: Plan, *, both: bool = False) -> list[Row]:
+    """Write the proposals that were not loaded, with ``both`` the shapes of all sources too."""
+    specs = _specs(alignment)
+    entries = []
+    for match in alignment.ambiguous:
+        rivals = [_folded(rival.sources) for rival in match.alternatives[:1] if rival.sources != match.sources]
+        entries.append(((escaped(match.target), _folded(match.sources), *rivals), _agreeing(match, *specs)))
+    rows = []
+    for row in fold(entries):
+        matches = [alignment.ambiguous[member] for member in row.members]
+        (target, sources, *rivals), (shape, operation) = row.texts, _described(matches[0], *specs)
+        lowest = min(match.confidence for match in matches)
+        others = [str(other.operation) for other in matches[0].alternatives[:1]]
+        if both:
+            operation = str(matches[0].operation) + _of_shapes(matches[0].sources, specs[0])
+            rivals = [f"{rivals[0]}{_of_shapes(matches[0].alternatives[0].sources, specs[0])}"] if rivals else []
+        why = f"rival: {rivals[0]}" if rivals else f"or {others[0]}" if others else "below min_confidence"
+        facts = (shape, f"{operation}, confidence {lowest:.2f}, {why}")
+        rows.append(Row((sources, target), facts, len(matches), tuple(map(escaped, matches[0].warnings))))
+    return rows
+
+
+def _mismatched_rows(alignment: Plan) -> list[Row]:
+    _, target = _specs(alignment)
+    entries = [
+        ((escaped(item.key), escaped(item.source_key)), (item.shape, item.source_shape, target[item.key].dtype))
+        for item in alignment.mismatched
+    ]
+    rows = []
+    for row in fold(entries):
+        item, (key, source_key) = alignment.mismatched[row.members[0]], row.texts
+        verdict = f"nearest: {source_key} {list(item.source_shape)}{difference(item.source_shape, item.shape)}"
+        rows.append(Row((key,), (target[item.key].kind, verdict), len(row.members)))
+    return rows
+
+
+def _missing_rows(alignment: Plan) -> list[Row]:
+    specs = [spec for spec in alignment.target_specs if alignment.status[spec.key] == "missing"]
+    if not specs:
+        return []
+    others = counterparts(alignment, "source")
+    rows = []
+    for row in fold([((escaped(spec.key),), (spec.shape, spec.dtype, reason(spec, others))) for spec in specs]):
+        first = specs[row.members[0]]
+        why = [escaped(reason(first, others))]
+        if near := nearest(first, others):
+            why.append(f"nearest: {escaped(near.key)} {list(near.shape)}{difference(near.shape, first.shape)}")
+        rows.append(Row(row.texts, (first.kind, "; ".join(why)), len(row.members)))
+    return rows
+
+
+def _unexpected_rows(alignment: Plan, *, both: bool = False) -> list[Row]:
+    """Write what the source has and the target does not use, with ``both`` the shapes of counterparts too."""
+    unused = set(alignment.unexpected_keys)
+    specs = [spec for spec in alignment.source_specs if spec.key in unused]
+    if not specs:
+        return []
+    others = counterparts(alignment, "target")
+    related = {key: ("proposed for", match.target) for match in alignment.ambiguous for key in match.sources}
+    related |= {item.source_key: ("of another shape than", item.key) for item in alignment.mismatched}
+    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
+    entries = []
+    for spec in specs:
+        why, *target = related.get(spec.key, (reason(spec, others),))
+        entries.append(((escaped(spec.key), *map(escaped, target)), (spec.shape, spec.dtype, why)))
+    rows = []
+    for row in fold(entries):
+        (key, *target), first, (_, _, why) = row.texts, specs[row.members[0]], row.fields
+        verdict = " ".join([escaped(why), *target])
+        if both and target:
+            verdict += f" {list(shapes[related[first.key][1]])}"
+        if not target and (near := nearest(first, others)):
+            verdict += f"; nearest: {escaped(near.key)} {list(near.shape)}"
+        rows.append(Row((key,), (first.kind, verdict), len(row.members)))
+    return rows
+
+
+def _specs(alignment: Plan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    source = {spec.key: spec for spec in alignment.source_specs}
+    return source, {spec.key: spec for spec in alignment.target_specs}
+
+
+def _agreeing(match: Match, source: dict[str, TensorSpec], target: dict[str, TensorSpec]) -> Hashable:
+    """Collect what must agree for two matches to be folded."""
+    spec, origin = target[match.target], source[match.sources[0]]
+    rivals = tuple(rival.operation for rival in match.alternatives[:1] if rival.sources == match.sources)
+    return spec.shape, spec.dtype, origin.shape, origin.dtype, match.operation, rivals, match.warnings
+
+
+def _described(match: Match, source: dict[str, TensorSpec], target: dict[str, TensorSpec]) -> tuple[str, str]:
+    """Write the shape that a match fills, and by what operation from what."""
+    spec, origin = target[match.target], source[match.sources[0]]
+    operation = str(match.operation)
+    if len(match.sources) == 1 and origin.shape != spec.shape:
+        operation += f" of {list(origin.shape)}"
+    if origin.dtype != spec.dtype:
+        operation += f", {origin.dtype_name} to {spec.dtype_name}"
+    return str(list(spec.shape)), operation
+
+
+def _of_shapes(keys: Sequence[str], specs: dict[str, TensorSpec]) -> str:
+    """Write the shapes of some tensors, each once."""
+    return " of " + ", ".join(dict.fromkeys(str(list(specs[key].shape)) for key in keys))
+
+
+def _folded(sources: Sequence[str]) -> str:
+    if len(sources) == 1:
+        return escaped(sources[0])
+    return " + ".join(row.texts[0] for row in fold([((escaped(key),), None) for key in sources]))
+
+
+def _listed(rows: Sequence[Row]) -> list[str]:
+    return cut(rows, lay_out(rows, _MESSAGE_WIDTH), SCREEN // 2, "print the error's attribute `alignment`")
+
+
+_WORDS = re.compile(r"([\\`*_{}\[\]<>#|~])")
+
+
+def render_markdown(alignment: Plan) -> str:
+    """Write an alignment as Markdown: totals, notes, and a table of the folded rows of each kind."""
+    head, _, _ = plain_text(replace(alignment, notes=())).partition("\n\n")
+    lines = ["```text", *head.split("\n"), "```", *(f"- {words(escaped(note))}" for note in alignment.notes)]
+    for title, rows in rows_of(alignment).items():
+        if not rows:
+            continue
+        name, _, meaning = title.partition(": ")
+        lines += ["", f"### {name}", "", f"{meaning}:" if meaning else "", "", *table(rows)]
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Write rows as the lines of a table."""
+    between = len(rows[0].cells)
+    lines = [f"| keys |{' |' * between}", f"| --- |{' --- |' * between}"]
+    for row in rows:
+        cells = [" → ".join(map(code, row.keys)), *map(words, row.cells)]
+        cells[-1] += "".join(f"<br>⚠ {words(warning)}" for warning in row.warnings)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def words(text: str) -> str:
+    r"""Write text so that Markdown shows it as it is.
+
+    >>> print(words("a_b [2] | c"))
+    a\_b \[2\] \| c
+    """
+    return _WORDS.sub(r"\\\1", text)
+
+
+def code(text: str) -> str:
+    r"""Write text as code in a table, whatever backticks and bars it has.
+
+    >>> print(code("layers.{0...3}.weight"), code("a`b|c"))
+    `layers.{0...3}.weight` ``a`b\|c``
+    """
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") or not text.strip() else ""
+    return f"{fence}{pad}{text}{pad}{fence}".replace("|", r"\|")

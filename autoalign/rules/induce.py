@@ -1,0 +1,330 @@
+r"""Wording: rules that differ in one word only, which stays as it is, become one rule that captures the word."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from autoalign.plan.keys import LEVELS
+from autoalign.plan.matches import Match, Plan
+from autoalign.rules.rule import REFERENCE, Rule, reference
+from autoalign.rules.rule_drafts import Draft, Parts, drafts_of, spelled_out
+from autoalign.rules.rules import Rules
+from autoalign.rules.tensor_moves import Move, moves_of
+
+_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]+(?![A-Za-z(])|(?<=\\\.)[A-Za-z]+(?![A-Za-z(])")
+_LONGEST = 1000  # characters of a pattern that is joined with others
+_MOST = 8  # words in one rule; more would be no easier to read than several rules
+_Frame = tuple[str, str, str | None, str]  # a pattern around a word, and a replacement around it; None: dropped
+
+
+def worded(rules: Sequence[Rule]) -> list[Rule]:
+    r"""Join rules of one pattern and one replacement that differ in a word.
+
+    >>> rules = [Rule((rf"^attn\.{word}\.",), (f"attention.{word}_proj.",)) for word in "qkv"]
+    >>> print(*worded(rules))
+    ^attn\.(q|k|v)\. -> attention.\1_proj.
+    """
+    result = list(rules)
+    while True:
+        groups: dict[tuple[_Frame, Rule], list[tuple[int, str]]] = {}
+        for place, rule in enumerate(result):
+            for frame, word in _frames(rule):
+                groups.setdefault((frame, Rule((), (), rule.operations, tied=rule.tied)), []).append((place, word))
+        joined = max(groups.items(), key=lambda item: len(item[1]), default=None)
+        if joined is None or len(joined[1]) < 2:
+            return result
+        (frame, shared), members = joined
+        members = members[:_MOST]
+        written = _written(frame, [word for _, word in members])
+        last = members[-1][0]
+        result[last] = Rule((written[0],), written[1], shared.operations, tied=shared.tied)
+        for place, _ in reversed(members[:-1]):
+            del result[place]
+
+
+def _frames(rule: Rule) -> Iterator[tuple[_Frame, str]]:
+    """Yield the words that a rule keeps, with what stands around each."""
+    if len(rule.sources) != 1 or len(rule.targets) > 1 or len(rule.sources[0]) > _LONGEST:
+        return
+    (source,) = rule.sources
+    for found in _WORD.finditer(source):
+        word, first, last = found[0], source[: found.start()], source[found.end() :]
+        if not rule.targets:
+            yield (first, last, None, ""), word
+        for target in rule.targets:
+            for other in re.finditer(rf"(?<![A-Za-z]){word}(?![A-Za-z])", target):
+                before, after = target[: other.start()], target[other.end() :]
+                if before.count("{") == before.count("}"):
+                    yield (first, last, before, after), word
+
+
+def _written(frame: _Frame, words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    first, last, before, after = frame
+    source = f"{first}({'|'.join(words)}){last}"
+    if before is None:
+        return source, ()
+    group = len(re.findall(r"(?<!\\)\((?!\?:)", first)) + 1
+    moved = [
+        REFERENCE.sub(lambda found: f"\\{int(found[1]) + (int(found[1]) >= group)}", text) for text in (before, after)
+    ]
+    return source, (f"{moved[0]}{reference(group, moved[1])}{moved[1]}",)
+
+
+_END = "$"  # stands for the end of a key in the tree
+_NEVER = 1_000_000  # rules
+_NUMBERS = re.compile(r"\(\d+(?:\|\d+)*\)|(?<![\d|(])\d+(?![\d|)])")  # particular ones, in a part of a pattern
+_Way = tuple[int, Parts] | None  # rewrite the first parts of a key to these, or drop the key
+_START: _Way = (0, ())
+_NO_WAY: _Way = (-1, ())  # where the rule above a node comes too late for it
+
+
+def induced(alignment: Plan) -> Rules:
+    """Find the rules of an alignment; see ``Alignment.rules``."""
+    moves, kept = moves_of(alignment)
+    notes = _notes(kept)
+    drafts = [_shallow(draft) for draft in drafts_of(moves)]
+    shapes = {spec.key: spec.shape for spec in alignment.source_specs}
+    wanted = {match.target: match for match in alignment.matches if match not in kept}
+    best: Rules | None = None
+    for shorten in (True, False):
+        rules = ordered(drafts, shorten=shorten)
+        for candidate in (worded(rules), rules):
+            fixed = _corrected(candidate, moves, shapes, wanted)
+            if fixed is not None and (best is None or len(fixed) < len(best)):
+                best = fixed
+            if best is not None and len(best) <= len(candidate):
+                return replace(best, notes=notes)
+    if best is None:
+        best = Rules(tuple(_rule(spelled_out(move)) for move in moves if not _stays(move)))
+    return replace(best, notes=notes)
+
+
+def _shallow(draft: Draft) -> Draft:
+    """Leave the first parts of keys together where there are more than are told apart."""
+
+    def joined(parts: Parts, dot: str) -> Parts:
+        beyond = len(parts) - LEVELS
+        return parts if beyond <= 0 else (dot.join(parts[: beyond + 1]), *parts[beyond + 1 :])
+
+    return replace(
+        draft,
+        sources=tuple(joined(parts, r"\.") for parts in draft.sources),
+        plain=joined(draft.plain, "."),
+        targets=tuple(joined(parts, ".") for parts in draft.targets),
+    )
+
+
+def _notes(kept: Sequence[Match]) -> tuple[str, ...]:
+    if not kept:
+        return ()
+    names = ", ".join(match.target for match in kept[:3]) + (", ..." if len(kept) > 3 else "")
+    return (f"Left out, since they keep values of the model: {len(kept)} ({names}).",)
+
+
+def _stays(move: Move) -> bool:
+    return len(move.matches) == 1 and move.keys == (move.matches[0].target,) and not _rule(spelled_out(move)).operations
+
+
+def _corrected(
+    rules: Sequence[Rule], moves: Sequence[Move], shapes: dict[str, tuple[int, ...]], wanted: dict[str, Match]
+) -> Rules | None:
+    """Spell out, before all rules, what they get wrong; None where that does not mend it."""
+    extra: dict[tuple[str, ...], Rule] = {}
+    of_key = {key: move for move in moves for key in move.keys}
+    for _ in range(4):
+        result = Rules((*extra.values(), *rules))
+        made, problems = result.attempt(shapes)
+        got = {match.target: match for match in made}
+        wrong = set(problems)
+        for target in got.keys() | wanted.keys():
+            first, second = got.get(target), wanted.get(target)
+            if first is None or second is None or not _same(first, second):
+                wrong.update(key for match in (first, second) if match is not None for key in match.sources)
+        if not wrong:
+            used = {id(result.rule_of(key)) for key in shapes}
+            return Rules(tuple(rule for rule in result.rules if id(rule) in used))
+        before = len(extra)
+        extra.update((move.keys, _rule(spelled_out(move))) for move in map(of_key.__getitem__, sorted(wrong)))
+        if len(extra) == before:
+            return None
+    return None
+
+
+def _same(first: Match, second: Match) -> bool:
+    return first.sources == second.sources and first.operation == second.operation
+
+
+def _rule(draft: Draft) -> Rule:
+    return Rule(
+        tuple(f"^{_joined(source)}$" for source in draft.sources),
+        tuple(".".join(target) for target in draft.targets),
+        draft.operations,
+        tied=draft.tied,
+    )
+
+
+def _joined(parts: Parts) -> str:
+    return r"\.".join(parts)
+
+
+@dataclass(slots=True)
+class _Node:
+    """The keys that begin with the same parts."""
+
+    depth: int
+    children: dict[str, _Node] = field(default_factory=dict)
+    leaf: Draft | None = None
+    own: list[Rule] = field(default_factory=list)  # with operations, which stand at the first source's place
+    costs: dict[_Way, tuple[int, _Way]] = field(default_factory=dict)
+
+    def walk(self) -> Iterator[_Node]:
+        """Yield this node and all below it."""
+        yield self
+        for child in self.children.values():
+            yield from child.walk()
+
+
+def ordered(drafts: Sequence[Draft], *, shorten: bool) -> list[Rule]:
+    """Shorten drafts to rules, in an order in which the first that matches is the right one."""
+    suffixes = _dropped_names(drafts)
+    root = _Node(0)
+    groups: dict[object, Rule] = {}
+    for draft in drafts:
+        if draft.renames:
+            if draft.targets or draft.sources[0][-1] not in suffixes or len(draft.sources[0]) < 2:
+                _place(root, (*draft.sources[0], _END)).leaf = draft
+            continue
+        rule, parts = _shortened(draft) if shorten else (_rule(draft), (*draft.sources[0], _END))
+        if (rule.sources, rule.targets, rule.operations) not in groups:
+            groups[rule.sources, rule.targets, rule.operations] = rule
+            _place(root, parts).own.append(rule)
+    _cost(root, _START)
+    drops = [Rule((rf"^.*\.{name}$",)) for name in suffixes]
+    return [*drops, *_emitted(root, _START, ())]
+
+
+def _dropped_names(drafts: Sequence[Draft]) -> list[str]:
+    """List the last parts of keys that are dropped wherever they occur, in several kinds of places."""
+    dropped = Counter(draft.sources[0][-1] for draft in drafts if not draft.targets and len(draft.sources[0]) > 1)
+    for draft in drafts:
+        if draft.targets:
+            for source in draft.sources:
+                dropped.pop(source[-1], None)
+    return [name for name, count in dropped.items() if count > 1 and "(" not in name]
+
+
+def _place(root: _Node, parts: Parts) -> _Node:
+    node = root
+    for part in parts:
+        node = node.children.setdefault(part, _Node(node.depth + 1))
+    return node
+
+
+def _shortened(draft: Draft) -> tuple[Rule, Parts]:
+    """Leave out the last parts of a draft with operations that are the same in all its keys."""
+    count = 0
+    shortest = min(map(len, (*draft.sources, *draft.targets)))
+    first = draft.sources[0]
+    while count + 1 < shortest:
+        place = -count - 1
+        same = all(source[place] == first[place] for source in draft.sources) and all(
+            target[place] == draft.plain[place] for target in draft.targets
+        )
+        if not same or "(" in first[place]:
+            break
+        count += 1
+    if not count:
+        return _rule(draft), (*first, _END)
+    sources = tuple(f"^{_joined(source[:-count])}\\." for source in draft.sources)
+    targets = tuple(".".join(target[:-count]) + "." for target in draft.targets)
+    return Rule(sources, targets, draft.operations, tied=draft.tied), first[:-count]
+
+
+def _ways(node: _Node) -> list[_Way]:
+    """List the ways in which a rule at a node would be right for some key below it."""
+    below_it = list(node.walk())
+    ways: dict[_Way, None] = {}
+    if not any(below.own or (below.leaf and below.leaf.targets) for below in below_it) and node.children.keys() != {
+        _END
+    }:
+        ways[None] = None  # what is dropped is said exactly, or a sibling's tensors would vanish unseen
+    for below in below_it:
+        if below.leaf is None or not below.leaf.targets:
+            continue
+        (target,), plain = below.leaf.targets, below.leaf.plain
+        rest = plain[node.depth :]
+        head = target[: len(target) - len(rest)]
+        fits = len(rest) <= len(target) and target[len(head) :] == rest and (rest or below is node)
+        if fits and _refers(head) <= _groups(below.leaf.sources[0][: node.depth]):
+            ways[node.depth, head] = None
+    return list(ways)
+
+
+def _refers(parts: Parts) -> int:
+    return max(map(int, REFERENCE.findall(".".join(parts))), default=0)
+
+
+def _groups(parts: Parts) -> int:
+    return sum(part.count("(") - part.count(r"\(") for part in parts)
+
+
+def _right(way: _Way, draft: Draft) -> bool:
+    if way is None or not draft.targets:
+        return way is None and not draft.targets
+    depth, head = way
+    return depth >= 0 and draft.targets[0] == (*head, *draft.plain[depth:])
+
+
+def _cost(node: _Node, way: _Way) -> int:
+    """Count the rules that are needed at a node and below it, where a rule above it does ``way``."""
+    if way in node.costs:
+        return node.costs[way][0]
+    best, choice = _below(node, way, way), way
+    if best:
+        for own in _ways(node):
+            cost = 1 + _below(node, own, way)
+            # of equally few rules those with shorter patterns, if nothing below them needs another one
+            if own != way and (cost < best or (cost == best == 1 and node.depth > 0)):
+                best, choice = cost, own
+    node.costs[way] = best, choice
+    return best
+
+
+def _below(node: _Node, way: _Way, above: _Way) -> int:
+    own = 0 if node.leaf is None or _right(way, node.leaf) else _NEVER
+    return own + sum(_cost(child, _inherited(node, part, way, above)) for part, child in node.children.items())
+
+
+def _inherited(node: _Node, part: str, way: _Way, above: _Way) -> _Way:
+    """Tell what the keys below a child get: nothing from here if rules of a more general sibling come before.
+
+    A key that ends at a node is not taken by the node's own rule, whose pattern ends with a dot.
+    """
+    if part == _END:
+        return above
+    general = _NUMBERS.sub(r"(\\d+)", part)
+    sibling = node.children.get(general)
+    if general == part or sibling is None or sibling.children.keys().isdisjoint(node.children[part].children):
+        return way
+    return _NO_WAY
+
+
+def _emitted(node: _Node, way: _Way, parts: Parts) -> list[Rule]:
+    """List the rules below a node and then its own: fixed text comes before captured numbers."""
+    choice = node.costs[way][1]
+    result = []
+    for part, child in sorted(node.children.items(), key=lambda item: item[0].count(r"\d")):
+        result += _emitted(child, _inherited(node, part, choice, way), (*parts, part))
+    result += node.own
+    if choice != way:
+        complete = parts[-1:] == (_END,)
+        pattern = _joined(parts[:-1]) + "$" if complete else "".join(f"{part}\\." for part in parts)
+        targets: tuple[str, ...] = ()
+        if choice is not None:
+            head = ".".join(choice[1])
+            targets = (head if complete or not head else f"{head}.",)
+        result.append(Rule((f"^{pattern}",), targets))
+    return result

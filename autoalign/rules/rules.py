@@ -1,0 +1,306 @@
+r"""Rules: an ordered list of regex renamings and operations, which turns a state dict into another without matching.
+
+The first rule whose pattern matches the beginning of a key takes the key, once; what a pattern leaves over of a key is
+kept at the end of the new one. A key that no rule takes keeps its name. See ``autoalign.rules.rule`` for replacements.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from autoalign.errors import InputError, PatternError, RulesError
+from autoalign.plan import serialization as serial
+from autoalign.plan.matches import Match
+from autoalign.plan.operations import Copy, Shape
+from autoalign.plan.patterns import TimeLimit, compiled
+from autoalign.plan.quantised import ADVICE, groups_of
+from autoalign.plan.specs import specs_of
+from autoalign.rules.rule import (
+    _SHOWN_TEXT,
+    SLICE,
+    Rule,
+    _check,
+    _Instance,
+    _made,
+    _rule_from_plain,
+    number_of,
+)
+
+if TYPE_CHECKING:
+    import regex
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+VERSION = 1
+_SHOWN_PROBLEMS = 5  # problems that an error lists
+_WIDTH = 70  # of the patterns' column, before it is given up
+_TRIED = 0.1  # seconds for each pattern where all together take too long
+_UNDONE = "Nothing was converted."
+
+
+@dataclass(frozen=True)
+class Rules:
+    r"""An ordered list of rules. Made by ``Alignment.rules``, read from JSON, or written by hand.
+
+    >>> import torch
+    >>> rules = Rules((Rule((r"^fc\.",)), Rule((r"^layer(\d+)\.",), (r"stages.{\1 - 1}.",))))
+    >>> print(rules)
+    ^fc\.         -> (dropped)
+    ^layer(\d+)\. -> stages.{\1 - 1}.
+    >>> list(rules.apply({"layer1.weight": torch.ones(2), "fc.weight": torch.ones(2), "stem": torch.ones(1)}))
+    ['stages.0.weight', 'stem']
+    """
+
+    rules: tuple[Rule, ...]
+    notes: tuple[str, ...] = ()  # what the rules leave out of the alignment that they were made from
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise InputError(f"Rules are a tuple of Rule, and not this {type(self.rules).__name__}.")
+        for rule in self.rules:
+            _check(rule)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    @cached_property
+    def _patterns(self) -> dict[int, tuple[Rule, int, regex.Pattern[str]]]:
+        """Each pattern with its rule and its place there, by the number of the group after it in ``_any``."""
+        found, group = {}, 0
+        for rule in self.rules:
+            for place, source in enumerate(rule.sources):
+                pattern = compiled(source)
+                group += pattern.groups + 1
+                found[group] = rule, place, pattern
+        return found
+
+    @cached_property
+    def _any(self) -> regex.Pattern[str]:
+        """All patterns as one: the last group that takes part in a match tells which of them matched."""
+        sources = (source for rule in self.rules for source in rule.sources)
+        return compiled("|".join(f"(?:{source.replace(f'(?P<{SLICE}>', '(')})()" for source in sources))
+
+    def _taken(self, key: str, limit: TimeLimit) -> tuple[Rule, int, regex.Pattern[str]] | None:
+        """Tell which pattern of which rule takes a key."""
+        if not self.rules:
+            return None
+        try:
+            match = limit.match(self._any, key)
+        except PatternError:
+            for _, _, pattern in self._patterns.values():
+                TimeLimit(0, _UNDONE, seconds=_TRIED).match(pattern, key)  # names the one that takes long
+            raise
+        return None if match is None else self._patterns[match.lastindex or 0]
+
+    def rule_of(self, key: str) -> Rule | None:
+        r"""Tell which rule takes a key; None for a key that keeps its name.
+
+        >>> print(Rules((Rule((r"^old\.",), ("new.",)),)).rule_of("old.weight"))
+        ^old\. -> new.
+        """
+        if not isinstance(key, str):
+            raise InputError(f"Expected a key, not {type(key).__name__}.")
+        taken = self._taken(key, TimeLimit(1, _UNDONE))
+        return None if taken is None else taken[0]
+
+    def plan(self, shapes: Mapping[str, Shape]) -> list[Match]:
+        r"""Say what becomes of tensors of the given shapes.
+
+        >>> from autoalign.plan.operations import Concatenate
+        >>> rules = Rules((Rule((r"^q\.", r"^k\."), ("qk.",), (Concatenate(0),)),))
+        >>> [(match.target, match.sources, str(match.operation)) for match in rules.plan({"q.b": (2,), "k.b": (2,)})]
+        [('qk.b', ('q.b', 'k.b'), 'concatenate(dim 0)')]
+
+        Returns:
+            For each tensor that results its name, its sources, and the operation in absolute sizes.
+
+        Raises:
+            RulesError: The rules do not hold here: a part is missing, a size does not fit, two tensors get one name.
+        """
+        if not isinstance(shapes, Mapping) or not all(isinstance(key, str) for key in shapes):
+            raise InputError(f"Expected a mapping of keys to shapes, not {type(shapes).__name__}. {_UNDONE}")
+        matches, problems = self.attempt(shapes)
+        if problems:
+            texts = list(dict.fromkeys(problems.values()))
+            more = [f"... and {len(texts) - _SHOWN_PROBLEMS} more"] if len(texts) > _SHOWN_PROBLEMS else []
+            listed = "\n  ".join([*texts[:_SHOWN_PROBLEMS], *more])
+            raise RulesError(f"The rules do not hold for this state dict. Nothing was converted.\n  {listed}")
+        return matches
+
+    def attempt(self, shapes: Mapping[str, Shape]) -> tuple[list[Match], dict[str, str]]:
+        """Do as ``plan`` does, and give the keys that nothing is made of, with the reasons, instead of raising."""
+        found: dict[tuple[int, tuple[str | None, ...], str], _Instance] = {}
+        planned: list[Match | tuple[Rule, _Instance]] = []
+        problems: dict[str, str] = {}
+        limit = TimeLimit(len(shapes), _UNDONE)
+        for key in shapes:
+            taken = self._taken(key, limit)
+            if taken is None:
+                planned.append(Match(key, (key,)))
+                continue
+            rule, place, pattern = taken
+            if not rule.targets:
+                continue
+            match = limit.match(pattern, key)
+            assert match is not None
+            captured, member = list(match.groups()), -1
+            if SLICE in pattern.groupindex:
+                try:
+                    member = number_of(captured[pattern.groupindex[SLICE] - 1] or "")
+                except InputError as error:
+                    problems[key] = f"{key}: {error} ({rule})"
+                    continue
+                captured[pattern.groupindex[SLICE] - 1] = None
+            identity = id(rule), tuple(captured), key[match.end() :]
+            if identity not in found:
+                found[identity] = _Instance(identity[1], identity[2], [{} for _ in rule.sources])
+                planned.append((rule, found[identity]))
+            found[identity].keys[place][member] = key
+        matches: dict[str, Match] = {}
+        for item in planned:
+            if isinstance(item, Match):
+                made = [item]
+            else:
+                rule, instance = item
+                try:
+                    made = _made(rule, instance, shapes)
+                except (InputError, IndexError, RuntimeError, ValueError) as error:  # what torch says of a wrong rank
+                    keys = [key for of in instance.keys for key in of.values()]
+                    problems.update(dict.fromkeys(keys, f"{', '.join(keys)}: {error} ({rule})"))
+                    continue
+            for each in made:
+                first = matches.setdefault(each.target, each)
+                if first is not each:
+                    text = f"{each.target} is filled from {', '.join(first.sources)} and {', '.join(each.sources)}"
+                    problems.update(dict.fromkeys((*first.sources, *each.sources), text))
+        return list(matches.values()), problems
+
+    def apply(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        r"""Rename and convert a state dict, without any matching; the given one is not changed.
+
+        >>> import torch
+        >>> Rules((Rule((r"^module\.",), ("",)),)).apply({"module.bias": torch.ones(1)})
+        {'bias': tensor([1.])}
+
+        Args:
+            state_dict: Tensors by key, with values or on the meta device.
+
+        Returns:
+            The new tensors, in the order in which their sources stand; they may be views of the given ones.
+
+        Raises:
+            RulesError: The rules do not hold for this state dict.
+        """
+        if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+            raise InputError(f"Expected a mapping of keys to tensors, not {type(state_dict).__name__}. {_UNDONE}")
+        specs = getattr(state_dict, "specs", None) or specs_of(state_dict)
+        codes = groups_of(specs)
+        result = {}
+        for match in self.plan({spec.key: spec.shape for spec in specs}):
+            if match.operation != Copy() and (coded := [codes[key] for key in match.sources if key in codes]):
+                raise RulesError(
+                    f"{coded[0].spec} is quantised as {coded[0].group.scheme}: its elements are codes, not values, and "
+                    f"{match.operation} would mix them up. Nothing was converted. {ADVICE}"
+                )
+            tensors = [state_dict[key] for key in match.sources]
+            try:
+                (result[match.target],) = match.operation.apply(tensors)
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:  # what torch says of dtypes and devices
+                made = f"{match.target} = {match.operation} of {', '.join(match.sources)}"
+                raise RulesError(
+                    f"The rules do not hold for this state dict. Nothing was converted.\n  {made}: {error}"
+                ) from error
+        return result
+
+    def to_json(self) -> str:
+        """Write the rules as JSON, for ``from_json``."""
+        rules: list[dict[str, Any]] = []
+        for rule in self.rules:
+            data: dict[str, Any] = {"sources": list(rule.sources), "targets": list(rule.targets)}
+            if rule.operations:
+                data["operations"] = [serial.to_plain(operation) for operation in rule.operations]
+            rules.append(data | ({"tied": True} if rule.tied else {}))
+        return json.dumps({"version": VERSION, "rules": rules, "notes": list(self.notes)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Rules:
+        """Read rules from JSON.
+
+        >>> rules = Rules((Rule(("^a",), ("b",)),))
+        >>> Rules.from_json(rules.to_json()) == rules
+        True
+
+        Raises:
+            InputError: The text is not JSON of rules, has another version, or a field is not of its type and range.
+            PatternError: A pattern or a replacement is malformed.
+        """
+        try:
+            data = serial.parsed(text)
+            version = serial.integer(data["version"])
+            if version != VERSION:
+                raise InputError(
+                    f"These rules have version {version}; this autoalign reads {VERSION}. Nothing was read."
+                )
+            return cls(tuple(map(_rule_from_plain, serial.items(data["rules"]))), serial.texts(data["notes"]))
+        except InputError:
+            raise
+        except PatternError as error:
+            raise PatternError(f"{error} Nothing was read.") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            shown = str(error)[:_SHOWN_TEXT]
+            raise InputError(f"This is not JSON of autoalign's rules: {shown}. Nothing was read.") from error
+
+    def to_key_mapping(self) -> dict[str, str]:
+        """Export as the ``key_mapping`` of transformers' ``from_pretrained``, which ``align`` takes as ``rules`` too.
+
+        It renames only: dropped tensors keep a name that the model does not have, or the one they have. Of the
+        versions 5 it is for 5.6 and later: earlier ones rename each place where the text that a pattern matches occurs.
+
+        Raises:
+            RulesError: Some rules do more than rename; they are named.
+        """
+        from autoalign.rules.export_renamings import key_mapping
+
+        return key_mapping(self.rules)
+
+    def to_revise_keys(self) -> list[tuple[str, str]]:
+        """Export as the ``revise_keys`` of mmengine: patterns and replacements, which ``re.sub`` applies one by one.
+
+        Raises:
+            RulesError: Some rules do more than rename; they are named.
+        """
+        from autoalign.rules.export_renamings import revise_keys
+
+        return revise_keys(self.rules)
+
+    def to_transformers(self) -> list[WeightRenaming | WeightConverter]:
+        """Export as ``WeightRenaming`` and ``WeightConverter`` objects of transformers 5.6 and later.
+
+        Raises:
+            RulesError: Some rules are more than those can say; they are named.
+            DependencyError: transformers 5.6 or later is not installed.
+        """
+        from autoalign.rules.export_transformers import conversions
+
+        return conversions(self.rules)
+
+    def to_python(self, name: str = "checkpoint_filter_fn") -> str:
+        """Export as the source of a function ``name(state_dict, model)``, which needs torch and not this package.
+
+        Raises:
+            RulesError: Some rules hold operations that have no short form in Python; they are named.
+            InputError: The name is no identifier.
+        """
+        from autoalign.rules.export_python import source_of
+
+        return source_of(self.rules, name)
+
+    def __str__(self) -> str:
+        sides = [rule.sides for rule in self.rules]
+        width = min(max((len(first) for first, _ in sides), default=0), _WIDTH)
+        return "\n".join([*(f"{first:<{width}} -> {rest}" for first, rest in sides), *self.notes])

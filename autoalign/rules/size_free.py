@@ -1,0 +1,411 @@
+"""Operations without sizes: what a rule says of a whole family of networks, however wide each is.
+
+The operations of a match hold the sizes of its own tensors. Here the same is said relative to the shapes that come in:
+``the second of three equal parts`` instead of ``rows 768 to 1536``. ``exact`` turns it back for given shapes. Where
+sizes cannot be left out, ``Sized`` keeps them and refuses any others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd, prod
+
+from torch import Tensor
+
+from autoalign.errors import InputError
+from autoalign.plan.operations import (
+    Chain,
+    Grouped,
+    InsertZeros,
+    Operation,
+    Parallel,
+    Reshape,
+    Shape,
+    Split,
+    Trace,
+    Unstack,
+    chain,
+    output_shapes,
+    steps_of,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Relative(Operation, ABC):
+    """Base of the operations that depend on the shapes of their inputs."""
+
+    @abstractmethod
+    def exact(self, shapes: Sequence[Shape]) -> Operation:
+        """Say the same for inputs of the given shapes."""
+
+    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.exact([tuple(tensor.shape) for tensor in tensors]).apply(tensors)
+
+    def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
+        return self.exact(shapes).trace(shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class Portion(Relative):
+    """The portion ``start : start + length`` of dimension ``dim``, which counts ``of``: one of three thirds.
+
+    >>> import torch
+    >>> Portion(0, 1, 1, 2).apply([torch.arange(6)])
+    [tensor([3, 4, 5])]
+    """
+
+    dim: int
+    start: int
+    length: int
+    of: int
+
+    takes_part = True
+
+    def exact(self, shapes: Sequence[Shape]) -> Operation:
+        return _each([self._split(shape) for shape in shapes])
+
+    def _split(self, shape: Shape) -> Operation:
+        unit, rest = divmod(shape[self.dim], self.of) if self.dim < len(shape) else (0, 1)
+        if rest:
+            raise InputError(f"'{self}' does not divide a tensor of shape {list(shape)}. Nothing was converted.")
+        return Split(self.dim, self.start * unit, self.length * unit)
+
+    def __str__(self) -> str:
+        if self.length == 1:
+            return f"part {self.start + 1} of {self.of} (dim {self.dim})"
+        return f"parts {self.start + 1} to {self.start + self.length} of {self.of} (dim {self.dim})"
+
+
+@dataclass(frozen=True, slots=True)
+class Regroup(Relative):
+    """A reshape in terms of the dimensions that come in.
+
+    >>> print(Regroup(((0,), (1, 2))))
+    reshape [d0, d1*d2]
+    >>> import torch
+    >>> Regroup(((0,), (1, 2))).apply([torch.empty(2, 3, 4)])[0].shape
+    torch.Size([2, 12])
+    """
+
+    dims: tuple[tuple[int, ...] | int, ...]  # for each dimension those it is the product of, or a size; -1: the rest
+
+    def exact(self, shapes: Sequence[Shape]) -> Operation:
+        return _each([self._reshape(shape) for shape in shapes])
+
+    def _reshape(self, shape: Shape) -> Operation:
+        if len(shape) <= max((d for dim in self.dims if not isinstance(dim, int) for d in dim), default=-1):
+            raise InputError(f"'{self}' does not fit a tensor of shape {list(shape)}. Nothing was converted.")
+        sizes = [dim if isinstance(dim, int) else prod(shape[d] for d in dim) for dim in self.dims]
+        total, known = prod(shape), prod(size for size in sizes if size != -1)
+        if -1 in sizes and known and total % known == 0:
+            sizes[sizes.index(-1)] = total // known
+        if prod(sizes) != total or -1 in sizes:
+            raise InputError(f"'{self}' does not fit a tensor of shape {list(shape)}. Nothing was converted.")
+        return Reshape(tuple(sizes))
+
+    def __str__(self) -> str:
+        named = (str(dim) if isinstance(dim, int) else "*".join(f"d{d}" for d in dim) or "1" for dim in self.dims)
+        return f"reshape [{', '.join(named)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class ZerosLike(Relative):
+    """Zeros of the shape of input ``like`` before input ``index``."""
+
+    index: int
+    like: int
+
+    def exact(self, shapes: Sequence[Shape]) -> Operation:
+        return InsertZeros(self.index, shapes[self.like])
+
+    def __str__(self) -> str:
+        return f"zeros at {self.index}, shaped like {self.like}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pick(Operation):
+    """Some of the inputs, by their places.
+
+    >>> Pick((1,)).apply(["a", "b"])
+    ['b']
+    """
+
+    places: tuple[int, ...]
+
+    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensors[place] for place in self.places]
+
+    def __str__(self) -> str:
+        return f"take {', '.join(str(place + 1) for place in self.places)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Each(Operation):
+    """Every slice of dimension ``dim`` in turn, each into a target of its own; ``at`` makes it one of them."""
+
+    dim: int
+
+    takes_part = True
+
+    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [part for tensor in tensors for part in tensor.unbind(self.dim)]
+
+    def __str__(self) -> str:
+        return f"slice n (dim {self.dim})"
+
+
+@dataclass(frozen=True, slots=True)
+class Sized(Relative):
+    """An operation that holds for some sizes only, and refuses tensors of others."""
+
+    shapes: tuple[Shape, ...]
+    operation: Operation
+
+    @property
+    def parts(self) -> tuple[Operation, ...]:
+        return (self.operation,)
+
+    def exact(self, shapes: Sequence[Shape]) -> Operation:
+        if tuple(shapes) != self.shapes:
+            raise InputError(
+                f"'{self.operation}' was found for {_listed(self.shapes)} and cannot be carried over to "
+                f"{_listed(shapes)}. Nothing was converted. Align this pair itself."
+            )
+        return self.operation
+
+    def __str__(self) -> str:
+        return f"{self.operation} of {_listed(self.shapes[:1])} only"
+
+
+def exact(operation: Operation, shapes: Sequence[Shape]) -> Operation:
+    """Say what an operation does to inputs of the given shapes, in absolute sizes.
+
+    >>> exact(Portion(0, 2, 1, 3), [(6, 5)])
+    Split(dim=0, start=4, length=2)
+    """
+    return _exact(operation, tuple(shapes))
+
+
+@lru_cache(maxsize=4096)
+def _exact(operation: Operation, shapes: tuple[Shape, ...]) -> Operation:
+    match operation:
+        case Relative():
+            return operation.exact(shapes)
+        case Chain(steps):
+            done: list[Operation] = []
+            current = list(shapes)
+            for place, step in enumerate(steps, start=1):
+                done.append(exact(step, current))
+                if place < len(steps):
+                    current = output_shapes(done[-1], current)
+            return chain(*done)
+        case Grouped(size, inner):
+            ways = [exact(inner, shapes[start : start + size]) for start in range(0, len(shapes), size)]
+            if len(set(ways)) > 1:
+                raise InputError(f"'{operation}' does not fit tensors of unequal shapes. Nothing was converted.")
+            return Grouped(size, ways[0])
+        case Parallel(operations):
+            return Parallel(tuple(exact(own, [shape]) for own, shape in zip(operations, shapes, strict=True)))
+    return operation
+
+
+def at(operation: Operation, index: int) -> Operation:
+    """Take one slice where an operation takes each.
+
+    >>> at(Each(0), 2)
+    Unstack(dim=0, index=2)
+    """
+    steps = [Unstack(step.dim, index) if isinstance(step, Each) else step for step in steps_of(operation)]
+    return chain(*steps)
+
+
+def slice_count(operation: Operation, shapes: Sequence[Shape]) -> int | None:
+    """Tell how many slices ``Each`` takes of inputs of the given shapes; None for an operation without it."""
+    before: list[Operation] = []
+    for step in steps_of(operation):
+        if isinstance(step, Each):
+            (shape,) = output_shapes(exact(chain(*before), shapes), shapes)
+            return shape[step.dim]
+        before.append(step)
+    return None
+
+
+def _each(operations: Sequence[Operation]) -> Operation:
+    return operations[0] if len(set(operations)) == 1 else Parallel(tuple(operations))
+
+
+def _listed(shapes: Sequence[Shape]) -> str:
+    return ", ".join(str(list(shape)) for shape in shapes)
+
+
+Sample = tuple[Operation, tuple[Shape, ...]]  # an operation and the shapes of its inputs
+_COUNT = 3  # a leading size up to this may be a number of roles (q, k, v; two halves; colours) and not of heads
+
+
+def size_free(samples: Sequence[Sample], *, even: bool = False, spread: bool = False) -> Operation | None:
+    """Find one operation that does what each sample does, with as few absolute sizes as can be.
+
+    >>> print(size_free([(Split(0, 2, 2), ((6, 4),)), (Split(0, 5, 5), ((15, 4),))], even=True))
+    part 2 of 3 (dim 0)
+    >>> print(size_free([(Split(0, 4, 1), ((6, 4),))]))
+    split(dim 0, 4:5) of [6, 4] only
+
+    Args:
+        samples: At least one.
+        even: Whether parts are known to be equal; else they are only taken so where several sizes agree.
+        spread: Whether slices by ``Unstack`` stand for each slice in turn.
+
+    Returns:
+        The operation, or None if there is no single one.
+    """
+    samples = list(dict.fromkeys(samples))
+    first, shapes = samples[0]
+    if len({skeleton(operation) for operation, _ in samples}) > 1:
+        return None
+    match first:
+        case Chain(steps):
+            done = []
+            current = [(operation, list(own)) for operation, own in samples]
+            for place in range(len(steps)):
+                step = size_free([(op.steps[place], tuple(own)) for op, own in current], even=even, spread=spread)  # type: ignore[attr-defined]
+                if step is None:
+                    return None
+                done.append(step)
+                current = [(op, output_shapes(op.steps[place], own)) for op, own in current]  # type: ignore[attr-defined]
+            return chain(*done)
+        case Grouped(size, _):
+            groups = [
+                (op.operation, own[start : start + size])  # type: ignore[attr-defined]
+                for op, own in samples
+                for start in range(0, len(own), size)
+            ]
+            inner = size_free(groups, even=even)
+            return None if inner is None else Grouped(size, inner)
+        case Parallel(operations):
+            sides = [
+                size_free([(op.operations[place], (own[place],)) for op, own in samples], even=even)  # type: ignore[attr-defined]
+                for place in range(len(operations))
+            ]
+            known = [side for side in sides if side is not None]
+            return Parallel(tuple(known)) if len(known) == len(sides) else None
+        case Split(dim):
+            free = _portion(dim, [(op, own[0][dim]) for op, own in samples if isinstance(op, Split)], even=even)
+            return free or _sized(samples)
+        case Reshape():
+            return _regroup([(own, op.shape) for op, own in samples if isinstance(op, Reshape)]) or _sized(samples)
+        case InsertZeros(index):
+            places = [
+                place
+                for place in range(len(shapes))
+                if all(place < len(own) and own[place] == op.shape for op, own in samples)  # type: ignore[attr-defined]
+            ]
+            return ZerosLike(index, places[0]) if places else _sized(samples)
+        case Unstack(dim) if spread:
+            return Each(dim)
+    if first.adapts:
+        return _sized(samples)
+    return first if len({operation for operation, _ in samples}) == 1 else None
+
+
+def skeleton(operation: Operation) -> object:
+    """Leave the sizes out of an operation, to see whether two are of one kind."""
+    match operation:
+        case Chain(steps) | Parallel(steps):
+            return type(operation), tuple(map(skeleton, steps))
+        case Grouped(size, inner):
+            return Grouped, size, skeleton(inner)
+        case Split(dim) | Unstack(dim) | InsertZeros(dim):
+            return type(operation), dim
+        case Reshape():
+            return Reshape
+    return type(operation) if operation.adapts else operation
+
+
+def _sized(samples: Sequence[Sample]) -> Operation | None:
+    ((operation, shapes), *others) = samples
+    return None if others or isinstance(operation, Relative) else Sized(shapes, operation)
+
+
+def _portion(dim: int, splits: Sequence[tuple[Split, int]], *, even: bool) -> Operation | None:
+    ways = set()
+    for split, size in splits:
+        unit = split.length if even else gcd(split.start, split.length, size)
+        if not unit or size % unit or split.start % unit:
+            return None
+        ways.add((split.start // unit, split.length // unit, size // unit))
+    if len(ways) > 1 or not (even or len({size for _, size in splits}) > 1):
+        return None
+    return Portion(dim, *ways.pop())
+
+
+def _regroup(reshapes: Sequence[tuple[Sequence[Shape], Shape]]) -> Operation | None:
+    """Say each size of the result as a product of sizes that come in, as a constant, or as what is left."""
+    rows = []
+    for shapes, wanted in reshapes:
+        if len(set(shapes)) > 1:
+            return None
+        rows.append((shapes[0], wanted, _groups(shapes[0], wanted)))
+    if len({(len(shape), tuple(map(str, groups))) for shape, _, groups in rows}) > 1:
+        return None
+    dims: list[tuple[int, ...] | int] = []
+    _, wanted, groups = rows[0]
+    free = False
+    place_of = {place: (own, places) for own, places in groups for place in places}
+    for place in range(len(wanted)):
+        sizes = {result[place] for _, result, _ in rows}
+        own, places = place_of.get(place, ((), (place,)))
+        if len(places) == 1:
+            dims.append(own)
+            continue
+        varies = len(sizes) > 1
+        heads = place == _open_place([wanted[p] for p in places], places)
+        if (varies or (heads and not _varying(rows, places, beside=place))) and not free:
+            dims.append(-1)
+            free = True
+        elif varies:
+            return None
+        else:
+            dims.append(wanted[place])
+    result = Regroup(tuple(dims))
+    return result if all(_fits(result, own, want) for own, want, _ in rows) else None
+
+
+def _open_place(sizes: Sequence[int], places: Sequence[int]) -> int | None:
+    """Choose what is left open in a dimension that is taken apart: the number of heads, which comes first or second."""
+    if sizes[0] > _COUNT:
+        return places[0]
+    return places[1] if len(places) > 2 else None
+
+
+def _varying(rows: Sequence[tuple[Shape, Shape, object]], places: Sequence[int], *, beside: int) -> bool:
+    return any(len({wanted[place] for _, wanted, _ in rows}) > 1 for place in places if place != beside)
+
+
+def _fits(regroup: Regroup, shape: Shape, wanted: Shape) -> bool:
+    try:
+        return regroup.exact([shape]) == Reshape(wanted)
+    except InputError:
+        return False
+
+
+def _groups(shape: Shape, wanted: Shape) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Pair runs of dimensions of two shapes that hold the same elements; those of size 1 stand in none.
+
+    >>> _groups((768, 12, 64, 1), (768, 768))
+    [((0,), (0,)), ((1, 2), (1,))]
+    """
+    own = [place for place, size in enumerate(shape) if size != 1]
+    other = [place for place, size in enumerate(wanted) if size != 1]
+    groups = []
+    while own and other:
+        left, right = [own.pop(0)], [other.pop(0)]
+        while (have := prod(shape[p] for p in left)) != (want := prod(wanted[p] for p in right)):
+            side, rest = (left, own) if have < want else (right, other)
+            if not rest:
+                return []
+            side.append(rest.pop(0))
+        groups.append((tuple(left), tuple(right)))
+    return groups if not own and not other else []

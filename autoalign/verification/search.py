@@ -1,0 +1,366 @@
+"""Trials: other ways to fill a target that may be the right ones, where two networks stop computing the same.
+
+An option changes some matches. What the alignment lists as alternatives comes first, in all layers at once; then what
+often goes wrong: tensors of equal shape exchanged, square matrices transposed, parts of a fused tensor in another
+order. Options are tried against the networks' outputs, and only what makes them equal is believed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, permutations, product
+from math import inf
+
+from torch import Tensor
+
+from autoalign.plan.keys import components, stem
+from autoalign.plan.matches import Match
+from autoalign.plan.operations import Chain, Concatenate, Operation, Parallel, Shape, Split, Transpose, chain
+from autoalign.verification.compare import owners
+from autoalign.verification.session import Outcome, Subject
+
+Option = dict[str, Match]  # target key -> the match that takes the place of its present one
+
+_NEAREST = 4  # suspects that are laid out otherwise before any are exchanged
+_PARTS = (2, 3)  # that a tensor which is fused on both sides may have
+_MOST_PARTS = 4  # whose orders are all tried
+
+
+def listed_options(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
+    """Give the other layouts of the suspects' matches that are in doubt; those of one doubt together, in all layers."""
+    done = set()
+    for key in suspects:
+        match = matches[key]
+        if not match.warnings or match.warnings in done:
+            continue
+        done.add(match.warnings)
+        group = [m for m in matches.values() if m.alternatives and m.warnings == match.warnings]
+        for turn in range(max((len(m.alternatives) for m in group), default=0)):
+            option: Option = {}
+            for member in group:
+                if turn < len(member.alternatives):
+                    other = member.alternatives[turn]
+                    option |= _taken(matches, member, other.sources, other.operation)
+            yield option
+
+
+def rivals(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
+    """Give each suspect's next best source, and what had that the suspect's."""
+    for key in suspects:
+        if not matches[key].warnings:
+            for other in matches[key].alternatives:
+                yield _taken(matches, matches[key], other.sources, other.operation)
+
+
+def _taken(matches: Mapping[str, Match], match: Match, sources: tuple[str, ...], operation: Operation) -> Option:
+    """Fill a key from other sources; the key that had them gets this one's."""
+    option = {match.target: replace(match, sources=sources, operation=operation)}
+    if sorted(sources) != sorted(match.sources):
+        for other in matches.values():
+            if other.sources == sources and other.target != match.target:
+                option[other.target] = replace(other, sources=match.sources, operation=match.operation)
+    return option
+
+
+def other_options(
+    matches: Mapping[str, Match],
+    suspects: Sequence[str],
+    shapes: Mapping[str, Shape],
+    source_shapes: Mapping[str, Shape],
+) -> Iterator[Option]:
+    """Give what often goes wrong around the suspects, which are target keys, the likeliest first."""
+    nearest, others = suspects[:_NEAREST], suspects[_NEAREST:]
+    yield from _relaid(matches, nearest, shapes, source_shapes)
+    yield from rivals(matches, suspects)
+    yield from exchanges(matches, suspects, shapes)
+    yield from _relaid(matches, others, shapes, source_shapes)
+
+
+def _relaid(
+    matches: Mapping[str, Match], keys: Sequence[str], shapes: Mapping[str, Shape], source_shapes: Mapping[str, Shape]
+) -> Iterator[Option]:
+    """Lay tensors out otherwise: square matrices transposed, parts in another order."""
+    for key in keys:
+        if (operation := _turned(matches[key], shapes[key])) is not None:
+            yield {key: replace(matches[key], operation=operation)}
+        for sources in _orders(matches[key], source_shapes):
+            yield {key: replace(matches[key], sources=sources)}
+        yield from _parts_reordered(matches, key, shapes)
+
+
+def exchanges(matches: Mapping[str, Match], suspects: Sequence[str], shapes: Mapping[str, Shape]) -> Iterator[Option]:
+    """Exchange what fills suspects of equal shape: whole layers, then single tensors, then three in a circle."""
+    modules: dict[str, list[str]] = {}
+    for key in suspects:
+        modules.setdefault(key.rpartition(".")[0], []).append(key)
+    for first, second in _nearest_pairs(list(modules)):
+        option: Option = {}
+        for key in modules[first]:
+            partner = f"{second}.{key.rpartition('.')[2]}".lstrip(".")
+            if partner in modules[second] and shapes[partner] == shapes[key]:
+                option |= _exchanged(matches, key, partner)
+        if len(option) > 2:
+            yield option
+    for first, second in _nearest_pairs(suspects):
+        if shapes[first] == shapes[second]:
+            yield _exchanged(matches, first, second)
+    groups: dict[tuple[Shape, str], list[str]] = {}
+    for key in suspects:
+        groups.setdefault((shapes[key], key.rpartition(".")[2]), []).append(key)
+    for group in groups.values():
+        if len(group) > 2:
+            first, second, third = group[:3]
+            for order in ((second, third, first), (third, first, second)):
+                yield {
+                    key: replace(matches[key], sources=matches[other].sources, operation=matches[other].operation)
+                    for key, other in zip((first, second, third), order, strict=True)
+                }
+
+
+def _nearest_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = [(i + j, i, j) for i, j in combinations(range(len(names)), 2)]
+    return [(names[i], names[j]) for _, i, j in sorted(pairs)]
+
+
+def _exchanged(matches: Mapping[str, Match], first: str, second: str) -> Option:
+    one, other = matches[first], matches[second]
+    return {
+        first: replace(one, sources=other.sources, operation=other.operation),
+        second: replace(other, sources=one.sources, operation=one.operation),
+    }
+
+
+def _turned(match: Match, shape: Shape) -> Operation | None:
+    """Transpose a square matrix; None for all else."""
+    if match.operation.adapts or len(shape) != 2 or shape[0] != shape[1]:
+        return None
+    steps = match.operation.steps if isinstance(match.operation, Chain) else (match.operation,)
+    return chain(*steps[:-1]) if steps[-1] == Transpose() else chain(match.operation, Transpose())
+
+
+def _parts_reordered(matches: Mapping[str, Match], key: str, shapes: Mapping[str, Shape]) -> Iterator[Option]:
+    """Take a tensor that is fused on both sides apart into halves or thirds, and give their other orders.
+
+    The bias of a layer follows its weight.
+    """
+    if len(shapes[key]) < 2:
+        return
+    bias = f"{key.rpartition('.')[0]}.bias".lstrip(".")
+    for count, dim in product(_PARTS, (0, len(shapes[key]) - 1)):
+        size = shapes[key][dim]
+        if size % count or size == count or (count == 3 and size not in {3 * other for other in shapes[key]}):
+            continue
+        members = {key: dim}
+        if bias in matches and shapes.get(bias) == (size,):
+            members[bias] = 0
+        if any(len(matches[k].sources) > 1 or matches[k].operation.adapts for k in members):
+            continue
+        for order in list(permutations(range(count)))[1:]:
+            yield {k: _in_parts(matches[k], along, size // count, order) for k, along in members.items()}
+
+
+def _in_parts(match: Match, dim: int, length: int, order: Sequence[int]) -> Match:
+    parts = tuple(chain(match.operation, Split(dim, place * length, length)) for place in order)
+    operation = chain(Parallel(parts), Concatenate(dim))
+    return replace(match, sources=match.sources * len(order), operation=operation)
+
+
+def _orders(match: Match, source_shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ...]]:
+    """Give the sources of a fused tensor in other orders, where they have one shape."""
+    alike = len({source_shapes.get(key) for key in match.sources}) == 1
+    if 1 < len(match.sources) <= _MOST_PARTS and alike:
+        for order in list(permutations(match.sources))[1:]:
+            yield tuple(order)
+
+
+def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[str, Shape]) -> Option:
+    """Extend an option to the other layers of the same names; the option itself where there are none."""
+    keys = list(option)
+    if len(keys) == 1:
+        (key,) = keys
+        changed = option[key]
+        result = dict(option)
+        for other, match in matches.items():
+            same = stem(other) == stem(key) and shapes[other] == shapes[key]
+            if not same or other == key or match.operation != matches[key].operation:
+                continue
+            if changed.sources == matches[key].sources:
+                result[other] = replace(match, operation=changed.operation)
+            elif set(changed.sources) == set(matches[key].sources) and len(match.sources) == len(matches[key].sources):
+                places = [matches[key].sources.index(source) for source in changed.sources]
+                sources = tuple(match.sources[place] for place in places)
+                result[other] = replace(match, sources=sources, operation=changed.operation)
+        return result
+    common = 0
+    split = [components(key) for key in keys]
+    while all(len(path) > common + 1 and path[common] == split[0][common] for path in split):
+        common += 1
+    prefix = ".".join(split[0][:common])
+    suffix = {key: key[len(prefix) :] for key in keys}
+    moved = {key: next((k for k in keys if _same_fill(matches[k], option[key])), key) for key in keys}
+    result = dict(option)
+    for other in matches:
+        start = other[: -len(suffix[keys[0]])]
+        if not other.endswith(suffix[keys[0]]) or start == prefix or stem(start) != stem(prefix):
+            continue
+        there = {key: start + suffix[key] for key in keys}
+        if all(name in matches and shapes[name] == shapes[key] for key, name in there.items()):
+            for key in keys:
+                fill = matches[there[moved[key]]]
+                result[there[key]] = replace(matches[there[key]], sources=fill.sources, operation=fill.operation)
+    return result
+
+
+def _same_fill(match: Match, other: Match) -> bool:
+    return match.sources == other.sources and match.operation == other.operation
+
+
+_NEAR = 12  # tensors used before a difference that are exchanged with one another
+
+
+class Budget:
+    """How many more trials may be made."""
+
+    def __init__(self, trials: int, seconds: float | None) -> None:
+        self.limit, self.made = trials, 0
+        self.end = inf if seconds is None else time.monotonic() + seconds
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no more may be made."""
+        return self.made >= self.limit or time.monotonic() > self.end
+
+    def take(self) -> bool:
+        """Count one more trial, unless all were made."""
+        if self.is_spent:
+            return False
+        self.made += 1
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How the target is filled, and what comes of it."""
+
+    matches: dict[str, Match]
+    outcome: Outcome
+    found: tuple[str, ...]  # the keys whose filling was changed for the better
+
+    def changed(self, matches: Mapping[str, Match]) -> tuple[Match, ...]:
+        """List the matches that are other than they were, or were not loaded."""
+        return tuple(match for key, match in self.matches.items() if matches.get(key) != match)
+
+
+def search(
+    subject: Subject,
+    matches: dict[str, Match],
+    fills: Mapping[str, Tensor],
+    base: Outcome,
+    wrong: Collection[str],
+    budget: Budget,
+    *,
+    listed_only: bool,
+) -> State:
+    """Try other ways to fill the target, one step at a time, for as long as both agree for longer.
+
+    ``base`` is what came of a call with ``fills`` in place of the target's own values; with ``listed_only`` nothing is
+    tried but what the alignment lists.
+    """
+    state = State(dict(matches), base, ())
+    first = {key: subject.value(m) for key, m in subject.proposed.items() if key in subject.own}
+    values = {**fills, **first}
+    if first and budget.take():
+        outcome = subject.call(state.matches, subject.tied(values), wrong)
+        state = State(state.matches, outcome, tuple(first) if outcome.equal else ())
+    while not state.outcome.equal:
+        better = _step(subject, state, values, wrong, budget, listed_only=listed_only)
+        if better is None:
+            break
+        state, values = better
+    return state
+
+
+def _step(
+    subject: Subject,
+    state: State,
+    values: Mapping[str, Tensor],
+    wrong: Collection[str],
+    budget: Budget,
+    *,
+    listed_only: bool,
+) -> tuple[State, dict[str, Tensor]] | None:
+    """Find an option that makes the networks agree for longer, and for equal outputs if one does."""
+    best: tuple[State, dict[str, Tensor]] | None = None
+
+    def tried(option: Option) -> bool:
+        nonlocal best
+        changes = {key: m for key, m in option.items() if key in subject.own and m != state.matches.get(key)}
+        if not changes or not budget.take():
+            return False
+        try:
+            new = {key: subject.value(match) for key, match in changes.items()}
+        except (RuntimeError, IndexError):  # an operation that does not fit these shapes
+            return False
+        if any(tensor.shape != subject.own[key].shape for key, tensor in new.items()):
+            return False
+        matches, filled = {**state.matches, **changes}, {**values, **new}
+        outcome = subject.call(matches, subject.tied(filled), wrong)
+        known = best[0].outcome.position if best else state.outcome.position
+        if outcome.position <= known:
+            return False
+        best = State(matches, outcome, tuple(dict.fromkeys((*state.found, *changes)))), filled
+        return True
+
+    for option, listed in _options(subject, state):
+        if budget.is_spent or (best is not None and not listed):
+            break
+        if listed_only and not listed:
+            continue
+        if tried(option) and best is not None and not best[0].outcome.equal and not listed:
+            tried(in_all_layers(state.matches, option, subject.target_shapes))
+        if best is not None and (best[0].outcome.equal or not listed):
+            break  # listed ones are all tried, and the best is kept
+    return best
+
+
+def _options(subject: Subject, state: State) -> Iterator[tuple[Option, bool]]:
+    """Give options for the first divergence, the likeliest first, and whether the alignment lists them."""
+    used = state.outcome.compared.target.first_use
+    finding = state.outcome.finding
+    end = finding.time if finding is not None else 2**61
+    before = sorted((k for k in state.matches if k in used and used[k] <= end), key=lambda key: -used[key])
+    called = {call.module for call in state.outcome.compared.target.calls}
+    owned = owners(subject.models[1], list(state.matches), called)
+    own = [key for key in state.matches if finding and owned[key][0] == finding.call.module]
+    at = own if finding is not None and finding.kind in ("own", "mispaired") else []
+    suspects = list(dict.fromkeys((*at, *before)))
+    if at:
+        for option in _likely(subject, state, own):
+            yield option, False
+    for option in listed_options(state.matches, suspects):
+        yield option, True
+    near = suspects[: max(len(at), _NEAR)]
+    for option in other_options(state.matches, near, subject.target_shapes, subject.shapes):
+        yield option, False
+    for mine, other in product(at, state.matches):
+        if other not in own:
+            for option in exchanges(state.matches, (mine, other), subject.target_shapes):
+                yield option, False
+
+
+def _likely(subject: Subject, state: State, own: Sequence[str]) -> Iterator[Option]:
+    """Give what the recordings themselves say of a module that is given the right inputs and filled wrongly."""
+    matches, finding = state.matches, state.outcome.finding
+    module_of = {key: subject.source_owner[match.sources[0]][0] for key, match in matches.items()}
+    assert finding is not None
+    pairs: list[tuple[str, str]] = []
+    if finding.kind == "mispaired":  # the module that is given the same
+        pairs += [(mine, key) for key in matches if module_of[key] in finding.elsewhere for mine in own]
+    for module in dict.fromkeys(module_of[key] for key in own):  # one that has a part of the tensors should have all
+        others = [mine for mine in own if module_of[mine] != module]
+        pairs += [(mine, key) for mine in others for key in matches if module_of[key] == module]
+    for mine, other in pairs:
+        if other not in own:
+            yield from exchanges(matches, (mine, other), subject.target_shapes)

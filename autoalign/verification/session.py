@@ -1,0 +1,208 @@
+"""The subject of a verification: two models, what the source computed, and calls of the target with other values."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+import torch
+from torch import Tensor, nn
+
+from autoalign.alignment import Alignment
+from autoalign.plan.matches import Match
+from autoalign.verification.causes import Scene
+from autoalign.verification.compare import (
+    OutputDifference,
+    output_differences,
+    owners,
+    paired_modules,
+    relative_difference,
+    tolerance_of,
+)
+from autoalign.verification.divergence import (
+    Compared,
+    Finding,
+    compare,
+    event_count,
+    features_last,
+    first_finding,
+    module_tolerance,
+)
+from autoalign.verification.recording import record
+
+_HELD = 0.5  # of the tensors with values of their own that a target must hold to count as loaded
+_EXACT = 1e-6  # relative difference of values that are called the same
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One call of the target."""
+
+    differences: tuple[OutputDifference, ...]
+    largest: float
+    equal: bool  # outputs and all that was compared on the way
+    finding: Finding | None
+    position: float  # how far both agree; inf where all is equal
+    compared: Compared
+    events: int
+
+
+class Subject:
+    """Two models, a call of the source, and what is known of the target's values.
+
+    Args:
+        source: The model whose outputs are right.
+        target: The other.
+        inputs: What each is called with.
+        alignment: What is verified.
+        tolerance: Of outputs; None for that of their types.
+
+    Attributes:
+        matches: What the alignment fills the target with, by key.
+        proposed: What it proposes beyond that.
+        own: The target's parameters and buffers.
+        wrong: The target's keys that hold other values than the alignment gives, and what they hold, in words.
+        loaded: Whether the target holds most of the alignment's values.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module,
+        target: nn.Module,
+        inputs: tuple[object, object],
+        alignment: Alignment,
+        tolerance: float | None,
+    ) -> None:
+        self.models = (source, target)
+        self.inputs, self.alignment, self.wanted_tolerance = inputs[1], alignment, tolerance
+        self.shapes = {spec.key: spec.shape for spec in alignment.source_specs}
+        self.target_shapes = {spec.key: spec.shape for spec in alignment.target_specs}
+        self.sizes = {spec.key: spec.numel for spec in alignment.target_specs}
+        self.keep = [{key.rpartition(".")[0] for key in shapes} for shapes in (self.shapes, self.target_shapes)]
+        names = [dict(model.named_modules(remove_duplicate=False)) for model in self.models]
+        for keep, modules in zip(self.keep, names, strict=True):  # of a module with several names, the first is used
+            shared = {id(modules[name]) for name in keep if name in modules}
+            keep |= {name for name, module in modules.items() if id(module) in shared}
+        self.source = record(source, inputs[0], self.keep[0])
+        self.last = {
+            f"{side}:{name}"
+            for side, model in zip(("source", "target"), self.models, strict=True)
+            for name in features_last(model)
+        }
+        called = {call.module for call in self.source.calls}
+        self.source_owner = owners(source, list(self.shapes), called)
+        self.own: dict[str, Tensor] = dict(target.named_buffers(remove_duplicate=False))
+        self.own |= dict(target.named_parameters(remove_duplicate=False))
+        self.matches = {match.target: match for match in alignment.matches}
+        self.proposed = {match.target: match for match in alignment.ambiguous}
+        self.wrong, self.loaded = self._held()
+
+    def _held(self) -> tuple[dict[str, str], bool]:
+        """Find the target's tensors that are not what the alignment gives, and whether it was loaded at all."""
+        tensors = {key: self.value(match) for key, match in self.matches.items() if key in self.own}
+        agreeing = {key for key, tensor in tensors.items() if _agree(self.own[key].detach(), tensor)}
+        sizes = {self.own[key].numel() for key in tensors.keys() - agreeing} - {1}
+        prints: dict[tuple[int, float], list[str]] = {}  # of the tensors that one which disagrees may be
+        for key, tensor in tensors.items():
+            if tensor.numel() in sizes:
+                prints.setdefault(_print_of(tensor), []).append(key)
+        wrong: dict[str, str] = {}
+        told = held = 0
+        for key, tensor in tensors.items():
+            own, others = self.own[key].detach(), []
+            if key not in agreeing:
+                others = prints.get(_print_of(own), []) if own.numel() in sizes else []
+                wrong[key] = self._describe(key, own, tensor, [k for k in others if torch.equal(tensors[k], own)])
+            if isinstance(self.own[key], nn.Parameter) and own.numel() > 1 and not _is_constant(tensor):
+                told += 1
+                held += key in agreeing or bool(others)
+        return wrong, held >= _HELD * told
+
+    def _describe(self, key: str, own: Tensor, tensor: Tensor, like: Sequence[str]) -> str:
+        sources = " + ".join(self.matches[key].sources)
+        if own.dim() == 2 and own.shape[0] == own.shape[1] and torch.equal(own.T, tensor):
+            return f"holds {sources} transposed"
+        if like:
+            return f"holds what {like[0]} should: {' + '.join(self.matches[like[0]].sources)}, not {sources}"
+        apart = relative_difference(own, tensor)
+        return f"differs from what {sources} gives" + ("" if apart is None else f" by {apart:.1e}")
+
+    def value(self, match: Match) -> Tensor:
+        """Make the tensor of a match, as a load would give it to the target."""
+        tensor, own = self.alignment.tensor(match).detach(), self.own[match.target]
+        return tensor.to(device=own.device, dtype=own.dtype)
+
+    def call(
+        self, matches: Mapping[str, Match], values: Mapping[str, Tensor] | None, wrong: Collection[str]
+    ) -> Outcome:
+        """Call the target and compare; ``matches`` tell which modules belong together."""
+        target = record(self.models[1], self.inputs, self.keep[1], values)
+        called = {call.module for call in target.calls}
+        target_owner = owners(self.models[1], list(self.target_shapes), called)
+        pairs = paired_modules(list(matches.values()), self.source_owner, target_owner, self.sizes)
+        tolerance = self.wanted_tolerance or tolerance_of(self.source.outputs, target.outputs)
+        finer = module_tolerance(tolerance, (self.source, target))
+        compared = compare(
+            Compared(
+                self.source,
+                target,
+                pairs,
+                self.shapes,
+                self.target_shapes,
+                self.last,
+                finer,
+                max(tolerance, finer),
+            )
+        )
+        differences = output_differences(target.outputs, self.source.outputs)
+        largest = max((item.difference for item in differences), default=inf)
+        guilty = {target_owner[key][0] for key in wrong if key in target_owner}
+        outputs_equal = largest <= tolerance  # although values on the way may differ: a signal may fade
+        finding = first_finding(replace(compared, tolerance=compared.most) if outputs_equal else compared, guilty)
+        equal = outputs_equal and finding is None
+        position: float = inf if equal else finding.position if finding is not None else 2**31
+        return Outcome(tuple(differences), largest, equal, finding, position, compared, event_count(compared))
+
+    def tolerance(self, outcome: Outcome) -> float:
+        """Tell the tolerance of outputs."""
+        return self.wanted_tolerance or tolerance_of(self.source.outputs, outcome.compared.target.outputs)
+
+    def scene(
+        self, outcome: Outcome, matches: Mapping[str, Match], wrong: Mapping[str, str], filled: Collection[str]
+    ) -> Scene:
+        """Gather what is known where a cause is looked for."""
+        called = {call.module for call in outcome.compared.target.calls}
+        owned = owners(self.models[1], list(self.target_shapes), called)
+        return Scene(
+            self.models,
+            (self.source, outcome.compared.target),
+            outcome.compared.pairs,
+            {key: owner for key, (owner, _) in owned.items()},
+            self.alignment,
+            matches,
+            wrong,
+            [key for key in self.target_shapes if key not in filled],
+        )
+
+    def tied(self, fills: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give tied parameters one tensor, and parameters' places to parameters."""
+        first: dict[int, Tensor] = {}
+        for key, tensor in fills.items():
+            if id(self.own[key]) not in first:
+                is_parameter = isinstance(self.own[key], nn.Parameter)
+                first[id(self.own[key])] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        return {key: first[id(self.own[key])] for key in fills}
+
+
+def _agree(own: Tensor, tensor: Tensor) -> bool:
+    return torch.equal(own, tensor) or (relative_difference(own, tensor) or 0.0) <= _EXACT
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    return bool((tensor == tensor.flatten()[0]).all())
+
+
+def _print_of(tensor: Tensor) -> tuple[int, float]:
+    """Give what all tensors of the same values in any order have in common."""
+    return tensor.numel(), float(f"{float(tensor.detach().double().abs().sum()):.9e}")

@@ -1,1 +1,0 @@
-"""Formats that are written, one module for each."""

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autoalign.checkpoints.checkpoint import open_checkpoint
+from autoalign.checkpoints.formats.detection import format_of
+from autoalign.errors import CheckpointError, DependencyError
+
+gguf: Any = pytest.importorskip("gguf")
+
+VALUES: dict[str, np.ndarray] = {
+    "token_embd.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "blk.0.attn_q.weight": np.arange(6, dtype=np.float16).reshape(2, 3),
+    "counts": np.arange(3, dtype=np.int32),
+}
+
+
+def write(path: Path, tensors: dict[str, tuple[np.ndarray, str | None]], **options: Any) -> None:
+    writer = gguf.GGUFWriter(path, "llama", **options)
+    writer.add_head_count(4)
+    writer.add_name("small")
+    writer.add_token_list([f"token{index}" for index in range(2000)])
+    for name, (values, kind) in tensors.items():
+        dtype = None if kind is None else gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, values, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("endian", ["LITTLE", "BIG"])
+def test_tensors_and_configuration_are_read(tmp_path: Path, endian: str) -> None:
+    path = tmp_path / "model"
+    write(path, {name: (values.copy(), None) for name, values in VALUES.items()}, endianess=gguf.GGUFEndian[endian])
+    checkpoint = open_checkpoint(path)
+    assert list(checkpoint) == list(VALUES)
+    for spec in checkpoint.specs:
+        assert (spec.shape, checkpoint[spec.key].dtype) == (VALUES[spec.key].shape, spec.dtype)
+        assert checkpoint[spec.key].tolist() == VALUES[spec.key].tolist()
+    assert checkpoint.config["llama.attention.head_count"] == 4
+    assert checkpoint.config["general.name"] == "small"
+    assert "tokenizer.ggml.tokens" not in checkpoint.config
+
+
+def test_bfloat16_is_read(tmp_path: Path) -> None:
+    values = torch.tensor([[1.5, -2.0], [3e38, 0.0]], dtype=torch.bfloat16)
+    write(tmp_path / "a.gguf", {"a.weight": (values.view(torch.uint8).numpy(), "BF16")})
+    checkpoint = open_checkpoint(tmp_path / "a.gguf")
+    assert torch.equal(checkpoint["a.weight"], values)
+
+
+def test_quantised_tensors_are_left_out_by_name(tmp_path: Path) -> None:
+    packed = gguf.quants.quantize(np.ones((2, 64), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    write(tmp_path / "a.gguf", {"a.weight": (packed, "Q8_0"), "norm.weight": (np.ones(64, np.float32), None)})
+    checkpoint = open_checkpoint(tmp_path / "a.gguf")
+    assert list(checkpoint) == ["norm.weight"]
+    assert checkpoint.notes[0].startswith("1 quantised tensors of the file were left out: 1 of Q8_0.")
+    write(tmp_path / "b.gguf", {"a.weight": (packed, "Q8_0")})
+    with pytest.raises(CheckpointError, match=r"All tensors of .*b.gguf' are quantised \(1 of Q8_0\)"):
+        open_checkpoint(tmp_path / "b.gguf")
+
+
+@pytest.mark.parametrize("kept", [6, 30, 0.5, 0.99])
+def test_truncated_file(tmp_path: Path, kept: float) -> None:
+    path = tmp_path / "a.gguf"
+    write(path, {"a": (np.ones((300, 300), np.float32), None)})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if kept < 1 else int(kept)])
+    with pytest.raises(CheckpointError, match="could not be read as a GGUF file"):
+        open_checkpoint(path)
+
+
+def test_a_large_file_whose_tensor_count_looks_like_json(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "little") + ord("{").to_bytes(8, "little"))
+    os.truncate(path, 2**34)  # to safetensors, a file with a header of 14 GB
+    assert format_of(path) == "GGUF"
+
+
+def test_tensors_that_overlap(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    write(path, {"first": (np.ones(8, np.float32), None), "second": (np.ones(8, np.float32), None)})
+    content = bytearray(path.read_bytes())
+    place = content.index(b"second") + len("second") + 4 + 8 + 4  # after its name, dimensions and type
+    assert int.from_bytes(content[place : place + 8], "little") == 32
+    content[place : place + 8] = bytes(8)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="second overlaps what is before it"):
+        open_checkpoint(path)
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(DependencyError, match=r"package gguf.*pip install 'autoalign\[formats\]'"):
+        open_checkpoint(tmp_path / "a.gguf")

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import itertools
+import threading
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor
+
+from autoalign.loading import fill as copying
+from autoalign.loading.fill import Fill, copies_in_place, copy_all
+from autoalign.plan.operations import Operation
+from tests.plan.test_regions import CASES, Shape, tensors
+
+WITHOUT_A_VIEW = {"flip(dim 1)", "zeros[2] at 1 + concatenate(dim 0)", "resize positions 2x2 -> 3x4 (bicubic)"}
+
+
+def ignored(_done: int, _size: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize(("operation", "shapes"), CASES, ids=str)
+@pytest.mark.parametrize("strided", [False, True])
+def test_operations_that_move_elements_fill_a_target_in_place(
+    operation: Operation, shapes: list[Shape], strided: bool
+) -> None:
+    sources = tensors(shapes)
+    (expected,) = operation.apply(sources)
+    target = torch.full_like(expected, -1)
+    if strided:  # as in the channels_last format
+        target = torch.full([2 * size for size in expected.shape], -1.0)[
+            tuple(slice(None, None, 2) for _ in target.shape)
+        ]
+    fill = copies_in_place(operation, sources, target)
+    if fill is None:
+        assert str(operation) in WITHOUT_A_VIEW or strided
+        return
+    assert str(operation) not in WITHOUT_A_VIEW
+    assert all(copying.memory_of(part) == copying.memory_of(target) for part, _ in fill.copies)
+    copy_all([fill], ignored)
+    assert torch.equal(target, expected)
+
+
+def test_large_copies_are_made_in_several_threads_and_those_of_one_memory_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(copying, "_PARALLEL", 1)
+    monkeypatch.setattr(copying, "_BATCH", 64)
+    targets = [torch.zeros(10) for _ in range(8)]
+    fills = [Fill(target, ((target, torch.full((10,), float(place))),)) for place, target in enumerate(targets)]
+    twice = [Fill(targets[0], ((targets[0], torch.full((10,), value)),)) for value in (5.0, 6.0, 7.0)]
+    steps: list[tuple[int, int]] = []
+    copy_all([*fills, *twice], lambda done, size: steps.append((done, size)))
+    assert [int(target[0]) for target in targets] == [7, 1, 2, 3, 4, 5, 6, 7]
+    assert all(bool((target == target[0]).all()) for target in targets)
+    assert steps == sorted(steps)
+    assert steps[-1] == (11, 11 * 40)
+
+
+def large_fills(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Fill]]:
+    """Make copies of 0, 1, ... that are worth threads."""
+    monkeypatch.setattr(copying, "_PARALLEL", 1)
+    monkeypatch.setattr(copying, "_BATCH", 64)
+    targets = [torch.full((20,), -1.0) for _ in range(16)]
+    return targets, [Fill(t, ((t, torch.full((20,), float(place))),)) for place, t in enumerate(targets)]
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=repr)
+def test_copies_are_made_where_no_more_threads_can_be_started(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, error: Exception
+) -> None:
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == allowed:
+            raise error
+        started.append(thread)
+        start(thread)
+
+    targets, fills = large_fills(monkeypatch)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    steps: list[int] = []
+    copy_all(fills, lambda done, _size: steps.append(done))
+    assert [target.tolist() for target in targets] == [[float(place)] * 20 for place in range(16)]
+    assert steps == list(range(1, 17))
+    assert len(started) == allowed
+    assert not any(thread.is_alive() for thread in started)
+
+
+@pytest.mark.parametrize("is_parallel", [True, False])
+def test_all_copies_are_made_even_if_a_step_fails(monkeypatch: pytest.MonkeyPatch, is_parallel: bool) -> None:
+    def step(_done: int, _size: int) -> None:
+        raise ValueError("the screen is gone")
+
+    targets, fills = large_fills(monkeypatch)
+    if not is_parallel:
+        monkeypatch.setattr(copying, "_PARALLEL", 10**9)
+    with pytest.raises(ValueError, match="the screen is gone"):
+        copy_all(fills, step)
+    assert [int(target[0]) for target in targets] == list(range(16))
+
+
+@pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_copies_for_which_there_is_no_memory_are_made_in_parts(
+    monkeypatch: pytest.MonkeyPatch, most: int, error: Exception
+) -> None:
+    copy = Tensor.copy_
+
+    def limited(self: Tensor, other: Tensor) -> Tensor:
+        if self.numel() > most:
+            raise error
+        return copy(self, other)
+
+    source, target = torch.arange(35.0).reshape(5, 7).t(), torch.zeros(7, 5, dtype=torch.float64)
+    monkeypatch.setattr(Tensor, "copy_", limited)
+    copy_all([Fill(target, ((target, source),))], ignored)
+    assert torch.equal(target, source.double())
+
+
+def test_a_copy_that_fails_otherwise_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+
+    def broken(self: Tensor, _other: Tensor) -> Tensor:
+        copied.append(self.numel())
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(Tensor, "copy_", broken)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        copy_all([Fill(torch.zeros(8), ((torch.zeros(8), torch.ones(8)),))], ignored)
+    assert copied == [8]
+
+
+def test_an_error_of_a_copy_is_raised_when_the_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets, fills = large_fills(monkeypatch)
+    fills[3] = Fill(targets[3], ((targets[3], torch.zeros(7)),))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        copy_all(fills, ignored)
+    assert [int(target[0]) for target in targets] == [0, 1, 2, -1, *range(4, 16)]
+
+
+def test_copies_change_versions_and_no_gradients() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    version = parameter._version
+    copy_all([Fill(parameter.detach(), ((parameter.detach(), torch.ones(3)),))], ignored)
+    assert parameter.tolist() == [1, 1, 1]
+    assert parameter._version == version + 1
+    assert parameter.requires_grad
+    assert parameter.is_leaf
+
+
+def test_copies_of_other_dtypes_are_casts() -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for source, target in itertools.permutations(dtypes, 2):
+        given, into = torch.tensor([1.5, -2.0], dtype=source), torch.zeros(2, dtype=target)
+        copy_all([Fill(into, ((into, given),))], ignored)
+        assert into.tolist() == [1.5, -2]
+
+
+def test_a_fill_knows_its_size() -> None:
+    tensor: Tensor = torch.zeros(2, 3, dtype=torch.bfloat16)
+    assert Fill(tensor, ()).size == 2 * prod(tensor.shape)

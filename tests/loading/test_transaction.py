@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoalign.loading.transaction import cannot_fail, transaction
+
+
+def change(model: Any, error: BaseException | None = None) -> None:
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias = nn.Parameter(torch.zeros(9))
+        model[1].running_mean.data = torch.zeros(7)
+        del model[1].running_var
+        model.append(nn.Linear(1, 1))
+    if error is not None:
+        raise error
+
+
+def network() -> Any:
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+def test_everything_is_put_back() -> None:
+    model = network()
+    before = {key: (id(t), t.data_ptr(), t.clone()) for key, t in model.state_dict(keep_vars=True).items()}
+    with pytest.raises(KeyboardInterrupt, match="now"), transaction(model, keep_values=True):
+        change(model, KeyboardInterrupt("now"))
+    after = {key: (id(t), t.data_ptr(), t) for key, t in model.state_dict(keep_vars=True).items()}
+    assert {key: entry[:2] for key, entry in after.items()} == {key: entry[:2] for key, entry in before.items()}
+    assert all(torch.equal(after[key][2], before[key][2]) for key in before)
+
+
+def test_changes_stay_where_nothing_is_raised() -> None:
+    model = network()
+    with transaction(model, keep_values=True):
+        change(model)
+    assert len(model) == 3
+    assert model[0].bias.shape == (9,)
+
+
+def test_without_values_registrations_are_put_back() -> None:
+    model = network()
+    bias, weight = model[0].bias, model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="now"), transaction(model, keep_values=False):
+        change(model, ValueError("now"))
+    assert model[0].bias is bias
+    assert len(model) == 2
+    assert not torch.equal(model[0].weight, weight)
+
+
+def test_tied_and_meta_tensors_are_put_back() -> None:
+    model = network()
+    model.append(nn.Linear(2, 3))
+    model[2].weight = model[0].weight
+    model.register_buffer("empty", torch.zeros(3, device="meta"))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="now"), transaction(model, keep_values=True):
+        change(model, ValueError("now"))
+    assert model[2].weight is model[0].weight
+    assert torch.equal(model[0].weight, before)
+
+
+def test_interrupt_waits_for_the_end_of_the_block() -> None:
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    finished = False
+    try:
+        with pytest.raises(KeyboardInterrupt), transaction(network(), keep_values=False):  # noqa: PT012
+            os.kill(os.getpid(), signal.SIGINT)
+            finished = True
+        assert finished
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def loadable(model: nn.Module) -> bool:
+    state_dict = {key: torch.ones(t.shape, dtype=t.dtype) for key, t in model.state_dict().items()}
+    return cannot_fail(model, model.state_dict(keep_vars=True), state_dict)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [network(), nn.LSTM(2, 3), nn.MultiheadAttention(4, 2), nn.Transformer(4, 2, 1, 1, 8, batch_first=True)],
+    ids=lambda model: type(model).__name__,
+)
+def test_modules_of_torch_cannot_fail(model: nn.Module) -> None:
+    assert loadable(model)
+
+
+class Overriding(nn.Linear):
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+
+
+class Stateful(nn.Linear):
+    def set_extra_state(self, state: object) -> None:
+        raise RuntimeError(state)
+
+
+def hooked(register: str) -> nn.Module:
+    layer = nn.Linear(2, 2)
+    getattr(layer, register)(lambda *_: None)
+    return layer
+
+
+def expanded() -> nn.Module:
+    layer = nn.Linear(2, 2)
+    layer.register_buffer("same", torch.ones(1).expand(3))
+    return layer
+
+
+def inferred() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        hooked("register_load_state_dict_pre_hook"),
+        hooked("register_load_state_dict_post_hook"),
+        Overriding(2, 2),
+        expanded(),
+        inferred(),
+    ],
+    ids=["pre hook", "post hook", "override", "expanded", "inference"],
+)
+def test_what_can_fail_deep_inside_is_found(layer: nn.Module) -> None:
+    assert not loadable(nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer)))
+
+
+def test_a_setter_of_extra_state_can_fail() -> None:
+    model = nn.Sequential(Stateful(2, 2))
+    assert not cannot_fail(model, dict(model.named_parameters()), {})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float16, True), (torch.float64, True), (torch.int64, False), (torch.complex64, False)],
+)
+def test_unusual_conversions_can_fail(dtype: torch.dtype, expected: bool) -> None:
+    model = nn.Linear(2, 2)
+    tensors: dict[str, Tensor] = {"weight": torch.ones(2, 2, dtype=dtype)}
+    assert cannot_fail(model, model.state_dict(), tensors) is expected
+
+
+def test_keys_that_are_no_tensors_of_the_model_can_fail() -> None:
+    model = nn.Linear(2, 2)
+    kernel = torch.ones(2, 2)
+    assert not cannot_fail(model, {"kernel": kernel}, {"kernel": kernel})
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="has no such signals")
+def test_other_signals_wait_as_interrupts_do() -> None:
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(number)
+
+    numbers = signal.SIGUSR1, signal.SIGUSR2
+    previous = [signal.signal(number, leave) for number in numbers]
+    finished = False
+    try:
+        with pytest.raises(SystemExit) as raised, transaction(network(), keep_values=False):  # noqa: PT012
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            finished = True
+        assert finished
+        assert raised.value.code == signal.SIGUSR2  # raised while the first was handled
+        assert isinstance(raised.value.__context__, SystemExit)
+        assert [signal.getsignal(number) for number in numbers] == [leave, leave]
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,39 @@
+"""Matching: the exact assignment at its end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+import autoalign
+from autoalign.matching.assignment import _sparse_assignment
+
+
+def _table(height: int, width: int, seed: int) -> NDArray[np.float64]:
+    random = np.random.default_rng(seed)
+    return np.asarray(random.random((height, width)) * (random.random((height, width)) < 0.2))
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (30, 12), (12, 30), (1, 5)])
+@pytest.mark.parametrize("seed", range(5))
+def test_few_pairs_are_assigned_as_well_as_in_a_whole_table(shape: tuple[int, int], seed: int) -> None:
+    table = _table(*shape, seed)
+    table[0, 0] = 0.5
+    rows, columns = np.nonzero(table)
+    chosen = _sparse_assignment(table[rows, columns].astype(np.float32), rows, columns, shape)
+    assert len(set(rows[chosen].tolist())) == len(set(columns[chosen].tolist())) == len(chosen)
+    assert table[rows, columns][chosen].sum() == pytest.approx(table[linear_sum_assignment(table, maximize=True)].sum())
+
+
+def test_a_large_assignment_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = (
+        {f"{prefix}.{n}.{name}.weight": torch.empty(8, 8) for n in range(3) for name in names}
+        for prefix, names in (("h", ("query", "key", "value")), ("layers", ("q", "k", "v")))
+    )
+    mapping = autoalign.align(source, target).mapping
+    monkeypatch.setattr("autoalign.matching.assignment._DENSE", 0)
+    assert autoalign.align(source, target).mapping == mapping
+    assert len(mapping) == 9

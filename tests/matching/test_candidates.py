@@ -1,0 +1,123 @@
+"""Candidates: the pairs of layers that are compared, and what is left out where they are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+import autoalign
+from autoalign.matching.candidates import Candidates, candidates, kinds_of
+from autoalign.matching.layers import Part, units_of
+
+
+def _word(random: Random) -> str:
+    return "".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=8))
+
+
+def _nameless(count: int, seed: int) -> dict[str, torch.Tensor]:
+    random = Random(seed)
+    return {f"{_word(random)}.weight": torch.empty(16, 16, device="meta") for _ in range(count)}
+
+
+def _listed(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> Candidates:
+    own, other = (
+        [Part(k, (*key.split("."),), tuple(tensor.shape), "float") for k, (key, tensor) in enumerate(side.items())]
+        for side in (source, target)
+    )
+    kinds = kinds_of(units_of(own), own, units_of(other), other)
+    return candidates(kinds, units_of(own), units_of(other))
+
+
+def test_of_few_layers_all_pairs_are_compared() -> None:
+    pairs = _listed(_nameless(40, 0), _nameless(30, 1))
+    assert len(pairs.source) == 40 * 30
+    assert not pairs.crowded
+
+
+@pytest.mark.parametrize("count", [400, 1_200])
+def test_the_pairs_do_not_grow_with_the_square_of_the_layers(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 2_000_000)
+    pairs = _listed(_nameless(count, 0), _nameless(count, 1))
+    assert count < len(pairs.source) < 30_000
+    assert set(pairs.source.tolist()) == set(pairs.target.tolist()) == set(range(count))
+    assert np.abs(pairs.source - pairs.target).max() < 64  # the nearest in order
+
+
+def test_unequal_sides_are_compared_at_the_same_place_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 2_000_000)
+    pairs = _listed(_nameless(800, 0), _nameless(200, 1))
+    assert len(pairs.source) < 30_000
+    assert np.abs(pairs.source / 4 - pairs.target).max() < 32
+    assert set(pairs.source.tolist()) == set(range(800))
+    assert set(pairs.target.tolist()) == set(range(200))
+
+
+def test_pairs_with_a_rare_word_or_the_same_numbers_are_compared_wherever_they_stand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 2_000_000)
+    source, target = _nameless(400, 0), _nameless(400, 1)
+    layer = torch.empty(16, 16, device="meta")
+    named = {"blocks.7.kernel.weight": layer, "rarity.weight": layer}
+    pairs = _listed(named | source, target | {"its_rarity.weight": layer, "layers.7.matrix.weight": layer})
+    listed = set(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True))
+    assert {(1, 400), (0, 401)} <= listed
+    assert (1, 401) not in listed
+    assert pairs.told == {(0, 401)}
+
+
+def test_what_only_order_tells_among_so_many_is_ambiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 200_000)
+    alignment = autoalign.align(_nameless(300, 0), _nameless(300, 1))
+    assert not alignment.matches
+    assert len(alignment.ambiguous) == 300
+    assert all("only those at about the same place were compared" in m.warnings[0] for m in alignment.ambiguous)
+
+
+def test_what_names_tell_among_so_many_is_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 200_000)
+    random = Random(0)
+    called = [_word(random) for _ in range(300)]
+    source = {f"{word}_proj.weight": torch.empty(16, 16, device="meta") for word in called}
+    random.shuffle(called)
+    target = {f"to.proj_{word}.weight": torch.empty(16, 16, device="meta") for word in called}
+    assert autoalign.align(source, target).mapping == {
+        f"{word}_proj.weight": f"to.proj_{word}.weight" for word in called
+    }
+
+
+def test_what_numbers_tell_among_so_many_is_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 500_000)
+    random = Random(0)
+    source = {
+        f"l.{layer}.experts.{expert}.{_word(random)}.weight": torch.empty(8, 8, device="meta")
+        for layer in range(12)
+        for expert in range(32)
+    }
+    target = {f"layers.{layer}.{_word(random)}": torch.empty(32, 8, 8, device="meta") for layer in range(12)}
+    keys = list(source)
+    matches = autoalign.align(source, target).matches
+    assert [match.sources for match in matches] == [tuple(keys[32 * n : 32 * n + 32]) for n in range(12)]
+
+
+@pytest.mark.parametrize("limit", [("MOST_LAYERS", 9_999), ("MOST_COST", 3_000)])
+def test_more_layers_than_memory_has_room_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch, limit: tuple[str, int]
+) -> None:
+    monkeypatch.setattr(f"autoalign.matching.candidates.{limit[0]}", limit[1])
+    source, target = _nameless(100, 0), _nameless(100, 1)
+    expected = r"^100 layers of the source and 100 of the target are too many .* Nothing was aligned; align them in"
+    with pytest.raises(autoalign.InputError, match=expected):
+        autoalign.align(source, target)
+
+
+def test_exclude_brings_layers_under_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoalign.matching.candidates.MOST_LAYERS", 99)
+    source, target = _nameless(10, 0), _nameless(10, 1)
+    with pytest.raises(autoalign.InputError, match="too many to be compared at once"):
+        autoalign.align(source, target)
+    assert autoalign.align(source, target, exclude=next(iter(source)).partition(".")[0]).excluded

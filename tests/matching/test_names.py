@@ -1,0 +1,51 @@
+"""Names: how alike the words of two networks are."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+from rapidfuzz import fuzz
+
+from autoalign.matching.features import name_scores
+from autoalign.matching.names import similar_words, word_similarity
+from autoalign.matching.vocabulary import RELATED_PAIRS, RIVAL_PAIRS
+
+WORDS = sorted({word for pair in (*RELATED_PAIRS, *RIVAL_PAIRS) for word in pair})
+WORDS += ["abc", "abcd", "transform", "transformer", "transformed", "projection", "projections"]
+
+
+def _similarity(first: str, second: str) -> float:
+    short = min(len(first), len(second))
+    if first == second:
+        return 1.0
+    if (first, second) in RIVAL_PAIRS:
+        return -0.8
+    if (first, second) in RELATED_PAIRS:
+        return RELATED_PAIRS[first, second]
+    if short >= 3 and (first.startswith(second) or second.startswith(first)):
+        return 0.8
+    return 0.008 * fuzz.ratio(first, second, score_cutoff=80) if short >= 6 else 0.0
+
+
+def test_words_are_as_alike_as_one_by_one() -> None:
+    random = Random(0)
+    for _ in range(20):
+        first, second = random.choices(WORDS, k=30), random.choices(WORDS, k=20)
+        expected = [[_similarity(a, b) for b in second] for a in first]
+        assert np.allclose(word_similarity(first, second), expected, atol=1e-6)
+
+
+def test_of_many_words_those_alike_alone_are_listed() -> None:
+    words = [f"{chr(97 + k % 26)}{chr(97 + k // 26 % 26)}{chr(97 + k // 676)}" for k in range(3_000)]
+    assert similar_words(words, words) == {(k, k): 1.0 for k in range(3_000)}
+
+
+def test_names_of_many_words_score_as_those_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = Random(0)
+    source, target = ([tuple(random.choices(WORDS, k=random.randint(1, 4))) for _ in range(50)] for _ in range(2))
+    few = name_scores(source, target)
+    monkeypatch.setattr("autoalign.matching.features._TOGETHER", 1)
+    assert np.allclose(name_scores(source, target), few, atol=1e-6)
+    assert few.max() > 0.5

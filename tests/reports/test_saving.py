@@ -1,0 +1,228 @@
+"""Alignments written to files and applied later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import autoalign
+from autoalign import Alignment, InputError, PairMismatchError
+from autoalign.checkpoints.atomic import replace_text
+from autoalign.plan.matches import Match
+from autoalign.plan.operations import Concatenate
+
+
+def names(alignment: Alignment) -> dict[str, tuple[str, ...]]:
+    return {match.target: match.sources for match in alignment.matches}
+
+
+@pytest.fixture(name="saved")
+def saved_alignment(tmp_path: Path) -> Path:
+    source = torchvision.models.resnet18(num_classes=10).state_dict()
+    path = tmp_path / "alignment.json"
+    autoalign.align({f"module.{key}": value for key, value in source.items()}, timm.create_model("resnet18")).save(path)
+    return path
+
+
+def test_what_is_read_is_what_was_saved(saved: Path, tmp_path: Path) -> None:
+    alignment = Alignment.read(saved)
+    assert alignment.to_dict() == json.loads(saved.read_text())
+    alignment.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == saved.read_text()
+    assert [mismatch.key for mismatch in alignment.mismatched_keys] == ["fc.weight", "fc.bias"]
+
+
+def test_everything_that_an_alignment_says_is_kept(tmp_path: Path) -> None:
+    weight = torch.rand(4, 2)
+    source = {"q.weight": weight, "k.weight": torch.rand(4, 2), "tied": weight, "other": torch.rand(3)}
+    target = {"qk.weight": torch.zeros(8, 2), "x": torch.zeros(5), "y": torch.zeros(2)}
+    match = Match("qk.weight", ("q.weight", "k.weight"), Concatenate(0), 0.75, {"name": 0.5}, (), ("beware",))
+    made = autoalign.align(source, target, exclude="other")
+    alignment = Alignment(
+        (match,), made.ambiguous, (), made.source_specs, made.target_specs, made.excluded, ("note",), made.tensors
+    )
+    alignment.save(tmp_path / "a.json")
+    read = Alignment.read(tmp_path / "a.json")
+    assert read.matches == (match,)
+    assert read.excluded == {"other"}
+    assert read.notes == ("note",)
+    assert read.missing_keys == alignment.missing_keys
+    assert read.unexpected_keys == alignment.unexpected_keys  # which knows that q.weight is tied
+    assert str(read) == str(alignment)
+
+
+def _change(path: tuple[object, ...], value: object) -> Callable[[Any], None]:
+    def change(data: Any) -> None:
+        for part in path[:-1]:
+            data = data[part]
+        data[path[-1]] = value
+
+    return change
+
+
+ZEROS = {
+    "kind": "Chain",
+    "steps": [{"kind": "InsertZeros", "index": 0, "shape": [9]}, {"kind": "Concatenate", "dim": 0}],
+}
+OTHER = {"sources": ["x.weight"], "operation": {"kind": "Copy"}, "score": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("version",), True),
+        (("notes",), "abc"),
+        (("notes",), [5]),
+        (("excluded",), 5),
+        (("excluded",), [[]]),
+        (("mismatched",), [["weight", "nope"]]),
+        (("mismatched",), [["weight"]]),
+        (("source",), []),
+        (("source", "tensors", 0, 1), ["2", "2"]),
+        (("source", "tensors", 0, 1), [-1, 2]),
+        (("source", "tensors", 0, 1), [2**40, 2**40]),
+        (("source", "tensors", 0, 2), "Tensor"),
+        (("source", "tensors", 0, 2), 3),
+        (("source", "tensors", 1), ["x.weight", [2, 2], "float32"]),
+        (("source", "tied"), [["nope"]]),
+        (("source", "tied"), [3]),
+        (("matches",), {}),
+        (("matches", 0), []),
+        (("matches", 0, "target"), 5),
+        (("matches", 0, "target"), [1]),
+        (("matches", 0, "target"), "bias"),
+        (("matches", 0, "sources"), []),
+        (("matches", 0, "sources"), "x.weight"),
+        (("matches", 0, "sources"), ["x.bias"]),
+        (("matches", 0, "sources"), ["x.weight", "x.weight"]),
+        (("matches", 0, "sources"), ["nope"]),
+        (("matches", 0, "confidence"), float("nan")),
+        (("matches", 0, "confidence"), "1"),
+        (("matches", 0, "confidence"), True),
+        (("matches", 0, "confidence"), 1.5),
+        (("matches", 0, "evidence"), [1]),
+        (("matches", 0, "evidence"), {"name": "x"}),
+        (("matches", 0, "warnings"), [1]),
+        (("matches", 0, "warnings"), "abc"),
+        (("matches", 0, "alternatives"), [{"sources": ["x.weight"]}]),
+        (("matches", 0, "alternatives"), [OTHER | {"sources": ["nope"]}]),
+        (("matches", 0, "alternatives"), [OTHER | {"score": float("inf")}]),
+        (("matches", 0, "operation"), 3),
+        (("matches", 0, "operation"), {"kind": "Operation"}),
+        (("matches", 0, "operation"), {"kind": "Reshape", "shape": ["evil()"]}),
+        (("matches", 0, "operation"), {"kind": "Reshape", "shape": [10**18]}),
+        (("matches", 0, "operation"), {"kind": "Reshape", "shape": [4]}),
+        (("matches", 0, "operation"), {"kind": "Flip", "dim": 9}),
+        (("matches", 0, "operation"), {"kind": "Permute", "dims": [0, 0]}),
+        (("matches", 0, "operation"), ZEROS),
+    ],
+)
+def test_every_field_is_checked_on_reading(path: tuple[object, ...], value: object, tmp_path: Path) -> None:
+    made = autoalign.align({"x.weight": torch.ones(2, 2), "x.bias": torch.ones(2)}, nn.Linear(2, 2))
+    made.save(tmp_path / "a.json")
+    data = json.loads((tmp_path / "a.json").read_text())
+    _change(path, value)(data)
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"Nothing was read|cannot be read as a saved alignment"):
+        Alignment.read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"version": ' + "1" * 5000 + "}", "3", "", "{}", "\ud800"])
+def test_what_is_not_a_saved_alignment_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError, match=r"no saved alignment|cannot be read as a saved alignment"):
+        Alignment.read(tmp_path / "a.json")
+
+
+def test_a_saved_alignment_is_applied_without_matching(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = {f"module.{key}": value for key, value in torchvision.models.resnet18(num_classes=10).state_dict().items()}
+    first, second = timm.create_model("resnet18"), timm.create_model("resnet18")
+    with pytest.warns(autoalign.PartialLoadWarning, match=r"fc\.weight, fc\.bias"):
+        wanted = autoalign.load(first, source)
+    monkeypatch.setattr("autoalign.loading.load.match_tensors", lambda *_, **__: pytest.fail("it was matched again"))
+    with pytest.warns(autoalign.PartialLoadWarning, match=r"fc\.weight, fc\.bias"):
+        got = autoalign.load(second, source, alignment=Alignment.read(saved))
+    assert names(got) == names(wanted)
+    body = [(a, b) for key, a in first.state_dict().items() for b in [second.state_dict()[key]] if "fc" not in key]
+    assert all(torch.equal(a, b) for a, b in body)
+
+
+def test_a_pair_that_differs_is_refused_with_the_difference(saved: Path) -> None:
+    source = {f"module.{key}": value for key, value in torchvision.models.resnet18(num_classes=10).state_dict().items()}
+    source["extra"] = source.pop("module.bn1.weight")
+    model = timm.create_model("resnet18", num_classes=3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(PairMismatchError, match="4 tensors differ") as caught:
+        autoalign.load(model, source, alignment=Alignment.read(saved))
+    assert isinstance(caught.value, RuntimeError)
+    lines = str(caught.value).splitlines()
+    assert lines[1:5] == [
+        "  source lacks module.bn1.weight [64]",
+        "  source has extra [64] too",
+        "  target has fc.weight [3, 512] instead of [1000, 512]",
+        "  target has fc.bias [3] instead of [1000]",
+    ]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_an_alignment_and_options_of_matching_exclude_each_other(saved: Path) -> None:
+    with pytest.raises(InputError, match="exclude, min_confidence would change it"):
+        autoalign.load(
+            timm.create_model("resnet18"), {}, alignment=Alignment.read(saved), exclude="fc", min_confidence=0.1
+        )
+
+
+def test_counters_that_the_checkpoint_lacks_do_not_keep_an_alignment_from_being_applied(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    old = {key: value for key, value in model.state_dict().items() if "num_batches" not in key}
+    autoalign.load(model, old).save(tmp_path / "a.json")
+    assert repr(autoalign.load(model, old, alignment=Alignment.read(tmp_path / "a.json"))) == (
+        "<All keys matched successfully>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read as a saved alignment"),
+        ("[]", "no saved alignment"),
+        ('{"version": 1}', "no saved alignment"),
+        ('{"format": "autoalign.alignment", "version": 9}', "saved in version 9; this autoalign reads 1"),
+        ('{"format": "autoalign.alignment", "version": 1}', "damaged"),
+    ],
+)
+def test_a_file_that_is_no_alignment_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        Alignment.read(tmp_path / "a.json")
+
+
+def test_an_alignment_that_names_what_it_does_not_list_is_refused(saved: Path) -> None:
+    data = json.loads(saved.read_text())
+    data["matches"][0]["sources"] = ["nowhere"]
+    saved.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="it lacks 'nowhere'"):
+        Alignment.read(saved)
+
+
+def test_a_file_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read as a saved alignment"):
+        Alignment.read(tmp_path / "none.json")
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        replace_text(path, "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_text() == "old"

@@ -1,0 +1,382 @@
+"""Exports of rules: each says what ``apply`` does, by the other library's own code, or says that it cannot."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+from copy import deepcopy
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import core_model_loading
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+import autoalign
+from autoalign import DependencyError, InputError, Match, Rule, Rules, RulesError
+from autoalign.plan.operations import Chain, Concatenate, Grouped, Operation, Stack, Transpose
+from autoalign.rules.size_free import Portion
+from tests.rules.test_induce import few, made, renamings
+from tests.rules.test_rules import EVERY_KIND, tensors
+from tests.strategies import Case, perturbed, written_cases
+
+RENAMINGS = Rules(
+    (
+        Rule((r"^fc\.",)),
+        Rule((r"^layers\.(\d+)\.attn\.(q|k)_proj\.",), (r"encoder.blocks.\1.attention.\2.",)),
+        Rule((r"^layers\.(\d+)\.out(\d+)$",), (r"encoder.blocks.\1.\2",)),
+        Rule((r"^a\.",), ("b.",)),
+        Rule((r"^b\.",), ("a.",)),
+        Rule((r"^tied$",), ("first", "second"), tied=True),
+        Rule((r"^",), ("encoder.",)),
+    )
+)
+NAMES = {
+    "layers.3.attn.q_proj.w": "encoder.blocks.3.attention.q.w",
+    "layers.12.attn.k_proj.b": "encoder.blocks.12.attention.k.b",
+    "layers.1.out20": "encoder.blocks.1.20",
+    "a.x": "b.x",
+    "b.x": "a.x",
+    "b.a.x": "a.a.x",
+    "tied": "first",
+    "layers.1.norm": "encoder.layers.1.norm",
+    "encoder": "encoder.encoder",
+}
+
+
+def values(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return tuple({key: torch.zeros(shape) for key, shape in side.items()} for side in (case.source, case.target))  # type: ignore[return-value]
+
+
+def renamed(rules: Rules, key: str) -> list[str]:
+    """What the two lists of renamings make of a key, by ``re.sub`` and by transformers."""
+    by_sub = key
+    for pattern, replacement in rules.to_revise_keys():
+        by_sub = re.sub(pattern, replacement, by_sub)
+    mapping = [WeightRenaming(pattern, replacement) for pattern, replacement in rules.to_key_mapping().items()]
+    return [by_sub, rename_source_key(key, mapping, [])[0]]
+
+
+@pytest.mark.parametrize(("key", "name"), NAMES.items())
+def test_renamings_one_after_another_do_what_the_rules_do(key: str, name: str) -> None:
+    assert next(iter(RENAMINGS.apply({key: torch.ones(1)}))) == name
+    assert renamed(RENAMINGS, key) == [name, name]
+
+
+def test_what_is_dropped_is_passed_by() -> None:
+    assert RENAMINGS.apply({"fc.w": torch.ones(1)}) == {}
+    assert renamed(RENAMINGS, "fc.w") == ["fc.w", "fc.w"]
+
+
+@settings(few, max_examples=100)
+@given(renamings())
+def test_renamings_agree_with_apply_on_any_names(names: tuple[list[str], list[str]]) -> None:
+    keys, targets = names
+    source = {key: torch.empty(1, device="meta") for key in keys}
+    matches = [Match(target, (key,)) for key, target in zip(keys, targets, strict=True) if target]
+    rules = made(source, {match.target: torch.empty(1) for match in matches}, *matches).rules()
+    try:
+        rules.to_key_mapping()
+    except RulesError:
+        return
+    for match in rules.plan(dict.fromkeys(keys, (1,))):
+        assert renamed(rules, match.sources[0]) == [match.target, match.target]
+
+
+@settings(few, max_examples=8)
+@given(written_cases | perturbed())
+def test_a_key_mapping_is_taken_by_align(case: Case) -> None:
+    source, target = values(case)
+    alignment = autoalign.align(source, target)
+    rules = alignment.rules()
+    if not rules.rules or any(not rule.renames or rule.has_arithmetic for rule in rules.rules):
+        return
+    again = autoalign.align(source, target, rules=rules.to_key_mapping())
+    assert again.mapping == alignment.mapping
+
+
+@pytest.mark.parametrize("form", ["to_key_mapping", "to_revise_keys"])
+def test_renamings_cannot_hold_operations_or_arithmetic_and_say_so(form: str) -> None:
+    with pytest.raises(RulesError, match="5 of 7 rules do more than rename") as caught:
+        getattr(EVERY_KIND, form)()
+    assert r"  ^layer(\d+)\.(\d+)\. -> stages.{\1 - 1}.\2." in str(caught.value)
+    assert "concatenate(dim 0)" in str(caught.value)
+
+
+def test_a_name_that_transformers_would_misread_is_refused() -> None:
+    rules = Rules((Rule((r"^a",), ("b(c)",)),))
+    assert rules.to_revise_keys() == [("^a", "b(c)")]
+    with pytest.raises(RulesError, match="special characters"):
+        rules.to_key_mapping()
+
+
+splits = pytest.mark.skipif(not hasattr(core_model_loading, "Split"), reason="needs transformers 5.20")
+
+# transformers ---------------------------------------------------------------------------------------------------------
+
+
+def llama(**options: Any) -> transformers.PreTrainedModel:
+    config = transformers.LlamaConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, **options
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt_like(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
+    """Its weights in the names of litgpt, with one tensor for query, key and value, and one matrix turned."""
+    state = {key: torch.rand_like(value) for key, value in model.state_dict().items()}
+    result = {"transformer.wte.weight": state["model.embed_tokens.weight"]}
+    for i in range(3):
+        own = {key.removeprefix(f"model.layers.{i}."): value for key, value in state.items() if f"layers.{i}." in key}
+        fused = torch.cat([own[f"self_attn.{part}_proj.weight"] for part in "qkv"])
+        result |= {
+            f"transformer.h.{i}.attn.qkv.weight": fused,
+            f"transformer.h.{i}.attn.proj.weight": own["self_attn.o_proj.weight"],
+            f"transformer.h.{i}.norm_1.weight": own["input_layernorm.weight"],
+            f"transformer.h.{i}.norm_2.weight": own["post_attention_layernorm.weight"],
+            f"transformer.h.{i}.mlp.fc_1.weight": own["mlp.gate_proj.weight"],
+            f"transformer.h.{i}.mlp.fc_2.weight": own["mlp.up_proj.weight"],
+            f"transformer.h.{i}.mlp.proj.weight": own["mlp.down_proj.weight"],
+        }
+    return result | {"transformer.ln_f.weight": state["model.norm.weight"], "lm_head.weight": state["lm_head.weight"]}
+
+
+def halved(state_dict: dict[str, Tensor]) -> dict[str, object]:
+    """Say of a state dict that the halves of its heads are rotated together, as Hugging Face's code does."""
+    return {"model": state_dict, "config": {"rotary_interleaved": False}}
+
+
+def convert(conversions: list[Any], state_dict: dict[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
+    """What transformers makes of a state dict, by its own renaming, collecting and converting."""
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    collected: dict[str, Any] = {}
+    for key, tensor in sorted(state_dict.items(), key=lambda item: dot_natural_key(item[0])):
+        name, pattern = rename_source_key(key, renamings, converters)
+        own = WeightRenaming(key, name) if pattern is None else deepcopy(by_pattern[pattern])
+        collected.setdefault(name, own).add_tensor(name, key, pattern or key, lambda tensor=tensor: tensor)
+    result = {}
+    for name, conversion in collected.items():
+        for key, value in conversion.convert(name, model=model, config=None).items():
+            result[key] = value[0] if isinstance(value, list) else value
+    return result
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"num_key_value_heads": 2}, marks=splits)])
+def test_conversions_split_by_the_machinery_of_transformers(options: dict[str, int]) -> None:
+    model = llama(**options)
+    source = gpt_like(model)
+    alignment = autoalign.align(halved(source), model)
+    assert not alignment.missing_keys
+    conversions = alignment.rules().to_transformers()
+    (converter,) = (each for each in conversions if isinstance(each, WeightConverter))
+    assert [type(operation).__name__ for operation in converter.operations] == ["Split" if options else "Chunk"]
+    got, wanted = convert(conversions, source, model), alignment.state_dict()
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[key], tensor) for key, tensor in wanted.items())
+
+
+def test_parts_of_unequal_size_need_a_transformers_that_splits_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("transformers.core_model_loading.Split", raising=False)
+    model = llama(num_key_value_heads=2)
+    rules = autoalign.align(halved(gpt_like(model)), model).rules()
+    with pytest.raises(RulesError, match=r"its parts differ in size, which transformers splits from version 5\.20 on"):
+        rules.to_transformers()
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.5.4"])
+def test_a_transformers_that_renames_too_much_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(DependencyError, match=rf"transformers {version} renames each place .* 'transformers>=5\.6'"):
+        RENAMINGS.to_transformers()
+
+
+def test_conversions_are_loaded_by_transformers() -> None:
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    model = llama()
+    source = gpt_like(model)
+    rules = autoalign.align(halved(source), model).rules()
+    config = LoadStateDictConfig(weight_mapping=rules.to_transformers())
+    old = "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters
+    info, _ = convert_and_load_state_dict_in_model(model, source, config, **({"tp_plan": None} if old else {}))
+    assert not info.missing_keys
+    assert not info.unexpected_keys
+    assert not info.conversion_errors
+    wanted = rules.apply(source)
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (Grouped(2, Concatenate(0)), Stack(0)),
+        (Grouped(2, Concatenate(1)), Stack(1)),
+        (Transpose(), Grouped(2, Concatenate(1)), Stack(0)),
+    ],
+)
+def test_experts_are_stacked_by_the_machinery_of_transformers(steps: tuple[Operation, ...]) -> None:
+    pattern = r"^layers\.(\d+)\.experts\.(?P<n>\d+)\."
+    rules = Rules(
+        (
+            Rule((f"{pattern}gate\\.weight$", f"{pattern}up\\.weight$"), (r"h.\1.moe.gate_up",), (Chain(steps),)),
+            Rule((f"{pattern}down\\.weight$",), (r"h.\1.moe.down",), (Chain((Transpose(), Stack(0))),)),
+        )
+    )
+    source = {
+        f"layers.{i}.experts.{e}.{name}.weight": torch.rand(6, 4)
+        for i in range(2)
+        for e in range(11)
+        for name in ("gate", "up", "down")
+    }
+    assert same(convert(rules.to_transformers(), source, torch.nn.Module()), rules.apply(source))
+
+
+def test_a_key_mapping_is_taken_by_from_pretrained(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    source = {
+        key.replace("model.layers.", "net.block").replace("self_attn.", "attn.to_").replace("model.", "net."): value
+        for key, value in model.state_dict().items()
+    }
+    from safetensors.torch import save_file
+
+    save_file(source, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    rules = autoalign.align(halved(source), model).rules()
+    loaded, info = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, key_mapping=rules.to_key_mapping(), output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+def test_conversions_that_cannot_be_said_are_refused() -> None:
+    with pytest.raises(RulesError, match="2 of 7 rules are more than transformers' conversions can say") as caught:
+        EVERY_KIND.to_transformers()
+    assert "numbers in names are computed" in str(caught.value)
+
+
+# Python ---------------------------------------------------------------------------------------------------------------
+
+
+def function_of(rules: Rules) -> Any:
+    space: dict[str, Any] = {}
+    exec(rules.to_python("convert"), space)
+    return space["convert"]
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_python_does_what_the_rules_do() -> None:
+    source = tensors()
+    assert same(function_of(EVERY_KIND)(source, None), EVERY_KIND.apply(source))
+
+
+@settings(few, max_examples=60)
+@given(renamings())
+def test_python_agrees_with_apply_on_any_names(names: tuple[list[str], list[str]]) -> None:
+    keys, targets = names
+    source = {key: torch.rand(1) for key in keys}
+    matches = [Match(target, (key,)) for key, target in zip(keys, targets, strict=True) if target]
+    rules = made(source, {match.target: torch.empty(1) for match in matches}, *matches).rules()
+    assert same(function_of(rules)(source), rules.apply(source))
+
+
+@pytest.mark.parametrize("key", ['a"b', "a'b", "a\"'b", "a\\b", "a\nb", "a{b}", "a\\", '"""', "é"])
+def test_keys_with_odd_characters_are_escaped(key: str) -> None:
+    rules = Rules(
+        (Rule((f"^{re.escape(key)}$",), (key.replace("\\", "\\\\").replace("{", "\\{").replace("}", "\\}"),)),)
+    )
+    longer = Rules((Rule((f"^(x){re.escape(key)}$",), (rules.rules[0].targets[0] + r"\1",)),))
+    assert list(function_of(rules)({key: 1})) == [key]
+    assert list(function_of(longer)({"x" + key: 1})) == [key + "x"]
+
+
+def test_the_function_runs_without_autoalign(tmp_path: Path) -> None:
+    model = llama()
+    source = gpt_like(model)
+    rules = autoalign.align(halved(source), model).rules()
+    (tmp_path / "filters.py").write_text(rules.to_python(), encoding="utf-8")
+    torch.save(source, tmp_path / "source.pt")
+    code = f"""
+        import sys
+        sys.modules["autoalign"] = None  # so that importing it fails
+        sys.path.insert(0, {str(tmp_path)!r})
+        import torch
+        from filters import checkpoint_filter_fn
+        torch.save(checkpoint_filter_fn(torch.load("source.pt"), None), "result.pt")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True)
+    assert same(torch.load(tmp_path / "result.pt"), rules.apply(source))
+
+
+def test_the_function_is_formatted_as_ruff_leaves_it(tmp_path: Path) -> None:
+    long = "a_rather_long_name." * 5
+    for number, rules in enumerate(
+        (
+            EVERY_KIND,
+            RENAMINGS,
+            Rules(()),
+            Rules((Rule((f"^{long}",), (long,)),)),
+            Rules(
+                (Rule((rf"^{long}(\d+)",), (r"x.{(0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6)[\1]}",)),)
+            ),
+        )
+    ):
+        (tmp_path / f"rules{number}.py").write_text(rules.to_python(), encoding="utf-8")
+    for command in (["format", "--check"], ["check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--isolated", str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_name_of_the_function_is_checked() -> None:
+    for name in ("a b", "class", ""):
+        with pytest.raises(InputError, match="no name of a function"):
+            RENAMINGS.to_python(name)
+
+
+def test_a_missing_part_is_an_error_of_the_function() -> None:
+    rules = Rules((Rule(("^q", "^k"), ("qk",), (Concatenate(0),)),))
+    with pytest.raises(KeyError, match="a part is missing"):
+        function_of(rules)({"q": torch.ones(1)})
+
+
+def test_an_operation_without_a_short_form_is_refused() -> None:
+    from autoalign.plan.adaptations import SumChannels
+
+    rules = Rules((Rule(("^w",), ("w",), (SumChannels(3),)), Rule(("^v",), ("v",), (Transpose(),))))
+    with pytest.raises(RulesError, match="1 of 2 rules hold operations that have no short form") as caught:
+        rules.to_python()
+    assert "sum 3 channels" in str(caught.value)
+
+
+@few
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2))
+def test_parts_are_written_as_they_are_applied(of: int, length: int, dim: int) -> None:
+    for start in range(of - length + 1):
+        rules = Rules((Rule(("^w",), ("v",), (Portion(dim, start, length, of),)),))
+        source = {"w": torch.rand(12, 24, 36)}
+        assert same(function_of(rules)(source), rules.apply(source))

@@ -1,0 +1,604 @@
+"""verify: equal models are equal, and where two differ it names the place and the cause."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autoalign
+from autoalign.alignment import Alignment
+from autoalign.api import verify
+from autoalign.errors import InputError
+from autoalign.plan.operations import Operation, Transpose, chain
+from benchmarks.localisation import SUBJECTS, Way, measure
+from benchmarks.localisation import randomise as with_values
+from tests.pairs import randomise as like_images
+from tests.pairs import tm, tv
+from tests.plan.test_operation_pairs import DOUBTED_PAIRS, LLAMA, PHI3, TOKENS, Pair, hf, randomise
+from tests.reference_models.encoders import GatedEncoder
+from tests.reference_models.parts import CONTEXT, DEPTH
+
+INPUTS = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+BERT = hf("Bert", "Model", max_position_embeddings=CONTEXT)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, 8, 3, padding=1),
+            norm1=nn.BatchNorm2d(8),
+            act=nn.GELU(),
+            conv2=nn.Conv2d(8, 8, 3, padding=1, groups=2),
+            norm2=nn.GroupNorm(2, 8),
+            pool=nn.AdaptiveAvgPool2d(2),
+            flat=nn.Flatten(),
+            fc=nn.Linear(32, 5),
+        )
+    )
+
+
+def renamed(model: nn.Sequential) -> nn.Sequential:
+    names = dict(zip(["conv1", "norm1", "act", "conv2", "norm2", "pool", "flat", "fc"], "abcdefgh", strict=True))
+    return nn.Sequential(OrderedDict((names[name], module) for name, module in model.named_children()))
+
+
+@pytest.fixture
+def pair() -> tuple[Any, Any]:
+    """A source, and a target that was loaded from it."""
+    source, target = with_values(network(), 1), renamed(network())
+    target.load_state_dict(dict(zip(target.state_dict(), source.state_dict().values(), strict=True)))
+    return source, target
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    tensors = [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    return [tensors, hooks, [module.training for module in model.modules()]]
+
+
+def assert_unchanged(model: nn.Module, before: list[Any]) -> None:
+    tensors, *rest = snapshot(model)
+    assert all(torch.equal(own, other) for own, other in zip(tensors, before[0], strict=True))
+    assert rest == before[1:]
+
+
+def test_a_loaded_target_is_equal_as_it_is(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    target.b.eval()
+    target.train()
+    target.e.eval()
+    before = [snapshot(model) for model in pair]
+    state = torch.get_rng_state()
+    verification = verify(source, target, INPUTS)
+    assert verification.equal
+    assert verification.as_it_is
+    assert (verification.first_divergence, verification.taken, verification.trials) == (None, (), 0)
+    assert verification.compared == 10  # inputs and outputs of five layers
+    assert verification.alignment.coverage == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    for model, known in zip(pair, before, strict=True):
+        assert_unchanged(model, known)
+
+
+def test_a_target_that_was_not_loaded_is_verified_by_the_alignments_values() -> None:
+    source, target = with_values(network(), 1), with_values(renamed(network()), 2)
+    before = snapshot(target)
+    verification = verify(source, target, INPUTS)
+    assert verification.equal
+    assert not verification.as_it_is
+    assert_unchanged(target, before)
+    target.load_state_dict(verification.alignment.state_dict())
+    assert verify(source, target, INPUTS).as_it_is
+
+
+@pytest.mark.parametrize(
+    ("change", "module", "text"),
+    [
+        (lambda m: setattr(m.b, "eps", 0.5), "b", "eps 1e-05 / 0.5"),
+        (lambda m: setattr(m.e, "eps", 0.5), "e", "eps 1e-05 / 0.5"),
+        (lambda m: setattr(m.a, "padding", (0, 0)), "a", "padding 1 / 0"),
+        (lambda m: setattr(m.d, "stride", (2, 2)), "d", "stride 1 / 2"),
+        (lambda m: vars(m.d).update(dilation=(2, 2), padding=(2, 2)), "d", "dilation 1 / 2"),
+        (lambda m: setattr(m.e, "num_groups", 4), "e", "num_groups 2 / 4"),
+        (lambda m: setattr(m, "c", nn.ReLU()), "d", "between b and d, outside of modules with tensors: GELU"),
+        (lambda m: setattr(m, "c", nn.GELU("tanh")), "d", "GELU(approximate='none') / GELU(approximate='tanh')"),
+        (lambda m: setattr(m, "f", nn.AdaptiveMaxPool2d(2)), "h", "AdaptiveAvgPool2d"),
+    ],
+)
+def test_a_setting_that_differs_is_named(
+    pair: tuple[Any, Any], change: Callable[[Any], object], module: str, text: str
+) -> None:
+    source, target = pair
+    change(target)
+    verification = verify(source, target, INPUTS)
+    divergence = verification.first_divergence
+    assert not verification.equal
+    assert divergence is not None
+    assert divergence.target_module == module
+    assert divergence.source_module == dict(zip("abcdefgh", dict(source.named_children()), strict=True))[module]
+    assert divergence.cause == "configuration"
+    assert text in divergence.detail
+    assert verification.max_difference > verification.tolerance
+
+
+@pytest.mark.parametrize("change", [{"momentum": 0.5}, {"training": True}])
+def test_settings_without_effect_in_evaluation_are_none(pair: tuple[Any, Any], change: Mapping[str, Any]) -> None:
+    source, target = pair
+    for name, value in change.items():
+        setattr(target.b, name, value)
+    assert verify(source, target, INPUTS).equal
+
+
+class Functional(nn.Module):
+    """A layer whose activation is a function and no module."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+        self.choice = [activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(self.choice[0](self.up(x)))
+        return result
+
+
+def test_an_activation_outside_of_modules_is_named() -> None:
+    source, target = Functional(nn.functional.gelu), Functional(nn.functional.relu)
+    target.load_state_dict(source.state_dict())
+    divergence = verify(source, target, torch.randn(4, 6)).first_divergence
+    assert divergence is not None
+    assert (divergence.target_module, divergence.between, divergence.cause) == ("down", ("up", "down"), "configuration")
+    assert "gelu / relu" in divergence.detail
+
+
+ACTIVATIONS = [nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Identity]
+
+
+@pytest.mark.parametrize("shift", [0.0, 20.0])
+@pytest.mark.parametrize(("own", "other"), [*permutations(ACTIVATIONS, 2)])
+def test_another_activation_is_named_whatever_the_values(
+    own: Callable[[], nn.Module], other: Callable[[], nn.Module], shift: float
+) -> None:
+    """A ReLU, or none, gives on what other layers of the source give, where all is positive."""
+    source = with_values(nn.Sequential(nn.Linear(3, 3), own(), nn.Linear(3, 3)), 1)
+    with torch.no_grad():
+        source.get_parameter("0.bias").add_(shift)
+    target = nn.Sequential(OrderedDict(fc1=nn.Linear(3, 3), act=other(), fc2=nn.Linear(3, 3)))
+    target.load_state_dict(dict(zip(target.state_dict(), source.state_dict().values(), strict=True)))
+    verification = verify(source, target, torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) - 0.5)
+    if verification.max_difference < 1e-6:  # large and positive values pass through both alike
+        assert verification.equal
+        return
+    divergence = verification.first_divergence
+    assert divergence is not None
+    assert (divergence.target_module, divergence.between, divergence.cause) == ("fc2", ("fc1", "fc2"), "configuration")
+
+
+def test_other_weights_are_told_from_another_setting(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    with torch.no_grad():
+        target.d.weight[0] += 0.1
+    target.e.eps = 0.5
+    divergence = verify(source, target, INPUTS).first_divergence
+    assert divergence is not None
+    assert (divergence.source_module, divergence.target_module, divergence.cause) == ("conv2", "d", "weights")
+    assert divergence.keys == ("d.weight",)
+    assert "d.weight differs from what conv2.weight gives by" in divergence.detail
+
+
+def test_tensors_that_got_nothing_are_named(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    target.h = nn.Linear(32, 7)
+    verification = verify(source, target, INPUTS, exclude="fc")
+    assert verification.max_difference == float("inf")
+    divergence = verification.first_divergence
+    assert divergence is not None
+    assert (divergence.target_module, divergence.cause, divergence.keys) == ("h", "missing", ("h.weight", "h.bias"))
+    (note,) = verification.notes
+    assert note.startswith("No outputs have the same size: {'': [2, 5]} of the source, {'': [2, 7]} of the target.")
+
+
+def test_outputs_that_cannot_be_compared_are_neither_equal_nor_a_divergence(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    verification = verify(source, nn.Sequential(target, nn.ZeroPad1d(1)), INPUTS)
+    assert not verification.equal
+    assert verification.first_divergence is None
+    assert verification.compared == 10
+    assert "Wrap one of them" in str(verification)
+
+
+def test_borders_of_modules_that_are_drawn_elsewhere_are_no_divergence() -> None:
+    """A norm of timm holds the activation that follows it, and torchvision's does not."""
+    source = like_images(tv("regnet_y_400mf")(), 64, seed=1)
+    target: Any = tm("regnety_004")()
+    target.load_state_dict(autoalign.align(source, target).state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    verification = verify(source, target, images)
+    assert verification.equal
+    assert verification.first_divergence is None
+    target.s2.b1.conv2.bn.eps = 1.0
+    divergence = verify(source, target, images).first_divergence
+    assert divergence is not None
+    assert divergence.target_module == "s2.b1.conv2.bn"
+    assert divergence.detail == "eps 1e-05 / 1.0 (source / target)."
+
+
+class Pointwise(nn.Module):
+    """A layer on the pixels of an image: as a convolution, or as a linear layer on a list of them."""
+
+    def __init__(self, *, convolution: bool) -> None:
+        super().__init__()
+        self.up = nn.Conv2d(4, 6, 1) if convolution else nn.Linear(4, 6)
+        self.norm = nn.LayerNorm(6)
+        self.down = nn.Conv2d(6, 5, 1) if convolution else nn.Linear(6, 5)
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.convolution:
+            x = x.flatten(2).transpose(1, 2)
+            x = self.norm(self.up(x))
+        else:
+            x = self.norm(self.up(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        result: Tensor = self.down(x)
+        return result
+
+
+def test_layouts_of_activations_are_reconciled() -> None:
+    source, target = Pointwise(convolution=True), Pointwise(convolution=False)
+    images = torch.randn(2, 4, 3, 5)
+    assert verify(source, target, images, alignment=aligned(source, target)).equal
+    target.norm.eps = 0.5
+    divergence = verify(source, target, images, alignment=aligned(source, target)).first_divergence
+    assert divergence is not None
+    assert (divergence.target_module, divergence.cause) == ("norm", "configuration")
+
+
+def aligned(source: nn.Module, target: nn.Module) -> Alignment:
+    return autoalign.align(source, target, rules=[(key, key) for key in source.state_dict()])
+
+
+@dataclass
+class Output:
+    """What some models return."""
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+class Returning(nn.Module):
+    """A model that takes and returns its tensors in a form of its own."""
+
+    def __init__(self, layer: nn.Linear, form: str) -> None:
+        super().__init__()
+        self.layer, self.form = layer, form
+
+    def forward(self, x: Tensor, *, bias: Tensor) -> Any:
+        hidden = self.layer(x)
+        logits = hidden + bias
+        forms = {"tensor": logits, "tuple": (logits, hidden), "dict": {"logits": logits, "hidden": (hidden,)}}
+        return forms.get(self.form, Output(logits, (hidden,)))
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict", "dataclass"])
+@pytest.mark.parametrize("other", ["tensor", "dict"])
+def test_inputs_and_outputs_may_have_any_form(form: str, other: str) -> None:
+    layer, x, bias = nn.Linear(3, 4), torch.randn(2, 3), torch.randn(4)
+    source, target = Returning(layer, form), Returning(layer, other)
+    verification = verify(source, target, {"x": x, "bias": bias}, target_inputs=(x, {"bias": bias}))
+    assert verification.equal
+    assert len(verification.outputs) == (2 if "tensor" not in (form, other) else 1)
+    other_bias = verify(source, target, {"x": x, "bias": bias}, target_inputs=(x, {"bias": bias + 1}))
+    assert not other_bias.equal
+
+
+def test_models_of_less_precision_are_compared_with_more_tolerance(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    verification = verify(source, target.bfloat16(), INPUTS, target_inputs=INPUTS.bfloat16())
+    assert verification.equal
+    assert 0 < verification.max_difference < verification.tolerance == 5e-2
+    strict = verify(source, target, INPUTS, target_inputs=INPUTS.bfloat16(), tolerance=1e-6)
+    assert not strict.equal
+
+
+def test_a_difference_that_does_not_show_is_told(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    target.b.num_batches_tracked += 5
+    verification = verify(source, target, INPUTS)
+    assert verification.equal
+    assert verification.first_divergence is not None
+    assert verification.first_divergence.keys == ("b.num_batches_tracked",)
+    assert "does not show in the outputs" in verification.first_divergence.detail
+
+
+def test_values_without_effect_are_told_from_an_alignment_that_is_wrong() -> None:
+    """The bias of a key projection moves all scores of a query alike."""
+    source, target = with_values(BERT(), 1), with_values(BERT(), 2)
+    target.load_state_dict(source.state_dict())
+    key = "encoder.layer.1.attention.self.key.bias"
+    with torch.no_grad():
+        target.get_parameter(key).mul_(2)
+    verification = verify(source, target, TOKENS)
+    assert not verification.equal  # the projection gives something else, whatever becomes of it
+    assert verification.max_difference < verification.tolerance
+    assert verification.first_divergence is not None
+    assert verification.first_divergence.keys == (key,)
+    assert str(verification).startswith("The outputs are equal, but NOT what modules compute on the way: ")
+    assert verify(source, target, TOKENS, alignment=autoalign.align(source, target)).as_it_is
+
+
+class Fading(nn.Module):
+    """Branches whose signals fade, as those of deep networks with initial weights do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.left = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        self.right = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        result: Tensor = self.head(1e-7 * (self.left(x) + self.right(x)))
+        return result
+
+
+def _exchange(model: nn.Module, first: str, second: str) -> None:
+    state = model.state_dict()
+    model.load_state_dict(state | {first: state[second].clone(), second: state[first].clone()})
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_outputs_in_which_a_signal_has_faded_prove_nothing(*, given: bool) -> None:
+    source, target = with_values(Fading(), 1), Fading()
+    target.load_state_dict(source.state_dict())
+    assert verify(source, target, ROWS).equal
+    _exchange(target, "left.0.weight", "right.0.weight")
+    alignment = autoalign.align(source, target) if given else None
+    verification = verify(source, target, ROWS, alignment=alignment)
+    assert verification.max_difference < 1e-5 < verification.tolerance
+    assert not verification.equal
+    assert verification.first_divergence is not None
+    assert verification.first_divergence.difference > 0.1
+    assert (verification.first_divergence.target_module, verification.first_divergence.cause) == ("left.0", "weights")
+    assert "left.0.weight holds what right.0.weight should" in verification.first_divergence.detail
+
+
+def test_an_alignment_that_exchanges_faded_branches_is_wrong() -> None:
+    source, target = with_values(Fading(), 1), with_values(Fading(), 2)
+    wrong = _exchanged(autoalign.align(source, target), "left.0", "right.0")
+    verification = verify(source, target, ROWS, alignment=wrong)
+    assert verification.max_difference < verification.tolerance
+    assert not verification.equal
+
+
+def test_the_initial_weights_of_a_deep_network_are_told_apart() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        source: Any = tv("inception_v3", init_weights=False)().eval()
+    target: Any = tv("inception_v3", init_weights=False)().eval()
+    target.load_state_dict(source.state_dict())
+    _exchange(target, "Mixed_5b.branch5x5_2.conv.weight", "Mixed_5d.branch5x5_2.conv.weight")
+    images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    verification = verify(source, target, images)
+    assert verification.max_difference < 1e-5
+    assert not verification.equal
+    assert verification.first_divergence is not None
+    assert verification.first_divergence.keys == ("Mixed_5b.branch5x5_2.conv.weight",)
+
+
+class ActiveNorm(nn.LayerNorm):
+    """A norm that contains the activation that follows it, as timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Pooled(nn.Module):
+    """A norm, an activation inside or behind it, and a head on the mean."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.norm, self.head = ActiveNorm(6) if inside else nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = x if isinstance(self.norm, ActiveNorm) else x.relu()
+        result: Tensor = self.head(x.mean(1))
+        return result
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_activation_inside_or_behind_a_layer_is_no_difference(*, inside: bool) -> None:
+    source, target = with_values(Pooled(inside=inside), 1), Pooled(inside=not inside)
+    target.load_state_dict(source.state_dict())
+    verification = verify(source, target, torch.randn(2, 5, 6))
+    assert (verification.equal, verification.first_divergence) == (True, None)
+    with torch.no_grad():
+        target.get_parameter("norm.weight").add_(0.1)
+    assert not verify(source, target, torch.randn(2, 5, 6)).equal
+
+
+def test_what_a_verification_prints(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    target.b.eps = 0.5
+    text = re.sub(r"\d\.\de[-+]\d\d", "#", str(verify(source, target, INPUTS)))
+    assert text == (
+        "The outputs are NOT equal: largest relative difference #, tolerance 1e-04; 10 inputs and outputs of modules "
+        "compared, the target called as it is.\n"
+        "First divergence: b (source: norm1), by #: configuration. eps 1e-05 / 0.5 (source / target)."
+    )
+
+
+def test_inputs_that_do_not_fit_are_refused(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    before = [snapshot(model) for model in pair]
+    with pytest.raises(InputError, match="Sequential cannot be called on the example inputs"):
+        verify(source, target, torch.randn(1, 2))
+    with pytest.raises(InputError, match="Sequential cannot be called on the example inputs"):
+        verify(source, target, INPUTS, target_inputs=torch.randn(1, 2))
+    for model, known in zip(pair, before, strict=True):
+        assert_unchanged(model, known)
+
+
+def test_other_things_than_models_are_refused(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    with pytest.raises(InputError, match=r"verify calls two nn\.Modules, and dict is none"):
+        verify(dict(source.state_dict()), target, INPUTS)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="2 keys of its source are not in Sequential"):
+        verify(
+            source, target, INPUTS, alignment=autoalign.align({"x.weight": torch.ones(2), "y": torch.ones(2)}, target)
+        )
+    with pytest.raises(InputError, match="has tensors on the meta device"):
+        verify(source, network().to("meta"), INPUTS)
+
+
+DOUBTS = [
+    "Meta Llama without frequencies -> transformers.Llama",
+    "transformers.Llama -> torchtune Llama",
+    "Mistral's Mixtral -> transformers 5 Mixtral",
+    "transformers.Llama -> InternLM2",
+    "gated, fused with the gate last -> gated, separate",
+    "timm.VisionTransformer -> vit-pytorch, patches with channels last",
+]
+
+
+@pytest.mark.parametrize("name", DOUBTS)
+def test_a_layout_that_nothing_shows_is_found(name: str) -> None:
+    (pair,) = (pair for pair in DOUBTED_PAIRS if isinstance(pair, Pair) and pair.name == name)
+    source, target = randomise(pair.source(), pair.inputs, seed=1), pair.target().eval()
+    alignment = autoalign.align(source.state_dict(), target.state_dict())
+    assert alignment.ambiguous
+    verification = verify(source, target, pair.inputs, alignment=alignment)
+    assert verification.equal
+    assert verification.taken
+    assert verification.alignment.ambiguous == ()
+    assert verification.trials < 10
+    assert verification.first_divergence is not None
+    assert {match.target for match in verification.taken} <= {match.target for match in verification.alignment.matches}
+    target.load_state_dict(verification.alignment.state_dict(), strict=False)
+    assert verify(source, target, pair.inputs, alignment=verification.alignment).first_divergence is None
+
+
+def test_a_target_that_was_loaded_in_part_is_completed() -> None:
+    (pair,) = (p for p in DOUBTED_PAIRS if isinstance(p, Pair) and p.name == DOUBTS[4])
+    source, target = randomise(pair.source(), pair.inputs, seed=1), pair.target().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        autoalign.load(target, source)
+    verification = verify(source, target, pair.inputs)
+    assert verification.equal
+    assert verification.as_it_is
+    assert verification.first_divergence is not None
+    assert verification.first_divergence.cause == "missing"
+    assert len(verification.taken) == 4 * DEPTH  # weights and biases of two projections
+
+
+def spoilt(alignment: Alignment, fills: Mapping[str, tuple[tuple[str, ...], Operation]]) -> Alignment:
+    changed = tuple(
+        replace(match, sources=fills[match.target][0], operation=fills[match.target][1])
+        if match.target in fills
+        else match
+        for match in alignment.matches
+    )
+    return replace(alignment, matches=changed)
+
+
+def _exchanged(alignment: Alignment, first: str, second: str) -> Alignment:
+    """Exchange two projections in all layers."""
+    fills = {match.target: (match.sources, match.operation) for match in alignment.matches}
+    return spoilt(
+        alignment,
+        {
+            key.replace(own, other): fill
+            for own, other in ((first, second), (second, first))
+            for key, fill in fills.items()
+            if own in key
+        },
+    )
+
+
+def _transposed(alignment: Alignment, name: str) -> Alignment:
+    fills = {m.target: (m.sources, chain(m.operation, Transpose())) for m in alignment.matches if name in m.target}
+    return spoilt(alignment, fills)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "spoil", "module"),
+    [
+        (LLAMA, LLAMA, partial(_exchanged, first="gate_proj", second="up_proj"), "model.layers.0.mlp.gate_proj"),
+        (PHI3, LLAMA, partial(_exchanged, first="gate_proj", second="up_proj"), "model.layers.0.mlp.gate_proj"),
+        (LLAMA, LLAMA, partial(_transposed, name="o_proj"), "model.layers.0.self_attn.o_proj"),
+        (BERT, BERT, partial(_exchanged, first="query", second="value"), "encoder.layer.0.attention.self.query"),
+        (BERT, BERT, partial(_exchanged, first="key", second="value"), "encoder.layer.0.attention.self.key"),
+    ],
+)
+def test_what_often_goes_wrong_in_all_layers_is_found(
+    source: Callable[[], nn.Module],
+    target: Callable[[], nn.Module],
+    spoil: Callable[[Alignment], Alignment],
+    module: str,
+) -> None:
+    own, other = with_values(source(), 1), with_values(target(), 2)
+    right = autoalign.align(own, other)
+    verification = verify(own, other, TOKENS, alignment=spoil(right))
+    assert verification.equal
+    assert verification.first_divergence is not None
+    assert (verification.first_divergence.target_module, verification.first_divergence.cause) == (module, "weights")
+    found, wanted = verification.alignment.state_dict(), right.state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert len(verification.taken) % DEPTH == 0
+    none = verify(own, other, TOKENS, alignment=spoil(right), trials=0)
+    assert (none.equal, none.trials, none.taken) == (False, 0, ())
+    none = verify(own, other, TOKENS, alignment=spoil(right), seconds=0)
+    assert (none.equal, none.trials) == (False, 0)
+
+
+def test_halves_that_are_fused_on_both_sides_in_another_order_are_found() -> None:
+    source = with_values(GatedEncoder("net"), 1)
+    target = with_values(GatedEncoder("w12"), 2)
+    verification = verify(source, target, TOKENS)
+    assert verification.equal
+    assert verification.trials < 30
+    assert len(verification.taken) == 2 * DEPTH  # weights and biases
+    target.load_state_dict(verification.alignment.state_dict())
+    again = verify(source, target, TOKENS)
+    assert (again.equal, again.as_it_is, again.first_divergence) == (True, True, None)
+    restored = verification.alignment.inverse().state_dict()
+    assert all(torch.equal(restored[key], tensor) for key, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize("way", ["loaded", "given"])
+@pytest.mark.parametrize(
+    ("name", "trials"),
+    [
+        ("torchvision.resnet18 -> timm.resnet18", 2),
+        ("transformers.Bert -> transformers.Bert", 6),
+        ("transformers.Phi3 -> transformers.Llama", 6),
+    ],
+)
+def test_the_module_of_a_misplaced_tensor_is_located(name: str, trials: int, way: Way) -> None:
+    (subject,) = (subject for subject in SUBJECTS if subject.name == name)
+    result, missed = measure(subject, trials, way)
+    assert (result.located, missed) == (trials, [])
+
+
+@pytest.mark.cuda
+def test_models_on_different_devices_are_compared(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    verification = verify(source, target.cuda(), INPUTS)
+    assert verification.equal
+    target.b.eps = 0.5
+    divergence = verify(source, target, INPUTS).first_divergence
+    assert divergence is not None
+    assert divergence.target_module == "b"
