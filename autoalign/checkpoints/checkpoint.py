@@ -47,7 +47,7 @@ class Checkpoint(Mapping[str, Tensor]):
     specs: tuple[TensorSpec, ...]
     read: Callable[[str], Tensor]  # from a key of `specs` to its tensor
     read_region: Callable[[str, Region], Tensor] | None = None  # a part of a tensor; None where that is read as a whole
-    is_held: bool = False  # whether reading takes no memory and cannot fail, since all is mapped or in memory
+    is_resident: bool = False  # whether reading takes no memory and cannot fail, since all is mapped or in memory
     path: str | None = None  # of the file; None for what was in memory
     opened: tuple[tuple[Path, os.stat_result], ...] = ()  # the files as they were when they were opened
     container: str = ""  # dotted path of the state dict that was taken, '' for the top level
@@ -331,7 +331,7 @@ def _of_mapping(root: Mapping[str, object], container: str | None, path: str | N
         specs=tuple(entry.spec for entry in chosen.entries),
         read=lambda key: entries[key].read(),
         read_region=lambda key, region: entries[key].read_region(region),
-        is_held=all(entry.is_held for entry in chosen.entries),
+        is_resident=all(entry.is_resident for entry in chosen.entries),
         path=path,
         container=chosen.path,
         containers=tuple(other.path for other in containers),

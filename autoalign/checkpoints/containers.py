@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from autoalign.checkpoints.stored import Stored, as_tensor, torch_dtype
+from autoalign.checkpoints.stored import StoredTensor, as_tensor, torch_dtype
 from autoalign.errors import CheckpointError, InputError
 from autoalign.plan.regions import Region, narrowed
 from autoalign.plan.specs import TensorSpec, packing_of, spec_of
@@ -47,7 +47,7 @@ class Entry:
         value = self.owner[self.name]
         if isinstance(value, Tensor):
             return value.detach()
-        if isinstance(value, Stored):
+        if isinstance(value, StoredTensor):
             return value.read()
         if isinstance(value, np.ndarray):
             return as_tensor(value, self.spec.dtype)
@@ -56,7 +56,7 @@ class Entry:
     def read_region(self, region: Region) -> Tensor:
         """Read a part of the tensor; of most formats that is a view of what is mapped, or a part of what was read."""
         value = self.owner[self.name]
-        if isinstance(value, Stored) and value.read_region is not None:
+        if isinstance(value, StoredTensor) and value.read_region is not None:
             return value.read_region(region)
         return narrowed(self.read(), region)
 
@@ -68,12 +68,12 @@ class Entry:
         return packing_of(value) if isinstance(value, Tensor) else None
 
     @property
-    def is_held(self) -> bool:
+    def is_resident(self) -> bool:
         """Whether reading the tensor takes no memory and cannot fail."""
         if type(self.owner) not in (dict, OrderedDict):  # one that makes its values when asked may do anything
             return False
         value = self.owner[self.name]
-        return value.mapped if isinstance(value, Stored) else isinstance(value, Tensor)
+        return value.mapped if isinstance(value, StoredTensor) else isinstance(value, Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ def _tree(mapping: Mapping[Any, object], depth: int, seen: Iterator[int]) -> _No
             continue
         if name.endswith("_extra_state") and name.rpartition(".")[2] == "_extra_state":
             extras[name] = value
-        elif isinstance(value, Tensor | Stored) or (isinstance(value, np.ndarray) and _is_numeric(value)):
+        elif isinstance(value, Tensor | StoredTensor) or (isinstance(value, np.ndarray) and _is_numeric(value)):
             children[name] = Entry(_spec(name, value, held=isinstance(mapping, dict)), mapping, name)
         elif not isinstance(value, Mapping):
             extras[name] = value
@@ -218,8 +218,8 @@ def _is_numeric(array: np.ndarray) -> bool:
     return array.dtype.kind in "biufc" or (array.dtype.kind == "V" and array.dtype.names is None)
 
 
-def _spec(key: str, value: Tensor | Stored | np.ndarray, *, held: bool) -> TensorSpec:
-    if isinstance(value, Stored):
+def _spec(key: str, value: Tensor | StoredTensor | np.ndarray, *, held: bool) -> TensorSpec:
+    if isinstance(value, StoredTensor):
         return TensorSpec(key, value.shape, value.dtype)
     if isinstance(value, np.ndarray):
         dtype = torch_dtype(value.dtype)

@@ -62,7 +62,7 @@ def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredTensor:
     """A tensor that is still in its file."""
 
     shape: tuple[int, ...]

@@ -242,8 +242,8 @@ def _fill(
                 ahead, is_ahead = read_ahead(list(given_by(source, alignment)), files)
         if "assign" not in options and takes_copies(model, [match.target for match in alignment.matches]):
             findings = Findings(pieces=files.pieces)
-            postpone = source.is_held and not is_ahead and not _may_raise(ValueWarning)
-            early = _no_step if source.is_held else step
+            postpone = source.is_resident and not is_ahead and not _may_raise(ValueWarning)
+            early = _no_step if source.is_resident else step
             given = given_by(source, alignment) if ahead is None else ahead
             with _cut_said():
                 fills = fills_of(given, alignment, targets, findings, early, postpone=postpone, files=files)
@@ -259,7 +259,7 @@ def _fill(
             _load_state_dict(model, source, alignment, counters, targets, tensors, options)
         else:
             # what is mapped is only read as it is copied, and then a function of the caller's may raise
-            is_cancellable = callable(progress) and source.is_held
+            is_cancellable = callable(progress) and source.is_resident
             require_same_tensors(model, alignment, targets)
             source.require_unchanged(_changed_advice(is_kept=True))
             postponed = len(findings.postponed)
@@ -271,7 +271,7 @@ def _fill(
                     source.require_unchanged("")
                     checked = time.perf_counter()
                 findings.examine_postponed(done - postponed + len(findings.postponed))  # while others are copied
-                if source.is_held:
+                if source.is_resident:
                     step(done, size)
 
             with transaction(model, keep_values=is_cancellable):
@@ -399,7 +399,7 @@ def _load_sharded(
 
 def _mapped_paths(source: Checkpoint, *, from_files: bool) -> list[Path]:
     """List the files that can be read in place of what is mapped of them."""
-    return [path for path, _ in source.opened] if from_files and source.is_held else []
+    return [path for path, _ in source.opened] if from_files and source.is_resident else []
 
 
 def _changed_advice(is_kept: bool) -> str:

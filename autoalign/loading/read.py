@@ -397,7 +397,7 @@ def given_by(source: Checkpoint, alignment: Alignment) -> Iterator[Given]:
                     "The model was not changed. Give a checkpoint with values."
                 )
             uses[key] -= 1
-            if not source.is_held:
+            if not source.is_resident:
                 kept[key] = tensor
                 if not uses[key]:
                     del kept[key]

@@ -139,11 +139,11 @@ def digests(source: Checkpoint, alignment: Alignment, files: MappedFiles) -> tup
     source.require_unchanged()
     found = [(match.target, match.sources, repr(match.operation)) for match in alignment.matches]
     keys = sorted({key for match in alignment.matches for key in match.sources})
-    if not source.is_held:
+    if not source.is_resident:
         keys = sorted(keys, key=lambda key: source.spec(key).numel)[:_FEW]
     for key in keys:
         shape = source.spec(key).shape
-        if source.is_held and is_sharded(source.region(key, tuple((0, 0) for _ in shape))):
+        if source.is_resident and is_sharded(source.region(key, tuple((0, 0) for _ in shape))):
             raise InputError(
                 f"{key} of the checkpoint is spread over processes as the model is, and ranks do not exchange parts. "
                 "Nothing was loaded. Give a state dict of whole tensors, or a folder of torch.distributed.checkpoint."
@@ -153,13 +153,13 @@ def digests(source: Checkpoint, alignment: Alignment, files: MappedFiles) -> tup
     count = max(2, min(_MOST_RUNS, _RUNS // max(1, len(keys))))
     for key in keys:
         shape = source.spec(key).shape
-        regions = _spread(shape, count) if source.is_held else [tuple((0, length) for length in shape)]
+        regions = _spread(shape, count) if source.is_resident else [tuple((0, length) for length in shape)]
         sample.update(key.encode())
         for part in files.read_together([source.region(key, region) for region in regions]):
             if part.layout == torch.strided and not part.is_meta and not part.is_quantized:
                 flat = part.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
                 sample.update(flat.contiguous().view(torch.uint8).numpy().tobytes())
-    if not source.is_held:
+    if not source.is_resident:
         _sample_files([path for path, _ in source.opened], sample.update)
     source.require_unchanged()
     return hashlib.sha256(repr(found).encode()).hexdigest(), sample.hexdigest()
@@ -238,7 +238,7 @@ def fills_surely(
     keys = [match.target for match in alignment.matches]
     if not takes_copies(model, keys):
         return False
-    return assign or (source.is_held and all(local_part(targets[key]).layout == torch.strided for key in keys))
+    return assign or (source.is_resident and all(local_part(targets[key]).layout == torch.strided for key in keys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +283,7 @@ def plan_of(
                 f"where {list(specs[match.target].shape)} was announced."
             )
         for key in match.sources:
-            if source.is_held and source.spec(key).shape:  # an empty region can be had if the tensor can
+            if source.is_resident and source.spec(key).shape:  # an empty region can be had if the tensor can
                 source.region(key, tuple((0, 0) for _ in source.spec(key).shape))
     filled = {key: _empty(targets[key]) if assign else targets[key].detach() for key in matches}
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
@@ -306,7 +306,7 @@ def plan_of(
         for item in items
     )
     plan = ShardPlan(filled, parts, wholes)
-    if source.is_held and parts:  # else old values are kept, and it may fail later
+    if source.is_resident and parts:  # else old values are kept, and it may fail later
         files.find()
         _read_for_trial(source, plan, files)
     return plan

@@ -391,7 +391,7 @@ def test_reading_what_is_held_takes_no_second_copy(tmp_path: Path) -> None:
     for saver in ("safetensors", "torch", "legacy"):
         SAVERS[saver](state_dict, tmp_path / saver)
         checkpoint = open_checkpoint(tmp_path / saver)
-        assert checkpoint.is_held
+        assert checkpoint.is_resident
         assert checkpoint["a"].data_ptr() == checkpoint["a"].data_ptr()
 
 

@@ -210,7 +210,7 @@ def keeps_no_old_values(rank: int, world: int, path: str) -> None:
     assert_loaded(model, filled())
     model = fully_sharded(world, filled(1))
     interrupted.clear()
-    unheld = replace(sound, read_region=region, is_held=False)
+    unheld = replace(sound, read_region=region, is_resident=False)
     with mock.patch("autoalign.loading.load.digests", return_value=("", "")):
         kind = KeyboardInterrupt if rank == 0 else AlignmentError
         expect(kind, "^$" if rank == 0 else "Rank 0 failed", model, unheld)
@@ -262,10 +262,10 @@ def fails_together(rank: int, world: int, path: str) -> None:
     if rank == world - 1:
         source["transformer.ln_f.weight"] = source.pop("h.1.ln_1.weight")
     expect(AlignmentError, "aligned the checkpoint in different ways", model, source, strict=False)
-    for key, is_held in (("wte.weight", True), ("steps", True), ("steps", False)):
+    for key, is_resident in (("wte.weight", True), ("steps", True), ("steps", False)):
         source = checkpoint_of({**sound, key: sound[key] + 1} if rank else sound)
         text = "Ranks 0 and 1 have checkpoints of other values, and nothing was loaded"
-        expect(AlignmentError, text, model, replace(source, is_held=is_held))
+        expect(AlignmentError, text, model, replace(source, is_resident=is_resident))
     other = sound["h.0.mlp.c_fc.weight"].clone()
     other[0, 0] += rank
     expect(AlignmentError, text, model, {**sound, "h.0.mlp.c_fc.weight": other})
@@ -287,8 +287,11 @@ def fails_together(rank: int, world: int, path: str) -> None:
 
     errors: list[BaseException] = [OSError("the disk is gone"), MemoryError("no memory"), KeyboardInterrupt("now")]
     while errors:
-        for is_held in (True, False):  # which shows before anything is changed, or after which old values are put back
-            source = replace(sound, read_region=broken, is_held=is_held)
+        for is_resident in (
+            True,
+            False,
+        ):  # which shows before anything is changed, or after which old values are put back
+            source = replace(sound, read_region=broken, is_resident=is_resident)
             with unsampled:
                 if isinstance(errors[0], MemoryError):
                     text = r"Rank 1 .*failed, and .* (loaded|changed) on any: MemoryError: no memory"

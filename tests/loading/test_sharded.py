@@ -81,7 +81,7 @@ def test_digests_tell_files_apart_whose_tensors_are_read_as_a_whole(tmp_path: Pa
         (tmp_path / name).mkdir()
         np.savez(tmp_path / name / "file.npz", allow_pickle=False, **arrays)
         source = open_checkpoint(tmp_path / name / "file.npz")
-        assert not source.is_held
+        assert not source.is_resident
         target = {key: torch.zeros(spec.shape) for key, spec in zip(source, source.specs, strict=True)}
         found.append(digests(source, align(source, target), MappedFiles(frozenset())))
         arrays["layer19.weight"][3, 3] = 1.0  # of the largest

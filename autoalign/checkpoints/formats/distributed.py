@@ -19,7 +19,7 @@ from torch import Tensor
 
 from autoalign.checkpoints.formats.pickle_budget import Budget, TooCostlyError, check_cost
 from autoalign.checkpoints.formats.torch_pickle import check_zipped
-from autoalign.checkpoints.stored import Contents, Stored, as_opened
+from autoalign.checkpoints.stored import Contents, StoredTensor, as_opened
 from autoalign.errors import CheckpointError, UnsafeCheckpointError
 from autoalign.plan.regions import Region
 from autoalign.plan.specs import TensorSpec
@@ -167,7 +167,7 @@ def _nested(folder: Path, metadata: Any, budget: Budget) -> dict[str, object]:
     return root
 
 
-def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -> Stored:
+def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -> StoredTensor:
     shape, dtype = tuple(entry.size), entry.properties.dtype
     checked: set[tuple[str, int]] = set()
 
@@ -208,7 +208,7 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -
             raise _damaged(folder, error) from error
         return tensor
 
-    return Stored(shape, dtype, lambda: read_region(tuple((0, size) for size in shape)), read_region=read_region)
+    return StoredTensor(shape, dtype, lambda: read_region(tuple((0, size) for size in shape)), read_region=read_region)
 
 
 class _Part(io.RawIOBase):

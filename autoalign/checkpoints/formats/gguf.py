@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.stored import Contents, Stored, as_tensor
+from autoalign.checkpoints.stored import Contents, StoredTensor, as_tensor
 from autoalign.errors import CheckpointError, DependencyError
 
 _DTYPES = {
@@ -126,7 +126,7 @@ def _value(field: Any) -> object:
     return value
 
 
-def _stored(tensor: Any, *, big: bool) -> Stored:
+def _stored(tensor: Any, *, big: bool) -> StoredTensor:
     dtype = _DTYPES[tensor.tensor_type.name]
     data: np.ndarray = tensor.data  # mapped into memory
     if dtype == torch.bfloat16:  # which is bytes to numpy
@@ -135,4 +135,4 @@ def _stored(tensor: Any, *, big: bool) -> Stored:
     def read() -> Tensor:
         return as_tensor(np.asarray(data), dtype)
 
-    return Stored(tuple(reversed([int(size) for size in tensor.shape])), dtype, read, mapped=not big)
+    return StoredTensor(tuple(reversed([int(size) for size in tensor.shape])), dtype, read, mapped=not big)

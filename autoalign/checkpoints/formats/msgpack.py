@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.stored import Contents, Stored, as_tensor, named_dtype
+from autoalign.checkpoints.stored import Contents, StoredTensor, as_tensor, named_dtype
 from autoalign.errors import CheckpointError, DependencyError
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # the codes of Flax's extensions
@@ -73,7 +73,7 @@ def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _array(shape: Any, name: str, values: bytes) -> Stored:
+def _array(shape: Any, name: str, values: bytes) -> StoredTensor:
     if not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"shape {shape}")
     dtype = named_dtype(name)
@@ -86,7 +86,7 @@ def _array(shape: Any, name: str, values: bytes) -> Stored:
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         return as_tensor(data, torch.uint8).view(dtype).reshape(tuple(shape))
 
-    return Stored(tuple(shape), dtype, read)
+    return StoredTensor(tuple(shape), dtype, read)
 
 
 def _joined(found: Mapping[str, object], depth: int) -> dict[str, object]:
@@ -103,12 +103,12 @@ def _joined(found: Mapping[str, object], depth: int) -> dict[str, object]:
     }
 
 
-def _whole(value: Mapping[str, Any]) -> Stored:
+def _whole(value: Mapping[str, Any]) -> StoredTensor:
     shape = tuple(value["shape"][str(index)] for index in range(len(value["shape"])))
-    pieces: list[Stored] = [value["chunks"][str(index)] for index in range(len(value["chunks"]))]
+    pieces: list[StoredTensor] = [value["chunks"][str(index)] for index in range(len(value["chunks"]))]
     (dtype,) = {piece.dtype for piece in pieces}
     if not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"shape {shape}")
     if prod(shape) != sum(prod(piece.shape) for piece in pieces):
         raise ValueError(f"an array of shape {shape} in pieces of other sizes")
-    return Stored(shape, dtype, lambda: torch.cat([piece.read().reshape(-1) for piece in pieces]).reshape(shape))
+    return StoredTensor(shape, dtype, lambda: torch.cat([piece.read().reshape(-1) for piece in pieces]).reshape(shape))

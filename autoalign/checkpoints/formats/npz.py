@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from autoalign.checkpoints.formats.pickle_budget import MEMBERS, Budget
-from autoalign.checkpoints.stored import Contents, Stored, as_tensor, torch_dtype
+from autoalign.checkpoints.stored import Contents, StoredTensor, as_tensor, torch_dtype
 from autoalign.errors import CheckpointError
 
 _LONGEST = 2**14  # bytes of an array's header that are read; numpy takes 10,000, and one of numbers has a hundred
@@ -42,7 +42,7 @@ def open_npz(file: Path) -> Contents:
     def opened() -> zipfile.ZipFile:
         return zipfile.ZipFile(file)
 
-    def stored(member: str, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
+    def stored(member: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
         def read() -> Tensor:
             try:
                 with opened().open(member) as stream:
@@ -50,7 +50,7 @@ def open_npz(file: Path) -> Contents:
             except Exception as error:  # as below
                 raise _damaged(file, error) from error
 
-        return Stored(shape, dtype, read)
+        return StoredTensor(shape, dtype, read)
 
     root: dict[str, object] = {}
     budget = Budget(file.stat().st_size)

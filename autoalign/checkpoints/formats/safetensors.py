@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autoalign.checkpoints.formats.pickle_budget import MEMBERS
-from autoalign.checkpoints.stored import Contents, Stored
+from autoalign.checkpoints.stored import Contents, StoredTensor
 from autoalign.errors import CheckpointError, InputError
 from autoalign.plan.keys import natural
 from autoalign.plan.specs import TensorSpec
@@ -63,14 +63,14 @@ def open_safetensors(file: Path) -> Contents:
     def mapped() -> Mapped:
         return _mapped(file)
 
-    def stored(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Stored:
+    def stored(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
         def read() -> Tensor:
             try:
                 return _tensor(mapped(), key, shape, dtype)
             except Exception as error:  # of a file that was changed since, or of a shape that torch cannot hold
                 raise _damaged(file, error) from error
 
-        return Stored(shape, dtype, read, mapped=True)
+        return StoredTensor(shape, dtype, read, mapped=True)
 
     try:
         _check_count(file)

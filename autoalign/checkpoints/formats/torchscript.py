@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from autoalign.checkpoints.formats.pickle_budget import TooCostlyError, check_cost
-from autoalign.checkpoints.stored import Contents, Stored
+from autoalign.checkpoints.stored import Contents, StoredTensor
 from autoalign.errors import CheckpointError
 
 _STORAGES = {
@@ -177,7 +177,7 @@ def _stored(
     opened: Callable[[], zipfile.ZipFile],
     record: str,
     sizes: Mapping[str, int],
-) -> Stored:
+) -> StoredTensor:
     dtype = view.storage.dtype
     last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride, strict=True))
     needed = (view.offset + last + 1) * dtype.itemsize if prod(view.shape) else 0
@@ -194,7 +194,7 @@ def _stored(
         except Exception as error:
             raise _damaged(file, error) from error
 
-    return Stored(view.shape, dtype, read)
+    return StoredTensor(view.shape, dtype, read)
 
 
 def _damaged(file: Path, error: Exception) -> CheckpointError:
