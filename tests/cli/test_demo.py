@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 import re
 import sys
 from pathlib import Path
@@ -30,9 +29,8 @@ def test_the_demonstration_loads_everything_and_computes_the_same(capsys: pytest
     assert errors == ""
     assert re.search(r"^matched +384 +[\d,]+  100\.0 % of the target$", report, re.MULTILINE)
     assert "trunk_output.block1 -> s1" in report
-    (shown,) = re.findall(r"^```text\n(torchvision\..*?)^```$", README, re.MULTILINE | re.DOTALL)
-    checker, flags = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    assert checker.check_output(comparable(shown), comparable(report), flags)
+    (ending,) = re.findall(r"ends in `([^`]*)`", README)
+    assert comparable(ending) in comparable(report)
     difference = re.search(r"^Largest relative difference of the outputs: (\S+) \(equal", report, re.MULTILINE)
     assert difference
     assert float(difference[1]) <= 1e-3
