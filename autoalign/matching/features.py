@@ -1,12 +1,12 @@
-"""Evidence that does not change while matching: names, templates of names, ranks and neighbours, as arrays."""
+"""What speaks for a pair of layers before matching: words and templates of names, ranks, neighbours, shared names."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, starmap
 from math import prod
 
 import numpy as np
@@ -14,20 +14,23 @@ from numpy.typing import NDArray
 
 from autoalign.matching.layers import Ancestry, Path
 from autoalign.matching.names import similar_words, word_similarity, words
-from autoalign.plan.keys import numbers, stem
+from autoalign.plan.keys import numbers, stem, template
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 # How many numbers of a name a template keeps, counted from its end, and how many of its last components; 0 for all.
 # A number may be a repetition (to be replaced) or a role (to be kept); several readings vote together.
-_READINGS = 3  # by the numbers that are kept
 TEMPLATES = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 2), (1, 3))
+_MAX_NUMBERS_KEPT = 2
 
 _NUMBER = re.compile(r"\d+")
-_COMMON = 1.0  # names of common words alone say little
-_DECAY = 0.7  # weight of a word for each level that it stands above the tensor
-_TOGETHER = 2**21  # cells of the largest table of words or names that is made at once
+_NORM_OFFSET = 1.0  # added to the norm of two names, so that names of common words alone say little
+_DECAY_PER_LEVEL = 0.7  # of the weight of a word, for each level that it stands above the tensor
+_MAX_TABLE_CELLS = 2**21  # of words or names, made at once
+_MIN_SHARE_OF_CHILDREN = 0.5  # of two modules of one name that must have common names
+_MIN_SHARE_THAT_FITS = 0.9  # of namesakes below different prefixes that must be of reconcilable shapes
+_MIN_SHARE_OF_NAMESAKES = 0.5  # of the smaller side's layers, before shared names are believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class SideEvidence:
 
     paths: tuple[Path, ...]
     ancestry: Ancestry
-    ordered: bool  # whether siblings stand in the order of registration, not in that of the alphabet
+    ordered: bool  # siblings stand in the order of registration, not in that of the alphabet
     # Within each ancestor, among the units of the same class that stand equally deep below it:
     rank: NDArray[np.int32]  # [units, depth]: how many come before
     count: NDArray[np.int32]  # [units, depth]: how many there are
@@ -74,7 +77,7 @@ def side_evidence(
 
 
 def is_alphabetical(keys: Sequence[str]) -> bool:
-    """Tell whether keys are sorted, as text or by their numbers, as files often have them; then order tells nothing.
+    """True if keys are sorted, as text or by their numbers, as in many files; then their order tells nothing.
 
     >>> is_alphabetical(["fc.bias", "fc.weight"]), is_alphabetical(["fc.weight", "fc.bias"])
     (True, False)
@@ -83,35 +86,26 @@ def is_alphabetical(keys: Sequence[str]) -> bool:
     return list(keys) == sorted(keys) or all(key <= following for key, following in pairwise(natural))
 
 
-def template(path: Path) -> Path:
-    """Replace the numbers of a name by ``#``.
-
-    >>> template(("layer", "3", "conv1"))
-    ('layer', '#', 'conv#')
-    """
-    return tuple(map(stem, path))
-
-
 def name_scores(source: Sequence[Path], target: Sequence[Path]) -> Floats:
-    """Score how alike the names of two sides are: [source units, target units], at most about 1.
+    """Compute the similarity of names between two sides: [source units, target units], at most about 1.
 
-    Cosine of the words of two names, each weighed by its rarity on its side and by how close to the tensor it stands,
-    under the similarity of words. Rival words (query against key) count against a pair.
+    It is the cosine of the words of two names under the similarity of words; each word is weighted by its rarity on its
+    side and by how close to the tensor it stands. Rival words (query against key) count against a pair.
     """
     own, other = _word_weights(source), _word_weights(target)
     if not own.words or not other.words:
         return np.zeros((len(source), len(target)), dtype=np.float32)
-    if max(len(own.words) * len(other.words), *map(prod, (own.shape, other.shape))) > _TOGETHER:
+    if max(len(own.words) * len(other.words), *map(prod, (own.shape, other.shape))) > _MAX_TABLE_CELLS:
         return _sparse_scores(own, other)
     first, second = own.table(), other.table()
     scores = first @ word_similarity(own.words, other.words) @ second.T
     norms = np.outer(np.linalg.norm(first, axis=1), np.linalg.norm(second, axis=1))
-    return np.asarray(scores / (norms + _COMMON), dtype=np.float32)
+    return np.asarray(scores / (norms + _NORM_OFFSET), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class _WordWeights:
-    """How much each word of one side says of each name, as the entries of a table [names, words] that are not zero."""
+    """The weight of each word in each name of one side: the entries of a table [names, words] that are not zero."""
 
     words: Sequence[str]
     shape: tuple[int, int]
@@ -129,11 +123,11 @@ def _word_weights(paths: Sequence[Path]) -> _WordWeights:
     columns: dict[str, int] = {}
     weights: dict[tuple[int, int], float] = {}
     for row, path in enumerate(paths):
-        weight = _DECAY ** (len(path) - 1)
+        weight = _DECAY_PER_LEVEL ** (len(path) - 1)
         for component in path:  # the last is the nearest, and what is nearer counts
             for word in words(component):
                 weights[row, columns.setdefault(word, len(columns))] = weight
-            weight /= _DECAY
+            weight /= _DECAY_PER_LEVEL
     rows, places = np.asarray(list(weights), dtype=np.int64).reshape(-1, 2).T
     rarity = np.log((len(paths) + 1) / np.maximum(np.bincount(places, minlength=len(columns)), 1)) + 0.1
     values = np.asarray(list(weights.values()), dtype=np.float32) * rarity[places]
@@ -141,7 +135,7 @@ def _word_weights(paths: Sequence[Path]) -> _WordWeights:
 
 
 def _sparse_scores(source: _WordWeights, target: _WordWeights) -> Floats:
-    """Score names of so many words that hardly any two have one in common."""
+    """Compute the similarity of names where most pairs have no word in common."""
     from scipy.sparse import csr_array
 
     first, second = (csr_array((side.values, side.places), shape=side.shape) for side in (source, target))
@@ -151,9 +145,9 @@ def _sparse_scores(source: _WordWeights, target: _WordWeights) -> Floats:
     similar = first @ csr_array((values, tuple(places)), shape=(source.shape[1], target.shape[1]))
     norms = [np.sqrt(side.multiply(side).sum(axis=1)) for side in (first, second)]
     scores = np.empty((source.shape[0], target.shape[0]), dtype=np.float32)
-    step = max(_TOGETHER // len(scores.T), 1)
+    step = max(_MAX_TABLE_CELLS // len(scores.T), 1)
     for rows in (slice(start, start + step) for start in range(0, len(scores), step)):
-        scores[rows] = (similar[rows] @ second.T).toarray() / (np.outer(norms[0][rows], norms[1]) + _COMMON)
+        scores[rows] = (similar[rows] @ second.T).toarray() / (np.outer(norms[0][rows], norms[1]) + _NORM_OFFSET)
     return scores
 
 
@@ -167,7 +161,7 @@ def _template_ids(paths: Sequence[Path]) -> Ints:
 
 
 def _readings(path: Path) -> list[Path]:
-    """Write a name with none of its numbers, with the last one, and with the last two.
+    """Return a name with none of its numbers, with the last one, and with the last two.
 
     >>> _readings(("layer", "3", "0", "conv1"))
     [('layer', '#', '#', 'conv#'), ('layer', '#', '#', 'conv1'), ('layer', '#', '0', 'conv1')]
@@ -178,9 +172,9 @@ def _readings(path: Path) -> list[Path]:
         for others in range(len(numbers(path[place])) - 1, -1, -1):
             written[place] = _NUMBER.sub("#", path[place], others) if others else path[place]
             readings.append(tuple(written))
-            if len(readings) == _READINGS:
+            if len(readings) > _MAX_NUMBERS_KEPT:
                 return readings
-    return readings + readings[-1:] * (_READINGS - len(readings))
+    return readings + readings[-1:] * (_MAX_NUMBERS_KEPT + 1 - len(readings))
 
 
 def _ranks(ancestry: Ancestry, classes: Ints, class_count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -241,7 +235,7 @@ def _neighbours(ancestry: Ancestry) -> tuple[Ints, Ints]:
 
 
 def _places(paths: Sequence[Path], classes: Ints) -> tuple[Ints, Ints]:
-    """Find the place of each unit in the innermost list of equal modules that it belongs to, and how long that is."""
+    """Find the place of each unit in the innermost list of equal modules around it, and the length of that list."""
     content: dict[Path, list[tuple[Path, int]]] = {}
     for path, of in zip(paths, classes.tolist(), strict=True):
         for depth, name in enumerate(path, start=1):
@@ -261,3 +255,143 @@ def _places(paths: Sequence[Path], classes: Ints) -> tuple[Ints, Ints]:
                 place[index], length[index] = ranks[path[:depth]]
                 break
     return place, length
+
+
+def namesakes(
+    source: Sequence[Path],
+    target: Sequence[Path],
+    counts: tuple[Ints, Ints] | None = None,
+    fits: Callable[[int, int], bool] | None = None,
+) -> list[tuple[int, int]]:
+    """Pair the layers of equal name up to one prefix on either side, if most of one side has them.
+
+    A name is believed only where the modules around it have most children in common, lists of another length aside:
+    ``layers.0`` beside ``proj_in`` and ``proj_out`` need not be the ``layers.0`` of a module that has neither.
+    The name of a module that is its parent's only child, as in a wrapper, does not count.
+
+    >>> namesakes([("a", "module", "0"), ("b", "module")], [("a", "0"), ("b",), ("head",)])
+    [(0, 0), (1, 1)]
+
+    Args:
+        source: The layers of the source.
+        target: Those of the target.
+        counts: How many layers each of them stands for; by default one.
+        fits: True for two layers whose shapes can be reconciled; where a prefix was removed, those of most namesakes
+            must be.
+    """
+    each = counts or (np.ones(len(source), dtype=np.int64), np.ones(len(target), dtype=np.int64))
+    source, target = _unwrapped(source), _unwrapped(target)
+    smaller = each[int(each[1].sum() < each[0].sum())]
+    least = int(np.searchsorted(np.cumsum(np.sort(smaller)[::-1]), _MIN_SHARE_OF_NAMESAKES * smaller.sum())) + 1
+    prefixes = _prefixes(source, target, least)
+    if prefixes is None:
+        return []
+    own, other = prefixes
+    place = {path[len(own) :]: index for index, path in enumerate(source) if path[: len(own)] == own}
+    pairs = [
+        (place[path[len(other) :]], index)
+        for index, path in enumerate(target)
+        if path[: len(other)] == other and path[len(other) :] in place
+    ]
+    if share_of(pairs, each) < _MIN_SHARE_OF_NAMESAKES:
+        return []
+    if fits and own != other and sum(fits(*pair) for pair in pairs) < _MIN_SHARE_THAT_FITS * len(pairs):
+        return []
+    children = _children(source, own), _children(target, other)
+    trusted: dict[Path, bool] = {(): True}
+
+    def trust(path: Path) -> bool:
+        if path not in trusted:
+            own, other = ({stem(name) for name in known.get(path, ())} for known in children)
+            trusted[path] = trust(path[:-1]) and len(own & other) >= _MIN_SHARE_OF_CHILDREN * len(own | other)
+        return trusted[path]
+
+    shifted = _shifted(source, own, target, other)
+
+    def renumbered(path: Path) -> bool:
+        return any((path[:depth], stem(path[depth])) in shifted for depth in range(len(path)))
+
+    found = [(i, j) for i, j in pairs if trust(source[i][len(own) : -1])]
+    found = [(i, j) for i, j in found if not renumbered(source[i][len(own) :])] if shifted else found
+    return _without_moved(found, source, fits) if fits else found
+
+
+def _without_moved(
+    pairs: Sequence[tuple[int, int]], source: Sequence[Path], fits: Callable[[int, int], bool]
+) -> list[tuple[int, int]]:
+    """Leave out layers that moved to another module of a list, as a downsampling from the end of each stage.
+
+    No layer of such a name fits its namesake, and some fit that of another.
+    """
+    alike: dict[Path, list[tuple[int, int]]] = defaultdict(list)
+    for i, j in pairs:
+        alike[template(source[i])].append((i, j))
+    unfit = {name for name, same in alike.items() if not any(starmap(fits, same)) and any("#" in own for own in name)}
+    if not unfit:
+        return list(pairs)
+    members: dict[Path, list[int]] = defaultdict(list)
+    for i, path in enumerate(source):
+        members[template(path)].append(i)
+    moved = {name for name in unfit if any(fits(i, j) for i in members[name] for _, j in alike[name])}
+    return [pair for name, same in alike.items() if name not in moved for pair in same]
+
+
+def _shifted(source: Sequence[Path], own: Path, target: Sequence[Path], other: Path) -> set[tuple[Path, str]]:
+    """Find the lists whose numbers start elsewhere on the other side, so that equal numbers mean nothing."""
+    lists: tuple[dict[tuple[Path, str], set[tuple[int, ...]]], ...] = ({}, {})
+    for known, paths, prefix in zip(lists, (source, target), (own, other), strict=True):
+        for path in paths:
+            for depth in range(len(prefix), len(path)):
+                if place := numbers(path[depth]):
+                    known.setdefault((path[len(prefix) : depth], stem(path[depth])), set()).add(place)
+    return {
+        name
+        for name, places in lists[0].items()
+        if len(places) > 1
+        and (there := lists[1].get(name, places)) != places
+        and min(there) != min(places)
+        and not (there <= places or places <= there)
+    }
+
+
+def share_of(pairs: Sequence[tuple[int, int]], counts: tuple[Ints, Ints]) -> float:
+    """Return the share of the smaller side's layers that is paired; each counts as the number that it stands for."""
+    side = int(counts[1].sum() < counts[0].sum())
+    return sum(int(counts[side][pair[side]]) for pair in pairs) / max(int(counts[side].sum()), 1)
+
+
+def _unwrapped(paths: Sequence[Path]) -> Sequence[Path]:
+    """Leave out the names of modules that are only children, unless they are numbered or hold tensors."""
+    children = _children(paths, ())
+    alone = {path for path, names in children.items() if len(names) == 1 and not numbers(*names)}.difference(paths)
+    if not alone:
+        return paths
+    return [tuple(name for depth, name in enumerate(path) if path[:depth] not in alone) or path for path in paths]
+
+
+def _prefixes(source: Sequence[Path], target: Sequence[Path], least: int) -> tuple[Path, Path] | None:
+    """Find the prefixes of at least so many names whose removal leaves the most in common; the first of equals."""
+    often = [
+        {prefix for prefix, count in below.items() if count >= least}
+        for below in (Counter(path[:cut] for path in side for cut in range(len(path))) for side in (source, target))
+    ]
+    above: dict[Path, list[Path]] = defaultdict(list)
+    for path in source:
+        for cut in range(len(path)):
+            above[path[cut:]] += [path[:cut]] if path[:cut] in often[0] else []
+    votes = Counter[tuple[Path, Path]]()
+    for path in target:
+        cut = next((cut for cut in range(len(path)) if path[cut:] in above), 0)
+        if path[:cut] in often[1]:
+            votes.update((prefix, path[:cut]) for prefix in above.get(path[cut:], ()))
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _children(paths: Sequence[Path], prefix: Path) -> dict[Path, set[str]]:
+    children: dict[Path, set[str]] = defaultdict(set)
+    for path in paths:
+        if path[: len(prefix)] == prefix:
+            short = path[len(prefix) :]
+            for depth, name in enumerate(short):
+                children[short[:depth]].add(name)
+    return children

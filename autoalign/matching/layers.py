@@ -1,4 +1,4 @@
-"""The module graph of one side: a tree of modules with its tensors as leaves, in natural order."""
+"""One side as it is matched: its tensors as parts, grouped into units (layers), and the tree of modules above them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import repeat, takewhile
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import COLLECTIONS
-from autoalign.plan.keys import components, numbers, stem
+from autoalign.plan.keys import common_module, components, numbers, stem
 from autoalign.plan.operations import Copy, Operation
 from autoalign.plan.specs import TensorSpec
 
 Path = tuple[str, ...]
 
-_Tree = dict[tuple[str, bool], "_Tree | int"]  # name, and whether of a tensor -> what is in the module, or the leaf
+_Tree = dict[tuple[str, bool], "_Tree | int"]  # name, True for a tensor -> the content of the module, or the leaf
 
 
 def block_around(path: Path) -> Path:
@@ -48,7 +48,7 @@ class Ancestry:
 
 
 def ancestry(paths: Sequence[Path]) -> Ancestry:
-    """Build the tree of modules above the given tensor paths; a module with one child only counts as that child.
+    """Build the tree of modules above the given tensor paths; a module with a single child counts as that child.
 
     Natural order is the order of registration, but children whose names differ in their numbers alone and which are
     sorted as text are ordered by these numbers: files sorted by key put ``layers.10`` before ``layers.2``. A tensor and
@@ -115,9 +115,9 @@ class Part:
     shape: tuple[int, ...]
     numeric: str  # "float", "int" or "bool": tensors of one kind of number only match their like
     view: Operation = _WHOLE  # takes the part out of its tensor
-    turned: bool = False  # whether the split shows that the matrix is laid out the other way round
+    turned: bool = False  # the split shows that the matrix is transposed
     count: int = 1  # how many tensors of equal blocks it stands for
-    by_order: bool = False  # whether its place among the tensors of its layer is all that tells what it is
+    by_order: bool = False  # nothing but its place among the tensors of its layer tells what it is
 
 
 def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -> list[Part]:
@@ -134,7 +134,7 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
     paths = [components(spec.key) for spec in specs]
     if len(tops := {path[0] for path in paths if len(path) > 1}) > 1 and tops <= COLLECTIONS:
         paths = [path[1:] if len(path) > 1 else path for path in paths]
-    top = len(_around(paths))
+    top = len(_top_module(paths))
     if not any(numbers(name) for path in paths for name in path[top + 1 : -1]):  # the module tree is in one name
         paths = [
             (*path[:top], *_JOINT.split(path[top]), *path[top + 1 :]) if len(path) > top + 1 else path for path in paths
@@ -151,19 +151,15 @@ def under_one_root(parts: Sequence[Part]) -> list[Part]:
     >>> [part.path for part in under_one_root(parts_of([TensorSpec("module.net.fc.weight", (8,), torch.float32)]))]
     [('', 'fc', 'weight')]
     """
-    top = len(_around([part.path for part in parts]))
+    top = len(_top_module([part.path for part in parts]))
     return [replace(part, path=("", *part.path[top:])) for part in parts]
 
 
-def _around(paths: Sequence[Path]) -> Path:
-    """Name the module that everything is in; the one around it if everything is of one layer."""
-    if not paths:
-        return ()
-    first, last = min(paths), max(paths)  # what these share, all share
-    depth = min(len(path) for path in paths) - 1
-    shared = [own for own, other in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))][:depth]
+def _top_module(paths: Sequence[Path]) -> Path:
+    """Return the module that everything is in; the one around it if everything is of one layer."""
+    shared = common_module(paths)
     is_layer = all(len(path) == len(shared) + 1 for path in paths)
-    return tuple(shared[:-1] if is_layer else shared)
+    return shared[:-1] if is_layer else shared
 
 
 @lru_cache
@@ -189,7 +185,7 @@ class Unit:
 
 
 class Units(tuple[Unit, ...]):
-    """The units of one side, in order of their first part, and what their paths tell, which is found once."""
+    """The units of one side, in order of their first part, with values computed once from their paths."""
 
     @cached_property
     def paths(self) -> list[Path]:
@@ -208,7 +204,7 @@ class Units(tuple[Unit, ...]):
 
 
 class Parts(tuple[Part, ...]):
-    """The parts of one side, and the units that they make, which are found once."""
+    """The parts of one side, and their units, grouped once."""
 
     @cached_property
     def units(self) -> Units:
@@ -216,12 +212,12 @@ class Parts(tuple[Part, ...]):
         return _grouped(self)
 
     def changed(self, parts: Sequence[Part]) -> Parts:
-        """Put other parts in their place; where they are the same, what is known of them is kept."""
+        """Return these parts as ``Parts``: this object, with the units it has, if they are the same."""
         return self if self == tuple(parts) else Parts(parts)
 
 
 def counts_of(units: Sequence[Unit], parts: Sequence[Part]) -> NDArray[np.int64]:
-    """Tell how many layers of equal blocks each unit stands for."""
+    """Return how many layers of equal blocks each unit stands for."""
     return np.asarray([parts[unit.parts[0][1]].count for unit in units], dtype=np.int64)
 
 
@@ -250,10 +246,9 @@ def _grouped(parts: Sequence[Part]) -> Units:
 
 
 def _take_in_biases(groups: dict[Path, dict[str, int]]) -> None:
-    """Give a bias that stands beside its layer (``q_bias`` beside ``query.weight``), or in it, to that layer.
+    """Add a bias beside its layer (``q_bias`` beside ``query.weight``), or in it under another name, to that layer.
 
-    One that stands in it has a name of its own (``gate.weight`` with ``gate.e_score_correction_bias``), and is the only
-    one that does.
+    One in its layer, as ``gate.e_score_correction_bias`` with ``gate.weight``, must be the only one there.
     """
     alone = [path for path, members in groups.items() if members.keys() == {"bias"}]
     if not alone:

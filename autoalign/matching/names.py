@@ -1,4 +1,4 @@
-"""Reading names: the components of a key, the words in them, and how alike the words of two networks are."""
+"""The words in the names of modules and tensors, what kind of value a name stands for, and how similar words are."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from autoalign.matching.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, WHOLE_NAMES, WRAPPERS
 
-_LEAVES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}  # that start the name of a parameter
-_OTHERWISE = 0.9  # the most that names of other words are alike
-_LONG = 6  # letters of a word from which on its spelling tells
-_TOGETHER = 2**22  # pairs of words whose spelling is compared at once
+_PARAMETER_PREFIXES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}
+_MAX_OF_OTHER_WORDS = 0.9  # similarity of names that are not the same words in the same order
+_MIN_LETTERS_TO_COMPARE = 6  # of a word: shorter ones may differ by one letter and in everything else
+_MIN_SPELLING_RATIO = 80  # percent, see rapidfuzz
+_MAX_PAIRS_AT_ONCE = 2**22  # of words whose spelling is compared
+_PREFIX_SIMILARITY = 0.8  # of words of which one begins the other
+_RIVAL_SIMILARITY = -0.8
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_KNOWN: dict[str, dict[str, float]] = {}  # word -> what the vocabulary relates to it, and how far
-for _related in (RELATED_PAIRS, dict.fromkeys(RIVAL_PAIRS, -0.8)):
+_KNOWN: dict[str, dict[str, float]] = {}  # word -> the words that the vocabulary relates to it -> similarity
+for _related in (RELATED_PAIRS, dict.fromkeys(RIVAL_PAIRS, _RIVAL_SIMILARITY)):
     for (_word, _other), _value in _related.items():
         _KNOWN.setdefault(_word, {})[_other] = _value
 
@@ -53,7 +56,7 @@ def words(component: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def role_words(path: tuple[str, ...]) -> frozenset[str]:
-    """Collect the words in the last three names of a path, which tell what a tensor is for.
+    """Return the words in the last three names of a path, which tell what a tensor is for.
 
     >>> sorted(role_words(("encoder", "embed_positions", "weight")))
     ['embed', 'encoder', 'pos', 'weight']
@@ -63,7 +66,7 @@ def role_words(path: tuple[str, ...]) -> frozenset[str]:
 
 @lru_cache(maxsize=65536)
 def ordinal(component: str) -> tuple[int, ...]:
-    """Give the place among alike layers that the words of a component tell, or nothing.
+    """Return the place of a layer among those like it, as the words of a component tell it, or nothing.
 
     >>> [ordinal(name) for name in ("layernorm_before", "self_attn_norm", "cross_attn_norm", "pre_mlp_norm", "norm")]
     [(1,), (4,), (6,), (7,), ()]
@@ -78,7 +81,7 @@ def ordinal(component: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=65536)
 def kind(component: str) -> tuple[str, str]:
-    """Tell what a tensor's own name says of its values (weight, bias, mean, var, count, or other), and the rest of it.
+    """Return the kind of values that a tensor's own name tells (weight, bias, ..., else other), and the rest of it.
 
     >>> kind("in_proj_weight"), kind("running_mean"), kind("gamma"), kind("cls_token"), kind("weight_ih_l0")
     (('weight', 'in_proj'), ('mean', ''), ('weight', ''), ('other', 'cls_token'), ('weight', 'ih_l0'))
@@ -86,8 +89,8 @@ def kind(component: str) -> tuple[str, str]:
     if component in WHOLE_NAMES:
         return WHOLE_NAMES[component]
     head, _, rest = component.partition("_")
-    if rest and head.lower() in _LEAVES:
-        return _LEAVES[head.lower()], rest
+    if rest and head.lower() in _PARAMETER_PREFIXES:
+        return _PARAMETER_PREFIXES[head.lower()], rest
     rest, _, tail = component.rpartition("_")
     canonical = words(tail)
     if len(canonical) == 1 and canonical[0] in KINDS and not tail[-1:].isdigit():
@@ -96,7 +99,7 @@ def kind(component: str) -> tuple[str, str]:
 
 
 def word_similarity(first: Sequence[str], second: Sequence[str]) -> NDArray[np.float32]:
-    """Tell how far each word of one list means the same as each word of the other, in [-1, 1].
+    """Compute how similar in meaning each word of one list is to each word of the other, in [-1, 1].
 
     Rivals, such as "q" and "k", are negative. Words that the vocabulary does not relate are compared by spelling.
     """
@@ -107,7 +110,7 @@ def word_similarity(first: Sequence[str], second: Sequence[str]) -> NDArray[np.f
 
 
 def similar_words(first: Sequence[str], second: Sequence[str]) -> dict[tuple[int, int], float]:
-    """List the words of two lists that are alike, by their places; see ``word_similarity``.
+    """Return the entries of ``word_similarity`` that are not zero, by their places.
 
     >>> similar_words(["q", "proj"], ["k", "projection"])
     {(1, 1): 0.8, (0, 0): -0.8}
@@ -119,7 +122,7 @@ def similar_words(first: Sequence[str], second: Sequence[str]) -> dict[tuple[int
             for end in range(3, len(word)):
                 if columns := short.get(word[:end]):
                     pairs = product(columns, rows) if short is places[0] else product(rows, columns)
-                    found.update(dict.fromkeys(pairs, 0.8))
+                    found.update(dict.fromkeys(pairs, _PREFIX_SIMILARITY))
     for word, rows in places[0].items():
         for other, value in _KNOWN.get(word, {}).items():
             found.update(dict.fromkeys(product(rows, places[1].get(other, ())), value))
@@ -135,19 +138,22 @@ def _places(listed: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _spelled_alike(first: Sequence[str], second: Sequence[str]) -> dict[tuple[int, int], float]:
-    """Compare long words by spelling: short ones may differ by one letter and in everything else."""
-    long = [[place for place, word in enumerate(listed) if len(word) >= _LONG] for listed in (first, second)]
+    long = [
+        [place for place, word in enumerate(listed) if len(word) >= _MIN_LETTERS_TO_COMPARE]
+        for listed in (first, second)
+    ]
     found: dict[tuple[int, int], float] = {}
     if not (long[0] and long[1]):
         return found
     from rapidfuzz import fuzz, process
 
     others = [second[place] for place in long[1]]
-    step = max(_TOGETHER // len(others), 1)
+    step = max(_MAX_PAIRS_AT_ONCE // len(others), 1)
     for start in range(0, len(long[0]), step):
         rows = long[0][start : start + step]
+        words_here = [first[row] for row in rows]
         spelled = process.cdist(
-            [first[row] for row in rows], others, scorer=fuzz.ratio, score_cutoff=80, dtype=np.float32
+            words_here, others, scorer=fuzz.ratio, score_cutoff=_MIN_SPELLING_RATIO, dtype=np.float32
         )
         for row, column in np.argwhere(spelled).tolist():
             found[rows[row], long[1][column]] = float(np.float32(spelled[row, column]) * np.float32(0.008))
@@ -156,11 +162,11 @@ def _spelled_alike(first: Sequence[str], second: Sequence[str]) -> dict[tuple[in
 
 @lru_cache(maxsize=4096)
 def likeness(first: tuple[str, ...], second: tuple[str, ...]) -> float:
-    """Tell how alike two names are by their words: 1 if they are the same, at most 0.9 for the same in another order.
+    """Compute the similarity of two names by their words: 1 if they are the same, at most 0.9 in another order.
 
     >>> likeness(words("image_encoder"), words("visual_encoder")), likeness(("a", "to", "b"), ("b", "to", "a"))
     (1.0, 0.9)
     """
     if first == second or not first or not second:
         return float(first == second != ())
-    return min(float(word_similarity(first, second).sum() / np.sqrt(len(first) * len(second))), _OTHERWISE)
+    return min(float(word_similarity(first, second).sum() / np.sqrt(len(first) * len(second))), _MAX_OF_OTHER_WORDS)

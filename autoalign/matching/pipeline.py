@@ -12,10 +12,9 @@ from autoalign.matching.assignment import match_units
 from autoalign.matching.branch_order import REVERSIBLE, undirected
 from autoalign.matching.candidates import candidates, flipped_parts, kinds_of, operation_between, paired_parts
 from autoalign.matching.confidence import calibrated, coherence, confidence_of, related, special_units, twins
-from autoalign.matching.containment import Scope, scope_of, within
 from autoalign.matching.conventions import in_context
 from autoalign.matching.exchange import settled
-from autoalign.matching.features import side_evidence
+from autoalign.matching.features import namesakes, share_of, side_evidence
 from autoalign.matching.fusion import split_fused
 from autoalign.matching.islands import groundless
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
@@ -23,8 +22,7 @@ from autoalign.matching.layouts import DOUBTED, TOLD
 from autoalign.matching.leftovers import lone_pairs, mismatched_units
 from autoalign.matching.names import kind, words
 from autoalign.matching.repeats import is_renamed
-from autoalign.matching.same_names import namesakes, share_of
-from autoalign.matching.scope import pattern_for
+from autoalign.matching.scope import Scope, pattern_for, scope_of, within
 from autoalign.matching.vocabulary import KNOWN, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
 from autoalign.plan.keys import components
 from autoalign.plan.matches import Caution, Match, Mismatch
@@ -79,7 +77,7 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
         return [], mismatched, (f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED,)
     matches = assembled(source, target, found)
-    if not (scope.decided and other_scope.decided):
+    if not (scope.is_decided and other_scope.is_decided):
         matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
     matches = with_ties(source.specs, target.specs, [*pinned, *matches])
     notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
@@ -127,10 +125,10 @@ def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
         ways.append(f"exclude={patterns if len(patterns) > 1 else patterns[0]!r} to take {name!r}")
     note = (
         f"The {side} holds {len(names)} copies of what the other side has; {used!r} "
-        f"{'was taken' if scope.decided else 'is proposed and nothing was loaded'}, not "
+        f"{'was taken' if scope.is_decided else 'is proposed and nothing was loaded'}, not "
         f"{', '.join(map(repr, others))}. To choose: {', or '.join(ways)}."
     )
-    return (note if scope.told else Caution(note),)
+    return (note if scope.is_named else Caution(note),)
 
 
 def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:

@@ -182,6 +182,9 @@ CONFIG_HEADS: tuple[tuple[str, ...], ...] = (
     ("head_dim", "kv_channels", "head_size", "d_kv", "attention.key_length"),
 )
 
+# Of two encoders of these roles the first, that of keys, is a moving average of the second, that of queries.
+MOMENTUM_PAIR: tuple[frozenset[str], frozenset[str]] = (frozenset({"k"}), frozenset({"q"}))
+
 # Modules that wrappers of torch and its kin put around others: they say nothing of what stands inside.
 WRAPPERS: frozenset[str] = frozenset(
     {

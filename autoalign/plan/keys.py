@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from functools import lru_cache
+from itertools import takewhile
 
 
 def natural(key: str) -> list[tuple[int, str]]:
@@ -64,3 +66,25 @@ def stem(component: str) -> str:
     'layer#'
     """
     return _DIGITS.sub("#", component)
+
+
+def template(path: Iterable[str]) -> tuple[str, ...]:
+    """Replace every number of a path by ``#``.
+
+    >>> template(("layer", "3", "conv1"))
+    ('layer', '#', 'conv#')
+    """
+    return tuple(map(stem, path))
+
+
+def common_module(paths: Collection[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the path of the innermost module that holds all of these tensors.
+
+    >>> common_module([("net", "0", "weight"), ("net", "0", "bias"), ("net", "norm")])
+    ('net',)
+    """
+    if not paths:
+        return ()
+    first, last = min(paths), max(paths)  # what these share, all share
+    both = zip(first[:-1], last, strict=False)
+    return tuple(name for name, _ in takewhile(lambda names: names[0] == names[1], both))

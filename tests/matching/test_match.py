@@ -269,8 +269,8 @@ def test_a_renaming_that_meets_another_head_reports_it() -> None:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([("0.conv.weight", "0.covn.weight")], "no key of the model"),
-        ({r"^(\d)\.conv": r"\1.covn"}, "gives no key that the model has"),
+        ([("0.conv.weight", "0.covn.weight")], "is not a key of the model"),
+        ({r"^(\d)\.conv": r"\1.covn"}, "produces no key of the model"),
         ([("0.conv.weight", "0.conv.bias")], "no operation reconciles these shapes"),
         ({"nothing": "x"}, "matches no checkpoint key"),
         ({"(": "x"}, "is not a valid regular expression"),

@@ -1,14 +1,12 @@
-"""Names: how alike the words of two networks are."""
+"""Names: the similarity of words."""
 
 from __future__ import annotations
 
 from random import Random
 
 import numpy as np
-import pytest
 from rapidfuzz import fuzz
 
-from autoalign.matching.features import name_scores
 from autoalign.matching.names import similar_words, word_similarity
 from autoalign.matching.vocabulary import RELATED_PAIRS, RIVAL_PAIRS
 
@@ -40,12 +38,3 @@ def test_words_are_as_alike_as_one_by_one() -> None:
 def test_of_many_words_those_alike_alone_are_listed() -> None:
     words = [f"{chr(97 + k % 26)}{chr(97 + k // 26 % 26)}{chr(97 + k // 676)}" for k in range(3_000)]
     assert similar_words(words, words) == {(k, k): 1.0 for k in range(3_000)}
-
-
-def test_names_of_many_words_score_as_those_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    random = Random(0)
-    source, target = ([tuple(random.choices(WORDS, k=random.randint(1, 4))) for _ in range(50)] for _ in range(2))
-    few = name_scores(source, target)
-    monkeypatch.setattr("autoalign.matching.features._TOGETHER", 1)
-    assert np.allclose(name_scores(source, target), few, atol=1e-6)
-    assert few.max() > 0.5

@@ -74,7 +74,7 @@ def test_the_time_is_that_of_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> 
 def test_renamings_that_double_a_key_again_and_again_are_refused() -> None:
     rules = [("^(.*)$", rf"\1\1x{number}") for number in range(60)]
     with pytest.raises(
-        PatternError, match=r"The rule '\^\(\.\*\)\$' -> .* makes keys without end\. Nothing was aligned"
+        PatternError, match=r"The rule '\^\(\.\*\)\$' -> .* makes keys longer without end\. Nothing was aligned"
     ):
         autoalign.align({"ab": torch.ones(1)}, {"c": torch.ones(1)}, rules=rules)
 
