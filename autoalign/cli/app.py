@@ -1,4 +1,4 @@
-"""The program: its parser, and what becomes of errors, interrupts and warnings."""
+"""The program: which command is run, and what is printed of errors, interrupts and warnings."""
 
 from __future__ import annotations
 
@@ -11,17 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from autoalign import __version__
-from autoalign.cli.commands.align import add as align
-from autoalign.cli.commands.completion import add as completion
-from autoalign.cli.commands.convert import add as convert
-from autoalign.cli.commands.demo import add as demo
-from autoalign.cli.commands.diff import add as diff
-from autoalign.cli.commands.inspect import add as inspect
-from autoalign.cli.commands.load_check import add as load_check
-from autoalign.cli.commands.rules import add as rules
-from autoalign.cli.commands.verify import add as verify
-from autoalign.cli.options import BROKEN_PIPE, ERROR, EXIT_CODES, INCOMPLETE, INTERRUPTED
+from autoalign.cli.options import BROKEN_PIPE, COMPLETE, ERROR, INCOMPLETE, INTERRUPTED, PATHS, build_parser
 from autoalign.cli.terminal import complain
 from autoalign.errors import (
     AmbiguousAlignmentError,
@@ -30,8 +20,6 @@ from autoalign.errors import (
     IncompatibleTensorsError,
     PartialLoadWarning,
 )
-
-COMMANDS = (inspect, align, load_check, convert, rules, diff, verify, demo, completion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,10 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding lacks
     try:
-        options = parser().parse_args(arguments)
-        with _warnings_shown():
-            code = int(options.run(options))
-            sys.stdout.flush()
+        parser = build_parser()
+        options = parser.parse_args(arguments)
+        if options.command == "completion":
+            _print_completion(parser, options.shell)
+            code = COMPLETE
+        else:
+            from autoalign.cli.commands import COMMANDS  # which imports torch
+
+            with _warnings_shown():
+                code = COMMANDS[options.command](options)
+        sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)
         return BROKEN_PIPE
@@ -64,21 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(f"error: {error}")
         return ERROR
     return code
-
-
-def parser() -> argparse.ArgumentParser:
-    """Make the parser of all commands; that imports nothing but what it is made of."""
-    made = argparse.ArgumentParser(
-        prog="autoalign",
-        description="Load any PyTorch checkpoint into any implementation of the same network.",
-        epilog=f"{EXIT_CODES}. Results are on stdout, all else is on stderr.",
-    )
-    made.add_argument("--version", action="version", version=f"autoalign {__version__}")
-    commands = made.add_subparsers(required=True, metavar="COMMAND")
-    for add in COMMANDS:
-        add(commands)
-    made.set_defaults(whole=made)
-    return made
 
 
 @contextmanager
@@ -96,7 +76,7 @@ def _warnings_shown() -> Iterator[None]:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let nothing more be written to a stream that nobody reads, at the end of the process least of all."""
+    """Send what is still written to a stream that nobody reads to nowhere, above all at the end of the process."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError):
@@ -104,3 +84,20 @@ def _discard(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
+
+
+def _print_completion(parser: argparse.ArgumentParser, shell: str) -> None:
+    """Print the script that makes a shell complete commands, options and paths."""
+    import shtab
+
+    parsers = [parser]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for choice in action._choices_actions:  # the short help, since shells show one line
+                action.choices[choice.dest].description = choice.help
+            parsers += action.choices.values()
+    for each in parsers:
+        for action in each._actions:
+            if action.metavar in PATHS:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(parser, shell))

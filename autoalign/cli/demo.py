@@ -20,14 +20,14 @@ TOLERANCE = 1e-3  # of the largest relative difference of two outputs that are c
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """What came of the demonstration."""
+    """The result of the demonstration."""
 
     alignment: Alignment
     difference: float  # of the outputs of source and target, relative to the source's largest output
 
     @property
     def equal(self) -> bool:
-        """Whether every tensor was loaded and both models compute the same."""
+        """True if every tensor was loaded and both models compute the same."""
         return not self.alignment.missing_keys and self.difference <= TOLERANCE
 
 
@@ -64,10 +64,10 @@ def demonstrate(seed: int = 0) -> Demonstration:
 
 
 def randomise_norms(model: nn.Module, images: Tensor) -> nn.Module:
-    """Give every BatchNorm gains and biases of its own, and the statistics of images, in place.
+    """Randomise the gains and biases of every BatchNorm, and give it the statistics of images, in place.
 
-    As they are initialised they are all alike, so that none could be misplaced, and a deep network's output would
-    hardly depend on its input.
+    As they are initialised they are all alike, so that a misplaced one would not show, and a deep network's output
+    would hardly depend on its input.
 
     Returns:
         The model, in evaluation mode.

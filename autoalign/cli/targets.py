@@ -1,4 +1,4 @@
-"""Models that are named on the command line, as ``timm:resnet50(num_classes=10)``."""
+"""The sides that arguments name: paths, and models such as ``timm:resnet50(num_classes=10)``, which are built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Make = Callable[[], object]
 
 
 def side_of(text: str, *, values: bool = False) -> Side:
-    """Take an argument as one side of an alignment: a path if there is such a file or folder, else a model.
+    """Return an argument as one side of an alignment: a path if there is such a file or folder, else a model.
 
     Args:
         text: The argument.
@@ -34,35 +34,35 @@ def side_of(text: str, *, values: bool = False) -> Side:
     Raises:
         InputError: There is no such path, and no such model.
     """
-    return text if os.path.lexists(text) else built(text, values=values)
+    return text if os.path.lexists(text) else build(text, values=values)
 
 
 def model_of(text: str) -> nn.Module:
     """Build a model with its initial values.
 
     Raises:
-        InputError: It cannot be built, or is no module.
+        InputError: It cannot be built, or is not a module.
         DependencyError: The library that it is from is not installed.
     """
-    model = None if os.path.lexists(text) else built(text, values=True)
+    model = None if os.path.lexists(text) else build(text, values=True)
     if not isinstance(model, nn.Module):
         what = "a path" if model is None else f"a {type(model).__name__}"
-        raise InputError(f"{text!r} is {what} and no model, such as timm:resnet50. Nothing was done.")
+        raise InputError(f"{text!r} is {what}, not a model such as timm:resnet50. Nothing was done.")
     return model
 
 
-def built(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
-    """Build what is named, on the meta device where no values are asked for and its code can do without.
+def build(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
+    """Build what is named, on the meta device if no values are asked for and its code needs none.
 
     Raises:
-        InputError: It cannot be built, or is no module and no state dict.
+        InputError: It cannot be built, or is not a module or a state dict.
         DependencyError: The library that it is from is not installed.
     """
     found = _SPEC.fullmatch(text)
     if not found:
         raise InputError(
-            f"{text!r} is no file or folder that is there, and names no model, as timm:resnet50 and "
-            "package.module:factory do. Nothing was done."
+            f"{text!r} is not a file or folder, and not the name of a model, such as timm:resnet50 or "
+            "package.module:factory. Nothing was done."
         )
     library, name, arguments = found[1], found[2], found[3] or "()"
     positional, named = _arguments(arguments, text)
@@ -70,9 +70,9 @@ def built(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
         with redirect_stdout(sys.stderr), warnings.catch_warnings():  # whatever its code prints is no result
             warnings.simplefilter("ignore")  # of how a library will initialise weights in future
             if library in _MAKERS and positional:
-                raise TypeError("its arguments have names")
+                raise TypeError("its arguments have to be named")
             make = _MAKERS[library](name, named) if library in _MAKERS else _factory(library, name, positional, named)
-            made = _made(make, values=values)
+            made = make() if values else _make_on_meta(make)
     except AutoAlignError:
         raise
     except Exception as error:  # it is code of others
@@ -81,35 +81,33 @@ def built(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
             "Nothing was done."
         ) from error
     if not isinstance(made, nn.Module | Mapping):
-        raise InputError(f"{text!r} gives a {type(made).__name__} and no nn.Module or state dict. Nothing was done.")
+        raise InputError(f"{text!r} gives a {type(made).__name__}, not an nn.Module or a state dict. Nothing was done.")
     return made
 
 
 def _arguments(text: str, spec: str) -> tuple[list[Any], dict[str, Any]]:
-    """Read arguments as they are written in a call; they are literals, and nothing is evaluated."""
+    """Read arguments as they are written in a call; only literals are, and nothing is evaluated."""
     try:
         call = ast.parse(f"f{text}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-            raise ValueError("it is no call")
+            raise ValueError("not a call")
         named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
         if len(named) != len(call.keywords):
-            raise ValueError("** gives no names")
+            raise ValueError("** is not allowed")
         return [ast.literal_eval(argument) for argument in call.args], named
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise InputError(
-            f"The arguments {text} of {spec!r} are not as they must be: numbers, strings, lists and the like, "
+            f"The arguments {text} of {spec!r} are not valid: only numbers, strings, lists and other literals are, "
             "as in timm:resnet50(num_classes=10). Nothing was done."
         ) from error
 
 
-def _made(make: _Make, *, values: bool) -> object:
-    if not values:
-        try:
-            with torch.device("meta"):
-                return make()
-        except Exception:  # code that computes with values fails there, and is run once more
-            pass
-    return make()
+def _make_on_meta(make: _Make) -> object:
+    try:
+        with torch.device("meta"):
+            return make()
+    except Exception:  # code that computes with values fails there, and is run once more
+        return make()
 
 
 def _timm(name: str, options: Mapping[str, Any]) -> _Make:

@@ -1,7 +1,8 @@
-"""What is written where: results on stdout, in colours on a terminal; progress and complaints on stderr."""
+"""What is written where: results on stdout, in colours on a terminal; progress and messages on stderr."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ _STYLES = {
     r"\[[0-9, ]*\]": "cyan",
     r" -> ": "dim",
 }
-_WIDTH = 100
+_DEFAULT_WIDTH = 100
 _OPTIONS = {  # what messages call arguments, and what they are called here
     "Pass overwrite=True": "Pass --overwrite",
     "Pass strict=False": "Leave out --strict",
@@ -33,7 +34,7 @@ _OPTIONS = {  # what messages call arguments, and what they are called here
 
 
 def printable(text: str) -> str:
-    r"""Write what could break or disguise the lines of a terminal as escapes: all that is not printable but newlines.
+    r"""Escape what could break or disguise the lines of a terminal: all that is not printable but newlines.
 
     Keys in reports are escaped already, by ``autoalign.reports.rows.escaped``; this is for text of any origin.
 
@@ -47,13 +48,13 @@ def printable(text: str) -> str:
 
 
 def has_colours(stream: TextIO) -> bool:
-    """Whether to use colours: on a terminal that has them, unless NO_COLOR is set."""
+    """True if colours are to be used: on a terminal that has them, unless NO_COLOR is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def width() -> int:
-    """Characters of a line: the terminal's, or 100 for what is no terminal."""
-    return max(shutil.get_terminal_size((_WIDTH, 0)).columns, 40) if sys.stdout.isatty() else _WIDTH
+    """Return the number of characters of a line: the terminal's, or 100 if stdout is not one."""
+    return max(shutil.get_terminal_size((_DEFAULT_WIDTH, 0)).columns, 40) if sys.stdout.isatty() else _DEFAULT_WIDTH
 
 
 def show(text: str, *, plain: bool = False) -> None:
@@ -70,6 +71,11 @@ def show(text: str, *, plain: bool = False) -> None:
     Console(highlight=False, soft_wrap=True).print(styled)
 
 
+def show_json(data: object) -> None:
+    """Write a result as JSON."""
+    show(json.dumps(data, indent=2), plain=True)
+
+
 def complain(message: str) -> None:
     """Write a message on stderr, in the words of the command line."""
     for argument, option in _OPTIONS.items():
@@ -79,7 +85,7 @@ def complain(message: str) -> None:
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how far something is, on a terminal only; give the function to be called with what is done and with all."""
+    """Show a bar, on a terminal only; yields the function to call with the number of steps done and of all."""
     if not sys.stderr.isatty():
         yield lambda _done, _all: None
         return

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import autoalign
 from autoalign import cli
-from autoalign.cli.app import COMMANDS
+from autoalign.cli.commands import COMMANDS
 from autoalign.cli.options import BROKEN_PIPE, INTERRUPTED
 from tests.cli.factories import Network
 
@@ -33,10 +33,10 @@ def probe(code: str) -> str:
 def test_version_and_help_need_no_torch() -> None:
     assert (
         probe(
-            "import sys, contextlib\nfrom autoalign.cli import main\n"
-            "for arguments in (['--version'], ['--help'], ['convert', '--help']):\n"
-            "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None): main(arguments)\n"
-            "print(sorted({'torch', 'numpy', 'rich', 'shtab', 'safetensors'} & set(sys.modules)))"
+            "import sys, contextlib, io\nfrom autoalign.cli import main\n"
+            "for arguments in (['--version'], ['--help'], ['convert', '--help'], ['completion', 'bash']):\n"
+            "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(arguments)\n"
+            "print(sorted({'torch', 'numpy', 'rich', 'safetensors'} & set(sys.modules)))"
         )
         == "[]"
     )
@@ -58,7 +58,7 @@ def test_wrong_arguments_are_an_error(arguments: list[str], capsys: pytest.Captu
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in NAMES)])
 def test_help_explains_the_exit_codes(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(COMMANDS) == len(NAMES)
+    assert {*COMMANDS, "completion"} == set(NAMES)
     with pytest.raises(SystemExit, match="0"):
         cli.main([*arguments, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -85,7 +85,7 @@ def test_errors_of_the_system_are_no_tracebacks_either(
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "a.pt")
 
-    monkeypatch.setattr("autoalign.checkpoints.checkpoint.checkpoint_of", refused)
+    monkeypatch.setattr("autoalign.cli.inspection.checkpoint_of", refused)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == cli.ERROR
     assert capsys.readouterr().err == "autoalign: error: [Errno 13] Permission denied: 'a.pt'\n"
 
@@ -98,7 +98,7 @@ def test_warnings_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         warnings.warn("old \x1b format", stacklevel=1)
         raise autoalign.InputError("no more")
 
-    monkeypatch.setattr("autoalign.checkpoints.checkpoint.checkpoint_of", warned)
+    monkeypatch.setattr("autoalign.cli.inspection.checkpoint_of", warned)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == cli.ERROR
     assert capsys.readouterr().err == "autoalign: warning: old \\x1b format\nautoalign: error: no more\n"
 
@@ -107,7 +107,7 @@ def test_an_interrupt_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autoalign.checkpoints.checkpoint.checkpoint_of", interrupted)
+    monkeypatch.setattr("autoalign.cli.inspection.checkpoint_of", interrupted)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == INTERRUPTED
     assert capsys.readouterr() == ("", "autoalign: interrupted\n")
 

@@ -7,7 +7,6 @@ import pytest
 
 from autoalign import cli
 from autoalign.cli import options
-from autoalign.cli.commands.completion import SHELLS
 from autoalign.plan.adaptations import ADAPTS
 
 
@@ -16,7 +15,7 @@ def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shell", options.SHELLS)
 def test_the_script_is_one_of_its_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(shell, capsys)
     for word in ("load-check", "convert", "overwrite", *options.ADAPTS):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoalign.cli.targets import built, model_of, side_of
+from autoalign.cli.targets import build, model_of, side_of
 from autoalign.errors import DependencyError, InputError
 
 FACTORIES = "tests.cli.factories"
@@ -38,7 +38,7 @@ def test_a_module_beside_the_user_is_found(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "besides_the_user.py").write_text("from torch import nn\ndef make(n=1): return nn.Linear(n, n)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    model = built("besides_the_user:make(n=4)", values=True)
+    model = build("besides_the_user:make(n=4)", values=True)
     assert isinstance(model, nn.Linear)
     assert model.in_features == 4
 
@@ -85,7 +85,7 @@ def test_models_of_transformers_are_made_from_a_configuration(tmp_path: Path) ->
         assert type(model).__name__ == kind
         assert isinstance(model, nn.Module)
         assert all(parameter.is_meta for parameter in model.parameters())
-    model = built(f"transformers:BertForSequenceClassification@{tmp_path}(num_labels=7)", values=False)
+    model = build(f"transformers:BertForSequenceClassification@{tmp_path}(num_labels=7)", values=False)
     assert isinstance(model, nn.Module)
     assert model.state_dict()["classifier.weight"].shape == (7, 16)
     with pytest.raises(InputError, match="could not be built: TypeError: the configuration has no layers"):
@@ -97,23 +97,23 @@ def test_models_of_transformers_are_made_from_a_configuration(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("missing.pt", "'missing.pt' is no file or folder that is there, and names no model"),
+        ("missing.pt", "'missing.pt' is not a file or folder, and not the name of a model"),
         ("timm:nothing_like_that", r"'timm:nothing_like_that' could not be built: RuntimeError: Unknown model"),
         ("torchvision:nothing_like_that", r"could not be built: ValueError: Unknown model"),
         (
             "timm:resnet18(num_classes=print())",
-            r"The arguments \(num_classes=print\(\)\) of .* are not as they must be",
+            r"The arguments \(num_classes=print\(\)\) of .* are not valid: only numbers",
         ),
-        ("timm:resnet18(**{})", r"are not as they must be"),
-        ("timm:resnet18(1)(2)", r"are not as they must be"),
+        ("timm:resnet18(**{})", r"are not valid: only numbers"),
+        ("timm:resnet18(1)(2)", r"are not valid: only numbers"),
         ("timm:resnet18(", r"'timm:resnet18\(' could not be built: "),
         ("no_such_package.models:make", r"could not be built: ModuleNotFoundError: No module named 'no_such_package'"),
         (f"{FACTORIES}:nothing", r"could not be built: AttributeError"),
         (f"{FACTORIES}:failing", r"could not be built: KeyError: 'width'. Nothing was done."),
         (f"{FACTORIES}:number", r"could not be built: TypeError: 'int' object is not callable"),
         (f"{FACTORIES}:Network(layers=3)", r"could not be built: TypeError: .*unexpected keyword argument 'layers'"),
-        ("timm:resnet18(10)", r"could not be built: TypeError: its arguments have names"),
-        ("torch:Size", r"gives a Size and no nn.Module or state dict"),
+        ("timm:resnet18(10)", r"could not be built: TypeError: its arguments have to be named"),
+        ("torch:Size", r"gives a Size, not an nn.Module or a state dict"),
     ],
 )
 def test_what_cannot_be_built_is_an_error_of_ours(spec: str, message: str) -> None:
@@ -129,7 +129,7 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
-    with pytest.raises(InputError, match=r"a.pt' is a path and no model, such as timm:resnet50"):
+    with pytest.raises(InputError, match=r"a.pt' is a path, not a model such as timm:resnet50"):
         model_of(str(tmp_path / "a.pt"))
-    with pytest.raises(InputError, match="is a dict and no model"):
+    with pytest.raises(InputError, match="is a dict, not a model"):
         model_of(f"{FACTORIES}:state_dict")

@@ -1,0 +1,243 @@
+"""What the commands do: align, load-check, convert, rules, verify and demo; ``inspection`` has those that only look."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from inspect import signature
+from pathlib import Path
+from pprint import pformat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoalign.alignment import Alignment
+from autoalign.api import align, convert, load, verify
+from autoalign.checkpoints.stored import named_dtype
+from autoalign.cli.demo import SOURCE, TARGET, TOLERANCE, demonstrate
+from autoalign.cli.inspection import run_diff, run_inspect
+from autoalign.cli.options import COMPLETE, INCOMPLETE, match_options
+from autoalign.cli.targets import model_of, side_of
+from autoalign.cli.terminal import complain, progress, show, show_json, width
+from autoalign.errors import InputError, ValueWarning
+from autoalign.reports.rows import escaped
+from autoalign.reports.serialization import as_dict
+from autoalign.reports.text import SCREEN, code, plain_text, render_markdown
+from autoalign.rules.rules import Rules
+
+
+def run_align(options: argparse.Namespace) -> int:
+    """Report an alignment; nothing is loaded."""
+    alignment = align(side_of(options.checkpoint), side_of(options.target), **match_options(options))
+    _show_alignment(alignment, options)
+    return _exit_code(alignment)
+
+
+def run_load_check(options: argparse.Namespace) -> int:
+    """Load into the model itself, and look at the values that it then has."""
+    model = model_of(options.target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ValueWarning)  # the verdict and the notes of the report say the same
+        alignment = load(model, options.checkpoint, strict=options.strict, **match_options(options))
+    values = model.state_dict()
+    odd = [
+        match.target
+        for match in alignment.matches
+        if values[match.target].is_floating_point() and not bool(torch.isfinite(values[match.target].float()).all())
+    ]
+    verdict = f"Loaded {len(alignment.matches)} of {len(alignment.target_specs)} tensors into {type(model).__name__}"
+    if odd:
+        named = ", ".join(map(escaped, odd[:5])) + (", ..." if len(odd) > 5 else "")
+        verdict += f"; {len(odd)} of them hold values that are not finite: {named}."
+    else:
+        verdict += "; all their values are finite."
+    _show_alignment(alignment, options, verdict)
+    return _exit_code(alignment)
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """Write a checkpoint anew in a target's names."""
+    metadata = {}
+    for entry in options.metadata:
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise InputError(f"--metadata {entry!r} is not of the form KEY=VALUE. Nothing was written.")
+        metadata[key] = value
+    target = side_of(options.target, values=bool(options.adapt))  # which may keep values of the target's own
+    with progress("Writing") as report:
+        alignment = convert(
+            side_of(options.checkpoint, values=True),
+            target,
+            options.output,
+            format=options.output_format,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            metadata=metadata,
+            strict=options.strict,
+            overwrite=options.overwrite,
+            progress=report,
+            **match_options(options),
+        )
+    _show_alignment(alignment, options, f"Wrote {len(alignment.matches)} tensors to {escaped(options.output)}.")
+    return _exit_code(alignment)
+
+
+def _show_alignment(alignment: Alignment, options: argparse.Namespace, verdict: str = "") -> None:
+    """Write the report of an alignment in the format that was asked for, and the verdict below it."""
+    source, target = options.checkpoint, options.target
+    if options.format == "json":
+        show_json({"source": source, "target": target, **as_dict(alignment), "remarks": [verdict] if verdict else []})
+        return
+    if options.format == "html":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "report.html")
+            alignment.to_html(path, title=f"{source} -> {target}")
+            show(path.read_text(encoding="utf-8"), plain=True)
+        return
+    if options.format == "markdown":
+        lines = [f"{code(escaped(source))} → {code(escaped(target))}", "", render_markdown(alignment)]
+    else:
+        limit = None if options.all else SCREEN
+        report = plain_text(alignment, width=width(), limit=limit, everything="--all")
+        lines = [f"{escaped(source)} -> {escaped(target)}", "", report]
+    show("\n".join(lines + (["", verdict] if verdict else [])), plain=options.format == "markdown")
+
+
+def _exit_code(alignment: Alignment) -> int:
+    """Return 0 if all of the target is filled that was not left out on purpose, else 1."""
+    return COMPLETE if set(alignment.missing_keys) <= alignment.excluded else INCOMPLETE
+
+
+def run_rules(options: argparse.Namespace) -> int:
+    """Print an alignment as rules, or in a form that other libraries read."""
+    if not options.name.isidentifier():
+        raise InputError(f"--name {options.name!r} is not a valid name of a Python function. Nothing was done.")
+    alignment = align(side_of(options.checkpoint), side_of(options.target), **match_options(options))
+    if set(alignment.missing_keys) - alignment.excluded:
+        complain(
+            f"note: the rules fill {len(alignment.matches)} of {len(alignment.target_specs)} tensors of the target; "
+            "autoalign align says why."
+        )
+    show(_rules_text(alignment.rules(), options.format, options.name), plain=options.format != "text")
+    return _exit_code(alignment)
+
+
+def _rules_text(rules: Rules, form: str, name: str) -> str:
+    match form:
+        case "json":
+            return rules.to_json()
+        case "python":
+            return rules.to_python(name).rstrip("\n")
+        case "key_mapping":
+            return pformat(rules.to_key_mapping(), width=100, sort_dicts=False)
+        case "revise_keys":
+            return pformat(rules.to_revise_keys(), width=100)
+        case "transformers":
+            return conversions_source(rules.to_transformers())
+        case _:
+            return str(rules)
+
+
+def conversions_source(conversions: Sequence[Any]) -> str:
+    """Write conversions of transformers as the Python that makes them, which their repr is not."""
+    lines, names = [], set()
+    for conversion in conversions:
+        operations = getattr(conversion, "operations", [])
+        arguments = []
+        for name in ("source_patterns", "target_patterns"):
+            patterns = list(getattr(conversion, f"_original_{name}", None) or getattr(conversion, name))
+            arguments.append(repr(patterns[0] if len(patterns) == 1 else patterns))
+        if operations:
+            arguments.append(f"operations=[{', '.join(map(_call_source, operations))}]")
+        names |= {type(part).__name__ for part in (conversion, *operations)}
+        lines.append(f"    {type(conversion).__name__}({', '.join(arguments)}),")
+    imported = f"from transformers.core_model_loading import {', '.join(sorted(names))}\n\n" if names else ""
+    return "\n".join([f"{imported}conversions = [", *lines, "]"])
+
+
+def _call_source(operation: Any) -> str:
+    defaults = {name: parameter.default for name, parameter in signature(type(operation)).parameters.items()}
+    given = {name: getattr(operation, name) for name in defaults if hasattr(operation, name)}
+    shown = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name] or name.startswith("dim")]
+    return f"{type(operation).__name__}({', '.join(shown)})"
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Run two models and compare what they compute."""
+    torch.manual_seed(options.seed)
+    inputs = example_inputs(options.input)
+    source, target = model_of(options.source).eval(), model_of(options.target).eval()
+    align_options = match_options(options)
+    if options.checkpoint:
+        loaded = load(source, options.checkpoint, container=align_options.pop("container"))
+        if loaded.missing_keys:
+            complain(
+                f"note: the checkpoint fills {len(loaded.matches)} of {len(loaded.target_specs)} tensors of the source"
+            )
+    found = verify(source, target, inputs, **align_options)
+    if options.format == "json":
+        divergence = found.first_divergence
+        names = ("source_module", "target_module", "difference", "cause")
+        first = divergence and {name: getattr(divergence, name) for name in names}
+        result = {"equal": found.equal, "max_difference": found.max_difference, "first_divergence": first}
+        show_json({"source": options.source, "target": options.target, **result})
+    else:
+        show(str(found))
+    return COMPLETE if found.equal else INCOMPLETE
+
+
+def example_inputs(texts: Sequence[str]) -> tuple[Tensor, ...] | dict[str, Tensor]:
+    """Make random inputs of the shapes that are asked for.
+
+    >>> [tuple(tensor.shape) for tensor in example_inputs(["1,3,8,8", "2:int64"])]
+    [(1, 3, 8, 8), (2,)]
+    """
+    made = [_example_input(text) for text in texts]
+    names = [name for name, _ in made if name]
+    if names and (len(names) < len(made) or len(set(names)) < len(names)):
+        raise InputError("Either all --input have names, all different, or none has one. Nothing was done.")
+    return dict(made) if names else tuple(tensor for _, tensor in made)
+
+
+def _example_input(text: str) -> tuple[str, Tensor]:
+    found = re.fullmatch(r"(?:(\w+)=)?([0-9]+(?:,[0-9]+)*)?(?::(\w+)(?::([0-9]+))?)?", text)
+    dtype = named_dtype(found[3] or "float32") if found else None
+    if found is None or dtype is None or not text:
+        raise InputError(
+            f"--input {text!r} is not a valid shape, such as 1,3,224,224 or input_ids=1,16:int64. Nothing was done."
+        )
+    shape = [int(size) for size in found[2].split(",")] if found[2] else []
+    if dtype.is_floating_point or dtype.is_complex:
+        return found[1] or "", torch.randn(shape, dtype=torch.float32).to(dtype)
+    return found[1] or "", torch.randint(0, int(found[4] or 2), shape).to(dtype)
+
+
+def run_demo(_: argparse.Namespace) -> int:
+    """Load one library's RegNet into another's, and compare what they compute."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"Loading {SOURCE} into {TARGET}"):
+        demonstration = demonstrate()
+    verdict = "equal" if demonstration.equal else "NOT equal"
+    show(
+        f"{SOURCE} -> {TARGET}\n\n{demonstration.alignment}\n\n"
+        f"Largest relative difference of the outputs: {demonstration.difference:.1e} "
+        f"({verdict}, at a tolerance of {TOLERANCE:.0e})"
+    )
+    return COMPLETE if demonstration.equal else INCOMPLETE
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "inspect": run_inspect,
+    "align": run_align,
+    "load-check": run_load_check,
+    "convert": run_convert,
+    "rules": run_rules,
+    "diff": run_diff,
+    "verify": run_verify,
+    "demo": run_demo,
+}  # and completion, which needs nothing but the parser
