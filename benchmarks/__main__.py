@@ -12,29 +12,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks import (
-    align_time,
-    baseline,
-    contest_gold,
-    contest_pairs,
-    contest_partial,
-    contest_perturbed,
-    file_loading,
-    import_time,
-    moe,
-    nameless,
-    plots,
-    reliability,
-    scaling,
-    sharded_loading,
-    tables,
-)
-from benchmarks.architectures import Choice
-from benchmarks.contest import Attempt, Tally, tallied
-from benchmarks.judging import JudgedCase
-from benchmarks.machine import machine, machine_line
+from benchmarks.accuracy import contest_gold, contest_pairs, contest_partial, contest_perturbed, reliability
+from benchmarks.accuracy.contest import Attempt, Tally, tallied
+from benchmarks.accuracy.judging import JudgedCase
+from benchmarks.cases import moe
+from benchmarks.cases.architectures import Choice
+from benchmarks.cases.perturbations import ALL
+from benchmarks.figures import plots, tables
 from benchmarks.peers import PEERS, Peer
-from benchmarks.perturbations import ALL
+from benchmarks.speed import align as align_time
+from benchmarks.speed import baseline, nameless, scaling
+from benchmarks.speed import files as file_loading
+from benchmarks.speed import imports as import_time
+from benchmarks.speed import sharded as sharded_loading
+from benchmarks.speed.machine import machine, machine_line
 
 _FEW, _QUICK = Choice(few=True), Choice(most_tensors=400)
 

@@ -18,28 +18,22 @@ import torch
 
 import autoalign
 from autoalign.plan.specs import TensorSpec
-from benchmarks import (
-    baseline,
-    contest_partial,
-    file_loading,
-    moe,
-    nameless,
-    perturbations,
-    reliability,
-    scaling,
-    sharded_loading,
-    tables,
-)
 from benchmarks.__main__ import SMOKE, main
-from benchmarks.architectures import Architecture, Choice, few_architectures
-from benchmarks.baseline import Figure
-from benchmarks.content_steps import shuffled
-from benchmarks.contest import Attempt, TimeLimitError, attempt_on_keys, tallied, time_limit
-from benchmarks.memory import anonymous_bytes
-from benchmarks.module_trees import telling_words, tree_of
-from benchmarks.naming_steps import Entry
+from benchmarks.accuracy import contest_partial, reliability
+from benchmarks.accuracy.contest import Attempt, TimeLimitError, attempt_on_keys, tallied, time_limit
+from benchmarks.cases import moe, perturbations
+from benchmarks.cases.architectures import Architecture, Choice, few_architectures
+from benchmarks.cases.content import shuffled
+from benchmarks.cases.module_trees import telling_words, tree_of
+from benchmarks.cases.naming import Entry
+from benchmarks.cases.perturbations import RECIPES, Case, Recipe, perturbed
+from benchmarks.figures import tables
 from benchmarks.peers import PEERS, Peer
-from benchmarks.perturbations import RECIPES, Case, Recipe, perturbed
+from benchmarks.speed import baseline, nameless, scaling
+from benchmarks.speed import files as file_loading
+from benchmarks.speed import sharded as sharded_loading
+from benchmarks.speed.baseline import Figure
+from benchmarks.speed.memory import anonymous_bytes
 
 FEW = Choice(few=True)
 
@@ -232,7 +226,7 @@ def test_a_wrong_value_in_a_file_is_noticed(tmp_path: Path) -> None:
 MEASURED = """
 import time, torch
 from torch import nn
-from benchmarks import file_loading
+from benchmarks.speed import files as file_loading
 
 def wasteful(_):
     taken = torch.ones(50_000_000 // 4)  # gone when this returns

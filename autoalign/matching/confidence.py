@@ -1,8 +1,8 @@
 """Calibration: from the optimisation's own confidence to one that was held by matches with known truth.
 
 ``calibration.json`` is a table of knots: a confidence as the optimisation gives it, and the least share of right ones
-(the lower end of Wilson's interval at 95 %) among the matches about there. ``python -m benchmarks.calibration`` remakes
-it. It only ever lowers a confidence, so that what is said is at most what was seen.
+(the lower end of Wilson's interval at 95 %) among the matches about there. ``python -m
+benchmarks.accuracy.calibration`` remakes it. It only ever lowers a confidence, so that what is said is at most what was seen.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def uncalibrated(confidence: Floats) -> Floats:
 
 @cache
 def _knots() -> tuple[Floats, Floats]:
-    knots = json.loads(files("autoalign").joinpath(FILE).read_text(encoding="utf-8"))["knots"]
+    knots = json.loads(files("autoalign.matching").joinpath(FILE).read_text(encoding="utf-8"))["knots"]
     raw, held = zip(*((knot["raw"], knot["held"]) for knot in knots), strict=True)
     return np.asarray(raw, dtype=np.float64), np.asarray(held, dtype=np.float64)
 

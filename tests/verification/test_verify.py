@@ -20,8 +20,8 @@ from autoalign.alignment import Alignment
 from autoalign.api import verify
 from autoalign.errors import InputError
 from autoalign.plan.operations import Operation, Transpose, chain
-from benchmarks.localisation import SUBJECTS, Way, measure
-from benchmarks.localisation import randomise as with_values
+from benchmarks.accuracy.localisation import SUBJECTS, Way, measure
+from benchmarks.accuracy.localisation import randomise as with_values
 from tests.pairs import randomise as like_images
 from tests.pairs import tm, tv
 from tests.plan.test_operation_pairs import DOUBTED_PAIRS, LLAMA, PHI3, TOKENS, Pair, hf, randomise

@@ -2,7 +2,7 @@
 
 Nothing but order tells such layers apart, so that they should be ambiguous, and soon; numbered experts are told.
 
-    python -m benchmarks.nameless "equal layers" 3000    # one measurement, as JSON
+    python -m benchmarks.speed.nameless "equal layers" 3000    # one measurement, as JSON
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import autoalign
-from benchmarks.memory import peak_bytes
+from benchmarks.speed.memory import peak_bytes
 
 SECONDS_BUDGET = 5.0  # of all processors together
 MEMORY_BUDGET = 10**9  # bytes above that before the first call
@@ -103,8 +103,8 @@ def measured(case: str, size: int) -> Point:
 
 
 def _in_process(case: str, size: int) -> Point:
-    command = [sys.executable, "-m", "benchmarks.nameless", case, str(size)]
-    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "benchmarks.speed.nameless", case, str(size)]
+    root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT, cwd=root)
     except subprocess.TimeoutExpired:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from autoalign.plan.matches import Match
+from benchmarks.accuracy.contest import Attempt, attempt
 from benchmarks.cases.gold import GoldCase, names, read
-from benchmarks.contest import Attempt, attempt
 from benchmarks.peers import Peer
 
 

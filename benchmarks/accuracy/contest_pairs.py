@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contest import Attempt, timed
+from benchmarks.accuracy.contest import Attempt, timed
 from benchmarks.peers import Peer
 from tests.pairs import FUSED_PAIRS, TIMM_TRANSFORMERS, TORCHVISION_TIMM, Pair, output, randomise, relative_difference
 

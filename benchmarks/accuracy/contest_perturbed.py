@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks.architectures import Choice
-from benchmarks.contest import Attempt, attempt_on_keys
+from benchmarks.accuracy.contest import Attempt, attempt_on_keys
+from benchmarks.cases.architectures import Choice
+from benchmarks.cases.perturbations import ALL, LEVELS, case, on_meta
 from benchmarks.peers import Peer
-from benchmarks.perturbations import ALL, LEVELS, case, on_meta
 
 
 def attempts(peers: Sequence[Peer], count: int, seed: int = 0, choice: Choice = ALL) -> Iterator[Attempt]:

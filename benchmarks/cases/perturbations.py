@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from autoalign.plan.specs import TensorSpec
-from benchmarks.architectures import Architecture, Choice
-from benchmarks.content_steps import dropped, inserted, shuffled
-from benchmarks.module_trees import path_of, telling_words, tree_of
-from benchmarks.naming_steps import Entry, renamed, renumbered, scrambled, with_leaf_names
-from benchmarks.nesting_steps import are_paths_of_a_tree, nested, wrapped
+from benchmarks.cases.architectures import Architecture, Choice
+from benchmarks.cases.content import dropped, inserted, shuffled
+from benchmarks.cases.module_trees import path_of, telling_words, tree_of
+from benchmarks.cases.naming import Entry, renamed, renumbered, scrambled, with_leaf_names
+from benchmarks.cases.nesting import are_paths_of_a_tree, nested, wrapped
 
 Naming = Literal["kept", "synonyms", "made-up", "scrambled", "scrambled, leaves too"]
 Order = Literal["kept", "shuffled", "sorted"]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
 
-from benchmarks.module_trees import Path, template
-from benchmarks.naming_steps import Entry
-from benchmarks.words import LEVELS, WRAPPERS
+from benchmarks.cases.module_trees import Path, template
+from benchmarks.cases.naming import Entry
+from benchmarks.cases.words import LEVELS, WRAPPERS
 
 Paths = dict[Path, Path]  # from each path to its new one
 

@@ -10,9 +10,8 @@ import autoalign
 from autoalign.alignment import Alignment
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy
-from benchmarks import perturbations
-from benchmarks.architectures import Choice
-from benchmarks.cases import gold
+from benchmarks.cases import gold, perturbations
+from benchmarks.cases.architectures import Choice
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ Memory is what a process of its own takes beyond the model: the most that its an
 looked at every two milliseconds. Pages of the mapped file are not in it, since the system may take them back at any
 time; neither are they in the figures of the others.
 
-    python -m benchmarks.file_loading FOLDER safetensors renamed 2000000000    # memory of one way, in bytes
+    python -m benchmarks.speed.files FOLDER safetensors renamed 2000000000    # memory of one way, in bytes
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import autoalign
-from benchmarks.memory import anonymous_bytes
+from benchmarks.speed.memory import anonymous_bytes
 
 TIME_BUDGET = 1.15  # times the time of the format's own way, from the disk
 MEMORY_BUDGET = 64 * 2**20  # bytes beyond the largest tensor
@@ -213,8 +213,8 @@ def _bring(file: Path) -> None:
 def _memory_in_process(folder: Path, format_: str, way: str, file_bytes: int) -> int | None:
     if anonymous_bytes() is None:
         return None
-    command = [sys.executable, "-m", "benchmarks.file_loading", str(folder), format_, way, str(file_bytes)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[1])
+    command = [sys.executable, "-m", "benchmarks.speed.files", str(folder), format_, way, str(file_bytes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[2])
     return int(done.stdout)
 
 

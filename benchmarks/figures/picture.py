@@ -1,4 +1,4 @@
-"""Take the README's picture: ``python -m benchmarks.picture`` writes ``benchmarks/pictures/report-{light,dark}.png``.
+"""Take the README's picture: ``python -m benchmarks.figures.picture`` writes ``pictures/report-{light,dark}.png``.
 
 It shows the page that ``Alignment.to_html`` writes for transformers' ViT in timm's, with a head of ten classes: query,
 key and value become one tensor, the norms stand in another order, and the head is left out. Nothing is downloaded.
@@ -80,7 +80,7 @@ def _photograph(driver: webdriver.Chrome, page: Path, scheme: str) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Take the picture and say where it is."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.picture", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures.picture", description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to write (default: %(default)s)")
     for path in take(parser.parse_args(arguments).folder):
         print(f"{path}  {path.stat().st_size / 1000:.0f} kB")

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from autoalign.plan.specs import TensorSpec
-from benchmarks.words import words_of
+from benchmarks.cases.words import words_of
 
 Path = tuple[str, ...]
 

@@ -10,9 +10,9 @@ from random import Random
 
 import torch
 
-from benchmarks.module_trees import Node, Path, paths, template, tree_of, twins
-from benchmarks.naming_steps import Entry
-from benchmarks.words import ADAPTERS, LEAVES, words_of
+from benchmarks.cases.module_trees import Node, Path, paths, template, tree_of, twins
+from benchmarks.cases.naming import Entry
+from benchmarks.cases.words import ADAPTERS, LEAVES, words_of
 
 
 def shuffled(entries: Sequence[Entry], random: Random, *, names_tell: bool) -> list[Entry]:

@@ -220,7 +220,7 @@ def measure(subject: Subject, count: int, way: Way, seed: int = 0) -> tuple[Loca
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a table and what was missed; the exit status is 1 if anything was."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.localisation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.localisation", description=__doc__)
     parser.add_argument("--trials", type=int, default=200, help="of all subjects and both ways together (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of tensors (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")

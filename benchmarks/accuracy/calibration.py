@@ -1,7 +1,7 @@
-"""Fit the calibration of the confidence: ``python -m benchmarks.calibration --from DIR --write``.
+"""Fit the calibration of the confidence: ``python -m benchmarks.accuracy.calibration --from DIR --write``.
 
-DIR is a folder that ``python -m benchmarks.reliability --count 2000 --out DIR`` has filled: matches with known truth
-over perturbed architectures and gold cases. What the optimisation itself did not decide (equal
+DIR is a folder that ``python -m benchmarks.accuracy.reliability --count 2000 --out DIR`` has filled: matches with known
+truth over perturbed architectures and gold cases. What the optimisation itself did not decide (equal
 keys, plain renamings, what rules fix, layouts in doubt) is left out.
 """
 
@@ -28,15 +28,15 @@ _STEP = 1e-6  # by which the table rises at least, so that it can be turned roun
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit, print and, if asked to, write the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=__doc__)
-    parser.add_argument("--from", type=Path, required=True, dest="folder", help="what benchmarks.reliability wrote")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.calibration", description=__doc__)
+    parser.add_argument("--from", type=Path, required=True, dest="folder", help="that the reliability benchmark wrote")
     parser.add_argument("--write", action="store_true", help="write the table into the package")
     options = parser.parse_args(arguments)
     table = fitted(options.folder)
     text = json.dumps(table, indent=1) + "\n"
     print(text, end="")
     if options.write:
-        (Path(autoalign.__file__).parent / FILE).write_text(text, encoding="utf-8")
+        (Path(autoalign.__file__).parent / "matching" / FILE).write_text(text, encoding="utf-8")
     return 0
 
 
@@ -48,7 +48,7 @@ def fitted(folder: Path) -> dict[str, object]:
         decided &= ~np.isclose(arrays["confidence"], value, atol=1e-4)
     raw, right = uncalibrated(arrays["confidence"][decided]), arrays["is_right"][decided]
     return {
-        "made by": "python -m benchmarks.calibration",
+        "made by": "python -m benchmarks.accuracy.calibration",
         "matches": int(decided.sum()),
         "knots": knots(raw, right),
     }

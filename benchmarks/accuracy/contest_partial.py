@@ -11,13 +11,13 @@ import timm
 import transformers
 
 from autoalign.plan.specs import TensorSpec
-from benchmarks.architectures import architecture_of, architectures, build_on_meta
-from benchmarks.content_steps import dropped
-from benchmarks.contest import Attempt, Truth, attempt_on_keys
-from benchmarks.module_trees import path_of
-from benchmarks.naming_steps import Entry, renamed
+from benchmarks.accuracy.contest import Attempt, Truth, attempt_on_keys
+from benchmarks.cases.architectures import architecture_of, architectures, build_on_meta
+from benchmarks.cases.content import dropped
+from benchmarks.cases.module_trees import path_of
+from benchmarks.cases.naming import Entry, renamed
+from benchmarks.cases.perturbations import on_meta
 from benchmarks.peers import Peer
-from benchmarks.perturbations import on_meta
 
 Specs = tuple[TensorSpec, ...]
 

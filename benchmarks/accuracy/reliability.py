@@ -1,8 +1,8 @@
-"""Judge the confidence of every match of many perturbations and gold cases: ``python -m benchmarks.reliability``.
+"""Judge the confidence of all matches of perturbations and gold cases: ``python -m benchmarks.accuracy.reliability``.
 
 Writes ``matches.npz`` (arrays, one element per match), ``cases.json``, ``reliability.json`` and ``reliability.png``.
 
-    python -m benchmarks.reliability --count 2000 --processes 2 --out DIR --worst 20
+    python -m benchmarks.accuracy.reliability --count 2000 --processes 2 --out DIR --worst 20
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.architectures import Choice
+from benchmarks.accuracy.judging import JudgedCase, judged_gold, judged_perturbation
 from benchmarks.cases import gold
-from benchmarks.judging import JudgedCase, judged_gold, judged_perturbation
-from benchmarks.perturbations import ALL, LEVELS
+from benchmarks.cases.architectures import Choice
+from benchmarks.cases.perturbations import ALL, LEVELS
 
 EDGES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 SURE = 0.9
@@ -47,7 +47,7 @@ class Bin:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.reliability", description=__doc__)
     parser.add_argument("--count", type=int, default=400, help="how many perturbations (default: 400)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-tensors", type=int, help="leave out architectures with more")
@@ -186,7 +186,7 @@ def _worst(judged: Sequence[JudgedCase], count: int) -> Iterator[str]:
 
 def write(judged: Sequence[JudgedCase], folder: Path) -> None:
     """Write everything to a folder; the n-th element of each array belongs to the n-th match."""
-    from benchmarks.plots import plot_reliability
+    from benchmarks.figures.plots import plot_reliability
 
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "matches.npz", **arrays(judged))  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 So are the gold cases of large language models.
 
-    python -m benchmarks.scaling 91000 autoalign 1    # one measurement, as JSON
+    python -m benchmarks.speed.scaling 91000 autoalign 1    # one measurement, as JSON
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 
 import autoalign
 from benchmarks.cases import gold
-from benchmarks.memory import peak_bytes
-from benchmarks.moe import INFERENCE, PUBLISHED, SIZES, state_dict, truth
+from benchmarks.cases.moe import INFERENCE, PUBLISHED, SIZES, state_dict, truth
 from benchmarks.peers import PEERS, Peer
+from benchmarks.speed.memory import peak_bytes
 
 Result = TypeVar("Result")
 LIMIT = 120.0  # seconds that a process may take, after which the peer has no figure at this size
@@ -71,7 +71,7 @@ def measure_gold(repeats: int) -> Iterator[Point]:
 
 
 def _in_process(peer: Peer, size: int, repeats: int, case: str = "") -> Point:
-    command = [sys.executable, "-m", "benchmarks.scaling", case or str(size), peer.name, str(repeats)]
+    command = [sys.executable, "-m", "benchmarks.speed.scaling", case or str(size), peer.name, str(repeats)]
     if peer.most_tensors is not None and size > peer.most_tensors:
         return Point(peer.name, size, 0, 0, 0, (), (), 0, f"more than {peer.most_tensors:,} tensors: not tried")
     try:
@@ -81,7 +81,7 @@ def _in_process(peer: Peer, size: int, repeats: int, case: str = "") -> Point:
             text=True,
             check=True,
             timeout=LIMIT * (1 + repeats),
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=Path(__file__).resolve().parents[2],
         )
     except subprocess.TimeoutExpired:
         return Point(peer.name, size, 0, 0, 0, (), (), 0, "too slow")

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import autoalign
-from benchmarks.file_loading import FORMATS, clear, network, path_of, write
-from benchmarks.memory import anonymous_bytes, mapped_bytes
+from benchmarks.speed.files import FORMATS, clear, network, path_of, write
+from benchmarks.speed.memory import anonymous_bytes, mapped_bytes
 
 WAYS = ("own", "renamed", "apart")
 MEMORY_BUDGET = 64 * 2**20  # bytes beyond the largest tensor, on each rank

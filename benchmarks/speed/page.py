@@ -1,4 +1,4 @@
-"""Measure the page: ``python -m benchmarks.page_time`` prints its size, the time to write it and until it can be used.
+"""Measure the page: ``python -m benchmarks.speed.page`` prints its size, the time to write it and until it can be used.
 
 Needs chromium and chromedriver.
 """
@@ -17,7 +17,7 @@ from selenium import webdriver
 from autoalign.alignment import Alignment
 from autoalign.plan.matches import Match
 from autoalign.plan.specs import TensorSpec
-from benchmarks.picture import chromium
+from benchmarks.figures.picture import chromium
 
 COUNTS = (500, 5_000, 45_000)
 SHARED = ("blocks that repeat", "no two blocks alike")

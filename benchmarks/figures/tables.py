@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import median
 
-from benchmarks import import_time, nameless
-from benchmarks.align_time import Timing
-from benchmarks.contest import Attempt, Tally, time_ratios
-from benchmarks.file_loading import MEMORY_BUDGET, SMALLEST_FILE, TIME_BUDGET, Load, ratio
-from benchmarks.scaling import Point, growth
-from benchmarks.sharded_loading import ShardedLoad
+from benchmarks.accuracy.contest import Attempt, Tally, time_ratios
+from benchmarks.speed import imports as import_time
+from benchmarks.speed import nameless
+from benchmarks.speed.align import Timing
+from benchmarks.speed.files import MEMORY_BUDGET, SMALLEST_FILE, TIME_BUDGET, Load, ratio
+from benchmarks.speed.scaling import Point, growth
+from benchmarks.speed.sharded import ShardedLoad
 
 
 def spread(values: Sequence[float], unit: float, digits: int = 1) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.align_time import Timing
-from benchmarks.contest import Tally
-from benchmarks.file_loading import SMALLEST_FILE, Load, ratio
-from benchmarks.scaling import Point, growth
+from benchmarks.accuracy.contest import Tally
+from benchmarks.speed.align import Timing
+from benchmarks.speed.files import SMALLEST_FILE, Load, ratio
+from benchmarks.speed.scaling import Point, growth
 
 FILE = Path(__file__).with_name("baseline.json")
 TOLERANCE = 1.6  # a time's ratio may grow by this factor, as a shared machine's ratios do by chance

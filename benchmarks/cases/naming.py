@@ -10,8 +10,8 @@ from random import Random
 
 import torch
 
-from benchmarks.module_trees import Path, template
-from benchmarks.words import LEAF_SCHEMES, LEAVES, NORM_LEAVES, SYNONYMS, made_up, with_words, words_of
+from benchmarks.cases.module_trees import Path, template
+from benchmarks.cases.words import LEAF_SCHEMES, LEAVES, NORM_LEAVES, SYNONYMS, made_up, with_words, words_of
 
 _LEAF_WORDS = frozenset(word for leaf in LEAVES for word in words_of(leaf))
 

@@ -1,0 +1,1 @@
+"""How often alignment, rules and verification are right."""

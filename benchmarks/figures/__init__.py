@@ -1,0 +1,1 @@
+"""The figures as tables and pictures."""

@@ -1,0 +1,1 @@
+"""What loading and aligning cost in time and memory."""
