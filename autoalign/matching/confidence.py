@@ -2,7 +2,7 @@
 
 ``calibration.json`` is a table of knots: a confidence as the optimisation gives it, and the least share of right ones
 (the lower end of Wilson's interval at 95 %) among the matches about there. ``python -m
-benchmarks.accuracy.calibration`` remakes it. It only ever lowers a confidence, so that what is said is at most what was seen.
+benchmarks.accuracy.calibration`` remakes it. It only ever lowers a confidence: what is said is at most what was seen.
 """
 
 from __future__ import annotations
