@@ -6,107 +6,77 @@ The names of the package are imported when they are first used, so that ``import
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from autoalign.alignment import Alignment
-    from autoalign.api import AlignOptions, align, convert, load, verify
-    from autoalign.checkpoints.checkpoint import Checkpoint, open_checkpoint
-    from autoalign.errors import (
-        AlignmentError,
-        AmbiguousAlignmentError,
-        AutoAlignError,
-        CheckpointError,
-        ChoiceWarning,
-        DependencyError,
-        IncompatibleTensorsError,
-        InputError,
-        NothingLoadedError,
-        NotInvertibleError,
-        OutputError,
-        PairMismatchError,
-        PartialLoadWarning,
-        PatternError,
-        RulesError,
-        UnsafeCheckpointError,
-        ValueWarning,
-    )
-    from autoalign.plan.matches import Candidate, Match, Mismatch
-    from autoalign.reports.explain import Explanation
-    from autoalign.rules.rule import Rule
-    from autoalign.rules.rules import Rules
-    from autoalign.verification.causes import Divergence
-    from autoalign.verification.run import execution_order
-    from autoalign.verification.verify import Verification
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from autoalign.alignment import Alignment as Alignment
+    from autoalign.api import AlignOptions as AlignOptions
+    from autoalign.api import align as align
+    from autoalign.api import convert as convert
+    from autoalign.api import load as load
+    from autoalign.api import verify as verify
+    from autoalign.checkpoints.checkpoint import Checkpoint as Checkpoint
+    from autoalign.checkpoints.checkpoint import open_checkpoint as open_checkpoint
+    from autoalign.errors import AlignmentError as AlignmentError
+    from autoalign.errors import AmbiguousAlignmentError as AmbiguousAlignmentError
+    from autoalign.errors import AutoAlignError as AutoAlignError
+    from autoalign.errors import CheckpointError as CheckpointError
+    from autoalign.errors import ChoiceWarning as ChoiceWarning
+    from autoalign.errors import DependencyError as DependencyError
+    from autoalign.errors import IncompatibleTensorsError as IncompatibleTensorsError
+    from autoalign.errors import InputError as InputError
+    from autoalign.errors import NothingLoadedError as NothingLoadedError
+    from autoalign.errors import NotInvertibleError as NotInvertibleError
+    from autoalign.errors import OutputError as OutputError
+    from autoalign.errors import PairMismatchError as PairMismatchError
+    from autoalign.errors import PartialLoadWarning as PartialLoadWarning
+    from autoalign.errors import PatternError as PatternError
+    from autoalign.errors import RulesError as RulesError
+    from autoalign.errors import UnsafeCheckpointError as UnsafeCheckpointError
+    from autoalign.errors import ValueWarning as ValueWarning
+    from autoalign.plan.matches import Candidate as Candidate
+    from autoalign.plan.matches import Match as Match
+    from autoalign.plan.matches import Mismatch as Mismatch
+    from autoalign.reports.explain import Explanation as Explanation
+    from autoalign.rules.rule import Rule as Rule
+    from autoalign.rules.rules import Rules as Rules
+    from autoalign.verification.causes import Divergence as Divergence
+    from autoalign.verification.run import execution_order as execution_order
+    from autoalign.verification.verify import Verification as Verification
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AlignOptions",
-    "Alignment",
-    "AlignmentError",
-    "AmbiguousAlignmentError",
-    "AutoAlignError",
-    "Candidate",
-    "Checkpoint",
-    "CheckpointError",
-    "ChoiceWarning",
-    "DependencyError",
-    "Divergence",
-    "Explanation",
-    "IncompatibleTensorsError",
-    "InputError",
-    "Match",
-    "Mismatch",
-    "NotInvertibleError",
-    "NothingLoadedError",
-    "OutputError",
-    "PairMismatchError",
-    "PartialLoadWarning",
-    "PatternError",
-    "Rule",
-    "Rules",
-    "RulesError",
-    "UnsafeCheckpointError",
-    "ValueWarning",
-    "Verification",
-    "__version__",
-    "align",
-    "convert",
-    "execution_order",
-    "load",
-    "open_checkpoint",
-    "verify",
-]
-
 _MODULES = {
-    "align": "api",
-    "load": "api",
-    "verify": "api",
-    "convert": "api",
-    "AlignOptions": "api",
-    "Alignment": "alignment",
-    "Candidate": "plan.matches",
-    "Match": "plan.matches",
-    "Mismatch": "plan.matches",
-    "Checkpoint": "checkpoints.checkpoint",
-    "open_checkpoint": "checkpoints.checkpoint",
-    "Divergence": "verification.causes",
-    "Verification": "verification.verify",
-    "Explanation": "reports.explain",
-    "execution_order": "verification.run",
-    "Rule": "rules.rule",
-    "Rules": "rules.rules",
-}  # and all others are in errors
+    "alignment": ("Alignment",),
+    "api": ("AlignOptions", "align", "convert", "load", "verify"),
+    "checkpoints.checkpoint": ("Checkpoint", "open_checkpoint"),
+    "errors": (
+        *("AlignmentError", "AmbiguousAlignmentError", "AutoAlignError", "CheckpointError"),
+        *("ChoiceWarning", "DependencyError", "IncompatibleTensorsError", "InputError"),
+        *("NothingLoadedError", "NotInvertibleError", "OutputError"),
+        *("PairMismatchError", "PartialLoadWarning", "PatternError"),
+        *("RulesError", "UnsafeCheckpointError", "ValueWarning"),
+    ),
+    "plan.matches": ("Candidate", "Match", "Mismatch"),
+    "reports.explain": ("Explanation",),
+    "rules.rule": ("Rule",),
+    "rules.rules": ("Rules",),
+    "verification.causes": ("Divergence",),
+    "verification.run": ("execution_order",),
+    "verification.verify": ("Verification",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(["__version__", *_MODULE_OF])
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 if not TYPE_CHECKING:  # or type checkers would take any name for one of the package's
 
     def __getattr__(name: str) -> object:
-        if name not in __all__:
+        if name not in _MODULE_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
         globals()[name] = value
         return value
-
-
-def __dir__() -> list[str]:
-    return __all__

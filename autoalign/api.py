@@ -1,4 +1,4 @@
-"""The functions of the package: each checks what it is given and hands it to the folder that does the work."""
+"""The public functions: signatures and documentation. The work is done in the folders."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from autoalign.loading.prepare import Progress
     from autoalign.verification.verify import Verification
 
-_CLOSE = 60  # likeness, of 100, from which on another name may be what was meant
+_MIN_SIMILARITY = 60  # of 100, of the names of options; a less similar one is not proposed
 
 
 class MatchOptions(TypedDict, total=False):
-    """The options of ``align`` that need no call of a module, as ``verify`` hands them on."""
+    """The options of ``align`` that need no call of a module; those of ``verify``."""
 
     rules: RuleLike
     include: PatternLike
@@ -38,7 +38,7 @@ class MatchOptions(TypedDict, total=False):
 
 
 class AlignOptions(MatchOptions, TypedDict, total=False):
-    """The options of ``align``, for functions that hand them on.
+    """The options of ``align``, for functions that pass them on.
 
     A type checker knows each option and its type, and an editor completes them:
 
@@ -52,25 +52,17 @@ class AlignOptions(MatchOptions, TypedDict, total=False):
 
 
 class NoOptions(TypedDict):
-    """No options: what a function takes as ``**unknown`` that refuses them itself, as type checkers do."""
+    """No options: the type of ``**unknown``, which type checkers refuse as ``align`` does."""
 
 
-def check_options(function: Callable[..., object], given: Mapping[str, object], undone: str) -> None:
-    """Refuse options that ``align`` does not have.
+def _check_options(function: Callable[..., object], given: Mapping[str, object], consequence: str) -> None:
+    """Refuse options that ``align`` does not have, naming the most similar option of it or of the function called.
 
-    >>> check_options(sorted, {"exclude": "fc"}, "Nothing was sorted.")
-    >>> check_options(sorted, {"revers": True}, "Nothing was sorted.")
+    >>> _check_options(sorted, {"exclude": "fc"}, "Nothing was sorted.")
+    >>> _check_options(sorted, {"revers": True}, "Nothing was sorted.")
     Traceback (most recent call last):
     autoalign.errors.InputError: sorted() got an unexpected keyword argument 'revers'; did you mean 'reverse'? Nothing \
 was sorted.
-
-    Args:
-        function: What was called; its own parameters may be what was meant.
-        given: The options that are no parameters of its own.
-        undone: What was not done.
-
-    Raises:
-        InputError: Names each such option with the nearest one that there is.
     """
     known = AlignOptions.__annotations__.keys()
     unknown = [name for name in given if name not in known]
@@ -82,10 +74,10 @@ was sorted.
     names = list(dict.fromkeys((*own, *known)))
     parts = []
     for name in unknown:
-        close = process.extractOne(name, names, scorer=fuzz.ratio, score_cutoff=_CLOSE)
+        close = process.extractOne(name, names, scorer=fuzz.ratio, score_cutoff=_MIN_SIMILARITY)
         parts.append(f"{name!r}; did you mean {close[0]!r}?" if close else f"{name!r}.")
     plural = "an unexpected keyword argument" if len(parts) == 1 else "unexpected keyword arguments"
-    raise InputError(f"{function.__name__}() got {plural} {' '.join(parts)} {undone}")
+    raise InputError(f"{function.__name__}() got {plural} {' '.join(parts)} {consequence}")
 
 
 def align(
@@ -114,36 +106,36 @@ def align(
         source: The checkpoint: an ``nn.Module``, a mapping of names to tensors, a path, or an open ``Checkpoint``.
         target: The model, in any of the same forms.
         rules: What is known beforehand, checkpoint -> model: ``{regex: replacement}``, or pairs of keys or of a regex
-            and its replacement. Rules win over inference and steer the rest.
-        include: Patterns; only the keys that one of them takes take part. See ``exclude``.
-        exclude: Patterns; the keys of either side that one of them takes take no part. A plain word or dotted path
-            takes the keys that hold it as whole components, wherever they stand: ``"fc"`` takes ``net.fc.weight`` and
-            leaves ``mlp.fc1.weight`` alone. ``"re:..."`` is a regular expression that is searched for in the key, and
-            so is a compiled one. The notes say how many tensors each took on each side.
-        adapt: Changes of values to allow where a counterpart has another shape, none by default. What is so filled has
-            the status "adapted", a warning that says how, and no place in ``mapping``. One or more of: ``"head"``,
-            the first rows of a classifier; ``"vocab"``, those of embeddings and of output layers (rows that only the
-            target has keep its own values); ``"pos_embed"``, position embeddings interpolated, bicubically with
-            antialiasing on the grid of an image and linearly in a sequence; ``"rel_pos"``, tables of relative
-            positions interpolated for another window; ``"in_channels"``, the input channels of the first convolution
-            summed into one, or repeated and rescaled. A module on either side tells grids and windows that a state
-            dict does not; without one they are taken to be square, and nothing is adapted where they cannot be.
+            and its replacement. Rules override inference and guide the rest.
+        include: Patterns; only keys that match one of them take part. See ``exclude``.
+        exclude: Patterns; keys of either side that match one of them take no part. A plain word or dotted path
+            matches keys that contain it as whole components, anywhere: ``"fc"`` matches ``net.fc.weight`` and not
+            ``mlp.fc1.weight``. ``"re:..."`` is a regular expression that is searched for in the key, and so is a
+            compiled one. The notes say how many tensors each matched on each side.
+        adapt: Changes of values to allow where a counterpart has another shape, none by default. A tensor that is
+            filled in this way has the status "adapted", a warning that says how, and is not in ``mapping``. One or
+            more of: ``"head"``, the first rows of a classifier; ``"vocab"``, those of embeddings and of output layers
+            (rows that only the target has keep its own values); ``"pos_embed"``, position embeddings interpolated,
+            bicubically with antialiasing on the grid of an image and linearly in a sequence; ``"rel_pos"``, tables of
+            relative positions interpolated for another window; ``"in_channels"``, the input channels of the first
+            convolution summed into one, or repeated and rescaled. Grids and windows are read from a module on either
+            side; without one they are assumed to be square, and nothing is adapted where they cannot be.
         min_confidence: Matches below it, in [0, 1], are listed as ambiguous and not loaded.
         container: Which of several state dicts in the checkpoint to use, such as ``"ema"``.
         example_inputs: What to call a module with, as ``execution_order`` takes it: the order in which a call uses the
             tensors then stands for that in which they are registered. Each side that is a module is called once and
             left as it was.
-        **unknown: There are none; a name that is none of these is refused, with the nearest that is.
+        **unknown: Refused, with the most similar option that there is.
 
     Returns:
         The alignment. Each target key has exactly one status.
 
     Raises:
         InputError: A side or an option is of a kind that cannot be used.
-        PatternError: A rule or pattern is malformed, matches nothing, or joins tensors of irreconcilable shapes.
+        PatternError: A rule or pattern is malformed, matches nothing, or joins tensors of incompatible shapes.
         CheckpointError: A file cannot be read.
     """
-    check_options(align, unknown, "Nothing was aligned.")
+    _check_options(align, unknown, "Nothing was aligned.")
     plan = match_tensors(
         source,
         target,
@@ -206,9 +198,9 @@ def load(
             parameters stay tied; an optimizer made before keeps the old ones. A tensor of a mapping may come to be
             shared with the model, as with torch. A tensor of a mapped file (safetensors, torch) is not copied: it is
             read when it is used, and the file must not be overwritten while the model is.
-        progress: Whether to show a bar on stderr: by default if stderr is a terminal and the load takes more than two
-            seconds. Or what to call with the number of tensors done and of all; it may raise to cancel the load, for
-            which the old values are kept meanwhile.
+        progress: True to show a bar on stderr; by default if stderr is a terminal and the load takes more than two
+            seconds. Or a function that is called with the number of tensors done and of all; it may raise to cancel
+            the load, for which the old values are kept meanwhile.
         dtype: What to convert the model's floating-point tensors to, as ``model.to`` does, before they are filled; such
             as ``torch.bfloat16`` or ``"bfloat16"``.
         device: Where to move the model's tensors, as ``model.to`` does, before they are filled. If the load fails, both
@@ -231,12 +223,12 @@ def load(
 
     Warns:
         PartialLoadWarning: Keys of the model that ``exclude`` and ``include`` did not leave out keep their values.
-        ChoiceWarning: The checkpoint holds copies of the network, and one was taken that nobody named; or different
-            tensors for one that the model ties; or biases for layers that have none.
+        ChoiceWarning: The checkpoint holds copies of the network, and one was chosen without being asked for; or
+            different tensors for one that the model ties; or biases for layers that have none.
         ValueWarning: A tensor of the checkpoint has NaN, or the model's dtype cannot hold its values. Rounding to
             another floating-point type of 16 bits or more is not warned of.
     """
-    check_options(load, align_options, "Nothing was loaded.")
+    _check_options(load, align_options, "Nothing was loaded.")
     from autoalign.loading.load import load_checkpoint
 
     return load_checkpoint(
@@ -316,7 +308,7 @@ def convert(
         ChoiceWarning: As of ``load``.
         PartialLoadWarning: Keys of the target that ``exclude`` and ``include`` did not leave out are not in the output.
     """
-    check_options(convert, align_options, "Nothing was written.")
+    _check_options(convert, align_options, "Nothing was written.")
     from autoalign.loading.convert import convert_checkpoint
 
     return convert_checkpoint(
@@ -400,7 +392,7 @@ def verify(
     Raises:
         InputError: A model cannot be called on the inputs, or the alignment is not one of these models.
     """
-    check_options(verify, align_options, "Nothing was verified.")
+    _check_options(verify, align_options, "Nothing was verified.")
     from autoalign.verification.verify import verify_models
 
     return verify_models(
@@ -417,7 +409,7 @@ def verify(
 
 
 def _resolved(options: AlignOptions) -> dict[str, Any]:
-    """Give a way to call a module in the place of what it is called with."""
+    """Return the options with a function that finds the order of use in place of the example inputs."""
     given: dict[str, Any] = {**options}
     order_of_use = _order_of_use(given.pop("example_inputs", None))
     return given if order_of_use is None else given | {"order_of_use": order_of_use}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import subprocess
@@ -18,6 +19,17 @@ def test_every_name_of_the_package_is_there() -> None:
     assert sorted(autoalign.__all__, key=str.casefold) == sorted(set(autoalign.__all__), key=str.casefold)
     assert all(getattr(autoalign, name) is not None for name in autoalign.__all__)
     assert dir(autoalign) == sorted(autoalign.__all__)
+
+
+def test_type_checkers_see_the_names_of_the_package_where_they_are() -> None:
+    seen = {"__version__"}
+    for node in ast.walk(ast.parse((ROOT / "autoalign" / "__init__.py").read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("autoalign."):
+            for alias in node.names:
+                assert alias.name == alias.asname  # which is how a name is handed on
+                assert getattr(autoalign, alias.name) is getattr(sys.modules[str(node.module)], alias.name)
+                seen.add(alias.name)
+    assert seen == set(autoalign.__all__)
 
 
 def test_functions_are_not_hidden_by_modules() -> None:
