@@ -49,7 +49,7 @@ class Alignment(Plan):
         return inverted(self)
 
     def explain(self, key: str) -> Explanation:
-        r"""Explain in a few lines why a key of either side is filled from what it is, or is not, and what would change it.
+        r"""Explain why a key of either side is filled from what it is, or is not, and what would change it.
 
         ``print`` it, or read its fields: the cues of a match with their weights, its rivals, warnings, and the options
         (a line of ``rules=``, ``exclude=``, ``adapt=``, ``min_confidence=``) that would decide otherwise. A key that
