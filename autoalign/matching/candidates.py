@@ -1,4 +1,4 @@
-"""Candidates: which layers of the source could be which layers of the target, and by what operation."""
+"""Candidates: pairs of layers that an operation reconciles, and the matrices that must be transposed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, 
 
 Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and flipped of each part of a unit
 
-MOST_LAYERS = 100_000_000  # of one side times the other, which the names of all take four bytes each
-MOST_COST = 40_000_000  # of the pairs that are compared, which take some 15 bytes for each unit of it
-_PAIR_COST = 32  # of a pair, besides that of each two modules around it
-_NEAREST = (64, 32, 16, 8, 4, 2, 1)  # pairs for each layer, the nearest in order, where there are too many for all
-_RARE = 8  # layers of one shape on either side that share a word or numbers which tell something
-_BARE = 0.25  # fit of a parameter that stands alone and the weight of a layer
+MAX_LAYER_PAIRS = 100_000_000  # of the one side times the other; the similarity of names takes four bytes for each
+MAX_COST = 40_000_000  # of the pairs that are compared; each unit of it takes some 15 bytes
+_COST_PER_PAIR = 32  # besides one for each two modules around it
+_NEAREST = (64, 32, 16, 8, 4, 2, 1)  # pairs for each layer, the nearest in order, if there are too many for all
+_MAX_SHARERS = 8  # layers of one shape on either side that share a word or numbers, so that these tell something
+_BARE_FIT = 0.25  # of a parameter outside any layer and the weight of a layer
+_RESHAPED_FIT = 0.3  # of tensors that only a reshape reconciles
+_UNFIT_FACTOR = 0.2  # of the fit of two units, for each of their parts that does not fit
+_MISSING_KIND_FACTORS = {"count": 0.98, "mean": 0.6, "var": 0.6}  # of it, for each kind that only one of them has
+_MISSING_FACTOR, _MISSING_FACTOR_OF_VECTORS = 0.25, 0.4  # for other kinds; a norm may have no bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,11 @@ class Kinds:
     target_class: NDArray[np.int64]  # [target units]: the same classes
     class_count: int
     fits: dict[tuple[int, int], float]  # kinds of a source and of a target that fit, and how well, in (0, 1]
-    adjacent: Sequence[float]  # of each kind of the target: see ``Candidates``
+    adjacent: Sequence[float]  # [kinds of the target]: see ``Candidates``
     flipped: frozenset[int]  # source parts whose matrix is transposed
 
     def fit(self, source: int, target: int) -> float:
-        """Tell how well the shapes of two units fit; 0 where they do not."""
+        """Return how well the shapes of two units fit, 0 if they do not."""
         return self.fits.get((int(self.source[source]), int(self.target[target])), 0.0)
 
 
@@ -55,8 +59,8 @@ class Candidates:
     target: NDArray[np.int64]  # unit of the target
     fit: NDArray[np.float32]  # how well the shapes fit, in (0, 1]: 1 where all parts fit as they are
     adjacent: NDArray[np.float32]  # how much the order of neighbours says, in [0, 1]: a batch norm follows its layer
-    crowded: frozenset[tuple[int, int]] = frozenset()  # kinds of which only pairs near in order, or told, are listed
-    told: frozenset[tuple[int, int]] = frozenset()  # pairs of these that have the same numbers, as few others do
+    crowded: frozenset[tuple[int, int]] = frozenset()  # kinds of which only pairs near in order or alike are listed
+    same_numbers: frozenset[tuple[int, int]] = frozenset()  # pairs of these whose numbers few others have
 
 
 @lru_cache(maxsize=4096)
@@ -75,7 +79,7 @@ def operation_between(source: Shape, target: Shape, *, flipped: bool = False) ->
 
     Dimensions of size one may come and go, and trailing dimensions may be flattened: the elements keep their order,
     and the input and output channels of a kernel keep their places.
-    Matrices, and those of a stack, are transposed where ``flipped`` says that they are laid out the other way round.
+    Matrices, and those of a stack, are transposed if ``flipped``.
 
     >>> operation_between((64, 32), (64, 32, 1, 1)), operation_between((5,), (6,))
     (Reshape(shape=(64, 32, 1, 1)), None)
@@ -100,7 +104,7 @@ def operation_between(source: Shape, target: Shape, *, flipped: bool = False) ->
 
 
 def turned(shape: Shape) -> Shape:
-    """Tell the shape of a transposed matrix, or of a stack of them.
+    """Return the shape of a transposed matrix, or of a stack of them.
 
     >>> turned((2, 3)), turned((8, 2, 3))
     ((3, 2), (8, 3, 2))
@@ -109,7 +113,7 @@ def turned(shape: Shape) -> Shape:
 
 
 def paired_parts(source: Unit, target: Unit) -> list[tuple[int, int]]:
-    """Pair the parts of two units by kind; parameters that stand alone pair whatever their kind."""
+    """Pair the parts of two units by kind; bare parameters pair whatever their kind."""
     own, other = dict(source.parts), dict(target.parts)
     shared = [(own[name], other[name]) for name in own if name in other]
     if shared or len(own) > 1 or len(other) > 1:
@@ -149,7 +153,7 @@ def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[i
 
 
 def _layout(parts: Sequence[Part]) -> int:
-    """Tell from the biases whether matrices are stored as (out, in): 1, or as (in, out): -1; 0 where nothing tells."""
+    """Return 1 if the biases show that matrices are stored as (out, in), -1 if as (in, out), else 0."""
     votes = 0
     for unit in units_of(parts):
         kinds = dict(unit.parts)
@@ -160,18 +164,18 @@ def _layout(parts: Sequence[Part]) -> int:
 
 
 def _is_matrix(part: Part) -> bool:
-    """Tell a matrix, or a stack of them."""
+    """True for a matrix or a stack of matrices."""
     return len(part.shape) in (2, 3) and min(part.shape) > 1
 
 
 def _is_layer(part: Part) -> bool:
-    """Tell a linear layer's matrix from a bare parameter or an embedding's."""
+    """True for the matrix of a linear layer, not for a bare parameter or an embedding."""
     embeds = any(word == "embed" for component in part.path[-2:] for word in words(component))
     return len(part.shape) == 2 and kind(part.path[-1])[0] == "weight" and not embeds
 
 
 def unit_fit(source: Signature, target: Signature) -> float:
-    """Tell how well a source unit fits a target unit by shape alone: 0 where it cannot, 1 where every part fits."""
+    """Return how well a source unit fits a target unit by shape alone: 0 if it cannot, 1 if every part fits."""
     own, other = {entry[0]: entry for entry in source}, {entry[0]: entry for entry in target}
     pairs = [(own[name], other[name]) for name in own if name in other]
     bare = not pairs
@@ -187,7 +191,7 @@ def unit_fit(source: Signature, target: Signature) -> float:
         if numeric == wanted_numeric and operation_between(shape, wanted, flipped=flipped) is not None:
             fitting += 1
             turned_kernel = len(shape) == len(wanted) > 3 and shape != wanted  # as one of 1 x 11 for one of 11 x 1
-            fits += 1.0 if flipped or (squeeze(shape) == squeeze(wanted) and not turned_kernel) else 0.3
+            fits += 1.0 if flipped or (squeeze(shape) == squeeze(wanted) and not turned_kernel) else _RESHAPED_FIT
         elif bare and operation_between(shape, wanted, flipped=True) is not None:
             fitting += 1
             fits += 1.0
@@ -196,14 +200,14 @@ def unit_fit(source: Signature, target: Signature) -> float:
     if not fitting:
         return 0.0
     vector = max(len(squeeze(entry[1])) for entry in source) < 2  # a norm with a bias is hardly a scale without one
-    fit = 0.2 ** (len(pairs) - fits) * (_BARE if bare and own.keys() != other.keys() else 1.0)
+    fit = _UNFIT_FACTOR ** (len(pairs) - fits) * (_BARE_FIT if bare and own.keys() != other.keys() else 1.0)
     for name in () if bare else {*own} ^ {*other}:
-        fit *= {"count": 0.98, "mean": 0.6, "var": 0.6}.get(name, 0.4 if vector else 0.25)
+        fit *= _MISSING_KIND_FACTORS.get(name, _MISSING_FACTOR_OF_VECTORS if vector else _MISSING_FACTOR)
     return float(fit)
 
 
 def signature(unit: Unit, parts: Sequence[Part], flipped: frozenset[int] = frozenset()) -> Signature:
-    """Describe a unit by the kinds, shapes and numeric kinds of its parts, and whether they are transposed."""
+    """Return the kinds, shapes and numeric kinds of a unit's parts, and which of them are transposed."""
     return tuple((name, parts[index].shape, parts[index].numeric, index in flipped) for name, index in unit.parts)
 
 
@@ -213,7 +217,7 @@ def _adjacency(entry: Signature) -> float:
 
 
 def main_class(entry: Signature) -> tuple[str, Shape]:
-    """Name the class of a unit: its largest tensor's shape, flattened and sorted so that a transposed one agrees."""
+    """Return the class of a unit: its largest tensor's shape, flattened and sorted so that a transposed one agrees."""
     _, shape, _, _ = max(entry, key=lambda part: (len(squeeze(part[1])), part[0] == "weight"))
     short = squeeze(shape)
     if len(short) > 2:
@@ -262,7 +266,7 @@ def kinds_of(
 def candidates(kinds: Kinds, source: Units, target: Units, known: Sequence[tuple[int, int]] = ()) -> Candidates:
     """List the pairs of units of two sides that fit; known ones have no rivals.
 
-    Where these are more than memory and time allow, only those are listed that are near in order, among the layers of
+    If these are more than memory and time allow, only those are listed that are near in order, among the layers of
     their shapes, or share a word or numbers that hardly any others have.
 
     Args:
@@ -280,7 +284,7 @@ def candidates(kinds: Kinds, source: Units, target: Units, known: Sequence[tuple
     used = partner >= 0, taken
     free = [[np.asarray(units)[~out[units]] for units in of] for of, out in zip(kinds.members, used, strict=True)]
     nearest = _nearest([(len(free[0][own]), len(free[1][other])) for own, other in kinds.fits], source, target)
-    crowded, told = set[tuple[int, int]](), set[tuple[int, int]]()
+    crowded, all_same_numbers = set[tuple[int, int]](), set[tuple[int, int]]()
     listed = [np.zeros((2, 0), dtype=np.int64)]
     for own, other in kinds.fits:
         rows, columns = free[0][own], free[1][other]
@@ -296,7 +300,7 @@ def candidates(kinds: Kinds, source: Units, target: Units, known: Sequence[tuple
             codes = np.concatenate([_near(*in_order, nearest), alike], axis=1)
             pairs = np.stack(np.divmod(np.unique(codes[0] * len(target) + codes[1]), len(target)))
             crowded.add((own, other))
-            told |= same_numbers
+            all_same_numbers |= same_numbers
         units = np.asarray(kinds.members[0][own])
         units = units[used[0][units]]
         units = units[kinds.target[partner[units]] == other]
@@ -312,12 +316,12 @@ def candidates(kinds: Kinds, source: Units, target: Units, known: Sequence[tuple
         np.repeat(np.asarray(list(kinds.fits.values()), dtype=np.float32), each),
         np.repeat(np.asarray([kinds.adjacent[other] for _, other in kinds.fits], dtype=np.float32), each),
         frozenset(crowded),
-        frozenset(told),
+        frozenset(all_same_numbers),
     )
 
 
 def _nearest(counts: Sequence[tuple[int, int]], source: Units, target: Units) -> int:
-    """Tell for how many of the nearest layers in order each layer may have pairs, if all pairs are too many.
+    """Return how many of the layers nearest in order each layer may be paired with.
 
     Args:
         counts: The numbers of units on either side whose shapes fit.
@@ -325,8 +329,8 @@ def _nearest(counts: Sequence[tuple[int, int]], source: Units, target: Units) ->
         target: Those of the target.
     """
     depths = [side.ancestry.ancestors.shape[1] for side in (source, target)]
-    most = MOST_COST // (_PAIR_COST + depths[0] * depths[1])
-    if len(source) * len(target) <= MOST_LAYERS:
+    most = MAX_COST // (_COST_PER_PAIR + depths[0] * depths[1])
+    if len(source) * len(target) <= MAX_LAYER_PAIRS:
         if sum(height * width for height, width in counts) <= most:
             return max(len(source), len(target))
         for nearest in _NEAREST:
@@ -339,7 +343,7 @@ def _nearest(counts: Sequence[tuple[int, int]], source: Units, target: Units) ->
 
 
 def _near(rows: NDArray[np.int64], columns: NDArray[np.int64], nearest: int) -> NDArray[np.int64]:
-    """List the pairs of each unit with those that are the nearest to its place among all, in order: [2, pairs]."""
+    """List the pairs of each unit with those nearest to its relative place, in order: [2, pairs]."""
     pairs = []
     for own, other in ((rows, columns), (columns, rows)):
         width = min(nearest, len(other))
@@ -352,7 +356,7 @@ def _near(rows: NDArray[np.int64], columns: NDArray[np.int64], nearest: int) -> 
 def _alike(
     rows: Sequence[int], columns: Sequence[int], source: Sequence[Path], target: Sequence[Path]
 ) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
-    """List the pairs of units that share a word that few others have, and those that have the same such numbers."""
+    """List the pairs of units that share a word that few others have, and those with the same rare numbers."""
     by_word: dict[str, tuple[list[int], list[int]]] = {}
     by_numbers: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
     for side, (units, paths) in enumerate(((rows, source), (columns, target))):
@@ -363,14 +367,13 @@ def _alike(
             for place in {sum(found, ()), sum(found[:-1], ())} - {()}:  # those of its own name may be a role: "w1"
                 by_numbers.setdefault(place, ([], []))[side].append(unit)
     same_word, same_numbers = (
-        {pair for units in known.values() if max(map(len, units)) <= _RARE for pair in product(*units)}
+        {pair for units in known.values() if max(map(len, units)) <= _MAX_SHARERS for pair in product(*units)}
         for known in (by_word, by_numbers)
     )
     return same_word, same_numbers
 
 
 def _numbered(members: Mapping[Signature, Sequence[int]]) -> NDArray[np.int64]:
-    """Number the units by their signatures."""
     kinds = np.zeros(sum(map(len, members.values())), dtype=np.int64)
     for number, units in enumerate(members.values()):
         kinds[units] = number

@@ -1,13 +1,12 @@
-"""Leaves: what layers call their own tensors, where no vocabulary tells.
+"""Conventions: one side as torch names its parameters and lays them out.
 
-A layer's tensors show what they are by their company. Of a matrix and a vector of its length, one is the weight and the
-other the bias; two vectors are the gain and the bias of a norm, and with two more, its mean and variance. What a name
-means in one layer it means in all.
+What unknown names of parameters mean shows in their company: of a matrix and a vector of its length, one is the weight
+and the other the bias; two vectors are the gain and the bias of a norm, and with two more, its mean and variance. What
+a name means in one layer it means in all. Kernels of JAX, Keras and TensorFlow are viewed as torch's weights.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,26 +14,20 @@ from math import prod
 
 from autoalign.matching.layers import Part, Parts, Unit
 from autoalign.matching.names import kind, words
-from autoalign.matching.vocabulary import FUSED, KERNELS
+from autoalign.matching.vocabulary import AFTER_ATTENTION, AROUND_MLP, FUSED, KERNELS, TORCH_NAMES
 from autoalign.plan.operations import Operation, Permute, Reshape, Shape, Transpose, chain, output_shapes
 
-_USUAL = {
-    "weight": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-    "count": "num_batches_tracked",
-}
-_OF_NORMS = {2: ("weight", "bias"), 4: ("weight", "bias", "mean", "var")}  # by their number, as they are registered
-_LEAST = 2  # layers that must agree on what a name means
-_AGREED = 0.9  # share of them
+_NORM_KINDS = {2: ("weight", "bias"), 4: ("weight", "bias", "mean", "var")}  # by their number, as they are registered
+_MIN_VOTES = 2  # of layers for what a name means
+_MIN_SHARE_OF_VOTES = 0.9
+_ATTENTION_ROLES = frozenset(role for word in ("qkv", "gateup") for roles in FUSED[word] for role in roles)
 
 _Layer = Sequence[Part]  # the tensors of a module that has no others below it
 _Meanings = Mapping[str, str]  # own name of a tensor -> kind of values
 
 
 def with_known_leaves(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
-    """Give the tensors of layers whose names say nothing the names that torch gives them; the rest stay as they are.
+    """Rename the parameters of layers whose names are unknown as torch names them; the rest stay as they are.
 
     >>> shapes = {"0.mat": (8, 4), "0.vec": (8,), "1.a": (8,), "1.b": (8,), "2.mat": (8, 8), "2.vec": (8,)}
     >>> parts = [Part(n, tuple(key.split(".")), shape, "float") for n, (key, shape) in enumerate(shapes.items())]
@@ -46,43 +39,37 @@ def with_known_leaves(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
         ordered: Whether they are in the order of registration.
     """
     names = {part.path[-1] for part in parts}
-    known = {name: values for name in names if (values := _told(name)) in _USUAL}
-    untold = {name for name in names if kind(name)[0] == "other"}
-    layers = _layers(parts, untold) if untold else []
+    known = {name: values for name in names for values, rest in [kind(name)] if not rest and values in TORCH_NAMES}
+    unknown = {name for name in names if kind(name)[0] == "other"}
+    layers = _layers(parts, unknown) if unknown else []
     if not layers:
         return list(parts)
     found: dict[str, str] = {}
-    for _ in range(2):  # what is found of one name tells another
+    for _ in range(2):  # what one name means tells what another does
         found |= _agreed(_by_company(layers, known | found))
     by_order = _agreed(_by_order(layers, known | found)) if ordered else {}
-    alone = {id(part) for layer in layers for part in layer}
+    in_layers = {id(part) for layer in layers for part in layer}
     return [
-        replace(part, path=(*part.path[:-1], _USUAL[meaning]), by_order=part.path[-1] in by_order)
-        if id(part) in alone and (meaning := found.get(part.path[-1]) or by_order.get(part.path[-1]))
+        replace(part, path=(*part.path[:-1], TORCH_NAMES[meaning]), by_order=part.path[-1] in by_order)
+        if id(part) in in_layers and (meaning := found.get(part.path[-1]) or by_order.get(part.path[-1]))
         else part
         for part in parts
     ]
 
 
-def _told(name: str) -> str:
-    """Tell what a tensor's name says of its values; "other" where it says nothing or more than that."""
-    values, rest = kind(name)
-    return "other" if rest else values
-
-
-def _layers(parts: Sequence[Part], untold: Collection[str]) -> list[_Layer]:
+def _layers(parts: Sequence[Part], names: Collection[str]) -> list[_Layer]:
     """List the layers with a tensor of one of these names."""
     modules: dict[tuple[str, ...], list[Part]] = defaultdict(list)
     for part in parts:
         modules[part.path[:-1]].append(part)
     above = {path[:depth] for path in modules for depth in range(len(path))}
     return [
-        layer for path, layer in modules.items() if path not in above and any(part.path[-1] in untold for part in layer)
+        layer for path, layer in modules.items() if path not in above and any(part.path[-1] in names for part in layer)
     ]
 
 
 def _by_company(layers: Iterable[_Layer], known: _Meanings) -> Iterator[tuple[str, str]]:
-    """Say what a name means where the shapes of a layer tell, or the names of all its other tensors do."""
+    """Yield what names mean where the shapes of a layer tell, or the names of all its other tensors do."""
     for layer in layers:
         floats, counters = _split(layer)
         if len(floats) == 2:
@@ -99,24 +86,24 @@ def _by_company(layers: Iterable[_Layer], known: _Meanings) -> Iterator[tuple[st
 
 
 def _by_order(layers: Iterable[_Layer], known: _Meanings) -> Iterator[tuple[str, str]]:
-    """Say what the names of vectors of one length mean, if they come in the usual order."""
+    """Yield what the names of vectors of one length mean, if they come in torch's order."""
     for layer in layers:
         yield from zip(*_unknown(_split(layer)[0], known), strict=True)
 
 
 def _unknown(floats: _Layer, known: _Meanings) -> tuple[list[str], list[str]]:
-    """List the names of a norm's tensors that say nothing, and what is left for them to mean."""
+    """List the unknown names of a norm's tensors, and what is left for them to mean."""
     if not _is_norm(floats):
         return [], []
     names = [part.path[-1] for part in floats]
     told = [known[name] for name in names if name in known]
-    left = [values for values in _OF_NORMS[len(floats)] if values not in told]
+    left = [values for values in _NORM_KINDS[len(floats)] if values not in told]
     unknown = [name for name in names if name not in known]
     return (unknown, left) if len(unknown) == len(left) else ([], [])
 
 
 def _is_norm(floats: _Layer) -> bool:
-    return len(floats) in _OF_NORMS and len({part.shape for part in floats}) == 1 and len(floats[0].shape) == 1
+    return len(floats) in _NORM_KINDS and len({part.shape for part in floats}) == 1 and len(floats[0].shape) == 1
 
 
 def _split(layer: _Layer) -> tuple[_Layer, _Layer]:
@@ -131,7 +118,7 @@ def _may_be(part: Part, values: str, known: _Meanings) -> bool:
 
 
 def _agreed(votes: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Take what nearly all layers say of a name that is not known."""
+    """Return what nearly all layers say that an unknown name means."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for name, values in votes:
         if kind(name)[0] == "other":
@@ -140,32 +127,28 @@ def _agreed(votes: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {
         name: values
         for name, (values, number) in best.items()
-        if number >= _LEAST and number >= _AGREED * counts[name].total()
+        if number >= max(_MIN_VOTES, _MIN_SHARE_OF_VOTES * counts[name].total())
     }
 
 
-_AFTER_ATTENTION = re.compile(r"post_(attention|attn)(?=_|$)")
-_AROUND_MLP = re.compile(r"(pre|post)_(mlp|feed_?forward|ffn|ffw)(?=_|$)")
-
-
 def in_context(parts: Sequence[Part], others: Sequence[Part]) -> Sequence[Part]:
-    """Let what is named after attention be what its name says, where one beside it is named before or after the MLP.
+    """Read ``post_attention_norm`` literally if the block also has a norm named before or after the MLP.
 
-    Elsewhere it is the norm before the MLP. Where the other side has the name too, the name is enough.
+    Otherwise it is the norm before the MLP. If the other side has the name too, the name is enough.
 
     >>> parts = [Part(0, ("0", "post_attention_norm"), (8,), "float"), Part(1, ("0", "post_mlp_norm"), (8,), "float")]
     >>> in_context(parts, [])[0].path
     ('0', 'attn_post_norm')
     """
-    around = set(filter(_AROUND_MLP.match, {name for part in parts for name in part.path}))
-    if not around or any(map(_AFTER_ATTENTION.match, {name for part in others for name in part.path})):
+    around = set(filter(AROUND_MLP.match, {name for part in parts for name in part.path}))
+    if not around or any(map(AFTER_ATTENTION.match, {name for part in others for name in part.path})):
         return parts
     beside = {part.path[:k] for part in parts for k, name in enumerate(part.path) if name in around}
     return [
         replace(
             part,
             path=tuple(
-                _AFTER_ATTENTION.sub("attn_post", name) if part.path[:k] in beside else name
+                AFTER_ATTENTION.sub("attn_post", name) if part.path[:k] in beside else name
                 for k, name in enumerate(part.path)
             ),
         )
@@ -173,11 +156,8 @@ def in_context(parts: Sequence[Part], others: Sequence[Part]) -> Sequence[Part]:
     ]
 
 
-_ROLES = frozenset(role for word in ("qkv", "gateup") for roles in FUSED[word] for role in roles)
-
-
 def as_in_torch(parts: Sequence[Part]) -> Parts:
-    """View the parts of one side as torch lays them out; those that are laid out so already stay as they are.
+    """View the parts of one side in torch's layout; those that have it already stay as they are.
 
     >>> (part,) = as_in_torch([Part(0, ("dense", "kernel"), (8, 4), "float")])
     >>> part.shape, part.view
@@ -217,7 +197,7 @@ def _is_kernel(part: Part) -> bool:
 
 
 def _is_stack(part: Part) -> bool:
-    """Tell kernels of equal layers, such as experts, that one parameter of another name holds."""
+    """True for kernels of equal layers, such as experts, in one parameter of another name."""
     return len(part.shape) == 3 and min(part.shape) > 1 and kind(part.path[-1])[0] == "other"
 
 
@@ -227,13 +207,13 @@ def _viewed(part: Part, view: Operation) -> Part:
 
 
 def _kernel_view(unit: Unit, shapes: Mapping[str, Shape], heads: set[Shape], width: int) -> Operation | None:
-    """Tell how a kernel of JAX, Keras or TensorFlow is turned into a weight of torch.
+    """Return the view of a kernel of JAX, Keras or TensorFlow as a weight of torch; None if they are the same.
 
     Args:
-        unit: Its layer.
-        shapes: Of what the layer holds.
+        unit: The layer of the kernel.
+        shapes: The shapes in the layer, by kind.
         heads: The numbers and sizes of heads of the projections to queries, keys and values.
-        width: Of the network: the size of most vectors.
+        width: The size of most vectors of the network.
     """
     weight, bias = shapes["weight"], shapes.get("bias")
     if len(weight) < 2:
@@ -251,24 +231,24 @@ def _kernel_view(unit: Unit, shapes: Mapping[str, Shape], heads: set[Shape], wid
 
 
 def _is_output(unit: Unit) -> bool:
-    """Tell the projection that joins heads by its name."""
+    """True if the name is that of a projection that joins heads."""
     found = {word for name in unit.path[-2:] for word in words(name)}
     return "o" in found or found >= {"attn", "out"}
 
 
 def _keeps_heads(unit: Unit, shapes: Mapping[str, Shape]) -> bool:
-    """Tell a kernel that maps to several heads: its bias has them too, or its name is that of a projection."""
+    """True for a kernel that maps to several heads: its bias has them too, or its name is that of a projection."""
     weight, bias = shapes["weight"], shapes.get("bias")
     if bias is not None:
         return len(bias) > 1 and weight[1:] == bias
-    return len(weight) == 3 and not _ROLES.isdisjoint(words(unit.path[-1]))
+    return len(weight) == 3 and not _ATTENTION_ROLES.isdisjoint(words(unit.path[-1]))
 
 
 def _convolution(weight: Shape, bias: Shape | None) -> Operation:
     """Return the view of a kernel ``(*spatial, in, out)`` as torch's ``(out, in, *spatial)``.
 
-    One of several inputs and one output is depthwise, ``(*spatial, channels, 1)``, unless its bias or its size of one
-    shows that it adds up its inputs.
+    A kernel of several inputs and one output is depthwise, ``(*spatial, channels, 1)``, unless its bias or a spatial
+    size of one shows that it sums its inputs.
     """
     last = len(weight) - 1
     *spatial, channels, outputs = weight
@@ -278,7 +258,7 @@ def _convolution(weight: Shape, bias: Shape | None) -> Operation:
 
 
 def _spatial_first(shapes: Mapping[str, Shape]) -> int:
-    """Vote on where the weight of a convolution has its spatial dimensions: 1 first, -1 last, 0 no telling."""
+    """Vote on where the weight of a convolution has its spatial dimensions: 1 first, -1 last, 0 unclear."""
     weight, bias = shapes["weight"], shapes.get("bias")
     if len(weight) < 4:
         return 0

@@ -1,4 +1,4 @@
-"""Fused tensors: finding those that hold what the other side keeps apart, and splitting them into parts.
+"""Fused tensors: split those that the other side holds as several.
 
 A fused tensor (``qkv``) is a group of siblings on the other side (``query``, ``key``, ``value``). It is split into
 virtual parts that carry the roles' names, so that the matcher pairs one part with one tensor.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 from autoalign.matching.candidates import squeeze
 from autoalign.matching.layers import Part, Path, Unit, units_of
@@ -20,7 +20,9 @@ from autoalign.plan.operations import Copy, Operation, Split, Transpose, Unstack
 
 Sizes = tuple[int, ...]
 
-_ROLES = frozenset(role for kinds in FUSED.values() for known in kinds for role in known)
+_ROLE_LISTS = [roles for lists in FUSED.values() for roles in lists]
+_ROLES = frozenset(role for roles in _ROLE_LISTS for role in roles)
+_QKV = FUSED["qkv"][0]
 BY_ORDER = "the parts were told apart by their order alone"
 UNTOLD = "nothing but their order tells the parts apart, and other code has them in another"
 
@@ -33,36 +35,42 @@ class Fusion:
     parts: tuple[int, ...]  # in the order in which the tensor holds them
     base: Operation  # lays the tensor out as torch does, before it is split
     shape: tuple[int, ...]  # of the tensor in that layout
-    plan: Plan | None = None  # None for a stack
+    plan: SplitPlan | None = None  # None for a stack
     absent: frozenset[int] = frozenset()  # those of the parts that the other side does not have at all
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SplitPlan:
     """A split that the other side calls for."""
 
     dim: int
     sizes: Sizes
     roles: tuple[str, ...]
     doubt: str = ""  # why the parts might be laid out otherwise
-    unnamed: bool = False  # whether the sizes of its parts alone tell that it is fused
+    unnamed: bool = False  # nothing but the sizes of its parts tells that it is fused
     absent: frozenset[str] = frozenset()  # roles for which the other side has no tensor of this kind
 
 
 def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Part], list[Fusion]]:
     """Split the tensors of one side that the other side holds as several.
 
-    Which part is which is decided by role words and order. Tensors that the other side holds in the same shape and
-    under a fused name too stay whole.
+    Words for roles, and order, tell which part is which. Tensors that the other side holds in the same shape and under
+    a fused name too stay whole.
     """
     held = Counter(squeeze(part.shape) for part in others)
-    unit_of = _in_question(parts, others, held)
+    unit_of = _possibly_fused(parts, others, held)
     if not unit_of:
         return list(parts), []
     siblings = _Siblings(others, held)
     result: list[Part] = []
     fusions: list[Fusion] = []
-    called = _role_names(units_of(parts))
+    called = {  # what this side itself calls a role in a module, as in ``q_bias`` beside ``qkv.weight``
+        (unit.path[:-1], word): unit.path[-1]
+        for unit in units_of(parts)
+        if "norm" not in (found := words(unit.path[-1]))
+        for word in found
+        if word in _ROLES
+    }
     fused = Counter(
         unit.path[:-1] for unit in set(unit_of.values()) if not FUSED.keys().isdisjoint(words(unit.path[-1]))
     )
@@ -96,10 +104,10 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     return result, fusions
 
 
-def _in_question(parts: Sequence[Part], others: Sequence[Part], held: Mapping[Sizes, int]) -> dict[int, Unit]:
-    """Find the parts of layers that are called fused, or have a shape that the other side has not, with their layers.
+def _possibly_fused(parts: Sequence[Part], others: Sequence[Part], held: Mapping[Sizes, int]) -> dict[int, Unit]:
+    """Find the parts of layers with a fused name or a shape that the other side lacks: part -> its layer.
 
-    Left out are those of which the other side holds as many layers of this shape.
+    Left out are those of which the other side has as many layers of this shape.
     """
     units = units_of(parts)
     modules = {unit.path[:-1] for unit in units_of(others)}
@@ -127,14 +135,14 @@ def _in_question(parts: Sequence[Part], others: Sequence[Part], held: Mapping[Si
 
 
 def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
-    """Tell the shape of a layer's matrix, whose parts its bias has too; empty for a layer that has none."""
+    """Return the shape of a layer's matrix, empty for a layer without one."""
     weight = dict(unit.parts).get("weight")
     shape = () if weight is None else squeeze(parts[weight].shape)
     return shape if len(shape) > 1 else ()
 
 
 def _slices(part: Part, siblings: _Siblings) -> list[Part]:
-    """Take a stacked tensor apart, where the other side has a list of modules instead."""
+    """Split a stacked tensor if the other side has a list of modules instead."""
     if len(part.shape) != 3:
         return []
     views = siblings.stacked(part)
@@ -150,8 +158,8 @@ def _split_slice(part: Part, siblings: _Siblings) -> list[Part]:
     return [part] if plan is None else _split(part, plan, [(*part.path[:-2], role, "weight") for role in plan.roles])
 
 
-def _plan(index: int, unit: Unit, parts: Sequence[Part], siblings: _Siblings) -> Plan | None:
-    """Plan how to split a tensor; a bias follows its weight."""
+def _plan(index: int, unit: Unit, parts: Sequence[Part], siblings: _Siblings) -> SplitPlan | None:
+    """Plan the split of a tensor; a bias follows its weight."""
     part, fused, kinds = parts[index], words(unit.path[-1]), dict(unit.parts)
     plan = siblings.plan(part, fused)
     weight = kinds.get("weight")
@@ -162,7 +170,7 @@ def _plan(index: int, unit: Unit, parts: Sequence[Part], siblings: _Siblings) ->
     return plan
 
 
-def _split(part: Part, plan: Plan, paths: Sequence[Path]) -> list[Part]:
+def _split(part: Part, plan: SplitPlan, paths: Sequence[Path]) -> list[Part]:
     pieces, start = [], 0
     for path, size in zip(paths, plan.sizes, strict=True):
         shape = (*part.shape[: plan.dim], size, *part.shape[plan.dim + 1 :])
@@ -172,16 +180,8 @@ def _split(part: Part, plan: Plan, paths: Sequence[Path]) -> list[Part]:
     return pieces
 
 
-def _role_names(units: Sequence[Unit]) -> dict[tuple[Path, str], str]:
-    """Find what a side itself calls a role below a module, as in ``q_bias`` beside ``qkv.weight``."""
-    called = [(unit.path, words(unit.path[-1])) for unit in units]
-    return {
-        (path[:-1], word): path[-1] for path, found in called if "norm" not in found for word in found if word in _ROLES
-    }
-
-
 class _Siblings:
-    """What one side keeps apart: groups of sibling tensors by role, and lists of equal modules."""
+    """What one side holds separately: groups of sibling tensors by role, and lists of equal modules."""
 
     def __init__(self, parts: Sequence[Part], held: Mapping[Sizes, int]) -> None:
         self.whole: Counter[tuple[str, Sizes]] = Counter()  # fused word and shape of tensors held whole
@@ -212,7 +212,7 @@ class _Siblings:
                 for word in words(name)
                 if word in _ROLES and shapes.get(values) and "norm" not in words(name)
             }
-            for roles in (roles for kinds in FUSED.values() for roles in kinds) if len(sizes) > 1 else ():
+            for roles in _ROLE_LISTS if len(sizes) > 1 else ():
                 present = tuple(role for role in roles if role in sizes)
                 rests = {sizes[role][1:] for role in present}
                 if len(present) > 1 and len(rests) == 1:
@@ -231,7 +231,7 @@ class _Siblings:
     def _add_beside(self, children: Mapping[Path, list[tuple[str, dict[str, Sizes]]]]) -> None:
         for path, members in children.items():
             by_word = {word: shapes.get("weight", ()) for name, shapes in members for word in words(name)}
-            shapes = [by_word.get(role, ()) for role in FUSED["qkv"][0]]
+            shapes = [by_word.get(role, ()) for role in _QKV]
             if len(rests := {shape[1:] for shape in shapes}) > 1 or not all(rests):
                 continue
             (rest,) = rests
@@ -247,7 +247,7 @@ class _Siblings:
                 self.lists.setdefault(lengths[path[:-1]], set()).update(shapes)
 
     def stacked(self, part: Part) -> list[tuple[Path, Operation]]:
-        """Name the slices of a stacked tensor and what takes them out, where the other side has a list of modules."""
+        """Return a path and a view for each slice of a stacked tensor that is a list of modules on this side."""
         count, *rest = part.shape
         shapes = self.lists.get(count, set())
         if part.shape in self.shapes or not shapes:
@@ -263,8 +263,8 @@ class _Siblings:
         turn = Copy() if ways[0] == tuple(rest) else Transpose()
         return [((*above, str(index), role, "weight"), chain(Unstack(0, index), turn)) for index in range(count)]
 
-    def plan(self, part: Part, named: Sequence[str]) -> Plan | None:
-        """Decide whether the other side calls for a split of this tensor, and which."""
+    def plan(self, part: Part, named: Sequence[str]) -> SplitPlan | None:
+        """Return the split that this side calls for in a tensor of the other, or None."""
         shape = squeeze(part.shape)
         if len(shape) != len(part.shape) or not shape:
             return None
@@ -272,42 +272,32 @@ class _Siblings:
         for word in fused:
             if (word, shape) in self.whole or (word, shape[::-1]) in self.whole:
                 return None
-            for plan in self._splits(word, shape):
+            if plan := next(self._splits(word, shape), None):
                 return plan
         if shape in self.shapes or shape[::-1] in self.shapes or len(shape) < 2:
             return None
         if not fused:
-            for (present, rest), sides in self.by_role.items():
-                for sizes in sorted(sides):
-                    if (
-                        present == FUSED["qkv"][0]
-                        and rest == shape[1:]
-                        and len(set(sizes)) > 1
-                        and sum(sizes) == shape[0]
-                    ):
-                        return Plan(0, sizes, present, unnamed=True)
+            for sizes in sorted(self.by_role.get((_QKV, shape[1:]), ())):
+                if len(set(sizes)) > 1 and sum(sizes) == shape[0]:
+                    return SplitPlan(0, sizes, _QKV, unnamed=True)
             for sizes in sorted(self.beside.get(shape[1:], ())):
                 if sum(sizes) == shape[0]:
-                    return Plan(0, sizes, (*FUSED["qkv"][0], "mlp"), BY_ORDER)
+                    return SplitPlan(0, sizes, (*_QKV, "mlp"), BY_ORDER)
         for sizes in sorted(self.in_order.get(shape[1:], ())):
             if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]][0])):
                 (roles, *_) = FUSED[fused[0] if fused else "qkv" if len(sizes) == 3 else "gateup"]
                 told = len(sizes) == 2 and (fused or tuple(named) in GATE_FIRST)
-                return Plan(0, sizes, roles, BY_ORDER if told else UNTOLD)
+                return SplitPlan(0, sizes, roles, BY_ORDER if told else UNTOLD)
         return None
 
-    def _splits(self, word: str, shape: Sizes) -> Iterator[Plan]:
-        for roles in FUSED[word]:
-            yield from self._role_splits(roles, shape)
-
-    def _role_splits(self, roles: tuple[str, ...], shape: Sizes) -> Iterator[Plan]:
-        for dim in range(len(shape) if len(shape) < 3 else 1):
+    def _splits(self, word: str, shape: Sizes) -> Iterator[SplitPlan]:
+        dims = range(len(shape) if len(shape) < 3 else 1)
+        for roles, dim in product(FUSED[word], dims):
             rest = (*shape[:dim], *shape[dim + 1 :])
-            for present, sides in ((known, sizes) for (known, other), sizes in self.by_role.items() if other == rest):
-                if not set(present) <= set(roles):
-                    continue
-                for sizes in sorted(sides):
+            for (present, other), found in self.by_role.items():
+                for sizes in sorted(found) if other == rest and set(present) <= set(roles) else ():
                     if present == roles and sum(sizes) == shape[dim]:
-                        yield Plan(dim, sizes, roles)
+                        yield SplitPlan(dim, sizes, roles)
                     elif len(set(sizes)) == 1 and sizes[0] * len(roles) == shape[dim]:
-                        yield Plan(dim, sizes[:1] * len(roles), roles, absent=frozenset(roles) - set(present))
+                        absent = frozenset(roles) - set(present)
+                        yield SplitPlan(dim, sizes[:1] * len(roles), roles, absent=absent)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from math import gcd, prod
 
-from autoalign.matching.fusion import Fusion, Plan
+from autoalign.matching.fusion import Fusion, SplitPlan
 from autoalign.matching.layers import Part, Path
 from autoalign.matching.names import kind, role_words, words
 from autoalign.matching.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
@@ -326,7 +326,7 @@ def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tu
     return (BY_HEAD if heads or known is None else ""), heads
 
 
-def _by_groups(fusion: Fusion, plan: Plan, groups: int, size: int) -> tuple[Operation, ...]:
+def _by_groups(fusion: Fusion, plan: SplitPlan, groups: int, size: int) -> tuple[Operation, ...]:
     """Take the parts out of a tensor that holds, group by group, the heads of each role."""
     heads = [length // groups // size for length in plan.sizes]
     before, after = fusion.shape[: plan.dim], fusion.shape[plan.dim + 1 :]

@@ -22,7 +22,7 @@ from autoalign.matching.layouts import DOUBTED, ROTARY
 from autoalign.matching.pipeline import Outcome, paired
 from autoalign.matching.positions import AdaptableSide
 from autoalign.matching.repeats import (
-    LARGE,
+    MAX_PAIRS_OF_ALL,
     Specs,
     extended,
     is_settled,
@@ -283,7 +283,7 @@ def _by_repeats(
     if runs[0].run_of or runs[1].run_of:
         matches, mismatched = extended(matches, mismatched, *runs)
         if not is_settled(*runs, matches):
-            if pair_count(source, target) <= LARGE:
+            if pair_count(source, target) <= MAX_PAIRS_OF_ALL:
                 return paired(SideParts.of(source, configs[0]), SideParts.of(target, configs[1]), pins)
             matches = less_sure(runs[1], matches)
         matches = with_ties(source, target, matches)

@@ -207,7 +207,7 @@ def _match_parts(
         )
         doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
         is_crowded = j not in known_units and (kinds.source[i], kinds.target[j]) in pairs.crowded
-        if is_crowded and (i, j) not in pairs.told and evidence["name"] < _SAME_NAME:
+        if is_crowded and (i, j) not in pairs.same_numbers and evidence["name"] < _SAME_NAME:
             sureness, doubt = min(sureness, DOUBTED), doubt or _CROWDED
         if place in coincidences:
             sureness, doubt = min(sureness, DOUBTED), doubt or _GROUNDLESS

@@ -1,4 +1,8 @@
-"""What is known of the two sides where tensors are to be adapted, and what is planned for one."""
+"""Tables of positions: the grid on which their rows stand, and how a table is resized to another grid.
+
+A grid is read off modules and configurations around a table, else assumed to be a square. What a table gives positions
+to shows in the smallest module around it that holds a kernel, a layer of patches, or a table of words.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,23 @@ from torch import nn
 from autoalign.matching.candidates import squeeze
 from autoalign.matching.layers import Path
 from autoalign.matching.names import kind, role_words, words
+from autoalign.matching.vocabulary import (
+    GRID_ATTRIBUTES,
+    IMAGE_ATTRIBUTES,
+    NO_POSITIONS,
+    PATCH_ATTRIBUTE,
+    TOKENS,
+    TOKENS_BEFORE_GRID,
+)
 from autoalign.plan.adaptations import ResizeBiases, ResizeGrid, ResizePositions
 from autoalign.plan.keys import components
 from autoalign.plan.operations import Copy, Operation, Reshape, chain
 from autoalign.plan.specs import TensorSpec
+
+_EXTRA_ROWS = (0, 3)  # after a table of relative positions: none, or those from, to and of a class token
+_INTERPOLATED = "positions were interpolated"
+
+_Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -23,8 +40,8 @@ class AdaptableSide:
     """One side of an alignment, as far as adapting needs it."""
 
     specs: tuple[TensorSpec, ...]
-    module: nn.Module | None = None  # the side itself, where it is a module
-    config: Mapping[str, object] = field(default_factory=dict)  # its makers' own
+    module: nn.Module | None = None  # the side itself, if it is a module
+    config: Mapping[str, object] = field(default_factory=dict)  # found beside the checkpoint
 
     @cached_property
     def by_key(self) -> dict[str, TensorSpec]:
@@ -41,84 +58,59 @@ class AdaptableSide:
         """The key of the last matrix."""
         return next((spec.key for spec in reversed(self.specs) if len(squeeze(spec.shape)) > 1), "")
 
-    def is_lone(self, key: str) -> bool:
-        """Tell whether a weight has no bias."""
+    def has_no_bias(self, key: str) -> bool:
+        """True if a weight has no bias beside it."""
         return f"{key.rpartition('.')[0]}.bias".lstrip(".") not in self.by_key
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How a tensor is adapted, in the operation and in words."""
+class Adaptation:
+    """How a tensor is adapted, as an operation and in words."""
 
     operation: Operation
     warning: str
 
 
-def named(*keys: str) -> set[str]:
-    """Collect the words in the last components of keys.
-
-    >>> sorted(named("encoder.embed_positions.weight"))
-    ['embed', 'encoder', 'pos', 'weight']
-    """
+def key_words(*keys: str) -> set[str]:
+    """Return the words in the last components of keys."""
     return {word for key in keys for word in role_words(components(key))}
 
 
-Size = tuple[int, int]
-
-_TOKENS: Mapping[str, frozenset[str]] = {
-    "class token": frozenset({"cls"}),
-    "distillation token": frozenset({"dist"}),
-    "register": frozenset({"register", "registers", "reg"}),
-}
-# Which of them may stand before a grid, in this order.
-_CHOICES: tuple[tuple[str, ...], ...] = (
-    (),
-    ("class token",),
-    ("class token", "distillation token"),
-    ("class token", "register"),
-    ("class token", "distillation token", "register"),
-)
-_GRID_NAMES, _IMAGE_NAMES, _PATCH_NAME = ("grid_size", "window_size"), ("image_size", "img_size"), "patch_size"
-
-
 @dataclass(frozen=True, slots=True)
-class Grid:
+class _Grid:
     """The rows of one table of positions."""
 
     size: tuple[int, ...]  # (h, w) of an image, (n,) of a text or a sound
     tokens: tuple[str, ...] = ()  # what the rows before the grid belong to
-    told: bool = False  # by a module, and not assumed
+    is_known: bool = False  # from a module, not assumed
 
 
-def grid_of(spec: TensorSpec, side: AdaptableSide) -> Grid | None:
-    """Find the grid of a table of positions, [..., rows, width]; None where nothing tells it."""
+def _grid_of(spec: TensorSpec, side: AdaptableSide) -> _Grid | None:
+    """Find the grid of a table of positions, [..., rows, width]; None if nothing tells it."""
     rows, width = spec.shape[-2:]
     dims, scope = _surroundings(spec, side.specs)
     if dims == 1:
         reserved = _reserved(spec.key, side.module)
-        return Grid((rows - reserved,), ("reserved row",) * reserved, told=side.module is not None)
+        return _Grid((rows - reserved,), ("reserved row",) * reserved, is_known=side.module is not None)
     if dims != 2:
         return None
     choices = _token_choices(scope, side.specs, width)
-    for level in _attributes(spec.key, side):
-        sizes = {size for attributes in level for size in _sizes(attributes)}
-        found = {(size, tokens) for size in sizes for tokens in choices if prod(size) + len(tokens) == rows}
-        if found:
-            return Grid(*found.pop(), told=True) if len(found) == 1 else None
+    for sizes in _sizes_around(spec.key, side):
+        if found := {(size, tokens) for size in sizes for tokens in choices if prod(size) + len(tokens) == rows}:
+            return _Grid(*found.pop(), is_known=True) if len(found) == 1 else None
     square = [
         tokens for tokens in choices if rows > len(tokens) and isqrt(rows - len(tokens)) ** 2 == rows - len(tokens)
     ]
     if len(square) != 1:
         return None
     length = isqrt(rows - len(square[0]))
-    return Grid((length, length), square[0])
+    return _Grid((length, length), square[0])
 
 
-def window_of(key: str, rows: int, side: AdaptableSide) -> Size | None:
+def _window_of(key: str, rows: int, side: AdaptableSide) -> _Size | None:
     """Find the window (h, w) of a table of relative positions with (2h - 1)(2w - 1) rows, if anything tells it."""
-    for level in _attributes(key, side):
-        found = {(h, w) for attributes in level for h, w in _sizes(attributes) if (2 * h - 1) * (2 * w - 1) == rows}
-        if found:
+    for sizes in _sizes_around(key, side):
+        if found := {(h, w) for h, w in sizes if (2 * h - 1) * (2 * w - 1) == rows}:
             return found.pop() if len(found) == 1 else None
     length = isqrt(max(rows, 0))
     return ((length + 1) // 2, (length + 1) // 2) if length * length == rows and length % 2 else None
@@ -132,25 +124,25 @@ def _surroundings(spec: TensorSpec, specs: Sequence[TensorSpec]) -> tuple[int, P
     """
     path = components(spec.key)
     paths = {components(other.key): other for other in specs}
-    told = [(around, dims) for around, other in paths.items() if (dims := _dims_told(around, other, paths))]
+    known = [(around, dims) for around, other in paths.items() if (dims := _grid_dims(around, other, paths))]
     for depth in range(len(path) - 1, -1, -1):
-        near = [entry for entry in told if entry[0][:depth] == path[:depth]]
+        near = [entry for entry in known if entry[0][:depth] == path[:depth]]
         if near:
             return min(near, key=lambda entry: len(entry[0]))[1], path[:depth]
     return 0, ()
 
 
-def _dims_told(path: Path, spec: TensorSpec, paths: Mapping[Path, TensorSpec]) -> int:
-    """Read the dimensions of a grid off a kernel, a layer of patches, or a table of words; 0 for all other tensors."""
+def _grid_dims(path: Path, spec: TensorSpec, paths: Mapping[Path, TensorSpec]) -> int:
+    """Return the dimensions of a grid as a kernel, a layer of patches, or a table of words tells them, else 0."""
     if kind(path[-1])[0] != "weight" or len(spec.shape) < 2:
         return 0
     if len(spec.shape) > 2:
         return len(spec.shape) - 2
-    named = role_words(path)
-    if "patch" in named:
+    found = role_words(path)
+    if "patch" in found:
         return 2
-    lone = (*path[:-1], "bias") not in paths
-    return int(lone and bool(named & {"tok", "embed"}) and not named & {"pos", "rel", "type", "cls"})
+    has_no_bias = (*path[:-1], "bias") not in paths
+    return int(has_no_bias and bool(found & {"tok", "embed"}) and not found & {"pos", "rel", "type", "cls"})
 
 
 def _token_choices(scope: Path, specs: Sequence[TensorSpec], width: int) -> list[tuple[str, ...]]:
@@ -158,12 +150,12 @@ def _token_choices(scope: Path, specs: Sequence[TensorSpec], width: int) -> list
     counts: dict[str, int] = {}
     for spec in specs:
         *above, name = components(spec.key)
-        named = set(words(name))
-        if tuple(above[: len(scope)]) == scope and named & {"tok", "embed"} and "pos" not in named:
-            for token, spellings in _TOKENS.items():
-                if named & spellings and spec.numel % width == 0:
+        found = set(words(name))
+        if tuple(above[: len(scope)]) == scope and found & {"tok", "embed"} and "pos" not in found:
+            for token, spellings in TOKENS.items():
+                if found & spellings and spec.numel % width == 0:
                     counts[token] = spec.numel // width
-    choices = [choice for choice in _CHOICES if counts.keys() >= set(choice)]
+    choices = [choice for choice in TOKENS_BEFORE_GRID if counts.keys() >= set(choice)]
     return [tuple(token for token in choice for _ in range(counts[token])) for choice in choices]
 
 
@@ -186,32 +178,33 @@ def _owners(key: str, module: nn.Module | None) -> list[nn.Module]:
     return owners
 
 
-def _attributes(key: str, side: AdaptableSide) -> Iterator[list[Mapping[str, object]]]:
-    """Yield the attributes of the modules in each module around a tensor, innermost first; last the configurations."""
+def _sizes_around(key: str, side: AdaptableSide) -> Iterator[set[_Size]]:
+    """Yield the sizes of grids that the modules around a tensor tell, innermost first, then the configurations."""
     for owner in reversed(_owners(key, side.module)):
         inner = [vars(part) for part in owner.modules()]
-        yield [*inner, *(getattr(held["config"], "__dict__", {}) for held in inner if "config" in held)]
-    yield list(_configs(side.config))
+        configs = [getattr(attributes["config"], "__dict__", {}) for attributes in inner if "config" in attributes]
+        yield {size for attributes in (*inner, *configs) for size in _sizes(attributes)}
+    yield {size for config in _nested(side.config) for size in _sizes(config)}
 
 
-def _configs(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+def _nested(config: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     yield config
     for value in config.values():
         if isinstance(value, Mapping):
-            yield from _configs(value)
+            yield from _nested(value)
 
 
-def _sizes(attributes: Mapping[str, object]) -> set[Size]:
-    """Read the sizes of grids off attributes: as they are, or as those of an image and its patches."""
-    sizes = {size for name in _GRID_NAMES if (size := _pair(attributes.get(name)))}
-    patch = _pair(attributes.get(_PATCH_NAME))
+def _sizes(attributes: Mapping[str, object]) -> set[_Size]:
+    """Return the sizes of grids in attributes: as they are, or as those of an image and its patches."""
+    sizes = {size for name in GRID_ATTRIBUTES if (size := _pair(attributes.get(name)))}
+    patch = _pair(attributes.get(PATCH_ATTRIBUTE))
     if patch and all(patch):
-        images = [size for name in _IMAGE_NAMES if (size := _pair(attributes.get(name)))]
+        images = [size for name in IMAGE_ATTRIBUTES if (size := _pair(attributes.get(name)))]
         sizes |= {(height // patch[0], width // patch[1]) for height, width in images}
     return sizes
 
 
-def _pair(value: object) -> Size | None:
+def _pair(value: object) -> _Size | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
     if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(size, int) for size in value):
@@ -219,26 +212,23 @@ def _pair(value: object) -> Size | None:
     return None
 
 
-_EXTRA_BIASES = (0, 3)  # rows behind a table of relative positions: none, or those from, to and of a class token
-_NO_POSITIONS = frozenset({"q", "rel", "type", "bias", "linear", "proj", "conv", "norm"})
-_INTERPOLATED = "positions were interpolated"
-
-
 def are_positions(source: TensorSpec, target: TensorSpec) -> bool:
-    """Tell whether two tensors are tables of absolute positions."""
-    names = named(source.key), named(target.key)
-    is_table = len(source.shape) > 1 and len(target.shape) > 1
-    return is_table and all("pos" in name and not name & _NO_POSITIONS for name in names)
+    """True for two tables of absolute positions."""
+    found = key_words(source.key), key_words(target.key)
+    are_tables = len(source.shape) > 1 and len(target.shape) > 1
+    return are_tables and all("pos" in each and not each & NO_POSITIONS for each in found)
 
 
-def positions_plan(source: TensorSpec, target: TensorSpec, own: AdaptableSide, other: AdaptableSide) -> Plan | str:
-    """Plan to resize a table of positions, or say why that cannot be done."""
+def positions_plan(
+    source: TensorSpec, target: TensorSpec, own: AdaptableSide, other: AdaptableSide
+) -> Adaptation | str:
+    """Plan to resize a table of positions, or return the reason why that cannot be done."""
     if len(source.shape) == len(target.shape) == 4:
         return _grid_plan(source.shape, target.shape)
     leading = source.shape[:-2] + target.shape[:-2]
     if source.shape[-1] != target.shape[-1] or any(size != 1 for size in leading):
         return "more differs than the number of positions."
-    grids = grid_of(source, own), grid_of(target, other)
+    grids = _grid_of(source, own), _grid_of(target, other)
     if grids[0] is None or grids[1] is None:
         side, rows = ("source", source.shape[-2]) if grids[0] is None else ("target", target.shape[-2])
         return f"nothing tells on what grid the {rows} rows of the {side} stand. A module tells more than a state dict."
@@ -247,24 +237,26 @@ def positions_plan(source: TensorSpec, target: TensorSpec, own: AdaptableSide, o
     return _resizing(_like(grids[0], grids[1]), _like(grids[1], grids[0]), source.shape, target.shape)
 
 
-def regridding_plan(source: TensorSpec, target: TensorSpec, own: AdaptableSide, other: AdaptableSide) -> Plan | None:
-    """Plan to resize a table of positions of the same shape, if modules tell that its grid is another one."""
+def regridding_plan(
+    source: TensorSpec, target: TensorSpec, own: AdaptableSide, other: AdaptableSide
+) -> Adaptation | None:
+    """Plan to resize a table of positions of equal shape, if modules tell that the two grids differ."""
     if source.shape[-2:] != target.shape[-2:] or len(source.shape) > 3:
         return None
-    grids = grid_of(source, own), grid_of(target, other)
-    if not (grids[0] and grids[1] and grids[0].told and grids[1].told) or grids[0].size == grids[1].size:
+    grids = _grid_of(source, own), _grid_of(target, other)
+    if not (grids[0] and grids[1] and grids[0].is_known and grids[1].is_known) or grids[0].size == grids[1].size:
         return None
     return _resizing(grids[0], grids[1], source.shape, target.shape) if len(grids[0].size) == 2 else None
 
 
-def _like(grid: Grid, other: Grid) -> Grid:
-    """Take over from a module how many rows come before the first position of a sequence that a state dict holds."""
-    if grid.told or not other.told or len(grid.size) != 1 or grid.size[0] <= len(other.tokens):
+def _like(grid: _Grid, other: _Grid) -> _Grid:
+    """Return an assumed grid of a sequence with as many rows before the first position as a known one has."""
+    if grid.is_known or not other.is_known or len(grid.size) != 1 or grid.size[0] <= len(other.tokens):
         return grid
     return replace(grid, size=(grid.size[0] - len(other.tokens),), tokens=other.tokens)
 
 
-def _resizing(own: Grid, other: Grid, source: tuple[int, ...], target: tuple[int, ...]) -> Plan:
+def _resizing(own: _Grid, other: _Grid, source: tuple[int, ...], target: tuple[int, ...]) -> Adaptation:
     places = {token: place for place, token in enumerate(_counted(own.tokens))}
     tokens = tuple(places.get(token, -1) for token in _counted(other.tokens))
     text = _INTERPOLATED if own.size != other.size else "positions were taken"
@@ -273,7 +265,7 @@ def _resizing(own: Grid, other: Grid, source: tuple[int, ...], target: tuple[int
     if kept := sorted({name for name, place in zip(other.tokens, tokens, strict=True) if place < 0}):
         text += f", that of the {', '.join(kept)} keeps the model's own values"
     resize = ResizePositions(own.size, other.size, len(own.tokens), tokens)
-    return Plan(chain(resize, Copy() if len(source) == len(target) else Reshape(target)), text)
+    return Adaptation(chain(resize, Copy() if len(source) == len(target) else Reshape(target)), text)
 
 
 def _counted(tokens: Iterable[str]) -> list[tuple[str, int]]:
@@ -288,39 +280,39 @@ def _counted(tokens: Iterable[str]) -> list[tuple[str, int]]:
     return counted
 
 
-def _grid_plan(source: tuple[int, ...], target: tuple[int, ...]) -> Plan | str:
+def _grid_plan(source: tuple[int, ...], target: tuple[int, ...]) -> Adaptation | str:
     first, last = source[:2] == target[:2], (source[0], source[3]) == (target[0], target[3])
     if first == last or source[0] != 1:
         return "nothing tells which of its dimensions are the grid's."
     place = slice(1, 3) if last else slice(2, 4)
     (old_height, old_width), (height, width) = source[place], target[place]
-    return Plan(ResizeGrid((old_height, old_width), (height, width), last), _INTERPOLATED)
+    return Adaptation(ResizeGrid((old_height, old_width), (height, width), last), _INTERPOLATED)
 
 
 def are_relative(source: TensorSpec, target: TensorSpec) -> bool:
-    """Tell whether two tensors are tables of relative positions; coordinates of such positions are none."""
-    names = named(source.key), named(target.key)
-    return len(source.shape) == len(target.shape) and all("rel" in name and name & {"bias", "pos"} for name in names)
+    """True for two tables of relative positions, not for coordinates of such positions."""
+    found = key_words(source.key), key_words(target.key)
+    return len(source.shape) == len(target.shape) and all("rel" in each and each & {"bias", "pos"} for each in found)
 
 
-def relative_plan(source: TensorSpec, target: TensorSpec, own: AdaptableSide, other: AdaptableSide) -> Plan | str:
-    """Plan to resize a table of relative positions, or say why that cannot be done."""
+def relative_plan(source: TensorSpec, target: TensorSpec, own: AdaptableSide, other: AdaptableSide) -> Adaptation | str:
+    """Plan to resize a table of relative positions, or return the reason why that cannot be done."""
     text = f"relative {_INTERPOLATED}"
     shapes = source.shape, target.shape
     if len(source.shape) == 3 and source.shape[0] == target.shape[0]:
         if any(size % 2 == 0 for shape in shapes for size in shape[1:]):
             return "it has no centre."
         windows = [((shape[1] + 1) // 2, (shape[2] + 1) // 2) for shape in shapes]
-        return Plan(ResizeBiases(windows[0], windows[1]), text)
+        return Adaptation(ResizeBiases(windows[0], windows[1]), text)
     if len(source.shape) != 2 or source.shape[1] != target.shape[1]:
         return "more differs than the window."
-    if "bias" not in named(source.key, target.key):  # one axis alone, as [2h - 1, width]
+    if "bias" not in key_words(source.key, target.key):  # one axis alone, as [2h - 1, width]
         if any(shape[0] % 2 == 0 for shape in shapes):
             return "it has no centre."
-        return Plan(ResizePositions(source.shape[:1], target.shape[:1]), text)
-    for extra in _EXTRA_BIASES:
-        old = window_of(source.key, source.shape[0] - extra, own)
-        new = window_of(target.key, target.shape[0] - extra, other)
+        return Adaptation(ResizePositions(source.shape[:1], target.shape[:1]), text)
+    for extra in _EXTRA_ROWS:
+        old = _window_of(source.key, source.shape[0] - extra, own)
+        new = _window_of(target.key, target.shape[0] - extra, other)
         if old and new:
-            return Plan(ResizeBiases(old, new, extra), text)
+            return Adaptation(ResizeBiases(old, new, extra), text)
     return "nothing tells for what windows the tables are. A module tells more than a state dict."

@@ -1,7 +1,9 @@
-"""Same names: the easy case, in which both sides list the same tensors under the same names, a few layers aside.
+"""What needs no search: sides that differ in few names or in names alone, and equal blocks, of which few stand for all.
 
-It is taken only where it proves itself: each of these few is the only layer of its shapes, on both sides, and none of
-the others has a tensor of as many elements, in whatever layout.
+Sides of the same names, a few layers aside, are matched by these where each of the few is the only layer of its shapes
+on both sides, and no other tensor has as many elements, in whatever layout. Sides whose module trees are isomorphic are
+matched tensor by tensor where names tell equal siblings apart. In long lists of equal blocks only the first are
+matched; what is found there goes on in the others.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from autoalign.matching.assembly import Found, SideParts, assembled
@@ -17,22 +20,28 @@ from autoalign.matching.exchange import BY_ORDER
 from autoalign.matching.layers import Part, Path, Unit
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import RIVAL_PAIRS
-from autoalign.plan.keys import LEVELS, components, numbers, split_key, stem
+from autoalign.plan.keys import LEVELS, common_module, components, numbers, split_key, stem
 from autoalign.plan.matches import Candidate, Match, Mismatch
 from autoalign.plan.operations import Shape
 from autoalign.plan.specs import TensorSpec
 
-_MOST = 0.5  # share of the tensors that may have other names or shapes
-_FEW = 32  # such tensors, which are seldom the only ones of their shapes if they are more
-_SURE = 0.99  # the confidence where shapes alone tell, beyond doubt
+KEPT = 4  # blocks of each run that are matched
+MAX_PAIRS_OF_ALL = 500_000  # pairs of layers of equal shape up to which all blocks may be matched instead
+_MAX_OTHER_SHARE = 0.5  # of tensors with other names or shapes
+_MAX_OTHERS = 32  # such tensors; more are seldom the only ones of their shapes
+_CONFIDENCE = 0.99  # in what shapes alone prove
 _BY_NAME = {"name": 1.0, "shape": 1.0}
 _BY_SHAPE = {"structure": 1.0, "shape": 1.0}
+_MIN_TENSORS = 8  # of two sides whose module trees are no coincidence
+_LONG_LIST = 6  # members above which a list runs from the input to the output, wherever its numbers begin
 
+Specs = Sequence[TensorSpec]
+_Members = tuple[str, ...]
 _Content = tuple[tuple[str, str, Shape], ...]  # kind, numeric and flat shape of each tensor of a layer
 
 
-def with_same_names(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) -> list[Match] | None:
-    """Match two sides by the same names; None where that does not match each tensor of either side for certain.
+def with_same_names(source: Specs, target: Specs) -> list[Match] | None:
+    """Match two sides by equal names; None unless that matches each tensor of either side for certain.
 
     >>> import torch
     >>> shapes = {"a.weight": (3, 2), "b.weight": (4, 3), "c.weight": (5, 4)}
@@ -40,10 +49,6 @@ def with_same_names(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) 
     >>> target = [*source[:2], TensorSpec("head.weight", (5, 4), torch.float32)]
     >>> [(match.sources, match.target) for match in with_same_names(source, target) or ()][2:]
     [(('c.weight',), 'head.weight')]
-
-    Args:
-        source: The tensors of the source.
-        target: Those of the target.
     """
     shapes = {spec.key: spec.shape for spec in source}
     if len(shapes) != len(target):
@@ -51,30 +56,24 @@ def with_same_names(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) 
     rest = [spec for spec in target if shapes.get(spec.key) != spec.shape]
     if not rest:
         return [Match(spec.key, (spec.key,), evidence=_BY_NAME) for spec in target]
-    if len(rest) > min(_MOST * len(target), _FEW):
+    if len(rest) > min(_MAX_OTHER_SHARE * len(target), _MAX_OTHERS):
         return None
     known = {spec.key: spec.shape for spec in target if shapes.get(spec.key) == spec.shape}
     own = [spec for spec in source if spec.key not in known]
     modules = {split_key(key)[0] for key in known}
-    if any(split_key(spec.key)[0] in modules for spec in (*own, *rest)):  # parts of layers that are known otherwise
+    if any(split_key(spec.key)[0] in modules for spec in (*own, *rest)):  # parts of layers of equal names
         return None
     found = _only_ones(own, rest, set(map(prod, known.values())))
     return found and [Match(key, (key,), evidence=_BY_NAME) for key in known] + found
 
 
-def _only_ones(source: Sequence[TensorSpec], target: Sequence[TensorSpec], others: set[int]) -> list[Match] | None:
-    """Match layers that are the only ones of their shapes.
-
-    Args:
-        source: Tensors of the source.
-        target: As many of the target.
-        others: The numbers of elements of all other tensors.
-    """
+def _only_ones(source: Specs, target: Specs, other_sizes: set[int]) -> list[Match] | None:
+    """Match layers that are the only ones of their shapes; no tensor in them may be of one of the other sizes."""
     sides = SideParts.of(source, {}), SideParts.of(target, {})
     own, other = ({_content(unit, side.parts): unit for unit in side.parts.units} for side in sides)
     if len(own) < len(sides[0].parts.units) or len(other) < len(sides[1].parts.units) or own.keys() != other.keys():
         return None
-    if any(max(prod(shape) for _, _, shape in content) in others for content in own):
+    if any(max(prod(shape) for _, _, shape in content) in other_sizes for content in own):
         return None
     found = {}
     for content, unit in own.items():
@@ -82,9 +81,10 @@ def _only_ones(source: Sequence[TensorSpec], target: Sequence[TensorSpec], other
             operation = operation_between(sides[0].parts[a].shape, sides[1].parts[b].shape)
             if operation is None:
                 return None
-            found[b] = Found(a, operation, _SURE, _BY_SHAPE, None)
+            found[b] = Found(a, operation, _CONFIDENCE, _BY_SHAPE, None)
     matches = assembled(*sides, found)
-    return matches if len(matches) == len(target) and all(match.confidence == _SURE for match in matches) else None
+    is_sure = len(matches) == len(target) and all(match.confidence == _CONFIDENCE for match in matches)
+    return matches if is_sure else None
 
 
 def _content(unit: Unit, parts: Sequence[Part]) -> _Content:
@@ -95,12 +95,8 @@ def _flat(shape: Shape) -> Shape:
     return (shape[0], prod(shape[1:])) if shape else (1, 1)
 
 
-_LEAST = 8  # tensors that two sides must have to be told from a coincidence
-_LONG = 6  # members from which on a list runs from the input to the output, wherever its numbers begin
-
-
 def is_renamed(source: Sequence[Part], target: Sequence[Part]) -> bool:
-    """Tell whether the n-th part of one side is certainly the n-th of the other.
+    """True if the n-th part of one side is certainly the n-th of the other.
 
     >>> shapes = [(3, 2), (3,), (4, 3), (4,)] * 2
     >>> names = [f"{n}.{layer}.{leaf}" for n in range(2) for layer in "ab" for leaf in ("weight", "bias")]
@@ -114,13 +110,13 @@ def is_renamed(source: Sequence[Part], target: Sequence[Part]) -> bool:
     >>> is_renamed(*sides), is_renamed(sides[0], sides[1][::-1])
     (True, False)
     """
-    if len(source) != len(target) or len(source) < _LEAST:
+    if len(source) != len(target) or len(source) < _MIN_TENSORS:
         return False
     if any(_values(a) != _values(b) for a, b in zip(source, target, strict=True)):
         return False
     partner: dict[Path, Path] = {(): ()}
     content: dict[Path, int] = {}  # sums of hashes, which tell multisets of tensors apart
-    for (own, other), part in zip(zip(_inner(source), _inner(target), strict=True), source, strict=True):
+    for own, other, part in zip(_inner(source), _inner(target), source, strict=True):
         if len(own) != len(other):
             return False
         values = hash(_values(part))
@@ -134,7 +130,7 @@ def is_renamed(source: Sequence[Part], target: Sequence[Part]) -> bool:
     for own, other in partner.items():
         if own:
             siblings.setdefault((own[:-1], content[own]), []).append((own[-1], other[-1]))
-    return all(map(_told_apart, siblings.values()))
+    return all(map(_are_distinct, siblings.values()))
 
 
 def _values(part: Part) -> tuple[tuple[int, ...], str, str]:
@@ -142,16 +138,14 @@ def _values(part: Part) -> tuple[tuple[int, ...], str, str]:
 
 
 def _inner(parts: Sequence[Part]) -> list[Path]:
-    """Leave out the modules that hold everything."""
+    """List the paths below the module that holds everything."""
     paths = [part.path for part in parts]
-    first, last = min(paths), max(paths)  # what these share, all share
-    shared = next((depth for depth, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    shared = min(shared, min(map(len, paths)) - 1)
-    return [path[shared:] for path in paths]
+    depth = len(common_module(paths))
+    return [path[depth:] for path in paths]
 
 
-def _told_apart(names: Sequence[tuple[str, str]]) -> bool:
-    """Tell whether the names of equal siblings tell which is which, and none of them speaks against its partner."""
+def _are_distinct(names: Sequence[tuple[str, str]]) -> bool:
+    """True if the names of equal siblings tell which is which, and none of them is a rival of its partner's."""
     if any((a, b) in RIVAL_PAIRS for own, other in names for a in words(own) for b in words(other)):
         return False
     if len(names) == 1:
@@ -160,33 +154,34 @@ def _told_apart(names: Sequence[tuple[str, str]]) -> bool:
     places = [[numbers(name) for name in side] for side in zip(*names, strict=True)]
     if len(lists[0]) == len(lists[1]) == 1:
         in_order = all(side == sorted(side) for side in places)
-        return places[0] == places[1] or (in_order and len(names) > _LONG)
+        return places[0] == places[1] or (in_order and len(names) > _LONG_LIST)
     return all(
         own == other or (words(own) == words(other) != () and numbers(own) == numbers(other)) for own, other in names
     )
 
 
-LARGE = 500_000  # pairs of layers of equal shape up to which all blocks may be matched instead
-KEPT = 4  # blocks of each run that are matched
-
-Specs = Sequence[TensorSpec]
-_Members = tuple[str, ...]
-_Kind = tuple[tuple[int, ...], bool]  # shape, and whether of floating point
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Runs:
     """The runs of equal blocks of one side: members of one list with the same tensors below."""
 
     specs: Specs  # of the side
-    run_of: Mapping[str, _Members]  # kept member, a module's whole name -> all members of its run
+    run_of: Mapping[str, _Members]  # name of a kept member -> those of all members of its run
     kept: Specs  # what is matched: all tensors but those of the later members
-    counts: Sequence[int]  # of each of them: how many tensors it stands for
-    spans: frozenset[int] = frozenset()  # lengths of lists that are kept whole for a gap in their numbers, if filled
+    counts: Sequence[int]  # of each kept tensor: how many it stands for
+    spans: frozenset[int] = frozenset()  # of numbers in lists that are kept whole because of gaps
+
+    @cached_property
+    def members(self) -> frozenset[str]:
+        """All members of all runs."""
+        return frozenset(member for run in self.run_of.values() for member in run)
+
+    def holds(self, key: str) -> bool:
+        """True if a tensor is in a run."""
+        return not self.members.isdisjoint(_above(key))
 
 
 def pair_count(source: Specs, target: Specs) -> int:
-    """Count the pairs of weights and other parameters of equal shape, which is what matching costs."""
+    """Count the pairs of weights and other parameters of equal shape, to which the cost of matching is proportional."""
     shapes = [
         Counter(spec.shape for spec in specs if kind(components(spec.key)[-1])[0] in ("weight", "other"))
         for specs in (source, target)
@@ -197,7 +192,7 @@ def pair_count(source: Specs, target: Specs) -> int:
 def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned: Iterable[str] = ()) -> Runs:
     """Find the runs of more than ``KEPT`` equal blocks.
 
-    Lists of a length that must stay whole are passed over, and those around a pinned key, and those with gaps.
+    Lists of a length that must stay whole are left out, and those around a pinned key, and those with gaps.
 
     >>> import torch
     >>> specs = [TensorSpec(f"h.{n}.weight", (2, 2), torch.float32) for n in range(6)]
@@ -211,7 +206,7 @@ def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned:
     children = _children(tensors)
     if max(map(len, children.values()), default=0) <= KEPT:
         return Runs(specs, {}, specs, [1] * len(specs))
-    kinds = _kinds(specs, tensors, children)
+    contents = _contents(specs, tensors, children)
     whole = {module for key in pinned for module in _above(key)}
     spans: set[int] = set()
     run_of: dict[str, _Members] = {}
@@ -222,7 +217,7 @@ def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned:
         kept.update(dict.fromkeys(tensors.get(module, ()), count))
         below = dict.fromkeys(children.get(module, ()), count)
         if len(below) > KEPT and module not in whole:
-            for run in _runs(list(below), kinds, lengths_to_keep, spans):
+            for run in _runs(list(below), contents, lengths_to_keep, spans):
                 run_of.update(dict.fromkeys(run[:KEPT], run))
                 for member in run[KEPT:]:
                     del below[member]
@@ -247,20 +242,22 @@ def _children(modules: Iterable[str]) -> dict[str, list[str]]:
     return children
 
 
-def _kinds(specs: Specs, tensors: Mapping[str, Sequence[int]], children: Mapping[str, Sequence[str]]) -> dict[str, int]:
+def _contents(
+    specs: Specs, tensors: Mapping[str, Sequence[int]], children: Mapping[str, Sequence[str]]
+) -> dict[str, int]:
     """Number the modules so that those with the same names and shapes below have the same number."""
     numbered: dict[object, int] = {}
-    kinds: dict[str, int] = {}
+    contents: dict[str, int] = {}
     for module in sorted({*tensors, *children}, key=len, reverse=True):  # what is below a module has a longer name
         start = len(module)
         own = [(specs[place].key[start:], specs[place].shape) for place in tensors.get(module, ())]
-        below = [(child[start:], kinds[child]) for child in children.get(module, ())]
-        kinds[module] = numbered.setdefault((frozenset(own), frozenset(below)), len(numbered))
-    return kinds
+        below = [(child[start:], contents[child]) for child in children.get(module, ())]
+        contents[module] = numbered.setdefault((frozenset(own), frozenset(below)), len(numbered))
+    return contents
 
 
 def _runs(
-    modules: Sequence[str], kinds: Mapping[str, int], lengths_to_keep: frozenset[int], spans: set[int]
+    modules: Sequence[str], contents: Mapping[str, int], lengths_to_keep: frozenset[int], spans: set[int]
 ) -> Iterator[_Members]:
     """Find the runs of equal modules among siblings, and add the spans of lists with gaps."""
     lists: dict[str, list[tuple[tuple[int, ...], str]]] = {}
@@ -278,14 +275,14 @@ def _runs(
         members = [module for _, module in found]
         start = 0
         for end in range(1, len(members) + 1):
-            if end == len(members) or kinds[members[end]] != kinds[members[start]]:
+            if end == len(members) or contents[members[end]] != contents[members[start]]:
                 if end - start > KEPT:
                     yield tuple(members[start:end])
                 start = end
 
 
 def _above(key: str) -> Iterator[str]:
-    """Name the modules above a key, from the nearest on, ``LEVELS`` at most, and the root, whose name is empty."""
+    """Yield the modules above a key from the nearest on, ``LEVELS`` at most, and the root, whose name is empty."""
     for _ in range(LEVELS):
         if not key:
             return
@@ -296,42 +293,43 @@ def _above(key: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
-    """How a source key goes on from the last matched block of a run to the ones after it."""
+class _Continuation:
+    """A source key in the last matched block of a run, and the blocks after it."""
 
-    block: str  # the block that it is in
-    following: _Members  # the blocks after it
+    block: str
+    following: _Members
     rest: str  # of the key
 
-    def to(self, step: int) -> str:
+    def at(self, step: int) -> str:
+        """Return the key in a later block."""
         return self.following[step] + self.rest
 
 
 def extended(
     matches: Sequence[Match], mismatched: Sequence[Mismatch], source: Runs, target: Runs
 ) -> tuple[list[Match], list[Mismatch]]:
-    """Extend what was found for shortened sides to all members of their runs, pairing by order; inner lists first.
+    """Extend what was found for shortened sides to all members of their runs, in order; inner lists first.
 
-    What was found in the last of the matched blocks goes on in the ones after it, if it was found one block further
-    back in the block before.
+    A match in the last of the matched blocks is continued in the ones after it, if the same was found in the block
+    before, one source block further back.
     """
     found = {match.target: match for match in matches}
     for run, key, suffix in _in_last_blocks(found, target):
         last, before = found[key], found.get(run[KEPT - 2] + suffix)
         if before is None or before.operation != last.operation:
             continue
-        moves = _moves(before.sources, last.sources, source)
-        others = [(other, _along(other.sources, moves)) for other in last.alternatives]
-        for step in range(_steps(run, moves)):
+        on = _continuations(before.sources, last.sources, source)
+        others = [(other, _along(other.sources, on)) for other in last.alternatives]
+        for step in range(_steps(run, on)):
             moved = run[KEPT + step] + suffix
             alternatives = [
-                Candidate(tuple([move.to(step) for move in way]), other.operation, other.score)
+                Candidate(tuple(each.at(step) for each in way), other.operation, other.score)
                 for other, way in others
                 if way
             ]
             found[moved] = Match(
                 moved,
-                tuple([move.to(step) for move in moves]),
+                tuple(each.at(step) for each in on),
                 last.operation,
                 last.confidence,
                 last.evidence,
@@ -343,10 +341,10 @@ def extended(
         last_one, one_before = unlike[key], unlike.get(run[KEPT - 2] + suffix)
         if one_before is None:
             continue
-        moves = _moves((one_before.source_key,), (last_one.source_key,), source)
-        for step in range(_steps(run, moves)):
+        on = _continuations((one_before.source_key,), (last_one.source_key,), source)
+        for step in range(_steps(run, on)):
             moved = run[KEPT + step] + suffix
-            unlike[moved] = replace(last_one, key=moved, source_key=moves[0].to(step))
+            unlike[moved] = replace(last_one, key=moved, source_key=on[0].at(step))
     return list(found.values()), list(unlike.values())
 
 
@@ -366,59 +364,55 @@ def _in_last_blocks(found: Mapping[str, object], runs: Runs) -> Iterator[tuple[_
                     break
 
 
-def _moves(before: tuple[str, ...], last: tuple[str, ...], runs: Runs) -> list[_Move]:
-    """Tell how the sources of a match go on, if those of the block before are one block back; else nothing."""
-    moves = [_move(*pair, runs) for pair in zip(before, last, strict=False)]
-    return [move for move in moves if move] if len(before) == len(last) and all(moves) else []
+def _continuations(before: Sequence[str], last: Sequence[str], runs: Runs) -> list[_Continuation]:
+    """Return how the sources of a match go on, if those in the block before are one block back; else nothing."""
+    found = [_continuation(*pair, runs) for pair in zip(before, last, strict=False)]
+    return [each for each in found if each] if len(before) == len(last) and all(found) else []
 
 
-def _move(before: str, last: str, runs: Runs) -> _Move | None:
+def _continuation(before: str, last: str, runs: Runs) -> _Continuation | None:
     for block in _above(last):
         if run := runs.run_of.get(block):
             place, rest = run.index(block), last[len(block) :]
             if place and before == run[place - 1] + rest:
-                return _Move(block, run[place + 1 :], rest)
+                return _Continuation(block, run[place + 1 :], rest)
     return None
 
 
-def _along(sources: Sequence[str], moves: Sequence[_Move]) -> list[_Move]:
-    """Tell how other sources go on beside those of a match; nothing if one of them is in none of its blocks."""
+def _along(sources: Sequence[str], on: Sequence[_Continuation]) -> list[_Continuation]:
+    """Return how other sources go on beside those of a match; nothing if one of them is in none of its blocks."""
     way = [
-        next((replace(move, rest=key[len(move.block) :]) for move in moves if key.startswith(move.block)), None)
+        next((replace(each, rest=key[len(each.block) :]) for each in on if key.startswith(each.block)), None)
         for key in sources
     ]
-    return [move for move in way if move] if all(way) else []
+    return [each for each in way if each] if all(way) else []
 
 
-def _steps(run: _Members, moves: Sequence[_Move]) -> int:
-    return min(len(run) - KEPT, *(len(move.following) for move in moves)) if moves else 0
+def _steps(run: _Members, on: Sequence[_Continuation]) -> int:
+    return min(len(run) - KEPT, *(len(each.following) for each in on)) if on else 0
 
 
 def is_settled(source: Runs, target: Runs, matches: Sequence[Match]) -> bool:
-    """Tell whether the first blocks settled all others.
+    """True if matching the first blocks settled all others.
 
-    They did not where a tensor in a run of one side is left, and one of its shape on the other side.
+    It did not if a tensor in a run of one side is left, and one of its shape on the other side.
     """
     if len(matches) == len(target.specs):
         return True
     used = {key for match in matches for key in match.sources}, {match.target for match in matches}
-    left: list[tuple[set[_Kind], set[_Kind]]] = []  # of each side: in runs, and in all
+    left: list[tuple[set[tuple[Shape, bool]], ...]] = []  # of each side: the shapes of what is left in runs, and in all
     for runs, done in zip((source, target), used, strict=True):
-        members = {block for run in runs.run_of.values() for block in run}
         open_specs = [spec for spec in runs.specs if spec.key not in done]
-        in_runs = [spec for spec in open_specs if not members.isdisjoint(_above(spec.key))]
-        left.append((set(map(_kind, in_runs)), set(map(_kind, open_specs))))
+        in_runs = [spec for spec in open_specs if runs.holds(spec.key)]
+        left.append(
+            tuple({(spec.shape, spec.dtype.is_floating_point) for spec in specs} for specs in (in_runs, open_specs))
+        )
     return left[0][0].isdisjoint(left[1][1]) and left[0][1].isdisjoint(left[1][0])
 
 
 def less_sure(target: Runs, matches: Sequence[Match]) -> list[Match]:
-    """Believe what is in the runs of the target no more than an order alone, since they are not settled."""
-    members = {block for run in target.run_of.values() for block in run}
+    """Believe matches in the runs of the target no more than an order alone, since they are not settled."""
     return [
-        replace(match, confidence=min(match.confidence, 1.0 if members.isdisjoint(_above(match.target)) else BY_ORDER))
+        replace(match, confidence=min(match.confidence, BY_ORDER)) if target.holds(match.target) else match
         for match in matches
     ]
-
-
-def _kind(spec: TensorSpec) -> _Kind:
-    return spec.shape, spec.dtype.is_floating_point

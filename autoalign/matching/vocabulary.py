@@ -1,10 +1,12 @@
-"""Words that people use for the same role in a network: evidence for the matcher, never a verdict.
+"""Every table of words: those that people use for one role in a network, and those that tell layouts and code apart.
 
-One readable table for all architectures. A word that is not listed stands for itself.
+They are evidence for the matcher, never a verdict, and name roles, not architectures. A word that is not listed stands
+for itself.
 """
 
 from __future__ import annotations
 
+import re
 from itertools import permutations
 
 # canonical word -> other spellings. A spelling may stand for several words ("wte" is a token embedding).
@@ -185,6 +187,35 @@ CONFIG_HEADS: tuple[tuple[str, ...], ...] = (
 # Of two encoders of these roles the first, that of keys, is a moving average of the second, that of queries.
 MOMENTUM_PAIR: tuple[frozenset[str], frozenset[str]] = (frozenset({"k"}), frozenset({"q"}))
 
+# What classifiers are called; what tables of embeddings are called, and what those of other rows than tokens.
+CLASSIFIER_WORDS: frozenset[str] = frozenset({"head", "fc", "logits"})
+EMBEDDING_WORDS: frozenset[str] = frozenset({"tok", "embed", "vocab"})
+NO_VOCABULARY: frozenset[str] = frozenset({"pos", "rel", "patch"})
+
+# Words of which a table of absolute positions has none.
+NO_POSITIONS: frozenset[str] = frozenset({"q", "rel", "type", "bias", "linear", "proj", "conv", "norm"})
+
+# Tokens that have positions of their own -> words in the names of their parameters.
+TOKENS: dict[str, frozenset[str]] = {
+    "class token": frozenset({"cls"}),
+    "distillation token": frozenset({"dist"}),
+    "register": frozenset({"register", "registers", "reg"}),
+}
+
+# Which of them may stand before a grid, in this order.
+TOKENS_BEFORE_GRID: tuple[tuple[str, ...], ...] = (
+    (),
+    ("class token",),
+    ("class token", "distillation token"),
+    ("class token", "register"),
+    ("class token", "distillation token", "register"),
+)
+
+# What modules and configurations call the sizes of a grid, of an image and of a patch.
+GRID_ATTRIBUTES: tuple[str, ...] = ("grid_size", "window_size")
+IMAGE_ATTRIBUTES: tuple[str, ...] = ("image_size", "img_size")
+PATCH_ATTRIBUTE: str = "patch_size"
+
 # Modules that wrappers of torch and its kin put around others: they say nothing of what stands inside.
 WRAPPERS: frozenset[str] = frozenset(
     {
@@ -232,6 +263,19 @@ KINDS: dict[str, str] = {
     "mean": "mean",
     "var": "var",
 }
+
+# Kinds of values that torch's layers hold -> their names there.
+TORCH_NAMES: dict[str, str] = {
+    "weight": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+    "count": "num_batches_tracked",
+}
+
+# Names of norms after attention, which stand before the MLP unless others of the block are named around the MLP.
+AFTER_ATTENTION = re.compile(r"post_(attention|attn)(?=_|$)")
+AROUND_MLP = re.compile(r"(pre|post)_(mlp|feed_?forward|ffn|ffw)(?=_|$)")
 
 # How the names of matrices end that JAX, Keras and TensorFlow lay out as (in, out).
 KERNELS: tuple[str, ...] = ("kernel", "reverse_embeddings")

@@ -40,7 +40,7 @@ def test_of_few_layers_all_pairs_are_compared() -> None:
 
 @pytest.mark.parametrize("count", [400, 1_200])
 def test_the_pairs_do_not_grow_with_the_square_of_the_layers(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 2_000_000)
+    monkeypatch.setattr("autoalign.matching.candidates.MAX_COST", 2_000_000)
     pairs = _listed(_nameless(count, 0), _nameless(count, 1))
     assert count < len(pairs.source) < 30_000
     assert set(pairs.source.tolist()) == set(pairs.target.tolist()) == set(range(count))
@@ -48,7 +48,7 @@ def test_the_pairs_do_not_grow_with_the_square_of_the_layers(monkeypatch: pytest
 
 
 def test_unequal_sides_are_compared_at_the_same_place_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 2_000_000)
+    monkeypatch.setattr("autoalign.matching.candidates.MAX_COST", 2_000_000)
     pairs = _listed(_nameless(800, 0), _nameless(200, 1))
     assert len(pairs.source) < 30_000
     assert np.abs(pairs.source / 4 - pairs.target).max() < 32
@@ -59,7 +59,7 @@ def test_unequal_sides_are_compared_at_the_same_place_among_all(monkeypatch: pyt
 def test_pairs_with_a_rare_word_or_the_same_numbers_are_compared_wherever_they_stand(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 2_000_000)
+    monkeypatch.setattr("autoalign.matching.candidates.MAX_COST", 2_000_000)
     source, target = _nameless(400, 0), _nameless(400, 1)
     layer = torch.empty(16, 16, device="meta")
     named = {"blocks.7.kernel.weight": layer, "rarity.weight": layer}
@@ -67,11 +67,11 @@ def test_pairs_with_a_rare_word_or_the_same_numbers_are_compared_wherever_they_s
     listed = set(zip(pairs.source.tolist(), pairs.target.tolist(), strict=True))
     assert {(1, 400), (0, 401)} <= listed
     assert (1, 401) not in listed
-    assert pairs.told == {(0, 401)}
+    assert pairs.same_numbers == {(0, 401)}
 
 
 def test_what_only_order_tells_among_so_many_is_ambiguous(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 200_000)
+    monkeypatch.setattr("autoalign.matching.candidates.MAX_COST", 200_000)
     alignment = autoalign.align(_nameless(300, 0), _nameless(300, 1))
     assert not alignment.matches
     assert len(alignment.ambiguous) == 300
@@ -79,7 +79,7 @@ def test_what_only_order_tells_among_so_many_is_ambiguous(monkeypatch: pytest.Mo
 
 
 def test_what_names_tell_among_so_many_is_matched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 200_000)
+    monkeypatch.setattr("autoalign.matching.candidates.MAX_COST", 200_000)
     random = Random(0)
     called = [_word(random) for _ in range(300)]
     source = {f"{word}_proj.weight": torch.empty(16, 16, device="meta") for word in called}
@@ -91,7 +91,7 @@ def test_what_names_tell_among_so_many_is_matched(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_numbers_tell_among_so_many_is_matched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoalign.matching.candidates.MOST_COST", 500_000)
+    monkeypatch.setattr("autoalign.matching.candidates.MAX_COST", 500_000)
     random = Random(0)
     source = {
         f"l.{layer}.experts.{expert}.{_word(random)}.weight": torch.empty(8, 8, device="meta")
@@ -104,7 +104,7 @@ def test_what_numbers_tell_among_so_many_is_matched(monkeypatch: pytest.MonkeyPa
     assert [match.sources for match in matches] == [tuple(keys[32 * n : 32 * n + 32]) for n in range(12)]
 
 
-@pytest.mark.parametrize("limit", [("MOST_LAYERS", 9_999), ("MOST_COST", 3_000)])
+@pytest.mark.parametrize("limit", [("MAX_LAYER_PAIRS", 9_999), ("MAX_COST", 3_000)])
 def test_more_layers_than_memory_has_room_for_are_refused(
     monkeypatch: pytest.MonkeyPatch, limit: tuple[str, int]
 ) -> None:
@@ -116,7 +116,7 @@ def test_more_layers_than_memory_has_room_for_are_refused(
 
 
 def test_exclude_brings_layers_under_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoalign.matching.candidates.MOST_LAYERS", 99)
+    monkeypatch.setattr("autoalign.matching.candidates.MAX_LAYER_PAIRS", 99)
     source, target = _nameless(10, 0), _nameless(10, 1)
     with pytest.raises(autoalign.InputError, match="too many to be compared at once"):
         autoalign.align(source, target)

@@ -292,14 +292,14 @@ def test_unusable_options_are_refused() -> None:
     with pytest.raises(autoalign.InputError, match="min_confidence must lie in"):
         autoalign.align(*sides, min_confidence=2)
     with pytest.raises(
-        autoalign.InputError, match=r"'heads' is no change of values.* 'head', 'vocab', 'pos_embed', 'rel_"
+        autoalign.InputError, match=r"'heads' is not a known change of values.* 'head', 'vocab', 'pos_embed', 'rel_"
     ):
         autoalign.align(*sides, adapt=("vocab", "heads"))  # type: ignore[arg-type]
     with pytest.raises(autoalign.InputError, match="container= takes a name, not int"):
         autoalign.align(*sides, container=3)  # type: ignore[arg-type]
     with pytest.raises(autoalign.InputError, match="rules must be a mapping"):
         autoalign.align(*sides, rules=1.5)  # type: ignore[arg-type]
-    with pytest.raises(autoalign.InputError, match="adapt=7 is no change of values"):
+    with pytest.raises(autoalign.InputError, match="adapt=7 is not a known change of values"):
         autoalign.align(*sides, adapt=7)  # type: ignore[arg-type]
 
 
