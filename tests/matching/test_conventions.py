@@ -1,4 +1,4 @@
-"""Layers that call their own tensors what no vocabulary knows are matched by what the tensors are."""
+"""Conventions: unknown names of parameters, and the layouts of JAX, Keras and TensorFlow."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import torchvision
 from torch import Tensor
 
 import autoalign
+from autoalign import align
+from autoalign.matching.conventions import as_in_torch
+from autoalign.matching.layers import Part
+from autoalign.plan.operations import Permute, Shape
 
 SCHEMES: Mapping[str, Mapping[str, str]] = {
     "meaningless": {
@@ -72,3 +76,81 @@ def test_sorted_keys_do_not_tell_the_statistics() -> None:
     source = renamed(target, {"running_mean": "zed", "running_var": "abc"}, norms_only=True)
     alignment = autoalign.align({key: source[key] for key in sorted(source)}, target)
     assert not any(match.target.endswith(("running_mean", "running_var")) for match in alignment.matches)
+
+
+_WIDTH, _HIDDEN, _EXPERTS, _WORDS = 8, 12, 3, 20
+
+
+def _mixture() -> dict[str, Tensor]:
+    """Make the state dict of a small mixture of experts, laid out as torch does."""
+    generator = torch.Generator().manual_seed(0)
+    state_dict = {"embed_tokens.weight": torch.rand(_WORDS, _WIDTH, generator=generator)}
+    for layer in range(2):
+        for name in "qkvo":
+            key = f"layers.{layer}.self_attn.{name}_proj.weight"
+            state_dict[key] = torch.rand(_WIDTH, _WIDTH, generator=generator)
+        state_dict[f"layers.{layer}.mlp.gate.weight"] = torch.rand(_EXPERTS, _WIDTH, generator=generator)
+        for expert in range(_EXPERTS):
+            for name, shape in (("w1", (_HIDDEN, _WIDTH)), ("w2", (_WIDTH, _HIDDEN)), ("w3", (_HIDDEN, _WIDTH))):
+                state_dict[f"layers.{layer}.mlp.experts.{expert}.{name}.weight"] = torch.rand(
+                    shape, generator=generator
+                )
+        state_dict[f"layers.{layer}.post_attention_layernorm.weight"] = torch.rand(_WIDTH, generator=generator)
+    return state_dict | {"lm_head.weight": torch.rand(_WORDS, _WIDTH, generator=generator)}
+
+
+def _as_in_keras(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the same tensors the names and the layout of Keras."""
+    result = {
+        "token_embedding/embeddings": state_dict["embed_tokens.weight"],
+        "token_embedding/reverse_embeddings": state_dict["lm_head.weight"].T,
+    }
+    for layer in range(2):
+        inside = f"layers.{layer}"
+        block = f"transformer_layer_{layer}"
+        for name, own in (("q", "query"), ("k", "key"), ("v", "value"), ("o", "attention_output")):
+            result[f"{block}/self_attention/{own}/kernel"] = state_dict[f"{inside}.self_attn.{name}_proj.weight"].T
+        result[f"{block}/sparse_block/gate_dense/kernel"] = state_dict[f"{inside}.mlp.gate.weight"].T
+        for name, own in (("w1", "gate"), ("w3", "intermediate"), ("w2", "output")):
+            stack = [state_dict[f"{inside}.mlp.experts.{expert}.{name}.weight"].T for expert in range(_EXPERTS)]
+            result[f"{block}/sparse_block/experts/expert_feedforward_{own}_dense"] = torch.stack(stack)
+        result[f"{block}/feedforward_layernorm/scale"] = state_dict[f"{inside}.post_attention_layernorm.weight"]
+    return result
+
+
+def test_stacks_of_experts_and_reversed_embeddings_are_laid_out_like_kernels() -> None:
+    in_torch = _mixture()
+    in_keras = _as_in_keras(in_torch)
+    for source, target in ((in_keras, in_torch), (in_torch, in_keras)):
+        empty = {key: torch.empty_like(tensor, device="meta") for key, tensor in target.items()}
+        rotated = {"rotary_interleaved": False, "head_dim": 4}
+        alignment = align({"model": source, "config": rotated}, {"model": empty, "config": rotated})
+        loaded = alignment.state_dict()
+        assert loaded.keys() == target.keys()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in target.items())
+
+
+def test_a_stack_is_turned_only_beside_kernels() -> None:
+    stack, tokens = Part(0, ("experts_dense",), (3, 8, 12), "float"), Part(1, ("tokens",), (1, 8, 12), "float")
+    kernel = Part(2, ("dense", "kernel"), (8, 12), "float")
+    turned, *_ = as_in_torch([stack, tokens, kernel])
+    assert (turned.shape, turned.view) == ((3, 12, 8), Permute((0, 2, 1)))
+    assert as_in_torch([stack, tokens, kernel])[1] == tokens
+    assert list(as_in_torch([stack, tokens])) == [stack, tokens]
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "expected"),
+    [
+        ((3, 3, 32, 1), None, (32, 1, 3, 3)),  # depthwise
+        ((3, 3, 32, 1), (32,), (32, 1, 3, 3)),
+        ((3, 3, 32, 1), (1,), (1, 32, 3, 3)),  # one output
+        ((1, 1, 32, 1), None, (1, 32, 1, 1)),
+        ((3, 3, 1, 32), None, (32, 1, 3, 3)),
+    ],
+)
+def test_a_depthwise_kernel_keeps_its_channels_apart(weight: Shape, bias: Shape | None, expected: Shape) -> None:
+    parts = [Part(0, ("conv", "kernel"), weight, "float")]
+    if bias:
+        parts.append(Part(1, ("conv", "bias"), bias, "float"))
+    assert as_in_torch(parts)[0].shape == expected

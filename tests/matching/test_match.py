@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import autoalign
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Checkpoint
-from autoalign.matching.scope import PatternLike
 from autoalign.plan.matches import Caution
 from autoalign.plan.operations import steps_of
 
@@ -187,28 +186,6 @@ def network(prefix: str) -> Shapes:
     return {f"{prefix}{key}": shape for key, shape in blocks(template, 4).items()}
 
 
-def test_of_two_copies_the_one_that_is_no_average_is_taken_and_said() -> None:
-    source = state(network("student.") | network("teacher.") | {"cls.weight": (10, 8), "cls.bias": (10,)})
-    alignment = autoalign.align(source, state(network("") | {"cls.weight": (10, 8), "cls.bias": (10,)}))
-    assert not alignment.missing_keys
-    assert {key.split(".")[0] for match in alignment.matches for key in match.sources} == {"student", "cls"}
-    assert "2 copies" in alignment.notes[0]
-
-
-def test_a_choice_among_copies_is_a_warning_unless_the_model_calls_one_by_its_name() -> None:
-    source = state(network("student.") | network("teacher."))
-    (note,) = autoalign.align(source, state(network(""))).notes
-    assert isinstance(note, Caution)
-    assert note.endswith("To choose: exclude='teacher' to take 'student', or exclude='student' to take 'teacher'.")
-    for exclude, taken in (("teacher", "student"), ("student", "teacher")):
-        chosen = autoalign.align(source, state(network("")), exclude=exclude)
-        assert {match.sources[0].split(".")[0] for match in chosen.matches} == {taken}
-        assert not any(isinstance(note, Caution) for note in chosen.notes)
-    called = autoalign.align(source, state(network("teacher.")))
-    assert {match.sources[0].split(".")[0] for match in called.matches} == {"teacher"}
-    assert not any(isinstance(note, Caution) for note in called.notes)
-
-
 @pytest.mark.parametrize(
     ("names", "taken"), [(("model", "ema"), "model"), (("g", "g_ema"), "g"), (("G_A", "G_B"), None)]
 )
@@ -236,51 +213,6 @@ def test_a_container_is_taken_by_the_name_that_the_model_has_for_it() -> None:
     assert both.mapping == {key: f"net.{key}" for key in network("G_A.") | network("G_B.")}
 
 
-def test_between_equal_copies_nothing_is_chosen_until_a_rule_does() -> None:
-    source, target = state(network("left.") | network("right.")), state(network(""))
-    undecided = autoalign.align(source, target)
-    assert not undecided.matches
-    assert len(undecided.ambiguous) == len(target)
-    pinned = autoalign.align(source, target, rules=[("right.2.conv.bias", "2.conv.bias")])
-    assert {match.sources[0].split(".")[0] for match in pinned.matches} == {"right"}
-    assert not pinned.missing_keys
-
-
-def test_each_target_has_one_match_under_rules_that_cross_layers() -> None:
-    source, target = state(network("h.")), state(network("g."))
-    rules = [("h.0.conv.weight", "g.1.conv.weight"), ("h.2.conv.bias", "g.1.conv.bias")]
-    alignment = autoalign.align(source, target, rules=rules)
-    targets = [match.target for match in (*alignment.matches, *alignment.ambiguous)]
-    assert len(targets) == len(set(targets))
-    used = [key for match in alignment.matches for key in match.sources]
-    assert len(used) == len(set(used))
-    assert alignment.mapping["h.0.conv.weight"] == "g.1.conv.weight"
-    assert alignment.mapping["h.2.conv.bias"] == "g.1.conv.bias"
-
-
-def test_a_renaming_that_meets_another_head_reports_it() -> None:
-    source = state({f"module.{key}": shape for key, shape in network("").items()} | {"module.fc.weight": (10, 8)})
-    alignment = autoalign.align(source, state(network("") | {"fc.weight": (7, 8)}), rules={r"^module\.": ""})
-    assert alignment.missing_keys == ["fc.weight"]
-    (mismatch,) = alignment.mismatched_keys
-    assert (mismatch.shape, mismatch.source_shape) == ((7, 8), (10, 8))
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ([("0.conv.weight", "0.covn.weight")], "is not a key of the model"),
-        ({r"^(\d)\.conv": r"\1.covn"}, "produces no key of the model"),
-        ([("0.conv.weight", "0.conv.bias")], "no operation reconciles these shapes"),
-        ({"nothing": "x"}, "matches no checkpoint key"),
-        ({"(": "x"}, "is not a valid regular expression"),
-    ],
-)
-def test_rules_that_cannot_hold_are_refused(rules: object, message: str) -> None:
-    with pytest.raises(autoalign.PatternError, match=message):
-        autoalign.align(state(network("")), state(network("")), rules=rules)  # type: ignore[arg-type]
-
-
 def test_unusable_options_are_refused() -> None:
     sides = state(network("")), state(network("a."))
     with pytest.raises(autoalign.InputError, match="exclude takes words or regexes, not int"):
@@ -301,78 +233,6 @@ def test_unusable_options_are_refused() -> None:
         autoalign.align(*sides, rules=1.5)  # type: ignore[arg-type]
     with pytest.raises(autoalign.InputError, match="adapt=7 is not a known change of values"):
         autoalign.align(*sides, adapt=7)  # type: ignore[arg-type]
-
-
-MLP = ("mlp.fc1.weight", "mlp.fc2.weight", "net.fc.weight", "head.fc", "layer4.0.fc.bias", "layer40.weight")
-
-
-@pytest.mark.parametrize(
-    ("exclude", "taken"),
-    [
-        ("fc", MLP[2:5]),  # a component, wherever it stands
-        ("mlp", MLP[:2]),
-        ("mlp.", MLP[:2]),
-        ("0.fc", MLP[4:5]),
-        ("layer4", MLP[4:5]),
-        ("head.fc", MLP[3:4]),
-        (("fc1", "layer40.weight"), (MLP[0], MLP[5])),
-        ("re:fc", MLP[:5]),
-        (re.compile(r"fc\d"), MLP[:2]),
-        (r"re:^layer4\b", MLP[4:5]),
-    ],
-)
-def test_a_plain_pattern_takes_whole_components(exclude: PatternLike, taken: tuple[str, ...]) -> None:
-    side = {key: torch.ones(place + 2, 3) for place, key in enumerate(MLP)}
-    for alignment in (autoalign.align(side, side, exclude=exclude), autoalign.align({}, side, exclude=exclude)):
-        assert alignment.excluded == set(taken)
-    assert {match.target for match in autoalign.align(side, side, include=exclude).matches} == set(taken)
-
-
-def test_the_notes_say_what_each_pattern_took_on_each_side() -> None:
-    source = {"m.fc.weight": torch.ones(3, 2), "m.conv.weight": torch.ones(4, 2)}
-    target = {"fc.weight": torch.ones(3, 2), "fc.bias": torch.ones(3), "conv.weight": torch.ones(4, 2)}
-    assert autoalign.align(source, target, exclude=("fc", "re:bias$")).notes == (
-        "exclude='fc' took 2 target and 1 source tensor.",
-        "exclude='re:bias$' took 1 target and 0 source tensors.",
-    )
-    assert autoalign.align(source, target, include=("conv", "m.fc")).notes[:2] == (
-        "include='conv' took 1 of 3 target tensors.",
-        "include='m.fc' took 1 of 2 source tensors.",
-    )
-
-
-@pytest.mark.parametrize("pattern", ["^fc", r"layer\d", "fc|head", "a*", "(b)", "fc[.]", "", ".", "x$"])
-def test_a_plain_pattern_that_looks_like_a_regex_is_refused(pattern: str) -> None:
-    sides = state(network("")), state(network("a."))
-    with pytest.raises(autoalign.PatternError, match=r"is not a name .* write 're:.*for a regular expression") as info:
-        autoalign.align(*sides, exclude=pattern)
-    assert repr(f"re:{pattern}") in str(info.value)
-    with pytest.raises(autoalign.PatternError, match=r"include=.* is not a name"):
-        autoalign.align(*sides, include=pattern)
-
-
-@pytest.mark.parametrize("pattern", ["re:(", "re:a{2,1}", "re:a{99999999999999999999}", "re:" + "(" * 5000])
-def test_a_malformed_regex_is_an_error(pattern: str) -> None:
-    with pytest.raises(autoalign.PatternError, match="is not a valid regular expression"):
-        autoalign.align(state(network("")), state(network("a.")), exclude=pattern)
-
-
-def test_an_inclusion_that_matches_nothing_is_an_error() -> None:
-    sides = state(network("")), state(network("a."))
-    with pytest.raises(autoalign.PatternError, match="include='zzz' matches no key of either side"):
-        autoalign.align(*sides, include=("a", "zzz"))
-
-
-def test_an_exclusion_that_matches_nothing_is_said() -> None:
-    alignment = autoalign.align(state(network("")), state(network("a.")), exclude="zzz")
-    assert alignment.notes == ("exclude='zzz' matches no key of either side.",)
-
-
-def test_a_key_that_a_rule_fills_is_filled_once() -> None:
-    source = {"a.weight": torch.ones(3, 2), "down": torch.ones(()), "c.weight": torch.ones(4, 3)}
-    target = {"net.a.weight": torch.ones(3, 2), "net.down": torch.ones(()), "net.c.weight": torch.ones(4, 3)}
-    alignment = autoalign.align(source, target, rules={"down": "net.down"})
-    assert sorted(match.target for match in alignment.matches) == sorted(target)
 
 
 @pytest.mark.parametrize(

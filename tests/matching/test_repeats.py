@@ -1,4 +1,4 @@
-"""Matching long lists by their first blocks finds what matching all blocks finds."""
+"""Repeats: equal names, consistent renamings, and long lists find what the whole search finds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from torch import Tensor
 
 import autoalign
 from autoalign.alignment import Alignment
+from autoalign.checkpoints.checkpoint import checkpoint_of
+from autoalign.matching import match as aligning
 from autoalign.matching import repeats
+from autoalign.matching.layers import parts_of
+from autoalign.matching.repeats import is_renamed, with_same_names
 from autoalign.plan.matches import Match, Mismatch
 from autoalign.plan.operations import Copy
 from autoalign.plan.specs import specs_of
-from tests.strategies import Case, perturbed, tensors, transformer_cases
+from tests.strategies import Case, conv_cases, perturbed, real_cases, renamed, tensors, transformer_cases
 
 ALL = 10**6  # blocks of a list that are matched: no list is longer
 
@@ -114,3 +118,129 @@ def test_mismatches_and_alternatives_go_on_in_later_blocks() -> None:
     assert [(item.key, item.source_key) for item in mismatched] == [
         (f"g.{index}.b", f"h.{index}.b") for index in range(9)
     ]
+
+
+_CHANNELS = (3, 4, 6, 6, 8)
+_SHARED: dict[str, tuple[int, ...]] = {f"features.{n}.weight": (_CHANNELS[n + 1], _CHANNELS[n], 3, 3) for n in range(4)}
+_SHARED |= {f"features.{n}.bias": (_CHANNELS[n + 1],) for n in range(4)}
+
+
+def _side(more: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {key: torch.empty(shape, device="meta") for key, shape in (_SHARED | more).items()}
+
+
+_CLASSIFIERS = (
+    {
+        "classifier.0.weight": (16, 72),
+        "classifier.0.bias": (16,),
+        "classifier.3.weight": (5, 16),
+        "classifier.3.bias": (5,),
+    },
+    {"pre.fc.weight": (16, 8, 3, 3), "pre.fc.bias": (16,), "head.fc.weight": (5, 16), "head.fc.bias": (5,)},
+)
+
+
+@pytest.mark.parametrize("pair", [_CLASSIFIERS, _CLASSIFIERS[::-1]])
+def test_the_rest_is_matched_as_the_optimisation_would(
+    pair: tuple[dict[str, tuple[int, ...]], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = map(_side, pair)
+    alignment = autoalign.align(source, target)
+    assert not alignment.missing_keys
+    assert not alignment.unexpected_keys
+    monkeypatch.setattr(aligning, "with_same_names", lambda *_: None)
+    expected = autoalign.align(source, target)
+    assert [(match.target, match.sources, match.operation) for match in alignment.matches] == [
+        (match.target, match.sources, match.operation) for match in expected.matches
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ({"a.weight": (5, 8)}, {"b.weight": (8, 5)}),  # which must be transposed
+        ({"a.weight": (5, 8)}, {"a.weight": (6, 8)}),
+        ({"a.weight": (6, 6, 3, 3)}, {"b.weight": (6, 6, 3, 3)}),  # as others have
+        ({"a.weight": (5, 8), "b.weight": (5, 8)}, {"a.weight": (5, 8), "c.weight": (5, 8)}),
+        ({"a.weight": (5, 8), "b.weight": (5, 8)}, {"d.weight": (5, 8), "c.weight": (5, 8)}),
+        ({"a.kernel": (3, 3, 4, 6)}, {"b.kernel": (3, 3, 4, 6)}),  # as many elements as others have, in another layout
+        (
+            {"a.weight": (5, 8), "b.weight": (9, 8), "a.bias": (5,)},
+            {"a.weight": (5, 8), "b.weight": (9, 8), "b.bias": (5,)},
+        ),
+        ({"patch.weight": (16, 3, 4, 4)}, {"projection.weight": (16, 48)}),  # in which order is not known
+        ({"a.weight": (5, 8)}, {"a.weight": (5, 8), "b.weight": (6, 8)}),
+    ],
+)
+def test_what_is_not_certain_is_left_to_the_optimisation(
+    own: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...]]
+) -> None:
+    specs = [checkpoint_of(_side(side)).specs for side in (own, other)]
+    assert with_same_names(*specs) is None
+
+
+some = settings(
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+def proven(source: Mapping[str, tuple[int, ...]], target: Mapping[str, tuple[int, ...]]) -> bool:
+    return is_renamed(parts_of(specs_of(tensors(source))), parts_of(specs_of(tensors(target))))
+
+
+@some
+@given(perturbed() | renamed(real_cases) | transformer_cases() | conv_cases())
+def test_what_is_proven_is_the_truth(case: Case) -> None:
+    if proven(case.source, case.target):
+        assert dict(zip(case.target, case.source, strict=True)) == case.truth
+
+
+BLOCK = {
+    "norm1.weight": (8,),
+    "attn.q.weight": (8, 8),
+    "attn.k.weight": (8, 8),
+    "norm2.weight": (8,),
+    "up.weight": (32, 8),
+}
+
+
+def blocks(prefix: str, names: Mapping[str, str], numbers: range) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}{number}.{names.get(key, key)}": shape for number in numbers for key, shape in BLOCK.items()} | {
+        "head.weight": (5, 8)
+    }
+
+
+HUGGING_FACE = {"attn.q.weight": "attention.query.weight", "attn.k.weight": "attention.key.weight"}
+EXCHANGED = {"attn.q.weight": "attn.k.weight", "attn.k.weight": "attn.q.weight"}
+UNTOLD = {"attn.q.weight": "attn.first.weight", "attn.k.weight": "attn.second.weight"}
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        (blocks("blocks.", {}, range(4)), blocks("layers.", HUGGING_FACE, range(4)), True),
+        (blocks("blocks.", {}, range(4)), blocks("layers.", EXCHANGED, range(4)), False),
+        (blocks("blocks.", {}, range(4)), blocks("layers.", UNTOLD, range(4)), False),
+        (blocks("blocks.", {}, range(4)), blocks("refine.", {}, range(1, 5)), False),  # one of a short list may be last
+        (blocks("blocks.", {}, range(8)), blocks("group.", {}, range(1, 9)), True),
+        (blocks("blocks.", {}, range(8)), blocks("group.", {}, range(9, 1, -1)), False),
+    ],
+)
+def test_names_must_tell_siblings_of_one_shape_apart(
+    source: dict[str, tuple[int, ...]], target: dict[str, tuple[int, ...]], expected: bool
+) -> None:
+    assert proven(source, target) is expected
+    assert proven(target, source) is expected
+
+
+def test_wrappers_and_a_consistent_renaming_are_seen_through() -> None:
+    source, target = blocks("blocks.", {}, range(12)), blocks("stack.", HUGGING_FACE, range(12))
+    wrapped = {f"module.model.{key}": shape for key, shape in source.items()}
+    assert proven(wrapped, target)
+    alignment = autoalign.align(tensors(wrapped), tensors(target))
+    assert alignment.mapping == dict(zip(wrapped, target, strict=True))
+    assert min(match.confidence for match in alignment.matches) > 0.9
