@@ -88,7 +88,11 @@ class Alignment(Plan):
         return induced(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the alignment as plain data that JSON can hold: both sides' keys and shapes, matches, operations, notes.
+        """Return the alignment as plain data, as JSON has it; ``save`` and the command line write the same.
+
+        ``source`` and ``target`` have the ``tensors`` of each side, as key, shape and dtype, and the keys that are
+        ``tied``. ``matches`` and ``ambiguous`` have a ``target`` and its ``sources``; where there is no ``operation``,
+        it is a copy. ``mismatched`` has pairs of a key of the target and one of the source.
 
         >>> import torch, autoalign
         >>> autoalign.align({"a": torch.ones(2)}, {"b": torch.zeros(2)}, rules={"a": "b"}).to_dict()["matches"]
@@ -115,7 +119,7 @@ class Alignment(Plan):
         It holds no tensors yet: give it to ``load(model, checkpoint, alignment=...)``, or to ``applied_to``.
 
         Raises:
-            InputError: The file is no saved alignment, or one of another version.
+            InputError: The file is not a saved alignment, or one of another version.
         """
         from autoalign.reports.serialization import read
 

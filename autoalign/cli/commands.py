@@ -25,7 +25,6 @@ from autoalign.cli.targets import model_of, side_of
 from autoalign.cli.terminal import complain, progress, show, show_json, width
 from autoalign.errors import InputError, ValueWarning
 from autoalign.reports.rows import escaped
-from autoalign.reports.serialization import as_dict
 from autoalign.reports.text import SCREEN, code, plain_text, render_markdown
 from autoalign.rules.rules import Rules
 
@@ -90,7 +89,9 @@ def _show_alignment(alignment: Alignment, options: argparse.Namespace, verdict: 
     """Write the report of an alignment in the format that was asked for, and the verdict below it."""
     source, target = options.checkpoint, options.target
     if options.format == "json":
-        show_json({"source": source, "target": target, **as_dict(alignment), "remarks": [verdict] if verdict else []})
+        data = alignment.to_dict()
+        data["source"]["name"], data["target"]["name"] = source, target
+        show_json(data | {"remarks": [verdict] if verdict else []})
         return
     if options.format == "html":
         with tempfile.TemporaryDirectory() as folder:

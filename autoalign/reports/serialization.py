@@ -1,4 +1,4 @@
-"""Summaries of an alignment for programs: plain data, as JSON knows it."""
+"""Alignments as JSON, the one form of ``to_dict``, of saved files and of ``--format json``; what is read is checked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,61 +33,23 @@ from autoalign.plan.serialization import (
 )
 from autoalign.plan.specs import TensorSpec, tied_groups
 
-
-def as_dict(alignment: Plan) -> dict[str, object]:
-    """Put all that an alignment says into plain data; operations are given as text.
-
-    >>> import torch, autoalign
-    >>> summary = as_dict(autoalign.align({"fc.weight": torch.ones(1)}, {"head.weight": torch.ones(1)}))
-    >>> summary["matches"][0]["sources"], summary["missing_keys"]
-    (['fc.weight'], [])
-    """
-    specs = {spec.key: spec for spec in alignment.target_specs}
-    return {
-        "coverage": alignment.coverage,
-        "tensors": {"source": len(alignment.source_specs), "target": len(alignment.target_specs)},
-        "matches": [_match(match, specs[match.target]) for match in alignment.matches],
-        "ambiguous": [_match(match, specs[match.target]) for match in alignment.ambiguous],
-        "mismatched_keys": [asdict(item) for item in alignment.mismatched],
-        "missing_keys": alignment.missing_keys,
-        "unexpected_keys": alignment.unexpected_keys,
-        "excluded": sorted(alignment.excluded),
-        "notes": list(alignment.notes),
-    }
-
-
-def _match(match: Match, spec: TensorSpec) -> dict[str, object]:
-    return {
-        "target": match.target,
-        "sources": list(match.sources),
-        "operation": str(match.operation),
-        "shape": list(spec.shape),
-        "dtype": spec.dtype_name,
-        "confidence": match.confidence,
-        "evidence": dict(match.evidence),
-        "adapted": match.operation.adapts,
-        "alternatives": [
-            {"sources": list(other.sources), "operation": str(other.operation), "score": other.score}
-            for other in match.alternatives
-        ],
-        "warnings": list(match.warnings),
-    }
-
-
 FORMAT = "autoalign.alignment"
-VERSION = 1
-_SHOWN = 10  # differences that an error lists
-_LONGEST = 200  # characters of what is damaged
-_UNREAD = " Nothing was read."
+VERSION = 1  # fields may be added to it: those that are not known are not read
+_MAX_DIFFERENCES = 10  # lines of an error
+_MAX_QUOTED_CHARACTERS = 200  # of what is damaged
 _DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 _COUNTER = "num_batches_tracked"  # an alignment that ``load`` returns leaves out those that a model alone has
 
 
 def alignment_to_plain(alignment: Plan) -> Plain:
-    """Write an alignment as plain data, without tensors."""
+    """Return an alignment as plain data, without tensors; see ``Alignment.to_dict``."""
     return {
         "format": FORMAT,
         "version": VERSION,
+        # These follow from the rest, and are not read again.
+        "coverage": alignment.coverage,
+        "missing_keys": alignment.missing_keys,
+        "unexpected_keys": alignment.unexpected_keys,
         "source": _side_to_plain(alignment.source_specs),
         "target": _side_to_plain(alignment.target_specs),
         "matches": [_match_to_plain(match) for match in alignment.matches],
@@ -98,42 +60,127 @@ def alignment_to_plain(alignment: Plan) -> Plain:
     }
 
 
+def _side_to_plain(specs: Sequence[TensorSpec]) -> Plain:
+    tensors = [[spec.key, list(spec.shape), spec.dtype_name] for spec in specs]
+    return {"tensors": tensors, "tied": [list(keys) for keys in tied_groups(specs)]}
+
+
+def _match_to_plain(match: Match) -> Plain:
+    data: Plain = {"target": match.target, "sources": list(match.sources), "confidence": match.confidence}
+    if match.operation != Copy():
+        data["operation"] = to_plain(match.operation)
+    if match.evidence:
+        data["evidence"] = dict(match.evidence)
+    if match.alternatives:
+        data["alternatives"] = [
+            {"sources": list(other.sources), "operation": to_plain(other.operation), "score": other.score}
+            for other in match.alternatives
+        ]
+    return data | ({"warnings": list(match.warnings)} if match.warnings else {})
+
+
 def alignment_from_plain(data: Mapping[str, Any]) -> Plan:
     """Read an alignment from plain data.
 
     Raises:
-        InputError: The data is no alignment, one of another version, or a field is not of its type and range.
+        InputError: The data is not an alignment, is one of another version, or a field is not of its type and range.
     """
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
-        raise InputError(f"This is no saved alignment.{_UNREAD}")
+        raise InputError("This is not a saved alignment. Nothing was read.")
     version = data.get("version")
     if version != VERSION or type(version) is not int:
         raise InputError(
-            f"This alignment was saved in version {repr(version)[:_LONGEST]}; this autoalign reads {VERSION}."
-            f"{_UNREAD} Align and save again."
+            f"This alignment was saved in version {repr(version)[:_MAX_QUOTED_CHARACTERS]}; this autoalign reads "
+            f"{VERSION}. Nothing was read. Align and save again."
         )
     try:
-        source, target = _side_from_plain(data["source"]), _side_from_plain(data["target"])
-        shapes = {spec.key: spec.shape for spec in source}, {spec.key: spec.shape for spec in target}
-        alignment = Plan(
-            matches=tuple(_match_from_plain(match, *shapes) for match in items(data["matches"])),
-            ambiguous=tuple(_match_from_plain(match, *shapes) for match in items(data["ambiguous"])),
-            mismatched=tuple(_mismatch_from_plain(pair, *shapes) for pair in items(data["mismatched"])),
-            source_specs=source,
-            target_specs=target,
-            excluded=frozenset(texts(data["excluded"])),
-            notes=texts(data["notes"]),
-        )
-        targets = Counter(match.target for match in (*alignment.matches, *alignment.ambiguous))
-        if targets and (repeated := targets.most_common(1)[0])[1] > 1:
-            raise ValueError(f"{repeated[0]!r} is filled twice")
+        return _plan_from_plain(data)
     except InputError:
         raise
-    except KeyError as error:
-        raise InputError(f"This saved alignment is damaged: it lacks {str(error)[:_LONGEST]}.{_UNREAD}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"This saved alignment is damaged: {str(error)[:_LONGEST]}.{_UNREAD}") from error
-    return alignment
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        damage = f"{'it lacks ' if isinstance(error, KeyError) else ''}{str(error)[:_MAX_QUOTED_CHARACTERS]}"
+        raise InputError(f"This saved alignment is damaged: {damage}. Nothing was read.") from error
+
+
+def _plan_from_plain(data: Mapping[str, Any]) -> Plan:
+    source, target = _side_from_plain(data["source"]), _side_from_plain(data["target"])
+    shapes = {spec.key: spec.shape for spec in source}, {spec.key: spec.shape for spec in target}
+    plan = Plan(
+        matches=tuple(_match_from_plain(match, *shapes) for match in items(data["matches"])),
+        ambiguous=tuple(_match_from_plain(match, *shapes) for match in items(data["ambiguous"])),
+        mismatched=tuple(_mismatch_from_plain(pair, *shapes) for pair in items(data["mismatched"])),
+        source_specs=source,
+        target_specs=target,
+        excluded=frozenset(texts(data["excluded"])),
+        notes=texts(data["notes"]),
+    )
+    targets = Counter(match.target for match in (*plan.matches, *plan.ambiguous))
+    if repeated := [key for key, count in targets.items() if count > 1]:
+        raise ValueError(f"{repeated[0]!r} is filled twice")
+    return plan
+
+
+def _side_from_plain(data: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+    group = {key: number for number, keys in enumerate(items(data["tied"])) for key in texts(keys)}
+    specs: dict[str, TensorSpec] = {}
+    for tensor in items(data["tensors"]):
+        key, shape, name = items(tensor)
+        sizes = tuple(integer(size) for size in items(shape))
+        if text(name) not in _DTYPES:
+            raise TypeError(f"{text(key)!r} has the unknown dtype {name!r}")
+        if key in specs or prod(sizes) > LARGEST:
+            raise ValueError(f"{text(key)!r} is listed twice, or larger than a tensor can be")
+        specs[key] = TensorSpec(text(key), sizes, _DTYPES[name], group.get(key))
+    if unknown := group.keys() - specs.keys():
+        raise KeyError(min(unknown))
+    return tuple(specs.values())
+
+
+def _match_from_plain(data: Mapping[str, Any], source: Mapping[str, Shape], target: Mapping[str, Shape]) -> Match:
+    key = text(data["target"])
+    shape = target[key]
+    sources = texts(data["sources"])
+    operation = _operation_from_plain(data.get("operation"), sources, source, shape)
+    evidence = data.get("evidence", {})
+    if not isinstance(evidence, Mapping):
+        raise TypeError(f"the evidence of {key!r} is not a mapping")
+    alternatives = []
+    for other in items(data.get("alternatives", [])):
+        others = texts(other["sources"])
+        alternative = _operation_from_plain(other["operation"], others, source, shape)
+        alternatives.append(Candidate(others, alternative, number(other["score"])))
+    return Match(
+        key,
+        sources,
+        operation,
+        number(data["confidence"], 0, 1),
+        {cue: number(value) for cue, value in evidence.items()},
+        tuple(alternatives),
+        texts(data.get("warnings", [])),
+    )
+
+
+def _operation_from_plain(data: object, sources: Sequence[str], source: Mapping[str, Shape], shape: Shape) -> Operation:
+    """Read an operation, a copy if there is none; it has to make a tensor of a shape of the given sources."""
+    operation = Copy() if data is None else from_plain(data)
+    given = tuple(source[key] for key in sources)
+    if not given or not (operation.adapts or _makes(operation, given, shape)):
+        raise ValueError(f"'{operation}' does not make {list(shape)} of {', '.join(sources)}"[:_MAX_QUOTED_CHARACTERS])
+    return operation
+
+
+def _makes(operation: Operation, given: tuple[Shape, ...], shape: Shape) -> bool:
+    if isinstance(operation, Copy):
+        return given == (shape,)
+    try:
+        return output_shapes(operation, given) == [shape]
+    except (RuntimeError, IndexError, TypeError, ValueError, OverflowError):  # what torch says of sizes that do not fit
+        return False
+
+
+def _mismatch_from_plain(pair: object, source: Mapping[str, Shape], target: Mapping[str, Shape]) -> Mismatch:
+    key, own = texts(pair)
+    return Mismatch(key, own, target[key], source[own])
 
 
 def save(alignment: Plan, path: str | os.PathLike[str]) -> None:
@@ -142,9 +189,10 @@ def save(alignment: Plan, path: str | os.PathLike[str]) -> None:
     try:
         replace_text(Path(path), text)
     except (OSError, ValueError, TypeError) as error:
-        shown = str(getattr(error, "strerror", None) or error)
+        reason = str(getattr(error, "strerror", None) or error)
+        shown = str(path)[:_MAX_QUOTED_CHARACTERS]
         raise OutputError(
-            f"The alignment cannot be saved to {str(path)[:_LONGEST]!r}: {shown}. What was there is unchanged."
+            f"The alignment cannot be saved to {shown!r}: {reason}. What was there is unchanged."
         ) from error
 
 
@@ -158,7 +206,7 @@ def read(path: str | os.PathLike[str]) -> Plan:
 
 
 def applied(alignment: PlanT, source: Side, target: Side, *, container: str | None) -> PlanT:
-    """Take an alignment to a pair of the same keys and shapes; see ``Alignment.applied_to``."""
+    """Apply an alignment to a pair of the same keys and shapes; see ``Alignment.applied_to``."""
     own, other = checkpoint_of(source, container=container), checkpoint_of(target)
     known = {spec.key for spec in alignment.target_specs}
     counted = [spec for spec in other.specs if spec.key in known or not spec.key.endswith(_COUNTER)]
@@ -167,19 +215,15 @@ def applied(alignment: PlanT, source: Side, target: Side, *, container: str | No
         *_differences("target", alignment.target_specs, counted),
     ]
     if lines:
-        more = [f"  ... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        listed = "\n".join([*lines[:_SHOWN], *more])
+        more = [f"  ... and {len(lines) - _MAX_DIFFERENCES} more"] if len(lines) > _MAX_DIFFERENCES else []
+        listed = "\n".join([*lines[:_MAX_DIFFERENCES], *more])
         raise PairMismatchError(
             f"The alignment was made for another pair; {len(lines)} tensors differ.\n{listed}\n"
             "Nothing was loaded. Align this pair itself, or use alignment.rules(), which may hold for it.",
             alignment,
         )
     codes = own.quantised, other.quantised
-    raw = (
-        [m.target for m in alignment.matches if not fills(m.sources, m.target, m.operation, *codes)]
-        if any(codes)
-        else ()
-    )
+    raw = [m.target for m in alignment.matches if not fills(m.sources, m.target, m.operation, *codes)]
     if raw:
         raise PairMismatchError(
             f"The alignment takes codes for values: one side of {len(raw)} tensors is quantised, such as {raw[0]}. "
@@ -199,7 +243,7 @@ def applied(alignment: PlanT, source: Side, target: Side, *, container: str | No
 
 
 def _differences(side: str, saved: Sequence[TensorSpec], given: Sequence[TensorSpec]) -> Iterable[str]:
-    """Say how a side differs from what an alignment was made for, a line for each tensor."""
+    """Yield a line for each tensor in which a side differs from that which an alignment was made for."""
     shapes = {spec.key: spec.shape for spec in given}
     for spec in saved:
         if spec.key not in shapes:
@@ -210,87 +254,3 @@ def _differences(side: str, saved: Sequence[TensorSpec], given: Sequence[TensorS
     for spec in given:
         if spec.key not in known:
             yield f"  {side} has {spec.key} {list(spec.shape)} too"
-
-
-def _side_to_plain(specs: Sequence[TensorSpec]) -> Plain:
-    tensors = [[spec.key, list(spec.shape), spec.dtype_name] for spec in specs]
-    return {"tensors": tensors, "tied": [list(keys) for keys in tied_groups(specs)]}
-
-
-def _side_from_plain(data: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
-    group = {key: number for number, keys in enumerate(items(data["tied"])) for key in texts(keys)}
-    specs: dict[str, TensorSpec] = {}
-    for tensor in items(data["tensors"]):
-        key, shape, name = items(tensor)
-        sizes = tuple(integer(size) for size in items(shape))
-        if text(name) not in _DTYPES:
-            raise TypeError(f"{text(key)!r} has no dtype {name!r}")
-        if key in specs or prod(sizes) > LARGEST:
-            raise ValueError(f"{text(key)!r} is listed twice, or larger than a tensor can be")
-        specs[key] = TensorSpec(text(key), sizes, _DTYPES[name], group.get(key))
-    if unknown := group.keys() - specs.keys():
-        raise KeyError(min(unknown))
-    return tuple(specs.values())
-
-
-def _match_to_plain(match: Match) -> Plain:
-    data: Plain = {"target": match.target, "sources": list(match.sources), "confidence": match.confidence}
-    if match.operation != Copy():
-        data["operation"] = to_plain(match.operation)
-    if match.evidence:
-        data["evidence"] = dict(match.evidence)
-    if match.alternatives:
-        data["alternatives"] = [
-            {"sources": list(other.sources), "operation": to_plain(other.operation), "score": other.score}
-            for other in match.alternatives
-        ]
-    return data | ({"warnings": list(match.warnings)} if match.warnings else {})
-
-
-def _match_from_plain(data: Mapping[str, Any], source: Mapping[str, Shape], target: Mapping[str, Shape]) -> Match:
-    key = text(data["target"])
-    shape = target[key]
-    sources = texts(data["sources"])
-    operation = _operation_from_plain(data.get("operation"), sources, source, shape)
-    evidence = data.get("evidence", {})
-    if not isinstance(evidence, Mapping):
-        raise TypeError(f"the evidence of {key!r} is not a mapping")
-    alternatives = []
-    for other in items(data.get("alternatives", [])):
-        others = texts(other["sources"])
-        alternatives.append(
-            Candidate(others, _operation_from_plain(other["operation"], others, source, shape), number(other["score"]))
-        )
-    return Match(
-        key,
-        sources,
-        operation,
-        number(data["confidence"], 0, 1),
-        {cue: number(value) for cue, value in evidence.items()},
-        tuple(alternatives),
-        texts(data.get("warnings", [])),
-    )
-
-
-def _operation_from_plain(data: object, sources: Sequence[str], source: Mapping[str, Shape], shape: Shape) -> Operation:
-    """Read an operation that makes a tensor of a shape of given sources; none is a copy."""
-    operation = Copy() if data is None else from_plain(data)
-    given = tuple(source[key] for key in sources)
-    if not given or not (operation.adapts or _makes(operation, given, shape)):
-        raise ValueError(f"'{operation}' does not make {list(shape)} of {', '.join(sources)}"[:_LONGEST])
-    return operation
-
-
-def _makes(operation: Operation, given: tuple[Shape, ...], shape: Shape) -> bool:
-    """True if an operation turns tensors of the given shapes into one of a shape."""
-    if isinstance(operation, Copy):
-        return given == (shape,)
-    try:
-        return output_shapes(operation, given) == [shape]
-    except (RuntimeError, IndexError, TypeError, ValueError, OverflowError):  # what torch says of sizes that do not fit
-        return False
-
-
-def _mismatch_from_plain(pair: object, source: Mapping[str, Shape], target: Mapping[str, Shape]) -> Mismatch:
-    key, own = texts(pair)
-    return Mismatch(key, own, target[key], source[own])

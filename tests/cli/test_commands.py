@@ -137,7 +137,19 @@ def test_align_gives_json(checkpoint: str, capsys: pytest.CaptureFixture[str]) -
     filled = [f"fc{number}.{leaf}" for number in range(1, 5) for leaf in ("weight", "bias")]
     assert [match["target"] for match in found["matches"]] == filled
     assert found["matches"][0]["sources"] == ["layer1.weight"]
-    assert found["mismatched_keys"][0]["shape"] == [9, 7]
+    assert found["mismatched"] == [["head.weight", "out.weight"], ["head.bias", "out.bias"]]
+    assert (found["source"]["name"], found["target"]["name"]) == (checkpoint, WIDER)
+
+
+def test_the_json_of_a_command_is_a_saved_alignment(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["load-check", checkpoint, WIDER, "--format", "json"])
+    (tmp_path / "a.json").write_text(capsys.readouterr().out)
+    model = Network(classes=9, renamed=True)
+    assert Alignment.read(tmp_path / "a.json") == autoalign.align(checkpoint, model)
+    with pytest.warns(autoalign.PartialLoadWarning, match="head"):
+        assert len(autoalign.load(model, checkpoint, alignment=Alignment.read(tmp_path / "a.json")).matches) == 8
 
 
 def test_align_cuts_long_reports_unless_all_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Alignments written to files and applied later."""
+"""Alignments as JSON: what it holds, what is read of it, and that it is applied later."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from torch import nn
 import autoalign
 from autoalign import Alignment, InputError, PairMismatchError
 from autoalign.checkpoints.atomic import replace_text
-from autoalign.plan.matches import Match
-from autoalign.plan.operations import Concatenate
+from autoalign.plan.matches import Candidate, Match, Mismatch
+from autoalign.plan.operations import Concatenate, Split
+from autoalign.plan.specs import TensorSpec
+from autoalign.reports.serialization import alignment_from_plain
+from tests.alignments import spec
 
 
 def names(alignment: Alignment) -> dict[str, tuple[str, ...]]:
@@ -57,6 +60,63 @@ def test_everything_that_an_alignment_says_is_kept(tmp_path: Path) -> None:
     assert read.missing_keys == alignment.missing_keys
     assert read.unexpected_keys == alignment.unexpected_keys  # which knows that q.weight is tied
     assert str(read) == str(alignment)
+
+
+def test_what_follows_from_an_alignment_is_written_too_and_not_read() -> None:
+    source = {"qkv.weight": torch.ones(6, 2), "fc.weight": torch.ones(5, 2), "old": torch.ones(7)}
+    target = {
+        **{f"{name}.weight": torch.empty(2, 2) for name in "qkv"},
+        "fc.weight": torch.empty(4, 2),
+        "new": torch.empty(9),
+    }
+    alignment = autoalign.align(source, target, rules=[("fc.weight", "fc.weight")], exclude="new", adapt="head")
+    found = json.loads(json.dumps(alignment.to_dict()))
+    assert [match["target"] for match in found["matches"]] == [match.target for match in alignment.matches]
+    assert [len(found[side]["tensors"]) for side in ("source", "target")] == [3, 5]
+    assert (found["missing_keys"], found["unexpected_keys"]) == (alignment.missing_keys, alignment.unexpected_keys)
+    assert found["coverage"] == alignment.coverage
+    assert found["excluded"] == ["new"]
+    by_target = {match["target"]: match for match in found["matches"] + found["ambiguous"]}
+    assert by_target["q.weight"]["sources"] == ["qkv.weight"]
+    assert by_target["q.weight"]["operation"] == {"kind": "Split", "dim": 0, "start": 0, "length": 2}
+    assert by_target["fc.weight"]["warnings"]
+    for name in ("coverage", "missing_keys", "unexpected_keys"):
+        found[name] = None
+    assert alignment_from_plain(found) == alignment
+
+
+OLD = """{
+ "format": "autoalign.alignment",
+ "version": 1,
+ "source": {"tensors": [["qkv.weight", [6, 2], "float32"], ["old", [3], "float16"], ["tied", [3], "float16"]],
+            "tied": [["old", "tied"]]},
+ "target": {"tensors": [["q.weight", [2, 2], "float32"], ["fc", [4], "float32"]], "tied": []},
+ "matches": [{"target": "q.weight", "sources": ["qkv.weight"], "confidence": 0.5,
+              "operation": {"kind": "Split", "dim": 0, "start": 0, "length": 2}, "evidence": {"name": 0.25},
+              "alternatives": [{"sources": ["qkv.weight"], "operation": {"kind": "Split", "dim": 0, "start": 2,
+                                                                         "length": 2}, "score": 1.5}],
+              "warnings": ["beware"]}],
+ "ambiguous": [],
+ "mismatched": [["fc", "old"]],
+ "excluded": ["tied"],
+ "notes": ["a note"]
+}"""
+
+
+def test_a_file_of_the_first_release_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(OLD)
+    other = Candidate(("qkv.weight",), Split(0, 2, 2), 1.5)
+    match = Match("q.weight", ("qkv.weight",), Split(0, 0, 2), 0.5, {"name": 0.25}, (other,), ("beware",))
+    float16 = torch.float16
+    assert Alignment.read(tmp_path / "a.json") == Alignment(
+        (match,),
+        (),
+        (Mismatch("fc", "old", (4,), (3,)),),
+        (spec("qkv.weight", 6, 2), TensorSpec("old", (3,), float16, 1), TensorSpec("tied", (3,), float16, 1)),
+        (spec("q.weight", 2, 2), spec("fc", 4)),
+        frozenset({"tied"}),
+        ("a note",),
+    )
 
 
 def _change(path: tuple[object, ...], value: object) -> Callable[[Any], None]:
@@ -138,7 +198,7 @@ def test_every_field_is_checked_on_reading(path: tuple[object, ...], value: obje
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"version": ' + "1" * 5000 + "}", "3", "", "{}", "\ud800"])
 def test_what_is_not_a_saved_alignment_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(InputError, match=r"no saved alignment|cannot be read as a saved alignment"):
+    with pytest.raises(InputError, match=r"not a saved alignment|cannot be read as a saved alignment"):
         Alignment.read(tmp_path / "a.json")
 
 
@@ -193,8 +253,8 @@ def test_counters_that_the_checkpoint_lacks_do_not_keep_an_alignment_from_being_
     ("text", "message"),
     [
         ("", "cannot be read as a saved alignment"),
-        ("[]", "no saved alignment"),
-        ('{"version": 1}', "no saved alignment"),
+        ("[]", "not a saved alignment"),
+        ('{"version": 1}', "not a saved alignment"),
         ('{"format": "autoalign.alignment", "version": 9}', "saved in version 9; this autoalign reads 1"),
         ('{"format": "autoalign.alignment", "version": 1}', "damaged"),
     ],
