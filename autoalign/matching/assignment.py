@@ -1,4 +1,4 @@
-"""Matching: one joint optimisation over all candidate pairs, finished by an exact assignment.
+"""Assignment: one joint optimisation over all candidate pairs, finished by an exact assignment.
 
 Graduated assignment (Gold and Rangarajan, "A graduated assignment algorithm for graph matching", 1996) on the module
 trees, with evidence pooled over repeated structure as in similarity flooding (Melnik et al., 2002). Pairs of units are
@@ -10,7 +10,7 @@ and a pair's own vote does not count for itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +19,18 @@ from autoalign.matching.candidates import Candidates
 from autoalign.matching.features import Floats, Ints, SideEvidence, name_scores
 
 WEIGHTS = {"name": 1.0, "structure": 2.0, "pattern": 1.4, "order": 0.4, "place": 0.4, "shape": 0.6}
-STEPS = 10
-SHARPNESS, SHARPENING = 2.0, 1.4  # of the first soft assignment, and its growth a step
-SETTLED = 0.002  # the largest change of a soft assignment that changes nothing
-RANK_DECAY = 0.7  # a rank that is off by n agrees to exp(-RANK_DECAY * n)
-RANK_SHARE = 0.3  # how much of a vote hangs on the rank within the voting ancestors
-UNORDERED = 0.3  # of it for modules where one side's keys are sorted, so that their order tells little
-LIST_FLOOR = 0.1  # what remains of a vote between blocks of quite different places
-ALONE = 2.0  # the worth of leaving a unit without a partner
-UNPOOLED = 0.3  # the pattern score of a template that occurs once
-_TOGETHER = 2**15  # pairs times templates that are scored at once, while the arrays are small
-_SPARSE = 8  # numbers that there may be for each that is used
-_DENSE = 2**22  # cells of the largest table in which an exact assignment is sought
+_MAX_STEPS = 10
+_FIRST_SHARPNESS, _SHARPENING_FACTOR = 2.0, 1.4  # of the first soft assignment, and what each step multiplies it by
+_CONVERGED_BELOW = 0.002  # the largest change of a soft assignment at which the steps end
+_RANK_DECAY = 0.7  # ranks that differ by n agree to exp(-_RANK_DECAY * n)
+_RANK_SHARE = 0.3  # how much of a vote hangs on the rank within the voting ancestors
+_UNORDERED_DECAY_SHARE = 0.3  # of the decay where one side's keys are sorted, so that the order of modules tells little
+_MIN_LIST_AGREEMENT = 0.1  # what remains of a vote between blocks of quite different places
+_UNMATCHED_SCORE = 2.0  # of a unit without a partner
+_SINGLE_TEMPLATE_SCORE = 0.3  # the pattern score of a template that occurs once
+_MAX_SCORED_AT_ONCE = 2**15  # pairs times templates; numpy is fastest on small arrays
+_MAX_IDS_PER_CELL = 8  # above it, ids are numbered anew without gaps
+_MAX_DENSE_CELLS = 2**22  # of a table of gains; above it, the exact assignment is sought in a sparse one
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         "order": np.zeros(len(rows), dtype=np.float32),
     }
     structure = _StructureVotes(source, target, rows, columns)
-    width = max(_TOGETHER // len(rows), 1)
+    width = max(_MAX_SCORED_AT_ONCE // len(rows), 1)
     patterns = [
         _PatternVotes(source.templates[k : k + width], target.templates[k : k + width], rows, columns)
         for k in range(0, len(source.templates), width)
@@ -72,10 +72,10 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     shape = (len(source.paths), len(target.paths))
     known = [cues[name] * WEIGHTS[name] for name in ("name", "place", "shape")]
     score = np.asarray(np.sum([*known, 0.5 * structure.root_agreement], axis=0), dtype=np.float32)
-    sharpness = SHARPNESS
+    sharpness = _FIRST_SHARPNESS
     softmax = _Softmax(rows, columns)
     soft = softmax(score, sharpness)
-    for _ in range(STEPS):
+    for _ in range(_MAX_STEPS):
         cues["structure"] = structure.scores(soft)
         row_mass, column_mass = _masses(soft, rows, columns, shape)
         pooled = np.concatenate([votes.scores(soft, row_mass, column_mass) for votes in patterns])
@@ -86,9 +86,9 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         for name, weight in WEIGHTS.items():
             total += cues[name] * weight
         score = total.astype(np.float32)
-        sharpness *= SHARPENING
+        sharpness *= _SHARPENING_FACTOR
         before, soft = soft, softmax(score, sharpness)
-        if np.abs(soft - before).max() < SETTLED:
+        if np.abs(soft - before).max() < _CONVERGED_BELOW:
             break
     chosen = _exact_assignment(score, rows, columns, shape)
     margin, runner_up = _rivals(score, chosen, rows, columns, shape)
@@ -104,7 +104,7 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
 
 
 def _same_place(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Floats:
-    """Tell the pairs of units that have the same place in lists of the same length: 1, else 0."""
+    """Return 1 for pairs of units that have the same place in lists of the same length, else 0."""
     listed = (source.length[rows] == target.length[columns]) & (source.length[rows] > 1)
     return np.asarray(listed & (source.place[rows] == target.place[columns]), dtype=np.float32)
 
@@ -124,9 +124,9 @@ class _StructureVotes:
         self.pairs = np.ascontiguousarray(np.where(valid, above.astype(np.int64) * self.shape[1] + above_other, dump))
         self.depths = (above >= 0).sum(axis=0)[0], (above_other >= 0).sum(axis=1)[0]
         distance = np.abs(source.rank.T[:, None, rows] - target.rank.T[None, :, columns])
-        agreement = np.exp(np.float32(-RANK_DECAY) * distance.astype(np.float32))
+        agreement = np.exp(np.float32(-_RANK_DECAY) * distance.astype(np.float32))
         agreement *= np.where(source.count.T[:, None, rows] == target.count.T[None, :, columns], 1.0, 0.7)
-        agreement = ((1 - RANK_SHARE) + RANK_SHARE * agreement) * valid
+        agreement = ((1 - _RANK_SHARE) + _RANK_SHARE * agreement) * valid
         self.agreement = np.ascontiguousarray(agreement, dtype=np.float32)
         self.root_agreement = self.agreement[self.depths[0] - 1, self.depths[1] - 1, np.arange(len(rows))]
         sizes = []
@@ -161,14 +161,16 @@ class _StructureVotes:
 
 
 def _module_agreement(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Floats:
-    """Tell how well the places of two modules among their like agree, for pairs of modules."""
-    decay = RANK_DECAY * (1.0 if source.ordered and target.ordered else UNORDERED)
+    """Compute how well the places of two modules among their like agree, for pairs of modules."""
+    decay = _RANK_DECAY * (1.0 if source.ordered and target.ordered else _UNORDERED_DECAY_SHARE)
     by_content = 0.9 * np.exp(-decay * np.abs(source.module_rank[rows] - target.module_rank[columns]))
     places = source.list_rank[rows], target.list_rank[columns]
     listed = (places[0] >= 0) & (places[1] >= 0)
-    by_number = np.where(listed, np.exp(-RANK_DECAY * np.abs(places[0] - places[1])), 0.0)
+    by_number = np.where(listed, np.exp(-_RANK_DECAY * np.abs(places[0] - places[1])), 0.0)
     several = (source.module_size[rows] > 1) & (target.module_size[columns] > 1)
-    agreement = np.where(several, LIST_FLOOR + (1 - LIST_FLOOR) * np.maximum(by_content, by_number), 1.0)
+    agreement = np.where(
+        several, _MIN_LIST_AGREEMENT + (1 - _MIN_LIST_AGREEMENT) * np.maximum(by_content, by_number), 1.0
+    )
     return agreement.astype(np.float32)
 
 
@@ -187,14 +189,14 @@ class _PatternVotes:
         pooled = np.sqrt(np.maximum(own - row_mass[self.rows], 0) * np.maximum(other - column_mass[self.columns], 0))
         trust = pooled / (pooled + 0.3)
         share = np.minimum(np.maximum((together - soft) / (pooled + 1e-9), 0), 1)
-        return np.asarray(trust * share + (1 - trust) * UNPOOLED, dtype=np.float32)
+        return np.asarray(trust * share + (1 - trust) * _SINGLE_TEMPLATE_SCORE, dtype=np.float32)
 
 
 def _apart(ids: Ints) -> Ints:
     """Number what is in each row anew, so that no two rows have a number in common; without large gaps."""
     sizes = ids.max(axis=1) + 1
     apart = ids + (np.cumsum(sizes) - sizes)[:, None]
-    if sizes.sum() > _SPARSE * ids.size:
+    if sizes.sum() > _MAX_IDS_PER_CELL * ids.size:
         apart = np.unique(apart, return_inverse=True)[1].reshape(ids.shape)
     return np.asarray(apart)
 
@@ -259,8 +261,8 @@ def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int
         height = heights[of[members[0]]]
         width = sizes[of[members[0]]] - height
         cells = place[rows[members]], place[columns[members] + shape[0]] - height
-        gain = np.maximum(score[members] - ALONE, 0)
-        if height * width > _DENSE:
+        gain = np.maximum(score[members] - _UNMATCHED_SCORE, 0)
+        if height * width > _MAX_DENSE_CELLS:
             chosen.append(members[_sparse_assignment(gain, *cells, (height, width))])
             continue
         table, pair = np.zeros((height, width)), np.full((height, width), -1)
@@ -268,7 +270,7 @@ def _exact_assignment(score: Floats, rows: Ints, columns: Ints, shape: tuple[int
         picked = pair[linear_sum_assignment(table, maximize=True)]
         chosen.append(picked[picked >= 0])
     everything = np.concatenate(chosen)
-    everything = everything[score[everything] > ALONE]
+    everything = everything[score[everything] > _UNMATCHED_SCORE]
     return np.asarray(everything[np.argsort(columns[everything], kind="stable")], dtype=np.intp)
 
 
@@ -299,7 +301,7 @@ def _rivals(
     """Measure what each chosen pair would lose to its best rival, and find that rival.
 
     To take a rival pair, two chosen pairs must exchange their units; what is lost by the best such exchange is the
-    margin. A unit that is left alone counts as a pair of score ``ALONE``.
+    margin. A unit that is left alone counts as a pair of score ``_UNMATCHED_SCORE``.
     """
     pair_of_row, pair_of_column = np.full(shape[0], -1), np.full(shape[1], -1)
     pair_of_row[rows[chosen]] = chosen
@@ -308,13 +310,18 @@ def _rivals(
     rest[chosen] = False
     rivals = np.flatnonzero(rest)
     first, second = pair_of_row[rows[rivals]], pair_of_column[columns[rivals]]  # the pairs that would break up
-    known = np.append(score, ALONE)  # index -1: alone
+    known = np.append(score, _UNMATCHED_SCORE)  # index -1: alone
     code = rows * shape[1] + columns
     by_code = np.argsort(code, kind="stable")
     wanted = np.where((first >= 0) & (second >= 0), rows[second] * shape[1] + columns[first], -1)
     place = np.minimum(np.searchsorted(code[by_code], wanted), len(code) - 1)
     crossed = np.where(code[by_code][place] == wanted, by_code[place], -1)
-    loss = known[first] + known[second] - score[rivals] - np.where((first >= 0) & (second >= 0), known[crossed], ALONE)
+    loss = (
+        known[first]
+        + known[second]
+        - score[rivals]
+        - np.where((first >= 0) & (second >= 0), known[crossed], _UNMATCHED_SCORE)
+    )
     margin = np.append(score, 0.0)
     for broken in (first, second):
         np.minimum.at(margin, broken, np.where(broken >= 0, loss, np.inf))
@@ -322,3 +329,10 @@ def _rivals(
     descending = np.argsort(-loss, kind="stable")
     runner_up[columns[rivals][descending]] = rows[rivals][descending]  # the last, cheapest one stays
     return np.asarray(margin[chosen], dtype=np.float32), runner_up[columns[chosen]]
+
+
+def with_sources(assignment: Assignment, source: Ints) -> Assignment:
+    """Replace the sources of all places; what they had is the next best."""
+    rival = np.where(source != assignment.source, assignment.source, assignment.runner_up)
+    cues = {**assignment.cues, "name": assignment.names[source, assignment.target]}
+    return replace(assignment, source=source, runner_up=rival, cues=cues)

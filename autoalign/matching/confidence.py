@@ -1,15 +1,17 @@
-"""Calibration: from the optimisation's own confidence to one that was held by matches with known truth.
+"""Confidence: how far matches may be believed, from their scores, from caps, and from what two networks have in common.
 
-``calibration.json`` is a table of knots: a confidence as the optimisation gives it, and the least share of right ones
-(the lower end of Wilson's interval at 95 %) among the matches about there. ``python -m
-benchmarks.accuracy.calibration`` remakes it. It only ever lowers a confidence: what is said is at most what was seen.
+The score and the margin of a pair make a raw confidence, which ``calibration.json`` turns into one that was held by
+matches with known truth. It is a table of knots: a raw confidence, and the least share of right ones (the lower end of
+Wilson's interval at 95 %) among the matches about there. ``python -m benchmarks.accuracy.calibration`` remakes it. It
+only ever lowers a confidence, so that what is said is at most what was seen.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from statistics import median
@@ -20,9 +22,27 @@ from numpy.typing import NDArray
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.features import Floats
 from autoalign.matching.layers import Part, Path, Unit, Units, counts_of, units_of
+from autoalign.matching.names import similar_words, words
+from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import numbers, stem
 
 FILE = "calibration.json"
+
+# Caps: the most that a match is believed.
+AMBIGUOUS = 0.45  # where something else would be as good, or speaks against the match; it is not loaded by default
+INFERRED = 0.85  # where order, a config, or that nothing else is left tells it
+
+# Thresholds of what two networks have in common.
+_MIN_LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks
+_MIN_SOUND_FIT = 0.5  # the fit of shapes from which a pair is more than elements of equal number
+_MIN_MEAN_FIT = 0.35  # of likely pairs; below it, layers have little but one tensor each in common
+_MIN_PARTNERED_SHARE = 0.3  # of either side's layers
+_MIN_FILLED_OF_ONE_SIDE = 0.92  # share of one side's blocks that settles the relation alone
+_MIN_FILLED_PRODUCT = 0.6  # of both sides' shares, which settles it together
+_MIN_ISLAND_SHARE = 0.6  # product of both sides' matched shares from which modules correspond as a whole
+_MIN_WORD_SIMILARITY = 0.3  # from which the names of modules speak for their pair
+
+_Side = tuple[Units, Sequence[Part]]
 
 
 def calibrated(confidence: Floats) -> Floats:
@@ -52,16 +72,6 @@ def _knots() -> tuple[Floats, Floats]:
     return np.asarray(raw, dtype=np.float64), np.asarray(held, dtype=np.float64)
 
 
-_LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks
-_SOUND = 0.5  # the fit of shapes from which a pair is more than elements of equal number
-_WHOLE = 0.35  # the mean fit below which layers have little but one tensor each in common
-_LEAST = 0.3  # of either side's layers that must have a partner
-_COMPLETE = 0.92  # filled share of one side's blocks that settles the relation alone
-_TOGETHER = 0.6  # product of both sides' filled shares that settles it together
-
-_Side = tuple[Units, Sequence[Part]]
-
-
 def confidence_of(assignment: Assignment) -> Floats:
     """Turn the score and the margin of each chosen pair into the confidence that it is right, in [0, 1]."""
     strong = 1 / (1 + np.exp(-5.0 * (assignment.score - 2.45)))
@@ -76,7 +86,7 @@ def related(
     target: _Side,
     whole: tuple[Sequence[Part], Sequence[Part]],
 ) -> bool:
-    """Tell whether two networks have enough in common for any of it to be believed.
+    """True if two networks have enough in common for any of it to be believed.
 
     Where a block has a true counterpart, nearly all of its layers do, with nearly all of their tensors. Between
     unrelated networks shapes agree here and there, and blocks are filled in part. So the blocks that are touched at all
@@ -90,18 +100,21 @@ def related(
         target: Those of the target.
         whole: All parts of both sides, in scope or not.
     """
-    likely = confidence > _LIKELY
+    likely = confidence > _MIN_LIKELY
     counts = counts_of(*source), counts_of(*target)
     used = np.zeros(len(source[0]), dtype=bool), np.zeros(len(target[0]), dtype=bool)
     used[0][assignment.source[likely]] = used[1][assignment.target[likely]] = True
-    if not likely.any() or max(of[by].sum() / of.sum() for by, of in zip(used, counts, strict=True)) < _LEAST:
+    if (
+        not likely.any()
+        or max(of[by].sum() / of.sum() for by, of in zip(used, counts, strict=True)) < _MIN_PARTNERED_SHARE
+    ):
         return False
-    if assignment.cues["shape"][likely].mean() < _WHOLE:
+    if assignment.cues["shape"][likely].mean() < _MIN_MEAN_FIT:
         return False
     filled = _filled(source[0], used[0], counts[0]), _filled(target[0], used[1], counts[1])
-    if max(filled) < _COMPLETE and filled[0] * filled[1] < _TOGETHER:
+    if max(filled) < _MIN_FILLED_OF_ONE_SIDE and filled[0] * filled[1] < _MIN_FILLED_PRODUCT:
         return False
-    sound = likely & (assignment.cues["shape"] >= _SOUND)
+    sound = likely & (assignment.cues["shape"] >= _MIN_SOUND_FIT)
     tops = [
         {side[1][part].path[:1] for unit in index[sound].tolist() for _, part in side[0][unit].parts}
         for side, index in ((source, assignment.source), (target, assignment.target))
@@ -123,25 +136,25 @@ def _are_partnered(
     source: _Side,
     target: _Side,
 ) -> bool:
-    """Tell whether two tensors are matched to one another, however they fit, or one of them to one that fits well."""
+    """True if two tensors are matched to one another, however they fit, or one of them to one that fits well."""
     for place in np.flatnonzero(likely):
         units = source[0][assignment.source[place]], target[0][assignment.target[place]]
         has_own = any(source[1][part].tensor == own for _, part in units[0].parts)
         has_other = any(target[1][part].tensor == other for _, part in units[1].parts)
-        if (has_own and has_other) or ((has_own or has_other) and assignment.cues["shape"][place] >= _SOUND):
+        if (has_own and has_other) or ((has_own or has_other) and assignment.cues["shape"][place] >= _MIN_SOUND_FIT):
             return True
     return False
 
 
-def twins(assignment: Assignment, source: _Side) -> NDArray[np.bool_]:
-    """Find the pairs of a parameter that stands alone and has a twin of its name and shape, which is left over."""
+def unused_duplicates(assignment: Assignment, source: _Side) -> NDArray[np.bool_]:
+    """For each pair, True if it takes a parameter that stands alone and an unused one has the same name and shape."""
     used = set(assignment.source.tolist())
     left = {_alone(unit, source[1]) for index, unit in enumerate(source[0]) if index not in used} - {None}
     return np.asarray([bool(left) and _alone(source[0][i], source[1]) in left for i in assignment.source], dtype=bool)
 
 
 def _alone(unit: Unit, parts: Sequence[Part]) -> tuple[str, tuple[int, ...]] | None:
-    """Give the name and the shape of a parameter that belongs to no layer and no list; None for all else."""
+    """Return the name and the shape of a parameter that belongs to no layer and no list; None for all else."""
     if unit.kinds != ("other",) or len(unit.path) < 2 or any(map(numbers, unit.path)):
         return None
     return unit.path[-1], parts[unit.parts[0][1]].shape
@@ -170,7 +183,7 @@ def _first_layer(side: _Side, tops: Collection[Path] | None = None) -> Part | No
 
 
 def _filled(units: Units, used: NDArray[np.bool_], counts: NDArray[np.int64]) -> float:
-    """Measure the share of partnered layers in the blocks that have any."""
+    """Compute the share of partnered layers in the blocks that have any."""
     numbered: dict[Path, int] = {}
     block = np.asarray([numbered.setdefault(block, len(numbered)) for block in units.blocks])
     filled, size = np.bincount(block, used * counts), np.bincount(block, counts)
@@ -178,11 +191,11 @@ def _filled(units: Units, used: NDArray[np.bool_], counts: NDArray[np.int64]) ->
 
 
 def coherence(assignment: Assignment, source: Units, target: Units, confidence: Floats) -> Floats:
-    """Tell how far each pair's blocks are filled, against other blocks of the same kind, in [0, 1].
+    """Compute how far each pair's blocks are filled, against other blocks of the same kind, in [0, 1].
 
     A pair that takes a single layer of a block, where others of its kind are taken whole, is a coincidence.
     """
-    likely = confidence > _LIKELY
+    likely = confidence > _MIN_LIKELY
     result = np.ones(len(confidence), dtype=np.float32)
     for units, index in ((source, assignment.source), (target, assignment.target)):
         block = units.blocks
@@ -194,3 +207,96 @@ def coherence(assignment: Assignment, source: Units, target: Units, confidence: 
         share = {path: taken[path] / size[path] / usual.get(tuple(map(stem, path)), 1.0) for path in size}
         result = np.minimum(result, np.asarray([share[block[i]] for i in index.tolist()], dtype=np.float32))
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """The modules of one side at one depth."""
+
+    names: Sequence[Path]  # [units]: of the module that a unit is in, or of the unit if it stands at this depth itself
+    sizes: Mapping[Path, int]  # layers in each
+    deep: frozenset[Path]  # those that hold more than a layer of this name
+
+
+def shape_only_pairs(assignment: Assignment, source: _Side, target: _Side, fixed: Collection[int] = ()) -> list[int]:
+    """List the pairs of units that nothing but their shapes speaks for.
+
+    Beside a network that corresponds, what is left over of a head may fit into an unlike decoder here and there. An
+    island is a group of modules whose layers are matched to one another, apart from all else that is matched. Where
+    most of it has no counterpart, and the names of its modules have nothing in common, only shapes speak for its pairs.
+
+    The modules at the top are looked at first, then those in the largest island, and so on. Where less than half of the
+    pairs are in islands that something speaks for, all names may have been changed, and none is doubted.
+
+    Args:
+        assignment: The chosen pairs of units.
+        source: Units and parts of the source, under one root.
+        target: Those of the target, likewise.
+        fixed: Units of the target whose partners are known.
+
+    Returns:
+        The places of these pairs.
+    """
+    sides = source, target
+    chosen = assignment.source.tolist(), assignment.target.tolist()
+    counts = counts_of(*source).tolist(), counts_of(*target).tolist()
+    known = {place for place, unit in enumerate(chosen[1]) if unit in fixed}
+    found, places, depths = list[int](), list(range(len(chosen[0]))), (1, 1)
+    while places:
+        levels = [_level(side[0].paths, *of) for side, *of in zip(sides, counts, depths, strict=True)]
+        at = [[level.names[unit] for unit in units] for level, units in zip(levels, chosen, strict=True)]
+        islands = _islands({place: (at[0][place], at[1][place]) for place in places})
+        doubted = list[int]()
+        for island in islands:
+            modules = [{names[place] for place in island} for names in at]
+            share = 1.0
+            for level, of, count, units in zip(levels, modules, counts, chosen, strict=True):
+                share *= sum(count[units[place]] for place in island) / sum(map(level.sizes.__getitem__, of))
+            is_deep = not any(level.deep.isdisjoint(of) for level, of in zip(levels, modules, strict=True))
+            if (
+                is_deep
+                and share < _MIN_ISLAND_SHARE
+                and known.isdisjoint(island)
+                and not _have_words_in_common(*modules)
+            ):
+                doubted += island
+        if 2 * len(doubted) <= len(places):
+            found += doubted
+        largest = max(islands, key=len)
+        single = [len({names[place] for place in largest}) == 1 for names in at]
+        if 2 * len(largest) < len(places) or not any(single):
+            break
+        depths = depths[0] + single[0], depths[1] + single[1]
+        ends = [[len(side[0].paths[unit]) for unit in units] for side, units in zip(sides, chosen, strict=True)]
+        places = [p for p in largest if ends[0][p] >= depths[0] and ends[1][p] >= depths[1]]
+    return sorted(found)
+
+
+def _level(paths: Sequence[Path], counts: Sequence[int], depth: int) -> _Level:
+    names = [path[:depth] for path in paths]
+    sizes = Counter[Path]()
+    for name, count in zip(names, counts, strict=True):
+        sizes[name] += count
+    return _Level(names, sizes, frozenset(path[:depth] for path in paths if len(path) > depth))
+
+
+def _islands(pairs: Mapping[int, tuple[Path, Path]]) -> list[list[int]]:
+    """Group pairs of modules, by their places, so that no module is in two groups."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    ids: dict[tuple[int, Path], int] = {}
+    ends = [[ids.setdefault((side, pair[side]), len(ids)) for pair in pairs.values()] for side in (0, 1)]
+    graph = coo_array((np.ones(len(pairs)), ends), shape=(len(ids), len(ids)))
+    _, island_of = connected_components(graph, directed=False)
+    islands: dict[int, list[int]] = {}
+    for place, module in zip(pairs, ends[0], strict=True):
+        islands.setdefault(int(island_of[module]), []).append(place)
+    return list(islands.values())
+
+
+def _have_words_in_common(source: Collection[Path], target: Collection[Path]) -> bool:
+    """True if modules have names in common, or words in their names that say more than a type of layer."""
+    own, other = ({path[-1] for path in modules} for modules in (source, target))
+    told = [sorted({word for name in names for word in words(name)} - LAYER_TYPES) for names in (own, other)]
+    return not own.isdisjoint(other) or max(similar_words(*told).values(), default=0) >= _MIN_WORD_SIMILARITY

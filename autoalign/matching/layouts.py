@@ -1,4 +1,4 @@
-"""Doubts: tensors whose shapes fit although their rows may be in another order.
+"""Layouts: tensors whose shapes fit although their rows may be in another order.
 
 Nothing in two lists of shapes shows these. A match in doubt carries a warning and its other layouts; it is loaded only
 where something else in the two checkpoints tells the layout.
@@ -20,11 +20,23 @@ from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
 from autoalign.plan.specs import TensorSpec
 
-DOUBTED = 0.45  # the most that a match in doubt is believed
-TOLD = 0.85  # the most that one is believed whose layout was told by more than its shape
-
-_USUAL = (64, 128, 80, 96, 32, 256, 112, 72, 88, 48, 40, 160, 192, 16)  # sizes of heads, the most frequent first
-_IMAGE_CHANNELS = 4  # the most channels that an image has
+_USUAL_HEAD_SIZES = (
+    64,
+    128,
+    80,
+    96,
+    32,
+    256,
+    112,
+    72,
+    88,
+    48,
+    40,
+    160,
+    192,
+    16,
+)  # the most frequent first
+_MAX_IMAGE_CHANNELS = 4
 
 ROTARY = (
     "right shape, but rotary layouts differ between Meta's and Hugging Face's code: "
@@ -50,7 +62,7 @@ class Doubt:
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """What a side tells of the code that it comes from."""
+    """What a side shows of the code that it comes from."""
 
     rotation: Rotation  # of its queries and keys
     rotated: int | None  # rows of a head that are rotated, as a companion buffer of frequencies tells
@@ -106,7 +118,7 @@ def _layer_name(path: Path) -> str:
 
 
 def _order_of_halves(path: Path) -> tuple[str, ...]:
-    """Name what tells the order of a gate and what it gates: that the gate is first, or else the layer's name."""
+    """Return what shows the order of a gate and what it gates: that the gate is first, or else the layer's name."""
     found = words(_layer_name(path))
     return ("gateup",) if "gateup" in found or found in GATE_FIRST else found
 
@@ -139,7 +151,7 @@ def _head_dims(parts: Sequence[Part], rows: int, config: Mapping[str, object]) -
 def doubt_about(
     source: Part, target: Part, operation: Operation, styles: tuple[Style, Style], weight: Shape
 ) -> Doubt | None:
-    """Tell what speaks against taking a source part by this operation for a target part.
+    """Return what speaks against taking a source part by this operation for a target part.
 
     Args:
         source: The part of the source.
@@ -191,13 +203,13 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
 
 
 def _modulates(part: Part) -> bool:
-    """Tell a layer that gives the scale and shift of a norm: by its name, or as a part of the last norm."""
+    """True for a layer that gives the scale and shift of a norm: by its name, or as a part of the last norm."""
     names = [set(words(name)) for name in part.path[-4:-1]]
     return any(found & MODULATION for found in names) or any({"norm", "out"} <= found for found in names[:-1])
 
 
 def _modulates_last(part: Part) -> str:
-    """Tell what comes first in the layer that modulates a network's last norm: "shift" or "scale", or "" for another.
+    """Return what comes first in the layer that modulates a network's last norm: "shift", "scale", or "" if unknown.
 
     Code with a ``final_layer``, as DiT's, has the shift first; diffusers, with a ``norm_out``, the scale.
     """
@@ -211,7 +223,7 @@ def _modulates_last(part: Part) -> str:
 
 
 def interleaves(path: Path) -> bool:
-    """Tell whether a fused tensor's name is one of code that lays the roles out head by head."""
+    """True if a fused tensor's name is one of code that lays the roles out head by head."""
     return not INTERLEAVED.isdisjoint(path)
 
 
@@ -252,7 +264,7 @@ def _rotary(source: Part, target: Part, styles: tuple[Style, Style], weight: Sha
 
 
 def _blocks(source: Part, weight: Shape) -> tuple[int, ...]:
-    """Give the rows of query, key and value in a tensor that holds one after another; as many queries as it is wide."""
+    """Return the rows of query, key and value in a tensor of one after another; as many queries as it is wide."""
     rows, width = source.shape[0], weight[1] if len(weight) == 2 else 0
     rest = rows - width if width and rows != 3 * width else 2 * rows // 3
     return (rows - rest, rest // 2, rest // 2) if rest > 0 and rest % 2 == 0 else ()
@@ -280,7 +292,7 @@ def _by_head(source: Part, interleaved: bool, styles: tuple[Style, Style]) -> Do
 def _patches(source: Shape, target: Shape) -> Doubt | None:
     """Doubt how the kernel of the first convolution was flattened into a matrix."""
     kernel = max(source, target, key=len)
-    if not 1 < kernel[1] <= _IMAGE_CHANNELS or prod(kernel[2:]) == 1:
+    if not 1 < kernel[1] <= _MAX_IMAGE_CHANNELS or prod(kernel[2:]) == 1:
         return None
     last = (0, *range(2, len(kernel)), 1)
     if kernel == source:
@@ -293,7 +305,7 @@ def _sizes(known: int | None, rows: int) -> list[int]:
     """List the sizes that heads may have, the likeliest first."""
     if known is not None:
         return [known] if rows and rows % known == 0 else []
-    usual = {size: place for place, size in enumerate(_USUAL)}
+    usual = {size: place for place, size in enumerate(_USUAL_HEAD_SIZES)}
     sizes = [size for size in range(2, rows + 1) if rows % size == 0]
     return sorted(sizes, key=lambda size: (usual.get(size, len(usual)), -size))
 
@@ -327,7 +339,7 @@ def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tu
 
 
 def _by_groups(fusion: Fusion, plan: SplitPlan, groups: int, size: int) -> tuple[Operation, ...]:
-    """Take the parts out of a tensor that holds, group by group, the heads of each role."""
+    """Build the operations that take the parts out of a tensor which holds, group by group, the heads of each role."""
     heads = [length // groups // size for length in plan.sizes]
     before, after = fusion.shape[: plan.dim], fusion.shape[plan.dim + 1 :]
     apart = chain(fusion.base, Reshape((*before, groups, sum(heads), size, *after)))

@@ -1,4 +1,4 @@
-"""Lists: members of a list that were matched to those of another one in an order that no network has.
+"""List order: members of a list that were matched to those of another one in an order that no network has.
 
 Where two lists are matched, their numbers run in one direction, the same in all lists of these names. And where both
 have the same numbers, or one those of the other with gaps, a number means the same member on both sides.
@@ -14,12 +14,12 @@ from itertools import combinations, permutations
 from math import comb
 from operator import attrgetter
 
-from autoalign.matching.branch_order import Block, Blocks, Pair, Repair, common
+from autoalign.matching.crossed_blocks import Block, Blocks, Pair, Repair, common_module
 from autoalign.matching.layers import Path
 from autoalign.plan.keys import numbers, stem
 
-_ORDERED = 3  # members of a list whose numbers tell
-_AGREEING = 2  # other lists of the same names that tell the direction of one
+_MIN_NUMBERED_MEMBERS = 3  # members of a list whose numbers tell
+_MIN_AGREEING_LISTS = 2  # other lists of the same names that tell the direction of one
 
 _List = tuple[Path, str]  # its parent and the stem of its members
 _Members = Mapping[tuple[int, ...], Block]  # of a list of the target, by their numbers
@@ -44,7 +44,7 @@ def disordered(blocks: Blocks) -> Iterator[Repair]:
     for of in numbered.values():
         by_end: dict[Path, list[_Member]] = {}
         for block, pairs in of if len(of) > 1 else ():
-            end = pairs[0].own if block == pairs[0].other else common([pair.own for pair in pairs])
+            end = pairs[0].own if block == pairs[0].other else common_module([pair.own for pair in pairs])
             place = tuple([number for name in end for number in numbers(name)])
             by_end.setdefault(tuple(map(stem, end)), []).append(_Member(block, end, place, pairs))
         for names, members in by_end.items():
@@ -54,7 +54,7 @@ def disordered(blocks: Blocks) -> Iterator[Repair]:
                 lists.append((called, run, members))
     for called, run, members in lists:
         others = together[called] - sign(run)
-        if abs(run) == comb(len(members), 2) and others * sign(run) > -_AGREEING:
+        if abs(run) == comb(len(members), 2) and others * sign(run) > -_MIN_AGREEING_LISTS:
             continue  # all are in order
         alike: dict[object, list[_Member]] = {}
         for member in members:
@@ -89,12 +89,12 @@ def _run(members: Sequence[_Member]) -> int:
 
 
 def sign(value: int) -> int:
-    """Give 1, -1 or 0 for a positive number, a negative one or zero."""
+    """Return 1, -1 or 0 for a positive number, a negative one or zero."""
     return (value > 0) - (value < 0)
 
 
 def _in_order(members: Sequence[_Member], others: int) -> Repair:
-    """Give the members of a list what fills them in the order of its numbers; nothing if it is in order already.
+    """Put what fills the members of a list in the order of its numbers; nothing if it is in order already.
 
     Args:
         members: Of equal content.
@@ -105,7 +105,7 @@ def _in_order(members: Sequence[_Member], others: int) -> Repair:
     if len(set(places)) < len(places):
         return {}
     is_monotone = places in (sorted(places), sorted(places, reverse=True))
-    direction = sign(others) if abs(others) >= _AGREEING else 0 if is_monotone else sign(_run(members))
+    direction = sign(others) if abs(others) >= _MIN_AGREEING_LISTS else 0 if is_monotone else sign(_run(members))
     wanted = sorted(members, key=lambda member: member.place, reverse=direction < 0)
     if not direction or wanted == members:
         return {}
@@ -124,7 +124,7 @@ def misnumbered(blocks: Blocks, source: Sequence[Path]) -> Iterator[Repair]:
         source: The paths of the source's units.
     """
     lists = _lists_in(blocks)
-    long = [members for members in lists.values() if len(members) >= _ORDERED]
+    long = [members for members in lists.values() if len(members) >= _MIN_NUMBERED_MEMBERS]
     numbers_of = _numbers_of(source if long else ())
     for members in long:
         counterpart = _counterpart(members)
@@ -154,7 +154,7 @@ def _counterpart(members: Mapping[tuple[int, ...], Block], *, of_layers: bool = 
 
 
 def _mean_the_same(own: set[tuple[int, ...]], other: set[tuple[int, ...]]) -> bool:
-    """Tell whether one list has the numbers of the other, from the same one on, or with gaps."""
+    """True if one list has the numbers of the other, from the same one on, or with gaps."""
     less, more = sorted((own, other), key=len)
     if not less <= more:
         return False
@@ -164,7 +164,7 @@ def _mean_the_same(own: set[tuple[int, ...]], other: set[tuple[int, ...]]) -> bo
 
 
 def _by_numbers(members: Mapping[tuple[int, ...], Block], counterpart: _List) -> Repair:
-    """Give each member of a list what has its number; nothing where that is so already, or all is in reverse."""
+    """Fill each member of a list from what has its number; nothing where that is so already, or all is in reverse."""
     parent, depth = counterpart[0], len(counterpart[0])
     inside = {
         number: [
@@ -234,7 +234,7 @@ def _beside(blocks: Blocks, paths: tuple[Sequence[Path], Sequence[Path]]) -> Ite
 
 
 def _numbers_of(paths: Sequence[Path]) -> dict[_List, set[tuple[int, ...]]]:
-    """Give the numbers that each list has, of modules and of layers."""
+    """Collect the numbers that each list has, of modules and of layers."""
     result: dict[_List, set[tuple[int, ...]]] = {}
     for path in paths:
         for depth, name in enumerate(path):
@@ -244,7 +244,7 @@ def _numbers_of(paths: Sequence[Path]) -> dict[_List, set[tuple[int, ...]]]:
 
 
 def _lists_in(blocks: Blocks, *, of_layers: bool = False) -> Mapping[_List, _Members]:
-    """Give the members of each list of the target, of modules or of layers as well, by their numbers."""
+    """Group the members of each list of the target, of modules or of layers as well, by their numbers."""
     layers = {pair.other: [pair] for block, pairs in blocks.items() if len(block) == 1 for pair in pairs}
     lists: dict[_List, dict[tuple[int, ...], Block]] = {}
     for path, pairs in (*blocks.items(), *(layers.items() if of_layers else ())):
@@ -264,14 +264,14 @@ def _kinds_differ(members: Mapping[tuple[int, ...], Block]) -> bool:
 
 
 def _homes(members: _Members, counterpart: _List) -> _Homes:
-    """Tell which member of the source's list fills each member; nothing where more than one does."""
+    """Map each member to the member of the source's list that fills it; nothing where more than one does."""
     depth = len(counterpart[0])
     homes = {number: {numbers(pair.own[depth]) for pair in block} for number, block in members.items()}
     return {number: home.pop() for number, home in homes.items()} if all(len(h) == 1 for h in homes.values()) else {}
 
 
 def _renumbered(members: _Members, counterpart: _List, homes: _Homes) -> Repair:
-    """Give each member of a list what another member of the source's list has."""
+    """Fill each member of a list from another member of the source's list."""
     depth = len(counterpart[0])
     return {
         pair.place: (*pair.own[:depth], _with_numbers(pair.own[depth], homes[number]), *pair.own[depth + 1 :])
@@ -318,7 +318,7 @@ _place = attrgetter("place")
 
 
 def _is_in(pair: Pair, counterpart: _List) -> bool:
-    """Tell whether a layer of the source is in a member of a list."""
+    """True if a layer of the source is in a member of a list."""
     parent, name = counterpart
     return pair.own[: len(parent)] == parent and len(pair.own) > len(parent) and stem(pair.own[len(parent)]) == name
 

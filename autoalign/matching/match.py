@@ -18,7 +18,8 @@ from autoalign.errors import InputError, PatternError
 from autoalign.matching.adapt import adapted, checked_adapt
 from autoalign.matching.assembly import SideParts, with_stranded_biases, with_ties
 from autoalign.matching.candidates import operation_between
-from autoalign.matching.layouts import DOUBTED, ROTARY
+from autoalign.matching.confidence import AMBIGUOUS
+from autoalign.matching.layouts import ROTARY
 from autoalign.matching.pipeline import Outcome, paired
 from autoalign.matching.positions import AdaptableSide
 from autoalign.matching.repeats import (
@@ -179,7 +180,7 @@ def _align(
             notes = ()
         notes = (*notes, *_notes_of_codes(own, other, matches, out))
     if not own.is_decided:
-        matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
+        matches = [replace(match, confidence=min(match.confidence, AMBIGUOUS)) for match in matches]
     order = {spec.key: index for index, spec in enumerate(other.specs)}
     chosen = sorted(matches, key=lambda match: order[match.target])
     sure = {match.target for match in chosen if match.confidence >= min_confidence}

@@ -7,22 +7,35 @@ from dataclasses import replace
 
 import numpy as np
 
-from autoalign.matching.assembly import Found, SideParts, assembled, with_ties
+from autoalign.matching.assembly import (
+    Found,
+    SideParts,
+    assembled,
+    mismatched_units,
+    unmatched_parameter_pairs,
+    with_ties,
+)
 from autoalign.matching.assignment import match_units
-from autoalign.matching.branch_order import REVERSIBLE, undirected
 from autoalign.matching.candidates import candidates, flipped_parts, kinds_of, operation_between, paired_parts
-from autoalign.matching.confidence import calibrated, coherence, confidence_of, related, special_units, twins
+from autoalign.matching.confidence import (
+    AMBIGUOUS,
+    INFERRED,
+    calibrated,
+    coherence,
+    confidence_of,
+    related,
+    shape_only_pairs,
+    special_units,
+    unused_duplicates,
+)
 from autoalign.matching.conventions import in_context
-from autoalign.matching.exchange import settled
 from autoalign.matching.features import namesakes, share_of, side_evidence
 from autoalign.matching.fusion import split_fused
-from autoalign.matching.islands import groundless
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
-from autoalign.matching.layouts import DOUBTED, TOLD
-from autoalign.matching.leftovers import lone_pairs, mismatched_units
 from autoalign.matching.names import kind, words
 from autoalign.matching.repeats import is_renamed
 from autoalign.matching.scope import Scope, pattern_for, scope_of, within
+from autoalign.matching.symmetries import REVERSIBLE, resolve_symmetries, reversible_lists
 from autoalign.matching.vocabulary import KNOWN, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
 from autoalign.plan.keys import components
 from autoalign.plan.matches import Caution, Match, Mismatch
@@ -48,7 +61,7 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
     """Match two sides; pinned pairs are taken as they are and vote for the rest."""
     if not pins and is_renamed(source.parts, target.parts):
         renamed = {
-            place: Found(place, Copy(), _RENAMED if _is_told(source, target, *both) else TOLD, _ALIKE, None)
+            place: Found(place, Copy(), _RENAMED if _is_told(source, target, *both) else INFERRED, _ALIKE, None)
             for place, both in enumerate(zip(source.parts, target.parts, strict=True))
         }
         return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()
@@ -78,7 +91,7 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
         return [], mismatched, (f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED,)
     matches = assembled(source, target, found)
     if not (scope.is_decided and other_scope.is_decided):
-        matches = [replace(match, confidence=min(match.confidence, DOUBTED)) for match in matches]
+        matches = [replace(match, confidence=min(match.confidence, AMBIGUOUS)) for match in matches]
     matches = with_ties(source.specs, target.specs, [*pinned, *matches])
     notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
     named = []
@@ -173,19 +186,21 @@ def _match_parts(
         )
     ]
     known_units = {j for _, j in fixed}
-    outcome = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], (kinds.source, kinds.target), held[1])
+    outcome = resolve_symmetries(
+        match_units(sides[0], sides[1], pairs), sides[0], sides[1], (kinds.source, kinds.target), held[1]
+    )
     assignment = outcome.assignment
     confidence = confidence_of(assignment)
     confidence = calibrated(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1))
-    confidence = np.minimum(confidence, outcome.sureness)
+    confidence = np.minimum(confidence, outcome.caps)
     by_name = share_of(same, counts) >= _MOST
     special = special_units(other, target.parts)
-    lists = undirected(assignment, (own, source.parts), (other, target.parts))
-    has_twin = twins(assignment, (own, source.parts))
-    coincidences = set(groundless(assignment, (own, source.parts), (other, target.parts), known_units))
+    lists = reversible_lists(assignment, (own, source.parts), (other, target.parts))
+    has_twin = unused_duplicates(assignment, (own, source.parts))
+    coincidences = set(shape_only_pairs(assignment, (own, source.parts), (other, target.parts), known_units))
     if by_name:  # where names are shared, another name is another layer
         known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
-        confidence = np.where(known | np.isin(assignment.target, special), confidence, DOUBTED * confidence)
+        confidence = np.where(known | np.isin(assignment.target, special), confidence, AMBIGUOUS * confidence)
         found_too = set(assignment.target.tolist())
         by_name = share_of([(i, j) for i, j in same if j in found_too], counts) >= _HALF
     found: dict[int, Found] = {}
@@ -200,31 +215,33 @@ def _match_parts(
         rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
         stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
         stranded &= j not in special or evidence["name"] < _SAME_NAME
-        sureness = min(float(confidence[place]), DOUBTED if stranded else 1.0)  # a bias does not leave its weight
+        sureness = min(float(confidence[place]), AMBIGUOUS if stranded else 1.0)  # a bias does not leave its weight
         contradicted = _are_rivals(own[i], other[j]) or _is_added(own[i], other[j])
         sureness = min(
-            sureness, DOUBTED if has_twin[place] or contradicted else TOLD if place in lists.by_order else 1.0
+            sureness, AMBIGUOUS if has_twin[place] or contradicted else INFERRED if place in lists.by_order else 1.0
         )
         doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
         is_crowded = j not in known_units and (kinds.source[i], kinds.target[j]) in pairs.crowded
         if is_crowded and (i, j) not in pairs.same_numbers and evidence["name"] < _SAME_NAME:
-            sureness, doubt = min(sureness, DOUBTED), doubt or _CROWDED
+            sureness, doubt = min(sureness, AMBIGUOUS), doubt or _CROWDED
         if place in coincidences:
-            sureness, doubt = min(sureness, DOUBTED), doubt or _GROUNDLESS
+            sureness, doubt = min(sureness, AMBIGUOUS), doubt or _GROUNDLESS
         for a, b in paired_parts(own[i], other[j]):
             piece, wanted = source.parts[a], target.parts[b]
             operation = _operation(piece, wanted, flipped=a in kinds.flipped)
             if operation is None or (pins and (source.key(piece) in taken or target.key(wanted) in pins)):
                 continue
             if piece.numeric == wanted.numeric:
-                least = sureness if _is_told(source, target, piece, wanted) else min(sureness, TOLD)
+                least = sureness if _is_told(source, target, piece, wanted) else min(sureness, INFERRED)
                 found[b] = Found(a, operation, least, evidence, rivals.get(b), doubt)
-    for b, a in lone_pairs(source.parts, target.parts, {b: piece.source for b, piece in found.items()}).items():
+    for b, a in unmatched_parameter_pairs(
+        source.parts, target.parts, {b: piece.source for b, piece in found.items()}
+    ).items():
         if target.key(target.parts[b]) in pins or source.key(source.parts[a]) in pinned:
             continue
         operation = _operation(source.parts[a], target.parts[b], flipped=False)
         if operation is not None:
-            found[b] = Found(a, operation, TOLD, {"structure": 1.0, "shape": 1.0}, None)
+            found[b] = Found(a, operation, INFERRED, {"structure": 1.0, "shape": 1.0}, None)
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
     matched = [(i, j) for j, i in partners.items()]

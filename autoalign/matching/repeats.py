@@ -16,7 +16,7 @@ from math import prod
 
 from autoalign.matching.assembly import Found, SideParts, assembled
 from autoalign.matching.candidates import operation_between
-from autoalign.matching.exchange import BY_ORDER
+from autoalign.matching.confidence import INFERRED
 from autoalign.matching.layers import Part, Path, Unit
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import RIVAL_PAIRS
@@ -413,6 +413,6 @@ def is_settled(source: Runs, target: Runs, matches: Sequence[Match]) -> bool:
 def less_sure(target: Runs, matches: Sequence[Match]) -> list[Match]:
     """Believe matches in the runs of the target no more than an order alone, since they are not settled."""
     return [
-        replace(match, confidence=min(match.confidence, BY_ORDER)) if target.holds(match.target) else match
+        replace(match, confidence=min(match.confidence, INFERRED)) if target.holds(match.target) else match
         for match in matches
     ]

@@ -1,4 +1,4 @@
-"""Rotary layouts: which rows of a query or key head are rotated together, and what tells it.
+"""Rotary layouts: which rows of a query or key head are rotated together, as names, shapes and configs show it.
 
 Some code rotates each row of the first half of a head with one of the second half, other code each row with its
 neighbour (Su et al., 2021). The shapes are the same, and so may be all names; weights of one are turned into those of
@@ -38,7 +38,7 @@ _PAIRED_TYPES, _GGUF_PAIRS, _GGUF_HALVES = (
     frozenset(names.split()) for names in (PAIRED_TYPES, GGUF_PAIRS, GGUF_HALVES)
 )
 _PARTIAL = ("partial_rotary_factor", "rotary_pct", "rotary_percentage")  # the share of a head that is rotated
-_ALIKE = 0.5  # share of the norms' names that code of one origin has in common
+_MIN_SHARED_NORMS = 0.5  # share of the names of norms that code of one origin has in common
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """What a side tells of how its queries and keys are rotated."""
+    """What a side shows of how its queries and keys are rotated."""
 
     projections: Mapping[int, Projection]  # by the place among the side's tensors
     layout: Layout | None = None  # None where neither a config nor a header tells
@@ -101,7 +101,7 @@ def rotary_settling(sides: tuple[Checkpoint, Checkpoint], *, sized: bool) -> str
 
 
 def layouts_of(source: Rotation, target: Rotation) -> tuple[Layout | None, Layout | None]:
-    """Tell the layouts of two sides; that of Hugging Face's names where the other side tells it."""
+    """Return the layouts of two sides; that of Hugging Face's names where the other side shows it."""
     own, other = source.layout, target.layout
     if own is None and source.hugging_face and target.published:
         own = "halves"
@@ -111,7 +111,7 @@ def layouts_of(source: Rotation, target: Rotation) -> tuple[Layout | None, Layou
 
 
 def is_same_code(source: Projection, target: Projection, *, hugging_face: bool) -> bool:
-    """Tell whether names prove that two tensors are of the same code, or of code that keeps its layout.
+    """True if names prove that two tensors are of the same code, or of code that keeps its layout.
 
     Args:
         source: The tensor of the source.
@@ -119,18 +119,18 @@ def is_same_code(source: Projection, target: Projection, *, hugging_face: bool) 
         hugging_face: Whether both sides have Hugging Face's names, which fused projections aside are those of vLLM too.
     """
     own, other = source.tower.norms, target.tower.norms
-    alike = len(own & other) >= _ALIKE * max(min(len(own), len(other)), 1)
+    alike = len(own & other) >= _MIN_SHARED_NORMS * max(min(len(own), len(other)), 1)
     return alike and (hugging_face or source.name == target.name)
 
 
 def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
-    """Give the config of the language model where that is a part of a larger one."""
+    """Return a config, with that of the language model in it on top."""
     inner = config.get("text_config")
     return {**config, **{str(key): value for key, value in inner.items()}} if isinstance(inner, Mapping) else config
 
 
 def role_of(path: Path) -> tuple[str, int]:
-    """Tell which projection of attention a tensor is of, by the innermost name that says so, and the place of that.
+    """Return the projection of attention that a tensor is of, by the innermost name that says so, and its place.
 
     >>> role_of(("attn", "in_proj", "query", "weight")), role_of(("mlp", "fc", "weight"))
     (('q', 2), ('', -1))
@@ -149,7 +149,7 @@ def _convention(paths: Sequence[Path], config: Mapping[str, object]) -> Rotation
 
 
 def _told(config: Mapping[str, object], names: set[str], *, hugging_face: bool) -> tuple[Layout | None, bool]:
-    """Tell a layout by a config, and whether it is one of code whose weights Hugging Face publishes as halves.
+    """Read a layout off a config, and whether it is one of code whose weights Hugging Face publishes as halves.
 
     What llama.cpp rotates is a fact of its format: ``llama_model_rope_type`` in its ``src/llama-model.cpp`` lists
     architectures of type NORM (pairs of neighbours) and NEOX (halves), and ``undo_permute`` or ``permute`` in its
@@ -212,7 +212,7 @@ def _projections(specs: Sequence[TensorSpec], paths: Sequence[Path]) -> dict[int
 
 
 def tower_path(path: Path) -> Path:
-    """Name the list of blocks that holds a module.
+    """Return the list of blocks that holds a module.
 
     >>> tower_path(("model", "layers", "3", "self_attn")), tower_path(("attn",))
     (('model', 'layers', '#'), ())
@@ -266,7 +266,7 @@ def _tower(path: Path, layers: Mapping[Path, Sequence[Shape]], *, named: bool, p
 
 
 def _is_gated(shapes: Counter[Shape]) -> bool:
-    """Tell whether matrices of these shapes hold a layer that is gated: two that widen for each that narrows."""
+    """True if matrices of these shapes hold a layer that is gated: two that widen for each that narrows."""
     return any(
         rows != columns
         and (0 < 2 * shapes[columns, rows] <= count or shapes[2 * columns, rows] or shapes[columns, 2 * rows])

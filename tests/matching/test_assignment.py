@@ -34,6 +34,6 @@ def test_a_large_assignment_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
         for prefix, names in (("h", ("query", "key", "value")), ("layers", ("q", "k", "v")))
     )
     mapping = autoalign.align(source, target).mapping
-    monkeypatch.setattr("autoalign.matching.assignment._DENSE", 0)
+    monkeypatch.setattr("autoalign.matching.assignment._MAX_DENSE_CELLS", 0)
     assert autoalign.align(source, target).mapping == mapping
     assert len(mapping) == 9

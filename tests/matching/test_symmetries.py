@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import autoalign
-from autoalign.matching.branch_order import REVERSIBLE
+from autoalign.matching.symmetries import REVERSIBLE
 
 WIDTHS = (8, 12, 16, 24)
 

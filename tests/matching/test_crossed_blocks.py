@@ -13,7 +13,7 @@ import torchvision
 
 import autoalign
 from autoalign.matching.assignment import Assignment
-from autoalign.matching.branch_order import Repair, blocks_of, crossings
+from autoalign.matching.crossed_blocks import Repair, blocks_of, crossings
 from autoalign.matching.list_order import disordered, misnumbered, out_of_step
 
 WORDS: Mapping[str, Mapping[str, str]] = {

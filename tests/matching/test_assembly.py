@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from autoalign import Alignment, align
+from autoalign.matching.assembly import unmatched_parameter_pairs
 from autoalign.matching.layers import Part
-from autoalign.matching.leftovers import lone_pairs
 
 
 def _blocks(block: str, names: dict[str, tuple[int, ...]], more: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -74,6 +74,6 @@ def test_a_module_that_holds_more_than_its_counterpart_tells_nothing() -> None:
     source = [Part(0, ("a", "x", "weight"), (4,), "float"), Part(1, ("a", "y", "weight"), (4,), "float")]
     target = [Part(0, ("b", "x", "weight"), (4,), "float"), Part(1, ("c", "y", "weight"), (4,), "float")]
     lone = Part(2, ("a", "own_bias"), (4,), "float"), Part(2, ("b", "own_bias"), (4,), "float")
-    assert lone_pairs([*source, lone[0]], [*target, lone[1]], {0: 0, 1: 1}) == {2: 2}  # at the root
+    assert unmatched_parameter_pairs([*source, lone[0]], [*target, lone[1]], {0: 0, 1: 1}) == {2: 2}  # at the root
     more = Part(3, ("c", "own_bias"), (4,), "float")
-    assert lone_pairs([*source, lone[0]], [*target, lone[1], more], {0: 0, 1: 1}) == {}
+    assert unmatched_parameter_pairs([*source, lone[0]], [*target, lone[1], more], {0: 0, 1: 1}) == {}

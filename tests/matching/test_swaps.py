@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import autoalign
-from autoalign.matching import exchange
-from autoalign.matching.unused_modules import Instance
+from autoalign.matching import swaps
+from autoalign.matching.swaps import Instance
 
 WIDTH, INNER = 48, 80
 
@@ -220,8 +220,8 @@ def test_the_direction_of_the_others_of_a_list_is_that_of_the_list_without_two()
             partners[first], partners[second] = partners[second], partners[first]
         one = Instance((("h", str(first)), ("h", str(second))), (("b", "0"), ("b", "1")), (), 0)
         others = [partner for place, partner in enumerate(partners) if place not in (first, second)]
-        run = exchange._Run.of({(place,): partner for place, partner in enumerate(partners)})
-        direction = exchange._direction(run, one)
+        run = swaps._Run.of({(place,): partner for place, partner in enumerate(partners)})
+        direction = swaps._direction(run, one)
         assert direction == _direction_of(others), (partners, first, second)
         found[direction] += 1
     assert min(found[way] for way in (-1, 0, 1)) > 100
@@ -229,13 +229,13 @@ def test_the_direction_of_the_others_of_a_list_is_that_of_the_list_without_two()
 
 def test_a_list_is_read_once_however_many_of_its_members_could_be_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = list[object]()
-    read = exchange._run_of
+    read = swaps._run_of
 
     def counted(*arguments: Any) -> Any:
         reads.append(arguments)
         return read(*arguments)
 
-    monkeypatch.setattr(exchange, "_run_of", counted)
+    monkeypatch.setattr(swaps, "_run_of", counted)
     random = Random(0)
     source, target = (
         {f"{name}.{n}.{random.choice('abc')}x.weight": torch.empty(8, 8) for n in range(40)} for name in ("h", "blocks")

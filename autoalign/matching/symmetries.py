@@ -1,0 +1,345 @@
+"""Symmetries: changes of the assignment that shapes allow; the better ones are made, and the others are doubts.
+
+Blocks that are crossed are straightened, lists are put in order, alike modules are swapped where that fits better.
+Where a change would be as good as what is, the pairs that it concerns are ambiguous.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import product
+
+import numpy as np
+
+from autoalign.matching.assignment import Assignment, with_sources
+from autoalign.matching.confidence import AMBIGUOUS
+from autoalign.matching.crossed_blocks import Blocks, Repair, blocks_of, common_module, crossings, shape_pair_ids
+from autoalign.matching.features import Floats, Ints, SideEvidence
+from autoalign.matching.layers import Part, Path, Unit
+from autoalign.matching.list_order import disordered, misnumbered, out_of_step, unparallel
+from autoalign.matching.names import likeness, words
+from autoalign.matching.swaps import MIN_NAME_GAIN, places_of, swapped, swaps_of
+from autoalign.plan.keys import numbers, stem
+
+REVERSIBLE = "right shape, but the members of this list are alike, and one side may list them in reverse order"
+_NOTHING_TELLS = "right shape, but nothing tells {} from {}"
+_OUT_OF_STEP = "right shape, but its list would be matched in no order, or across its members"
+_LEFT_OVER = "right shape, but a module of the same content is left over, and nothing tells which of them it is"
+
+_MAX_SWAP_ROUNDS = 3
+_MAX_STRAIGHTENING_ROUNDS = 6
+_MAX_NAMED_SIBLINGS = 3  # siblings that differ in a number and are no list of blocks
+_MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its margin
+_MAX_REVERSIBLE_LENGTH = 6  # members of a list that may as well be in reverse order
+_MIN_LEVELS = 3  # unlike members from which on a list is one of levels; the last two may be alike
+
+_Module = tuple[Path, list[int]]  # its path and the units in it
+_PathsAndKinds = tuple[Sequence[Path], Ints]  # of the units of a side; kinds are equal where all shapes are
+_Side = tuple[Sequence[Unit], Sequence[Part]]
+_Members = Mapping[Path, Sequence[int]]  # of a list: each with the layers in it
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """An assignment in which all changes that are better are made."""
+
+    assignment: Assignment
+    caps: Floats  # the confidence that each of its pairs cannot exceed
+    doubts: Mapping[int, str]  # place of a pair that is as good another way -> why; its runner-up is that way
+
+
+def resolve_symmetries(
+    assignment: Assignment,
+    source: SideEvidence,
+    target: SideEvidence,
+    kinds: tuple[Ints, Ints],
+    fixed: Collection[int] = (),
+) -> Resolved:
+    """Make the changes that are better, and cap the confidence of pairs for which another one is as good.
+
+    Args:
+        assignment: The chosen pairs of units.
+        source: Evidence of the source.
+        target: Evidence of the target.
+        kinds: [units] of each side: equal where all tensors of a unit have the same kinds and shapes.
+        fixed: Target units whose match must not change.
+    """
+    fixed_places = {place for place, unit in enumerate(assignment.target.tolist()) if unit in fixed}
+    unit_at = {path: unit for unit, path in enumerate(source.paths)}
+    alike = shape_pair_ids(assignment, kinds)  # no change alters it
+
+    def repaired(
+        assignment: Assignment, blocks: Blocks, repairs: Callable[[Blocks], Iterable[Repair]], least: float
+    ) -> tuple[Assignment, Blocks]:
+        before = assignment
+        for repair in filter(None, repairs(blocks)):
+            wanted = {place: unit_at.get(path, -1) for place, path in repair.items()}
+            assignment = _with_wanted(assignment, wanted, kinds[0], fixed_places, least)
+        if assignment is not before:
+            blocks = blocks_of(assignment, source.paths, target.paths, alike)
+        return assignment, blocks
+
+    blocks = blocks_of(assignment, source.paths, target.paths, alike)
+    for _ in range(_MAX_STRAIGHTENING_ROUNDS):
+        before, (assignment, blocks) = assignment, repaired(assignment, blocks, crossings, -np.inf)
+        if assignment is before:
+            break
+    for repairs in (
+        partial(misnumbered, source=source.paths),
+        disordered,
+        partial(unparallel, paths=(source.paths, target.paths)),
+    ):
+        assignment, blocks = repaired(assignment, blocks, repairs, -MIN_NAME_GAIN / 2)
+    slots = _slots(source.paths), _slots(target.paths)
+    for _ in range(_MAX_SWAP_ROUNDS):
+        found = swaps_of(assignment, source, target, alike, slots)
+        better = [swap for swap in found if swap.is_better and fixed_places.isdisjoint(places_of(swap.pairs))]
+        if not better:
+            break
+        assignment = swapped(assignment, better)
+    else:
+        found = swaps_of(assignment, source, target, alike, slots)
+    caps = np.ones(len(assignment.source), dtype=np.float32)
+    rival, doubts = assignment.runner_up.copy(), dict[int, str]()
+    for swap in found:
+        pairs = [pair for pair in swap.pairs if fixed_places.isdisjoint(pair)]
+        places = list(places_of(pairs))
+        caps[places] = np.minimum(caps[places], swap.cap)
+        if swap.cap > AMBIGUOUS:
+            continue
+        for p, q in pairs:
+            if doubts.keys().isdisjoint((p, q)):
+                names = [slots[1][unit] for unit in assignment.target[[p, q]].tolist()]
+                doubts[p] = doubts[q] = _NOTHING_TELLS.format(*names)
+                rival[[p, q]] = assignment.source[[q, p]]
+    sides = (source.paths, kinds[0]), (target.paths, kinds[1])
+    crossed = out_of_step(
+        blocks_of(assignment, source.paths, target.paths, alike),
+        dict(zip(source.paths, kinds[0].tolist(), strict=True)),
+        target.paths,
+        ordered=target.ordered,
+    )
+    crossed -= fixed_places
+    caps[list(crossed)] = np.minimum(caps[list(crossed)], AMBIGUOUS)
+    doubts |= dict.fromkeys(crossed - doubts.keys(), _OUT_OF_STEP)
+    left_over = ambiguous_with_unused(assignment, *sides, fixed_places)
+    caps[left_over] = AMBIGUOUS
+    doubts |= dict.fromkeys(left_over, _LEFT_OVER)
+    return Resolved(replace(assignment, runner_up=rival), caps, doubts)
+
+
+def _slots(paths: Sequence[Path]) -> list[str]:
+    """Write the names of layers without the numbers of their lists; numbers of a few siblings stay.
+
+    >>> _slots([("h", str(n), f"norm{k}") for n in range(2) for k in (1, 2)])
+    ['h.#.norm1', 'h.#.norm2', 'h.#.norm1', 'h.#.norm2']
+    """
+    members: dict[tuple[Path, str], set[str]] = {}
+    for path in paths:
+        for depth, name in enumerate(path):
+            if not name.isdecimal() and numbers(name):
+                members.setdefault((path[:depth], stem(name)), set()).add(name)
+    many = {
+        (around, name) for (around, _), names in members.items() if len(names) > _MAX_NAMED_SIBLINGS for name in names
+    }
+    return [
+        ".".join(
+            [
+                stem(name) if name.isdecimal() or (many and (path[:depth], name) in many) else name
+                for depth, name in enumerate(path)
+                if name  # the root has none
+            ]
+        )
+        for path in paths
+    ]
+
+
+def _with_wanted(
+    assignment: Assignment, wanted: Mapping[int, int], kinds: Ints, fixed: set[int], least: float
+) -> Assignment:
+    """Move sources of the same kinds, which no other places have, to some places, unless names speak against it.
+
+    Args:
+        assignment: The chosen pairs of units.
+        wanted: Place -> the source unit that it should have; -1 for one that there is not.
+        kinds: [source units]: equal where all tensors of a unit have the same kinds and shapes.
+        fixed: Places that keep what they have.
+        least: By how much the names must fit better on average; negative where they may fit less well.
+    """
+    places, units = list(wanted), list(wanted.values())
+    chosen = assignment.source.copy()
+    chosen[places] = units
+    others = set(np.delete(assignment.source, places).tolist())
+    if len({-1, *units}) <= len(units) or not others.isdisjoint(units):
+        return assignment  # there is no such unit, or more than one place should have it
+    if (kinds[chosen] != kinds[assignment.source]).any():
+        return assignment
+    moved = np.flatnonzero(chosen != assignment.source)
+    names = assignment.names[chosen, assignment.target] - assignment.names[assignment.source, assignment.target]
+    if not len(moved) or names[moved].mean() < least or not fixed.isdisjoint(moved.tolist()):
+        return assignment
+    return with_sources(assignment, chosen)
+
+
+def ambiguous_with_unused(
+    assignment: Assignment, source: _PathsAndKinds, target: _PathsAndKinds, fixed: Collection[int] = ()
+) -> list[int]:
+    """Find the matched modules for which an unused module with identical shapes fits as well.
+
+    Args:
+        assignment: The chosen pairs of units.
+        source: The units of the source.
+        target: Those of the target.
+        fixed: Places that are known.
+
+    Returns:
+        The places in these modules.
+    """
+    result = set[int]()
+    ways = (
+        (assignment.source, source, assignment.target, target, assignment.names),
+        (assignment.target, target, assignment.source, source, assignment.names.T),
+    )
+    for chosen, own, others, other, names in ways:
+        place_of = {unit: place for place, unit in enumerate(chosen.tolist())}
+        for (module, taken), (rival, unused) in _alike_siblings(own, place_of):
+            places = [place_of[unit] for unit in taken]
+            ends = others[places]
+            gain = float((names[taken, ends] - names[unused, ends]).mean())
+            counterpart = common_module([other[0][unit] for unit in ends.tolist()])
+            called = words(counterpart[-1]) if counterpart else ()
+            gain += likeness(words(module[-1]), called) - likeness(words(rival[-1]), called)
+            if gain < MIN_NAME_GAIN and set(fixed).isdisjoint(places):
+                result.update(places)
+    return sorted(result)
+
+
+def _alike_siblings(side: _PathsAndKinds, matched: Collection[int]) -> Iterator[tuple[_Module, _Module]]:
+    """List siblings of the same content of which one is matched as a whole, and the other not at all."""
+    paths, kinds = side
+    if len(paths) - len(matched) < _MIN_LAYERS_OF_UNUSED:
+        return
+    below: dict[Path, list[int]] = defaultdict(list)
+    for unit, path in enumerate(paths):
+        for depth in range(1, len(path)):
+            below[path[:depth]].append(unit)
+    siblings: dict[Path, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
+    for module, units in below.items():
+        if len(units) >= _MIN_LAYERS_OF_UNUSED and len({unit in matched for unit in units}) == 1:
+            siblings[module[:-1]][units[0] in matched].append(module)
+    content = cache(lambda module: frozenset((paths[unit][len(module) :], int(kinds[unit])) for unit in below[module]))
+    for unused, taken in siblings.values():
+        for first, second in product(taken, unused):
+            is_numbered = numbers(first[-1]) and stem(first[-1]) == stem(second[-1])
+            if not is_numbered and content(first) == content(second):
+                in_order = [sorted(below[module], key=paths.__getitem__) for module in (first, second)]
+                yield (first, in_order[0]), (second, in_order[1])
+
+
+@dataclass(frozen=True, slots=True)
+class ReversibleLists:
+    """The pairs in short lists of equal members, which only the order of the list tells apart."""
+
+    by_order: frozenset[int]  # their places
+    reverse: Mapping[int, int]  # place of a pair whose order says nothing -> its source unit, were the list reversed
+
+
+def reversible_lists(assignment: Assignment, source: _Side, target: _Side) -> ReversibleLists:
+    """Find the pairs that only the order of a short list tells apart, and those that not even it does."""
+    own = _short_lists(source)
+    other = _short_lists(target) if own else []
+    if not other:
+        return ReversibleLists(frozenset(), {})
+    around = _around(source[0], own), _around(target[0], other)
+    pairs = list(zip(assignment.source.tolist(), assignment.target.tolist(), strict=True))
+    votes = Counter(
+        (a, b) for i, j in pairs for a in around[0][i] for b in around[1][j] if len(own[a]) == len(other[b])
+    )
+    partner: dict[int, int] = {}
+    for (a, b), _ in votes.most_common():
+        if a not in partner and b not in partner.values():
+            partner[a] = b
+    unit_at = {unit.path: index for index, unit in enumerate(source[0])}
+    by_order: set[int] = set()
+    reverse: dict[int, int] = {}
+    levels = cache(lambda: (_levels(source), _levels(target)))
+    for place, (i, j) in enumerate(pairs):
+        for a, index in around[0][i].items():
+            b = partner.get(a)
+            if b is None or b not in around[1][j]:
+                continue
+            member, wanted = own[a][index], other[b][around[1][j][b]]
+            if numbers(member[-1]) == numbers(wanted[-1]):
+                continue
+            by_order.add(place)
+            mirrored = unit_at.get((*own[a][-1 - index], *source[0][i].path[len(member) :]))
+            if mirrored is not None and all(map(_has_levels, (own[a], other[b]), levels())):
+                reverse[place] = mirrored
+    return ReversibleLists(frozenset(by_order), reverse)
+
+
+def _lists(units: Sequence[Unit]) -> dict[tuple[Path, str], _Members]:
+    """Group the members of each list of a side, by its parent and the stem of their names."""
+    lists: dict[tuple[Path, str], dict[Path, list[int]]] = {}
+    for index, unit in enumerate(units):
+        for depth, name in enumerate(unit.path):
+            if numbers(name):
+                members = lists.setdefault((unit.path[:depth], stem(name)), {})
+                members.setdefault(unit.path[: depth + 1], []).append(index)
+    return {key: members for key, members in lists.items() if len(members) > 1}
+
+
+def _short_lists(side: _Side) -> list[list[Path]]:
+    """List the short lists of equal modules, each in the order of its numbers."""
+    units, parts = side
+
+    def is_whole(members: _Members) -> bool:
+        """True if all stand for as many tensors: more do so in the last member of a list that was cut."""
+        return len({min([parts[units[i].parts[0][1]].count for i in below]) for below in members.values()}) == 1
+
+    return [
+        sorted(members, key=lambda member: numbers(member[-1]))
+        for members in _lists(units).values()
+        if len(members) <= _MAX_REVERSIBLE_LENGTH
+        and any(len(units[below[-1]].path) > len(member) for member, below in members.items())
+        and len({len(below) for below in members.values()}) == 1
+        and len(_contents(members, side)) == 1
+        and is_whole(members)
+    ]
+
+
+def _contents(members: _Members, side: _Side) -> set[frozenset[object]]:
+    """Collect what the members of a list consist of: names and shapes."""
+    units, parts = side
+    shapes = {i: tuple([parts[part].shape for _, part in units[i].parts]) for below in members.values() for i in below}
+    return {frozenset([(units[i].path[len(member) :], shapes[i]) for i in below]) for member, below in members.items()}
+
+
+def _around(units: Sequence[Unit], lists: Sequence[Sequence[Path]]) -> list[dict[int, int]]:
+    """Map, for each layer, the lists that it is in to its place in each."""
+    place_of = {member: (index, place) for index, members in enumerate(lists) for place, member in enumerate(members)}
+    return [
+        dict([place_of[above] for depth in range(1, len(unit.path)) if (above := unit.path[:depth]) in place_of])
+        for unit in units
+    ]
+
+
+def _levels(side: _Side) -> list[tuple[Path, int]]:
+    """List the parents and the lengths of lists of unlike members."""
+    return [
+        (parent, len(members))
+        for (parent, _), members in _lists(side[0]).items()
+        if len(_contents(members, side)) >= max(_MIN_LEVELS, len(members) - 1)
+    ]
+
+
+def _has_levels(members: Sequence[Path], levels: Sequence[tuple[Path, int]]) -> bool:
+    """True if a list that is in no other has one of levels beside it: as long, in the same part of the network."""
+    parent = members[0][:-1]
+    return not any(map(numbers, parent)) and any(
+        count == len(members) and other[:1] == parent[:1] and (other == parent or other[: len(parent)] != parent)
+        for other, count in levels
+    )
