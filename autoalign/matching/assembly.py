@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from autoalign.matching.candidates import operation_between, squeeze
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED
 from autoalign.matching.conventions import as_in_torch, with_known_leaves
-from autoalign.matching.crossed_blocks import common_module
 from autoalign.matching.features import SideEvidence, is_alphabetical, name_scores
 from autoalign.matching.fusion import BY_ORDER, Fusion
 from autoalign.matching.layers import Part, Parts, Path, Unit, Units, block_around, parts_of
 from autoalign.matching.layouts import ROTARY, Doubt, Style, doubt_about, other_layouts, style_of
 from autoalign.matching.names import kind, words
-from autoalign.plan.keys import components
+from autoalign.plan.keys import common_module, components
 from autoalign.plan.matches import Candidate, Match, Mismatch
 from autoalign.plan.operations import Copy, InsertZeros, Operation, Parallel, Shape, Split, chain
 from autoalign.plan.regions import joined, place_of

@@ -24,7 +24,7 @@ from autoalign.matching.features import Floats
 from autoalign.matching.layers import Part, Path, Unit, Units, counts_of, units_of
 from autoalign.matching.names import similar_words, words
 from autoalign.matching.vocabulary import LAYER_TYPES
-from autoalign.plan.keys import numbers, stem
+from autoalign.plan.keys import numbers, template
 
 FILE = "calibration.json"
 
@@ -202,9 +202,9 @@ def coherence(assignment: Assignment, source: Units, target: Units, confidence: 
         size, taken = Counter(block), Counter([block[i] for i in index[likely].tolist()])
         typical: dict[Path, list[float]] = {}
         for path, count in taken.items():
-            typical.setdefault(tuple(map(stem, path)), []).append(count / size[path])
+            typical.setdefault(template(path), []).append(count / size[path])
         usual = {kind: median(shares) for kind, shares in typical.items()}
-        share = {path: taken[path] / size[path] / usual.get(tuple(map(stem, path)), 1.0) for path in size}
+        share = {path: taken[path] / size[path] / usual.get(template(path), 1.0) for path in size}
         result = np.minimum(result, np.asarray([share[block[i]] for i in index.tolist()], dtype=np.float32))
     return result
 

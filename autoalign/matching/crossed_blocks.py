@@ -15,7 +15,7 @@ from itertools import combinations, pairwise, product
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.features import Ints
 from autoalign.matching.layers import Path
-from autoalign.plan.keys import numbers, stem
+from autoalign.plan.keys import common_module, numbers, stem, template
 
 Repair = dict[int, Path]  # place in the assignment -> the layer of the source that it should have
 
@@ -74,7 +74,7 @@ def crossings(blocks: Blocks) -> list[Repair]:
             owns = [pair.own for pair in pairs]
             end = common_module(owns)
             if max(map(len, owns)) > len(end) + 1:
-                spread.setdefault((tuple(map(stem, block[:-1])), end), []).append(block)
+                spread.setdefault((template(block[:-1]), end), []).append(block)
     found: list[Repair] = []
     moved = set[int]()
     for (_, end), modules in spread.items():
@@ -177,12 +177,6 @@ def _ends(block: Block, end: int) -> Counter[str]:
 def _wholeness(first: Block, second: Block, end: int) -> int:
     """Measure how far two blocks are each matched to one module."""
     return sum(count**2 for block in (first, second) for count in _ends(block, end).values())
-
-
-def common_module(paths: Sequence[Path]) -> Path:
-    """Return the module that all paths are in."""
-    first = min(paths)
-    return first[: min(shared_depth(first, max(paths)), len(first) - 1)]
 
 
 def shared_depth(first: Path, second: Path) -> int:

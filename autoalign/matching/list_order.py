@@ -14,9 +14,9 @@ from itertools import combinations, permutations
 from math import comb
 from operator import attrgetter
 
-from autoalign.matching.crossed_blocks import Block, Blocks, Pair, Repair, common_module
+from autoalign.matching.crossed_blocks import Block, Blocks, Pair, Repair
 from autoalign.matching.layers import Path
-from autoalign.plan.keys import numbers, stem
+from autoalign.plan.keys import common_module, numbers, stem, template
 
 _MIN_NUMBERED_MEMBERS = 3  # members of a list whose numbers tell
 _MIN_AGREEING_LISTS = 2  # other lists of the same names that tell the direction of one
@@ -46,10 +46,10 @@ def disordered(blocks: Blocks) -> Iterator[Repair]:
         for block, pairs in of if len(of) > 1 else ():
             end = pairs[0].own if block == pairs[0].other else common_module([pair.own for pair in pairs])
             place = tuple([number for name in end for number in numbers(name)])
-            by_end.setdefault(tuple(map(stem, end)), []).append(_Member(block, end, place, pairs))
+            by_end.setdefault(template(end), []).append(_Member(block, end, place, pairs))
         for names, members in by_end.items():
             if len(members) > 1:
-                called, run = (tuple(map(stem, of[0][0])), names), _run(members)
+                called, run = (template(of[0][0]), names), _run(members)
                 together[called] += sign(run)
                 lists.append((called, run, members))
     for called, run, members in lists:

@@ -24,7 +24,7 @@ from autoalign.matching.vocabulary import (
     META_STYLE,
     PAIRED_TYPES,
 )
-from autoalign.plan.keys import components, numbers, stem
+from autoalign.plan.keys import components, numbers, stem, template
 from autoalign.plan.operations import Shape
 from autoalign.plan.specs import TensorSpec
 
@@ -194,7 +194,7 @@ def _projections(specs: Sequence[TensorSpec], paths: Sequence[Path]) -> dict[int
         if role not in ROTATED or "lora" in role_words(path) or any("cross" in words(name) for name in path):
             continue
         around = path[:depth]
-        name = tuple(map(stem, (*around[-1:], path[depth])))
+        name = template((*around[-1:], path[depth]))
         found[place] = around, role, name
         if len(spec.shape) > 1:
             inputs.setdefault(around, {})[role] = spec.shape[-1]
@@ -261,7 +261,7 @@ def _tower(path: Path, layers: Mapping[Path, Sequence[Shape]], *, named: bool, p
     return Tower(
         rotated=named or (plain and gated and not positions),
         positions=positions and not named,
-        norms=frozenset(tuple(map(stem, layer[len(path) :])) for layer in norms),
+        norms=frozenset(template(layer[len(path) :]) for layer in norms),
     )
 
 

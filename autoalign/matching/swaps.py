@@ -25,7 +25,7 @@ from autoalign.matching.layers import Path, block_around
 from autoalign.matching.list_order import sign
 from autoalign.matching.names import likeness, ordinal, words
 from autoalign.matching.vocabulary import ROLES
-from autoalign.plan.keys import numbers, stem
+from autoalign.plan.keys import numbers, stem, template
 
 MIN_NAME_GAIN = 0.05  # how much better names must fit one way than the other to tell anything
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
@@ -257,7 +257,7 @@ def swaps_of(
     found: dict[tuple[_Key, bool, bool], list[int]] = {}
     for index, one in enumerate(listed):
         gains[index] += _MODULE_NAME_WEIGHT * _module_name_gain(one)
-        key = tuple([tuple(map(stem, path)) for path in (*one.modules, *one.ends)])
+        key = tuple([template(path) for path in (*one.modules, *one.ends)])
         found.setdefault((key, gains[index] < 0, mirrored(one.pairs) > 0), []).append(index)
     runs: dict[tuple[tuple[Path, Path], tuple[str, str]], _Run] = {}
 

@@ -16,13 +16,13 @@ import numpy as np
 
 from autoalign.matching.assignment import Assignment, with_sources
 from autoalign.matching.confidence import AMBIGUOUS
-from autoalign.matching.crossed_blocks import Blocks, Repair, blocks_of, common_module, crossings, shape_pair_ids
+from autoalign.matching.crossed_blocks import Blocks, Repair, blocks_of, crossings, shape_pair_ids
 from autoalign.matching.features import Floats, Ints, SideEvidence
 from autoalign.matching.layers import Part, Path, Unit
 from autoalign.matching.list_order import disordered, misnumbered, out_of_step, unparallel
 from autoalign.matching.names import likeness, words
 from autoalign.matching.swaps import MIN_NAME_GAIN, places_of, swapped, swaps_of
-from autoalign.plan.keys import numbers, stem
+from autoalign.plan.keys import common_module, numbers, stem
 
 REVERSIBLE = "right shape, but the members of this list are alike, and one side may list them in reverse order"
 _NOTHING_TELLS = "right shape, but nothing tells {} from {}"
