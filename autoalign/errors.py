@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -95,3 +96,12 @@ class DependencyError(AutoAlignError, ImportError):
             f"{what} are read through the package {package}, which is not installed. Nothing was read. "
             f"Install it with: pip install 'autoalign[{extra}]'"
         )
+
+
+def listed(items: Sequence[str], count: int = 3) -> str:
+    """Join the first of some texts, for an error or a note.
+
+    >>> listed(["a", "b", "c", "d"])
+    'a, b, c, ...'
+    """
+    return ", ".join(items[:count]) + (", ..." if len(items) > count else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 
 from autoalign.checkpoints.config import folder_config, module_config, saved_config
 from autoalign.checkpoints.containers import Container, containers_of, copies_of, named_container, preferred
-from autoalign.checkpoints.formats.detection import is_index, open_file, open_folder, open_index
+from autoalign.checkpoints.formats.detection import open_path
 from autoalign.checkpoints.remote import downloaded, is_remote
-from autoalign.checkpoints.stored import Contents, as_opened
-from autoalign.errors import CheckpointError, InputError
+from autoalign.checkpoints.stored import as_opened
+from autoalign.errors import CheckpointError, InputError, listed
+from autoalign.plan.keys import LEVELS
 from autoalign.plan.matches import Caution
 from autoalign.plan.quantised import Members, groups_of
 from autoalign.plan.regions import Region, narrowed
@@ -47,20 +48,20 @@ class Checkpoint(Mapping[str, Tensor]):
     specs: tuple[TensorSpec, ...]
     read: Callable[[str], Tensor]  # from a key of `specs` to its tensor
     read_region: Callable[[str, Region], Tensor] | None = None  # a part of a tensor; None where that is read as a whole
-    is_resident: bool = False  # whether reading takes no memory and cannot fail, since all is mapped or in memory
+    is_resident: bool = False  # all is in memory or mapped: reading allocates nothing and cannot fail
     path: str | None = None  # of the file; None for what was in memory
     opened: tuple[tuple[Path, os.stat_result], ...] = ()  # the files as they were when they were opened
     container: str = ""  # dotted path of the state dict that was taken, '' for the top level
     containers: tuple[str, ...] = ("",)  # all that could have been taken
     copies: tuple[str, ...] = ()  # others of these with tensors of the same shapes, where nobody said which to take
-    is_decided: bool = True  # whether names speak for this one, against each of these copies
+    is_decided: bool = True  # names speak for this one, against each of these copies
     notes: tuple[str, ...] = ()  # statements for the report
     metadata: Mapping[str, str] = field(default_factory=dict)  # a safetensors file's own
     extras: Mapping[str, object] = field(default_factory=dict)  # what is no tensor, and each module's `_extra_state`
     config: Mapping[str, object] = field(default_factory=dict)  # its makers' own, as it is; {} where there is none
     state_metadata: Mapping[str, Mapping[str, object]] | None = None  # a torch state dict's `_metadata`
     root: Mapping[str, object] | None = None  # the whole of what the containers are in
-    left_out: tuple[TensorSpec, ...] = ()  # tensors that are packed, as quantised ones are, which `specs` has not
+    left_out: tuple[TensorSpec, ...] = ()  # packed tensors, as quantised ones are, which are not in `specs`
     module: nn.Module | None = None  # the module whose state dict this is, where it was given as one
 
     @cached_property
@@ -69,7 +70,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def all_specs(self) -> tuple[TensorSpec, ...]:
-        """What `specs` has, and what was left out."""
+        """``specs``, then what was left out."""
         return (*self.specs, *self.left_out)
 
     @cached_property
@@ -83,7 +84,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return self.read(key)
 
     def spec(self, key: str) -> TensorSpec:
-        """Look up what is known of a tensor."""
+        """Return what is known of a tensor."""
         return self._spec_of[key]
 
     def region(self, key: str, region: Region) -> Tensor:
@@ -114,14 +115,12 @@ class Checkpoint(Mapping[str, Tensor]):
         >>> networkx.is_arborescence(tree)
         True
         """
-        from autoalign.checkpoints.module_graph import module_graph
-
         return module_graph(self.all_specs)
 
-    def require_unchanged(self, advice: str = "Nothing was read. Open it anew when it is complete.") -> None:
-        """Make sure that no file was written to since; what is mapped of a file that was cut off ends a process.
+    def require_unchanged(self, advice: str = "Nothing was read. Open it again when it is complete.") -> None:
+        """Make sure that no file was written to since it was opened: mapped data that was cut off ends a process.
 
-        A file in whose place another was put is the same as before to what has it open.
+        Replacing a file by another is no change: what has the first one open still reads that.
 
         Args:
             advice: What was not done, and what to do.
@@ -183,7 +182,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
     Raises:
         CheckpointError: The file cannot be read, holds no tensors, or has no such container; or there are several in
             the folder.
-        InputError: It is no path.
+        InputError: It is not a path.
         DependencyError: The package that reads the format is not installed.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
@@ -194,13 +193,26 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
         opened = as_opened(local) if local.is_file() else ()
     except OSError as error:  # such as of a name that is too long
         raise CheckpointError(f"{str(path)!r} could not be read: {error.strerror}. Nothing was read.") from error
-    contents = _contents(local)
-    checkpoint = replace(_of_contents(contents, container, local), opened=(*opened, *contents.opened))
-    return replace(checkpoint, path=str(path)) if is_remote(path) else checkpoint
+    contents = open_path(local)
+    if container and contents.flat:
+        raise CheckpointError(f"{str(local)!r} is a flat {contents.flat} without containers, such as {container!r}.")
+    try:
+        checkpoint = _of_mapping(contents.root, container, str(local))
+    except InputError as error:
+        raise CheckpointError(f"{str(local)!r} cannot be used. {error}") from error
+    config, notes = folder_config(local if local.is_dir() else local.parent)
+    return replace(
+        checkpoint,
+        path=str(path if is_remote(path) else local),
+        opened=(*opened, *contents.opened),
+        notes=(*checkpoint.notes, *contents.notes, *_adapter_notes(checkpoint), *notes),
+        metadata=contents.metadata,
+        config={**config, **contents.config, **checkpoint.config},
+    )
 
 
 def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
-    """Take one side of an alignment as a checkpoint; the side itself is not changed.
+    """Return one side of an alignment as a checkpoint; the side itself is not changed.
 
     Args:
         side: A module, a path, an open checkpoint, or a mapping of tensors or numpy arrays, nested as training scripts
@@ -242,40 +254,14 @@ def uninitialized(module: nn.Module) -> dict[str, Tensor]:
 
 
 def of_module(module: nn.Module, state_dict: Mapping[str, object], *, container: str | None = None) -> Checkpoint:
-    """Take a state dict as a checkpoint that is known to be a module's."""
+    """Return the state dict of a module as a checkpoint that knows the module."""
     checkpoint = _of_mapping(state_dict, container)
     config, notes = module_config(module)
     return replace(checkpoint, module=module, config=config, notes=(*checkpoint.notes, *notes))
 
 
-def _contents(path: Path) -> Contents:
-    if path.is_dir():
-        return open_folder(path)
-    if not path.is_file():
-        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
-        raise CheckpointError(f"{str(path)!r} {problem}. Nothing was read.")
-    return open_index(path) if is_index(path) else open_file(path)
-
-
-def _of_contents(contents: Contents, container: str | None, path: Path) -> Checkpoint:
-    if container and contents.flat:
-        raise CheckpointError(f"{str(path)!r} is a flat {contents.flat} without containers, such as {container!r}.")
-    try:
-        checkpoint = _of_mapping(contents.root, container, str(path))
-    except InputError as error:
-        raise CheckpointError(f"{str(path)!r} cannot be used. {error}") from error
-    notes = _adapter_notes(checkpoint)
-    config, more = folder_config(path if path.is_dir() else path.parent)
-    return replace(
-        checkpoint,
-        notes=(*checkpoint.notes, *contents.notes, *notes, *more),
-        metadata=contents.metadata,
-        config={**config, **contents.config, **checkpoint.config},
-    )
-
-
 def _adapter_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Say so where a file holds changes to the weights of a model, which look like weights of small layers."""
+    """Return a note if a file holds changes to the weights of a model, which look like weights of small layers."""
     layers = sum(not _FIRST_OF_PAIR.isdisjoint(spec.key.split(".")) for spec in checkpoint.specs)
     if not layers:
         return ()
@@ -311,10 +297,10 @@ def _of_mapping(root: Mapping[str, object], container: str | None, path: str | N
                 packed[TensorSpec(key, tuple(tensor.shape), tensor.dtype)] = kind
     notes = []
     if packed:
-        listed = ", ".join(f"{spec.key} ({kind})" for spec, kind in list(packed.items())[:3])
+        names = listed([f"{spec.key} ({kind})" for spec, kind in packed.items()])
         notes.append(
-            f"{len(packed)} tensors are quantised or packed in another way, and their elements are no values: they "
-            f"were left out: {listed}{', ...' if len(packed) > 3 else ''}. Load before quantising, or dequantise first."
+            f"{len(packed)} tensors are quantised or packed in another way, and their elements are not values: they "
+            f"were left out: {names}. Load before quantising, or dequantise first."
         )
     copies, is_decided = copies_of(chosen, containers) if container is None else ([], True)
     if len(containers) > 1 and container is None:
@@ -344,3 +330,51 @@ def _of_mapping(root: Mapping[str, object], container: str | None, path: str | N
         root=root,
         left_out=tuple(packed),
     )
+
+
+def module_graph(specs: Iterable[TensorSpec], status: Mapping[str, str] | None = None) -> nx.DiGraph:
+    """Build the tree of the modules and tensors of one side, as ``Checkpoint.to_networkx``.
+
+    >>> import torch
+    >>> graph = module_graph([TensorSpec("fc.weight", (2, 3), torch.float32)])
+    >>> list(graph.edges)
+    [('module:', 'module:fc'), ('module:fc', 'tensor:fc.weight')]
+    >>> graph.nodes["module:fc"]
+    {'kind': 'module', 'path': 'fc', 'tensors': 1, 'elements': 6}
+    >>> graph.nodes["tensor:fc.weight"]
+    {'kind': 'tensor', 'path': 'fc.weight', 'shape': '[2, 3]', 'dtype': 'float32', 'elements': 6}
+
+    Args:
+        specs: The tensors, in order.
+        status: That of each key, for an attribute ``status``; that of a module is that of all tensors in it, or
+            ``"mixed"``.
+    """
+    import networkx as nx
+
+    graph = nx.DiGraph()
+    graph.add_node("module:", kind="module", path="")
+    for spec in specs:
+        above = "module:"
+        *parts, _ = spec.key.split(".", LEVELS)
+        for depth in range(1, len(parts) + 1):
+            path = ".".join(parts[:depth])
+            module = f"module:{path}"
+            if module not in graph:
+                graph.add_node(module, kind="module", path=path)
+                graph.add_edge(above, module, relation="contains")
+            above = module
+        tensor = f"tensor:{spec.key}"
+        facts = {"shape": str(list(spec.shape)), "dtype": spec.dtype_name, "elements": spec.numel}
+        graph.add_node(tensor, kind="tensor", path=spec.key, **facts)
+        if status is not None:
+            graph.nodes[tensor]["status"] = status[spec.key]
+        graph.add_edge(above, tensor, relation="contains")
+    for node in reversed(list(nx.topological_sort(graph))):
+        data, inner = graph.nodes[node], [graph.nodes[child] for child in graph[node]]
+        if data["kind"] == "module":
+            data["tensors"] = sum(child.get("tensors", 1) for child in inner)
+            data["elements"] = sum(child["elements"] for child in inner)
+            if status is not None:
+                found = {child["status"] for child in inner}
+                data["status"] = found.pop() if len(found) == 1 else "mixed"
+    return graph

@@ -73,7 +73,7 @@ class Entry:
         if type(self.owner) not in (dict, OrderedDict):  # one that makes its values when asked may do anything
             return False
         value = self.owner[self.name]
-        return value.mapped if isinstance(value, StoredTensor) else isinstance(value, Tensor)
+        return value.is_mapped if isinstance(value, StoredTensor) else isinstance(value, Tensor)
 
 
 @dataclass(frozen=True, slots=True)

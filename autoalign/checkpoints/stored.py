@@ -1,9 +1,10 @@
-"""Numpy's arrays as torch's tensors: which dtypes both have, and how the one becomes the other."""
+"""What a format makes of a file: tensors that are read when asked for; and what all formats share in reading one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +12,115 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoalign.errors import CheckpointError
 from autoalign.plan.regions import Region
+
+MAX_MEMBERS = 2**18  # tensors, arrays or records in a file
+FREE_STEPS = 2**23  # whatever the size; a step is a byte, a character of text or an element of a tensor
+STEPS_PER_BYTE = 4
 
 # torch has integers of less than a byte too, which others keep in another way
 _INTEGERS = frozenset({"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"})
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that is still in its file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor] = field(repr=False)
+    is_mapped: bool = False  # the file is mapped into memory: reading allocates nothing and cannot fail
+    read_region: Callable[[Region], Tensor] | None = field(default=None, repr=False)  # where that reads less
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Names to stored tensors, tensors, mappings of such and whatever else a file holds."""
+
+    root: Mapping[str, object]
+    flat: str = ""  # what to call a file whose format has no containers; '' for one that may have them
+    metadata: Mapping[str, str] = field(default_factory=dict)  # statements of the file about itself
+    config: Mapping[str, object] = field(default_factory=dict)  # as of ``Checkpoint``
+    notes: tuple[str, ...] = ()  # statements for the report
+    opened: tuple[tuple[Path, os.stat_result], ...] = ()  # as of ``Checkpoint``, where there are several files
+
+
+class TooCostlyError(ValueError):
+    """A file asks for more than one of its size has reason to."""
+
+
+class Budget:
+    """The steps that are left for reading a checkpoint: time and memory in proportion to its size.
+
+    Attributes:
+        total: Those that there were.
+        left: Those that are left.
+    """
+
+    __slots__ = ("left", "total")
+
+    def __init__(self, size: int) -> None:
+        self.total = self.left = FREE_STEPS + STEPS_PER_BYTE * size
+
+    def charge(self, steps: int) -> None:
+        """Take steps.
+
+        Raises:
+            TooCostlyError: There are not as many left.
+        """
+        self.left -= steps
+        if self.left < 0:
+            raise TooCostlyError(f"reading it would take more than {self.total:,} steps")
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Raise what a damaged file leads its reader to, which may be anything, as a ``CheckpointError``.
+
+    Args:
+        path: The file, or the folder.
+        kind: What it was taken for, with its article.
+    """
+    try:
+        yield
+    except (CheckpointError, Warning):  # a warning is an error where a filter of the caller's says so
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{str(path)!r} could not be read as {kind} ({type(error).__name__}: {error}). Nothing was read. "
+            "It may be truncated or damaged; compare its size with the original's."
+        ) from error
+
+
+def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make a mapping, as ``object_pairs_hook`` of a parser.
+
+    Raises:
+        ValueError: Two of the names are equal.
+    """
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it lists {name[:100]!r} twice")
+        found[name] = value
+    return found
+
+
+def left_out_notes(file: Path, root: Mapping[str, object], left_out: str, advice: str) -> tuple[str, ...]:
+    """Return a note on tensors of a file that are left out.
+
+    Raises:
+        CheckpointError: There are no others.
+    """
+    if not root:
+        raise CheckpointError(f"{str(file)!r} holds nothing but {left_out}. Nothing was read. {advice}")
+    return (f"{left_out} were left out. {advice}",)
+
+
+def as_opened(path: Path) -> tuple[tuple[Path, os.stat_result], ...]:
+    """Record the state of a file that is about to be opened."""
+    return ((path.absolute(), path.stat()),)
 
 
 def torch_dtype(dtype: np.dtype) -> torch.dtype | None:
@@ -59,31 +165,3 @@ def as_tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
         array = array.view(f"u{array.dtype.itemsize}")
     tensor = torch.from_numpy(array)
     return tensor if tensor.dtype == dtype else tensor.view(dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor that is still in its file."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor] = field(repr=False)
-    mapped: bool = False  # whether reading it takes no memory and cannot fail, as where the file is mapped into memory
-    read_region: Callable[[Region], Tensor] | None = field(default=None, repr=False)  # where that reads less
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What a format makes of a file: names to stored tensors, tensors, mappings of such and whatever else it holds."""
-
-    root: Mapping[str, object]
-    flat: str = ""  # what to call a file whose format has no containers; '' for one that may have them
-    metadata: Mapping[str, str] = field(default_factory=dict)  # statements of the file about itself
-    config: Mapping[str, object] = field(default_factory=dict)  # as of ``Checkpoint``
-    notes: tuple[str, ...] = ()  # statements for the report
-    opened: tuple[tuple[Path, os.stat_result], ...] = ()  # as of ``Checkpoint``, where there are several files
-
-
-def as_opened(path: Path) -> tuple[tuple[Path, os.stat_result], ...]:
-    """Note how a file is that is about to be opened."""
-    return ((path.absolute(), path.stat()),)

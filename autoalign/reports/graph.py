@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autoalign.checkpoints.module_graph import module_graph
+from autoalign.checkpoints.checkpoint import module_graph
 from autoalign.plan.matches import Plan
 
 if TYPE_CHECKING:

@@ -240,7 +240,7 @@ def test_mappings_without_end_in_a_file(tmp_path: Path) -> None:
         ('"a": [1, 0, 8]', 8, "invalid"),
         ('"a": [2, 0, 8]', 4, "incomplete|invalid|too large|not fully"),
         ('"a": [4611686018427387904, 0, 4]', 4, "overflow|invalid"),
-        ('"a": [1, 0, 4], "a": [2, 0, 8]', 8, "two tensors of one name"),
+        ('"a": [1, 0, 4], "a": [2, 0, 8]', 8, "it lists 'a' twice"),
         ('"a": [-1, 0, 4]', 4, "invalid"),
     ],
 )
@@ -250,7 +250,7 @@ def test_safetensors_with_a_header_that_is_not_true(tmp_path: Path, entries: str
     )
     header = f"{{{described}}}".encode()
     (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
-    with pytest.raises(CheckpointError, match=f"could not be read as a file of safetensors: .*({problem})"):
+    with pytest.raises(CheckpointError, match=f"could not be read as a file of safetensors .*({problem})"):
         open_checkpoint(tmp_path / "a")
 
 

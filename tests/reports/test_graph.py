@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import autoalign
-from autoalign.checkpoints.module_graph import module_graph
+from autoalign.checkpoints.checkpoint import module_graph
 from autoalign.plan.specs import TensorSpec
 from tests.alignments import MIXED
 

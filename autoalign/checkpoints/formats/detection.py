@@ -1,12 +1,11 @@
-"""One file of any format, told by its content and never by its name."""
+"""Which checkpoint a path is: a file's format by its content, the shards of an index, the model's file in a folder."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from autoalign.checkpoints.formats.distributed import is_distributed, open_distr
 from autoalign.checkpoints.formats.gguf import is_gguf, open_gguf
 from autoalign.checkpoints.formats.msgpack import is_msgpack, open_msgpack
 from autoalign.checkpoints.formats.npz import is_npz, open_npz
-from autoalign.checkpoints.formats.pickle_budget import members_of
 from autoalign.checkpoints.formats.safetensors import is_safetensors, open_safetensors
 from autoalign.checkpoints.formats.torch_pickle import is_pickled, open_pickled
 from autoalign.checkpoints.formats.torchscript import is_torchscript, open_torchscript
-from autoalign.checkpoints.stored import Contents, as_opened
-from autoalign.errors import CheckpointError
+from autoalign.checkpoints.formats.unpickler import members_of
+from autoalign.checkpoints.stored import Contents, as_opened, reading, unique_names
+from autoalign.errors import CheckpointError, listed
 from autoalign.plan.keys import natural
 
 FORMATS = {
@@ -32,7 +31,31 @@ FORMATS = {
     "GGUF": open_gguf,
     "msgpack": open_msgpack,
 }  # the first is the first that is taken where a folder has several
-_HEAD = 2**12  # bytes of a file that are looked at
+
+_HEAD_BYTES = 2**12  # of a file that are looked at
+_MAX_INDEX_BYTES = 2**26
+_MAX_NAME_LENGTH = 100  # of one in an error
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\..*)")
+_INDEX = re.compile(r"\.index(?P<variant>\.\w+)?\.json")
+_STATE_WORDS = TRAINING_WORDS | {"args", "random", "training"}  # of what training scripts save beside a model
+
+
+def open_path(path: Path) -> Contents:
+    """Open a folder, an index or a file.
+
+    Raises:
+        CheckpointError: It is not there, is damaged or of no known format, or a folder with no or several checkpoints.
+        DependencyError: The package that reads its format is not installed.
+    """
+    if path.is_dir():
+        return open_folder(path)
+    if not path.is_file():
+        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
+        raise CheckpointError(f"{str(path)!r} {problem}. Nothing was read.")
+    # the length that a file of safetensors begins with may look like JSON
+    if head_of(path).lstrip().startswith(b"{") and format_of(path) is None:
+        return open_index(path)
+    return open_file(path)
 
 
 def open_file(file: Path) -> Contents:
@@ -55,7 +78,7 @@ def open_file(file: Path) -> Contents:
 
 
 def format_of(file: Path) -> str | None:
-    """Say which of ``FORMATS`` a file is of, if any.
+    """Return which of ``FORMATS`` a file is of, if any.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -80,7 +103,7 @@ def head_of(file: Path) -> bytes:
     """
     try:
         with file.open("rb") as stream:
-            return stream.read(_HEAD)
+            return stream.read(_HEAD_BYTES)
     except OSError as error:
         raise CheckpointError(f"{str(file)!r} could not be read: {error}.") from error
 
@@ -92,37 +115,28 @@ def _members(file: Path) -> list[str]:
         return []
 
 
-_LARGEST = 2**26  # bytes of an index
-_LONGEST = 100  # characters of a name in an error
-
-
-def is_index(file: Path) -> bool:
-    """Whether a file is JSON, as an index is; the length that a file of safetensors begins with may look like it."""
-    return head_of(file).lstrip().startswith(b"{") and format_of(file) is None
-
-
 def open_index(file: Path) -> Contents:
     """Open the files that an index lists; each must lie in the index's folder and hold what the index says.
 
     Raises:
         CheckpointError: The index is damaged or lists what is not there, or one of its files is damaged.
     """
-    listed = index_of(file)
+    files_of = index_of(file)
     folder = file.parent
-    outside = sorted({name for name in listed.values() if Path(name).name != name})
+    outside = sorted({name for name in files_of.values() if Path(name).name != name})
     if outside:
         raise CheckpointError(
-            f"The index {str(file)!r} lists {_few(outside)}, and only files in its own folder are read. "
+            f"The index {str(file)!r} lists {_quoted(outside)}, and only files in its own folder are read. "
             "Nothing was read."
         )
-    names = sorted(set(listed.values()), key=natural)
+    names = sorted(set(files_of.values()), key=natural)
     missing = [name for name in names if not _is_file(folder / name)]
     if missing:
         raise CheckpointError(
-            f"{len(missing)} of the {len(names)} files that {str(file)!r} lists are missing: {_few(missing)}. "
+            f"{len(missing)} of the {len(names)} files that {str(file)!r} lists are missing: {_quoted(missing)}. "
             "Nothing was read. Complete the download, or name one of the files to read that alone."
         )
-    return _joined(file, [folder / name for name in names], listed)
+    return _open_shards(file, [folder / name for name in names], files_of)
 
 
 def _is_file(path: Path) -> bool:
@@ -132,44 +146,24 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def open_shards(files: Sequence[Path]) -> Contents:
-    """Open files that are parts of one checkpoint and have no index.
-
-    Raises:
-        CheckpointError: One of them is damaged, or a tensor is in two of them.
-    """
-    return _joined(files[0].parent, files, None)
-
-
 def index_of(file: Path) -> dict[str, str]:
     """Read an index: the name of the file of each tensor.
 
     Raises:
         CheckpointError: The file is no index, or is damaged.
     """
-    try:
-        if file.stat().st_size > _LARGEST:
-            raise ValueError(f"it has more than {_LARGEST} bytes")
-        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_mapping)
-        listed = found.get("weight_map") if isinstance(found, dict) else None
-        if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+    with reading(file, "the index of a sharded checkpoint"):
+        if file.stat().st_size > _MAX_INDEX_BYTES:
+            raise ValueError(f"it has more than {_MAX_INDEX_BYTES} bytes")
+        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_names)
+        files_of = found.get("weight_map") if isinstance(found, dict) else None
+        names = list(files_of.values()) if isinstance(files_of, dict) else []
+        if not files_of or not names or not all(isinstance(name, str) for name in names):
             raise ValueError("it has no weight_map with the file of each tensor")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{str(file)!r} could not be read as the index of a sharded checkpoint: {error}. Nothing was read."
-        ) from error
-    return listed
+        return dict(files_of)
 
 
-def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"it lists {_few(sorted(name for name, count in counts.items() if count > 1))} twice")
-    return found
-
-
-def _joined(path: Path, files: Sequence[Path], listed: dict[str, str] | None) -> Contents:
+def _open_shards(path: Path, files: Sequence[Path], files_of: Mapping[str, str] | None) -> Contents:
     root: dict[str, object] = {}
     unlisted: list[str] = []
     notes: dict[str, None] = {}
@@ -180,38 +174,32 @@ def _joined(path: Path, files: Sequence[Path], listed: dict[str, str] | None) ->
         opened += as_opened(file)
         contents = open_file(file)
         for key, value in contents.root.items():
-            if listed is None and key in root:
+            if files_of is None and key in root:
                 raise CheckpointError(
                     f"{key} is in two files of {str(path)!r}, such as {file.name!r}. Nothing was read."
                 )
-            if listed is None or listed.get(key) == file.name:
+            if files_of is None or files_of.get(key) == file.name:
                 root[key] = value
-            elif key not in listed:
+            elif key not in files_of:
                 unlisted.append(key)
         notes.update(dict.fromkeys(contents.notes))
         metadata |= contents.metadata
         config |= contents.config
-    absent = [key for key in listed or () if key not in root]
+    absent = [key for key in files_of or () if key not in root]
     if absent:
         raise CheckpointError(
-            f"{len(absent)} tensors that {str(path)!r} lists are not in their files: {_few(absent)}. "
+            f"{len(absent)} tensors that {str(path)!r} lists are not in their files: {_quoted(absent)}. "
             "Nothing was read. The index and the files may be of different checkpoints."
         )
     if unlisted:
-        notes[f"{len(unlisted)} tensors that the index does not list were left out: {_few(unlisted)}."] = None
+        notes[f"{len(unlisted)} tensors that the index does not list were left out: {_quoted(unlisted)}."] = None
     if format_of(files[0]) == "safetensors":  # whose files are not in the order of the model
         root = dict(sorted(root.items(), key=lambda item: natural(item[0])))
     return Contents(root, "sharded checkpoint", metadata, config, tuple(notes), tuple(opened))
 
 
-def _few(names: Iterable[str]) -> str:
-    first, *more = names = [repr(name if len(name) <= _LONGEST else f"{name[:_LONGEST]}...") for name in names]
-    return ", ".join([first, *more[:2]]) + (", ..." if len(more) > 2 else "")
-
-
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\..*)")
-_INDEX = re.compile(r"\.index(?P<variant>\.\w+)?\.json")
-_STATE_WORDS = TRAINING_WORDS | {"args", "random", "training"}  # of what training scripts save beside a model
+def _quoted(names: Sequence[str]) -> str:
+    return listed([repr(name if len(name) <= _MAX_NAME_LENGTH else f"{name[:_MAX_NAME_LENGTH]}...") for name in names])
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +213,9 @@ class _Candidate:
     def open(self) -> Contents:
         if _INDEX.search(self.name):
             return open_index(self.files[0])
-        return open_file(self.files[0]) if len(self.files) == 1 else open_shards(self.files)
+        return (
+            open_file(self.files[0]) if len(self.files) == 1 else _open_shards(self.files[0].parent, self.files, None)
+        )
 
 
 def open_folder(folder: Path) -> Contents:
@@ -291,11 +281,11 @@ def _candidates(folder: Path) -> list[_Candidate]:
         and not name_words(name.partition(".")[0]) & _STATE_WORDS
         and (kind := format_of(path)) is not None
     }
-    groups = _together(list(kinds_of))
+    groups = _grouped(list(kinds_of))
     return found + [_Candidate(names[0], kinds_of[names[0]], tuple(files[name] for name in names)) for names in groups]
 
 
-def _together(names: Sequence[str]) -> list[list[str]]:
+def _grouped(names: Sequence[str]) -> list[list[str]]:
     """Group the files of which each says that it is one of so many."""
     groups: dict[object, list[str]] = {}
     for name in names:

@@ -7,7 +7,6 @@ The pieces are read by torch, tensor for tensor, with ``weights_only=True``.
 from __future__ import annotations
 
 import io
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
@@ -17,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.formats.pickle_budget import Budget, TooCostlyError, check_cost
-from autoalign.checkpoints.formats.torch_pickle import check_zipped
-from autoalign.checkpoints.stored import Contents, StoredTensor, as_opened
+from autoalign.checkpoints.formats.unpickler import check_zipped, unpickle
+from autoalign.checkpoints.stored import Budget, Contents, StoredTensor, TooCostlyError, as_opened, reading
 from autoalign.errors import CheckpointError, UnsafeCheckpointError
 from autoalign.plan.regions import Region
 from autoalign.plan.specs import TensorSpec
 
 _METADATA = ".metadata"
-_LARGEST = 2**30  # bytes of metadata
-_BESIDE = 2**16  # bytes that torch writes beside the values of a piece; they are one or two thousand
+_KIND = "a folder of torch.distributed.checkpoint"
+_MAX_METADATA_BYTES = 2**30
+_MAX_EXTRA_BYTES = 2**16  # beside the values of a piece, where torch writes one or two thousand
 
 
 def is_distributed(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint of ``torch.distributed.checkpoint``."""
+    """Return True if a folder holds a checkpoint of ``torch.distributed.checkpoint``."""
     return (folder / _METADATA).is_file()
 
 
@@ -41,7 +40,7 @@ def open_distributed(folder: Path) -> Contents:
         CheckpointError: The metadata is damaged, or tells of files that are not there or not in the folder.
         UnsafeCheckpointError: The metadata asks for code.
     """
-    try:
+    with reading(folder, _KIND):
         metadata = _read_metadata(folder / _METADATA)
         sizes = _check_pieces(folder, metadata)
         budget = Budget((folder / _METADATA).stat().st_size + sum(sizes.values()))
@@ -49,43 +48,35 @@ def open_distributed(folder: Path) -> Contents:
             budget.charge(max(place.length, 0))
         opened = [stat for name in sizes for stat in as_opened(folder / name)]
         return Contents(_nested(folder, metadata, budget), opened=tuple(opened))
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle may lead anywhere
-        raise _damaged(folder, error) from error
 
 
 def _read_metadata(file: Path) -> Any:
     size = file.stat().st_size
-    if size > _LARGEST:
-        raise ValueError(f"metadata of {size} bytes")
-    content = file.read_bytes()
-    check_cost(io.BytesIO(content), size, most=size)
-    metadata = _Unpickler(io.BytesIO(content)).load()
+    if size > _MAX_METADATA_BYTES:
+        raise TooCostlyError(f"metadata of {size:,} bytes, of {_MAX_METADATA_BYTES:,} at most")
+    metadata = unpickle(file.read_bytes(), size, _allowed, max_operations=size)
     if type(metadata).__name__ != "Metadata":
         raise ValueError(f"there is a {type(metadata).__name__} where metadata should be")
     return metadata
 
 
-class _Unpickler(pickle._Unpickler):  # in Python, whose memory an index in a pickle cannot exhaust
-    """Reads what torch writes for its metadata."""
+def _allowed(module: str, name: str) -> Any:
+    """Return what torch writes in its metadata, by name."""
+    from torch.distributed.checkpoint import filesystem, metadata
 
-    def find_class(self, module: str, name: str) -> Any:
-        from torch.distributed.checkpoint import filesystem, metadata
-
-        if module == metadata.__name__ and name in _RECORDS:
-            return getattr(metadata, name)
-        if module == filesystem.__name__ and name == "_StorageInfo":
-            return getattr(filesystem, name)
-        if (module, name) in _KNOWN:
-            return _KNOWN[module, name]
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
-        raise UnsafeCheckpointError(
-            f"The metadata of a distributed checkpoint asks for {module}.{name}, which torch does not write there. "
-            "Nothing was read, since that may be code.",
-            (f"{module}.{name}",),
-        )
+    if module == metadata.__name__ and name in _RECORDS:
+        return getattr(metadata, name)
+    if module == filesystem.__name__ and name == "_StorageInfo":
+        return filesystem._StorageInfo
+    if (module, name) in _ALLOWED:
+        return _ALLOWED[module, name]
+    if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+        return found
+    raise UnsafeCheckpointError(
+        f"The metadata of a distributed checkpoint asks for {module}.{name}, which torch does not write there. "
+        "Nothing was read, since that may be code.",
+        (f"{module}.{name}",),
+    )
 
 
 _RECORDS = frozenset(
@@ -100,7 +91,7 @@ _RECORDS = frozenset(
         "_MEM_FORMAT_ENCODING",
     }
 )
-_KNOWN: Mapping[tuple[str, str], Any] = {
+_ALLOWED: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib", "WindowsPath"): PureWindowsPath,
@@ -171,6 +162,7 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -
     shape, dtype = tuple(entry.size), entry.properties.dtype
     checked: set[tuple[str, int]] = set()
 
+    @reading(folder, _KIND)
     def read_region(region: Region) -> Tensor:
         from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
         from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -179,13 +171,13 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -
         from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
         class Planner(DefaultLoadPlanner):
-            """Takes the one tensor that is filled for every part of it."""
+            """Fills the one tensor."""
 
             def lookup_tensor(self, index: object) -> Tensor:  # noqa: ARG002, there is only one
                 return tensor
 
         class Reader(FileSystemReader):
-            """Looks at a piece before torch loads it."""
+            """Checks a piece before torch loads it."""
 
             def _slice_file(self, file: Any, place: Any) -> Any:
                 piece = _Part(file, place.offset, place.length)
@@ -196,16 +188,13 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -
                 return piece
 
         starts, sizes = torch.Size([start for start, _ in region]), torch.Size([length for _, length in region])
-        try:
-            tensor = torch.empty(sizes, dtype=dtype, device="cpu")
-            planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            planner.set_up_planner({key: tensor}, metadata)
-            reader = Reader(folder)
-            reader.set_up_storage_reader(metadata, is_coordinator=True)
-            items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(starts, sizes)])
-            reader.read_data(LoadPlan(items), planner).wait()
-        except Exception as error:  # torch raises whatever the damaged part of a file led to
-            raise _damaged(folder, error) from error
+        tensor = torch.empty(sizes, dtype=dtype, device="cpu")
+        planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner({key: tensor}, metadata)
+        reader = Reader(folder)
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(starts, sizes)])
+        reader.read_data(LoadPlan(items), planner).wait()
         return tensor
 
     return StoredTensor(shape, dtype, lambda: read_region(tuple((0, size) for size in shape)), read_region=read_region)
@@ -250,17 +239,10 @@ def _check_piece(piece: Any, place: Any, reader: Any, needed: int, budget: Budge
         content = bytearray()
         while block := unpacked.read(2**20):
             content += block
-            if len(content) > needed + _BESIDE:
+            if len(content) > needed + _MAX_EXTRA_BYTES:
                 raise TooCostlyError(f"a piece of a tensor of {needed:,} bytes is larger when unpacked")
         piece, size = io.BytesIO(content), len(content)
     check_zipped(piece, size, budget)
-
-
-def _damaged(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{str(folder)!r} could not be read as a folder of torch.distributed.checkpoint "
-        f"({type(error).__name__}: {error}). It may be incomplete or damaged."
-    )
 
 
 def write_distributed(

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.stored import Contents, StoredTensor, as_tensor
-from autoalign.errors import CheckpointError, DependencyError
+from autoalign.checkpoints.stored import Contents, StoredTensor, as_tensor, left_out_notes, reading
+from autoalign.errors import DependencyError
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -27,12 +27,12 @@ _DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-_MOST = 2**22  # values in a header; a vocabulary has some hundred thousand
-_LONGEST = 2**10  # values of an entry that is handed on; longer ones are vocabularies
+_MAX_HEADER_VALUES = 2**22  # a vocabulary has some hundred thousand
+_MAX_ENTRY_VALUES = 2**10  # of an entry that is handed on; longer ones are vocabularies
 
 
 def is_gguf(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is one of GGUF."""
+    """Return True if a file that begins with ``head`` is one of GGUF."""
     return head.startswith(b"GGUF")
 
 
@@ -59,8 +59,8 @@ def open_gguf(file: Path) -> Contents:
         def _get(self, offset: int, dtype: Any, count: int = 1, *arguments: Any, **options: Any) -> Any:
             values = super()._get(offset, dtype, count, *arguments, **options)
             self.asked += 1
-            if len(values) < count or self.asked > _MOST:
-                raise ValueError(f"values beyond the end of the file, or more than {_MOST} in its header")
+            if len(values) < count or self.asked > _MAX_HEADER_VALUES:
+                raise ValueError(f"values beyond the end of the file, or more than {_MAX_HEADER_VALUES} in its header")
             return values
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
@@ -73,66 +73,51 @@ def open_gguf(file: Path) -> Contents:
             if number is not None:
                 values = self._get(begin, number, int(count[0]))
                 return begin + values.nbytes - orig_offs, [kind, count, values], [2], types
-            if types[1] != GGUFValueType.STRING or count[0] > _MOST:
+            if types[1] != GGUFValueType.STRING or count[0] > _MAX_HEADER_VALUES:
                 raise ValueError(f"a list of {count[0]} of {types[1].name}")
-            length, end, data = (
-                struct.Struct(">Q" if self.endianess == GGUFEndian.BIG else "<Q"),
-                begin,
-                memoryview(self.data),
-            )
+            length = struct.Struct(">Q" if self.endianess == GGUFEndian.BIG else "<Q")
+            end, data = begin, memoryview(self.data)
             for _ in range(int(count[0])):
                 end += length.size + length.unpack_from(data, end)[0]
             return end - orig_offs, [kind, count, self._get(begin, np.uint8, end - begin)], [], types
 
-    try:
+    with reading(file, "a GGUF file"):
         reader = Reader(file, "c")  # mapped so that a write to a tensor stays in memory
-        tensors = sorted(reader.tensors, key=lambda tensor: tensor.data_offset)
         end = int(reader.data_offset)
-        for tensor in tensors:
+        for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
             if tensor.data_offset < end:
                 raise ValueError(f"{tensor.name} overlaps what is before it")
             end = int(tensor.data_offset) + int(tensor.n_bytes)
         config = {name: value for name, field in reader.fields.items() if (value := _value(field)) is not None}
         root = {
-            str(tensor.name): _stored(tensor, big=reader.endianess == GGUFEndian.BIG)
+            str(tensor.name): _stored(tensor, is_big_endian=reader.endianess == GGUFEndian.BIG)
             for tensor in reader.tensors
             if tensor.tensor_type.name in _DTYPES
         }
-    except Exception as error:  # the reader raises whatever the damaged part of a file led to
-        raise CheckpointError(
-            f"{str(file)!r} could not be read as a GGUF file ({type(error).__name__}: {error}). "
-            "It may be truncated or damaged; compare its size with the original's."
-        ) from error
     quantised = Counter(tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type.name not in _DTYPES)
-    listed = ", ".join(f"{count} of {name}" for name, count in sorted(quantised.items()))
-    if quantised and not root:
-        raise CheckpointError(
-            f"All tensors of {str(file)!r} are quantised ({listed}), which no model of torch takes as they are. "
-            "Nothing was read. Use the file of F16, BF16 or F32, or convert it with llama-quantize."
-        )
-    notes = (
-        (f"{quantised.total()} quantised tensors of the file were left out: {listed}. Use its F16, BF16 or F32 form.",)
-        if quantised
-        else ()
-    )
-    return Contents(root, "GGUF file", config=config, notes=notes)
+    if not quantised:
+        return Contents(root, "GGUF file", config=config)
+    counts = ", ".join(f"{count} of {name}" for name, count in sorted(quantised.items()))
+    what = f"{quantised.total()} quantised tensors ({counts}), which no model of torch takes as they are,"
+    advice = "Use the file of F16, BF16 or F32, or convert it with llama-quantize."
+    return Contents(root, "GGUF file", config=config, notes=left_out_notes(file, root, what, advice))
 
 
 def _value(field: Any) -> object:
-    """Take over an entry of the header that is short and of plain data."""
-    if field.name.startswith("GGUF.") or not field.data or field.parts[field.data[0]].size > _LONGEST:
+    """Return an entry of the header that is short and of plain data, else None."""
+    if field.name.startswith("GGUF.") or not field.data or field.parts[field.data[0]].size > _MAX_ENTRY_VALUES:
         return None
     value: object = field.contents()
     return value
 
 
-def _stored(tensor: Any, *, big: bool) -> StoredTensor:
+def _stored(tensor: Any, *, is_big_endian: bool) -> StoredTensor:
     dtype = _DTYPES[tensor.tensor_type.name]
     data: np.ndarray = tensor.data  # mapped into memory
     if dtype == torch.bfloat16:  # which is bytes to numpy
-        data = data.view(">u2" if big else "<u2")
+        data = data.view(">u2" if is_big_endian else "<u2")
 
     def read() -> Tensor:
         return as_tensor(np.asarray(data), dtype)
 
-    return StoredTensor(tuple(reversed([int(size) for size in tensor.shape])), dtype, read, mapped=not big)
+    return StoredTensor(tuple(reversed([int(size) for size in tensor.shape])), dtype, read, is_mapped=not is_big_endian)

@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.stored import Contents, StoredTensor, as_tensor, named_dtype
-from autoalign.errors import CheckpointError, DependencyError
+from autoalign.checkpoints.stored import Contents, StoredTensor, as_tensor, named_dtype, reading, unique_names
+from autoalign.errors import DependencyError
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # the codes of Flax's extensions
 _PIECES = "__msgpack_chunked_array__"
-_LONGEST, _MOST, _DEEPEST = 2**16, 2**20, 64  # items of a list, items of a mapping, mappings in each other
+_MAX_LIST_ITEMS, _MAX_MAPPING_ITEMS, _MAX_DEPTH = 2**16, 2**20, 64
 
 
 def is_msgpack(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is a mapping of msgpack with a name as its first key."""
+    """Return True if a file that begins with ``head`` is a mapping of msgpack with a name as its first key."""
     sizes = {0xDE: 3, 0xDF: 5}  # bytes before the first key
     if len(head) < 8 or not (0x81 <= head[0] <= 0x8F or head[0] in sizes):
         return False
@@ -49,33 +49,19 @@ def open_msgpack(file: Path) -> Contents:
             return complex(*msgpack.unpackb(data))
         if code not in (_ARRAY, _SCALAR):
             raise ValueError(f"an extension of code {code}")
-        shape, name, values = msgpack.unpackb(data, raw=False, max_array_len=_LONGEST)
+        shape, name, values = msgpack.unpackb(data, raw=False, max_array_len=_MAX_LIST_ITEMS)
         return _array(shape, name.decode() if isinstance(name, bytes) else name, values)
 
-    limits = {"raw": False, "max_array_len": _LONGEST, "max_map_len": _MOST}
-    try:
-        found = msgpack.unpackb(file.read_bytes(), ext_hook=extension, object_pairs_hook=_mapping, **limits)
+    limits = {"raw": False, "max_array_len": _MAX_LIST_ITEMS, "max_map_len": _MAX_MAPPING_ITEMS}
+    with reading(file, "a msgpack file of Flax"):
+        found = msgpack.unpackb(file.read_bytes(), ext_hook=extension, object_pairs_hook=unique_names, **limits)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
-        root = _joined(found, _DEEPEST)
-    except Exception as error:  # msgpack raises errors of many kinds
-        raise CheckpointError(
-            f"{str(file)!r} could not be read as a msgpack file of Flax ({type(error).__name__}: {error}). "
-            "It may be truncated or damaged; compare its size with the original's."
-        ) from error
-    return Contents(root)
-
-
-def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"two entries of one name in {list(found)[:3]}")
-    return found
+        return Contents(_with_whole_arrays(found, _MAX_DEPTH))
 
 
 def _array(shape: Any, name: str, values: bytes) -> StoredTensor:
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"shape {shape}")
+    _check_shape(shape)
     dtype = named_dtype(name)
     if dtype is None or prod(shape) * dtype.itemsize != len(values):
         raise ValueError(f"an array of shape {shape} and dtype {name} in {len(values)} bytes")
@@ -89,16 +75,21 @@ def _array(shape: Any, name: str, values: bytes) -> StoredTensor:
     return StoredTensor(tuple(shape), dtype, read)
 
 
-def _joined(found: Mapping[str, object], depth: int) -> dict[str, object]:
+def _check_shape(shape: Any) -> None:
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"shape {shape}")
+
+
+def _with_whole_arrays(found: Mapping[str, Any], depth: int) -> dict[str, object]:
     """Join the pieces of large arrays."""
     if not depth:
-        raise ValueError(f"more than {_DEEPEST} mappings in each other")
+        raise ValueError(f"more than {_MAX_DEPTH} mappings in each other")
     return {
-        name: _whole(value)
-        if isinstance(value, dict) and _PIECES in value
-        else _joined(value, depth - 1)
-        if isinstance(value, dict)
-        else value
+        name: value
+        if not isinstance(value, dict)
+        else _whole(value)
+        if _PIECES in value
+        else _with_whole_arrays(value, depth - 1)
         for name, value in found.items()
     }
 
@@ -107,8 +98,7 @@ def _whole(value: Mapping[str, Any]) -> StoredTensor:
     shape = tuple(value["shape"][str(index)] for index in range(len(value["shape"])))
     pieces: list[StoredTensor] = [value["chunks"][str(index)] for index in range(len(value["chunks"]))]
     (dtype,) = {piece.dtype for piece in pieces}
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"shape {shape}")
+    _check_shape(shape)
     if prod(shape) != sum(prod(piece.shape) for piece in pieces):
         raise ValueError(f"an array of shape {shape} in pieces of other sizes")
     return StoredTensor(shape, dtype, lambda: torch.cat([piece.read().reshape(-1) for piece in pieces]).reshape(shape))

@@ -13,17 +13,25 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from autoalign.checkpoints.formats.pickle_budget import MEMBERS, Budget
-from autoalign.checkpoints.stored import Contents, StoredTensor, as_tensor, torch_dtype
-from autoalign.errors import CheckpointError
+from autoalign.checkpoints.stored import (
+    MAX_MEMBERS,
+    Budget,
+    Contents,
+    StoredTensor,
+    as_tensor,
+    left_out_notes,
+    reading,
+    torch_dtype,
+)
 
-_LONGEST = 2**14  # bytes of an array's header that are read; numpy takes 10,000, and one of numbers has a hundred
-_USUAL = 2**8  # bytes that are read first
+_KIND = "a file of numpy"
+_MAX_HEADER_BYTES = 2**14  # of an array; numpy takes 10,000, and one of numbers has a hundred
+_FIRST_BYTES = 2**8  # that are read of each array, and seldom more
 _SUFFIX = ".npy"
 
 
 def is_npz(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is a zip file whose first member is an array of numpy."""
+    """Return True if a file that begins with ``head`` is a zip file whose first member is an array of numpy."""
     name = head[30 : 30 + int.from_bytes(head[26:28], "little")]
     return head.startswith(b"PK\x03\x04") and name.endswith(_SUFFIX.encode())
 
@@ -43,56 +51,48 @@ def open_npz(file: Path) -> Contents:
         return zipfile.ZipFile(file)
 
     def stored(member: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
+        @reading(file, _KIND)
         def read() -> Tensor:
-            try:
-                with opened().open(member) as stream:
-                    return as_tensor(npy.read_array(stream, allow_pickle=False), dtype)
-            except Exception as error:  # as below
-                raise _damaged(file, error) from error
+            with opened().open(member) as stream:
+                return as_tensor(npy.read_array(stream, allow_pickle=False), dtype)
 
         return StoredTensor(shape, dtype, read)
 
     root: dict[str, object] = {}
     budget = Budget(file.stat().st_size)
     left_out: dict[str, str] = {}  # from a name to why
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if len(archive.infolist()) > MEMBERS:
-                raise ValueError(f"{len(archive.infolist()):,} members, and no more than {MEMBERS:,} are read")
-            for info in archive.infolist():
-                if not info.filename.endswith(_SUFFIX):
-                    continue
-                name = info.filename.removesuffix(_SUFFIX)
-                if name in root or name in left_out:
-                    raise CheckpointError(f"{str(file)!r} has two arrays {name!r}. Nothing was read.")
-                with archive.open(info) as stream:
-                    start = stream.read(_USUAL)
-                    if int.from_bytes(start[8:10], "little") > _USUAL - 10:
-                        start += stream.read(_LONGEST)
-                budget.charge(len(start))
-                shape, dtype, length = _header(io.BytesIO(start))
-                if dtype.hasobject:
-                    left_out[name] = "objects, which only unpickling would give, and a pickle may run code"
-                    continue
-                kind = torch.bfloat16 if dtype == np.dtype("V2") else torch_dtype(dtype)
-                if kind is None:
-                    left_out[name] = f"dtype {dtype}, which torch has not"
-                    continue
-                if info.file_size != length + prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{name} has {info.file_size} bytes, not those of {list(shape)} {dtype}")
-                root[name] = stored(info.filename, shape, kind)
-    except CheckpointError:
-        raise
-    except Exception as error:  # zipfile and numpy raise whatever the damaged part of a file led to
-        raise _damaged(file, error) from error
+    with reading(file, _KIND), zipfile.ZipFile(file) as archive:
+        if len(archive.infolist()) > MAX_MEMBERS:
+            raise ValueError(f"{len(archive.infolist()):,} members, and no more than {MAX_MEMBERS:,} are read")
+        for info in archive.infolist():
+            if not info.filename.endswith(_SUFFIX):
+                continue
+            name = info.filename.removesuffix(_SUFFIX)
+            if name in root or name in left_out:
+                raise ValueError(f"it has two arrays {name!r}")
+            with archive.open(info) as stream:
+                start = stream.read(_FIRST_BYTES)
+                if int.from_bytes(start[8:10], "little") > _FIRST_BYTES - 10:
+                    start += stream.read(_MAX_HEADER_BYTES)
+            budget.charge(len(start))
+            shape, dtype, length = _header(io.BytesIO(start))
+            if dtype.hasobject:
+                left_out[name] = "objects, which only unpickling would give, and a pickle may run code"
+                continue
+            kind = torch.bfloat16 if dtype == np.dtype("V2") else torch_dtype(dtype)
+            if kind is None:
+                left_out[name] = f"dtype {dtype}, which torch has not"
+                continue
+            if info.file_size != length + prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has {info.file_size} bytes, not those of {list(shape)} {dtype}")
+            root[name] = stored(info.filename, shape, kind)
+    if not left_out:
+        return Contents(root, "npz file")
     listed = "; ".join(f"{name}: {why}" for name, why in list(left_out.items())[:3])
-    if left_out and not root:
-        raise CheckpointError(
-            f"{str(file)!r} has no array that can be read ({listed}). Nothing was read. Save plain arrays, a name "
-            "for each, as in numpy.savez(path, **{name: array})."
-        )
-    notes = (f"{len(left_out)} arrays of the file were left out: {listed}.",) if left_out else ()
-    return Contents(root, "npz file", notes=notes)
+    advice = "Save plain arrays, a name for each, as in numpy.savez(path, **{name: array})."
+    return Contents(
+        root, "npz file", notes=left_out_notes(file, root, f"{len(left_out)} arrays of the file ({listed})", advice)
+    )
 
 
 def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], np.dtype, int]:
@@ -105,10 +105,3 @@ def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], np.dtype, int]:
     if any(not 0 <= size < 2**63 for size in shape):
         raise ValueError(f"shape {shape}")
     return shape, dtype, stream.tell()
-
-
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{str(file)!r} could not be read as a file of numpy ({type(error).__name__}: {error}). "
-        "It may be truncated or damaged; compare its size with the original's."
-    )

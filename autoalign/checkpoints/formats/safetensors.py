@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.formats.pickle_budget import MEMBERS
-from autoalign.checkpoints.stored import Contents, StoredTensor
-from autoalign.errors import CheckpointError, InputError
+from autoalign.checkpoints.stored import MAX_MEMBERS, Contents, StoredTensor, left_out_notes, reading, unique_names
+from autoalign.errors import InputError, listed
 from autoalign.plan.keys import natural
 from autoalign.plan.specs import TensorSpec
 
@@ -40,14 +39,13 @@ DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
 }
-Mapped: TypeAlias = tuple[torch.UntypedStorage, Mapping[str, tuple[int, int]]]  # of a file, and where in it each is
-
+_KIND = "a file of safetensors"
 _ENTRY = b'"data_offsets"'  # is in each of a header
-_LONGEST = 10**8  # bytes of a header, by the library's own limit
+_MAX_HEADER_BYTES = 10**8  # which readers take
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
-    """Whether a file of this size that begins with ``head`` is one of safetensors."""
+    """Return True if a file of this size that begins with ``head`` is one of safetensors."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size  # the length of a header, which is JSON
 
 
@@ -57,107 +55,68 @@ def open_safetensors(file: Path) -> Contents:
     Raises:
         CheckpointError: The file is damaged, or has nothing but dtypes that torch has not.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
+
+    with reading(file, _KIND):
+        content = _header_of(file)
+        count = content.count(_ENTRY)  # which a name may hold too
+        if count > MAX_MEMBERS:  # which would take long and much memory to read
+            raise ValueError(f"it announces {count:,} tensors, and no more than {MAX_MEMBERS:,} are read")
+        # for torch, the file would be mapped writable, which fails for one that is larger than the memory
+        with safe_open(file, framework="numpy") as sound:
+            metadata, size = sound.metadata() or {}, len(sound.keys())
+        entries = json.loads(content, object_pairs_hook=unique_names if count > size else None)
+    entries.pop("__metadata__", None)
+    known = hash(content)
 
     @cache
-    def mapped() -> Mapped:
-        return _mapped(file)
+    def mapped() -> Any:
+        if hash(_header_of(file)) != known:
+            raise ValueError("its header was changed after it was opened")
+        return torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
 
     def stored(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
+        start, end = (8 + len(content) + offset for offset in entries[key]["data_offsets"])
+
+        @reading(file, _KIND)
         def read() -> Tensor:
-            try:
-                return _tensor(mapped(), key, shape, dtype)
-            except Exception as error:  # of a file that was changed since, or of a shape that torch cannot hold
-                raise _damaged(file, error) from error
+            """Return a tensor whose memory is not touched; what is cut from the file ends the process that does."""
+            tensor = torch.empty(0, dtype=dtype, device="cpu")
+            if end - start != prod(shape) * dtype.itemsize or end > mapped().nbytes():
+                raise ValueError(f"{key} is not where it was announced")
+            if start < end:
+                tensor.set_(mapped()[start:end])
+            return tensor.reshape(shape)
 
-        return StoredTensor(shape, dtype, read, mapped=True)
+        return StoredTensor(shape, dtype, read, is_mapped=True)
 
-    try:
-        _check_count(file)
-        # for torch, the file would be mapped writable, which fails for one that is larger than the memory
-        with safe_open(file, framework="numpy") as header:
-            headers = [(key, header.get_slice(key)) for key in header.keys()]  # noqa: SIM118, it is no mapping
-            metadata = header.metadata() or {}
-        if _header_of(file).count(_ENTRY) > len(headers):  # which a name may hold too
-            json.loads(_header_of(file), object_pairs_hook=_mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(file, error) from error
-    # the format sorts by dtype and name, which tells nothing; by number, at least the blocks are in their order
-    headers.sort(key=lambda header: natural(header[0]))
     root: dict[str, object] = {}
     left_out = []
-    for key, tensor in headers:
-        dtype = getattr(torch, DTYPES.get(tensor.get_dtype(), ""), None)
+    # the format sorts by dtype and name, which tells nothing; by number, at least the blocks are in their order
+    for key in sorted(entries, key=natural):
+        shape, name = entries[key]["shape"], entries[key]["dtype"]
+        dtype = getattr(torch, DTYPES.get(name, ""), None)
         if isinstance(dtype, torch.dtype):
-            root[key] = stored(key, tuple(tensor.get_shape()), dtype)
+            root[key] = stored(key, tuple(shape), dtype)
         else:
-            left_out.append(f"{key} {tensor.get_shape()} {tensor.get_dtype()}")
-    listed = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-    if left_out and not root:
-        raise CheckpointError(
-            f"All tensors of {str(file)!r} have a dtype that this version of torch cannot read: {listed}. Nothing was "
-            "read. A newer torch may read them; quantised ones must be dequantised first."
-        )
-    notes = (
-        (f"{len(left_out)} tensors have a dtype that this version of torch cannot read and were left out: {listed}.",)
-        if left_out
-        else ()
-    )
-    return Contents(root, "safetensors file", metadata, notes=notes)
-
-
-def _mapped(file: Path) -> Mapped:
-    """Map a file whose header is known to be sound, and look up where its tensors are."""
-    content = _header_of(file)
-    start = 8 + len(content)
-    places = {key: entry["data_offsets"] for key, entry in json.loads(content).items() if key != "__metadata__"}
-    storage: Any = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
-    return storage, {key: (start + begin, start + end) for key, (begin, end) in places.items()}
-
-
-def _tensor(mapped: Mapped, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Take a tensor without touching its memory, as ``get_tensor`` does: what is cut from the file ends the process."""
-    storage, places = mapped
-    start, end = places[key]
-    tensor = torch.empty(0, dtype=dtype, device="cpu")
-    if end - start != prod(shape) * dtype.itemsize or end > storage.nbytes():
-        raise ValueError(f"{key} is not where it was announced")
-    if start < end:
-        tensor.set_(storage[start:end])
-    return tensor.reshape(shape)
-
-
-def _check_count(file: Path) -> None:
-    """Refuse a header that would take long and much memory to read."""
-    count = _header_of(file).count(_ENTRY)
-    if count > MEMBERS:
-        raise ValueError(f"it announces {count:,} tensors, and no more than {MEMBERS:,} are read")
+            left_out.append(f"{key} {shape} {name}")
+    if not left_out:
+        return Contents(root, "safetensors file", metadata)
+    what = f"{len(left_out)} tensors of a dtype that this version of torch cannot read ({listed(left_out)})"
+    advice = "A newer torch may read them; dequantise quantised ones first."
+    return Contents(root, "safetensors file", metadata, notes=left_out_notes(file, root, what, advice))
 
 
 def _header_of(file: Path) -> bytes:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        return stream.read(length) if length <= _LONGEST else b""  # which the library refuses
+        return stream.read(length) if length <= _MAX_HEADER_BYTES else b""  # which the library refuses
 
 
-def _mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("two tensors of one name")
-    return found
+BLOCK_ELEMENTS = 2**20  # few megabytes, and enough for a strided view to be read in whole cache lines
 
 
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{str(file)!r} could not be read as a file of safetensors: {error}. "
-        "It may be truncated or damaged; compare its size with the original's."
-    )
-
-
-BLOCK = 2**20  # elements: few megabytes, and enough for a strided view to be read in whole cache lines
-
-
-def blocks(tensor: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
+def blocks(tensor: Tensor, size: int = BLOCK_ELEMENTS) -> Iterator[Tensor]:
     """Yield the elements of a tensor in row-major order, as flat tensors of at most ``size`` elements.
 
     A block is a view where the memory of its elements is in this order, else a copy.
@@ -178,7 +137,6 @@ def blocks(tensor: Tensor, size: int = BLOCK) -> Iterator[Tensor]:
 
 _NAMES = {getattr(torch, name): known for known, name in DTYPES.items() if hasattr(torch, name)}
 _ALIGNMENT = 8  # bytes, of the header
-_LARGEST = 100_000_000  # bytes of a header that readers take
 
 
 def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
@@ -216,10 +174,10 @@ def header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
             f"{part!r}, in a key or in the metadata, is no Unicode text, which safetensors needs. Nothing was written."
         ) from error
     text += b" " * (-len(text) % _ALIGNMENT)
-    if len(text) > _LARGEST:
+    if len(text) > _MAX_HEADER_BYTES:
         raise InputError(
             f"The names of {len(specs)} tensors and the metadata take {len(text)} bytes, and readers of safetensors "
-            f"take {_LARGEST}. Nothing was written. Pass a smaller max_shard_size."
+            f"take {_MAX_HEADER_BYTES}. Nothing was written. Pass a smaller max_shard_size."
         )
     return len(text).to_bytes(8, "little") + text
 
@@ -251,7 +209,7 @@ def _write_values(stream: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
 
 
 def dense(key: str, tensor: Tensor) -> Tensor:
-    """Take a tensor without its gradient.
+    """Return a tensor without its gradient.
 
     Raises:
         InputError: It is sparse or of a class of its own.

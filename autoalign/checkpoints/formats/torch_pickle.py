@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import mmap
 import pickle
 import re
@@ -13,17 +12,15 @@ from typing import Any, BinaryIO
 
 import torch
 
-from autoalign.checkpoints.formats.pickle_budget import Budget, TooCostlyError, check_archive, check_cost, count_of
-from autoalign.checkpoints.stored import Contents
+from autoalign.checkpoints.formats.unpickler import MAX_PICKLE_BYTES, check_cost, check_zipped, count_of
+from autoalign.checkpoints.stored import Budget, Contents, TooCostlyError
 from autoalign.errors import CheckpointError, DependencyError, UnsafeCheckpointError
-
-_LARGEST = 2**27  # bytes of a pickle, which holds no tensor data and takes a second for each two million
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first value of a file from before torch 1.6, which has five
 
 
 def is_pickled(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is a pickle, alone or in a zip file."""
+    """Return True if a file that begins with ``head`` is a pickle, alone or in a zip file."""
     return head.startswith((b"PK\x03\x04", b"\x80"))
 
 
@@ -36,7 +33,7 @@ def open_pickled(file: Path) -> Contents:
         CheckpointError: The file is damaged, or holds something else than a mapping.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
-    if _is_old(torch.__version__):
+    if _may_run_code(torch.__version__):
         raise DependencyError(
             f"{str(file)!r} was not read: torch {torch.__version__} may run code in a file, weights_only=True or not. "
             "Install torch 2.7 or later."
@@ -48,24 +45,19 @@ def open_pickled(file: Path) -> Contents:
             if zipped:
                 check_zipped(stream, size, Budget(size))
             else:
-                _check_old(stream, size)
+                _check_legacy(stream, size)
+            stream.seek(0)
+            # torch.load takes this suffix at its word, and would write to a mapping of swapped bytes
+            mapped = zipped and file.suffix != ".safetensors" and not _is_swapped(file)
+            loaded = torch.load(file if mapped else stream, map_location="cpu", weights_only=True, mmap=mapped)
     except TooCostlyError as error:
         raise CheckpointError(
             f"{str(file)!r} was not read, since it is of a kind that exhausts time or memory: {error}. "
             "If you trust its source, load it with torch.load and pass what that gives."
         ) from error
-    except Exception as error:  # zipfile, torch and damaged pickles raise whatever they were led to
-        raise _read_error(file, error) from error
-    try:
-        # torch.load takes this suffix at its word, and would write to a mapping of swapped bytes
-        if zipped and file.suffix != ".safetensors" and not _is_swapped(file):
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        else:
-            with file.open("rb") as stream:
-                loaded = torch.load(stream, map_location="cpu", weights_only=True)
     except Warning:  # torch's own, which a filter of the caller's turns into an error; filters are the whole process's
         raise
-    except Exception as error:  # torch raises whatever the damaged part of a file led to
+    except Exception as error:  # zipfile, torch and damaged pickles raise whatever they were led to
         raise _read_error(file, error) from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
@@ -80,36 +72,16 @@ def open_pickled(file: Path) -> Contents:
     return Contents(loaded)
 
 
-def _is_old(version: str) -> bool:
-    """Return True if a version of torch is from before 2.6, which mended CVE-2025-32434."""
+def _may_run_code(version: str) -> bool:
+    """Return True if a version of torch is older than 2.6, which mended CVE-2025-32434."""
     major, minor, *_ = version.split(".")
     return (int(major), int(minor)) < (2, 6)
 
 
-def check_zipped(stream: BinaryIO, size: int, budget: Budget) -> None:
-    """Refuse what would take more time or memory to read than its size is a reason for.
-
-    Args:
-        stream: Of a file of torch, or of a part of another file that is as one.
-        size: In bytes.
-        budget: What is left for it.
-
-    Raises:
-        TooCostlyError: It would take more.
-        Exception: It is damaged, and may lead anywhere.
-    """
-    pickled = check_archive(stream, size)
-    if pickled > _LARGEST:
-        raise TooCostlyError(f"it has a pickle of {pickled:,} bytes beside its tensors, of {_LARGEST:,} at most")
-    stream.seek(0)
-    reader: Any = torch._C.PyTorchFileReader(stream)  # of several records of one name, what torch takes
-    check_cost(io.BytesIO(reader.get_record("data.pkl")), size, budget=budget)
-
-
-def _check_old(stream: BinaryIO, size: int) -> None:
-    """Refuse a file from before zip files as above."""
+def _check_legacy(stream: BinaryIO, size: int) -> None:
+    """Do what ``check_zipped`` does for a file from before torch 1.6."""
     budget = Budget(size)
-    with mmap.mmap(stream.fileno(), min(size, _LARGEST), access=mmap.ACCESS_READ) as start:
+    with mmap.mmap(stream.fileno(), min(size, MAX_PICKLE_BYTES), access=mmap.ACCESS_READ) as start:
         if check_cost(start, size, budget=budget) != _MAGIC:  # which is all that torch would read of it
             return
         for content in ("version", "system", "saved", "storages"):
@@ -119,7 +91,7 @@ def _check_old(stream: BinaryIO, size: int) -> None:
 
 
 def _is_swapped(file: Path) -> bool:
-    """Tell whether a zip file of torch was written with the bytes of each number in the other order."""
+    """Return True if a zip file of torch was written with the bytes of each number in the other order."""
     reader: Any = torch._C.PyTorchFileReader(str(file))
     if reader.has_record("byteorder"):
         return bool(reader.get_record("byteorder") != sys.byteorder.encode())
@@ -128,7 +100,7 @@ def _is_swapped(file: Path) -> bool:
 
 
 def _is_emptied(state_dict: object, announced: object) -> bool:
-    """Whether parameters are announced with elements and have none, as in a part of ZeRO; buffers are whole there."""
+    """Return True if parameters have fewer elements than announced, as in a part of ZeRO; buffers are whole there."""
     if not isinstance(state_dict, Mapping) or not isinstance(announced, list):
         return False
     shapes = {key: shape for group in announced if isinstance(group, Mapping) for key, shape in group.items()}

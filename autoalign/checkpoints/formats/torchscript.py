@@ -6,8 +6,6 @@ record of what was saved for it, and its tensors are the state dict.
 
 from __future__ import annotations
 
-import io
-import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.formats.pickle_budget import TooCostlyError, check_cost
-from autoalign.checkpoints.stored import Contents, StoredTensor
+from autoalign.checkpoints.formats.unpickler import span, unpickle
+from autoalign.checkpoints.stored import Contents, StoredTensor, TooCostlyError, reading
 from autoalign.errors import CheckpointError
 
 _STORAGES = {
@@ -38,8 +36,9 @@ _STORAGES = {
     "LongStorage": torch.int64,
     "ShortStorage": torch.int16,
 }
-_LARGEST = 2**28  # bytes of the pickle, which holds no tensor data
-_MOST = 2**20  # modules and tensors
+_MAX_PICKLE_BYTES = 2**28  # of a pickle that holds no tensor data
+_MAX_VALUES = 2**20  # modules, and what is in them
+_KIND = "a TorchScript archive"
 
 
 def is_torchscript(names: Sequence[str]) -> bool:
@@ -58,31 +57,25 @@ def open_torchscript(file: Path) -> Contents:
     def opened() -> zipfile.ZipFile:
         return zipfile.ZipFile(file)
 
-    try:
+    with reading(file, _KIND):
         with zipfile.ZipFile(file) as archive:
             members = {info.filename: info for info in archive.infolist()}
             pickled = next((name for name in members if name.lower().endswith("/data.pkl")), None)
             if pickled is None:
                 raise ValueError("no data.pkl")
-            size, most = members[pickled].file_size, min(_LARGEST, file.stat().st_size)
-            if size > most:
-                raise TooCostlyError(f"a pickle of {size} bytes, of {most} at most")
+            size, limit = members[pickled].file_size, min(_MAX_PICKLE_BYTES, file.stat().st_size)
+            if size > limit:
+                raise TooCostlyError(f"a pickle of {size} bytes, of {limit} at most")
             content = archive.read(pickled)
-        check_cost(io.BytesIO(content), file.stat().st_size)
-        module = _Unpickler(io.BytesIO(content)).load()
+        module = unpickle(content, file.stat().st_size, _stand_in, _storage)
         if not isinstance(module, _Module):
             raise ValueError(f"there is a {type(module).__name__} where a module should be")
         folder = pickled[: -len("data.pkl")] + "data/"
         # code may be compressed, and tensors are not
         sizes = {name: info.file_size for name, info in members.items() if info.compress_type == zipfile.ZIP_STORED}
         root = {
-            key: _stored(key, tensor, file, opened, f"{folder}{tensor.storage.name}", sizes)
-            for key, tensor in _tensors(module)
+            key: _stored(key, view, file, opened, f"{folder}{view.storage.name}", sizes) for key, view in _views(module)
         }
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle may lead anywhere
-        raise _damaged(file, error) from error
     return Contents(root, "TorchScript archive")
 
 
@@ -94,6 +87,8 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _View:
+    """A tensor, known to be within what its storage announces."""
+
     storage: _Storage
     offset: int  # in elements, as all of these
     shape: tuple[int, ...]
@@ -109,7 +104,7 @@ class _Module:
         self.state = state
 
 
-class _Refused:
+class _Unused:
     """What is of no concern, such as the value of a function that is not called."""
 
     def __init__(self, *_: object) -> None:
@@ -119,40 +114,32 @@ class _Refused:
         pass
 
 
-class _Unpickler(pickle._Unpickler):  # in Python, whose memory an index in a pickle cannot exhaust
-    """Reads the pickle of an archive; names of its own code become ``_Module``, and no other code is reached."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "__torch__" or module.startswith("__torch__."):
-            return _Module
-        return _KNOWN.get((module, name)) or _STORAGES.get(name if module == "torch" else "") or _Refused
-
-    def persistent_load(self, given: Any) -> _Storage:
-        kind, dtype, name, *_ = given
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(name, str):
-            raise ValueError(f"storage {given}")
-        return _Storage(dtype, name)
+def _stand_in(module: str, name: str) -> Any:
+    """Return what stands for a name; no code of the archive or of any other origin is reached."""
+    if module == "__torch__" or module.startswith("__torch__."):
+        return _Module
+    if module == "torch" and name in _STORAGES:
+        return _STORAGES[name]
+    return _STAND_INS.get((module, name), _Unused)
 
 
-def _view(storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object) -> _View:
-    numbers = (offset, *shape, *stride)
-    if not isinstance(storage, _Storage) or len(shape) != len(stride):
-        raise ValueError("a tensor without a storage")
-    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
-        raise ValueError(f"a tensor of shape {shape} and stride {stride}")
-    return _View(storage, offset, shape, stride)
-
-
-_KNOWN: Mapping[tuple[str, str], Callable[..., object]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _view,
+_STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = {
+    ("torch._utils", "_rebuild_tensor_v2"): lambda *facts: _View(*facts[:4]),
     ("collections", "OrderedDict"): OrderedDict,
 }
 
 
-def _tensors(module: _Module) -> Iterator[tuple[str, _View]]:
+def _storage(identity: Any) -> _Storage:
+    _, dtype, name, *_ = identity
+    if not isinstance(dtype, torch.dtype) or not isinstance(name, str):
+        raise ValueError(f"storage {identity}")
+    return _Storage(dtype, name)
+
+
+def _views(module: _Module) -> Iterator[tuple[str, _View]]:
     """Yield the tensors of a module and of those in it, depth first as ``state_dict`` does."""
     waiting: list[tuple[str, object]] = [("", module)]
-    for _ in range(_MOST):
+    for _ in range(_MAX_VALUES):
         if not waiting:
             return
         path, value = waiting.pop()
@@ -167,7 +154,7 @@ def _tensors(module: _Module) -> Iterator[tuple[str, _View]]:
                 )
             items = [(f"{path}.{name}" if path else str(name), item) for name, item in (value.state or {}).items()]
             waiting += reversed(items)
-    raise ValueError(f"more than {_MOST} modules, or one that holds itself")
+    raise ValueError(f"more than {_MAX_VALUES} modules, or one that holds itself")
 
 
 def _stored(
@@ -178,27 +165,17 @@ def _stored(
     record: str,
     sizes: Mapping[str, int],
 ) -> StoredTensor:
-    dtype = view.storage.dtype
-    last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride, strict=True))
-    needed = (view.offset + last + 1) * dtype.itemsize if prod(view.shape) else 0
-    if record not in sizes or needed > sizes[record] or prod(view.shape) * dtype.itemsize > sizes[record]:
+    dtype, numel = view.storage.dtype, prod(view.shape)
+    needed = max(span(view.offset, view.shape, view.stride), numel) * dtype.itemsize
+    if record not in sizes or needed > sizes[record]:
         raise ValueError(f"{key} {list(view.shape)} is not within its record {record!r}")
 
+    @reading(file, _KIND)
     def read() -> Tensor:
-        try:
-            data = bytearray(opened().read(record))
-            if not prod(view.shape):
-                return torch.empty(view.shape, dtype=dtype, device="cpu")
-            tensor = torch.frombuffer(data, dtype=dtype).as_strided(view.shape, view.stride, view.offset)
-            return tensor if tensor.nbytes == len(data) else tensor.clone()  # which keeps no more than its own values
-        except Exception as error:
-            raise _damaged(file, error) from error
+        data = bytearray(opened().read(record))
+        if not numel:
+            return torch.empty(view.shape, dtype=dtype, device="cpu")
+        tensor = torch.frombuffer(data, dtype=dtype).as_strided(view.shape, view.stride, view.offset)
+        return tensor if tensor.nbytes == len(data) else tensor.clone()  # which keeps no more than its own values
 
     return StoredTensor(view.shape, dtype, read)
-
-
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{str(file)!r} could not be read as a TorchScript archive ({type(error).__name__}: {error}). "
-        "It may be truncated or damaged; compare its size with the original's."
-    )

@@ -1,0 +1,455 @@
+"""Pickles that may be hostile: what reading one would cost, and an unpickler that reaches only an allow list.
+
+Three formats are pickles: files of ``torch.save``, TorchScript archives and the metadata of distributed checkpoints.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Callable, Sequence
+from enum import Enum
+from math import prod
+from mmap import mmap
+from pathlib import Path
+from typing import IO, Any, BinaryIO, ClassVar
+
+import torch
+
+from autoalign.checkpoints.stored import FREE_STEPS, MAX_MEMBERS, Budget, TooCostlyError
+
+MAX_PICKLE_BYTES = 2**27  # of one beside the data of its tensors; a second is enough for two million of them
+
+_END, _END_64, _PLACE_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"  # how the records at the end of a zip file begin
+_TAIL_BYTES = 56 + 20 + 22  # of the three of them
+_SIZES_64 = 1  # the kind of a member's extra field that holds sizes beyond 32 bits
+
+_MAX_OPERATIONS = 2**22  # of which a tensor takes thirty; torch does a million in a second
+_MAX_DEPTH = 2**10  # marks in each other
+_ITEM_STEPS = 2**4  # for what is no text and no tensor
+_ENCODINGS = frozenset({"ascii", "latin1", "latin-1", "utf-8", "utf8"})  # which make no text much longer, in no time
+_TENSORS = {  # from names to elements in an element of a storage, of which some hold several
+    "torch._utils _rebuild_tensor": 1,
+    "torch._utils _rebuild_tensor_v2": 1,
+    "torch._utils _rebuild_tensor_v3": 1,
+    "torch._utils _rebuild_qtensor": 4,
+}
+_PARAMETERS = frozenset({"torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state"})
+
+
+def unpickle(
+    content: bytes,
+    size: int,
+    allowed: Callable[[str, str], Any],
+    storage: Callable[[Any], Any] | None = None,
+    max_operations: int = _MAX_OPERATIONS,
+) -> Any:
+    """Read a pickle whose cost is within bounds and that reaches nothing but what an allow list has.
+
+    >>> unpickle(pickle.dumps(Path), 30, lambda module, name: f"{module}.{name}")
+    'pathlib.Path'
+
+    Args:
+        content: The pickle.
+        size: Of the whole file, in bytes.
+        allowed: From the names of a module and of something in it to what stands for it; it raises for all others.
+        storage: From what identifies the data of a tensor, outside the pickle, to what stands for it.
+        max_operations: Of the pickle.
+
+    Raises:
+        TooCostlyError: Reading it would take too much time or memory.
+        Exception: It is damaged, and may lead anywhere.
+    """
+    check_cost(io.BytesIO(content), size, max_operations)
+    return _RestrictedUnpickler(content, allowed, storage).load()
+
+
+class _RestrictedUnpickler(pickle._Unpickler):  # in Python, whose memory an index in a pickle cannot exhaust
+    stack: list[Any]
+
+    def __init__(
+        self, content: bytes, allowed: Callable[[str, str], Any], storage: Callable[[Any], Any] | None
+    ) -> None:
+        super().__init__(io.BytesIO(content))
+        self.allowed, self.storage = allowed, storage
+        self.classes: set[type] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = self.allowed(module, name)
+        if isinstance(found, type):
+            self.classes.add(found)
+        return found
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self.storage is None:
+            raise ValueError("something from elsewhere, where nothing is")
+        return self.storage(pid)
+
+    def load_build(self) -> None:
+        """Set the state of an object that this pickle made; classes, functions and enums are everyone's."""
+        built = self.stack[-2]
+        if type(built) not in self.classes or isinstance(built, Enum):
+            raise ValueError(f"a state for a {type(built).__name__}, which a pickle does not make")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
+
+def check_zipped(stream: BinaryIO, size: int, budget: Budget) -> None:
+    """Refuse a zip file of torch that would take more time or memory to read than its size is a reason for.
+
+    Args:
+        stream: Of a file of torch, or of a part of another file that is as one.
+        size: In bytes.
+        budget: What is left for it.
+
+    Raises:
+        TooCostlyError: It would take more.
+        Exception: It is damaged, and may lead anywhere.
+    """
+    pickled = check_archive(stream, size)
+    if pickled > MAX_PICKLE_BYTES:
+        raise TooCostlyError(
+            f"it has a pickle of {pickled:,} bytes beside its tensors, of {MAX_PICKLE_BYTES:,} at most"
+        )
+    stream.seek(0)
+    reader: Any = torch._C.PyTorchFileReader(stream)  # of several records of one name, what torch takes
+    check_cost(io.BytesIO(reader.get_record("data.pkl")), size, budget=budget)
+
+
+def check_archive(file: Path | IO[bytes], size: int) -> int:
+    """Make sure that what is in a zip file takes no more than the file.
+
+    Returns:
+        The largest size of a ``data.pkl``, in whatever case.
+
+    Raises:
+        TooCostlyError: It would take more.
+        ValueError: As ``members_of``.
+    """
+    members = members_of(file, size)
+    total = sum(info.file_size for info in members)
+    if total > size:
+        raise TooCostlyError(f"it is a compressed zip file, as torch writes none, of {total} bytes when unpacked")
+    return max((info.file_size for info in members if info.filename.lower().endswith("/data.pkl")), default=0)
+
+
+def members_of(file: Path | IO[bytes], size: int) -> list[zipfile.ZipInfo]:
+    """List the members of a zip file in which all readers see the same ones.
+
+    Readers differ in where they look for the directory. Where it is not the one thing before the end, a file may
+    hold a harmless one for the reader that checks it and another for the reader that unpacks it.
+
+    Raises:
+        TooCostlyError: It has too many.
+        ValueError: It does not end as the files of torch do, or is damaged in other ways.
+    """
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            return members_of(stream, size)
+    file.seek(max(size - _TAIL_BYTES, 0))
+    count = _member_count(file.read(_TAIL_BYTES), size)
+    if count is None:
+        raise ValueError("it may be read as two different zip files")
+    if count > MAX_MEMBERS:
+        raise TooCostlyError(f"it has {count:,} members, of {MAX_MEMBERS:,} at most")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from error
+    if len(members) != count or any(_has_two_sizes(info.extra) for info in members):
+        raise ValueError("it may be read as two different zip files")
+    return members
+
+
+def _member_count(tail: bytes, size: int) -> int | None:
+    """Return the number of members in a directory that is followed by nothing but the end; None if it is not so."""
+    end, place, large = tail[-22:], tail[-42:-22], tail[-98:-42]
+    if not end.startswith(_END) or end[20:] != b"\0\0":  # bytes of a comment
+        return None
+    if not place.startswith(_PLACE_64):
+        count, length, start = (_number(end, at, width) for at, width in ((10, 2), (12, 4), (16, 4)))
+        return count if start + length == size - 22 else None
+    count, length, start = (_number(large, at, 8) for at in (32, 40, 48))
+    is_there = large.startswith(_END_64) and _number(place, 8, 8) == size - 98
+    return count if is_there and start + length == size - 98 else None
+
+
+def _has_two_sizes(extra: bytes) -> bool:
+    found = 0
+    while len(extra) >= 4:
+        kind, length = _number(extra, 0, 2), _number(extra, 2, 2)
+        found += kind == _SIZES_64
+        extra = extra[4 + length :]
+    return found > 1
+
+
+def _number(data: bytes, at: int, width: int) -> int:
+    return int.from_bytes(data[at : at + width], "little")
+
+
+def check_cost(
+    stream: BinaryIO | mmap, size: int, max_operations: int = _MAX_OPERATIONS, budget: Budget | None = None
+) -> object:
+    """Go through one pickle, from where a stream is to behind it.
+
+    >>> check_cost(io.BytesIO(pickle.dumps({"a": (1, 2)}, protocol=2)), 30)
+    ['a', (1, 2)]
+
+    Args:
+        stream: What holds the pickle.
+        size: Of the whole file, in bytes.
+        max_operations: Of the pickle.
+        budget: Of all that is read with it; that of the file alone if it is not given.
+
+    Returns:
+        An outline of the value: mappings and what is called are lists, and names stand for themselves.
+
+    Raises:
+        TooCostlyError: Reading it would take too much time or memory.
+        ValueError: It is no sound pickle.
+    """
+    return _CostReader(size, budget or Budget(size)).run(stream, max_operations)
+
+
+def count_of(value: object, max_steps: int = FREE_STEPS) -> int:
+    """Count the steps to go through the outline of a value, to each thing as often as it is reached.
+
+    Raises:
+        TooCostlyError: There are more than that.
+    """
+    found, waiting = _ITEM_STEPS, [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, tuple | list):
+            found += _ITEM_STEPS * len(each) + (each.numel if isinstance(each, _Made) else 0)
+        elif isinstance(each, str | bytes):
+            found += len(each)
+        if found > max_steps:
+            raise TooCostlyError("it holds values that refer to each other so often that they have no end")
+        if isinstance(each, tuple | list):
+            waiting += each
+    return found
+
+
+class _Name(str):
+    """A function or class."""
+
+    __slots__ = ()
+
+
+class _Dict(list):  # type: ignore[type-arg]
+    """Keys and values in turn."""
+
+    __slots__ = ()
+
+
+class _Made(list):  # type: ignore[type-arg]
+    """What a function gave, with what was put into it later."""
+
+    __slots__ = ("numel",)
+
+    def __init__(self, numel: int = 0) -> None:
+        super().__init__()
+        self.numel = numel
+
+
+class _Storage:
+    __slots__ = ("numel",)
+
+    def __init__(self, numel: int) -> None:
+        self.numel = numel
+
+
+class _CostReader:
+    """A reader of pickles that makes an outline of the value alone, and charges what a reader of it would do."""
+
+    def __init__(self, size: int, budget: Budget) -> None:
+        self.size = size
+        self.budget = budget
+        self.stack: list[Any] = []
+        self.outer: list[list[Any]] = []  # stacks, below a mark each
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str | bytes | int, int] = {}  # from names to elements
+        self.numel = 0  # of all storages
+
+    def run(self, stream: BinaryIO | mmap, max_operations: int) -> object:
+        operations: Any = pickletools.genops(stream)  # type: ignore[arg-type]
+        for number, (operation, argument, _) in enumerate(operations):
+            if number > max_operations:
+                raise TooCostlyError(f"it has more than {max_operations:,} operations")
+            name = operation.name
+            if name in _PUSHED:
+                self.stack.append(argument)
+            elif name in _EMPTY:
+                self.stack.append(_EMPTY[name]())
+            elif name in _PUTS:
+                self.memo[argument] = self.stack[-1]
+            elif name in _GETS:
+                self.stack.append(self.memo[argument])
+            elif name in _OPERATIONS:
+                _OPERATIONS[name](self, argument)
+            elif name == "STOP":
+                return self.stack.pop()
+            elif name not in ("PROTO", "FRAME"):
+                raise ValueError(f"unsupported operation {name}")
+        raise ValueError("it has no end")
+
+    def walk(self, value: object) -> None:
+        self.budget.charge(count_of(value, self.budget.left))
+
+    def hash_keys(self, keys: Sequence[Any]) -> None:
+        for key in keys:
+            if type(key) is tuple or isinstance(key, _Made):
+                self.walk(key)
+
+    def mark(self) -> None:
+        if len(self.outer) > _MAX_DEPTH:
+            raise TooCostlyError(f"it has more than {_MAX_DEPTH:,} values in each other")
+        self.outer.append(self.stack)
+        self.stack = []
+
+    def marked(self) -> list[Any]:
+        items, self.stack = self.stack, self.outer.pop()
+        return items
+
+    def collect(self, make: Callable[[list[Any]], Any]) -> None:
+        items = self.marked()
+        self.stack.append(make(items))
+
+    def replace(self, count: int, make: Callable[[list[Any]], Any] = tuple) -> None:
+        if len(self.stack) < count:
+            raise ValueError("an operation without its values")
+        self.stack[-count:] = [make(self.stack[-count:])]
+
+    def extend(self, items: Sequence[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, list):
+            raise ValueError(f"a {type(target).__name__} that is given items")
+        target.extend(items)
+
+    def set_items(self, items: Sequence[Any]) -> None:
+        self.hash_keys(items[::2])
+        self.extend(items)
+
+    def add_items(self, items: Sequence[Any]) -> None:
+        self.hash_keys(items)
+        self.extend(items)
+
+    def frozen(self, items: Sequence[Any]) -> tuple[Any, ...]:
+        self.hash_keys(items)
+        return tuple(items)
+
+    def mapping(self, items: Sequence[Any]) -> _Dict:
+        self.hash_keys(items[::2])
+        return _Dict(items)
+
+    def stored(self, identity: Any) -> _Storage:
+        """Count a storage, by what a reader is told of it."""
+        self.walk(identity)
+        if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] not in ("storage", b"storage"):
+            raise ValueError("something from elsewhere that is no storage")
+        key, numel = identity[2], identity[4]
+        if not isinstance(key, str | bytes | int) or type(numel) is not int or numel < 0:
+            raise ValueError("a storage without a name and a size")
+        if key not in self.storages:  # else it is as large as it was announced first
+            self.storages[key] = numel
+            self.numel += numel
+        if self.numel > 8 * self.size:  # of which some have fewer bits than a byte
+            raise TooCostlyError(f"it announces {self.numel:,} elements in a file of {self.size:,} bytes")
+        return _Storage(self.storages[key])
+
+    def called(self, function: Any, arguments: Any) -> object:
+        """Count what a function does, by its arguments."""
+        if not isinstance(function, _Name) or not isinstance(arguments, tuple | list):
+            raise ValueError("a call of what is no function")
+        if function in _TENSORS:
+            return self.tensor(*arguments[:4], packed=_TENSORS[function])
+        if function in _PARAMETERS and arguments and isinstance(arguments[0], _Made):
+            self.walk(arguments[1:])
+            return arguments[0]
+        if function == "torch._tensor _rebuild_from_type_v2":
+            inner, kind, given, state = arguments
+            self.walk((kind, state))
+            return self.called(inner, given)
+        if function == "_codecs encode" and not any(each in _ENCODINGS for each in arguments[1:2] if type(each) is str):
+            raise TooCostlyError("it asks for an encoding that may make text endlessly longer")
+        if function.endswith(" bytearray") and arguments and isinstance(arguments[0], int):
+            self.budget.charge(max(arguments[0], 0))
+        self.walk(arguments)
+        return _Made()
+
+    def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *, packed: int = 1) -> _Made:
+        """Make sure that a tensor is within its storage, which a reader may enlarge if it is not."""
+        numbers = (offset, *shape, *stride)
+        if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > 64:
+            raise ValueError("a tensor without a storage")
+        if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+            raise ValueError("a tensor of a shape that there is not")
+        needed = span(offset, shape, stride)
+        if needed > packed * storage.numel:
+            raise ValueError(f"a tensor of {needed:,} elements in a storage of {storage.numel:,}")
+        return _Made(prod(shape))
+
+    def build(self) -> None:
+        state, built = self.stack.pop(), self.stack[-1]
+        if isinstance(state, tuple) and state and isinstance(state[0], _Storage):  # of the oldest files
+            made = self.tensor(*state[:4])
+            if isinstance(built, _Made):
+                built.numel = made.numel
+        elif isinstance(built, _Made) and isinstance(state, tuple | list):
+            built.append(state)  # which may count where it is hashed
+            if not isinstance(state, _Dict):
+                self.walk(state)
+
+    def named(self, parts: list[Any]) -> _Name:
+        if not all(type(part) is str for part in parts):
+            raise ValueError("a name that is no text")
+        return _Name(" ".join(parts))
+
+
+def span(offset: int, shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Count the elements of a storage up to the last one that a view of it has.
+
+    >>> span(1, (2, 3), (4, 1)), span(1, (0, 3), (4, 1))
+    (8, 0)
+    """
+    return offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 if prod(shape) else 0
+
+
+_NUMBERS = "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT"
+_TEXTS = "STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8"
+_BYTES = "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8"
+_PUSHED = frozenset(f"{_NUMBERS} {_TEXTS} {_BYTES}".split())
+_EMPTY: dict[str, type] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": _Dict, "EMPTY_SET": list}
+_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_OPERATIONS: dict[str, Callable[[_CostReader, Any], object]] = {
+    "MARK": lambda reader, _: reader.mark(),
+    "POP": lambda reader, _: reader.stack.pop() if reader.stack else reader.marked(),
+    "POP_MARK": lambda reader, _: reader.marked(),
+    "DUP": lambda reader, _: reader.stack.append(reader.stack[-1]),
+    "MEMOIZE": lambda reader, _: reader.memo.__setitem__(len(reader.memo), reader.stack[-1]),
+    "TUPLE": lambda reader, _: reader.collect(tuple),
+    "TUPLE1": lambda reader, _: reader.replace(1),
+    "TUPLE2": lambda reader, _: reader.replace(2),
+    "TUPLE3": lambda reader, _: reader.replace(3),
+    "LIST": lambda reader, _: reader.collect(list),
+    "DICT": lambda reader, _: reader.collect(reader.mapping),
+    "FROZENSET": lambda reader, _: reader.collect(reader.frozen),
+    "APPEND": lambda reader, _: reader.extend([reader.stack.pop()]),
+    "APPENDS": lambda reader, _: reader.extend(reader.marked()),
+    "SETITEM": lambda reader, _: reader.set_items([reader.stack.pop(), reader.stack.pop()][::-1]),
+    "SETITEMS": lambda reader, _: reader.set_items(reader.marked()),
+    "ADDITEMS": lambda reader, _: reader.add_items(reader.marked()),
+    "GLOBAL": lambda reader, name: reader.stack.append(_Name(name)),
+    "STACK_GLOBAL": lambda reader, _: reader.replace(2, reader.named),
+    "REDUCE": lambda reader, _: reader.replace(2, lambda items: reader.called(*items)),
+    "NEWOBJ": lambda reader, _: reader.replace(2, lambda items: reader.called(*items)),
+    "NEWOBJ_EX": lambda reader, _: reader.replace(3, lambda items: reader.called(items[0], (*items[1], items[2]))),
+    "BUILD": lambda reader, _: reader.build(),
+    "BINPERSID": lambda reader, _: reader.replace(1, lambda items: reader.stored(items[0])),
+}
