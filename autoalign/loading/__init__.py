@@ -1,1 +1,19 @@
-"""loading."""
+"""Loading: the only part of the package that moves tensor data, into a model or into a new file.
+
+In order of use, from the bottom up:
+
+* ``mapped``: reads the values of memory-mapped tensors from their files, so that a file which is cut ends no process.
+* ``value_checks``: NaN in a checkpoint, and what a cast to the model's dtype would lose.
+* ``transaction``: a model as it was if anything fails, and a lock on it; which copies cannot fail.
+* ``conflicts``: what a checkpoint holds and the model has no place for; tied keys are filled from one tensor.
+* ``prepare``: everything that is decided and said before data moves, for ``load`` and ``convert`` alike: what is loaded
+  from where, lazy modules, BatchNorm counters, extra states, versions; warnings and the progress bar.
+* ``fill``: reads the sources, copies them in place (on threads where that is faster), or makes new tensors of them.
+* ``ranks`` and ``sharded``: how the processes of a sharded model agree, and which parts each of them reads.
+* ``load`` and ``convert``: fill a model, all or nothing; write a checkpoint anew, tensor by tensor.
+* ``diff``: two checkpoints compared under the same keys.
+
+It may import ``errors``, ``plan``, ``checkpoints``, ``rules``, ``matching``, ``reports`` and ``alignment``. A new check of
+values is one of ``Findings``; a new state of modules goes to ``prepare``; a new output format is written by a function of
+``checkpoints.formats`` and named in ``convert``.
+"""

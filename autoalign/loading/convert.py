@@ -1,4 +1,4 @@
-"""Converting: write a checkpoint anew in the names and shapes of another implementation, tensor by tensor."""
+"""Conversion: write a checkpoint anew in the names and shapes of another implementation, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import secrets
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -30,29 +29,11 @@ from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.formats.detection import index_of
 from autoalign.checkpoints.formats.safetensors import dense, header, in_file_order, write_safetensors
 from autoalign.checkpoints.stored import named_dtype
-from autoalign.errors import (
-    CheckpointError,
-    ChoiceWarning,
-    InputError,
-    NothingLoadedError,
-    OutputError,
-    PartialLoadWarning,
-)
-from autoalign.loading.conflicts import settled
-from autoalign.loading.prepare import (
-    Progress,
-    absent_counters,
-    caller_level,
-    nothing_message,
-    read_match,
-    require_complete,
-    source_modules,
-    summary,
-    unfilled_statement,
-    without_counters,
-)
+from autoalign.errors import CheckpointError, InputError, OutputError
+from autoalign.loading.fill import require_shape
+from autoalign.loading.prepare import Progress, prepared, warn_of_choices, warn_of_unfilled
 from autoalign.matching.match import match_tensors
-from autoalign.plan.matches import Caution
+from autoalign.plan.matches import Match
 from autoalign.plan.specs import TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -64,7 +45,7 @@ _SUFFIX = ".safetensors"
 _OTHERS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip"})
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
 _UNDONE = "Nothing was written."
-_LONGEST = 200  # characters of a path in an error
+_MAX_PATH_LENGTH = 200  # in an error
 
 
 def convert_checkpoint(
@@ -83,7 +64,7 @@ def convert_checkpoint(
 ) -> Alignment:
     """Write a checkpoint anew; see ``autoalign.convert``. ``align_options`` are those of ``match_tensors``."""
     if format not in FORMATS:
-        raise InputError(f"format={format!r} is none that can be written. {_UNDONE} Choose {', '.join(FORMATS)}.")
+        raise InputError(f"format={format!r} cannot be written. {_UNDONE} Choose {', '.join(FORMATS)}.")
     cast, limit = _floating_dtype(dtype), shard_size(max_shard_size)
     if progress is not None and not callable(progress):
         raise InputError(f"progress= takes a function, not {type(progress).__name__}. {_UNDONE}")
@@ -92,64 +73,54 @@ def convert_checkpoint(
         raise InputError(f"A folder of torch.distributed.checkpoint has no metadata of its own. {_UNDONE}")
     path = _checked_path(output_path)
     folder, stem = (Path(os.path.abspath(path)), "") if is_folder else _place(path)  # noqa: PTH100
-    older = _content(folder) if is_folder else _older(folder, stem)
-    if older and is_folder:
+    if is_folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputError(f"{str(folder)!r} is not a new or empty folder. {_UNDONE} Name another output.")
+    older = {} if is_folder else _older(folder, stem)
     kept = [name for name, is_left_over in older.items() if not is_left_over]
     if kept and not overwrite:
         raise OutputError(
             f"{str(folder / kept[0])!r} exists. {_UNDONE} Pass overwrite=True to replace it, or name another output."
         )
     source, wanted = checkpoint_of(checkpoint, container=align_options.get("container")), checkpoint_of(target)
-    alignment = Alignment.of(match_tensors(source, wanted, **{**align_options, "container": None}))
-    source = alignment.tensors if isinstance(alignment.tensors, Checkpoint) else source  # another container, perhaps
-    alignment = settled(alignment)
-    name = repr(wanted) if wanted.module is None else type(wanted.module).__name__
-    if wanted.module is not None:
-        counters = absent_counters(wanted.module, source, alignment, source_modules(alignment))
-        alignment = without_counters(alignment, counters, "are not written")
+    ready = prepared(
+        Alignment.of(match_tensors(source, wanted, **{**align_options, "container": None})),
+        wanted.module,
+        repr(wanted) if wanted.module is None else type(wanted.module).__name__,
+        strict=strict,
+        verb="write",
+        undone=_UNDONE,
+        counters_fate="are not written",
+    )
+    source, alignment = ready.source, ready.alignment
     states = [key for key in source.extras if key.rpartition(".")[2] == "_extra_state"]
     if states:
         note = f"{len(states)} extra states of modules are no tensors and are not written: {', '.join(states[:3])}."
         alignment = replace(alignment, notes=(*alignment.notes, note))
-    if not alignment.matches:
-        raise NothingLoadedError(nothing_message(alignment, source, name, _UNDONE), alignment)
-    if strict:
-        advice = f"{_UNDONE} Pass strict=False to write the {len(alignment.matches)} that match."
-        require_complete(alignment, advice)
     specs = _output_specs(alignment, cast)
     shards = [] if is_folder else sharded(specs, limit)
     described = _metadata(source.metadata, metadata)
     for shard in shards:
         header(shard, described)  # raises what it does before anything is written
-    written = summary(alignment, source, name)
-    for note in alignment.notes:
-        if isinstance(note, Caution):
-            warnings.warn(f"Writing {written}. {note}", ChoiceWarning, stacklevel=caller_level())
-    if unfilled := unfilled_statement(alignment, "are not in the output"):
-        warnings.warn(
-            f"Writing {written}. {unfilled} print(alignment) shows all.",
-            PartialLoadWarning,
-            stacklevel=caller_level(),
-        )
+    warn_of_choices(f"Writing {ready.summary}", alignment)
+    warn_of_unfilled(f"Writing {ready.summary}", alignment, "are not in the output")
     source.require_unchanged()
     read = _reader(source, alignment, progress)
     if is_folder:
         _write_folder(specs, read, folder)
     else:
         _write(shards, read, described, folder, stem, older)
-    logger.info("Wrote %s to %s.", written, folder)
+    logger.info("Wrote %s to %s.", ready.summary, folder)
     return alignment
 
 
 def shard_size(size: int | str) -> int:
-    """Take a number of bytes, or a text that says it, as Hugging Face's libraries do.
+    """Parse a number of bytes as Hugging Face's libraries do.
 
     >>> shard_size("5GB"), shard_size("1.5 GiB"), shard_size(100)
     (5000000000, 1610612736, 100)
 
     Raises:
-        InputError: It says no positive number of bytes.
+        InputError: It is not a positive number of bytes.
     """
     found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if found:
@@ -157,12 +128,12 @@ def shard_size(size: int | str) -> int:
         base = 1024 if unit.endswith("i") else 1000
         size = int(float(found[1]) * base ** (" kmgt".index(unit[0]) if unit else 0))
     if not isinstance(size, int) or size < 1:
-        raise InputError(f"max_shard_size={size!r} is no number of bytes, such as 5_000_000 or '5GB'. {_UNDONE}")
+        raise InputError(f"max_shard_size={size!r} is not a number of bytes, such as 5_000_000 or '5GB'. {_UNDONE}")
     return size
 
 
 def sharded(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
-    """Cut a list of tensors, in its order, into files of at most ``limit`` bytes of data, or of one tensor.
+    """Divide tensors, in their order, into files of at most ``limit`` bytes of data, or of one tensor.
 
     >>> specs = [TensorSpec(key, (4,), torch.float32) for key in "abc"]
     >>> [[spec.key for spec in shard] for shard in sharded(specs, 32)]
@@ -196,16 +167,16 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
         pass
     except (OSError, ValueError) as error:  # such as of a name that is too long, or that has a null byte
         shown = getattr(error, "strerror", None) or error
-        raise OutputError(f"{str(path)[:_LONGEST]!r} cannot be written to: {shown}. {_UNDONE}") from error
+        raise OutputError(f"{str(path)[:_MAX_PATH_LENGTH]!r} cannot be written to: {shown}. {_UNDONE}") from error
     return Path(path)
 
 
 def _place(path: Path) -> tuple[Path, str]:
-    """Tell the folder of an output and the stem of the names of its files."""
+    """Return the folder of an output and the stem of the names of its files."""
     if path.is_dir() or path.suffix.lower() not in {_SUFFIX, *_OTHERS}:
         return path, "model"
     if path.suffix != _SUFFIX:
-        raise InputError(f"{str(path)!r} would be a file of safetensors; call it *.safetensors. {_UNDONE}")
+        raise InputError(f"{str(path)!r} would be a safetensors file; name it *.safetensors. {_UNDONE}")
     return path.parent, path.stem
 
 
@@ -213,10 +184,10 @@ def _older(folder: Path, stem: str) -> dict[str, bool]:
     """List the files in a folder that an output of this name would replace or be confused with.
 
     Returns:
-        Whether each was left over by a process that was killed.
+        By name, whether each was left over by a process that was killed.
     """
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{str(folder)!r} exists and is no folder. {_UNDONE}")
+        raise OutputError(f"{str(folder)!r} exists and is not a folder. {_UNDONE}")
     ours = re.compile(output_pattern(stem), re.ASCII)
     try:
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -246,21 +217,37 @@ def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dic
     entries = {**source, **(given or {}), "format": "pt"}
     odd = [key for key, value in entries.items() if not (isinstance(key, str) and isinstance(value, str))]
     if odd:
-        raise InputError(f"The metadata of {odd[0]!r} is no text, as safetensors wants all of it. {_UNDONE}")
+        raise InputError(f"The metadata of {odd[0]!r} is not a text, as safetensors requires. {_UNDONE}")
     return entries
+
+
+def read_match(alignment: Alignment, match: Match, shape: tuple[int, ...]) -> torch.Tensor:
+    """Read the tensor of a match; its values are there and it has the shape of the target.
+
+    Raises:
+        InputError: The source, or a target of which values are kept, is on the meta device.
+        CheckpointError: The file holds another shape than it announced.
+    """
+    tensor = alignment.tensor(match)
+    if tensor.is_meta:
+        raise InputError(
+            f"{', '.join(match.sources)} of the checkpoint is on the meta device and has no values. "
+            f"{_UNDONE} Give a checkpoint with values."
+        )
+    require_shape(match, tensor.shape, shape, _UNDONE)
+    return tensor
 
 
 def _reader(
     source: Checkpoint, alignment: Alignment, progress: Progress | None
 ) -> Callable[[TensorSpec], torch.Tensor]:
-    """Make what reads the tensor of each output, once, and reports it."""
+    """Return a function that reads the tensor of each output, once, and reports it."""
     matches = {match.target: match for match in alignment.matches}
-    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
     done = 0
 
     def read(spec: TensorSpec) -> torch.Tensor:
         nonlocal done
-        tensor = read_match(alignment, matches[spec.key], shapes[spec.key], _UNDONE)
+        tensor = read_match(alignment, matches[spec.key], spec.shape)
         done += 1
         if done == len(matches):
             source.require_unchanged(_UNDONE)  # while it was read
@@ -269,11 +256,6 @@ def _reader(
         return tensor
 
     return read
-
-
-def _content(folder: Path) -> dict[str, bool]:
-    """List what an output folder of its own holds already, as ``_older``."""
-    return {folder.name: False} if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) else {}
 
 
 def _write_folder(specs: Sequence[TensorSpec], read: Callable[[TensorSpec], torch.Tensor], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Loading: fill a model from a checkpoint by an alignment, all or nothing. The only part that moves data."""
+"""Loading: fill a model from a checkpoint by an alignment, all or nothing."""
 
 from __future__ import annotations
 
@@ -21,54 +21,40 @@ from autoalign.checkpoints.atomic import interrupts_held
 from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
 from autoalign.checkpoints.config import ROTARY_SETTINGS
 from autoalign.checkpoints.stored import named_dtype
-from autoalign.errors import (
-    AlignmentError,
-    CheckpointError,
-    ChoiceWarning,
-    InputError,
-    NothingLoadedError,
-    PartialLoadWarning,
-    ValueWarning,
-)
-from autoalign.loading.conflicts import settled
-from autoalign.loading.fill import CutError, MappedFiles, copy_all, mapped_files
+from autoalign.errors import AlignmentError, CheckpointError, InputError, ValueWarning
+from autoalign.loading.fill import check_devices, copy_all, fills_of, read_ahead, read_sources, tensors_of
+from autoalign.loading.mapped import CutError, MappedFiles, mapped_files
 from autoalign.loading.prepare import (
+    Prepared,
     Progress,
-    absent_counters,
-    caller_level,
     extra_states,
     named_sources,
-    nothing_message,
+    prepared,
     progress_of,
-    require_complete,
     require_same_tensors,
     shaped,
-    source_modules,
     state_metadata,
-    summary,
-    unfilled_statement,
+    warn,
+    warn_of_choices,
+    warn_of_unfilled,
 )
-from autoalign.loading.read import Findings, check_devices, fills_of, given_by, in_one, read_ahead, tensors_of
-from autoalign.loading.rendezvous import announced_unsharded, wait_for_ranks
-from autoalign.loading.sharded import (
-    Ranks,
-    ShardPlan,
-    digests,
-    fill_parts,
-    fills_surely,
-    plan_of,
-    ranks_of,
-    register,
-    require_same,
+from autoalign.loading.ranks import Ranks, announced_unsharded, digests, ranks_of, require_same, wait_for_ranks
+from autoalign.loading.sharded import ShardPlan, fill_parts, needs_no_rollback, plan_of, register
+from autoalign.loading.transaction import (
+    can_copy_in_place,
+    cannot_fail,
+    converted,
+    model_lock,
+    supports_plain_copy,
+    transaction,
 )
-from autoalign.loading.transaction import cannot_fail, converted, copies_surely, model_lock, takes_copies, transaction
+from autoalign.loading.value_checks import Findings, in_one
 from autoalign.matching.layouts import ROTARY
 from autoalign.matching.match import match_tensors
-from autoalign.plan.matches import Caution
 
 logger = logging.getLogger(__name__)
 
-_INTERVAL = 0.002  # seconds between two looks at a file that is being copied
+_CHECK_INTERVAL = 0.002  # seconds between two looks at a file that is being copied
 
 
 def load_checkpoint(
@@ -89,45 +75,42 @@ def load_checkpoint(
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
     dtype, device = _conversion(dtype, device)
     from_files = isinstance(checkpoint, str | os.PathLike)  # else, what is mapped may have been written to
+
     with ExitStack() as announced, model_lock(model):
         ranks = ranks_of(model)
+
+        def prepare() -> Prepared:
+            if ranks is not None and not (dtype is None and device is None):
+                raise InputError(
+                    "A sharded model is given its dtype and device when it is sharded. Nothing was loaded."
+                )
+            return _prepared(model, checkpoint, align_options, alignment, strict=strict)
+
         if ranks is not None:
-
-            def prepare() -> _Prepared:
-                if dtype is not None or device is not None:
-                    raise InputError(
-                        "A sharded model is given its dtype and device when it is sharded. Nothing was loaded."
-                    )
-                return _prepared(model, checkpoint, align_options, alignment, strict=strict)
-
             return _load_sharded(
                 model, prepare, ranks, assign=assign, progress=progress, since=since, from_files=from_files
             )
         announced.enter_context(announced_unsharded(model))
-        source, found, counters = _prepared(model, checkpoint, align_options, alignment, strict=strict)
+        ready = prepare()
         if dtype is not None:  # what it is about to be
-            _refuse_codes(found)
-            specs = found.target_specs
-            converted_specs = (replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in specs)
-            found = replace(found, target_specs=tuple(converted_specs))
-
-        def fill() -> Alignment:
-            return _fill(model, source, found, counters, options, progress, since, from_files=from_files)
-
+            _refuse_codes(ready.alignment)
+            specs = ready.alignment.target_specs
+            converted_specs = tuple(replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in specs)
+            ready = replace(ready, alignment=replace(ready.alignment, target_specs=converted_specs))
         options = {"assign": True, "dtype": dtype, "device": device} if assign else {}
         if dtype is None and device is None:
-            return fill()
+            return _fill(model, ready, options, progress, since, from_files=from_files)
         with transaction(model, keep_values=False, keep_memory=True):
             if not assign:
                 converted(model, dtype, device)
-            filled = fill()
+            filled = _fill(model, ready, options, progress, since, from_files=from_files)
             if assign:  # what is not new
                 converted(model, dtype, device)
         return replace(filled, target_tensors=checkpoint_of(model))
 
 
 def _refuse_codes(alignment: Alignment) -> None:
-    """Refuse another dtype for a model some of whose floating-point tensors are codes.
+    """Refuse another dtype for a model in which some floating-point tensors are codes.
 
     Raises:
         InputError: It is such a model.
@@ -154,36 +137,25 @@ def _conversion(
     return found, place
 
 
-_Prepared = tuple[Checkpoint, Alignment, frozenset[str]]
-
-
 def _prepared(
     model: nn.Module, checkpoint: Side, options: Mapping[str, Any], made: Alignment | None, *, strict: bool
-) -> _Prepared:
-    """Decide what is loaded from where, and which BatchNorm counters the checkpoint is too old to have."""
+) -> Prepared:
     if made is not None and not isinstance(made, Alignment):
         raise InputError(f"alignment= takes an Alignment, not {type(made).__name__}. Nothing was loaded.")
-    container = options.get("container")
-    source = checkpoint_of(checkpoint, container=container)
+    source = checkpoint_of(checkpoint, container=options.get("container"))
     rest = {name: value for name, value in options.items() if name != "container"}
     if made is not None and rest:
         changes = ", ".join(rest)
         raise InputError(f"An alignment is applied as it is, and {changes} would change it. Nothing was loaded.")
-    alignment = _aligned(model, source, rest) if made is None else made.applied_to(source, model)
-    source = alignment.tensors if isinstance(alignment.tensors, Checkpoint) else source  # another container, perhaps
-    alignment = settled(alignment)
-    counters = absent_counters(model, source, alignment, source_modules(alignment))
-    if counters:
-        kept = tuple(spec for spec in alignment.target_specs if spec.key not in counters)
-        note = f"{len(counters)} num_batches_tracked keep what they had: the checkpoint is from before torch had them."
-        alignment = replace(alignment, target_specs=kept, notes=(*alignment.notes, note))
-    if not alignment.matches:
-        undone = "Nothing was loaded and the model was not changed."
-        raise NothingLoadedError(nothing_message(alignment, source, type(model).__name__, undone), alignment)
-    if strict:
-        advice = f"The model was not changed. Pass strict=False to load the {len(alignment.matches)} that match."
-        require_complete(alignment, advice)
-    return source, alignment, counters
+    return prepared(
+        _aligned(model, source, rest) if made is None else made.applied_to(source, model),
+        model,
+        type(model).__name__,
+        strict=strict,
+        verb="load",
+        undone="Nothing was loaded and the model was not changed.",
+        counters_fate="keep what they had",
+    )
 
 
 def _aligned(model: nn.Module, source: Checkpoint, options: Mapping[str, Any]) -> Alignment:
@@ -216,47 +188,54 @@ def _aligned(model: nn.Module, source: Checkpoint, options: Mapping[str, Any]) -
 
 def _fill(
     model: nn.Module,
-    source: Checkpoint,
-    alignment: Alignment,
-    counters: frozenset[str],
+    ready: Prepared,
     options: Mapping[str, Any],
     progress: Progress | bool | None,
     since: float,
     *,
     from_files: bool,
 ) -> Alignment:
-    """Move what is matched into a model that is this process's own, and say what was done."""
+    """Move what is matched into a model that is this process's own, and report what was done.
+
+    Args:
+        model: What is filled.
+        ready: What is loaded from where.
+        options: Those of ``tensors_of``; empty to copy into the model's own tensors.
+        progress: As in ``autoalign.load``.
+        since: When the load began.
+        from_files: Whether what is mapped can be read from its files.
+    """
+    source, alignment = ready.source, ready.alignment
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    check_devices(alignment, targets, assign="assign" in options)
+    check_devices(alignment, targets, assign=bool(options))
     source.require_unchanged()
     findings = Findings()
-    loaded = summary(alignment, source, type(model).__name__)
     opened = _mapped_paths(source, from_files=from_files)
     with (
         progress_of(progress, len(alignment.matches), _size(alignment), since) as step,
         mapped_files(opened) as files,
     ):
         fills, ahead, is_ahead = None, None, False
-        if opened and "assign" not in options:
-            with _cut_said():
-                ahead, is_ahead = read_ahead(list(given_by(source, alignment)), files)
-        if "assign" not in options and takes_copies(model, [match.target for match in alignment.matches]):
+        if opened and not options:
+            with _cut_explained():
+                ahead, is_ahead = read_ahead(list(read_sources(source, alignment)), files)
+        if not options and supports_plain_copy(model, [match.target for match in alignment.matches]):
             findings = Findings(pieces=files.pieces)
             postpone = source.is_resident and not is_ahead and not _may_raise(ValueWarning)
             early = _no_step if source.is_resident else step
-            given = given_by(source, alignment) if ahead is None else ahead
-            with _cut_said():
+            given = read_sources(source, alignment) if ahead is None else ahead
+            with _cut_explained():
                 fills = fills_of(given, alignment, targets, findings, early, postpone=postpone, files=files)
-            if not all(copies_surely(given, part) for fill in fills for part, given in fill.copies):
+            if not all(can_copy_in_place(given, part) for fill in fills for part, given in fill.copies):
                 fills, findings = None, Findings()
         if fills is None:
-            given = given_by(source, alignment) if ahead is None else ahead
+            given = read_sources(source, alignment) if ahead is None else ahead
             tensors = tensors_of(given, alignment, targets, findings, step, **options)
-        _warn_of_choices(loaded, alignment)
-        _warn_of_keys(loaded, alignment, targets)  # before a change, since a warning may be turned into an error
-        _warn_of_values(loaded, findings)
+        warn_of_choices(f"Loading {ready.summary}", alignment)
+        _warn_of_keys(ready, targets)  # before a change, since a warning may be turned into an error
+        _warn_of_values(ready, findings)
         if fills is None:
-            _load_state_dict(model, source, alignment, counters, targets, tensors, options)
+            _load_state_dict(model, ready, targets, tensors, options)
         else:
             # what is mapped is only read as it is copied, and then a function of the caller's may raise
             is_cancellable = callable(progress) and source.is_resident
@@ -267,7 +246,7 @@ def _fill(
 
             def stepped(done: int, size: int) -> None:
                 nonlocal checked
-                if not is_ahead and time.perf_counter() - checked > _INTERVAL:
+                if not is_ahead and time.perf_counter() - checked > _CHECK_INTERVAL:
                     source.require_unchanged("")
                     checked = time.perf_counter()
                 findings.examine_postponed(done - postponed + len(findings.postponed))  # while others are copied
@@ -284,33 +263,28 @@ def _fill(
                 if is_cancellable:
                     require_same_tensors(model, alignment, targets)
             if postponed:
-                _warn_of_values(loaded, findings)
-    if "assign" in options:  # the tensors that the model had are not the ones it has now
-        alignment = replace(alignment, target_tensors=checkpoint_of(model))
-    logger.info("Loaded %s; %d keys missing, %d unexpected.", loaded, *map(len, alignment))
-    return findings.noted(alignment)
+                _warn_of_values(ready, findings)
+    return _reported(model, ready, findings, assign=bool(options))
 
 
 def _load_state_dict(
     model: nn.Module,
-    source: Checkpoint,
-    alignment: Alignment,
-    counters: frozenset[str],
+    ready: Prepared,
     targets: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     options: Mapping[str, Any],
 ) -> None:
     """Load by torch's own function, with what it passes on to modules beside tensors."""
-    modules = source_modules(alignment)
+    source, alignment, modules = ready.source, ready.alignment, ready.modules
     state_dict: OrderedDict[str, object] = OrderedDict(tensors)
     state_dict.update(extra_states(source, targets, modules))
-    state_dict._metadata = state_metadata(source, alignment, targets, modules, counters)  # type: ignore[attr-defined]
+    metadata = state_metadata(source, alignment, targets, modules, ready.counters)
+    state_dict._metadata = metadata  # type: ignore[attr-defined]
     is_kept = not cannot_fail(model, targets, tensors)
     with transaction(model, keep_values=is_kept):
         try:
-            assign = {"assign": True} if "assign" in options else {}
-            result = model.load_state_dict(state_dict, strict=False, **assign)
-            source.require_unchanged(_changed_advice(is_kept or "assign" in options))
+            result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if options else {}))
+            source.require_unchanged(_changed_advice(is_kept or bool(options)))
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):  # it is of code of the model
                 raise
@@ -326,7 +300,7 @@ def _load_state_dict(
 
 def _load_sharded(
     model: nn.Module,
-    prepare: Callable[[], _Prepared],
+    prepare: Callable[[], Prepared],
     ranks: Ranks,
     *,
     assign: bool,
@@ -338,42 +312,42 @@ def _load_sharded(
     findings = Findings()
     reported = progress if ranks.is_first else False
 
-    def prepared() -> tuple[tuple[Checkpoint, Alignment, dict[str, Tensor], MappedFiles], tuple[str, str]]:
-        source, alignment, _ = prepare()
+    def prepare_part() -> tuple[tuple[Prepared, dict[str, Tensor], MappedFiles], tuple[str, str]]:
+        ready = prepare()
         targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        check_devices(alignment, targets, assign=assign)
-        read = reading.enter_context(mapped_files(_mapped_paths(source, from_files=from_files)))
-        return (source, alignment, targets, read), digests(source, alignment, read)
+        check_devices(ready.alignment, targets, assign=assign)
+        files = reading.enter_context(mapped_files(_mapped_paths(ready.source, from_files=from_files)))
+        return (ready, targets, files), digests(ready.source, ready.alignment, files)
 
-    def planned() -> tuple[ShardPlan, tuple[bool, bool]]:
-        with _cut_said():
-            plan = plan_of(source, alignment, targets, files, assign=assign)
+    def plan() -> tuple[ShardPlan, tuple[bool, bool]]:
+        with _cut_explained():
+            parts = plan_of(source, alignment, targets, files, assign=assign)
         if ranks.is_first:  # before a change, since a warning may be turned into an error
-            _warn_of_choices(loaded, alignment)
-            _warn_of_keys(loaded, alignment, targets)
-        surely = fills_surely(model, source, alignment, targets, assign=assign) and not callable(reported)
-        return plan, (surely, ranks.is_first and _may_raise(ValueWarning))
+            warn_of_choices(f"Loading {ready.summary}", alignment)
+            _warn_of_keys(ready, targets)
+        surely = needs_no_rollback(model, source, alignment, targets, assign=assign) and not callable(reported)
+        return parts, (surely, ranks.is_first and _may_raise(ValueWarning))
 
-    def filled() -> tuple[None, Findings]:
+    def fill() -> tuple[None, Findings]:
         found = Findings(pieces=files.pieces)
-        with _cut_said(is_kept=not is_changed):
-            fill_parts(source, plan, found, step, files)
+        with _cut_explained(is_kept=not is_changed):
+            fill_parts(parts, found, step)
         source.require_unchanged(_changed_advice(is_kept=not is_changed))
-        register(model, plan, targets, assign=assign)
+        register(model, parts, targets, assign=assign)
         return None, replace(found, pieces=in_one)  # which other processes can be given
 
-    def warned() -> tuple[None, None]:
+    def warn_of_values() -> tuple[None, None]:
         if ranks.is_first:
-            _warn_of_values(loaded, findings)
+            _warn_of_values(ready, findings)
         return None, None
 
     with ExitStack() as reading, ExitStack() as held:
         held.enter_context(interrupts_held())
         wait_for_ranks(model, ranks.group)
-        (source, alignment, targets, files), given = ranks.each(prepared, held)
+        (ready, targets, files), given = ranks.each(prepare_part, held)
+        source, alignment = ready.source, ready.alignment
         require_same(given, alignment)
-        loaded = summary(alignment, source, type(model).__name__)
-        plan, votes = ranks.each(planned, held)
+        parts, votes = ranks.each(plan, held)
         may_raise_late = any(may_raise for _, may_raise in votes)
         is_kept = may_raise_late or not all(surely for surely, _ in votes)
         undone = "the model was not changed on any"
@@ -383,17 +357,25 @@ def _load_sharded(
             progress_of(reported, len(alignment.matches), _size(alignment), since) as step,
             transaction(model, keep_values=is_kept),
         ):
-            _, all_findings = ranks.each(filled, held, undone=undone, is_changed=is_changed, stops=is_kept)
+            _, all_findings = ranks.each(fill, held, undone=undone, is_changed=is_changed, stops=is_kept)
             for found in all_findings:
                 findings.merge(found)
             if may_raise_late:
-                ranks.each(warned, held, undone=undone)
+                ranks.each(warn_of_values, held, undone=undone)
         if not may_raise_late:
-            warned()
-    if assign:
+            warn_of_values()
+    return _reported(model, ready, findings, assign=assign, is_logged=ranks.is_first)
+
+
+def _reported(
+    model: nn.Module, ready: Prepared, findings: Findings, *, assign: bool, is_logged: bool = True
+) -> Alignment:
+    """Log what was loaded, and return the alignment with what was found of the values."""
+    alignment = ready.alignment
+    if assign:  # the tensors that the model had are not the ones it has now
         alignment = replace(alignment, target_tensors=checkpoint_of(model))
-    if ranks.is_first:
-        logger.info("Loaded %s; %d keys missing, %d unexpected.", loaded, *map(len, alignment))
+    if is_logged:
+        logger.info("Loaded %s; %d keys missing, %d unexpected.", ready.summary, *map(len, alignment))
     return findings.noted(alignment)
 
 
@@ -403,14 +385,14 @@ def _mapped_paths(source: Checkpoint, *, from_files: bool) -> list[Path]:
 
 
 def _changed_advice(is_kept: bool) -> str:
-    """Say what became of the model, and what to do, where a file was changed while it was loaded."""
+    """Explain what became of the model, and what to do, where a file was changed while it was loaded."""
     state = "was not changed" if is_kept else "was being filled and holds old and new values"
     return f"The model {state}. Load again when the file is complete."
 
 
 @contextmanager
-def _cut_said(*, is_kept: bool = True) -> Iterator[None]:
-    """Say what became of the model where a file is cut while it is read; by default, before anything is changed."""
+def _cut_explained(*, is_kept: bool = True) -> Iterator[None]:
+    """Explain what became of the model where a file is cut while it is read; by default, before it is changed."""
     try:
         yield
     except CutError as error:
@@ -427,30 +409,17 @@ def _size(alignment: Alignment) -> int:
 
 
 def _may_raise(category: type[Warning]) -> bool:
-    """Tell whether a warning of some category may be turned into an error."""
+    """Return True if a warning of some category may be turned into an error."""
     for action, message, kind, module, line in warnings.filters:
         if issubclass(category, kind) and (action == "error" or not (message or module or line)):
             return action == "error"  # the first filter that fits counts; whether some do is not known yet
     return False
 
 
-def _warn_of_keys(loaded: str, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:
-    """Warn of what is not filled, on behalf of the caller of ``load``."""
-    on_meta = any(targets[key].is_meta for key in alignment.missing_keys)
-    unfilled = unfilled_statement(alignment, "stay on meta, without values" if on_meta else "keep their values")
-    if unfilled:
-        warnings.warn(
-            f"Loading {loaded}. {unfilled} print(alignment) shows all.{_rotary_note(alignment)}",
-            PartialLoadWarning,
-            stacklevel=caller_level(),
-        )
-
-
-def _warn_of_choices(loaded: str, alignment: Alignment) -> None:
-    """Warn of what could as well have been taken, on behalf of the caller of ``load``."""
-    for note in alignment.notes:
-        if isinstance(note, Caution):
-            warnings.warn(f"Loading {loaded}. {note}", ChoiceWarning, stacklevel=caller_level())
+def _warn_of_keys(ready: Prepared, targets: Mapping[str, Tensor]) -> None:
+    on_meta = any(targets[key].is_meta for key in ready.alignment.missing_keys)
+    fate = "stay on meta, without values" if on_meta else "keep their values"
+    warn_of_unfilled(f"Loading {ready.summary}", ready.alignment, fate, _rotary_note(ready.alignment))
 
 
 def _rotary_note(alignment: Alignment) -> str:
@@ -460,11 +429,6 @@ def _rotary_note(alignment: Alignment) -> str:
     return "".join(f" {note}" for note in alignment.notes if ROTARY_SETTINGS[0] in note)
 
 
-def _warn_of_values(loaded: str, findings: Findings) -> None:
-    """Warn of values that a person should know of, on behalf of the caller of ``load``."""
+def _warn_of_values(ready: Prepared, findings: Findings) -> None:
     if statements := findings.statements():
-        warnings.warn(
-            f"Loading {loaded}. {' '.join(statements)} They are loaded as they are.",
-            ValueWarning,
-            stacklevel=caller_level(),
-        )
+        warn(f"Loading {ready.summary}. {' '.join(statements)} They are loaded as they are.", ValueWarning)

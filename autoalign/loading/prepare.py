@@ -1,14 +1,15 @@
-"""What a module's state dict holds beside its tensors: versions, extra states, and counters that old ones lack."""
+"""Preparing: what is decided and said before anything is loaded or written, and what a module has beside tensors."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,15 +18,122 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Checkpoint, of_module
-from autoalign.errors import AlignmentError, CheckpointError, IncompatibleTensorsError, InputError
+from autoalign.errors import (
+    AlignmentError,
+    ChoiceWarning,
+    IncompatibleTensorsError,
+    NothingLoadedError,
+    PartialLoadWarning,
+)
+from autoalign.loading.conflicts import settled
 from autoalign.plan.keys import LEVELS
-from autoalign.plan.matches import FILLED, Match
+from autoalign.plan.matches import FILLED, Caution
 from autoalign.plan.operations import Copy
 from autoalign.plan.specs import TensorSpec
 
+Progress = Callable[[int, int], object]  # called with the tensors that are done and all of them
+Step = Callable[[int, int], object]  # called with the tensors that are done, and their bytes
+
+_MAX_LISTED = 4  # keys that a warning names
+_SECONDS_WITHOUT_BAR = 2.0
+_REASONS = {
+    "missing": "{} without a source",
+    "mismatched": "{} of another shape",
+    "ambiguous": "{} ambiguous",
+    "excluded": "{} excluded",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is loaded or written, and from where."""
+
+    source: Checkpoint
+    alignment: Alignment
+    modules: Mapping[str, str]  # of the model, and those of the checkpoint that correspond; see `source_modules`
+    counters: frozenset[str]  # of the model's BatchNorm, which the checkpoint is too old to have
+    summary: str  # how much of the target comes from where
+
+
+def prepared(
+    alignment: Alignment,
+    module: nn.Module | None,
+    target: str,
+    *,
+    strict: bool,
+    verb: str,
+    undone: str,
+    counters_fate: str,
+) -> Prepared:
+    """Settle what an alignment leaves open, and refuse one that is empty, or incomplete if it is to be complete.
+
+    Args:
+        alignment: What is loaded from where.
+        module: The target, if it is a module.
+        target: The target's name in texts, such as ``"ResNet"``.
+        strict: Whether every target key needs a source.
+        verb: Of what is done with the tensors, such as ``"load"``.
+        undone: A sentence on what was not done if this fails.
+        counters_fate: What becomes of BatchNorm counters that a checkpoint is too old to have.
+
+    Raises:
+        NothingLoadedError: Nothing matches.
+        IncompatibleTensorsError: Target keys get nothing, with ``strict``.
+    """
+    source = alignment.tensors  # perhaps of another container than was asked for
+    assert isinstance(source, Checkpoint)
+    alignment = settled(alignment)
+    modules = source_modules(alignment)
+    counters = frozenset[str]() if module is None else absent_counters(module, source, alignment, modules)
+    if counters:
+        kept = tuple(spec for spec in alignment.target_specs if spec.key not in counters)
+        note = f"{len(counters)} num_batches_tracked {counters_fate}: the checkpoint is from before torch had them."
+        alignment = replace(alignment, target_specs=kept, notes=(*alignment.notes, note))
+    if not alignment.matches:
+        raise NothingLoadedError(_nothing_message(alignment, source, target, undone), alignment)
+    if strict:
+        try:
+            alignment.raise_if_incomplete()
+        except IncompatibleTensorsError as error:
+            advice = f"{undone} Pass strict=False to {verb} the {len(alignment.matches)} that match."
+            raise IncompatibleTensorsError(f"{error}\n{advice}", alignment) from None
+    share = math.floor(1000 * alignment.coverage) / 10  # a part is never called 100 %
+    summary = (
+        f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
+        f"of {target} from {source!r}"
+    )
+    return Prepared(source, alignment, modules, counters, summary)
+
+
+def _nothing_message(alignment: Alignment, source: Checkpoint, target: str, undone: str) -> str:
+    """Explain why no tensor of a source could be aligned with those of a target."""
+    lines = [
+        f"No tensor of {source!r} could be aligned with the {len(alignment.target_specs)} tensors of {target}. {undone}"
+    ]
+    left_out = alignment.left_out
+    numels = {spec.numel for spec in source.specs}
+    unlike = sum(spec.numel not in numels for spec in alignment.target_specs)
+    if unlike and not left_out:
+        lines.append(f"  {unlike} of the model's tensors have a size that no tensor of the checkpoint has.")
+    if alignment.excluded:
+        lines.append(f"  {len(alignment.excluded)} keys were left out by include and exclude.")
+    if alignment.ambiguous:
+        lines.append(f"  {len(alignment.ambiguous)} have proposals that were not sure enough:")
+        lines += [
+            f"    {match.target} from {', '.join(match.sources)} (confidence {match.confidence:.2f})"
+            for match in alignment.ambiguous[:3]
+        ]
+    if alignment.mismatched:
+        lines.append(f"  {len(alignment.mismatched)} have counterparts of another shape:")
+        lines += [f"    {mismatch}" for mismatch in alignment.mismatched[:3]]
+    lines += [f"  {note}" for note in alignment.notes]
+    if not left_out:
+        lines.append("Check that both are the same network, or pass what you know as rules=.")
+    return "\n".join(lines)
+
 
 def require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:
-    """Refuse to have filled tensors that the model does not have any more.
+    """Refuse to fill tensors that the model does not have any more.
 
     Raises:
         AlignmentError: The model has others now.
@@ -41,7 +149,7 @@ def require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mappin
 
 
 def source_modules(alignment: Alignment) -> dict[str, str]:
-    """Map each of the model's modules to the checkpoint's, where everything that was found for it comes from one.
+    """Map each of the model's modules to the checkpoint's, where all that was found for it comes from one.
 
     Modules correspond if the rest of the keys below them is the same.
     """
@@ -57,7 +165,7 @@ def source_modules(alignment: Alignment) -> dict[str, str]:
 def absent_counters(
     model: nn.Module, source: Checkpoint, alignment: Alignment, modules: Mapping[str, str]
 ) -> frozenset[str]:
-    """List the BatchNorm counters that a checkpoint has not got because it is older than they are.
+    """List the BatchNorm counters that a checkpoint lacks because it is older than they are.
 
     As with torch, such a counter is not missing: BatchNorm's version is below 2 or unknown.
     """
@@ -78,15 +186,6 @@ def absent_counters(
                 continue
         counters.add(key)
     return frozenset(counters)
-
-
-def without_counters(alignment: Alignment, counters: frozenset[str], fate: str) -> Alignment:
-    """Take the counters that a checkpoint is too old for out of what an alignment is to fill, with a note."""
-    if not counters:
-        return alignment
-    kept = tuple(spec for spec in alignment.target_specs if spec.key not in counters)
-    note = f"{len(counters)} num_batches_tracked {fate}: the checkpoint is from before torch had them."
-    return replace(alignment, target_specs=kept, notes=(*alignment.notes, note))
 
 
 def extra_states(source: Checkpoint, targets: Mapping[str, object], modules: Mapping[str, str]) -> dict[str, object]:
@@ -112,7 +211,7 @@ def state_metadata(
     modules: Mapping[str, str],
     counters: frozenset[str],
 ) -> dict[str, dict[str, object]]:
-    """Say which version each module's tensors are of, for the upgrades that modules do on their own.
+    """Return the version that each module's tensors are of, for the upgrades that modules do on their own.
 
     A module whose tensors were all found as they are, under their own names, may be of the checkpoint's version. The
     rest was brought into the model's own layout already, so it is of the model's own version.
@@ -134,7 +233,7 @@ def state_metadata(
 
 
 def shaped(model: nn.Module, lazy: Mapping[str, Tensor], known: Mapping[str, TensorSpec]) -> Checkpoint:
-    """Take a model as a checkpoint in which lazy tensors have the shapes of known ones; others are left out."""
+    """Describe a model as a checkpoint in which lazy tensors have the shapes of known ones; others are left out."""
     state_dict = {
         key: torch.empty(known[key].shape, dtype=lazy[key].dtype, device="meta") if key in known else value
         for key, value in model.state_dict(keep_vars=True).items()
@@ -151,7 +250,7 @@ def named_sources(
     Args:
         lazy: The tensors without a shape, by key.
         source: The checkpoint.
-        alignment: Of the rest of the model, by which modules of other names correspond.
+        alignment: Of the rest of the model, which tells what modules of other names correspond.
     """
     specs = {spec.key: spec for spec in source.specs}
     used = {key for match in alignment.matches for key in match.sources} if alignment else set()
@@ -177,12 +276,6 @@ def _prefixes(keys: Mapping[str, Tensor], others: Mapping[str, TensorSpec]) -> t
             elif key.endswith(f".{other}"):
                 counts["", key.removesuffix(other)] += 1
     return counts.most_common(1)[0][0] if counts else ("", "")
-
-
-Progress = Callable[[int, int], object]  # called with the tensors that are done and all of them
-Step = Callable[[int, int], object]  # called with the tensors that are done, and their bytes
-
-PATIENCE = 2.0  # seconds without a bar
 
 
 @contextmanager
@@ -211,7 +304,7 @@ def progress_of(progress: Progress | bool | None, tensors: int, size: int, since
         if failed:
             return
         try:
-            if bar is None and (progress or time.perf_counter() - since > PATIENCE):
+            if bar is None and (progress or time.perf_counter() - since > _SECONDS_WITHOUT_BAR):
                 bar = _bar(transient=progress is None)
                 bar.start()
                 bar.add_task("Loading", total=size, tensors=tensors, done=done)
@@ -247,110 +340,40 @@ def _bar(*, transient: bool) -> Any:
     return Progress(*columns, console=Screen(stderr=True), transient=transient)
 
 
-_NAMED = 4  # keys that a warning names
-_REASONS = {
-    "missing": "{} without a source",
-    "mismatched": "{} of another shape",
-    "ambiguous": "{} ambiguous",
-    "excluded": "{} excluded",
-}
+def warn_of_choices(doing: str, alignment: Alignment) -> None:
+    """Warn of what could as well have been taken."""
+    for note in alignment.notes:
+        if isinstance(note, Caution):
+            warn(f"{doing}. {note}", ChoiceWarning)
 
 
-def read_match(alignment: Alignment, match: Match, shape: tuple[int, ...], undone: str) -> Tensor:
-    """Read the tensor of a match; its values are there and it has the shape of the target.
+def warn_of_unfilled(doing: str, alignment: Alignment, fate: str, advice: str = "") -> None:
+    """Warn of the target's tensors that get nothing, unless ``exclude`` and ``include`` left out all of them.
 
     Args:
-        alignment: Whose match it is.
-        match: What to read.
-        shape: The target's.
-        undone: What an error says was not done, as a sentence.
-
-    Raises:
-        InputError: The source, or a target of which values are kept, is on the meta device.
-        CheckpointError: The file holds another shape than it announced.
-    """
-    tensor = alignment.tensor(match)
-    if tensor.is_meta:
-        raise InputError(
-            f"{', '.join(match.sources)} of the checkpoint is on the meta device and has no values. "
-            f"{undone} Give a checkpoint with values."
-        )
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"size mismatch for {match.target}: {', '.join(match.sources)} was read with shape "
-            f"{list(tensor.shape)} where {list(shape)} was announced. {undone}"
-        )
-    return tensor
-
-
-def require_complete(alignment: Alignment, advice: str) -> None:
-    """Raise as ``Alignment.raise_if_incomplete`` does, with advice as the last line."""
-    try:
-        alignment.raise_if_incomplete()
-    except IncompatibleTensorsError as error:
-        raise IncompatibleTensorsError(f"{error}\n{advice}", alignment) from None
-
-
-def summary(alignment: Alignment, source: Checkpoint, target: str) -> str:
-    """Say how much of a target, such as ``"ResNet"``, comes from where; a part is never called 100 %."""
-    share = math.floor(1000 * alignment.coverage) / 10
-    return (
-        f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
-        f"of {target} from {source!r}"
-    )
-
-
-def unfilled_statement(alignment: Alignment, what: str) -> str:
-    """Say how many of the target's tensors get nothing, for which reasons, and which of them nobody left out.
-
-    Args:
+        doing: What is done, such as "Loading 3 of 4 tensors".
         alignment: Whose target it is.
-        what: Becomes of them, such as "keep their values".
-
-    Returns:
-        A sentence, and one on what is quantised; empty if ``exclude`` and ``include`` left out all that is unfilled.
+        fate: What becomes of them, such as "keep their values".
+        advice: Said last.
     """
     status = {key: status for key, status in alignment.status.items() if status not in FILLED}
     named = [key for key in status if key not in alignment.excluded]
     if not named:
-        return ""
+        return
     counts = Counter("excluded" if key in alignment.excluded else status[key] for key in status)
     reasons = ", ".join(text.format(counts[reason]) for reason, text in _REASONS.items() if counts[reason])
-    more = ", ..." if len(named) > _NAMED else ""
+    more = ", ..." if len(named) > _MAX_LISTED else ""
     left_out = f" Left out: {', '.join(alignment.left_out)}." if alignment.left_out else ""
-    return f"{len(status)} {what}: {', '.join(named[:_NAMED])}{more} ({reasons}).{left_out}"
+    warn(
+        f"{doing}. {len(status)} {fate}: {', '.join(named[:_MAX_LISTED])}{more} ({reasons}).{left_out} "
+        f"print(alignment) shows all.{advice}",
+        PartialLoadWarning,
+    )
 
 
-def nothing_message(alignment: Alignment, source: Checkpoint, target: str, undone: str) -> str:
-    """Explain why no tensor of a source could be aligned with those of a target."""
-    lines = [
-        f"No tensor of {source!r} could be aligned with the {len(alignment.target_specs)} tensors of {target}. {undone}"
-    ]
-    left_out = alignment.left_out
-    numels = {spec.numel for spec in source.specs}
-    unlike = sum(spec.numel not in numels for spec in alignment.target_specs)
-    if unlike and not left_out:
-        lines.append(f"  {unlike} of the model's tensors have a size that no tensor of the checkpoint has.")
-    if alignment.excluded:
-        lines.append(f"  {len(alignment.excluded)} keys were left out by include and exclude.")
-    if alignment.ambiguous:
-        lines.append(f"  {len(alignment.ambiguous)} have proposals that were not sure enough:")
-        lines += [
-            f"    {match.target} from {', '.join(match.sources)} (confidence {match.confidence:.2f})"
-            for match in alignment.ambiguous[:3]
-        ]
-    if alignment.mismatched:
-        lines.append(f"  {len(alignment.mismatched)} have counterparts of another shape:")
-        lines += [f"    {mismatch}" for mismatch in alignment.mismatched[:3]]
-    lines += [f"  {note}" for note in alignment.notes]
-    if not left_out:
-        lines.append("Check that both are the same network, or pass what you know as rules=.")
-    return "\n".join(lines)
-
-
-def caller_level() -> int:
-    """Count the frames from a warning to the first that is not of this package."""
-    level, frame = 1, sys._getframe(1)
+def warn(text: str, category: type[Warning]) -> None:
+    """Warn at the line outside of this package that called it."""
+    level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "autoalign":
         level, frame = level + 1, frame.f_back
-    return level
+    warnings.warn(text, category, stacklevel=level)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from autoalign.checkpoints.atomic import interrupts_held
-from autoalign.loading.fill import memory_of
 
 _LOADING_METHODS = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
 
@@ -33,7 +32,7 @@ def transaction(model: nn.Module, *, keep_values: bool, keep_memory: bool = Fals
         model: The module that the block changes.
         keep_values: Keep a copy of all values, on the CPU, for as long as the block runs; of a sharded tensor, of
             this process's part of it.
-        keep_memory: Keep hold of the memory of all tensors, for a block that gives them other memory, as a conversion
+        keep_memory: Keep the memory of all tensors, for a block that gives them other memory, as a conversion
             to another dtype or device does.
     """
     restore = snapshot(model, keep_values=keep_values, keep_memory=keep_memory)
@@ -49,14 +48,9 @@ def transaction(model: nn.Module, *, keep_values: bool, keep_memory: bool = Fals
 
 
 def snapshot(model: nn.Module, *, keep_values: bool, keep_memory: bool = False) -> Callable[[], None]:
-    """Note what a module holds, and return what puts it back: registries, and with ``keep_values`` values too.
+    """Record what a module holds, and return a function that puts it back; arguments are those of ``transaction``.
 
     Tensors that have not changed are not written to, so that what autograd saved of them stays valid.
-
-    Args:
-        model: The module that will be changed.
-        keep_values: Keep a copy of all values, on the CPU, and of the extra states.
-        keep_memory: As in ``transaction``.
     """
     registries: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (registry, dict(registry))
@@ -66,7 +60,7 @@ def snapshot(model: nn.Module, *, keep_values: bool, keep_memory: bool = False) 
     ]
     for _, entries in registries:  # what is materialised in place cannot be put back, but its like can
         entries.update((name, _like_lazy(tensor)) for name, tensor in entries.items() if is_lazy(tensor))
-    memories = [_held(tensor) for tensor in tensors_of_module(model)] if keep_memory else []
+    memories = [_aliases(tensor) for tensor in tensors_of_module(model)] if keep_memory else []
     values = _values(model) if keep_values else []
     extra_states = _extra_states(model) if keep_values else []
 
@@ -75,18 +69,18 @@ def snapshot(model: nn.Module, *, keep_values: bool, keep_memory: bool = False) 
             for registry, entries in registries:
                 registry.clear()
                 registry.update(entries)
-            for tensor, held, grad, grad_held in memories:
+            for tensor, alias, grad, grad_alias in memories:
                 tensor.grad = None  # which has the dtype of what was undone
-                tensor.data = held
-                if grad is not None and grad_held is not None:
-                    grad.data = grad_held
+                tensor.data = alias
+                if grad is not None and grad_alias is not None:
+                    grad.data = grad_alias
                     tensor.grad = grad
             for tensor, memory, value in values:
                 if memory is None:
                     local_part(tensor).copy_(value)
                     continue
                 tensor.data = memory  # undoes an assignment to `.data`, which may have changed the shape
-                if not _holds(memory, value):
+                if not _is_equal(memory, value):
                     memory.copy_(value)
             for module, state in extra_states:
                 module.set_extra_state(state)
@@ -106,7 +100,7 @@ def converted(model: nn.Module, dtype: torch.dtype | None, device: torch.device 
 
 
 def cannot_fail(model: nn.Module, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether loading these tensors in place is nothing but copies that torch is sure to carry out.
+    """Return True if loading these tensors in place is nothing but copies that torch is sure to carry out.
 
     >>> layer = nn.Linear(2, 1)
     >>> cannot_fail(layer, layer.state_dict(), {"bias": torch.zeros(1)})
@@ -117,11 +111,13 @@ def cannot_fail(model: nn.Module, targets: Mapping[str, Tensor], tensors: Mappin
         targets: Its state dict.
         tensors: What is loaded, of the targets' shapes.
     """
-    return takes_copies(model, tensors.keys()) and all(copies_surely(t, targets[key]) for key, t in tensors.items())
+    return supports_plain_copy(model, tensors.keys()) and all(
+        can_copy_in_place(t, targets[key]) for key, t in tensors.items()
+    )
 
 
-def takes_copies(model: nn.Module, keys: Collection[str]) -> bool:
-    """Tell whether loading these keys means to copy into tensors of the model, and nothing else."""
+def supports_plain_copy(model: nn.Module, keys: Collection[str]) -> bool:
+    """Return True if loading these keys means to copy into tensors of the model, and nothing else."""
     loadable = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     loadable.update(name for name, _ in model.named_buffers(remove_duplicate=False))
     return (
@@ -132,6 +128,7 @@ def takes_copies(model: nn.Module, keys: Collection[str]) -> bool:
 
 
 def _has_own_loading_code(module: nn.Module) -> bool:
+    """Return True if a module has methods or hooks of loading that are not torch's own."""
     methods = (getattr(module, name) for name in _LOADING_METHODS)
     hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
     return any(not _only_reshards(hook) for hook in hooks) or any(
@@ -140,13 +137,13 @@ def _has_own_loading_code(module: nn.Module) -> bool:
 
 
 def _only_reshards(hook: object) -> bool:
-    """Whether a hook is FSDP2's, which frees whole parameters as its hook of ``state_dict`` does too."""
+    """Return True for a hook of FSDP2, which frees whole parameters as its hook of ``state_dict`` does too."""
     function = getattr(hook, "hook", hook)  # torch wraps some
     return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
-def copies_surely(tensor: Tensor, target: Tensor) -> bool:
-    """Tell whether torch is sure to copy one tensor into another of the same shape."""
+def can_copy_in_place(tensor: Tensor, target: Tensor) -> bool:
+    """Return True if torch is sure to copy one tensor into another of the same shape."""
     dtypes = (tensor.dtype, target.dtype)
     return (
         all(type(side) in (Tensor, nn.Parameter) and side.layout == torch.strided for side in (tensor, target))
@@ -156,7 +153,7 @@ def copies_surely(tensor: Tensor, target: Tensor) -> bool:
 
 
 def _is_writable(tensor: Tensor) -> bool:
-    """Whether torch copies into the tensor: not if it is expanded, or made in inference mode and this is outside."""
+    """Return True if torch copies into a tensor: not if expanded, nor if made in inference mode and this is outside."""
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return tensor.layout != torch.strided or all(
@@ -175,8 +172,8 @@ def _like_lazy(tensor: Any) -> Tensor:
     return made
 
 
-def _held(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Hold on to the memory of a tensor and of its gradient."""
+def _aliases(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return a tensor and its gradient, each followed by an alias that keeps its memory."""
     grad = tensor.grad if tensor.is_leaf else None
     return tensor, tensor.detach(), grad, None if grad is None else grad.detach()
 
@@ -190,21 +187,29 @@ def _values(model: nn.Module) -> list[tuple[Tensor, Tensor | None, Tensor]]:
     ]
 
 
-def _holds(memory: Tensor, value: Tensor) -> bool:
+def _is_equal(memory: Tensor, value: Tensor) -> bool:
     try:
         return torch.equal(memory.cpu(), value)
     except (NotImplementedError, RuntimeError):  # a layout or dtype that is not compared
         return False
 
 
+def memory_of(tensor: Tensor) -> int | None:
+    """Identify the storage of a tensor; None for a subclass without one of its own."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError, ValueError):  # the last of a lazy one
+        return None
+
+
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is spread over several processes, as those of FSDP2 and of tensor parallelism are."""
+    """Return True if a tensor is spread over several processes, as those of FSDP2 and of tensor parallelism are."""
     distributed = sys.modules.get("torch.distributed.tensor")  # without which there is none, and which takes long
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Take this process's part of a sharded tensor, and all of any other, without gradient."""
+    """Return this process's part of a sharded tensor, and all of any other, without gradient."""
     part: Any = tensor.detach()
     return part.to_local() if is_sharded(part) else part  # type: ignore[no-any-return]
 

@@ -179,7 +179,7 @@ def reads_its_part(rank: int, world: int, path: str) -> None:
 
     model = fully_sharded(world, filled(1))
     sample = mock.patch("autoalign.loading.load.digests", return_value=("", ""))
-    with sample, mock.patch("autoalign.loading.sharded._read_for_trial"):
+    with sample, mock.patch("autoalign.loading.sharded._read_largest"):
         autoalign.load(model, replace(source, read=never, read_region=region), strict=True)
     assert_loaded(model, filled())
     held = sum(p.to_local().numel() for p in model.parameters()) + 1  # and the buffer, which every rank has
@@ -314,7 +314,7 @@ def fails_together(rank: int, world: int, path: str) -> None:
     hook.remove()
     errors = [MemoryError("no memory")]
     text = "may have changed in part: load it anew: MemoryError: no memory"
-    with unsampled, mock.patch("autoalign.loading.sharded._read_for_trial"):  # as if there had still been memory
+    with unsampled, mock.patch("autoalign.loading.sharded._read_largest"):  # as if there had still been memory
         expect(AlignmentError, text, model, replace(sound, read_region=broken))
     autoalign.load(model, path, strict=True)
     assert_loaded(model, filled())
@@ -331,14 +331,14 @@ def meets_an_unsharded_rank(rank: int, world: int, path: str) -> None:
     assert_loaded(model, filled())
     model = fully_sharded(world, filled(1))
     distributed.barrier()
-    with mock.patch("autoalign.loading.rendezvous._PATIENCE", 0.3):  # it takes longer, and is waited for
+    with mock.patch("autoalign.loading.ranks._PATIENCE_SECONDS", 0.3):  # it takes longer, and is waited for
         if rank == 1:
             autoalign.load(filled(1), path, progress=lambda *_: time.sleep(0.05))
         autoalign.load(model, path, strict=True)
     assert_loaded(model, filled())
     model = fully_sharded(world, filled(1))
     distributed.barrier()
-    with mock.patch("autoalign.loading.rendezvous._PATIENCE", 0.2):
+    with mock.patch("autoalign.loading.ranks._PATIENCE_SECONDS", 0.2):
         if rank == 0:
             expect(AlignmentError, "Rank 1 has not come .* after it loaded .* that is not sharded", model, path)
         distributed.barrier()

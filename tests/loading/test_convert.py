@@ -253,14 +253,14 @@ def test_counters_that_a_checkpoint_is_too_old_for_are_not_missing(tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "onnx"}, r"format='onnx' is none that can be written. Nothing was written. Choose safetensors"),
+        ({"format": "onnx"}, r"format='onnx' cannot be written. Nothing was written. Choose safetensors"),
         ({"dtype": "int8"}, r"dtype='int8' is no floating-point dtype"),
         ({"dtype": "nonsense"}, r"dtype='nonsense' is no floating-point dtype"),
-        ({"max_shard_size": 0}, r"max_shard_size=0 is no number of bytes"),
-        ({"max_shard_size": "5 bananas"}, r"max_shard_size='5 bananas' is no number of bytes"),
+        ({"max_shard_size": 0}, r"max_shard_size=0 is not a number of bytes"),
+        ({"max_shard_size": "5 bananas"}, r"max_shard_size='5 bananas' is not a number of bytes"),
         ({"metadata": 3}, r"metadata= takes a mapping of texts, not int. Nothing was written"),
-        ({"metadata": {"epoch": 3}}, r"The metadata of 'epoch' is no text"),
-        ({"output_path": "out.pt"}, r"'out.pt' would be a file of safetensors; call it \*.safetensors"),
+        ({"metadata": {"epoch": 3}}, r"The metadata of 'epoch' is not a text"),
+        ({"output_path": "out.pt"}, r"'out.pt' would be a safetensors file; name it \*.safetensors"),
     ],
 )
 def test_wrong_arguments_are_errors(tmp_path: Path, options: dict[str, object], message: str) -> None:

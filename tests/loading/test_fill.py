@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autoalign.loading import fill as copying
 from autoalign.loading.fill import Fill, copies_in_place, copy_all
+from autoalign.loading.transaction import memory_of
 from autoalign.plan.operations import Operation
 from tests.plan.test_regions import CASES, Shape, tensors
 
@@ -37,7 +38,7 @@ def test_operations_that_move_elements_fill_a_target_in_place(
         assert str(operation) in WITHOUT_A_VIEW or strided
         return
     assert str(operation) not in WITHOUT_A_VIEW
-    assert all(copying.memory_of(part) == copying.memory_of(target) for part, _ in fill.copies)
+    assert all(memory_of(part) == memory_of(target) for part, _ in fill.copies)
     copy_all([fill], ignored)
     assert torch.equal(target, expected)
 
@@ -45,8 +46,8 @@ def test_operations_that_move_elements_fill_a_target_in_place(
 def test_large_copies_are_made_in_several_threads_and_those_of_one_memory_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(copying, "_PARALLEL", 1)
-    monkeypatch.setattr(copying, "_BATCH", 64)
+    monkeypatch.setattr(copying, "_MIN_PARALLEL_BYTES", 1)
+    monkeypatch.setattr(copying, "_BATCH_BYTES", 64)
     targets = [torch.zeros(10) for _ in range(8)]
     fills = [Fill(target, ((target, torch.full((10,), float(place))),)) for place, target in enumerate(targets)]
     twice = [Fill(targets[0], ((targets[0], torch.full((10,), value)),)) for value in (5.0, 6.0, 7.0)]
@@ -60,8 +61,8 @@ def test_large_copies_are_made_in_several_threads_and_those_of_one_memory_in_ord
 
 def large_fills(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Fill]]:
     """Make copies of 0, 1, ... that are worth threads."""
-    monkeypatch.setattr(copying, "_PARALLEL", 1)
-    monkeypatch.setattr(copying, "_BATCH", 64)
+    monkeypatch.setattr(copying, "_MIN_PARALLEL_BYTES", 1)
+    monkeypatch.setattr(copying, "_BATCH_BYTES", 64)
     targets = [torch.full((20,), -1.0) for _ in range(16)]
     return targets, [Fill(t, ((t, torch.full((20,), float(place))),)) for place, t in enumerate(targets)]
 
@@ -97,7 +98,7 @@ def test_all_copies_are_made_even_if_a_step_fails(monkeypatch: pytest.MonkeyPatc
 
     targets, fills = large_fills(monkeypatch)
     if not is_parallel:
-        monkeypatch.setattr(copying, "_PARALLEL", 10**9)
+        monkeypatch.setattr(copying, "_MIN_PARALLEL_BYTES", 10**9)
     with pytest.raises(ValueError, match="the screen is gone"):
         copy_all(fills, step)
     assert [int(target[0]) for target in targets] == list(range(16))

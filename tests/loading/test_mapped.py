@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.loading import fill as copying
-from autoalign.loading import fill as mapped
-from autoalign.loading import read as reading
-from autoalign.loading.fill import mapped_files
+from autoalign.loading import mapped, value_checks
+from autoalign.loading.mapped import mapped_files
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
 
@@ -39,10 +38,10 @@ def _network(dtype: torch.dtype = torch.float32) -> nn.Module:
 @pytest.fixture
 def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have small tensors read as large ones are, in threads, and list how many bytes each call reads."""
-    monkeypatch.setattr(copying, "_PARALLEL", 1)
-    monkeypatch.setattr(reading, "_AHEAD", 0)
-    monkeypatch.setattr(reading, "nan_count", lambda *_: 0)  # which reads too
-    monkeypatch.setattr(mapped, "_CHUNK", 5000)
+    monkeypatch.setattr(copying, "_MIN_PARALLEL_BYTES", 1)
+    monkeypatch.setattr(copying, "_MAX_READ_AHEAD_BYTES", 0)
+    monkeypatch.setattr(value_checks, "nan_count", lambda *_: 0)  # which reads too
+    monkeypatch.setattr(mapped, "_CHUNK_BYTES", 5000)
     found: list[int] = []
     real = os.preadv
 
@@ -106,7 +105,7 @@ def test_any_view_is_read_as_it_would_be_copied(
     for dim, step in enumerate(steps[: len(shape)]):
         view = view[(slice(None),) * dim + (slice(step - 1, None, step),)]
     view = view.permute([dim for dim in order if dim < len(shape)])
-    patches = mock.patch.multiple(mapped, _CHUNK=chunk, _GAP=gap)
+    patches = mock.patch.multiple(mapped, _CHUNK_BYTES=chunk, _MAX_GAP_BYTES=gap)
     with patches, mapped_files([path]) as files:
         files.find()
         for dtype in (torch.int64, torch.float64):
@@ -261,7 +260,7 @@ path = sys.argv[1]
 for width in (100, 600):  # of which one is read before anything is changed
     for save in (save_file, torch.save):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for step in ("summary", "copy_all"):  # before anything is read, and when the model is being filled
+            for step in ("_mapped_paths", "copy_all"):  # before anything is read, and when the model is being filled
                 save({f"net.{key}": torch.ones_like(t) for key, t in network(width).state_dict().items()}, path)
                 model = network(width, dtype=dtype)
                 old = [parameter.detach().clone() for parameter in model.parameters()]
@@ -285,5 +284,10 @@ def test_a_cut_file_does_not_end_the_process(tmp_path: Path) -> None:
         [sys.executable, "-c", _CUT, str(tmp_path / "file")], capture_output=True, text=True, check=False, timeout=120
     )
     assert run.returncode == 0, (run.returncode, run.stderr[-500:])
-    found = {"100 summary unchanged", "100 copy_all loaded", "600 summary unchanged", "600 copy_all mixed"}
+    found = {
+        "100 _mapped_paths unchanged",
+        "100 copy_all loaded",
+        "600 _mapped_paths unchanged",
+        "600 copy_all mixed",
+    }
     assert set(run.stdout.splitlines()) == found

@@ -16,8 +16,8 @@ from autoalign import align
 from autoalign.api import load
 from autoalign.checkpoints.checkpoint import open_checkpoint
 from autoalign.errors import InputError
-from autoalign.loading.fill import MappedFiles
-from autoalign.loading.sharded import digests, ranks_of
+from autoalign.loading.mapped import MappedFiles
+from autoalign.loading.ranks import digests, ranks_of
 from tests.loading import sharded_ranks as ranks
 
 

@@ -5,7 +5,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from autoalign.loading.read import loss_of_kind, loss_of_range, nan_count
+from autoalign.loading.value_checks import loss_of_kind, loss_of_range, nan_count
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
