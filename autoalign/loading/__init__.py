@@ -13,7 +13,7 @@ In order of use, from the bottom up:
 * ``load`` and ``convert``: fill a model, all or nothing; write a checkpoint anew, tensor by tensor.
 * ``diff``: two checkpoints compared under the same keys.
 
-It may import ``errors``, ``plan``, ``checkpoints``, ``rules``, ``matching``, ``reports`` and ``alignment``. A new check of
-values is one of ``Findings``; a new state of modules goes to ``prepare``; a new output format is written by a function of
-``checkpoints.formats`` and named in ``convert``.
+It may import ``errors``, ``plan``, ``checkpoints``, ``rules``, ``matching``, ``reports`` and ``alignment``. A new check
+of values is one of ``Findings``; new state of modules beside tensors goes to ``prepare``; a new output format is
+written by a function of ``checkpoints.formats`` and named in ``convert``.
 """
