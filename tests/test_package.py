@@ -67,6 +67,12 @@ def test_only_the_program_changes_the_warning_filters() -> None:
     assert {file.parts[0] for file in files} <= {"cli"}, files
 
 
+def test_the_files_that_the_script_for_the_lowest_versions_names_are_there() -> None:
+    named = re.findall(r"tests/\S+", (ROOT / ".ci" / "lowest").read_text(encoding="utf-8"))
+    assert named
+    assert all((ROOT / name).is_file() for name in named)
+
+
 def test_the_readme_gives_the_line_that_is_run_as_the_test() -> None:
     *_, line = (ROOT / ".ci" / "run").read_text(encoding="utf-8").strip().splitlines()
     assert f"\n{line}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
