@@ -15,7 +15,7 @@ from autoalign.cli.options import COMPLETE, INCOMPLETE
 from autoalign.cli.targets import side_of
 from autoalign.cli.terminal import complain, progress, show, show_json, width
 from autoalign.loading.diff import Changed, Differences, differences
-from autoalign.plan.quantised import named
+from autoalign.plan.quantised import describe_schemes
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text, tree_of
 from autoalign.reports.rows import Row, escaped, fold, lay_out
@@ -73,7 +73,7 @@ def _facts_of(checkpoint: Checkpoint) -> _Facts:
         tensors_with_prefix=count,
         copies=copies_of(checkpoint.specs),
         metadata=dict(checkpoint.metadata),
-        notes=(*checkpoint.notes, *(f"{what}." for what in named(checkpoint.quantised))),
+        notes=(*checkpoint.notes, *(f"{what}." for what in describe_schemes(checkpoint.quantised))),
     )
 
 

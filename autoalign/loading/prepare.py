@@ -110,7 +110,7 @@ def _nothing_message(alignment: Alignment, source: Checkpoint, target: str, undo
     lines = [
         f"No tensor of {source!r} could be aligned with the {len(alignment.target_specs)} tensors of {target}. {undone}"
     ]
-    left_out = alignment.left_out
+    left_out = alignment.unused_schemes
     numels = {spec.numel for spec in source.specs}
     unlike = sum(spec.numel not in numels for spec in alignment.target_specs)
     if unlike and not left_out:
@@ -363,7 +363,7 @@ def warn_of_unfilled(doing: str, alignment: Alignment, fate: str, advice: str = 
     counts = Counter("excluded" if key in alignment.excluded else status[key] for key in status)
     reasons = ", ".join(text.format(counts[reason]) for reason, text in _REASONS.items() if counts[reason])
     more = ", ..." if len(named) > _MAX_LISTED else ""
-    left_out = f" Left out: {', '.join(alignment.left_out)}." if alignment.left_out else ""
+    left_out = f" Left out: {', '.join(alignment.unused_schemes)}." if alignment.unused_schemes else ""
     warn(
         f"{doing}. {len(status)} {fate}: {', '.join(named[:_MAX_LISTED])}{more} ({reasons}).{left_out} "
         f"print(alignment) shows all.{advice}",

@@ -19,10 +19,10 @@ from autoalign.matching.fusion import BY_ORDER, Fusion
 from autoalign.matching.layers import Part, Parts, Path, Unit, Units, block_around, parts_of
 from autoalign.matching.layouts import ROTARY, Doubt, Style, doubt_about, other_layouts, style_of
 from autoalign.matching.names import kind, words
+from autoalign.plan.inversion import joined, place_of
 from autoalign.plan.keys import common_module, components
 from autoalign.plan.matches import Candidate, Match, Mismatch
-from autoalign.plan.operations import Copy, InsertZeros, Operation, Parallel, Shape, Split, chain
-from autoalign.plan.regions import joined, place_of
+from autoalign.plan.operations import Copy, InsertZeros, Operation, Shape, Split, chain, in_parallel
 from autoalign.plan.specs import TensorSpec, tied_groups
 
 _STRANDED = "the weight of this layer has another shape, so its bias is not taken alone"
@@ -218,7 +218,7 @@ def _put_together(
     zeros = [InsertZeros(place, piece.shape) for place, piece in enumerate(ordered) if piece.key is None]
     steps = [piece.view for piece in ordered if piece.key is not None]
     sources = tuple(piece.key for piece in ordered if piece.key is not None)
-    return sources, chain(steps[0] if len(set(steps)) == 1 else Parallel(tuple(steps)), *zeros, join)
+    return sources, chain(in_parallel(steps), *zeros, join)
 
 
 def tie_warning(others: Sequence[Candidate]) -> str:

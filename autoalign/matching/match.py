@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -35,10 +34,10 @@ from autoalign.matching.repeats import (
 from autoalign.matching.rotary import rotary_settling
 from autoalign.matching.scope import PatternLike, RuleLike, checked_rules, excluded_keys, pinned_pairs
 from autoalign.plan.adaptations import Adapt
-from autoalign.plan.keys import components
+from autoalign.plan.keys import common_prefix, components
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Copy
-from autoalign.plan.quantised import ADVICE, Members, apart, fills, named
+from autoalign.plan.quantised import ADVICE, Members, can_fill, describe_schemes, hidden_keys
 
 if TYPE_CHECKING:
     from autoalign.plan.matches import Match
@@ -53,10 +52,10 @@ def admitted(matches: Iterable[Match], own: Members, other: Members) -> list[Mat
         return list(matches)
     kept = []
     for match in matches:
-        if not fills(match.sources, match.target, match.operation, own, other):
+        if not can_fill(match.sources, match.target, match.operation, own, other):
             continue
         rivals = tuple(
-            rival for rival in match.alternatives if fills(rival.sources, match.target, rival.operation, own, other)
+            rival for rival in match.alternatives if can_fill(rival.sources, match.target, rival.operation, own, other)
         )
         kept.append(match if rivals == match.alternatives else replace(match, alternatives=rivals))
     groups: dict[str, list[Match]] = defaultdict(list)
@@ -154,7 +153,7 @@ def _align(
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
     if own.quantised or other.quantised:
         pins = _without_codes(pins, rules, own, other)
-        hidden = apart(own.quantised, other.quantised), apart(other.quantised, own.quantised)
+        hidden = hidden_keys(own.quantised, other.quantised), hidden_keys(other.quantised, own.quantised)
         sides = (
             tuple(spec for spec in sides[0] if spec.key not in hidden[0]),
             tuple(spec for spec in sides[1] if spec.key not in hidden[1]),
@@ -209,7 +208,7 @@ def _without_codes(
         PatternError: A rule names such a pair.
     """
     kept = {
-        key: source for key, source in pins.items() if fills((source,), key, Copy(), own.quantised, other.quantised)
+        key: source for key, source in pins.items() if can_fill((source,), key, Copy(), own.quantised, other.quantised)
     }
     for key, source in pins.items():
         if key not in kept and [source, key] in map(list, rules):
@@ -232,11 +231,11 @@ def _notes_of_codes(
     return [
         *(
             f"Left out: {what}. Their elements are codes, not values. {ADVICE}"
-            for what in named(own.quantised, used | packed | set(excluded))
+            for what in describe_schemes(own.quantised, used | packed | set(excluded))
         ),
         *(
             f"Of the model, {what} are not filled: they take nothing but the same, with what belongs to them."
-            for what in named(other.quantised, filled | packed | set(excluded))
+            for what in describe_schemes(other.quantised, filled | packed | set(excluded))
         ),
     ]
 
@@ -246,9 +245,8 @@ def _called_copy(source: Checkpoint, target: Checkpoint) -> Checkpoint:
     paths = (source.container, *source.copies)
     if len(paths) == 1 or not target:
         return source
-    keys = [tuple(components(key)) for key in target]
-    both = zip(min(keys)[:-1], max(keys)[:-1], strict=False)  # what these share, all share
-    shared = [name for name, _ in takewhile(lambda names: names[0] == names[1], both)]
+    keys = [components(key) for key in target]
+    shared = common_prefix(key[:-1] for key in keys)
     parents, names = {path.rpartition(".")[0] for path in paths}, {path.rpartition(".")[2] for path in paths}
     if len(parents) == 1 and names <= {name for key in keys for name in key[len(shared) :][:1]}:
         return checkpoint_of(source, container=parents.pop())

@@ -1,7 +1,7 @@
-"""Operations that change values, which are only made where ``adapt`` asks for them.
+"""Operations that change values, used only where ``adapt`` asks for them.
 
-A head with other classes, positions of another image size, a first layer for other channels: the tensor that the model
-needs is not in the checkpoint, but one that it is usually made from. Values agree with what timm makes of the same
+A head with other classes, positions for another image size, a first layer for other channels: the checkpoint lacks the
+tensor that the model needs, but has one from which it is usually computed. Values agree with those of timm for the same
 tensors. The interpolation of tables of relative positions is that of BEiT (Bao, Dong, Piao and Wei, "BEiT: BERT
 pre-training of image transformers", 2022), which timm uses for Swin as well.
 """
@@ -23,8 +23,8 @@ from autoalign.plan.operations import Operation, steps_of
 Adapt = Literal["head", "vocab", "pos_embed", "rel_pos", "in_channels"]
 ADAPTS: tuple[Adapt, ...] = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
 
-_SPACINGS = (1.01, 1.5)  # between which the growth of the spacing of relative positions is sought, and how exactly
-_EXACT = 1e-6
+_GROWTH_RANGE = (1.01, 1.5)  # of the ratio of neighbouring spacings of relative positions
+_GROWTH_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ class Adaptation(Operation, ABC):
 
     @property
     def needs_target(self) -> bool:
-        """Whether the operation takes the target's own tensor after those of the source, to keep a part of it."""
+        """True if the operation takes the target's own tensor after those of the source, to keep a part of it."""
         return False
 
 
 def needs_target(operation: Operation) -> bool:
-    """Tell whether an operation takes the target's own tensor after those of the source."""
+    """True if an operation takes the target's own tensor after those of the source."""
     return any(isinstance(step, Adaptation) and step.needs_target for step in steps_of(operation))
 
 
@@ -69,7 +69,7 @@ class TakeRows(Adaptation):
         taken = tensors[0].narrow(self.dim, 0, self.rows)
         if not self.kept:
             return [taken]
-        return [_joined([taken, tensors[1].narrow(self.dim, self.rows, self.kept)], self.dim, taken.device)]
+        return [_concatenated([taken, tensors[1].narrow(self.dim, self.rows, self.kept)], self.dim, taken.device)]
 
     def __str__(self) -> str:
         return f"take {self.rows} rows" + (f", keep {self.kept}" if self.kept else "")
@@ -106,14 +106,14 @@ class ResizePositions(Adaptation):
             grid = _interpolated(planes, self.new).reshape(width, -1).T
         own = tensors[1].reshape(-1, width) if self.needs_target else rows
         first = [own[place, None] if row < 0 else rows[row, None] for place, row in enumerate(self.tokens)]
-        table = _joined([*first, grid], 0, grid.device)
+        table = _concatenated([*first, grid], 0, grid.device)
         return [table.reshape(*tensors[0].shape[:-2], *table.shape)]
 
     def __str__(self) -> str:
         way = "linear" if len(self.old) == 1 else "bicubic"
-        text = "keep positions " + _size(self.old)
+        text = "keep positions " + _size_text(self.old)
         if self.old != self.new:
-            text = f"resize positions {_size(self.old)} -> {_size(self.new)} ({way})"
+            text = f"resize positions {_size_text(self.old)} -> {_size_text(self.new)} ({way})"
         if dropped := self.before - sum(row >= 0 for row in self.tokens):
             text += f", drop {dropped}"
         return text + (f", keep {self.tokens.count(-1)}" if self.needs_target else "")
@@ -134,7 +134,7 @@ class ResizeGrid(Adaptation):
         return [resized.movedim(-3, -1) if self.channels_last else resized]
 
     def __str__(self) -> str:
-        return f"resize positions {_size(self.old)} -> {_size(self.new)} (bicubic)"
+        return f"resize positions {_size_text(self.old)} -> {_size_text(self.new)} (bicubic)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +158,14 @@ class ResizeBiases(Adaptation):
         end = tensor.shape[0] - self.extra
         old = [2 * size - 1 for size in self.old]
         planes = tensor if tensor.dim() == 3 else tensor[:end].T.reshape(-1, *old)
-        down, across = (_spread(*sizes).to(tensor.device) for sizes in zip(self.old, self.new, strict=True))
+        down, across = (_resampling_weights(*sizes).to(tensor.device) for sizes in zip(self.old, self.new, strict=True))
         resized = (down @ planes.float() @ across.T).to(tensor.dtype)
         if tensor.dim() == 3:
             return [resized]
         return [torch.cat([resized.flatten(1).T, tensor[end:]])]
 
     def __str__(self) -> str:
-        return f"resize relative positions {_size(self.old)} -> {_size(self.new)}"
+        return f"resize relative positions {_size_text(self.old)} -> {_size_text(self.new)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ class SumChannels(Adaptation):
 
 @dataclass(frozen=True, slots=True)
 class RepeatChannels(Adaptation):
-    """A kernel [out, in, ...] for ``channels`` inputs: its own over and over, scaled so that the outputs stay as large.
+    """A kernel [out, in, ...] for ``channels`` inputs: its own repeated, scaled so that the outputs stay as large.
 
     >>> RepeatChannels(4).apply([torch.tensor([[[1.0], [2.0]]])])[0].flatten()
     tensor([0.5000, 1.0000, 0.5000, 1.0000])
@@ -203,8 +203,8 @@ class RepeatChannels(Adaptation):
         return f"repeat to {self.channels} channels, rescaled"
 
 
-def _joined(tensors: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:
-    """Join tensors of the source and of the target, neither of which loses precision."""
+def _concatenated(tensors: Sequence[Tensor], dim: int, device: torch.device) -> Tensor:
+    """Join tensors of the source and of the target in a dtype that holds the values of both."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     return torch.cat([tensor.to(device, dtype) for tensor in tensors], dim)
 
@@ -220,10 +220,10 @@ def _interpolated(planes: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(_wide(planes), size=size, mode="bicubic", align_corners=False, antialias=True).to(planes.dtype)
 
 
-def _spread(old: int, new: int) -> Tensor:
-    """Weigh the offsets of an old window for those of a new one: [2 new - 1, 2 old - 1]."""
-    low, high = _SPACINGS
-    while high - low > _EXACT:
+def _resampling_weights(old: int, new: int) -> Tensor:
+    """Compute the weights of an old window's offsets for those of a new one: [2 new - 1, 2 old - 1]."""
+    low, high = _GROWTH_RANGE
+    while high - low > _GROWTH_TOLERANCE:
         growth = (low + high) / 2
         reach = (1 - growth ** (old - 1)) / (1 - growth)
         low, high = (low, growth) if reach > new - 1 else (growth, high)
@@ -241,5 +241,5 @@ def _spread(old: int, new: int) -> Tensor:
     return weights.scatter_(1, right[:, None], share[:, None])
 
 
-def _size(size: Sequence[int]) -> str:
+def _size_text(size: Sequence[int]) -> str:
     return "x".join(map(str, size))

@@ -1,11 +1,20 @@
-"""The syntax of keys: components, numbers, stems and natural order."""
+"""The syntax of keys: components, numbers, stems, common prefixes and natural order."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
 from functools import lru_cache
-from itertools import takewhile
+from typing import TypeVar
+
+LEVELS = 64  # components that are told apart in a key
+# A longer number, or one with a leading zero, is text: it could not be written back from its value.
+NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
+NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})([^0-9]*)", re.DOTALL)  # a name with one; its last
+_OUTPUT = re.compile(r":\d+$")  # of a TensorFlow variable, as in "kernel:0"
+_DIGITS = re.compile(r"\d{1,18}")
+
+_KeyT = TypeVar("_KeyT", str, tuple[str, ...])
 
 
 def natural(key: str) -> list[tuple[int, str]]:
@@ -17,11 +26,6 @@ def natural(key: str) -> list[tuple[int, str]]:
     parts = re.split(r"([0-9]+)", key)
     parts[1::2] = [number.lstrip("0") for number in parts[1::2]]
     return [(len(part), part) if place % 2 else (-1, part) for place, part in enumerate(parts)]
-
-
-LEVELS = 64  # components that are told apart in a key
-_OUTPUT = re.compile(r":\d+$")  # of a TensorFlow variable, as in "kernel:0"
-_DIGITS = re.compile(r"\d{1,18}")
 
 
 def components(key: str) -> tuple[str, ...]:
@@ -60,12 +64,26 @@ def numbers(component: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=65536)
 def stem(component: str) -> str:
-    """Replace every number of a component by ``#``.
+    """Replace every number of a component, or of a key, by ``#``.
 
     >>> stem("layer12")
     'layer#'
     """
     return _DIGITS.sub("#", component)
+
+
+def common_prefix(names: Iterable[_KeyT]) -> _KeyT:
+    """Return what all names begin with, of which there is at least one: texts, or keys split into components.
+
+    >>> common_prefix(["blocks.0.fc1", "blocks.0.fc2"]), common_prefix([("layer", "0"), ("layer", "1")])
+    ('blocks.0.fc', ('layer',))
+    """
+    known = list(names)
+    first, last = min(known), max(known)  # what these have in common, all have
+    for place, (own, other) in enumerate(zip(first, last, strict=False)):
+        if own != other:
+            return first[:place]
+    return first
 
 
 def template(path: Iterable[str]) -> tuple[str, ...]:
@@ -83,8 +101,4 @@ def common_module(paths: Collection[tuple[str, ...]]) -> tuple[str, ...]:
     >>> common_module([("net", "0", "weight"), ("net", "0", "bias"), ("net", "norm")])
     ('net',)
     """
-    if not paths:
-        return ()
-    first, last = min(paths), max(paths)  # what these share, all share
-    both = zip(first[:-1], last, strict=False)
-    return tuple(name for name, _ in takewhile(lambda names: names[0] == names[1], both))
+    return common_prefix(path[:-1] for path in paths) if paths else ()

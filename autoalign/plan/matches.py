@@ -1,4 +1,4 @@
-"""Matches, and the plan that they make up: a value that says what is loaded from where, what is not, and why."""
+"""Matches, and the plan that they make up: the value that every stage takes and returns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from autoalign.errors import InputError
 from autoalign.plan.adaptations import needs_target
 from autoalign.plan.operations import Copy, Operation
-from autoalign.plan.quantised import Members, groups_of, named
+from autoalign.plan.quantised import Members, describe_schemes, groups_of
 from autoalign.plan.specs import TensorSpec, tied_groups
 
 Status = Literal["matched", "adapted", "ambiguous", "mismatched", "missing"]
@@ -20,14 +20,14 @@ FILLED: frozenset[Status] = frozenset({"matched", "adapted"})
 
 
 class Caution(str):
-    """A note on what could as well be otherwise, which ``load`` and ``convert`` give as a warning too."""
+    """A note on a choice that could have been another, of which ``load`` and ``convert`` also warn."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A way to fill a target tensor that was weighed and not taken."""
+    """A way to fill a target tensor that was considered and not chosen."""
 
     sources: tuple[str, ...]
     operation: Operation
@@ -42,7 +42,7 @@ class Match:
     sources: tuple[str, ...]  # one key; several for a fused or stacked tensor, in the operation's order
     operation: Operation = field(default_factory=Copy)
     confidence: float = 1.0  # in [0, 1]
-    evidence: Mapping[str, float] = field(default_factory=dict, hash=False)  # which cue said what, each in [0, 1]
+    evidence: Mapping[str, float] = field(default_factory=dict, hash=False)  # by cue, each in [0, 1]
     alternatives: tuple[Candidate, ...] = ()  # best first
     warnings: tuple[str, ...] = ()
 
@@ -62,10 +62,10 @@ class Mismatch:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is loaded into each target key, from where, and what is not: the value that every stage takes and returns.
+    """What is loaded into each target key, from where, and what is not.
 
-    Iterating gives ``missing_keys`` and ``unexpected_keys``. Two are equal if all that was decided is, whatever their
-    tensors. Replacing a field keeps the class.
+    Iterating yields ``missing_keys`` and ``unexpected_keys``. Two plans are equal if all decisions are, whatever their
+    tensors.
     """
 
     matches: tuple[Match, ...]  # what is loaded, in the target's order
@@ -74,7 +74,7 @@ class Plan:
     source_specs: tuple[TensorSpec, ...]
     target_specs: tuple[TensorSpec, ...]
     excluded: frozenset[str] = frozenset()  # keys of either side that include and exclude left out
-    notes: tuple[str, ...] = ()  # statements about the whole, such as the choice of a container
+    notes: tuple[str, ...] = ()  # on the whole, such as the choice of a container
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # the source's, read lazily
     target_tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # as they are now
 
@@ -89,25 +89,27 @@ class Plan:
 
     @property
     def missing_keys(self) -> list[str]:
-        """Target keys that get nothing: without a counterpart, excluded, mismatched or ambiguous (see ``status``)."""
+        """Target keys that are not filled: without a counterpart, excluded, mismatched or ambiguous (``status``)."""
         return [key for key, status in self.status.items() if status not in FILLED]
 
     @cached_property
     def unexpected_keys(self) -> list[str]:
-        """Source keys that are used for nothing, in the source's order; a key tied to a used one counts as used."""
+        """Source keys that are not used, in the source's order; a key tied to a used one counts as used."""
         used = {key for match in self.matches for key in match.sources}
         storages = {spec.storage for spec in self.source_specs if spec.key in used and spec.storage is not None}
         return [spec.key for spec in self.source_specs if spec.key not in used and spec.storage not in storages]
 
     @cached_property
     def quantised(self) -> tuple[Members, Members]:
-        """The tensors of the source and of the target that are values only together with others, and these, by key."""
+        """The quantised tensors of the source and of the target with their companions, by key."""
         return groups_of(self.source_specs), groups_of(self.target_specs)
 
     @property
-    def left_out(self) -> list[str]:
-        """Say of each scheme how many quantised tensors of the source are used for nothing."""
-        return named(self.quantised[0], {key for match in self.matches for key in match.sources} | self.excluded)
+    def unused_schemes(self) -> list[str]:
+        """A line for each scheme of quantised tensors in the source, with the number of those that are not used."""
+        return describe_schemes(
+            self.quantised[0], {key for match in self.matches for key in match.sources} | self.excluded
+        )
 
     @property
     def mismatched_keys(self) -> list[Mismatch]:
@@ -116,7 +118,7 @@ class Plan:
 
     @property
     def mapping(self) -> dict[str, str]:
-        """Checkpoint key to model key, for the matches that take one whole tensor each and adapt nothing.
+        """Checkpoint key to model key, for the matches that use one whole tensor each without adapting it.
 
         A source key that fills several tied target keys is mapped to the first of them.
         """
@@ -149,12 +151,11 @@ class Plan:
         """Read the tensor of one match, of this alignment's ``matches`` or ``ambiguous``.
 
         Args:
-            match: What is to be read.
-            sources: Its sources, if they were read already.
+            match: To be read.
+            sources: Its source tensors, if they were read already.
 
         Raises:
-            InputError: It is not a match, or the operation keeps values of the target's own, which has none on the
-                meta device.
+            InputError: It is not a match, or the operation keeps values of a target that is on the meta device.
         """
         if not isinstance(match, Match):
             raise InputError(f"Expected a Match, not {type(match).__name__}. Nothing was read.")
@@ -178,7 +179,7 @@ class Plan:
         return hash(self._identity())
 
     def _identity(self) -> tuple[Hashable, ...]:
-        """Return what two alignments have in common if they are equal: all that ``save`` keeps of them."""
+        """Return all that ``save`` keeps of a plan, by which plans are compared."""
         sides = (
             (tuple((spec.key, spec.shape, spec.dtype) for spec in specs), tied_groups(specs))
             for specs in (self.source_specs, self.target_specs)
@@ -186,14 +187,14 @@ class Plan:
         return self.matches, self.ambiguous, self.mismatched, self.excluded, self.notes, *sides
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all that was decided and no tensors, as with ``save``."""
+        """Return the fields without tensors, as ``save`` does."""
         return {item.name: getattr(self, item.name) for item in fields(self)} | {"tensors": {}, "target_tensors": {}}
 
     def __copy__(self) -> Self:
         return self  # it is immutable
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # its tensors are those of both sides
+        return self  # it refers to the tensors of both sides, which are not its own
 
     def __iter__(self) -> Iterator[list[str]]:
         return iter((self.missing_keys, self.unexpected_keys))

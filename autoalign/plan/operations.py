@@ -1,8 +1,8 @@
 """Operations that turn checkpoint tensors into a model tensor, as values.
 
-An operation takes a list of tensors and gives a list of tensors, so that operations compose: most apply to each tensor,
-``Chain`` applies one after another, ``Grouped`` applies one to every run of ``size`` tensors. The
-operation of a match, applied to its sources, gives one tensor. ``trace`` tells how each input is got back.
+An operation maps a list of tensors to a list of tensors, so that operations compose: most apply to each tensor,
+``Chain`` applies one after another, ``Grouped`` applies one to every run of ``size`` tensors. The operation of a match
+maps its sources to one tensor. ``trace`` finds how each input is restored.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Where one input of an operation went, and how it is got back from there."""
+    """Where one input of an operation went, and how it is restored from there."""
 
     output: int  # which of the outputs holds it
-    view: Operation  # what part of the input it is: Copy for all of it
+    view: Operation  # which part of the input it is: Copy for all of it
     restore: Operation  # from that output back to this part
 
 
-KINDS: dict[str, type[Operation]] = {}  # by the names that JSON knows them by; each class enters itself
+KINDS: dict[str, type[Operation]] = {}  # by their names in JSON; each class registers itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +49,20 @@ class Operation(ABC):
 
     @property
     def takes_part(self) -> bool:
-        """Whether elements of a source are left out, as in a split."""
+        """True if elements of a source are left out, as in a split."""
         return any(part.takes_part for part in self.parts)
 
     def trace(self, shapes: Sequence[Shape]) -> list[Trace]:  # noqa: ARG002, others need them
         """Follow each input, of the given shapes, to the output that holds it.
 
         Raises:
-            NotInvertibleError: The operation changes values, so that no input can be got back.
+            NotInvertibleError: The operation changes values, so that no input can be restored.
         """
-        raise NotInvertibleError(f"'{self}' changes values; what it was made from cannot be got back.")
+        raise NotInvertibleError(f"'{self}' changes values; its inputs cannot be restored.")
 
     @property
     def adapts(self) -> bool:
-        """Whether values are changed, made up or kept from the target, so that the result is no copy."""
+        """True if values are changed, made up or kept from the target, so that the result is no copy."""
         return any(part.adapts for part in self.parts)
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Single(Operation, ABC):
         """Apply the operation to one tensor."""
 
     def undone(self, shape: Shape) -> Operation:  # noqa: ARG002, others need it
-        """Tell what makes an input of the given shape of its result; most operations undo themselves."""
+        """Return the operation from the result back to an input of this shape; most operations undo themselves."""
         return self
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -270,11 +270,8 @@ class Grouped(Operation):
         return (self.operation,)
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            result
-            for start in range(0, len(tensors), self.size)
-            for result in self.operation.apply(tensors[start : start + self.size])
-        ]
+        groups = (tensors[start : start + self.size] for start in range(0, len(tensors), self.size))
+        return [result for group in groups for result in self.operation.apply(group)]
 
     def __str__(self) -> str:
         return f"{self.operation} by {self.size}"
@@ -295,11 +292,8 @@ class Parallel(Operation):
         return self.operations
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            result
-            for operation, tensor in zip(self.operations, tensors, strict=True)
-            for result in operation.apply([tensor])
-        ]
+        pairs = zip(self.operations, tensors, strict=True)
+        return [result for operation, tensor in pairs for result in operation.apply([tensor])]
 
     def __str__(self) -> str:
         return "(" + ", ".join(str(operation) for operation in self.operations) + ")"
@@ -351,7 +345,7 @@ class Chain(Operation):
         if isinstance(after.view, Copy):
             return before.view, chain(after.restore, before.restore)
         if forward is None:
-            raise NotInvertibleError(f"'{self}' takes a part of what it joins; what it was made from is lost.")
+            raise NotInvertibleError(f"'{self}' takes a part of what it joins; its inputs cannot be restored.")
         return forward, Copy()
 
 
@@ -374,6 +368,11 @@ def chain(*steps: Operation) -> Operation:
     return Chain(tuple(needed))
 
 
+def in_parallel(operations: Sequence[Operation]) -> Operation:
+    """Combine operations that have an input each; if all are the same, that one does for every input."""
+    return operations[0] if len(set(operations)) == 1 else Parallel(tuple(operations))
+
+
 def _undoes(second: Operation, first: Operation) -> bool:
     """True if two operations, one after the other, leave dimensions as they were."""
     if isinstance(first, Permute) and isinstance(second, Permute) and len(first.dims) == len(second.dims):
@@ -392,7 +391,7 @@ def _numbered(groups: Sequence[Sequence[Trace]]) -> list[Trace]:
 
 
 def _on_one(operation: Operation, place: int) -> Operation | None:
-    """Tell what an operation does to one of its inputs alone; None where it joins it with others."""
+    """Return what an operation does to one of its inputs alone; None where it joins it with others."""
     if isinstance(operation, Parallel):
         return operation.operations[place]
     if isinstance(operation, InsertZeros):
@@ -401,7 +400,7 @@ def _on_one(operation: Operation, place: int) -> Operation | None:
 
 
 def output_shapes(operation: Operation, shapes: Sequence[Shape]) -> list[Shape]:
-    """Tell the shapes that an operation gives for inputs of the given shapes.
+    """Compute the shapes of an operation's results from those of its inputs.
 
     >>> output_shapes(Concatenate(0), [(1, 3), (2, 3)])
     [(3, 3)]

@@ -1,4 +1,4 @@
-"""Regular expressions that a caller or a file gives: the language of ``re``, with a bound on the time that they take.
+"""Regular expressions from callers and files: the syntax of ``re``, with a time limit.
 
 ``re`` cannot be interrupted, and some patterns never end: ``(a|a)*$`` over a key of 60 letters. ``regex`` can be.
 """
@@ -17,10 +17,10 @@ from autoalign.errors import InputError, PatternError
 if TYPE_CHECKING:
     import regex
 
-_SECONDS = 3.0  # of matching in one call,
-_EACH = 1e-4  # and for each key of it
-_MOST = 100_000  # parts, where each repetition is written out, as ``regex`` does
-_SHOWN = 100  # characters of a pattern or key in an error
+_SECONDS_PER_CALL = 3.0  # of matching, and
+_SECONDS_PER_KEY = 1e-4  # in addition
+_MAX_PARTS = 100_000  # of a pattern, with each repetition written out, as ``regex`` does
+_MAX_SHOWN = 100  # characters of a pattern or key in an error
 _COUNT = re.compile(r"\{([0-9]+)")
 _TOKEN = re.compile(
     r"(?P<whole>\\N\{[^}]*\}|\\x..|\\u.{4}|\\U.{8}|\\[0-9]{1,3}|\\.|\(\?P=\w+\)|\(\?#[^)]*\)|\(\?[a-zA-Z]+\))"
@@ -30,8 +30,8 @@ _TOKEN = re.compile(
     r"|(?P<other>.)",
     re.DOTALL,
 )
-_RUN = 64  # parts, after which they are kept apart: ``regex`` makes tables of long text in cubic time, beyond any limit
-_PARTING = r"(?<=[\s\S]|\A)"  # always holds
+_MAX_RUN = 64  # parts in a row: ``regex`` builds tables of long text in cubic time, which no limit interrupts
+_SEPARATOR = r"(?<=[\s\S]|\A)"  # always holds
 _FLAGS = ("ASCII", "IGNORECASE", "MULTILINE", "DOTALL", "VERBOSE")
 
 
@@ -59,8 +59,12 @@ def _compiled(text: str, flags: int) -> regex.Pattern[str]:
     shown = _short(text)
     try:
         known = re.compile(text, flags)
-        if prod(max(int(count), 1) for count in _COUNT.findall(text)) > _MOST and _length(text) > _MOST + len(text):
-            raise PatternError(f"The regular expression {shown} repeats parts in each other more than {_MOST:,} times.")
+        if prod(max(int(count), 1) for count in _COUNT.findall(text)) > _MAX_PARTS and _length(text) > _MAX_PARTS + len(
+            text
+        ):
+            raise PatternError(
+                f"The regular expression {shown} repeats parts in each other more than {_MAX_PARTS:,} times."
+            )
         written = text if known.flags & re.VERBOSE else _rewritten(text)
         return regex.compile(written, sum(getattr(regex, flag) for flag in _FLAGS if flags & getattr(re, flag)))
     except (re.error, regex.error, OverflowError, RecursionError) as error:
@@ -68,7 +72,7 @@ def _compiled(text: str, flags: int) -> regex.Pattern[str]:
 
 
 def _length(text: str) -> int:
-    """Count the parts of a pattern where each that is repeated is written as often."""
+    """Count the parts of a pattern with its repetitions written out."""
     lengths, last = [0], 0
     for token in _TOKEN.finditer(text):
         if token["open"]:
@@ -86,7 +90,7 @@ def _length(text: str) -> int:
 
 
 def _rewritten(text: str) -> str:
-    """Write a pattern so that ``regex`` takes it as ``re`` does: braces that are no counts, and brackets in a set."""
+    """Rewrite a pattern so that ``regex`` reads it as ``re`` does: braces that are no counts, and brackets in a set."""
     tokens = list(_TOKEN.finditer(text))
     parts, run = [], 0
     for place, token in enumerate(tokens):
@@ -96,47 +100,35 @@ def _rewritten(text: str) -> str:
         parts.append(r"\{" if part == "{" else part)
         run += 1
         follows = tokens[place + 1]["count"] if place + 1 < len(tokens) else "end"
-        if run >= _RUN and not follows and not token["open"] and token["other"] not in ("|", "^"):
-            parts.append(_PARTING)
+        if run >= _MAX_RUN and not follows and not token["open"] and token["other"] not in ("|", "^"):
+            parts.append(_SEPARATOR)
             run = 0
     return "".join(parts)
 
 
 class TimeLimit:
-    """The time that all matching of one call may take.
+    """A limit on the time that all matching of one call takes.
 
     Args:
-        keys: That are matched in the call.
-        undone: What was not done, as errors say it.
-        seconds: To be used instead of what is due to that many keys.
+        keys: How many are matched in the call.
+        undone: What was not done, for the text of errors.
+        seconds: The limit, instead of one by the number of keys.
     """
 
     def __init__(self, keys: int, undone: str, *, seconds: float | None = None) -> None:
-        self._left = _SECONDS + _EACH * keys if seconds is None else seconds
+        self._left = _SECONDS_PER_CALL + _SECONDS_PER_KEY * keys if seconds is None else seconds
         self._undone = undone
 
     def search(self, pattern: regex.Pattern[str], text: str) -> regex.Match[str] | None:
-        """Search as ``re`` does.
-
-        Raises:
-            PatternError: The time is over.
-        """
+        """Search as ``re`` does, or raise a PatternError when the time is over."""
         return self._timed(pattern.search, pattern, text)
 
     def match(self, pattern: regex.Pattern[str], text: str) -> regex.Match[str] | None:
-        """Match at the start, as ``re`` does.
-
-        Raises:
-            PatternError: The time is over.
-        """
+        """Match at the start as ``re`` does, or raise a PatternError when the time is over."""
         return self._timed(pattern.match, pattern, text)
 
     def subn(self, pattern: regex.Pattern[str], replacement: str, text: str) -> tuple[str, int]:
-        """Replace as ``re`` does.
-
-        Raises:
-            PatternError: The time is over, or the replacement does not fit the pattern.
-        """
+        """Replace as ``re`` does, or raise a PatternError when the time is over or the replacement does not fit."""
         import regex
 
         try:
@@ -163,4 +155,4 @@ class TimeLimit:
 
 
 def _short(text: str) -> str:
-    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}..."
+    return repr(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}..."

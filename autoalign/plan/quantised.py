@@ -1,8 +1,8 @@
 """Quantised tensors: integers or small floats that are values only together with a scale, zero point or table.
 
-They are told by what they are, not by who wrote them: a tensor of codes, and companions beside it whose names say what
-they are for and whose shapes fit. ``groups_of`` finds them from names, shapes and dtypes alone; ``admitted`` lets
-codes be copied where the other side has them in the same scheme, and nowhere else.
+No library is recognised by its name: ``groups_of`` finds, from names, shapes and dtypes alone, a tensor of codes with
+companions beside it whose names say what they are for and whose shapes fit. ``can_fill`` allows codes to be copied only
+where the other side has them in the same scheme.
 """
 
 from __future__ import annotations
@@ -12,18 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 
-from autoalign.plan.keys import split_key
+from autoalign.plan.keys import common_prefix, split_key
 from autoalign.plan.operations import Copy, Operation
 from autoalign.plan.specs import TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 ADVICE = "Load the checkpoint from before it was quantised, or dequantise it first."
 
@@ -39,7 +34,7 @@ _TORCH = _dtypes("qint8 quint8 qint32 quint4x2 quint2x4")  # which hold their sc
 _CODES = _dtypes("int8 uint8 int16 uint16 int32 uint32 float4_e2m1fn_x2") | _FLOAT8 | _TORCH
 _UNPACKED = _FLOAT8 | {torch.int8}  # of codes that mostly have the shape of what they stand for
 
-# What the words of a companion's name say that it is; of several, the first of this table counts.
+# The role of a companion, by the words of its name; of several, the first of this table counts.
 _ROLES = {
     "scale": "scale scales wscale wscales wtscale wcscales scaling scb absmax amax",
     "zero": "zero zeros qzeros zp biases shift offset",
@@ -47,7 +42,7 @@ _ROLES = {
     "layout": "shape format idx perm state bits nbits",
 }
 _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words.split()}
-_OF_CALLS = frozenset({"input", "output", "act", "activation"})  # scales of what a layer is given or gives
+_OF_CALLS = frozenset({"input", "output", "act", "activation"})  # scales of a layer's inputs or outputs
 _QUALIFIERS = _OF_CALLS | {"global", "nested"}
 _FILLERS = frozenset({"inv", "inverse", "point", "quant", "factor", "group", "g"})
 _PAYLOADS = frozenset(
@@ -55,7 +50,7 @@ _PAYLOADS = frozenset(
     | {"packed", "blocks", "codes", "data", "qdata", "values", "indices", "idxs", "quantized"}
 )
 _PAIR = ("scale", "zero_point")  # of what a layer that torch quantised gives
-_MOST_PACKED = 32  # codes in an element
+_MAX_PACKED = 32  # codes in an element
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
 _NAMED = re.compile(r"bitsandbytes__([a-z0-9]+)$")
@@ -63,13 +58,13 @@ _NAMED = re.compile(r"bitsandbytes__([a-z0-9]+)$")
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """A tensor of codes with what its values are computed by."""
+    """A tensor of codes with the companions that its values are computed from."""
 
     scheme: str  # such as "FP8 in blocks"
     codes: TensorSpec
     companions: tuple[TensorSpec, ...]
     names: str  # of both within their module, such as "weight with weight_scale_inv"
-    is_packed: bool  # whether the codes have another shape than what they stand for
+    is_packed: bool  # True if the codes have another shape than the values
 
     @property
     def kind(self) -> tuple[str, torch.dtype]:
@@ -83,11 +78,11 @@ class Member:
 
     group: Quantised
     spec: TensorSpec
-    role: str  # "codes", or what a companion is for, such as "scale" or "scale global"
+    role: str  # "codes", or that of a companion, such as "scale" or "scale global"
 
     @property
     def is_needed(self) -> bool:
-        """Whether the values cannot be computed without it."""
+        """True if the values cannot be computed without it."""
         return " " not in self.role or _OF_CALLS.isdisjoint(self.role.split())
 
 
@@ -153,8 +148,8 @@ _Near = tuple[TensorSpec, _What]
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """What a tensor of codes and those near it are found to be."""
+class _Judgement:
+    """A tensor of codes and its companions."""
 
     scheme: str
     companions: tuple[tuple[int, str], ...]  # places among those near it, and roles
@@ -163,8 +158,8 @@ class _Read:
 
 
 @lru_cache(maxsize=4096)
-def _judged(codes: _What, near: tuple[_What, ...], inside: int) -> _Read | None:
-    """Tell whether a tensor is one of codes; None if it is what it looks like. Layers are alike, so it is kept.
+def _judged(codes: _What, near: tuple[_What, ...], inside: int) -> _Judgement | None:
+    """Read a tensor of codes with its companions; None if it holds values. Cached, since layers are alike.
 
     Args:
         codes: The tensor.
@@ -183,11 +178,11 @@ def _judged(codes: _What, near: tuple[_What, ...], inside: int) -> _Read | None:
             places.append((place, role))
         elif _fits(role, other[1], shape):
             places.append((place, role))
-            is_known |= _speaks(codes, other, tied=bool(stem) or is_named)
+            is_known |= _is_evidence(codes, other, tied=bool(stem) or is_named)
     if not is_known:
         return None
     companions = [(near[place], role) for place, role in places]
-    return _Read(
+    return _Judgement(
         scheme=_scheme(codes, companions),
         companions=tuple(places),
         names=_names(name, [near[place][0] for place, _ in places], is_shared=bool(stem)),
@@ -196,16 +191,15 @@ def _judged(codes: _What, near: tuple[_What, ...], inside: int) -> _Read | None:
 
 
 def _names(codes: str, companions: Sequence[str], *, is_shared: bool) -> str:
-    """Write the names of a group, without what they share where that tells one group of a module from another."""
-    letters = takewhile(lambda column: len(set(column)) == 1, zip(codes, *companions, strict=False))
-    shared = "".join(first for first, *_ in letters).rstrip("_.") if is_shared and companions else ""
+    """Write the names of a group, without their common prefix where that tells one group of a module from another."""
+    shared = common_prefix([codes, *companions]).rstrip("_.") if is_shared and companions else ""
     first, *rest = (f"*{name[len(shared) :]}" if shared else name for name in (codes, *companions))
     return f"{first} with {', '.join(rest)}" if rest else first
 
 
 @lru_cache(maxsize=4096)
 def _read(name: str) -> tuple[str, frozenset[str], bool]:
-    """Read a tensor's own name: what a companion is for ('' for others), what it is of, and whether it says weight."""
+    """Read a tensor's own name: its role ('' if it is no companion), what it is of, and whether it says weight."""
     words = [word.lower() for word in _WORDS.findall(name)]
     named = [word for word in words if word in _ROLE_OF and (word != "map" or "quant" in words)]
     if not named:
@@ -217,11 +211,11 @@ def _read(name: str) -> tuple[str, frozenset[str], bool]:
     return " ".join((role, *qualifiers)), stem, not _PAYLOADS.isdisjoint(words)
 
 
-def _speaks(codes: _What, companion: _What, *, tied: bool) -> bool:
-    """Whether a companion makes a tensor one of codes.
+def _is_evidence(codes: _What, companion: _What, *, tied: bool) -> bool:
+    """True if a companion shows that a tensor holds codes.
 
-    An integer of few bits is no weight without it. A small float may be one, with a learned scale beside it, unless
-    that is named after the weight or has a value for each block of it.
+    An integer of few bits is no weight by itself. A small float may be one, with a learned scale beside it, unless that
+    is named after the weight or has a value for each block of it.
     """
     if codes[2] not in _FLOAT8:
         return True
@@ -229,12 +223,12 @@ def _speaks(codes: _What, companion: _What, *, tied: bool) -> bool:
 
 
 def _fits(role: str, shape: Sequence[int], codes: Sequence[int]) -> bool:
-    """Whether a table is smaller than what it is for, or another companion has a value for each part of that."""
+    """True if a table is smaller than its codes, or another companion has a value for each part of them."""
     return prod(shape) <= prod(codes) if role.startswith("table") else _is_for_parts(shape, codes)
 
 
 def _is_for_parts(shape: Sequence[int], codes: Sequence[int]) -> bool:
-    """Whether a shape has a value for all codes, or for each of their rows, columns or blocks; codes may be packed."""
+    """True if a shape has a value for all codes, or for each of their rows, columns or blocks; codes may be packed."""
     small, large = ([size for size in of if size != 1] for of in (shape, codes))
     if not small or small in (large[: len(small)], large[len(large) - len(small) :]):
         return True
@@ -247,11 +241,11 @@ def _is_for_parts(shape: Sequence[int], codes: Sequence[int]) -> bool:
 
 
 def _divides(count: int, size: int) -> bool:
-    """Whether so many blocks, of which the last may be shorter, make up a dimension, whose elements may be packed."""
+    """True if so many blocks, of which the last may be shorter, make up a dimension, whose elements may be packed."""
     if not (count and size):
         return False
     if count > size:
-        return count % size == 0 and count // size <= _MOST_PACKED
+        return count % size == 0 and count // size <= _MAX_PACKED
     if any(32 * count == bits * size for bits in range(1, 9)):  # packed itself, as zero points are
         return True
     block = -(-size // count)
@@ -259,7 +253,7 @@ def _divides(count: int, size: int) -> bool:
 
 
 def _scheme(codes: _What, companions: Sequence[tuple[_What, str]]) -> str:
-    """Name a scheme as its makers do where its parts tell, else by its dtype and the reach of a scale."""
+    """Name a scheme as its makers do where its parts identify it, else by its dtype and the reach of a scale."""
     _, shape, dtype = codes
     parts = {role: what for what, role in reversed(companions)}
     scale, zero = parts.get("scale"), parts.get("zero")
@@ -299,10 +293,10 @@ def _reach(codes: Sequence[int], scale: Sequence[int]) -> str:
     return " by row" if sum(size > 1 for size in scale) == 1 and prod(scale) in codes else " in blocks"
 
 
-def apart(own: Members, other: Members) -> frozenset[str]:
-    """List the keys of one side that are kept from the matching, since the other side has none of their scheme.
+def hidden_keys(own: Members, other: Members) -> frozenset[str]:
+    """List the keys of one side that take no part in the matching, since the other side has none of their scheme.
 
-    Codes that have the shape of what they stand for take part, for they show where the tensors around them belong.
+    Codes that have the shape of their values take part, for they show where the tensors around them belong.
     """
     shared = {member.group.kind for member in other.values()}
     return frozenset(
@@ -312,8 +306,8 @@ def apart(own: Members, other: Members) -> frozenset[str]:
     )
 
 
-def fills(sources: Sequence[str], target: str, operation: Operation, own: Members, other: Members) -> bool:
-    """Whether tensors may fill another by an operation: codes fill nothing but the same codes, as they are."""
+def can_fill(sources: Sequence[str], target: str, operation: Operation, own: Members, other: Members) -> bool:
+    """True if tensors may fill another by an operation: codes fill only the same codes, unchanged."""
     wanted = other.get(target)
     if wanted is None:
         return own.keys().isdisjoint(sources)
@@ -324,11 +318,11 @@ def fills(sources: Sequence[str], target: str, operation: Operation, own: Member
     return len(dtypes) == 1 or all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in dtypes)
 
 
-def named(members: Members, used: Iterable[str] = ()) -> list[str]:
-    """Say of each scheme how many tensors are quantised in it, not counting those that are used.
+def describe_schemes(members: Members, used: Iterable[str] = ()) -> list[str]:
+    """Describe each scheme with the number of tensors that are quantised in it, without those that are used.
 
     >>> weight = TensorSpec("fc.weight", (2, 8), torch.int8)
-    >>> named(groups_of([weight, TensorSpec("fc.SCB", (2,), torch.float32)]))
+    >>> describe_schemes(groups_of([weight, TensorSpec("fc.SCB", (2,), torch.float32)]))
     ['1 tensors quantised as INT8 by row (weight with SCB)']
     """
     done = set(used)

@@ -1,4 +1,4 @@
-"""Joining: what puts the parts of a tensor together again."""
+"""Regions of an operation's result, computed from no more of its sources than they need."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ from autoalign.plan.operations import (
     Stack,
     Transpose,
     Unstack,
-    chain,
     output_shapes,
-    steps_of,
 )
 
 Region: TypeAlias = tuple[tuple[int, int], ...]  # of a tensor: where it starts and how long it is, in each dimension
 
 
 def narrowed(tensor: Tensor, region: Region) -> Tensor:
-    """Take a region of a tensor, as a view.
+    """Return a region of a tensor, as a view.
 
     >>> narrowed(torch.arange(6).reshape(2, 3), ((1, 1), (0, 2)))
     tensor([[3, 4]])
@@ -46,86 +44,9 @@ def narrowed(tensor: Tensor, region: Region) -> Tensor:
     return tensor
 
 
-def joined(shape: Shape, views: Sequence[Operation]) -> Operation | None:
-    """Find what puts the parts of a tensor together again.
-
-    >>> from autoalign.plan.operations import Transpose
-    >>> print(joined((6, 2), [Split(0, 0, 4), Split(0, 4, 2)]))
-    concatenate(dim 0)
-    >>> print(joined((6, 2), [chain(Transpose(), Split(0, 0, 1)), chain(Transpose(), Split(0, 1, 1))]))
-    concatenate(dim 0) + transpose
-    >>> joined((6, 2), [Split(0, 0, 4)]) is None
-    True
-
-    Args:
-        shape: Of the whole tensor.
-        views: What took each part out of it, in the order of ``place_of``.
-
-    Returns:
-        From the parts, in this order, to the tensor; None if they overlap or leave something out.
-    """
-    steps = [steps_of(view) for view in views]
-    if len(views) == 1 and not steps[0]:
-        return Copy()
-    if not all(steps):
-        return None
-    first = steps[0][0]
-    rests = [chain(*rest) for _, *rest in steps]
-    if not first.takes_part:
-        if any(own[0] != first for own in steps):
-            return None
-        inner = joined(output_shapes(first, [shape])[0], rests)
-        return None if inner is None else chain(inner, first.trace([shape])[0].restore)
-    groups: dict[Operation, list[Operation]] = {}
-    for (step, *_), rest in zip(steps, rests, strict=True):
-        groups.setdefault(step, []).append(rest)
-    join = _join(shape, list(groups))
-    inner_joins = [joined(output_shapes(step, [shape])[0], members) for step, members in groups.items()]
-    if join is None or any(inner is None for inner in inner_joins):
-        return None
-    known = [inner for inner in inner_joins if inner is not None]
-    if len(groups) == len(views):
-        return chain(known[0] if len(set(known)) == 1 else Parallel(tuple(known)), join)
-    if len({(inner, len(members)) for inner, members in zip(known, groups.values(), strict=True)}) > 1:
-        return None
-    return chain(Grouped(len(views) // len(groups), known[0]), join)
-
-
-def place_of(view: Operation) -> tuple[int, ...]:
-    """Order parts by their places in the tensor that they were taken from.
-
-    >>> place_of(Split(0, 4, 2)) > place_of(Split(0, 0, 4))
-    True
-    """
-    places = []
-    for step in steps_of(view):
-        if isinstance(step, Split):
-            places.append(step.start)
-        elif isinstance(step, Unstack):
-            places.append(step.index)
-    return tuple(places)
-
-
-def _join(shape: Shape, parts: Sequence[Operation]) -> Operation | None:
-    """Find what joins slices or ranges, in order, if they make up the whole tensor."""
-    dims = {part.dim for part in parts if isinstance(part, Split | Unstack)}
-    if len(dims) != 1:
-        return None
-    dim = dims.pop()
-    slices = [part.index for part in parts if isinstance(part, Unstack)]
-    if slices == list(range(shape[dim])) and len(slices) == len(parts):
-        return Stack(dim)
-    end = 0
-    for part in parts:
-        if not isinstance(part, Split) or part.start != end:
-            return None
-        end += part.length
-    return Concatenate(dim) if end == shape[dim] else None
-
-
 @dataclass(frozen=True, slots=True)
 class Regional:
-    """A tensor of which any region can be had, and of which no more than that is read."""
+    """A tensor that is read region by region."""
 
     shape: Shape
     dtype: torch.dtype
@@ -137,7 +58,7 @@ class Regional:
 
 
 def evaluated(operation: Operation, inputs: Sequence[Regional]) -> list[Regional]:
-    """Apply an operation without reading anything yet.
+    """Apply an operation lazily: inputs are read when a region of a result is.
 
     >>> source = Regional((4,), torch.int64, lambda region: narrowed(torch.arange(4), region))
     >>> (result,) = evaluated(Split(0, 2, 2), [source])
@@ -172,13 +93,15 @@ def evaluated(operation: Operation, inputs: Sequence[Regional]) -> list[Regional
             return [_concatenated(inputs, dim % len(inputs[0].shape))]
         case Stack(dim):
             at = dim % (len(inputs[0].shape) + 1)
-            return [_concatenated([_reshaped(given, _with(given.shape, at)) for given in inputs], at)]
+            rows = [_reshaped(given, (*given.shape[:at], 1, *given.shape[at:])) for given in inputs]
+            return [_concatenated(rows, at)]
         case InsertZeros(index, shape):
-            return [*inputs[:index], _zeros(shape, inputs[0].dtype), *inputs[index:]]
+            dtype = inputs[0].dtype
+            return [*inputs[:index], Regional(shape, dtype, lambda region: _zeros(region, dtype)), *inputs[index:]]
         case Reshape(shape):
             return [_reshaped(given, _known(shape, given.shape)) for given in inputs]
         case _:
-            return _as_a_whole(operation, inputs)
+            return _evaluated_whole(operation, inputs)
 
 
 def _permuted(given: Regional, dims: Sequence[int]) -> Regional:
@@ -214,6 +137,8 @@ def _flipped(given: Regional, dim: int) -> Regional:
 
 
 def _concatenated(inputs: Sequence[Regional], dim: int) -> Regional:
+    dtype = inputs[0].dtype
+
     def read(region: Region) -> Tensor:
         start, length = region[dim]
         parts, offset = [], 0
@@ -224,21 +149,15 @@ def _concatenated(inputs: Sequence[Regional], dim: int) -> Regional:
                 parts.append(given.read((*region[:dim], (first, end - first), *region[dim + 1 :])))
             offset += size
         if not parts:
-            return torch.empty([count for _, count in region], dtype=inputs[0].dtype, device="cpu")
+            return _zeros(region, dtype)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     shape = (*inputs[0].shape[:dim], sum(given.shape[dim] for given in inputs), *inputs[0].shape[dim + 1 :])
-    return Regional(shape, inputs[0].dtype, read)
+    return Regional(shape, dtype, read)
 
 
-def _zeros(shape: Shape, dtype: torch.dtype) -> Regional:
-    return Regional(
-        tuple(shape), dtype, lambda region: torch.zeros([count for _, count in region], dtype=dtype, device="cpu")
-    )
-
-
-def _with(shape: Shape, dim: int) -> Shape:
-    return (*shape[:dim], 1, *shape[dim:])
+def _zeros(region: Region, dtype: torch.dtype) -> Tensor:
+    return torch.zeros([length for _, length in region], dtype=dtype, device="cpu")
 
 
 def _known(shape: Shape, old: Shape) -> Shape:
@@ -248,44 +167,51 @@ def _known(shape: Shape, old: Shape) -> Shape:
 
 
 def _reshaped(given: Regional, shape: Shape) -> Regional:
+    groups = list(reshape_groups(given.shape, shape))
+
     def read(region: Region) -> Tensor:
-        if not prod(count for _, count in region):
-            return torch.empty([count for _, count in region], dtype=given.dtype, device="cpu")
-        inner: list[tuple[int, int]] = []
-        runs: list[tuple[int, int]] = []  # of each group's elements, where the region is in what is read
-        outer: list[tuple[int, int]] = []  # and where it is in them once they have the new shape
-        sizes: list[int] = []
-        for old, new in _groups(given.shape, shape):
-            sides = [shape[dim] for dim in new], [region[dim] for dim in new]
-            run = _run(*sides)
-            inner_sizes = [given.shape[dim] for dim in old]
+        if not prod(length for _, length in region):
+            return _zeros(region, given.dtype)
+        inner: list[tuple[int, int]] = []  # what is read
+        runs: list[tuple[int, int]] = []  # where the elements of the region are in it, in each group
+        sizes: list[int] = []  # their new shape
+        outer: list[tuple[int, int]] = []  # where the region is in that
+        for old, new in groups:
+            old_sizes, new_sizes = [given.shape[dim] for dim in old], [shape[dim] for dim in new]
+            wanted = [region[dim] for dim in new]
+            run = _run(new_sizes, wanted)
             if run is None:  # not one run of elements: all of the group is read
-                start, length, rows = 0, prod(inner_sizes), list(sides[1])
-                sizes += sides[0]
+                run = 0, prod(old_sizes)
             else:
-                start, length = run
-                rows = [(0, count) for _, count in sides[1]]
-                sizes += [count for _, count in sides[1]]
-            outer += rows
-            regions, first = _rows(inner_sizes, start, length)
+                new_sizes = [length for _, length in wanted]
+                wanted = [(0, length) for length in new_sizes]
+            regions, first = _rows(old_sizes, *run)
             inner += regions
-            runs.append((first, length))
-        tensor = given.read(tuple(inner))
-        groups = list(_groups(given.shape, shape))
-        tensor = tensor.reshape([prod(inner[dim][1] for dim in old) for old, _ in groups])
+            runs.append((first, run[1]))
+            sizes += new_sizes
+            outer += wanted
+        tensor = given.read(tuple(inner)).reshape([prod(inner[dim][1] for dim in old) for old, _ in groups])
         return narrowed(narrowed(tensor, tuple(runs)).reshape(sizes), tuple(outer))
 
     return Regional(tuple(shape), given.dtype, read)
 
 
-def _groups(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
-    """Pair the smallest runs of dimensions that hold the same elements, dimensions of size 1 with what precedes."""
+def reshape_groups(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
+    """Pair the smallest runs of dimensions of two shapes that hold the same elements.
+
+    Dimensions of size 1 go with what precedes them. Where the numbers of elements differ, the last ones are left out.
+
+    >>> list(reshape_groups((768, 12, 64), (768, 768, 1)))
+    [([0], [0]), ([1, 2], [1, 2])]
+    """
     i = j = 0
     while i < len(old) or j < len(new):
         left: list[int] = []
         right: list[int] = []
         sizes = [1, 1]
         while not (left or right) or sizes[0] != sizes[1]:
+            if i == len(old) and j == len(new):
+                return
             if i < len(old) and (sizes[0] <= sizes[1] or j == len(new)):
                 sizes[0] *= old[i]
                 left.append(i)
@@ -304,7 +230,7 @@ def _groups(old: Shape, new: Shape) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def _run(sizes: Sequence[int], region: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """Tell which run of elements a region is; None if it is several."""
+    """Return the start and length of a region's elements; None if they are not one run."""
     start, length, is_open = 0, 1, False
     for size, (first, count) in zip(sizes, region, strict=True):
         if is_open and (first, count) != (0, size):  # the dimensions before it are not single rows
@@ -327,7 +253,7 @@ def _rows(sizes: Sequence[int], start: int, length: int) -> tuple[list[tuple[int
     return regions, start
 
 
-def _as_a_whole(operation: Operation, inputs: Sequence[Regional]) -> list[Regional]:
+def _evaluated_whole(operation: Operation, inputs: Sequence[Regional]) -> list[Regional]:
     shapes = output_shapes(operation, [given.shape for given in inputs])
 
     def reader(place: int) -> Callable[[Region], Tensor]:

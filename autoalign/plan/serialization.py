@@ -1,4 +1,4 @@
-"""Plain data, for the JSON of alignments and of rules: what is read is checked, type by type and number by number."""
+"""The JSON form of operations, for alignments and rules: every type and number that is read is checked."""
 
 from __future__ import annotations
 
@@ -13,31 +13,25 @@ from typing import Any, get_args, get_origin, get_type_hints
 from autoalign.errors import InputError
 from autoalign.plan.operations import KINDS, Operation
 
-Plain = dict[str, Any]  # of what JSON has: strings, numbers, booleans, lists and further ones
+Plain = dict[str, Any]  # what JSON holds: strings, numbers, booleans, lists, and further ones
 
-_DEEPEST = 16  # operations in each other
-_NESTED = 3 * _DEEPEST  # lists and operations in each other
-LARGEST = 2**63 - 1  # number that torch takes
+MAX_INTEGER = 2**63 - 1  # the largest that torch takes
+_MAX_DEPTH = 16  # of operations in each other
+_MAX_PLAIN_DEPTH = 3 * _MAX_DEPTH  # of lists and operations in each other
+_MAX_SHOWN = 80  # characters of what is malformed
 _RANGES = {
     "dim": (-64, 63),  # torch has 64 dimensions at most
-    "dims": (-64, LARGEST),
-    "shape": (-1, LARGEST),  # -1: the rest
-    "tokens": (-1, LARGEST),
-    "size": (1, LARGEST),
-    "of": (1, LARGEST),
-    "channels": (1, LARGEST),
+    "dims": (-64, MAX_INTEGER),
+    "shape": (-1, MAX_INTEGER),  # -1: the rest
+    "tokens": (-1, MAX_INTEGER),
+    "size": (1, MAX_INTEGER),
+    "of": (1, MAX_INTEGER),
+    "channels": (1, MAX_INTEGER),
 }  # of numbers by the names of fields; all others are not negative
-_SHOWN = 80  # characters of what is malformed
-
-
-def _known(name: object) -> type[Operation] | None:
-    """Look up the class of an operation by its name; None if there is none."""
-    kind = KINDS.get(name) if isinstance(name, str) else None
-    return None if kind is None or isabstract(kind) else kind
 
 
 def parsed(text: str | bytes) -> Any:
-    """Read JSON; what Python's reader takes beyond JSON, and what is too deep for it, is refused.
+    """Read JSON; what Python's reader accepts beyond JSON, and what is too deep for it, is refused.
 
     Raises:
         ValueError: It is not JSON.
@@ -67,7 +61,7 @@ def from_plain(data: object) -> Operation:
     Reshape(shape=(2, 3))
 
     Raises:
-        InputError: It is not an operation that this version knows, or one of its fields has not its type or range.
+        InputError: It is not an operation that this version knows, or a field has a wrong type or range.
     """
     try:
         operation = _operation(data, 0)
@@ -78,81 +72,64 @@ def from_plain(data: object) -> Operation:
 
 
 def check_operation(operation: object, depth: int = 0) -> None:
-    """Check that the fields of an operation are of their types and ranges, and so those of the operations in it.
+    """Check the types and ranges of the fields of an operation and of those in it.
 
     Raises:
-        TypeError: One of them is not, or the operation is of no kind that this version knows.
+        TypeError: A field has a wrong type or range, or the operation is of no kind that this version knows.
     """
     kind = type(operation)
     if _known(kind.__name__) is not kind:
         raise TypeError(f"{kind.__name__} is not a known kind")
-    if depth > _DEEPEST:
+    if depth > _MAX_DEPTH:
         raise TypeError("operations are nested too deeply")
     for name, hint in _hints(kind).items():
         value = getattr(operation, name)
-        if not _fits(value, hint, _RANGES.get(name, (0, LARGEST)), depth):
+        if not _fits(value, hint, _RANGES.get(name, (0, MAX_INTEGER)), depth):
             raise TypeError(f"{name} of {kind.__name__} cannot be {_short(value)}")
 
 
 def text(value: object) -> str:
-    """Return a string.
-
-    Raises:
-        TypeError: It is not one.
-    """
+    """Return a string, or raise a TypeError."""
     if not isinstance(value, str):
         raise TypeError(f"{_short(value)} is not a string")
     return value
 
 
-def texts(value: object) -> tuple[str, ...]:
-    """Return a list of strings.
-
-    Raises:
-        TypeError: It is not one.
-    """
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{_short(value)} is not a list of strings")
-    return tuple(value)
-
-
 def items(value: object) -> list[Any]:
-    """Return a list.
-
-    Raises:
-        TypeError: It is not one.
-    """
+    """Return a list, or raise a TypeError."""
     if not isinstance(value, list):
         raise TypeError(f"{_short(value)} is not a list")
     return value
 
 
-def integer(value: object, low: int = 0, high: int = LARGEST) -> int:
-    """Return a whole number in a range.
+def texts(value: object) -> tuple[str, ...]:
+    """Return the strings of a list, or raise a TypeError."""
+    return tuple(map(text, items(value)))
 
-    Raises:
-        TypeError: It is not one.
-    """
+
+def integer(value: object, low: int = 0, high: int = MAX_INTEGER) -> int:
+    """Return a whole number in a range, or raise a TypeError."""
     if type(value) is not int or not low <= value <= high:
         raise TypeError(f"{_short(value)} is not a whole number from {low} to {high}")
     return value
 
 
 def number(value: object, low: float = -1e30, high: float = 1e30) -> float:
-    """Return a finite number in a range.
-
-    Raises:
-        TypeError: It is not one.
-    """
+    """Return a finite number in a range, or raise a TypeError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # nor is NaN
         raise TypeError(f"{_short(value)} is not a number from {low:g} to {high:g}")
     return float(value)
 
 
+def _known(name: object) -> type[Operation] | None:
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    return None if kind is None or isabstract(kind) else kind
+
+
 def _operation(data: object, depth: int) -> Operation:
     if not isinstance(data, Mapping) or (kind := _known(data.get("kind"))) is None:
         raise TypeError(f"{_short(data)} has no kind that this version knows")
-    if depth > _NESTED:
+    if depth > _MAX_PLAIN_DEPTH:
         raise TypeError("operations are nested too deeply")
     given = {name: _value(value, depth + 1) for name, value in data.items() if name != "kind"}
     unknown = given.keys() - _hints(kind).keys()
@@ -163,7 +140,6 @@ def _operation(data: object, depth: int) -> Operation:
 
 @cache
 def _hints(kind: type[Operation]) -> dict[str, Any]:
-    """Return the types of the fields of an operation."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
@@ -182,7 +158,7 @@ def _fits(value: object, hint: Any, numbers: tuple[int, int], depth: int) -> boo
         return False
     if kinds[1:] == (...,):
         return all(_fits(item, kinds[0], numbers, depth) for item in value)
-    return len(value) == len(kinds) and all(map(lambda item, kind: _fits(item, kind, numbers, depth), value, kinds))
+    return len(value) == len(kinds) and all(_fits(*pair, numbers, depth) for pair in zip(value, kinds, strict=True))
 
 
 def _plain(value: object) -> object:
@@ -196,7 +172,7 @@ def _value(value: object, depth: int) -> object:
         return _operation(value, depth)
     if not isinstance(value, list):
         return value
-    if depth > _NESTED:
+    if depth > _MAX_PLAIN_DEPTH:
         raise TypeError("lists are nested too deeply")
     return tuple(_value(item, depth + 1) for item in value)
 
@@ -206,7 +182,7 @@ def _short(value: object) -> str:
         written = repr(value)
     except (RecursionError, ValueError):  # too deep, or a number of more digits than Python writes
         return f"this {type(value).__name__}"
-    return written if len(written) <= _SHOWN else f"{written[:_SHOWN]}..."
+    return written if len(written) <= _MAX_SHOWN else f"{written[:_MAX_SHOWN]}..."
 
 
 def _refuse(constant: str) -> None:

@@ -1,4 +1,4 @@
-"""Tensor specs: what is known of a tensor without reading its data."""
+"""Tensor specs: the name, shape, dtype and ties of a tensor, known without reading its data."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class TensorSpec:
 def specs_of(state_dict: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     """List the specs of a state dict's tensors, in its order.
 
-    Entries that are no tensors (such as ``_extra_state``) are left out. Keys that view the same memory in the same
-    way, as tied parameters do, get an equal ``storage``.
+    Entries that are no tensors (such as ``_extra_state``) are skipped. Keys that view the same memory in the same way,
+    as tied parameters do, have an equal ``storage``.
 
     >>> weight = torch.zeros(2, 3)
     >>> first, second = specs_of({"a": weight, "b": weight.detach()})
@@ -70,7 +70,7 @@ def _storage_id(tensor: Tensor, shape: tuple[int, ...]) -> int | None:
 
 
 def packing_of(tensor: Tensor) -> str | None:
-    """Name the kind of a tensor whose elements are not its values, as those of quantised tensors; None of others.
+    """Name the kind of a tensor whose elements are not its values, such as a quantised one; None for others.
 
     >>> packing_of(torch.zeros(2)) is None
     True
@@ -87,7 +87,7 @@ def packing_of(tensor: Tensor) -> str | None:
 
 
 def tied_groups(specs: Iterable[TensorSpec]) -> tuple[tuple[str, ...], ...]:
-    """Group the keys that share one storage; keys that share it with no other are left out."""
+    """Group the keys that share one storage; keys that share it with no other are skipped."""
     groups: dict[int, list[str]] = {}
     for spec in specs:
         if spec.storage is not None:

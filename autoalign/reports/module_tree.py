@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.plan.keys import LEVELS
+from autoalign.plan.keys import LEVELS, NUMBER, NUMBERED
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.rows import escaped, write_range
-from autoalign.rules.rule import NUMBER, NUMBERED
 
 _NAMES = 4  # of siblings that are written out, before the rest is left to an ellipsis
 _IN_LINE = 3  # kinds of tensors of a layer that are written in its line

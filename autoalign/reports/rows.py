@@ -15,7 +15,7 @@ from itertools import pairwise
 from math import prod
 from typing import Generic, NamedTuple, TypeVar
 
-from autoalign.rules.rule import NUMBER
+from autoalign.plan.keys import NUMBER
 
 _Fields = TypeVar("_Fields", bound=Hashable)
 _Template = tuple[tuple[str, ...], ...]  # for each key of a row, the text around its numbers

@@ -18,9 +18,9 @@ from autoalign.checkpoints.checkpoint import Side, checkpoint_of
 from autoalign.errors import InputError, OutputError, PairMismatchError
 from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, PlanT
 from autoalign.plan.operations import Copy, Operation, Shape, output_shapes
-from autoalign.plan.quantised import ADVICE, fills
+from autoalign.plan.quantised import ADVICE, can_fill
 from autoalign.plan.serialization import (
-    LARGEST,
+    MAX_INTEGER,
     Plain,
     from_plain,
     integer,
@@ -128,7 +128,7 @@ def _side_from_plain(data: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
         sizes = tuple(integer(size) for size in items(shape))
         if text(name) not in _DTYPES:
             raise TypeError(f"{text(key)!r} has the unknown dtype {name!r}")
-        if key in specs or prod(sizes) > LARGEST:
+        if key in specs or prod(sizes) > MAX_INTEGER:
             raise ValueError(f"{text(key)!r} is listed twice, or larger than a tensor can be")
         specs[key] = TensorSpec(text(key), sizes, _DTYPES[name], group.get(key))
     if unknown := group.keys() - specs.keys():
@@ -223,7 +223,7 @@ def applied(alignment: PlanT, source: Side, target: Side, *, container: str | No
             alignment,
         )
     codes = own.quantised, other.quantised
-    raw = [m.target for m in alignment.matches if not fills(m.sources, m.target, m.operation, *codes)]
+    raw = [m.target for m in alignment.matches if not can_fill(m.sources, m.target, m.operation, *codes)]
     if raw:
         raise PairMismatchError(
             f"The alignment takes codes for values: one side of {len(raw)} tensors is quantised, such as {raw[0]}. "

@@ -142,7 +142,7 @@ def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: boo
     if unexpected and left:
         lines.append(f"{left} of {len(alignment.source_specs)} source tensors {_have(left)} no use.")
         lines += _listed(_unexpected_rows(alignment, both=True))
-    if left_out := alignment.left_out:
+    if left_out := alignment.unused_schemes:
         lines.append(f"Left out: {', '.join(left_out)}. {ADVICE}")
     lines.append("Pass rules= to name counterparts, if there are any.")
     return "\n".join(lines)
@@ -166,7 +166,7 @@ def nothing_message(alignment: Plan) -> str:
     for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
         rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST]]
         lines += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
-    return "\n".join([*lines, *alignment.notes, *([] if alignment.left_out else [_CHECK])])
+    return "\n".join([*lines, *alignment.notes, *([] if alignment.unused_schemes else [_CHECK])])
 
 
 def _have(count: int) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
+from autoalign.plan.keys import stem
 from autoalign.plan.matches import Plan
 from autoalign.plan.quantised import Members
 from autoalign.plan.specs import TensorSpec
@@ -60,7 +60,7 @@ def counterparts(alignment: Plan, side: Literal["source", "target"]) -> Counterp
             alike.quantised += 1
         elif spec.key not in alignment.excluded:
             alike.free += 1
-            by_template.setdefault(_template(spec.key), []).append(spec)
+            by_template.setdefault(stem(spec.key), []).append(spec)
     return Counterparts(side, alignment.excluded, own_codes, codes, uses, by_shape, by_template)
 
 
@@ -98,7 +98,7 @@ def nearest(spec: TensorSpec, others: Counterparts) -> TensorSpec | None:
     from rapidfuzz.fuzz import ratio
 
     # First among kinds of blocks, then among the blocks: names are compared as often as there are templates.
-    found = process.extractOne(_template(spec.key), list(others.by_template), scorer=ratio, score_cutoff=_ALIKE)
+    found = process.extractOne(stem(spec.key), list(others.by_template), scorer=ratio, score_cutoff=_ALIKE)
     if found is None:
         return None
     block = others.by_template[found[0]]
@@ -123,7 +123,3 @@ def difference(shape: _Shape, needed: _Shape) -> str:
 
 def _essential(shape: _Shape) -> _Shape:
     return tuple(size for size in shape if size != 1)
-
-
-def _template(key: str) -> str:
-    return re.sub("[0-9]+", "#", key)
