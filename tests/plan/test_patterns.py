@@ -26,7 +26,7 @@ SIDE = {KEY: torch.ones(2, 2), "weight": torch.ones(3)}
 
 @pytest.fixture(autouse=True)
 def _short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expressions, "_SECONDS", 0.2)
+    monkeypatch.setattr(expressions, "_SECONDS_PER_CALL", 0.2)
 
 
 def from_json(pattern: str) -> Rules:
@@ -62,7 +62,7 @@ def test_what_takes_re_for_ever_and_can_be_answered_is_answered() -> None:
 
 
 def test_the_time_is_that_of_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expressions, "_EACH", 0.0)
+    monkeypatch.setattr(expressions, "_SECONDS_PER_KEY", 0.0)
     side = {f"{'a' * 15}!{number}": torch.ones(1) for number in range(2000)}  # each is soon searched
     TimeLimit(1, "", seconds=60).search(compiled(ENDLESS), next(iter(side)))
     since = time.process_time()
@@ -191,7 +191,7 @@ def test_any_pattern_matches_as_with_re(pattern: str, text: str) -> None:
 @given(st.lists(st.sampled_from(PIECES), max_size=9).map("".join), st.text("ab1.{}[]:-,e=A\n", max_size=8))
 def test_where_parts_are_kept_apart_changes_nothing(pattern: str, text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expressions, "_RUN", 1)
+        patch.setattr(expressions, "_MAX_RUN", 1)
         expressions._compiled.cache_clear()
         test_any_pattern_matches_as_with_re.hypothesis.inner_test(pattern, text)  # type: ignore[attr-defined]
     expressions._compiled.cache_clear()
