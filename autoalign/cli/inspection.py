@@ -17,7 +17,7 @@ from autoalign.cli.terminal import complain, progress, show, show_json, width
 from autoalign.loading.diff import Changed, Differences, differences
 from autoalign.plan.quantised import describe_schemes
 from autoalign.plan.specs import TensorSpec
-from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text, tree_of
+from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text
 from autoalign.reports.rows import Row, escaped, fold, lay_out
 from autoalign.reports.text import code, table, words
 
@@ -49,7 +49,7 @@ def run_inspect(options: argparse.Namespace) -> int:
         listed = [_tensor_json(spec) for spec in checkpoint.specs]
         show_json({"checkpoint": options.checkpoint, **asdict(facts), "tensors": listed})
         return COMPLETE
-    tree = render_tree(tree_of(checkpoint.specs), dtype=next(iter(facts.dtypes), ""), depth=options.depth)
+    tree = render_tree(checkpoint.specs, dtype=next(iter(facts.dtypes), ""), depth=options.depth)
     lines = _fact_lines(facts)
     if options.format == "markdown":
         head = [code(escaped(options.checkpoint)), "", *(f"- {words(line)}" for line in lines)]

@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 from autoalign.checkpoints.atomic import replace_text
 from autoalign.errors import InputError
+from autoalign.plan.keys import NUMBER
 from autoalign.plan.matches import FILLED, Match, Plan, Status
 from autoalign.plan.operations import Copy, Operation
 from autoalign.plan.specs import TensorSpec
-from autoalign.reports.module_tree import TensorRow, Tree, template, tree
+from autoalign.reports.module_tree import Leaf, Tree, build_tree
 from autoalign.reports.rows import Row, escaped
 from autoalign.reports.text import Totals, elements, percent, plain_text, rows_of, tensors, totals_of
 from autoalign.reports.unmatched import Counterparts, counterparts, difference, nearest, reason
@@ -105,7 +106,7 @@ def _links(alignment: Plan) -> list[_Link]:
 
 
 def _link(status: Status, match: Match) -> _Link:
-    operation, numbers = template(str(match.operation))
+    operation, numbers = _split_numbers(str(match.operation))
     return _Link(status, match, (status, operation, match.warnings), tuple(numbers))
 
 
@@ -125,16 +126,16 @@ def _side_of(alignment: Plan, side: Literal["source", "target"], links: Sequence
         numbers: tuple[int, ...] = ()
         for more, own in uses.get(spec.key) or [((reasons.get(spec.key, "tied"),), ())]:
             said, numbers = (*said, *more), (*numbers, *own)
-        leaves.append(TensorRow(escaped(spec.key), said, numbers))
-    found = tree(leaves)
-    ordered = tuple(specs[tensor] for tensor in found.tensors if tensor >= 0)
-    return _Side(ordered, found, {spec.key: place for place, spec in enumerate(ordered)}, reasons, others)
+        leaves.append(Leaf(escaped(spec.key), said, numbers))
+    tree = build_tree(leaves)
+    ordered = tuple(specs[tensor] for tensor in tree.tensors if tensor >= 0)
+    return _Side(ordered, tree, {spec.key: place for place, spec in enumerate(ordered)}, reasons, others)
 
 
 def _uses_of_targets(links: Sequence[_Link]) -> dict[str, list[_Use]]:
     uses: dict[str, list[_Use]] = {}
     for link in links:
-        texts, numbers = zip(*map(template, link.match.sources), strict=True)
+        texts, numbers = zip(*map(_split_numbers, link.match.sources), strict=True)
         uses[link.match.target] = [((*texts, *link.said), (*chain.from_iterable(numbers), *link.numbers))]
     return uses
 
@@ -142,10 +143,19 @@ def _uses_of_targets(links: Sequence[_Link]) -> dict[str, list[_Use]]:
 def _uses_of_sources(links: Sequence[_Link]) -> dict[str, list[_Use]]:
     uses: dict[str, list[_Use]] = {}
     for link in links:
-        text, numbers = template(link.match.target)
+        text, numbers = _split_numbers(link.match.target)
         for place, key in enumerate(link.match.sources):
             uses.setdefault(key, []).append(((text, *link.said), (*numbers, *link.numbers, place)))
     return uses
+
+
+def _split_numbers(text: str) -> tuple[str, list[int]]:
+    """Split a text into itself without its numbers, and its numbers.
+
+    >>> _split_numbers("layers.3.mlp.fc1")
+    ('layers.#.mlp.fc#', [3, 1])
+    """
+    return NUMBER.sub("#", text), [int(number) for number in NUMBER.findall(text)]
 
 
 def _side_columns(side: _Side, opposite: _Side, pools: _Pools) -> dict[str, Any]:
@@ -154,7 +164,7 @@ def _side_columns(side: _Side, opposite: _Side, pools: _Pools) -> dict[str, Any]
         "name": [pools.names.add(name) for name in tree.names],
         # of modules; of tensors one less than the negative
         "depth": [depth if tensor < 0 else -1 - depth for depth, tensor in zip(tree.depths, tree.tensors, strict=True)],
-        "runs": [[node, length] for node, length in sorted(tree.runs.items())],
+        "runs": [[node, len(run)] for node, run in sorted(tree.runs.items())],
         "shape": [pools.shapes.add(spec.shape) for spec in side.specs],
         "dtype": [pools.dtypes.add(spec.dtype_name) for spec in side.specs],
         "left": _rows_left(side, opposite.places, pools),
