@@ -59,7 +59,7 @@ class Alignment(Plan):
         >>> alignment = autoalign.align({"fc.bias": torch.ones(2)}, {"head.bias": torch.zeros(2)}, exclude="fc")
         >>> print(alignment.explain("head.bias"))
         head.bias (target): missing
-          [2] float32 gets nothing, and keeps its values
+          [2] float32 is not filled and keeps its values
           why: the source tensors of this shape are excluded
           why: The source holds no tensors.
           to change it: exclude='head.bias', if it is to be trained anew
@@ -67,9 +67,9 @@ class Alignment(Plan):
         Raises:
             InputError: Neither side has the key; close ones are named.
         """
-        from autoalign.reports.explain import explained
+        from autoalign.reports.explain import explain
 
-        return explained(self, key)
+        return explain(self, key)
 
     def rules(self) -> Rules:
         r"""Find the shortest ordered list of renamings and operations that does what the alignment does.
@@ -242,13 +242,13 @@ class Alignment(Plan):
         Raises:
             InputError: The width or the limit is no positive number.
         """
-        from autoalign.reports.text import plain_text
+        from autoalign.reports.text import render_text
 
         if not isinstance(width, int) or width < 1:
             raise InputError(f"width={width!r} is not a positive number of characters. Nothing was written.")
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise InputError(f"limit={limit!r} is not a positive number of lines, or None. Nothing was written.")
-        return plain_text(self, width=width, limit=limit)
+        return render_text(self, width=width, limit=limit)
 
     def to_networkx(self, *, proposals: bool = False) -> nx.DiGraph:
         """Return the graph of what corresponds: the module trees of both sides, with an edge for each match.

@@ -55,7 +55,7 @@ def test_alignments_of_other_decisions_differ() -> None:
 
 def test_an_error_that_holds_an_alignment_is_pickled() -> None:
     source, target = sides()
-    with pytest.raises(AlignmentError, match="1 of 123 source tensors has no use") as info:
+    with pytest.raises(AlignmentError, match="1 of 123 source tensors is not used") as info:
         autoalign.align({**source, "other": torch.ones(2)}, target).raise_if_incomplete()
     error = pickle.loads(pickle.dumps(info.value))
     assert str(error) == str(info.value)

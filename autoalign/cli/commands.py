@@ -25,7 +25,7 @@ from autoalign.cli.targets import model_of, side_of
 from autoalign.cli.terminal import complain, progress, show, show_json, width
 from autoalign.errors import InputError, ValueWarning
 from autoalign.reports.rows import escaped
-from autoalign.reports.text import SCREEN, code, plain_text, render_markdown
+from autoalign.reports.text import SCREEN, markdown_code, render_markdown, render_text
 from autoalign.rules.rules import Rules
 
 
@@ -100,10 +100,10 @@ def _show_alignment(alignment: Alignment, options: argparse.Namespace, verdict: 
             show(path.read_text(encoding="utf-8"), plain=True)
         return
     if options.format == "markdown":
-        lines = [f"{code(escaped(source))} → {code(escaped(target))}", "", render_markdown(alignment)]
+        lines = [f"{markdown_code(escaped(source))} → {markdown_code(escaped(target))}", "", render_markdown(alignment)]
     else:
         limit = None if options.all else SCREEN
-        report = plain_text(alignment, width=width(), limit=limit, everything="--all")
+        report = render_text(alignment, width=width(), limit=limit, everything="--all")
         lines = [f"{escaped(source)} -> {escaped(target)}", "", report]
     show("\n".join(lines + (["", verdict] if verdict else [])), plain=options.format == "markdown")
 

@@ -19,7 +19,7 @@ from autoalign.plan.quantised import describe_schemes
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text
 from autoalign.reports.rows import Row, escaped, fold, lay_out
-from autoalign.reports.text import code, table, words
+from autoalign.reports.text import escape_markdown, markdown_code, markdown_table
 
 _MAX_METADATA_CHARACTERS = 60  # of an entry
 
@@ -52,7 +52,7 @@ def run_inspect(options: argparse.Namespace) -> int:
     tree = render_tree(checkpoint.specs, dtype=next(iter(facts.dtypes), ""), depth=options.depth)
     lines = _fact_lines(facts)
     if options.format == "markdown":
-        head = [code(escaped(options.checkpoint)), "", *(f"- {words(line)}" for line in lines)]
+        head = [markdown_code(escaped(options.checkpoint)), "", *(f"- {escape_markdown(line)}" for line in lines)]
         show("\n".join([*head, "", "```text", *tree, "```"]))
     else:
         show("\n".join([escaped(options.checkpoint), *(f"  {line}" for line in lines), "", *tree]))
@@ -135,7 +135,7 @@ def _difference_lines(found: Differences, first: str, second: str, *, markdown: 
             continue
         count = sum(row.tensors for row in rows)
         if markdown:
-            lines += ["", f"### {words(title)} ({count:,})", "", *table(rows)]
+            lines += ["", f"### {escape_markdown(title)} ({count:,})", "", *markdown_table(rows)]
         else:
             lines += ["", f"{title}: {count:,}"]
             lines += [line.rstrip() for row_lines in lay_out(rows, width()) for line in row_lines]

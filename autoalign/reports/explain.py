@@ -1,4 +1,4 @@
-"""Explanation: why an alignment does with one key what it does, and what would change that."""
+"""Explanations: why an alignment does with one key what it does, and what would change that."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from autoalign.plan.adaptations import ADAPTS
 from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, Status
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.rows import escaped
-from autoalign.reports.unmatched import counterparts, difference, nearest, reason
+from autoalign.reports.text import counterparts, difference, nearest, reason
 
-_CLOSE = 3  # names of keys that an unknown one may have meant
-_SHOWN = 3  # rivals, and other uses
+_MAX_SUGGESTIONS = 3  # keys that an unknown one may have meant
+_MIN_SIMILARITY = 50  # of 100, of an unknown key and one that it may have meant
+_MAX_SHOWN = 3  # rivals, and other uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,10 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explained(alignment: Plan, key: str) -> Explanation:
+def explain(alignment: Plan, key: str) -> Explanation:
     """Explain a key of either side; see ``Alignment.explain``."""
     if not isinstance(key, str):
-        raise InputError(f"Expected a key, not {type(key).__name__}. There is nothing to explain.")
+        raise InputError(f"Expected a key, not {type(key).__name__}.")
     targets = {spec.key: spec for spec in alignment.target_specs}
     sources = {spec.key: spec for spec in alignment.source_specs}
     if key in targets:
@@ -69,18 +70,16 @@ def explained(alignment: Plan, key: str) -> Explanation:
         return _of_source(alignment, sources[key], targets)
     from rapidfuzz import process
 
-    close = [
-        found
-        for found, *_ in process.extract(key, list(dict.fromkeys((*targets, *sources))), limit=_CLOSE, score_cutoff=50)
-    ]
-    hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
-    raise InputError(f"{key!r} is no key of the target or of the source. There is nothing to explain.{hint}")
+    known = list(dict.fromkeys((*targets, *sources)))
+    found = process.extract(key, known, limit=_MAX_SUGGESTIONS, score_cutoff=_MIN_SIMILARITY)
+    hint = f" Did you mean {', '.join(repr(other) for other, *_ in found)}?" if found else ""
+    raise InputError(f"{key!r} is not a key of the target or of the source.{hint}")
 
 
 def _of_target(alignment: Plan, spec: TensorSpec, sources: dict[str, TensorSpec]) -> Explanation:
     status = alignment.status[spec.key]
     if spec.key in alignment.excluded:
-        what = f"{spec.kind} is left out by include or exclude, and keeps its values"
+        what = f"{spec.kind} is left out by include or exclude and keeps its values"
         return Explanation(spec.key, "target", "excluded", what, (), remedies=("align without that pattern",))
     for match in (*alignment.matches, *alignment.ambiguous):
         if match.target == spec.key:
@@ -90,10 +89,10 @@ def _of_target(alignment: Plan, spec: TensorSpec, sources: dict[str, TensorSpec]
             return _of_mismatch(alignment, mismatch)
     others = counterparts(alignment, "source")
     near, remedies = nearest(spec, others), []
-    what = f"{spec.kind} gets nothing, and keeps its values"
+    what = f"{spec.kind} is not filled and keeps its values"
     why = [reason(spec, others)]
     if near is not None:
-        why.append(f"the likest name that is free is {near}{difference(near.shape, spec.shape)}")
+        why.append(f"the most similar name that is not used is {near}{difference(near.shape, spec.shape)}")
         if _fits(near, spec):
             remedies.append(f"rules=[({near.key!r}, {spec.key!r})]")
         else:
@@ -108,7 +107,7 @@ def _of_match(
     alignment: Plan, match: Match, status: Status, spec: TensorSpec, sources: dict[str, TensorSpec]
 ) -> Explanation:
     made = " + ".join(str(sources[key]) for key in match.sources)
-    verb = "is proposed, and not loaded," if status == "ambiguous" else "is filled"
+    verb = "is proposed but not loaded," if status == "ambiguous" else "is filled"
     what = f"{spec.kind} {verb} from {made} by '{match.operation}'"
     cues = tuple(
         sorted(
@@ -129,21 +128,21 @@ def _of_match(
             why.append(said.get(cue.name, f"{cue.name}: {cue.value:.2f}"))
     why.append(f"its confidence is {match.confidence:.2f}{_margin(match)}")
     rivals = match.alternatives
-    for rival in rivals[:_SHOWN]:
+    for rival in rivals[:_MAX_SHOWN]:
         same = rival.sources == match.sources
         other = f"by '{rival.operation}'" if same else f"from {' + '.join(rival.sources)} by '{rival.operation}'"
         score = f", score {rival.score:.2f}" if rival.score else ""
         why.append(f"the next best would be {other}{score}" if not same else f"it might be made {other}{score}")
-    if len(rivals) > _SHOWN:
-        why.append(f"there are {len(rivals) - _SHOWN} more such alternatives")
-    remedies = tuple(_settling(alignment, match, status))
+    if len(rivals) > _MAX_SHOWN:
+        why.append(f"there are {len(rivals) - _MAX_SHOWN} more such alternatives")
+    remedies = tuple(_remedies(alignment, match, status))
     return Explanation(
         spec.key, "target", status, what, tuple(why), cues, match.confidence, rivals, match.warnings, remedies
     )
 
 
 def _margin(match: Match) -> str:
-    """Say by how much the best rival was beaten, where that is known."""
+    """Return by how much the best rival was beaten, where that is known."""
     scores = [rival.score for rival in match.alternatives if rival.score]
     weighed = sum(value * WEIGHTS[name] for name, value in match.evidence.items() if name in WEIGHTS)
     if not match.alternatives:
@@ -151,8 +150,8 @@ def _margin(match: Match) -> str:
     return f", {weighed - max(scores):+.2f} ahead of the best rival" if scores and weighed else ""
 
 
-def _settling(alignment: Plan, match: Match, status: Status) -> list[str]:
-    """Say what would settle a match, or change one that was taken."""
+def _remedies(alignment: Plan, match: Match, status: Status) -> list[str]:
+    """List what would settle a proposal, or change a match."""
     remedies = []
     one = len(match.sources) == 1 and not match.operation.takes_part
     others = [rival for rival in match.alternatives if rival.sources != match.sources and len(rival.sources) == 1]
@@ -161,11 +160,11 @@ def _settling(alignment: Plan, match: Match, status: Status) -> list[str]:
         if ROTARY in match.warnings:
             remedies += [note for note in alignment.notes if ROTARY_SETTINGS[0] in note]
         if BY_HEAD in match.warnings:
-            remedies.append("a model or checkpoint whose config tells the size of its heads")
+            remedies.append("a model or checkpoint whose config has the size of its heads")
         if one and not layouts:
             remedies.append(f"rules=[({match.sources[0]!r}, {match.target!r})] takes it")
-        remedies.append(f"min_confidence={floor(100 * match.confidence) / 100:g} or less loads it as it is proposed")
-    remedies += [f"rules=[({rival.sources[0]!r}, {match.target!r})] takes the rival" for rival in others[:_SHOWN]]
+        remedies.append(f"min_confidence={floor(100 * match.confidence) / 100:g} or less loads it as proposed")
+    remedies += [f"rules=[({rival.sources[0]!r}, {match.target!r})] takes the rival" for rival in others[:_MAX_SHOWN]]
     if layouts or status == "ambiguous":
         remedies.append(
             "autoalign.verify(source_model, model, inputs) tries the alternatives, where both can be called"
@@ -179,7 +178,7 @@ def _settling(alignment: Plan, match: Match, status: Status) -> list[str]:
 
 def _of_mismatch(alignment: Plan, mismatch: Mismatch) -> Explanation:
     what = (
-        f"{list(mismatch.shape)} gets nothing: its counterpart is {mismatch.source_key} {list(mismatch.source_shape)}"
+        f"{list(mismatch.shape)} is not filled: its counterpart is {mismatch.source_key} {list(mismatch.source_shape)}"
     )
     why = f"no operation makes one shape of the other{difference(mismatch.source_shape, mismatch.shape)}"
     remedies = [*_adapting(alignment, mismatch), f"{_excluding(mismatch.key, alignment)}, if it is to be trained anew"]
@@ -187,7 +186,7 @@ def _of_mismatch(alignment: Plan, mismatch: Mismatch) -> Explanation:
 
 
 def _adapting(alignment: Plan, mismatch: Mismatch) -> list[str]:
-    """Find the kinds of ``adapt`` that would fill a key from its counterpart."""
+    """List the kinds of ``adapt`` that would fill a key from its counterpart."""
     sides = AdaptableSide(alignment.source_specs), AdaptableSide(alignment.target_specs)
     return [
         f"adapt={kind!r} fills it by '{match.operation}'"
@@ -218,10 +217,10 @@ def _of_source(alignment: Plan, spec: TensorSpec, targets: dict[str, TensorSpec]
         return explanation("excluded", "is left out by include or exclude", (), ["align without that pattern"])
     if spec.key not in alignment.unexpected_keys:
         return explanation("used", "is tied to a tensor that is used")
-    what = "is used for nothing"
+    what = "is not used"
     proposed = [match for match in alignment.ambiguous if spec.key in match.sources]
     if proposed:
-        why = f"it is proposed for {_listed([str(targets[match.target]) for match in proposed])}, and not loaded"
+        why = f"it is proposed for {_listed([str(targets[match.target]) for match in proposed])}, but not loaded"
         see = [f"see explain({proposed[0].target!r})"]
         return explanation("unexpected", what, [why], see, proposed[0].confidence)
     for mismatch in alignment.mismatched:
@@ -235,7 +234,7 @@ def _of_source(alignment: Plan, spec: TensorSpec, targets: dict[str, TensorSpec]
         grounds.append(f"{rival.target} would have been its next best use, and got {' + '.join(rival.sources)}")
         remedies.append(f"rules=[({spec.key!r}, {rival.target!r})]")
     elif (near := nearest(spec, others)) is not None:
-        grounds.append(f"the likest name that is free is {near}")
+        grounds.append(f"the most similar name that is not used is {near}")
         if _fits(spec, near):
             remedies.append(f"rules=[({spec.key!r}, {near.key!r})]")
     return explanation("unexpected", what, grounds, remedies)
@@ -246,8 +245,8 @@ def _fits(source: TensorSpec, target: TensorSpec) -> bool:
 
 
 def _listed(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
+    more = f" and {len(items) - _MAX_SHOWN} more" if len(items) > _MAX_SHOWN else ""
+    return ", ".join(items[:_MAX_SHOWN]) + more
 
 
 def _excluding(key: str, alignment: Plan) -> str:

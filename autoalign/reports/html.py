@@ -24,8 +24,20 @@ from autoalign.plan.operations import Copy, Operation
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.module_tree import Leaf, Tree, build_tree
 from autoalign.reports.rows import Row, escaped
-from autoalign.reports.text import Totals, elements, percent, plain_text, rows_of, tensors, totals_of
-from autoalign.reports.unmatched import Counterparts, counterparts, difference, nearest, reason
+from autoalign.reports.text import (
+    Counterparts,
+    Totals,
+    counterparts,
+    difference,
+    elements,
+    nearest,
+    percent,
+    reason,
+    render_text,
+    rows_of,
+    tensors,
+    totals_of,
+)
 
 LINKS: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched")  # what joins tensors of both sides
 NEAREST = 200  # rows of a side whose nearest counterpart is sought, which takes a while for each
@@ -269,7 +281,7 @@ def document(alignment: Plan, *, title: str = TITLE) -> str:
             + _total("Elements filled", [(s.status, s.elements) for s in found.target], elements(found.target))
             + _total("Source tensors used", [(s.status, s.tensors) for s in found.source], tensors(found.source)),
             "notes": f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else "",
-            "text": escape(plain_text(alignment, width=120)),
+            "text": escape(render_text(alignment, width=120)),
             "data": script_safe(page_data(alignment)),
             "css": style,
             "script": script,

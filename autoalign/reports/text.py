@@ -1,4 +1,4 @@
-"""The totals of an alignment, as every report shows them."""
+"""Alignments as text and Markdown: totals, folded rows of what is matched and what is not and why, error messages."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ import textwrap
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import floor
+from typing import Literal
 
+from autoalign.matching.candidates import squeeze
+from autoalign.plan.keys import stem
 from autoalign.plan.matches import FILLED, Match, Plan, Status
-from autoalign.plan.quantised import ADVICE
+from autoalign.plan.operations import Shape
+from autoalign.plan.quantised import ADVICE, Members
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.rows import Row, cut, escaped, fold, lay_out, share_out, under_headings
-from autoalign.reports.unmatched import counterparts, difference, nearest, reason
 
-STATUSES: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched", "missing")
+SCREEN = 40  # lines
+STATUSES: tuple[Status, ...] = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # as of the sections
+_FIRST_KEYS = 5  # of each side where nothing is matched
+_MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
+_MIN_SIMILARITY = 40.0  # of 100; names that are less similar say nothing about each other
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,7 @@ class Totals:
 
     @property
     def filled(self) -> str:
-        """Say in a sentence what is filled from what."""
+        """A sentence on what is filled from what."""
         filled = sum(share.tensors for share in self.target if share.status in FILLED)
         used = sum(share.tensors for share in self.source if share.status == "used")
         return (
@@ -46,12 +54,12 @@ class Totals:
 
     @property
     def lead(self) -> str:
-        """Say in a sentence or two what is filled from what, and what was excluded."""
+        """A sentence or two on what is filled from what, and what was excluded."""
         return self.filled + (f" {self.excluded:,} of the others were excluded." if self.excluded else "")
 
 
 def totals_of(alignment: Plan) -> Totals:
-    """Count what each status has."""
+    """Count the tensors and elements of each status."""
     status, unexpected = alignment.status, set(alignment.unexpected_keys)
     target: dict[str, list[int]] = {}
     for spec in alignment.target_specs:
@@ -63,12 +71,12 @@ def totals_of(alignment: Plan) -> Totals:
 
 
 def tensors(shares: Iterable[Share]) -> int:
-    """Count the tensors of all statuses together."""
+    """Count the tensors of all statuses."""
     return sum(share.tensors for share in shares)
 
 
 def elements(shares: Iterable[Share]) -> int:
-    """Count the elements of all statuses together."""
+    """Count the elements of all statuses."""
     return sum(share.elements for share in shares)
 
 
@@ -76,15 +84,19 @@ def _shares(statuses: Iterable[str], sizes: dict[str, list[int]]) -> tuple[Share
     return tuple(Share(status, len(sizes[status]), sum(sizes[status])) for status in statuses if status in sizes)
 
 
-SCREEN = 40  # lines
+def percent(part: int, whole: int) -> str:
+    """Write a share, rounded down, so that 100 % means all.
 
-_ORDER = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # of the totals, as of the sections
-_FIRST = 5  # keys of each side where nothing is matched
-_CHECK = "Check that both are the same network, or pass what is known as rules=."
-_MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
+    >>> percent(9999, 10000), percent(1, 10**6), percent(0, 0)
+    ('99.9 %', '< 0.1 %', '-')
+    """
+    if not whole:
+        return "-"
+    tenths = floor(1000 * part / whole)
+    return "< 0.1 %" if part and not tenths else f"{tenths / 10:.1f} %"
 
 
-def plain_text(
+def render_text(
     alignment: Plan,
     *,
     width: int = 100,
@@ -97,7 +109,7 @@ def plain_text(
         alignment: What to report.
         width: Characters of a line; a key that is longer is shortened in its middle.
         limit: Lines to aim at; sections that are too long for it are cut, and say so. None writes every row.
-        everything: How to get every row, to be said where some are left out.
+        everything: How to get every row, for the lines that say that some are left out.
     """
     sections = {title: under_headings(rows) for title, rows in rows_of(alignment).items() if rows}
     tables = {title: lay_out(rows, width) for title, rows in sections.items()}
@@ -109,6 +121,20 @@ def plain_text(
     for (title, table), budget in zip(tables.items(), budgets, strict=True):
         lines += ["", title, *cut(sections[title], table, budget, everything)]
     return "\n".join(lines)
+
+
+def _totals(alignment: Plan) -> list[str]:
+    found = totals_of(alignment)
+    lines = [found.filled, f"{'':<10}{'tensors':>10}{'elements':>20}"]
+    target = found.target if "matched" in alignment.status.values() else (Share("matched", 0, 0), *found.target)
+    for side, shares in (("target", target), ("source", found.source)):
+        for share in shares:
+            if share.status != "used":
+                part = percent(share.elements, elements(shares))
+                lines.append(f"{share.status:<10}{share.tensors:>10,}{share.elements:>20,}{part:>9} of the {side}")
+    if found.excluded:
+        lines.append(f"excluded, of the missing and unexpected: {found.excluded:,}")
+    return lines
 
 
 def rows_of(alignment: Plan) -> dict[str, list[Row]]:
@@ -123,81 +149,6 @@ def rows_of(alignment: Plan) -> dict[str, list[Row]]:
         "Missing: not filled": _missing_rows(alignment),
         "Unexpected: in the source and not used": _unexpected_rows(alignment),
     }
-
-
-def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: bool = True) -> str:
-    """Name the keys of either side that are left, why and with the nearest counterparts, and the next step.
-
-    Args:
-        alignment: What is incomplete.
-        missing: Whether to name the target's keys that are missing.
-        unexpected: Whether to name the source's keys that are used for nothing.
-    """
-    lines = []
-    lost, left = len(alignment.missing_keys), len(alignment.unexpected_keys)
-    if missing and lost:
-        lines.append(f"{lost} of {len(alignment.target_specs)} target tensors {_have(lost)} no compatible source.")
-        ambiguous = _ambiguous_rows(alignment, both=True)
-        lines += _listed([*_mismatched_rows(alignment), *ambiguous, *_missing_rows(alignment)])
-    if unexpected and left:
-        lines.append(f"{left} of {len(alignment.source_specs)} source tensors {_have(left)} no use.")
-        lines += _listed(_unexpected_rows(alignment, both=True))
-    if left_out := alignment.unused_schemes:
-        lines.append(f"Left out: {', '.join(left_out)}. {ADVICE}")
-    lines.append("Pass rules= to name counterparts, if there are any.")
-    return "\n".join(lines)
-
-
-def ambiguous_message(alignment: Plan) -> str:
-    """Name the target keys for which no source is clearly right, with the proposals, and the next step."""
-    count, first = len(alignment.ambiguous), alignment.ambiguous[0]
-    return "\n".join(
-        [
-            f"{count} of {len(alignment.target_specs)} target tensors {_have(count)} no clear source.",
-            *_listed(_ambiguous_rows(alignment, both=True)),
-            f"They are not loaded. Name the sources, as in rules=[({first.sources[0]!r}, {first.target!r})].",
-        ]
-    )
-
-
-def nothing_message(alignment: Plan) -> str:
-    """Say that nothing is matched, with the first keys of both sides, and the next step."""
-    lines = [f"None of {len(alignment.target_specs)} target tensors has a source."]
-    for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
-        rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST]]
-        lines += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
-    return "\n".join([*lines, *alignment.notes, *([] if alignment.unused_schemes else [_CHECK])])
-
-
-def _have(count: int) -> str:
-    return "has" if count == 1 else "have"
-
-
-def _totals(alignment: Plan) -> list[str]:
-    found = totals_of(alignment)
-    lines = [found.filled, f"{'':<10}{'tensors':>10}{'elements':>20}"]
-    target = {"matched": Share("matched", 0, 0)} | {share.status: share for share in found.target}
-    shares = [target[status] for status in _ORDER if status in target]
-    unexpected = [share for share in found.source if share.status == "unexpected"]
-    for side, all_of, shown in (("target", found.target, shares), ("source", found.source, unexpected)):
-        for share in shown:
-            part = percent(share.elements, elements(all_of))
-            lines.append(f"{share.status:<10}{share.tensors:>10,}{share.elements:>20,}{part:>9} of the {side}")
-    if found.excluded:
-        lines.append(f"excluded, of the missing and unexpected: {found.excluded:,}")
-    return lines
-
-
-def percent(part: int, whole: int) -> str:
-    """Write a share, rounded down, so that 100 % means all.
-
-    >>> percent(9999, 10000), percent(1, 10**6), percent(0, 0)
-    ('99.9 %', '< 0.1 %', '-')
-    """
-    if not whole:
-        return "-"
-    tenths = floor(1000 * part / whole)
-    return "< 0.1 %" if part and not tenths else f"{tenths / 10:.1f} %"
 
 
 def _matched_rows(alignment: Plan, filled: Sequence[Match]) -> list[Row]:
@@ -257,8 +208,7 @@ def _missing_rows(alignment: Plan) -> list[Row]:
     others = counterparts(alignment, "source")
     rows = []
     for row in fold([((escaped(spec.key),), (spec.shape, spec.dtype, reason(spec, others))) for spec in specs]):
-        first = specs[row.members[0]]
-        why = [escaped(reason(first, others))]
+        first, why = specs[row.members[0]], [escaped(row.fields[2])]
         if near := nearest(first, others):
             why.append(f"nearest: {escaped(near.key)} {list(near.shape)}{difference(near.shape, first.shape)}")
         rows.append(Row(row.texts, (first.kind, "; ".join(why)), len(row.members)))
@@ -329,45 +279,176 @@ def _listed(rows: Sequence[Row]) -> list[str]:
     return cut(rows, lay_out(rows, _MESSAGE_WIDTH), SCREEN // 2, "print the error's attribute `alignment`")
 
 
-_WORDS = re.compile(r"([\\`*_{}\[\]<>#|~])")
+@dataclass(frozen=True, slots=True)
+class Counterparts:
+    """What one side of an alignment has for a key that is left on the other side."""
+
+    side: Literal["source", "target"]
+    excluded: frozenset[str]
+    own_codes: Members  # the quantised tensors of the side that has the key
+    codes: Members  # those of this side
+    uses: dict[str, str]  # from each key that is used to what it is used for, in words
+    by_shape: dict[Shape, dict[str, list[str]]]  # keys by shape without dimensions of one, and by what became of them
+    free: dict[str, list[TensorSpec]]  # what is not used, by key without numbers
+
+
+def counterparts(alignment: Plan, side: Literal["source", "target"]) -> Counterparts:
+    """Collect what one side has for the keys that are left on the other side."""
+    uses: dict[str, str] = {}
+    for match in alignment.matches:
+        if side == "target":
+            how = "adapted" if match.operation.adapts else "filled"
+            uses[match.target] = f"{how} from {' + '.join(match.sources)}"
+        else:
+            for key in match.sources:
+                uses.setdefault(key, f"{'adapted' if match.operation.adapts else 'used'} for {match.target}")
+    own_codes, codes = alignment.quantised if side == "target" else reversed(alignment.quantised)
+    by_shape: dict[Shape, dict[str, list[str]]] = {}
+    free: dict[str, list[TensorSpec]] = {}
+    for spec in alignment.source_specs if side == "source" else alignment.target_specs:
+        if spec.key in uses:
+            kind = "used"
+        elif spec.key in codes:
+            kind = "quantised"
+        elif spec.key in alignment.excluded:
+            kind = "excluded"
+        else:
+            kind = "free"
+            free.setdefault(stem(spec.key), []).append(spec)
+        by_shape.setdefault(squeeze(spec.shape), {}).setdefault(kind, []).append(spec.key)
+    return Counterparts(side, alignment.excluded, own_codes, codes, uses, by_shape, free)
+
+
+def reason(spec: TensorSpec, others: Counterparts) -> str:
+    """Return why a tensor is left, given the other side: the same for all of one shape that are not excluded."""
+    if spec.key in others.excluded:
+        return "excluded"
+    if member := others.own_codes.get(spec.key):
+        return f"quantised as {member.group.scheme}, and its elements are not values"
+    if member := others.codes.get(spec.key):
+        return f"the {others.side}'s is quantised as {member.group.scheme}"
+    keys = others.by_shape.get(squeeze(spec.shape))
+    if keys is None:
+        return f"no {others.side} tensor of this shape"
+    if free := keys.get("free"):
+        have = f"unused {others.side} tensor{' has' if len(free) == 1 else 's have'} this shape"
+        return f"ambiguous: {len(free)} {have}"
+    if used := keys.get("used"):
+        if len(used) == 1:
+            return f"the only {others.side} tensor of this shape, {used[0]}, is {others.uses[used[0]]}"
+        return f"all {len(used)} {others.side} tensors of this shape have other counterparts"
+    return f"the {others.side} tensors of this shape are {'quantised' if 'quantised' in keys else 'excluded'}"
+
+
+def nearest(spec: TensorSpec, others: Counterparts) -> TensorSpec | None:
+    """Find the free tensor of the other side with the most similar name, unless none is similar.
+
+    An excluded tensor and a quantised one have none.
+    """
+    if spec.key in others.excluded or spec.key in others.own_codes:
+        return None
+    from rapidfuzz import process
+    from rapidfuzz.fuzz import ratio
+
+    # First among kinds of blocks, then among the blocks: names are compared as often as there are kinds.
+    found = process.extractOne(stem(spec.key), list(others.free), scorer=ratio, score_cutoff=_MIN_SIMILARITY)
+    if found is None:
+        return None
+    block = others.free[found[0]]
+    _, _, position = process.extractOne(spec.key, [other.key for other in block], scorer=ratio)
+    return block[position]
+
+
+def difference(shape: Shape, needed: Shape) -> str:
+    """Describe in which dimension a shape differs from what is needed; empty unless it is one of several.
+
+    >>> difference((1000, 512), (10, 512))
+    ' (dim 0: 1000, needs 10)'
+    """
+    differing = [dim for dim, sizes in enumerate(zip(shape, needed, strict=False)) if sizes[0] != sizes[1]]
+    if len(shape) != len(needed) or len(shape) == 1 or len(differing) != 1:
+        return ""
+    (dim,) = differing
+    return f" (dim {dim}: {shape[dim]}, needs {needed[dim]})"
+
+
+def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: bool = True) -> str:
+    """Write which keys of the target are missing, which of the source unexpected, why, and the next step."""
+    lines = []
+    lost, left = len(alignment.missing_keys), len(alignment.unexpected_keys)
+    if missing and lost:
+        have = "has" if lost == 1 else "have"
+        lines.append(f"{lost} of {len(alignment.target_specs)} target tensors {have} no compatible source.")
+        ambiguous = _ambiguous_rows(alignment, both=True)
+        lines += _listed([*_mismatched_rows(alignment), *ambiguous, *_missing_rows(alignment)])
+    if unexpected and left:
+        lines.append(f"{left} of {len(alignment.source_specs)} source tensors {'is' if left == 1 else 'are'} not used.")
+        lines += _listed(_unexpected_rows(alignment, both=True))
+    if left_out := alignment.unused_schemes:
+        lines.append(f"Left out: {', '.join(left_out)}. {ADVICE}")
+    lines.append("Pass rules= to name counterparts, if there are any.")
+    return "\n".join(lines)
+
+
+def ambiguous_message(alignment: Plan) -> str:
+    """Write which target keys have no clear source, with the proposals, and the next step."""
+    count, first = len(alignment.ambiguous), alignment.ambiguous[0]
+    have = "has" if count == 1 else "have"
+    return "\n".join(
+        [
+            f"{count} of {len(alignment.target_specs)} target tensors {have} no clear source.",
+            *_listed(_ambiguous_rows(alignment, both=True)),
+            f"They are not loaded. Name the sources, as in rules=[({first.sources[0]!r}, {first.target!r})].",
+        ]
+    )
+
+
+def nothing_message(alignment: Plan) -> str:
+    """Write that nothing is matched, with the first keys of both sides, and the next step."""
+    lines = [f"None of {len(alignment.target_specs)} target tensors has a source."]
+    for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
+        rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST_KEYS]]
+        lines += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
+    check = "Check that both are the same network, or pass what is known as rules=."
+    return "\n".join([*lines, *alignment.notes, *([] if alignment.unused_schemes else [check])])
 
 
 def render_markdown(alignment: Plan) -> str:
     """Write an alignment as Markdown: totals, notes, and a table of the folded rows of each kind."""
-    head, _, _ = plain_text(replace(alignment, notes=())).partition("\n\n")
-    lines = ["```text", *head.split("\n"), "```", *(f"- {words(escaped(note))}" for note in alignment.notes)]
+    head, _, _ = render_text(replace(alignment, notes=())).partition("\n\n")
+    lines = ["```text", *head.split("\n"), "```", *(f"- {escape_markdown(escaped(note))}" for note in alignment.notes)]
     for title, rows in rows_of(alignment).items():
         if not rows:
             continue
         name, _, meaning = title.partition(": ")
-        lines += ["", f"### {name}", "", f"{meaning}:" if meaning else "", "", *table(rows)]
+        lines += ["", f"### {name}", "", f"{meaning}:" if meaning else "", "", *markdown_table(rows)]
     return "\n".join(lines)
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def markdown_table(rows: Sequence[Row]) -> list[str]:
     """Write rows as the lines of a table."""
     between = len(rows[0].cells)
     lines = [f"| keys |{' |' * between}", f"| --- |{' --- |' * between}"]
     for row in rows:
-        cells = [" → ".join(map(code, row.keys)), *map(words, row.cells)]
-        cells[-1] += "".join(f"<br>⚠ {words(warning)}" for warning in row.warnings)
+        cells = [" → ".join(map(markdown_code, row.keys)), *map(escape_markdown, row.cells)]
+        cells[-1] += "".join(f"<br>⚠ {escape_markdown(warning)}" for warning in row.warnings)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def words(text: str) -> str:
+def escape_markdown(text: str) -> str:
     r"""Write text so that Markdown shows it as it is.
 
-    >>> print(words("a_b [2] | c"))
+    >>> print(escape_markdown("a_b [2] | c"))
     a\_b \[2\] \| c
     """
-    return _WORDS.sub(r"\\\1", text)
+    return _MARKDOWN.sub(r"\\\1", text)
 
 
-def code(text: str) -> str:
+def markdown_code(text: str) -> str:
     r"""Write text as code in a table, whatever backticks and bars it has.
 
-    >>> print(code("layers.{0...3}.weight"), code("a`b|c"))
+    >>> print(markdown_code("layers.{0...3}.weight"), markdown_code("a`b|c"))
     `layers.{0...3}.weight` ``a`b\|c``
     """
     longest = max((len(run) for run in re.findall("`+", text)), default=0)

@@ -57,14 +57,14 @@ def test_the_explanation_of_a_layout_in_doubt(rotary: Alignment) -> None:
     assert explanation.status == "ambiguous"
     assert explanation.rivals == rotary.ambiguous[2].alternatives
     text = str(explanation)
-    assert "is proposed, and not loaded, from layers.1.attention.wq.weight [32, 32] float32 by 'copy'" in text
+    assert "is proposed but not loaded, from layers.1.attention.wq.weight [32, 32] float32 by 'copy'" in text
     assert "it might be made by 'reshape[4, 4, 2, 32] + permute[0, 2, 1, 3] + reshape[32, 32]'" in text
     assert "! right shape, but rotary layouts differ" in text
     assert "'config': {'rotary_interleaved': False, 'head_dim': 64}} for the model" in text
     assert "autoalign.verify(source_model, model, inputs)" in text
     source = rotary.explain("layers.1.attention.wq.weight")
     assert (source.side, source.status) == ("source", "unexpected")
-    assert source.why == ("it is proposed for model.layers.1.self_attn.q_proj.weight [32, 32] float32, and not loaded",)
+    assert source.why == ("it is proposed for model.layers.1.self_attn.q_proj.weight [32, 32] float32, but not loaded",)
 
 
 def test_min_confidence_loads_what_the_explanation_says(rotary: Alignment) -> None:
@@ -116,7 +116,7 @@ def test_the_adaptation_that_is_named_fills_a_mismatch() -> None:
     target = torchvision.models.resnet18(num_classes=4)
     explanation = autoalign.align(source, target).explain("fc.weight")
     assert explanation.status == "mismatched"
-    assert explanation.what == "[4, 512] gets nothing: its counterpart is fc.weight [10, 512]"
+    assert explanation.what == "[4, 512] is not filled: its counterpart is fc.weight [10, 512]"
     assert explanation.why == ("no operation makes one shape of the other (dim 0: 10, needs 4)",)
     assert explanation.remedies[0] == "adapt='head' fills it by 'take 4 rows'"
     adapted = autoalign.align(source, target, adapt="head").explain("fc.weight")
@@ -135,7 +135,7 @@ def test_the_adaptation_that_is_named_fills_a_mismatch() -> None:
         ("pooler.weight", "excluded", "left out by include or exclude"),
         ("layers.1.qk.weight", "matched", "blocks.0.q.weight [16, 16] float16 + blocks.0.k.weight [16, 16] float16"),
         ("blocks.0.q.weight", "used", "is used for layers.1.qk.weight [32, 16] float32 by 'concatenate(dim 0)'"),
-        ("twin2.weight", "unexpected", "not clearly any of the unused target tensors of this shape (1)"),
+        ("twin2.weight", "unexpected", "ambiguous: 1 unused target tensor has this shape"),
         ("twin2.weight", "unexpected", "rules=[('twin2.weight', 'one.weight')]"),
         ("fc.weight", "unexpected", "its counterpart head.weight has the shape [10, 16]"),
         ("ema.decay", "unexpected", "no target tensor of this shape"),
@@ -155,9 +155,9 @@ def test_the_margin_is_told_where_scores_are_known() -> None:
 
 
 def test_an_unknown_key_is_refused_with_close_ones(rotary: Alignment) -> None:
-    with pytest.raises(InputError, match=r"is no key of the target.*Did you mean 'model\.norm\.weight'"):
+    with pytest.raises(InputError, match=r"is not a key of the target.*Did you mean 'model\.norm\.weight'"):
         rotary.explain("model.norm.wait")
-    with pytest.raises(InputError, match=r"There is nothing to explain\.$"):
+    with pytest.raises(InputError, match=r"is not a key of the target or of the source\.$"):
         replace(rotary, source_specs=(), target_specs=()).explain("x")
 
 

@@ -99,7 +99,7 @@ def test_the_page_says_what_the_text_says() -> None:
     assert "1 of the others were excluded" in text
     assert "The container &#x27;ema&#x27; was taken." in text
     assert "Ambiguous: proposed, but not loaded" in text  # for readers without scripts
-    assert 'aria-label="matched 13, ambiguous 1, mismatched 2, missing 2"' in text
+    assert 'aria-label="matched 13, mismatched 2, ambiguous 1, missing 2"' in text
 
 
 def test_a_file_is_written_whole(tmp_path: Path) -> None:

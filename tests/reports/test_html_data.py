@@ -79,7 +79,7 @@ def test_what_is_left_has_its_reason_and_its_nearest_counterpart() -> None:
     assert left == {"extra.weight": reason, "pooler.weight": "excluded"}
     unused = {source[row[0]]: row for row in data["source"]["left"]}
     assert sorted(unused) == sorted(MIXED.unexpected_keys)
-    assert data["texts"][unused["fc.weight"][1]].startswith("not clearly any") or len(unused["fc.weight"]) >= 2
+    assert data["texts"][unused["fc.weight"][1]].startswith("ambiguous: ") or len(unused["fc.weight"]) >= 2
 
 
 def test_the_nearest_counterpart_says_how_its_shape_differs() -> None:

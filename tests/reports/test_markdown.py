@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoalign import align
-from autoalign.reports.text import code, render_markdown, words
+from autoalign.reports.text import escape_markdown, markdown_code, render_markdown
 
 KEYS = st.dictionaries(st.text("ab`|\n\\_*<.", min_size=1, max_size=6), st.integers(1, 3), min_size=1, max_size=5)
 
@@ -23,7 +23,7 @@ def test_tables_have_whole_rows_whatever_the_keys(one: dict[str, int], other: di
 
 @given(st.text("a`|", min_size=1))
 def test_code_is_closed_by_what_opens_it(text: str) -> None:
-    written = code(text)
+    written = markdown_code(text)
     fence = written[: len(written) - len(written.lstrip("`"))]
     inner = written[len(fence) : -len(fence)]
     assert written.endswith(fence)
@@ -32,4 +32,4 @@ def test_code_is_closed_by_what_opens_it(text: str) -> None:
 
 
 def test_words_are_shown_as_they_are() -> None:
-    assert words("<b> a*b* `c`") == r"\<b\> a\*b\* \`c\`"
+    assert escape_markdown("<b> a*b* `c`") == r"\<b\> a\*b\* \`c\`"

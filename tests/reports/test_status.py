@@ -54,12 +54,12 @@ def test_missing_keys_are_raised_with_both_shapes() -> None:
         r"twin1\.weight -> one\.weight +\[7, 16\] +copy of \[7, 16\], confidence 0\.50, rival: twin2.* of \[7, 16\]",
         text,
     )
-    assert "source tensors have no use" not in text
+    assert "source tensors are not used" not in text
     assert caught.value.alignment is MIXED
 
 
 def test_unexpected_keys_are_raised_with_both_shapes() -> None:
-    with pytest.raises(IncompatibleTensorsError, match="5 of 19 source tensors have no use") as caught:
+    with pytest.raises(IncompatibleTensorsError, match="5 of 19 source tensors are not used") as caught:
         MIXED.raise_if_unexpected()
     text = str(caught.value)
     assert re.search(r"twin1\.weight +\[7, 16\] float32 +proposed for one\.weight \[7, 16\]", text)
@@ -70,7 +70,7 @@ def test_unexpected_keys_are_raised_with_both_shapes() -> None:
 def test_only_the_side_that_lacks_something_raises() -> None:
     extra = Alignment((Match("a", ("x",)),), (), (), (spec("x", 3), spec("y", 4)), (spec("a", 3),))
     extra.raise_if_missing()
-    with pytest.raises(IncompatibleTensorsError, match="1 of 2 source tensors has no use"):
+    with pytest.raises(IncompatibleTensorsError, match="1 of 2 source tensors is not used"):
         extra.raise_if_unexpected()
     lacking = Alignment((Match("a", ("x",)),), (), (), (spec("x", 3),), (spec("a", 3), spec("b", 4)))
     lacking.raise_if_unexpected()

@@ -69,7 +69,7 @@ Missing: not filled
 Unexpected: in the source and not used
   twin1.weight  [7, 16] float32     proposed for one.weight
   twin2.weight  [7, 16] float32
-      not clearly any of the unused target tensors of this shape (1); nearest: one.weight [7, 16]
+      ambiguous: 1 unused target tensor has this shape; nearest: one.weight [7, 16]
   fc.weight     [1000, 16] float32  of another shape than head.weight
   fc.bias       [1000] float32      of another shape than head.bias
   ema.decay     [] float32          no target tensor of this shape; nearest: head.bias [10]"""
@@ -221,7 +221,7 @@ def reasons(alignment: Alignment) -> str:
             [spec("s", 4), spec("t", 4)],
             {"a": "s"},
             [],
-            "not clearly any of the unused source tensors of this shape (1)",
+            "ambiguous: 1 unused source tensor has this shape",
         ),
         ([spec("s", 4)], {}, ["s"], "the source tensors of this shape are excluded"),
         ([spec("s", 4)], {}, ["lost"], "excluded"),
@@ -268,7 +268,7 @@ def test_the_message_of_an_incomplete_alignment() -> None:
 2 of 3 target tensors have no compatible source.
   head.weight  [10, 512] float32  no source tensor of this shape; nearest: fc.weight [1000, 512] (dim 0: 1000, needs 10)
   head.bias    [10] float32       no source tensor of this shape; nearest: fc.bias [1000]
-2 of 3 source tensors have no use.
+2 of 3 source tensors are not used.
   fc.weight  [1000, 512] float32  no target tensor of this shape; nearest: head.weight [10, 512]
   fc.bias    [1000] float32       no target tensor of this shape; nearest: head.bias [10]
 Pass rules= to name counterparts, if there are any."""
