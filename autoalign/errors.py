@@ -71,7 +71,7 @@ class PairMismatchError(AlignmentError):
 
 
 class RulesError(AutoAlignError, ValueError):
-    """Rules do not hold for a state dict, or are more than an export can say."""
+    """Rules do not hold for a state dict, or cannot be expressed in the form of an export."""
 
 
 class PartialLoadWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""Rules as Python source: a function that needs torch alone, as a person would write it and a formatter leaves it."""
+"""Rules as the Python source of a function that needs torch alone, laid out as formatters do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from autoalign.plan.operations import (
     steps_of,
 )
 from autoalign.plan.serialization import check_operation
-from autoalign.rules.rule import SLICE, Arithmetic, Rule, tokens_of
+from autoalign.rules.replacement import SLICE, Arithmetic, tokens_of
+from autoalign.rules.rule import Rule
 from autoalign.rules.size_free import Each, Pick, Portion, Regroup, Sized, ZerosLike
 
 _WIDTH = 88  # of a line, as formatters have it by default
@@ -34,7 +35,7 @@ _Group = Callable[[int], str]  # how the code reads a capture
 def source_of(rules: Sequence[Rule], name: str) -> str:
     """Write rules as the source of a function; see ``Rules.to_python``."""
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-        raise InputError(f"{name!r} is no name of a function. Nothing was written.")
+        raise InputError(f"{name!r} is not a valid function name. Nothing was written.")
     body: list[str] = []
     joined: list[str] = []
     refused: list[str] = []
@@ -75,7 +76,7 @@ class _NoShortFormError(Exception):
 
 
 def _rule(rule: Rule, number: int) -> tuple[list[str], list[str]]:
-    """Write a rule: what is done key by key, and what is done when all parts are there."""
+    """Write a rule: the lines for each key, and the lines for tensors that are joined, once all are there."""
     for operation in rule.operations:
         check_operation(operation)  # its fields become code, and must be numbers
     listed = f"(?P<{SLICE}>" in rule.sources[0]
@@ -110,7 +111,7 @@ def _matched(source: str) -> list[str]:
 
 
 def _alone(rule: Rule) -> list[str]:
-    """Write what is done with a tensor that is joined with no other."""
+    """Write what is done with a tensor that is not joined with others."""
     lines = []
     for target, operation in rule.fills:
         steps = steps_of(operation)
@@ -200,9 +201,9 @@ def _refusal(condition: str) -> list[str]:
 
 
 def _named(target: str, group: _Group) -> list[str]:
-    """Write how a name comes about."""
+    """Write the lines that assign ``name``."""
     before: list[str] = []
-    parts: list[tuple[str, bool]] = []  # text, and whether it is code
+    parts: list[tuple[str, bool]] = []  # True: it is code
     for token in tokens_of(target):
         if isinstance(token, str):
             parts.append((token, False))
@@ -226,7 +227,7 @@ def _named(target: str, group: _Group) -> list[str]:
 
 
 def _code(arithmetic: Arithmetic, group: _Group) -> str:
-    """Write arithmetic in Python; a table is a dict, which refuses what it does not hold."""
+    """Write arithmetic in Python; a table is a dict, which raises a KeyError beyond its range."""
 
     class Written(ast.NodeTransformer):
         def visit_Name(self, node: ast.Name) -> ast.AST:

@@ -1,80 +1,84 @@
-r"""Rules as lists of regex renamings, which others apply one after another to every key.
+r"""Rules in the forms by which other libraries convert checkpoints: regex renamings, and objects of transformers.
 
-A rule here takes a key once; in those lists, every pattern that occurs in what a key has become is replaced. Where a
-new name might be taken by a later pattern, it begins with a mark until the end, which no pattern begins with. What is
-dropped has no renaming: later patterns pass it by.
+A rule takes a key once; in those lists, every pattern is applied to what the patterns before it have made of a key.
+Where a new name might match a later pattern, it begins with a mark until the end, which no pattern begins with. What is
+dropped has no renaming: later patterns exclude it.
 
 mmengine's ``revise_keys`` are applied by ``re.sub``. transformers' ``key_mapping`` makes a ``WeightRenaming`` of each
 item, which knows ``\1`` only: a rule with more captures becomes a renaming for each text that changes, and the key
-begins with another mark meanwhile.
+begins with another mark meanwhile. transformers 5 also has ``WeightConverter``, of which at most one takes a key, after
+all renamings and by a text that occurs in it. So a rule with an operation becomes both: renamings give its tensors the
+target's name with a placeholder for its last words, and a converter joins or splits what has the placeholder.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import product, zip_longest
 from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
-from autoalign.errors import RulesError
-from autoalign.rules.rule import Rule, tokens_of
+from autoalign.errors import DependencyError, RulesError
+from autoalign.plan.operations import Concatenate, Grouped, Operation, Permute, Split, Stack, Transpose, steps_of
+from autoalign.rules.replacement import groups_of, literal, tokens_of
+from autoalign.rules.rule import Rule, equal_parts
+from autoalign.rules.size_free import Sized
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 Renaming = tuple[str, str]  # pattern, replacement
-DONE, PENDING = "=", "~"  # marks; regexes take both literally
+_DONE, _PENDING = "=", "~"  # marks; regexes take both literally
 _GROUP = re.compile(r"(?<!\\)\((?!\?)((?:[^()\\]|\\.)*)\)")  # a capture without groups in it
-_MOST = 64  # ways in which the words of a pattern may be chosen, before it is taken to match anything
 _SPECIAL = re.compile(r"(?<!\\)[()\[{.*+?|$^]|\\[A-Za-z0-9]")
+_MAX_CHOICES = 64  # of the words of a pattern, before it is assumed to match anything
+_LIST = r"(?P<n>\d+)"
+_HINT = "Nothing was exported. Install it with: pip install 'transformers>=5.6'"
 
 
-class CannotSayError(Exception):
-    """A renaming is more than a form can say."""
+class _InexpressibleError(Exception):
+    """A rule that a form cannot express."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class _Step(NamedTuple):
     """One rule on its way to renamings."""
 
     source: str  # pattern
     target: str | None  # replacement; None: the tensor is dropped
 
-    @classmethod
-    def of(cls, rule: Rule) -> Step:
-        """Take a rule that does no more than rename or drop."""
-        return cls(rule.sources[0], rule.targets[0] if rule.targets else None)
-
 
 def revise_keys(rules: Sequence[Rule]) -> list[Renaming]:
     """Write rules as renamings that ``re.sub`` applies in order; see ``Rules.to_revise_keys``."""
-    return in_order(steps_for(rules, "revise_keys"), at_once)
+    return _in_order(_steps_for(rules, "revise_keys"), _at_once)
 
 
 def key_mapping(rules: Sequence[Rule]) -> dict[str, str]:
     """Write rules as renamings of transformers; see ``Rules.to_key_mapping``."""
-    steps = steps_for(rules, "key_mapping")
+    steps = _steps_for(rules, "key_mapping")
     try:
-        return dict(in_order(steps, one_by_one))
-    except CannotSayError as error:
-        raise RulesError(f"{error}, which key_mapping cannot say. Nothing was exported. Use to_python.") from None
+        return dict(_in_order(steps, _one_by_one))
+    except _InexpressibleError as error:
+        raise RulesError(f"{error}, which key_mapping cannot express. Nothing was exported. Use to_python.") from None
 
 
-def steps_for(rules: Sequence[Rule], form: str) -> list[Step]:
-    """List the steps of rules that do no more than rename.
-
-    Raises:
-        RulesError: Some do more; they are named.
-    """
+def _steps_for(rules: Sequence[Rule], form: str) -> list[_Step]:
+    """List the steps of rules that only rename, or raise a RulesError that names the others."""
     refused = [rule for rule in rules if not rule.renames or rule.has_arithmetic]
     if refused:
         listed = "\n".join(f"  {rule}" for rule in refused)
         raise RulesError(
-            f"{len(refused)} of {len(rules)} rules do more than rename, which {form} cannot say. Nothing was exported. "
-            f"Use to_python, to_transformers, or apply.\n{listed}"
+            f"{len(refused)} of {len(rules)} rules do more than rename, which {form} cannot express. Nothing was "
+            f"exported. Use to_python, to_transformers, or apply.\n{listed}"
         )
-    return list(map(Step.of, rules))
+    return list(map(_step_of, rules))
 
 
-def in_order(steps: Sequence[Step], write: Callable[[Step, str], list[Renaming]]) -> list[Renaming]:
+def _step_of(rule: Rule) -> _Step:
+    return _Step(rule.sources[0], rule.targets[0] if rule.targets else None)
+
+
+def _in_order(steps: Sequence[_Step], write: Callable[[_Step, str], list[Renaming]]) -> list[Renaming]:
     """Write steps as renamings to be applied one after another, so that each key is taken by one step alone."""
     taken = [_taken(step.source) for step in steps]
     kept = [place for place, step in enumerate(steps) if step.target is not None]
@@ -88,35 +92,35 @@ def in_order(steps: Sequence[Step], write: Callable[[Step, str], list[Renaming]]
             if drop.target is None and _may_meet(taken[earlier], taken[place])
         ]
         if "" in taken[place] and any(earlier < place for earlier in marked):
-            passed.append(DONE)
+            passed.append(_DONE)
         avoided = f"(?!{'|'.join(passed)})" if passed else ""
         source = f"^{avoided}{steps[place].source.removeprefix('^')}"
-        result += write(Step(source, steps[place].target), DONE if place in marked else "")
-    return [*result, (f"^{DONE}", "")] if marked else result
+        result += write(_Step(source, steps[place].target), _DONE if place in marked else "")
+    return [*result, (f"^{_DONE}", "")] if marked else result
 
 
-def at_once(step: Step, mark: str) -> list[Renaming]:
+def _at_once(step: _Step, mark: str) -> list[Renaming]:
     """Write a step as one renaming for ``re.sub``."""
     parts = []
     for token in tokens_of(step.target or ""):
-        number = token if isinstance(token, int) else 0 if isinstance(token, str) else token.groups[0]
-        parts.append(f"\\g<{number}>" if number else str(token).replace("\\", r"\\"))
+        groups = groups_of(token)
+        parts.append(f"\\g<{groups[0]}>" if groups else str(token).replace("\\", r"\\"))
     return [(step.source, mark + re.sub(r"\\g<(\d)>(?!\d)", r"\\\1", "".join(parts)))]
 
 
-def one_by_one(step: Step, mark: str) -> list[Renaming]:
+def _one_by_one(step: _Step, mark: str) -> list[Renaming]:
     r"""Write a step as renamings with one capture each.
 
-    >>> print(*one_by_one(Step(r"^layer(\d+)\.(\d+)\.bn\.", r"stages.\1.blocks.\2.norm."), ""), sep="\n")
+    >>> print(*_one_by_one(_Step(r"^layer(\d+)\.(\d+)\.bn\.", r"stages.\1.blocks.\2.norm."), ""), sep="\n")
     ('^layer(\\d+)\\.(?=\\d+\\.bn\\.)', '~stages.\\1.blocks.')
     ('^~(stages\\.\\d+\\.blocks\\.\\d+)\\.bn\\.', '\\1.norm.')
-    >>> one_by_one(Step(r"^stages\.(\d+)\.blocks\.(\d+)\.", r"s.\1.blocks.\2."), "")
+    >>> _one_by_one(_Step(r"^stages\.(\d+)\.blocks\.(\d+)\.", r"s.\1.blocks.\2."), "")
     [('^stages\\.(\\d+\\.blocks\\.\\d+)\\.', 's.\\1.')]
     """
     avoided, own, groups = _taken_apart(step.source)
     other = _texts_of(step.target or "", len(groups))
     if r"\1" in step.source or any(set(text) & set("()\\^") for text in other) or (groups and other[-1][:1].isdigit()):
-        raise CannotSayError(f"The rule '{step.source} -> {step.target}' has a name with special characters")
+        raise _InexpressibleError(f"The rule '{step.source} -> {step.target}' has a name with special characters")
     end = "$" if own[-1].endswith("$") else ""
     own[-1] = own[-1].removesuffix("$")
     if not groups:
@@ -130,10 +134,10 @@ def one_by_one(step: Step, mark: str) -> list[Renaming]:
         kept = _joined(groups[start:stop], [re.escape(text) for text in other[start + 1 : stop]])
         rest = _joined(groups[stop:], own[stop + 1 :]) + end if stop < last else ""
         ahead = f"(?={rest})" if rest else ""
-        sign, tail = (mark, own[stop] + end) if stop == last else (PENDING, own[stop])
+        sign, tail = (mark, own[stop] + end) if stop == last else (_PENDING, own[stop])
         done += re.escape(other[start]) + kept
         if result:
-            result.append((f"^{PENDING}({done}){tail}{ahead}", f"{sign}\\1{other[stop]}"))
+            result.append((f"^{_PENDING}({done}){tail}{ahead}", f"{sign}\\1{other[stop]}"))
         else:
             result.append((f"^{avoided}{own[0]}({kept}){tail}{ahead}", f"{sign}{other[0]}\\1{other[stop]}"))
         start = stop
@@ -150,7 +154,7 @@ def _joined(groups: Sequence[str], texts: Sequence[str]) -> str:
 
 
 def _taken_apart(source: str) -> tuple[str, list[str], list[str]]:
-    """Take a pattern apart: what it passes by, the texts around its captures, and what those capture."""
+    """Split a pattern: what it excludes, the texts around its captures, and the patterns of those."""
     body = source.removeprefix("^")
     avoided = ""
     if body.startswith("(?!"):
@@ -162,53 +166,53 @@ def _taken_apart(source: str) -> tuple[str, list[str], list[str]]:
                 break
     parts = _GROUP.split(body)
     if any(re.search(r"(?<!\\)[()|]", text) for text in parts[0::2]):
-        raise CannotSayError(f"The pattern {source!r} is not made of text and plain groups")
+        raise _InexpressibleError(f"The pattern {source!r} is not made of text and plain groups")
     return avoided, parts[0::2], parts[1::2]
 
 
 def _texts_of(target: str, count: int) -> list[str]:
-    """Take a replacement apart: the texts around its references, which must be to all captures in order."""
+    """Split a replacement into the texts around its references, which must be to all captures in order."""
     texts, numbers = [""], []
     for token in tokens_of(target):
         if isinstance(token, str):
             texts[-1] += token
         else:
-            numbers.append(token if isinstance(token, int) else token.groups[0])
+            numbers.append(groups_of(token)[0])
             texts.append("")
     if numbers != list(range(1, count + 1)):
-        raise CannotSayError(f"The replacement {target!r} does not take all that is captured in order")
+        raise _InexpressibleError(f"The replacement {target!r} does not refer to all captures in order")
     return texts
 
 
 def _may_meet(first: Collection[str], second: Collection[str]) -> bool:
-    """Tell whether some key may begin in both ways; a key that ends there ends with a line break."""
+    """True if some key may begin in both ways; a key that ends there ends with a line break."""
     return any(one.startswith(other) or other.startswith(one) for one in first for other in second)
 
 
 def _taken(source: str) -> frozenset[str]:
-    """List how the keys begin that a pattern takes, with # for any number; the empty text where that is too hard."""
+    """List the beginnings of the keys that a pattern takes, with # for numbers; the empty text where they are open."""
     try:
         _, texts, groups = _taken_apart(source)
-    except CannotSayError:
+    except _InexpressibleError:
         return frozenset({""})
     texts = [*texts[:-1], texts[-1].removesuffix("$") + "\n"] if texts[-1].endswith("$") else texts
     plain = [re.sub(r"\\(.)", r"\1", text) for text in texts]
     return _filled(plain, groups) if not any(map(_SPECIAL.search, texts)) else frozenset({""})
 
 
-def _given(step: Step) -> frozenset[str]:
-    """List how the keys begin that a step makes."""
+def _given(step: _Step) -> frozenset[str]:
+    """List the beginnings of the keys that a step makes."""
     try:
         _, texts, groups = _taken_apart(step.source)
         others = _texts_of(step.target or "", len(groups))
-    except CannotSayError:
+    except _InexpressibleError:
         return frozenset({""})
     return _filled([*others[:-1], others[-1] + ("\n" if texts[-1].endswith("$") else "")], groups)
 
 
 def _filled(texts: Sequence[str], groups: Sequence[str]) -> frozenset[str]:
     choices = [["#"] if group == r"\d+" else group.split("|") for group in groups]
-    if prod(map(len, choices)) > _MOST or any(
+    if prod(map(len, choices)) > _MAX_CHOICES or any(
         _SPECIAL.search(word) for words in choices for word in words if word != "#"
     ):
         return frozenset({""})
@@ -218,3 +222,157 @@ def _filled(texts: Sequence[str], groups: Sequence[str]) -> frozenset[str]:
 
 def _body(source: str) -> str:
     return re.sub(r"(?<!\\)\((?!\?)", "(?:", source.removeprefix("^"))
+
+
+def conversions(rules: Sequence[Rule]) -> list[WeightRenaming | WeightConverter]:
+    """Write rules as objects of transformers; see ``Rules.to_transformers``."""
+    try:
+        import transformers
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError as error:
+        raise DependencyError(
+            "WeightRenaming and WeightConverter are transformers' own, from version 5 on, which is not installed. "
+            + _HINT
+        ) from error
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 6):
+        raise DependencyError(
+            f"transformers {transformers.__version__} renames every occurrence of the text that a pattern matches, "
+            f"not only the first. {_HINT}"
+        )
+    steps: list[_Step] = []
+    converters: list[WeightConverter] = []
+    refused: list[str] = []
+    for number, rule in enumerate(rules):
+        try:
+            if rule.has_arithmetic:
+                raise _InexpressibleError("numbers in names are computed")
+            if rule.renames:
+                own = [_step_of(rule)]
+            else:
+                own, converter = _converted(rule, number)
+                converters.append(converter)
+            for step in own:
+                _one_by_one(step, "")  # raises an error unless it can be expressed
+            steps += own
+        except _InexpressibleError as error:
+            refused.append(f"  {rule}  ({error})")
+    if refused:
+        raise RulesError(
+            f"{len(refused)} of {len(rules)} rules cannot be expressed as transformers' conversions. Nothing was "
+            "exported. Use to_python, or apply.\n" + "\n".join(refused)
+        )
+    renamings = [WeightRenaming(*renaming) for renaming in _in_order(steps, _one_by_one)]
+    return [*renamings, *converters]
+
+
+def _converted(rule: Rule, number: int) -> tuple[list[_Step], WeightConverter]:
+    """Write a rule with an operation: renamings to placeholders, and what converts those."""
+    from transformers.core_model_loading import WeightConverter
+
+    fronts, words = zip(*map(_parted, rule.targets), strict=True)
+    if len(set(fronts)) > 1 or not all(words) or len(set(words)) < len(words):
+        raise _InexpressibleError("its targets differ in more than their last words")
+    placeholders = [f"~{number}_{place}~" for place in range(len(rule.sources))]
+    steps = [
+        _Step(source.replace(_LIST, r"\d+"), fronts[0] + placeholder)
+        for source, placeholder in zip(rule.sources, placeholders, strict=True)
+    ]
+    return steps, WeightConverter(placeholders, list(words), operations=list(_operations(rule)))
+
+
+def _parted(target: str) -> tuple[str, str]:
+    """Split a replacement after its last reference, or after its first word if it has none."""
+    tokens = tokens_of(target)
+    if isinstance(tokens[-1], str) and len(tokens) > 1:
+        words = tokens[-1]
+        return target[: len(target) - len(literal(words))], words
+    return ("", str(tokens[0])) if isinstance(tokens[0], str) else (target, "")
+
+
+def _operations(rule: Rule) -> Iterator[ConversionOps]:
+    """Write the operations of a rule as transformers'."""
+    from transformers import core_model_loading as theirs
+
+    operations = [operation for _, operation in rule.fills]
+    if len(rule.sources) > 1 or _LIST in rule.sources[0]:
+        if len(operations) > 1:
+            raise _InexpressibleError("several tensors make several")
+        yield from _joining(steps_of(operations[0]), _LIST in rule.sources[0], len(rule.sources))
+        return
+    if len(operations) == 1:
+        for step in steps_of(operations[0]):
+            yield theirs.Transpose(*_turn(step))
+        return
+    steps = [steps_of(operation) for operation in operations]
+    shared = steps[0][:-1]
+    if any(own[:-1] != shared for own in steps):
+        raise _InexpressibleError("its parts are laid out in different ways")
+    for step in shared:
+        yield theirs.Transpose(*_turn(step))
+    last = [own[-1] for own in steps]
+    if parts := equal_parts(last):
+        yield theirs.Chunk(parts.dim)
+        return
+    dim = _uneven(last)
+    if not hasattr(theirs, "Split"):
+        raise _InexpressibleError("its parts differ in size, which transformers splits from version 5.20 on")
+    yield theirs.Split(dim)
+
+
+def _joining(steps: Sequence[Operation], listed: bool, count: int) -> Iterator[ConversionOps]:
+    """Write the operations that join tensors; transformers stacks those of a list, and orders others by pattern."""
+    from transformers import core_model_loading as theirs
+
+    match list(steps):
+        case [Concatenate(dim)] if not listed or count == 1:
+            yield theirs.Concatenate(dim)
+        case [Transpose(), Concatenate(dim)] if not listed:  # the other way around, since a turn takes one tensor
+            yield theirs.Concatenate(1 - dim)
+            yield theirs.Transpose(0, 1)
+        case [Concatenate(dim), *turns] if not listed:
+            yield theirs.Concatenate(dim)
+            for step in turns:
+                yield theirs.Transpose(*_turn(step))
+        case [Stack(dim)] if listed and count == 1:
+            yield theirs.MergeModulelist(dim)
+        case [Transpose(), Stack(0)] if listed and count == 1:
+            yield theirs.MergeModulelist(0)
+            yield theirs.Transpose(1, 2)
+        case [Grouped(size, Concatenate(dim)), Stack(along)] if listed and size == count:
+            yield theirs.MergeModulelist(along)
+            yield theirs.Concatenate(dim + (dim >= along))
+        case [Transpose(), Grouped(size, Concatenate(dim)), Stack(0)] if listed and size == count:
+            yield theirs.MergeModulelist(0)
+            yield theirs.Concatenate(2 - dim)
+            yield theirs.Transpose(1, 2)
+        case _:
+            raise _InexpressibleError("what joins its tensors has no counterpart")
+
+
+def _turn(step: Operation) -> tuple[int, int]:
+    """Return the two dimensions that a step exchanges."""
+    if isinstance(step, Transpose):
+        return 0, 1
+    if isinstance(step, Permute):
+        moved = [place for place, dim in enumerate(step.dims) if place != dim]
+        if len(moved) == 2:
+            return moved[0], moved[1]
+    raise _InexpressibleError(f"'{step}' has no counterpart")
+
+
+def _uneven(operations: Sequence[Operation]) -> int:
+    """Return the dimension that is split into consecutive parts of the model's sizes."""
+    end = 0
+    dims = set()
+    for operation in operations:
+        if not isinstance(operation, Sized) or not isinstance(operation.operation, Split):
+            raise _InexpressibleError(f"'{operation}' has no counterpart")
+        split = operation.operation
+        dims.add(split.dim)
+        if split.start != end or len(dims) > 1:
+            raise _InexpressibleError("its parts do not follow one another")
+        end += split.length
+        size = operation.shapes[0][split.dim]
+    if end != size:
+        raise _InexpressibleError("its parts are not all of a tensor")
+    return dims.pop()

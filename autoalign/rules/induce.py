@@ -1,4 +1,9 @@
-r"""Wording: rules that differ in one word only, which stays as it is, become one rule that captures the word."""
+r"""The shortest ordered list of rules for a plan.
+
+Drafts of rules for whole keys stand in a tree of the keys' parts. A dynamic program over the tree finds the fewest
+rules of which the first that matches a key is right for it. Then rules that differ in one word only, which they keep,
+become one rule that captures the word. The result is applied to the plan's own shapes and corrected where it differs.
+"""
 
 from __future__ import annotations
 
@@ -9,85 +14,33 @@ from dataclasses import dataclass, field, replace
 
 from autoalign.plan.keys import LEVELS
 from autoalign.plan.matches import Match, Plan
-from autoalign.rules.rule import REFERENCE, Rule, reference
-from autoalign.rules.rule_drafts import Draft, Parts, drafts_of, spelled_out
+from autoalign.plan.operations import Shape
+from autoalign.rules.generalise import Draft, Move, Parts, drafts_of, moves_of, spelled_out
+from autoalign.rules.replacement import REFERENCE, reference
+from autoalign.rules.rule import Rule
 from autoalign.rules.rules import Rules
-from autoalign.rules.tensor_moves import Move, moves_of
 
+_END = "$"  # stands for the end of a key in the tree
+_MAX_CORRECTIONS = 4
+_IMPOSSIBLE = 1_000_000  # rules
+_NUMBERS = re.compile(r"\(\d+(?:\|\d+)*\)|(?<![\d|(])\d+(?![\d|)])")  # particular ones, in a part of a pattern
 _WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]+(?![A-Za-z(])|(?<=\\\.)[A-Za-z]+(?![A-Za-z(])")
-_LONGEST = 1000  # characters of a pattern that is joined with others
-_MOST = 8  # words in one rule; more would be no easier to read than several rules
+_MAX_PATTERN = 1000  # characters of one that is joined with others
+_MAX_WORDS = 8  # in one rule; more would be no easier to read than several rules
+
+_Way = tuple[int, Parts] | None  # replace the first parts of a key by these, or drop the key
+_START: _Way = (0, ())
+_NO_WAY: _Way = (-1, ())  # where the rule above a node comes too late for it
 _Frame = tuple[str, str, str | None, str]  # a pattern around a word, and a replacement around it; None: dropped
 
 
-def worded(rules: Sequence[Rule]) -> list[Rule]:
-    r"""Join rules of one pattern and one replacement that differ in a word.
-
-    >>> rules = [Rule((rf"^attn\.{word}\.",), (f"attention.{word}_proj.",)) for word in "qkv"]
-    >>> print(*worded(rules))
-    ^attn\.(q|k|v)\. -> attention.\1_proj.
-    """
-    result = list(rules)
-    while True:
-        groups: dict[tuple[_Frame, Rule], list[tuple[int, str]]] = {}
-        for place, rule in enumerate(result):
-            for frame, word in _frames(rule):
-                groups.setdefault((frame, Rule((), (), rule.operations, tied=rule.tied)), []).append((place, word))
-        joined = max(groups.items(), key=lambda item: len(item[1]), default=None)
-        if joined is None or len(joined[1]) < 2:
-            return result
-        (frame, shared), members = joined
-        members = members[:_MOST]
-        written = _written(frame, [word for _, word in members])
-        last = members[-1][0]
-        result[last] = Rule((written[0],), written[1], shared.operations, tied=shared.tied)
-        for place, _ in reversed(members[:-1]):
-            del result[place]
-
-
-def _frames(rule: Rule) -> Iterator[tuple[_Frame, str]]:
-    """Yield the words that a rule keeps, with what stands around each."""
-    if len(rule.sources) != 1 or len(rule.targets) > 1 or len(rule.sources[0]) > _LONGEST:
-        return
-    (source,) = rule.sources
-    for found in _WORD.finditer(source):
-        word, first, last = found[0], source[: found.start()], source[found.end() :]
-        if not rule.targets:
-            yield (first, last, None, ""), word
-        for target in rule.targets:
-            for other in re.finditer(rf"(?<![A-Za-z]){word}(?![A-Za-z])", target):
-                before, after = target[: other.start()], target[other.end() :]
-                if before.count("{") == before.count("}"):
-                    yield (first, last, before, after), word
-
-
-def _written(frame: _Frame, words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    first, last, before, after = frame
-    source = f"{first}({'|'.join(words)}){last}"
-    if before is None:
-        return source, ()
-    group = len(re.findall(r"(?<!\\)\((?!\?:)", first)) + 1
-    moved = [
-        REFERENCE.sub(lambda found: f"\\{int(found[1]) + (int(found[1]) >= group)}", text) for text in (before, after)
-    ]
-    return source, (f"{moved[0]}{reference(group, moved[1])}{moved[1]}",)
-
-
-_END = "$"  # stands for the end of a key in the tree
-_NEVER = 1_000_000  # rules
-_NUMBERS = re.compile(r"\(\d+(?:\|\d+)*\)|(?<![\d|(])\d+(?![\d|)])")  # particular ones, in a part of a pattern
-_Way = tuple[int, Parts] | None  # rewrite the first parts of a key to these, or drop the key
-_START: _Way = (0, ())
-_NO_WAY: _Way = (-1, ())  # where the rule above a node comes too late for it
-
-
-def induced(alignment: Plan) -> Rules:
-    """Find the rules of an alignment; see ``Alignment.rules``."""
-    moves, kept = moves_of(alignment)
+def induced(plan: Plan) -> Rules:
+    """Find the rules of a plan; see ``Alignment.rules``."""
+    moves, kept = moves_of(plan)
     notes = _notes(kept)
     drafts = [_shallow(draft) for draft in drafts_of(moves)]
-    shapes = {spec.key: spec.shape for spec in alignment.source_specs}
-    wanted = {match.target: match for match in alignment.matches if match not in kept}
+    shapes = {spec.key: spec.shape for spec in plan.source_specs}
+    wanted = {match.target: match for match in plan.matches if match not in kept}
     best: Rules | None = None
     for shorten in (True, False):
         rules = ordered(drafts, shorten=shorten)
@@ -103,7 +56,7 @@ def induced(alignment: Plan) -> Rules:
 
 
 def _shallow(draft: Draft) -> Draft:
-    """Leave the first parts of keys together where there are more than are told apart."""
+    """Leave the first parts of keys of more than ``LEVELS`` parts together."""
 
     def joined(parts: Parts, dot: str) -> Parts:
         beyond = len(parts) - LEVELS
@@ -129,20 +82,20 @@ def _stays(move: Move) -> bool:
 
 
 def _corrected(
-    rules: Sequence[Rule], moves: Sequence[Move], shapes: dict[str, tuple[int, ...]], wanted: dict[str, Match]
+    rules: Sequence[Rule], moves: Sequence[Move], shapes: dict[str, Shape], wanted: dict[str, Match]
 ) -> Rules | None:
-    """Spell out, before all rules, what they get wrong; None where that does not mend it."""
+    """Spell out, before all rules, what they get wrong; None where that does not correct it."""
     extra: dict[tuple[str, ...], Rule] = {}
     of_key = {key: move for move in moves for key in move.keys}
-    for _ in range(4):
+    for _ in range(_MAX_CORRECTIONS):
         result = Rules((*extra.values(), *rules))
         made, problems = result.attempt(shapes)
         got = {match.target: match for match in made}
         wrong = set(problems)
         for target in got.keys() | wanted.keys():
-            first, second = got.get(target), wanted.get(target)
-            if first is None or second is None or not _same(first, second):
-                wrong.update(key for match in (first, second) if match is not None for key in match.sources)
+            pair = [match for match in (got.get(target), wanted.get(target)) if match is not None]
+            if len(pair) < 2 or (pair[0].sources, pair[0].operation) != (pair[1].sources, pair[1].operation):
+                wrong.update(key for match in pair for key in match.sources)
         if not wrong:
             used = {id(result.rule_of(key)) for key in shapes}
             return Rules(tuple(rule for rule in result.rules if id(rule) in used))
@@ -151,10 +104,6 @@ def _corrected(
         if len(extra) == before:
             return None
     return None
-
-
-def _same(first: Match, second: Match) -> bool:
-    return first.sources == second.sources and first.operation == second.operation
 
 
 def _rule(draft: Draft) -> Rule:
@@ -177,7 +126,7 @@ class _Node:
     depth: int
     children: dict[str, _Node] = field(default_factory=dict)
     leaf: Draft | None = None
-    own: list[Rule] = field(default_factory=list)  # with operations, which stand at the first source's place
+    own: list[Rule] = field(default_factory=list)  # those with operations, at the node of their first source
     costs: dict[_Way, tuple[int, _Way]] = field(default_factory=dict)
 
     def walk(self) -> Iterator[_Node]:
@@ -228,12 +177,11 @@ def _shortened(draft: Draft) -> tuple[Rule, Parts]:
     count = 0
     shortest = min(map(len, (*draft.sources, *draft.targets)))
     first = draft.sources[0]
-    while count + 1 < shortest:
+    while count + 1 < shortest and "(" not in first[-count - 1]:
         place = -count - 1
-        same = all(source[place] == first[place] for source in draft.sources) and all(
-            target[place] == draft.plain[place] for target in draft.targets
-        )
-        if not same or "(" in first[place]:
+        if {source[place] for source in draft.sources} != {first[place]}:
+            break
+        if {target[place] for target in draft.targets} != {draft.plain[place]}:
             break
         count += 1
     if not count:
@@ -244,13 +192,12 @@ def _shortened(draft: Draft) -> tuple[Rule, Parts]:
 
 
 def _ways(node: _Node) -> list[_Way]:
-    """List the ways in which a rule at a node would be right for some key below it."""
+    """List the ways of a rule at a node that would be right for some key below it."""
     below_it = list(node.walk())
     ways: dict[_Way, None] = {}
-    if not any(below.own or (below.leaf and below.leaf.targets) for below in below_it) and node.children.keys() != {
-        _END
-    }:
-        ways[None] = None  # what is dropped is said exactly, or a sibling's tensors would vanish unseen
+    is_dropped = not any(below.own or (below.leaf and below.leaf.targets) for below in below_it)
+    if is_dropped and node.children.keys() != {_END}:
+        ways[None] = None  # the whole key is named, or a sibling's tensors would be dropped unseen
     for below in below_it:
         if below.leaf is None or not below.leaf.targets:
             continue
@@ -279,7 +226,7 @@ def _right(way: _Way, draft: Draft) -> bool:
 
 
 def _cost(node: _Node, way: _Way) -> int:
-    """Count the rules that are needed at a node and below it, where a rule above it does ``way``."""
+    """Count the rules needed at a node and below it, where a rule above it has the way ``way``."""
     if way in node.costs:
         return node.costs[way][0]
     best, choice = _below(node, way, way), way
@@ -294,12 +241,12 @@ def _cost(node: _Node, way: _Way) -> int:
 
 
 def _below(node: _Node, way: _Way, above: _Way) -> int:
-    own = 0 if node.leaf is None or _right(way, node.leaf) else _NEVER
+    own = 0 if node.leaf is None or _right(way, node.leaf) else _IMPOSSIBLE
     return own + sum(_cost(child, _inherited(node, part, way, above)) for part, child in node.children.items())
 
 
 def _inherited(node: _Node, part: str, way: _Way, above: _Way) -> _Way:
-    """Tell what the keys below a child get: nothing from here if rules of a more general sibling come before.
+    """Return the way that holds for the keys below a child; none if rules of a more general sibling come before.
 
     A key that ends at a node is not taken by the node's own rule, whose pattern ends with a dot.
     """
@@ -328,3 +275,56 @@ def _emitted(node: _Node, way: _Way, parts: Parts) -> list[Rule]:
             targets = (head if complete or not head else f"{head}.",)
         result.append(Rule((f"^{pattern}",), targets))
     return result
+
+
+def worded(rules: Sequence[Rule]) -> list[Rule]:
+    r"""Join rules of one pattern and one replacement that differ in a word.
+
+    >>> rules = [Rule((rf"^attn\.{word}\.",), (f"attention.{word}_proj.",)) for word in "qkv"]
+    >>> print(*worded(rules))
+    ^attn\.(q|k|v)\. -> attention.\1_proj.
+    """
+    result = list(rules)
+    while True:
+        groups: dict[tuple[_Frame, Rule], list[tuple[int, str]]] = {}
+        for place, rule in enumerate(result):
+            for frame, word in _frames(rule):
+                groups.setdefault((frame, Rule((), (), rule.operations, tied=rule.tied)), []).append((place, word))
+        joined = max(groups.items(), key=lambda item: len(item[1]), default=None)
+        if joined is None or len(joined[1]) < 2:
+            return result
+        (frame, shared), members = joined
+        members = members[:_MAX_WORDS]
+        written = _written(frame, [word for _, word in members])
+        last = members[-1][0]
+        result[last] = Rule((written[0],), written[1], shared.operations, tied=shared.tied)
+        for place, _ in reversed(members[:-1]):
+            del result[place]
+
+
+def _frames(rule: Rule) -> Iterator[tuple[_Frame, str]]:
+    """Yield the words that a rule keeps, with the texts around each."""
+    if len(rule.sources) != 1 or len(rule.targets) > 1 or len(rule.sources[0]) > _MAX_PATTERN:
+        return
+    (source,) = rule.sources
+    for found in _WORD.finditer(source):
+        word, first, last = found[0], source[: found.start()], source[found.end() :]
+        if not rule.targets:
+            yield (first, last, None, ""), word
+        for target in rule.targets:
+            for other in re.finditer(rf"(?<![A-Za-z]){word}(?![A-Za-z])", target):
+                before, after = target[: other.start()], target[other.end() :]
+                if before.count("{") == before.count("}"):
+                    yield (first, last, before, after), word
+
+
+def _written(frame: _Frame, words: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    first, last, before, after = frame
+    source = f"{first}({'|'.join(words)}){last}"
+    if before is None:
+        return source, ()
+    group = len(re.findall(r"(?<!\\)\((?!\?:)", first)) + 1
+    moved = [
+        REFERENCE.sub(lambda found: f"\\{int(found[1]) + (int(found[1]) >= group)}", text) for text in (before, after)
+    ]
+    return source, (f"{moved[0]}{reference(group, moved[1])}{moved[1]}",)

@@ -1,7 +1,7 @@
-r"""Rules: an ordered list of regex renamings and operations, which turns a state dict into another without matching.
+"""Rules: an ordered list of regex renamings and operations that converts a state dict without matching.
 
-The first rule whose pattern matches the beginning of a key takes the key, once; what a pattern leaves over of a key is
-kept at the end of the new one. A key that no rule takes keeps its name. See ``autoalign.rules.rule`` for replacements.
+The first rule whose pattern matches the beginning of a key takes the key, once; what follows the pattern in a key is
+kept at the end of the new one. A key that no rule takes keeps its name.
 """
 
 from __future__ import annotations
@@ -10,36 +10,29 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from autoalign.errors import InputError, PatternError, RulesError
-from autoalign.plan import serialization as serial
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy, Shape
 from autoalign.plan.patterns import TimeLimit, compiled
 from autoalign.plan.quantised import ADVICE, groups_of
+from autoalign.plan.serialization import integer, items, parsed, texts
 from autoalign.plan.specs import specs_of
-from autoalign.rules.rule import (
-    _SHOWN_TEXT,
-    SLICE,
-    Rule,
-    _check,
-    _Instance,
-    _made,
-    _rule_from_plain,
-    number_of,
-)
+from autoalign.rules.replacement import SLICE, number_of
+from autoalign.rules.rule import KeyGroup, Rule, check_rule, matches_of, rule_from_plain, rule_to_plain
 
 if TYPE_CHECKING:
     import regex
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 VERSION = 1
-_SHOWN_PROBLEMS = 5  # problems that an error lists
-_WIDTH = 70  # of the patterns' column, before it is given up
-_TRIED = 0.1  # seconds for each pattern where all together take too long
+_MAX_PROBLEMS = 5  # that an error lists
+_MAX_SHOWN = 200  # characters of what is not JSON of rules
+_MAX_WIDTH = 70  # of the patterns' column, before it is given up
+_SECONDS_PER_PATTERN = 0.1  # to find the one that takes long
 _UNDONE = "Nothing was converted."
 
 
@@ -63,14 +56,14 @@ class Rules:
         if not isinstance(self.rules, tuple) or not all(isinstance(rule, Rule) for rule in self.rules):
             raise InputError(f"Rules are a tuple of Rule, and not this {type(self.rules).__name__}.")
         for rule in self.rules:
-            _check(rule)
+            check_rule(rule)
 
     def __len__(self) -> int:
         return len(self.rules)
 
     @cached_property
     def _patterns(self) -> dict[int, tuple[Rule, int, regex.Pattern[str]]]:
-        """Each pattern with its rule and its place there, by the number of the group after it in ``_any``."""
+        """Each pattern with its rule and place there, by the number of the group after it in ``_any``."""
         found, group = {}, 0
         for rule in self.rules:
             for place, source in enumerate(rule.sources):
@@ -81,24 +74,24 @@ class Rules:
 
     @cached_property
     def _any(self) -> regex.Pattern[str]:
-        """All patterns as one: the last group that takes part in a match tells which of them matched."""
+        """All patterns as one: the last group of a match identifies the pattern that matched."""
         sources = (source for rule in self.rules for source in rule.sources)
         return compiled("|".join(f"(?:{source.replace(f'(?P<{SLICE}>', '(')})()" for source in sources))
 
     def _taken(self, key: str, limit: TimeLimit) -> tuple[Rule, int, regex.Pattern[str]] | None:
-        """Tell which pattern of which rule takes a key."""
+        """Find the pattern that takes a key."""
         if not self.rules:
             return None
         try:
             match = limit.match(self._any, key)
         except PatternError:
             for _, _, pattern in self._patterns.values():
-                TimeLimit(0, _UNDONE, seconds=_TRIED).match(pattern, key)  # names the one that takes long
+                TimeLimit(0, _UNDONE, seconds=_SECONDS_PER_PATTERN).match(pattern, key)  # names the one that takes long
             raise
         return None if match is None else self._patterns[match.lastindex or 0]
 
     def rule_of(self, key: str) -> Rule | None:
-        r"""Tell which rule takes a key; None for a key that keeps its name.
+        r"""Find the rule that takes a key; None for a key that keeps its name.
 
         >>> print(Rules((Rule((r"^old\.",), ("new.",)),)).rule_of("old.weight"))
         ^old\. -> new.
@@ -109,7 +102,7 @@ class Rules:
         return None if taken is None else taken[0]
 
     def plan(self, shapes: Mapping[str, Shape]) -> list[Match]:
-        r"""Say what becomes of tensors of the given shapes.
+        r"""Compute what becomes of tensors of the given shapes.
 
         >>> from autoalign.plan.operations import Concatenate
         >>> rules = Rules((Rule((r"^q\.", r"^k\."), ("qk.",), (Concatenate(0),)),))
@@ -117,7 +110,7 @@ class Rules:
         [('qk.b', ('q.b', 'k.b'), 'concatenate(dim 0)')]
 
         Returns:
-            For each tensor that results its name, its sources, and the operation in absolute sizes.
+            A match for each resulting tensor, whose operation has absolute sizes.
 
         Raises:
             RulesError: The rules do not hold here: a part is missing, a size does not fit, two tensors get one name.
@@ -126,16 +119,16 @@ class Rules:
             raise InputError(f"Expected a mapping of keys to shapes, not {type(shapes).__name__}. {_UNDONE}")
         matches, problems = self.attempt(shapes)
         if problems:
-            texts = list(dict.fromkeys(problems.values()))
-            more = [f"... and {len(texts) - _SHOWN_PROBLEMS} more"] if len(texts) > _SHOWN_PROBLEMS else []
-            listed = "\n  ".join([*texts[:_SHOWN_PROBLEMS], *more])
+            lines = list(dict.fromkeys(problems.values()))
+            more = [f"... and {len(lines) - _MAX_PROBLEMS} more"] if len(lines) > _MAX_PROBLEMS else []
+            listed = "\n  ".join([*lines[:_MAX_PROBLEMS], *more])
             raise RulesError(f"The rules do not hold for this state dict. Nothing was converted.\n  {listed}")
         return matches
 
     def attempt(self, shapes: Mapping[str, Shape]) -> tuple[list[Match], dict[str, str]]:
-        """Do as ``plan`` does, and give the keys that nothing is made of, with the reasons, instead of raising."""
-        found: dict[tuple[int, tuple[str | None, ...], str], _Instance] = {}
-        planned: list[Match | tuple[Rule, _Instance]] = []
+        """Do as ``plan`` does, but return the problems by key instead of raising."""
+        groups: dict[tuple[int, tuple[str | None, ...], str], KeyGroup] = {}
+        planned: list[Match | tuple[Rule, KeyGroup]] = []
         problems: dict[str, str] = {}
         limit = TimeLimit(len(shapes), _UNDONE)
         for key in shapes:
@@ -150,27 +143,28 @@ class Rules:
             assert match is not None
             captured, member = list(match.groups()), -1
             if SLICE in pattern.groupindex:
+                slot = pattern.groupindex[SLICE] - 1
                 try:
-                    member = number_of(captured[pattern.groupindex[SLICE] - 1] or "")
+                    member = number_of(captured[slot] or "")
                 except InputError as error:
                     problems[key] = f"{key}: {error} ({rule})"
                     continue
-                captured[pattern.groupindex[SLICE] - 1] = None
+                captured[slot] = None
             identity = id(rule), tuple(captured), key[match.end() :]
-            if identity not in found:
-                found[identity] = _Instance(identity[1], identity[2], [{} for _ in rule.sources])
-                planned.append((rule, found[identity]))
-            found[identity].keys[place][member] = key
+            if identity not in groups:
+                groups[identity] = KeyGroup(*identity[1:], [{} for _ in rule.sources])
+                planned.append((rule, groups[identity]))
+            groups[identity].keys[place][member] = key
         matches: dict[str, Match] = {}
         for item in planned:
             if isinstance(item, Match):
                 made = [item]
             else:
-                rule, instance = item
+                rule, group = item
                 try:
-                    made = _made(rule, instance, shapes)
-                except (InputError, IndexError, RuntimeError, ValueError) as error:  # what torch says of a wrong rank
-                    keys = [key for of in instance.keys for key in of.values()]
+                    made = matches_of(rule, group, shapes)
+                except (InputError, IndexError, RuntimeError, ValueError) as error:  # torch's, about a wrong rank
+                    keys = [key for of in group.keys for key in of.values()]
                     problems.update(dict.fromkeys(keys, f"{', '.join(keys)}: {error} ({rule})"))
                     continue
             for each in made:
@@ -210,7 +204,7 @@ class Rules:
             tensors = [state_dict[key] for key in match.sources]
             try:
                 (result[match.target],) = match.operation.apply(tensors)
-            except (RuntimeError, IndexError, TypeError, ValueError) as error:  # what torch says of dtypes and devices
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:  # torch's, about dtypes and devices
                 made = f"{match.target} = {match.operation} of {', '.join(match.sources)}"
                 raise RulesError(
                     f"The rules do not hold for this state dict. Nothing was converted.\n  {made}: {error}"
@@ -219,13 +213,9 @@ class Rules:
 
     def to_json(self) -> str:
         """Write the rules as JSON, for ``from_json``."""
-        rules: list[dict[str, Any]] = []
-        for rule in self.rules:
-            data: dict[str, Any] = {"sources": list(rule.sources), "targets": list(rule.targets)}
-            if rule.operations:
-                data["operations"] = [serial.to_plain(operation) for operation in rule.operations]
-            rules.append(data | ({"tied": True} if rule.tied else {}))
-        return json.dumps({"version": VERSION, "rules": rules, "notes": list(self.notes)}, indent=1)
+        return json.dumps(
+            {"version": VERSION, "rules": list(map(rule_to_plain, self.rules)), "notes": list(self.notes)}, indent=1
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Rules:
@@ -236,30 +226,30 @@ class Rules:
         True
 
         Raises:
-            InputError: The text is not JSON of rules, has another version, or a field is not of its type and range.
+            InputError: The text is not JSON of rules, has another version, or a field has a wrong type or range.
             PatternError: A pattern or a replacement is malformed.
         """
         try:
-            data = serial.parsed(text)
-            version = serial.integer(data["version"])
+            data = parsed(text)
+            version = integer(data["version"])
             if version != VERSION:
                 raise InputError(
                     f"These rules have version {version}; this autoalign reads {VERSION}. Nothing was read."
                 )
-            return cls(tuple(map(_rule_from_plain, serial.items(data["rules"]))), serial.texts(data["notes"]))
+            return cls(tuple(map(rule_from_plain, items(data["rules"]))), texts(data["notes"]))
         except InputError:
             raise
         except PatternError as error:
             raise PatternError(f"{error} Nothing was read.") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            shown = str(error)[:_SHOWN_TEXT]
+            shown = str(error)[:_MAX_SHOWN]
             raise InputError(f"This is not JSON of autoalign's rules: {shown}. Nothing was read.") from error
 
     def to_key_mapping(self) -> dict[str, str]:
-        """Export as the ``key_mapping`` of transformers' ``from_pretrained``, which ``align`` takes as ``rules`` too.
+        """Export as the ``key_mapping`` of transformers' ``from_pretrained``; ``align`` accepts it as ``rules``.
 
-        It renames only: dropped tensors keep a name that the model does not have, or the one they have. Of the
-        versions 5 it is for 5.6 and later: earlier ones rename each place where the text that a pattern matches occurs.
+        It only renames: dropped tensors keep their names, or get one that the model does not have. Of the versions 5 it
+        is for 5.6 and later: earlier ones rename every occurrence of the text that a pattern matches.
 
         Raises:
             RulesError: Some rules do more than rename; they are named.
@@ -282,10 +272,10 @@ class Rules:
         """Export as ``WeightRenaming`` and ``WeightConverter`` objects of transformers 5.6 and later.
 
         Raises:
-            RulesError: Some rules are more than those can say; they are named.
+            RulesError: Some rules cannot be expressed so; they are named.
             DependencyError: transformers 5.6 or later is not installed.
         """
-        from autoalign.rules.export_transformers import conversions
+        from autoalign.rules.export_renamings import conversions
 
         return conversions(self.rules)
 
@@ -294,7 +284,7 @@ class Rules:
 
         Raises:
             RulesError: Some rules hold operations that have no short form in Python; they are named.
-            InputError: The name is no identifier.
+            InputError: The name is not an identifier.
         """
         from autoalign.rules.export_python import source_of
 
@@ -302,5 +292,5 @@ class Rules:
 
     def __str__(self) -> str:
         sides = [rule.sides for rule in self.rules]
-        width = min(max((len(first) for first, _ in sides), default=0), _WIDTH)
+        width = min(max((len(first) for first, _ in sides), default=0), _MAX_WIDTH)
         return "\n".join([*(f"{first:<{width}} -> {rest}" for first, rest in sides), *self.notes])

@@ -1,8 +1,8 @@
-"""Operations without sizes: what a rule says of a whole family of networks, however wide each is.
+"""Operations without absolute sizes, which hold for networks of any width.
 
-The operations of a match hold the sizes of its own tensors. Here the same is said relative to the shapes that come in:
-``the second of three equal parts`` instead of ``rows 768 to 1536``. ``exact`` turns it back for given shapes. Where
-sizes cannot be left out, ``Sized`` keeps them and refuses any others.
+The operations of a match hold the sizes of its own tensors. The ones here are relative to the shapes of their inputs:
+"the second of three equal parts" instead of "rows 768 to 1536". ``size_free`` finds them from examples, and ``exact``
+turns them back for given shapes. Where sizes are needed, ``Sized`` keeps them and refuses any others.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ from autoalign.plan.operations import (
     Trace,
     Unstack,
     chain,
+    in_parallel,
     output_shapes,
     steps_of,
 )
+from autoalign.plan.regions import reshape_groups
+
+_MAX_ROLES = 3  # a leading size up to this may be a number of roles (q, k, v; two halves; colours), not of heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class Relative(Operation, ABC):
 
     @abstractmethod
     def exact(self, shapes: Sequence[Shape]) -> Operation:
-        """Say the same for inputs of the given shapes."""
+        """Return the same operation for inputs of the given shapes, with absolute sizes."""
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.exact([tuple(tensor.shape) for tensor in tensors]).apply(tensors)
@@ -50,7 +54,7 @@ class Relative(Operation, ABC):
 
 @dataclass(frozen=True, slots=True)
 class Portion(Relative):
-    """The portion ``start : start + length`` of dimension ``dim``, which counts ``of``: one of three thirds.
+    """The parts ``start : start + length`` of dimension ``dim`` in ``of`` equal parts: the second third.
 
     >>> import torch
     >>> Portion(0, 1, 1, 2).apply([torch.arange(6)])
@@ -65,7 +69,7 @@ class Portion(Relative):
     takes_part = True
 
     def exact(self, shapes: Sequence[Shape]) -> Operation:
-        return _each([self._split(shape) for shape in shapes])
+        return in_parallel([self._split(shape) for shape in shapes])
 
     def _split(self, shape: Shape) -> Operation:
         unit, rest = divmod(shape[self.dim], self.of) if self.dim < len(shape) else (0, 1)
@@ -81,7 +85,7 @@ class Portion(Relative):
 
 @dataclass(frozen=True, slots=True)
 class Regroup(Relative):
-    """A reshape in terms of the dimensions that come in.
+    """A reshape in terms of the dimensions of its input.
 
     >>> print(Regroup(((0,), (1, 2))))
     reshape [d0, d1*d2]
@@ -90,10 +94,10 @@ class Regroup(Relative):
     torch.Size([2, 12])
     """
 
-    dims: tuple[tuple[int, ...] | int, ...]  # for each dimension those it is the product of, or a size; -1: the rest
+    dims: tuple[tuple[int, ...] | int, ...]  # for each dimension its factors, or a size; -1: the rest
 
     def exact(self, shapes: Sequence[Shape]) -> Operation:
-        return _each([self._reshape(shape) for shape in shapes])
+        return in_parallel([self._reshape(shape) for shape in shapes])
 
     def _reshape(self, shape: Shape) -> Operation:
         if len(shape) <= max((d for dim in self.dims if not isinstance(dim, int) for d in dim), default=-1):
@@ -127,7 +131,7 @@ class ZerosLike(Relative):
 
 @dataclass(frozen=True, slots=True)
 class Pick(Operation):
-    """Some of the inputs, by their places.
+    """Some of the inputs, by place.
 
     >>> Pick((1,)).apply(["a", "b"])
     ['b']
@@ -144,7 +148,7 @@ class Pick(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Each(Operation):
-    """Every slice of dimension ``dim`` in turn, each into a target of its own; ``at`` makes it one of them."""
+    """Every slice of dimension ``dim`` in turn, each into a target of its own; ``at`` selects one of them."""
 
     dim: int
 
@@ -159,7 +163,7 @@ class Each(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Sized(Relative):
-    """An operation that holds for some sizes only, and refuses tensors of others."""
+    """An operation that holds for some sizes only and refuses tensors of others."""
 
     shapes: tuple[Shape, ...]
     operation: Operation
@@ -181,7 +185,7 @@ class Sized(Relative):
 
 
 def exact(operation: Operation, shapes: Sequence[Shape]) -> Operation:
-    """Say what an operation does to inputs of the given shapes, in absolute sizes.
+    """Return what an operation does to inputs of the given shapes, with absolute sizes.
 
     >>> exact(Portion(0, 2, 1, 3), [(6, 5)])
     Split(dim=0, start=4, length=2)
@@ -213,28 +217,22 @@ def _exact(operation: Operation, shapes: tuple[Shape, ...]) -> Operation:
 
 
 def at(operation: Operation, index: int) -> Operation:
-    """Take one slice where an operation takes each.
+    """Replace ``Each`` by one slice.
 
     >>> at(Each(0), 2)
     Unstack(dim=0, index=2)
     """
-    steps = [Unstack(step.dim, index) if isinstance(step, Each) else step for step in steps_of(operation)]
-    return chain(*steps)
+    return chain(*(Unstack(step.dim, index) if isinstance(step, Each) else step for step in steps_of(operation)))
 
 
 def slice_count(operation: Operation, shapes: Sequence[Shape]) -> int | None:
-    """Tell how many slices ``Each`` takes of inputs of the given shapes; None for an operation without it."""
-    before: list[Operation] = []
-    for step in steps_of(operation):
+    """Count the slices that ``Each`` takes of inputs of the given shapes; None for an operation without it."""
+    steps = steps_of(operation)
+    for place, step in enumerate(steps):
         if isinstance(step, Each):
-            (shape,) = output_shapes(exact(chain(*before), shapes), shapes)
+            (shape,) = output_shapes(exact(chain(*steps[:place]), shapes), shapes)
             return shape[step.dim]
-        before.append(step)
     return None
-
-
-def _each(operations: Sequence[Operation]) -> Operation:
-    return operations[0] if len(set(operations)) == 1 else Parallel(tuple(operations))
 
 
 def _listed(shapes: Sequence[Shape]) -> str:
@@ -242,11 +240,10 @@ def _listed(shapes: Sequence[Shape]) -> str:
 
 
 Sample = tuple[Operation, tuple[Shape, ...]]  # an operation and the shapes of its inputs
-_COUNT = 3  # a leading size up to this may be a number of roles (q, k, v; two halves; colours) and not of heads
 
 
 def size_free(samples: Sequence[Sample], *, even: bool = False, spread: bool = False) -> Operation | None:
-    """Find one operation that does what each sample does, with as few absolute sizes as can be.
+    """Find one operation that does the same as each sample, with as few absolute sizes as possible.
 
     >>> print(size_free([(Split(0, 2, 2), ((6, 4),)), (Split(0, 5, 5), ((15, 4),))], even=True))
     part 2 of 3 (dim 0)
@@ -255,8 +252,8 @@ def size_free(samples: Sequence[Sample], *, even: bool = False, spread: bool = F
 
     Args:
         samples: At least one.
-        even: Whether parts are known to be equal; else they are only taken so where several sizes agree.
-        spread: Whether slices by ``Unstack`` stand for each slice in turn.
+        even: Parts are known to be equal; else they are only taken as such where several sizes agree.
+        spread: Slices by ``Unstack`` stand for each slice in turn.
 
     Returns:
         The operation, or None if there is no single one.
@@ -311,7 +308,7 @@ def size_free(samples: Sequence[Sample], *, even: bool = False, spread: bool = F
 
 
 def skeleton(operation: Operation) -> object:
-    """Leave the sizes out of an operation, to see whether two are of one kind."""
+    """Return an operation without its sizes, to compare the kinds of two."""
     match operation:
         case Chain(steps) | Parallel(steps):
             return type(operation), tuple(map(skeleton, steps))
@@ -342,46 +339,38 @@ def _portion(dim: int, splits: Sequence[tuple[Split, int]], *, even: bool) -> Op
 
 
 def _regroup(reshapes: Sequence[tuple[Sequence[Shape], Shape]]) -> Operation | None:
-    """Say each size of the result as a product of sizes that come in, as a constant, or as what is left."""
-    rows = []
-    for shapes, wanted in reshapes:
-        if len(set(shapes)) > 1:
-            return None
-        rows.append((shapes[0], wanted, _groups(shapes[0], wanted)))
-    if len({(len(shape), tuple(map(str, groups))) for shape, _, groups in rows}) > 1:
+    """Express each size of the result as a product of input sizes, as a constant, or as the rest."""
+    if any(len(set(shapes)) > 1 for shapes, _ in reshapes):
+        return None
+    rows = [(shapes[0], wanted) for shapes, wanted in reshapes]
+    shape, wanted = rows[0]
+    groups = _groups(shape, wanted)
+    if any(len(own) != len(shape) or _groups(own, other) != groups for own, other in rows):
         return None
     dims: list[tuple[int, ...] | int] = []
-    _, wanted, groups = rows[0]
-    free = False
-    place_of = {place: (own, places) for own, places in groups for place in places}
+    varying = {place for place in range(len(wanted)) if len({other[place] for _, other in rows}) > 1}
+    place_of = {place: group for group in groups for place in group[1]}
     for place in range(len(wanted)):
-        sizes = {result[place] for _, result, _ in rows}
         own, places = place_of.get(place, ((), (place,)))
         if len(places) == 1:
             dims.append(own)
             continue
-        varies = len(sizes) > 1
-        heads = place == _open_place([wanted[p] for p in places], places)
-        if (varies or (heads and not _varying(rows, places, beside=place))) and not free:
+        is_heads = place == _heads_place([wanted[p] for p in places], places) and not varying & ({*places} - {place})
+        if (place in varying or is_heads) and -1 not in dims:
             dims.append(-1)
-            free = True
-        elif varies:
+        elif place in varying:
             return None
         else:
             dims.append(wanted[place])
     result = Regroup(tuple(dims))
-    return result if all(_fits(result, own, want) for own, want, _ in rows) else None
+    return result if all(_fits(result, *row) for row in rows) else None
 
 
-def _open_place(sizes: Sequence[int], places: Sequence[int]) -> int | None:
-    """Choose what is left open in a dimension that is taken apart: the number of heads, which comes first or second."""
-    if sizes[0] > _COUNT:
+def _heads_place(sizes: Sequence[int], places: Sequence[int]) -> int | None:
+    """Choose what is left open in a dimension that is split up: the number of heads, which comes first or second."""
+    if sizes[0] > _MAX_ROLES:
         return places[0]
     return places[1] if len(places) > 2 else None
-
-
-def _varying(rows: Sequence[tuple[Shape, Shape, object]], places: Sequence[int], *, beside: int) -> bool:
-    return any(len({wanted[place] for _, wanted, _ in rows}) > 1 for place in places if place != beside)
 
 
 def _fits(regroup: Regroup, shape: Shape, wanted: Shape) -> bool:
@@ -392,20 +381,13 @@ def _fits(regroup: Regroup, shape: Shape, wanted: Shape) -> bool:
 
 
 def _groups(shape: Shape, wanted: Shape) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Pair runs of dimensions of two shapes that hold the same elements; those of size 1 stand in none.
+    """Pair runs of dimensions of two shapes that hold the same elements, without those of size 1.
 
     >>> _groups((768, 12, 64, 1), (768, 768))
     [((0,), (0,)), ((1, 2), (1,))]
     """
-    own = [place for place, size in enumerate(shape) if size != 1]
-    other = [place for place, size in enumerate(wanted) if size != 1]
-    groups = []
-    while own and other:
-        left, right = [own.pop(0)], [other.pop(0)]
-        while (have := prod(shape[p] for p in left)) != (want := prod(wanted[p] for p in right)):
-            side, rest = (left, own) if have < want else (right, other)
-            if not rest:
-                return []
-            side.append(rest.pop(0))
-        groups.append((tuple(left), tuple(right)))
-    return groups if not own and not other else []
+    groups = [
+        (tuple(place for place in own if shape[place] != 1), tuple(place for place in other if wanted[place] != 1))
+        for own, other in reshape_groups(shape, wanted)
+    ]
+    return [group for group in groups if any(group)]

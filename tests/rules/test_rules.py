@@ -165,7 +165,7 @@ def test_json_that_python_cannot_hold_is_refused(text: str) -> None:
 
 def test_a_number_of_an_operation_cannot_become_code() -> None:
     evil: Any = "0, 0, 1); evil("
-    with pytest.raises(PatternError, match="operation that is malformed: dim of Split cannot be '0, 0, 1"):
+    with pytest.raises(PatternError, match="malformed operation: dim of Split cannot be '0, 0, 1"):
         Rules((Rule(("a",), ("b",), (Split(evil, 0, 1),)),))
     rules = Rules((Rule(("a",), ("b",), (Chain((Split(0, 0, 1), Each(0))),)),))
     for operation in rules.rules[0].operations[0].parts:
