@@ -201,7 +201,7 @@ def test_parts_of_unequal_size_need_a_transformers_that_splits_them(monkeypatch:
 @pytest.mark.parametrize("version", ["5.0.0", "5.5.4"])
 def test_a_transformers_that_renames_too_much_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", version)
-    with pytest.raises(DependencyError, match=rf"transformers {version} renames each place .* 'transformers>=5\.6'"):
+    with pytest.raises(DependencyError, match=rf"transformers {version} renames every occurrence .* 'transformers>=5\.6'"):
         RENAMINGS.to_transformers()
 
 
