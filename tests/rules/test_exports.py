@@ -201,7 +201,7 @@ def test_parts_of_unequal_size_need_a_transformers_that_splits_them(monkeypatch:
 @pytest.mark.parametrize("version", ["5.0.0", "5.5.4"])
 def test_a_transformers_that_renames_too_much_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.__version__", version)
-    with pytest.raises(DependencyError, match=rf"transformers {version} renames every occurrence .* 'transformers>=5\.6'"):
+    with pytest.raises(DependencyError, match=rf"transformers {version} renames every .* 'transformers>=5\.6'"):
         RENAMINGS.to_transformers()
 
 
@@ -267,7 +267,7 @@ def test_a_key_mapping_is_taken_by_from_pretrained(tmp_path: Path) -> None:
 
 
 def test_conversions_that_cannot_be_said_are_refused() -> None:
-    with pytest.raises(RulesError, match="2 of 7 rules cannot be expressed as transformers. conversions") as caught:
+    with pytest.raises(RulesError, match="2 of 7 rules cannot be expressed as transformers' conversions") as caught:
         EVERY_KIND.to_transformers()
     assert "numbers in names are computed" in str(caught.value)
 
