@@ -1,1 +1,14 @@
-"""verification."""
+"""Verification: call both models, compare what their modules compute, and find where and why they first differ.
+
+In order of use, from the bottom up:
+
+* ``run``: calls a model and leaves it, and every source of chance, as they were; records its modules; order of use.
+* ``compare``: which modules and outputs belong together, how far they are apart, and the first that differs.
+* ``causes``: why it differs: weights, settings of modules, other functions, or rounding.
+* ``session``: two models, one call of the source, and calls of the target with other values in place of its own.
+* ``search``: other ways to fill the target, tried until the outputs are equal.
+* ``verify``: the verdict, with the first divergence and what had to be filled otherwise.
+
+It may import all that ``loading`` may, and ``loading.transaction``. A new kind of cause goes to ``causes``; a new way in
+which alignments go wrong is one more generator of options in ``search``.
+"""

@@ -1,4 +1,4 @@
-"""Settings: in what two modules differ beside their weights."""
+"""Causes: why two modules stop computing the same: weights, configuration, code, or rounding."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from autoalign.alignment import Alignment
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy
-from autoalign.verification.compare import Pair
-from autoalign.verification.divergence import Finding
-from autoalign.verification.recording import Call, Recording, Sums
+from autoalign.verification.compare import ACTIVATIONS, Compared, Finding
+from autoalign.verification.run import Call, Recording
 
-# Of no effect in evaluation, or shown by the shapes of tensors
+Cause = Literal["weights", "configuration", "code", "missing", "precision"]
+
+# Attributes of modules that have no effect in evaluation, or that the shapes of tensors show
 _IRRELEVANT = frozenset(
     "affine attention_dropout bias call_super_init config device drop_prob dropout dtype dump_patches "  # noqa: SIM905
     "elementwise_affine embedding_dim gradient_checkpointing in_channels in_features index inplace layer_id layer_idx "
@@ -26,6 +26,23 @@ _IRRELEVANT = frozenset(
 )
 _SAME = dict.fromkeys(("variance_epsilon", "epsilon", "layer_norm_eps", "norm_eps", "rms_norm_eps"), "eps")
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Flatten, nn.Unflatten)
+_MOVING = frozenset(  # functions of torch that move values or make masks, and compute nothing
+    "T __get__ __getitem__ __setitem__ _assert_async arange cat chunk clone contiguous cpu data detach "  # noqa: SIM905
+    "dropout dropout_ empty expand expand_as feature_dropout flatten float full lift_fresh masked_fill masked_fill_ "
+    "movedim narrow ones permute repeat reshape select split squeeze stack swapaxes tensor to transpose tril triu type "
+    "type_as unbind unflatten unsqueeze view view_as zeros zeros_like".split()
+)
+_SPELLINGS = {  # of functions that do the same
+    "+": "add add_ __add__ __iadd__ __radd__",
+    "*": "mul mul_ __mul__ __imul__ __rmul__",
+    "-": "sub sub_ __sub__ __rsub__",
+    "/": "div div_ __truediv__ __itruediv__",
+    "matmul": "__matmul__ bmm",
+    "relu": "relu_",
+}
+_ALIASES = {name: canonical for canonical, names in _SPELLINGS.items() for name in names.split()}
+_MAX_LISTED = 4  # differences that are named
+_MAX_AROUND = 2  # modules around a place whose settings are compared
 
 
 def setting_differences(source: nn.Module, target: nn.Module) -> list[str]:
@@ -63,7 +80,7 @@ def _settings(module: nn.Module) -> dict[str, object]:
 
 
 def computes(module: nn.Module) -> bool:
-    """Tell whether a module without tensors of its own and inside changes values in evaluation."""
+    """Return True if a module without tensors of its own and inside changes values in evaluation."""
     names = type(module).__name__.lower()
     return (
         not any(True for _ in module.children())
@@ -89,28 +106,6 @@ def described(module: nn.Module) -> str:
     return text
 
 
-Cause = Literal["weights", "configuration", "code", "missing", "precision"]
-
-_MOVES = frozenset(  # of torch's functions: those that move values or make masks, and compute nothing
-    "T __get__ __getitem__ __setitem__ _assert_async arange cat chunk clone contiguous cpu data detach "  # noqa: SIM905
-    "dropout dropout_ empty expand expand_as feature_dropout flatten float full lift_fresh masked_fill masked_fill_ "
-    "movedim narrow ones permute repeat reshape select split squeeze stack swapaxes tensor to transpose tril triu type "
-    "type_as unbind unflatten unsqueeze view view_as zeros zeros_like".split()
-)
-_ACTIVATIONS = frozenset({"relu", "relu6", "gelu", "silu", "elu", "leaky_relu", "tanh", "sigmoid", "hardswish", "mish"})
-_SPELLINGS = {  # of functions that do the same
-    "+": "add add_ __add__ __iadd__ __radd__",
-    "*": "mul mul_ __mul__ __imul__ __rmul__",
-    "-": "sub sub_ __sub__ __rsub__",
-    "/": "div div_ __truediv__ __itruediv__",
-    "matmul": "__matmul__ bmm",
-    "relu": "relu_",
-}
-_ALIASES = {name: canonical for canonical, names in _SPELLINGS.items() for name in names.split()}
-_LONGEST = 4  # differences that are named
-_AROUND = 3  # one more than the modules around a place whose settings are compared
-
-
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """The first place, in the order of execution, at which two networks stop computing the same."""
@@ -130,94 +125,99 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is known of two networks where their cause is looked for."""
+    """What is known of two networks where the cause of a difference is looked for."""
 
-    models: tuple[nn.Module, nn.Module]
-    recordings: tuple[Recording, Recording]
-    pairs: Mapping[str, Pair]
-    owner: Mapping[str, str]  # the target's module of each key
-    alignment: Alignment
+    models: tuple[nn.Module, nn.Module]  # source and target, as everywhere here
+    compared: Compared
     matches: Mapping[str, Match]  # what fills the target
     wrong: Mapping[str, str]  # target keys that hold other values than the alignment gives -> what they hold
     unfilled: Collection[str]  # target keys that the alignment fills with nothing
 
+    @property
+    def recordings(self) -> tuple[Recording, Recording]:
+        """The calls of both."""
+        return self.compared.source, self.compared.target
+
+    def owner(self, key: str) -> str:
+        """Return the target's module of a key; that of the whole if unknown."""
+        return self.compared.owners.get(key, ("", True))[0]
+
+    def partner(self, module: str, finding: Finding) -> str:
+        """Return the source's module that does what one of the target does, or else that of the finding."""
+        return self.compared.pairs[module].source if module in self.compared.pairs else finding.source
+
 
 def diverged(scene: Scene, finding: Finding) -> Divergence:
-    """Tell the cause of a difference: weights first, then configuration, then code."""
-    module, difference = finding.call.module, finding.difference
-    pair = scene.pairs.get(module)
-    own = [key for key, owner in scene.owner.items() if owner == module]
+    """Find the cause of a difference: weights first, then configuration, then code."""
+    module = finding.call.module
+    pair = scene.compared.pairs.get(module)
+    own = [key for key in scene.compared.owners if scene.owner(key) == module]
     wrong = [key for key in own if key in scene.wrong]
-    modules = [model.get_submodule(n) for model, n in zip(scene.models, (finding.source, module), strict=True)]
 
-    def told(cause: Cause, text: str, keys: Sequence[str] = ()) -> Divergence:
-        return Divergence(finding.source, module, difference, cause, text, tuple(keys))
+    def found(cause: Cause, text: str, keys: Sequence[str] = ()) -> Divergence:
+        return Divergence(finding.source, module, finding.difference, cause, text, tuple(keys))
 
     if finding.kind == "gradual":
-        return told("precision", "The difference grew little by little: rounding, or many small differences.")
+        return found("precision", "The difference grew little by little: rounding, or many small differences.")
     if finding.kind in ("own", "inside", "mispaired") and wrong:
         return _of_weights(scene, finding, module, wrong)
     if finding.kind == "mispaired":
         filled = pair.match if pair else scene.matches[own[0]]
-        given = ", ".join(finding.elsewhere[:2]) or "another module"
+        others = ", ".join(finding.elsewhere[:2]) or "another module"
         text = (
-            f"{filled.target} is filled from {' + '.join(filled.sources)}; what it is given, {given} of the source is."
+            f"{filled.target} is filled from {' + '.join(filled.sources)}, but its inputs equal those of {others} in "
+            "the source model."
         )
-        return told("weights", text, own)
+        return found("weights", text, own)
     if finding.kind in ("before", "inside"):
-        return _before(scene, finding, scene.recordings[1].first_use)
+        return _before(scene, finding)
     if missing := [key for key in own if key in scene.unfilled]:
-        return told("missing", f"{_listed(missing)} got nothing from the source.", missing)
+        return found("missing", f"{_listed(missing)} got nothing from the source.", missing)
     if pair and pair.is_mixed:
         fills = _listed([f"{key} from {' + '.join(scene.matches[key].sources)}" for key in pair.mixed])
         text = f"Its tensors come from several modules: {fills}, the rest from {finding.source}."
-        return told("weights", text, pair.mixed)
+        return found("weights", text, pair.mixed)
+    modules = [model.get_submodule(n) for model, n in zip(scene.models, (finding.source, module), strict=True)]
     if settings := setting_differences(*modules):
-        return told("configuration", f"{_listed(settings)} (source / target).")
+        return found("configuration", f"{_listed(settings)} (source / target).")
     changed = [key for key in own if key in scene.matches and not isinstance(scene.matches[key].operation, Copy)]
     if changed:
         text = f"{changed[0]} is made by '{scene.matches[changed[0]].operation}', which may be the wrong layout."
-        return told("weights", text, changed)
+        return found("weights", text, changed)
     kinds = [type(module).__name__ for module in modules]
     text = (
         f"Inputs and weights are equal; the code is that of {kinds[0]} in the source and of {kinds[1]} in the target."
     )
-    return told("code", text)
+    return found("code", text)
 
 
 def _of_weights(scene: Scene, finding: Finding, module: str, keys: Sequence[str]) -> Divergence:
-    text = "; ".join(f"{key} {scene.wrong[key]}" for key in keys[:_LONGEST]) + "."
-    source = _partner(scene, finding, module)
-    return Divergence(source, module, finding.difference, "weights", text, tuple(keys))
+    text = "; ".join(f"{key} {scene.wrong[key]}" for key in keys[:_MAX_LISTED]) + "."
+    return Divergence(scene.partner(module, finding), module, finding.difference, "weights", text, tuple(keys))
 
 
-def _partner(scene: Scene, finding: Finding, module: str) -> str:
-    """Name the source's module that does what one of the target does, or else that of the finding."""
-    return scene.pairs[module].source if module in scene.pairs else finding.source
-
-
-def _before(scene: Scene, finding: Finding, used: Mapping[str, int]) -> Divergence:
-    """Tell what happened between the last module at which both agreed and this one."""
-    window = (finding.since, finding.time)
-    recent = sorted((key for key, time in used.items() if window[0] < time <= window[1]), key=lambda key: used[key])
-    earlier = sorted((key for key, time in used.items() if time <= window[0]), key=lambda key: used[key])
+def _before(scene: Scene, finding: Finding) -> Divergence:
+    """Find what happened between the last module at which both agreed and this one."""
+    used, since, until = scene.compared.target.first_use, finding.since[1], finding.until[1]
+    recent = sorted((key for key, time in used.items() if since < time <= until), key=lambda key: used[key])
+    earlier = sorted((key for key, time in used.items() if time <= since), key=lambda key: used[key])
     for keys in (recent, earlier):
         if wrong := [key for key in keys if key in scene.wrong]:
-            module = scene.owner.get(wrong[0], "")
-            return _of_weights(scene, finding, module, [key for key in wrong if scene.owner.get(key) == module])
+            module = scene.owner(wrong[0])
+            return _of_weights(scene, finding, module, [key for key in wrong if scene.owner(key) == module])
     if missing := [key for key in recent if key in scene.unfilled]:
-        module = scene.owner.get(missing[0], "")
+        module = scene.owner(missing[0])
         text = f"{_listed(missing)} got nothing from the source."
-        source = _partner(scene, finding, module)
+        source = scene.partner(module, finding)
         return Divergence(source, module, finding.difference, "missing", text, tuple(missing))
     module = finding.call.module
-    between = _module_before(scene.recordings[1], finding.since), module
+    between = _module_before(scene.compared.target, since), module
     where = (
         f"It arises between {between[0] or 'the inputs'} and {module or 'the outputs'}, outside of modules with tensors"
     )
     suspects = tuple(key for key in recent if key in scene.matches)
     settings, functions = between_differences(scene, finding)
-    doubts = [key for key in scene.matches if scene.matches[key].warnings and used.get(key, window[1]) < window[1]]
+    doubts = [key for key in scene.matches if scene.matches[key].warnings and used.get(key, until) < until]
 
     def found(cause: Cause, text: str, keys: Sequence[str]) -> Divergence:
         return Divergence(finding.source, module, finding.difference, cause, f"{where}{text}", tuple(keys), between)
@@ -228,13 +228,13 @@ def _before(scene: Scene, finding: Finding, used: Mapping[str, int]) -> Divergen
         return found("weights", f". {doubts[0]}: {scene.matches[doubts[0]].warnings[0]}.", doubts)
     if functions:
         return found("code", f": {_listed(functions)} (source / target).", suspects)
-    holders = {scene.owner.get(key, "") for key in suspects}
+    holders = {scene.owner(key) for key in suspects}
     if len(holders) == 1:  # nothing else was used in between
         (holder,) = holders
         text = (
             f"{where}, where only {_listed(suspects)} of {holder or 'the model itself'} is used: it is filled wrongly."
         )
-        source = _partner(scene, finding, holder)
+        source = scene.partner(holder, finding)
         return Divergence(source, holder, finding.difference, "weights", text, suspects, between)
     text = f"{_listed(suspects)} may be filled wrongly" if suspects else "tensors used before it may be exchanged"
     return found("code", f", which call the same functions: {text}, or settings differ that no module shows.", suspects)
@@ -247,23 +247,23 @@ def between_differences(scene: Scene, finding: Finding) -> tuple[list[str], list
         Settings: modules without tensors, activation functions and what functions are given, settings of the modules
         around; and other functions.
     """
-    bounds = (finding.source_since, finding.source_time), (finding.since, finding.time)
+    bounds = list(zip(finding.since, finding.until, strict=True))
     modules, functions = [], []
     for model, recording, (start, end) in zip(scene.models, scene.recordings, bounds, strict=True):
         plain = [model.get_submodule(call.module) for call in recording.calls if start < call.start < end]
         modules.append(Counter(described(module) for module in plain if computes(module)))
         names = [_function(name) for time, name in recording.functions if start < time < end]
-        functions.append(Counter(name for name in names if _base(name) not in _MOVES))
+        functions.append(Counter(name for name in names if _base(name) not in _MOVING))
     settings = _exchanged(*modules)
     own, other = functions[0] - functions[1], functions[1] - functions[0]
     others = _exchanged(own, other)
     bases = {_base(name) for name in own}, {_base(name) for name in other}
     if others and bases[0] == bases[1]:
         settings, others = settings or others, []
-    elif bases[0] != bases[1] and bases[0] | bases[1] <= _ACTIVATIONS:  # one side may have none
+    elif bases[0] != bases[1] and bases[0] | bases[1] <= ACTIVATIONS.keys():  # one side may have none
         settings, others = settings or [" / ".join(", ".join(side) or "no activation" for side in (own, other))], []
     around = [_around(recording, time) for recording, (_, time) in zip(scene.recordings, bounds, strict=True)]
-    for name, partner in zip(*(names[:-_AROUND:-1] for names in around), strict=False):
+    for name, partner in zip(*(names[: -_MAX_AROUND - 1 : -1] for names in around), strict=False):
         both = (model.get_submodule(n) for model, n in zip(scene.models, (name, partner), strict=True))
         settings += [f"{partner}.{text}".lstrip(".") for text in setting_differences(*both)]
     return settings or _odd_modules(scene, finding), others
@@ -275,7 +275,7 @@ def _odd_modules(scene: Scene, finding: Finding) -> list[str]:
     Tables that are no part of the state dict, such as the angles of rotary embeddings, show so.
     """
     calls: list[dict[tuple[str, int], Call]] = []
-    for model, recording, end in zip(scene.models, scene.recordings, (finding.source_time, finding.time), strict=True):
+    for model, recording, end in zip(scene.models, scene.recordings, finding.until, strict=True):
         kinds: dict[tuple[str, int], Call] = {}
         for call in recording.calls:
             module = model.get_submodule(call.module)
@@ -286,19 +286,15 @@ def _odd_modules(scene: Scene, finding: Finding) -> list[str]:
     odd = []
     for (kind, number), call in calls[1].items():
         partner = calls[0].get((kind, number))
-        if partner is None or not _alike(call.given_sums, partner.given_sums):
+        if partner is None or not (call.given_sums and partner.given_sums and call.given_sums.like(partner.given_sums)):
             continue
-        if _alike(call.gave_sums, partner.gave_sums) is False:
+        if call.gave_sums and partner.gave_sums and not call.gave_sums.like(partner.gave_sums):
             odd.append(f"outputs of {partner.module} / of {call.module} from equal inputs")
     return odd[:1]
 
 
-def _alike(sums: Sums | None, other: Sums | None) -> bool | None:
-    return None if sums is None or other is None else sums.like(other)
-
-
 def _exchanged(own: Counter[str], other: Counter[str]) -> list[str]:
-    """Write what each of two sides has and the other has not, if both have something."""
+    """Describe what each of two sides has and the other lacks, if both have something."""
     less, more = own - other, other - own
     return [f"{', '.join(less)} / {', '.join(more)}"] if less and more else []
 
@@ -328,5 +324,5 @@ def _module_before(recording: Recording, time: int) -> str:
 
 
 def _listed(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _LONGEST} more" if len(items) > _LONGEST else ""
-    return ", ".join(items[:_LONGEST]) + more
+    more = f" and {len(items) - _MAX_LISTED} more" if len(items) > _MAX_LISTED else ""
+    return ", ".join(items[:_MAX_LISTED]) + more

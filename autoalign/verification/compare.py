@@ -1,22 +1,36 @@
-"""Comparing: how far two tensors are apart that should be equal, whatever their layouts, and what outputs belong."""
+"""Comparison: which modules and outputs of two networks belong together, and where they first differ."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import inf, prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from autoalign.matching.candidates import squeeze
 from autoalign.matching.names import kind
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy, Operation, Reshape, Shape
-from autoalign.verification.recording import Call
+from autoalign.verification.run import Call, Recording, Sums
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of outputs
+
+_MAX_TRACED_ELEMENTS = 2**26  # of a tensor whose rows are followed through an operation
+_MODULE_STRICTNESS = 30  # the tolerance of modules is that many times smaller than of outputs, since errors grow
+_ROUNDINGS = 16  # that a module's output may be off by
+_JUMP = 10  # how many times what came before a difference must be, to be no mere rounding that grew
+_GRADUAL = 2**30  # added to the positions of differences that grew, which come after all others
+_NAMES = ("relu", "relu6", "gelu", "silu", "elu", "leaky_relu", "tanh", "sigmoid", "hardswish", "mish")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(functional, name) for name in _NAMES}
+ACTIVATIONS["gelu (tanh)"] = partial(functional.gelu, approximate="tanh")
+
+Kind = Literal["own", "mispaired", "before", "inside", "gradual"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +43,7 @@ class OutputDifference:
 
 
 def relative_difference(got: Tensor, want: Tensor) -> float | None:
-    """Tell the largest difference of two tensors as a share of the largest value that is wanted.
+    """Compute the largest difference of two tensors as a share of the largest value that is wanted.
 
     Tensors of other shapes with as many elements are compared as sets of values: one may have channels last, or a
     grid flattened. Two that are both not a number, or equally infinite, are equal.
@@ -61,12 +75,8 @@ def relative_difference(got: Tensor, want: Tensor) -> float | None:
 
 
 def _comparable(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.is_floating_point():
-        return tensor if tensor.dtype == torch.float64 else tensor.float()
-    return tensor.double()
+    tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor.double()
 
 
 def tolerance_of(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
@@ -94,23 +104,20 @@ def output_differences(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) ->
     return [OutputDifference(first, second, apart) for first, second, apart in found if apart is not None]
 
 
-_LARGEST = 2**26  # elements of a tensor whose rows are followed through an operation
-
-
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A module of the target and the one of the source that does the same."""
 
     target: str
     source: str
-    match: Match  # of the tensor that tells so
+    match: Match  # the tensor by which they were paired
     sources: tuple[str, ...]  # the modules that hold its sources
     whole: bool  # whether the tensors are those of one layer, so that outputs are a function of inputs and them
     mixed: tuple[str, ...] = ()  # the target's keys in this module that come from other modules than ``source``
 
     @property
     def is_mixed(self) -> bool:
-        """Whether the tensors of one layer come from several."""
+        """True if the tensors of one layer come from several."""
         return self.whole and bool(self.mixed)
 
 
@@ -167,39 +174,31 @@ def paired_modules(
 def _is_of_layers(
     match: Match, source_owner: Mapping[str, tuple[str, bool]], target_owner: Mapping[str, tuple[str, bool]]
 ) -> bool | None:
-    """Tell whether a match fills a weight or the like of a layer from such of layers; None where nothing tells.
+    """Return True if a match fills a weight or the like of a layer from such of layers; None where that is unknown.
 
     False is for a parameter that stands alone and is filled from one such.
     """
     if not target_owner[match.target][1] or not all(source_owner[key][1] for key in match.sources):
         return None
-    found = {_is_layers(key) for key in (match.target, *match.sources)}
+    kinds = (kind(key.rpartition(".")[2]) for key in (match.target, *match.sources))
+    found = {values != "other" and not rest for values, rest in kinds}
     return None if len(found) > 1 or (found == {False} and len(match.sources) > 1) else found.pop()
 
 
-def _is_layers(key: str) -> bool:
-    values, rest = kind(key.rpartition(".")[2])
-    return values != "other" and not rest
-
-
-def features(operation: Operation, source: Sequence[Shape], target: Shape, count: int) -> tuple[Tensor, int] | None:
-    """Follow the output features of a layer through the operation that made its weight.
+def _followed_features(
+    operation: Operation, source: Sequence[Shape], target: Shape, count: int
+) -> tuple[Tensor, int] | None:
+    """Follow the ``count`` output features of a layer through the operation that made its weight from others.
 
     >>> from autoalign.plan.operations import Split
-    >>> features(Split(0, 2, 2), [(6, 3)], (2, 3), 2)
+    >>> _followed_features(Split(0, 2, 2), [(6, 3)], (2, 3), 2)
     (tensor([2, 3]), 0)
-
-    Args:
-        operation: From the weights of the source's layers to that of the target's.
-        source: The shapes of the source's weights.
-        target: The shape of the target's weight.
-        count: The output features of the target's layer.
 
     Returns:
         For each feature, its place among those of all source layers together; and which dimension of the source's
-        weights counts them. None where every feature is its namesake, or nothing can be told.
+        weights counts them. None where every feature is its namesake, or nothing is known.
     """
-    if isinstance(operation, Copy | Reshape) or operation.adapts or sum(map(prod, source)) > _LARGEST:
+    if isinstance(operation, Copy | Reshape) or operation.adapts or sum(map(prod, source)) > _MAX_TRACED_ELEMENTS:
         return None
     offsets = [sum(map(prod, source[:place])) for place in range(len(source))]
     numbered = [torch.arange(1, prod(s) + 1).reshape(s) + start for s, start in zip(source, offsets, strict=True)]
@@ -227,19 +226,255 @@ def _followed(rows: Tensor, source: Sequence[Shape], offsets: Sequence[int], cou
     return place[:, 0] if bool((place == place[:, :1]).all()) else None
 
 
-def feature_rows(call: Call, count: int, last: bool) -> Tensor | None:
-    """Lay the first output of a layer out as [features, all else].
-
-    Args:
-        call: The call whose output it is.
-        count: The number of features.
-        last: Whether features are to be looked for in the last dimension first, or in the second.
-    """
+def _feature_rows(call: Call, count: int, last: bool) -> Tensor | None:
+    """Rearrange the first output of a layer as [features, all else]; ``last`` if these are in the last dimension."""
     if not call.gave:
         return None
     output = call.gave[0]
-    dims = [output.dim() - 1, 1] if last else [1, output.dim() - 1]
-    for dim in dims:
+    for dim in [output.dim() - 1, 1] if last else [1, output.dim() - 1]:
         if 0 <= dim < output.dim() and output.shape[dim] == count:
             return output.movedim(dim, 0).reshape(count, -1)
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """The begin or the end of a call, on both sides."""
+
+    ending: bool
+    call: Call  # of the target
+    partner: Call  # of the source
+    pair: Pair
+    difference: float | None
+
+    @property
+    def times(self) -> tuple[int, int]:
+        """When it is by the clocks of the source and of the target."""
+        return (self.partner.end, self.call.end) if self.ending else (self.partner.start, self.call.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Two recordings and what belongs together in them."""
+
+    source: Recording
+    target: Recording
+    pairs: Mapping[str, Pair]  # by module of the target
+    owners: Mapping[str, tuple[str, bool]]  # of the target's keys, as the function `owners` returns them
+    shapes: Mapping[str, Shape]  # of the source's keys
+    target_shapes: Mapping[str, Shape]
+    last: Collection[str]  # modules of either side, as "source:name", whose features are in the last dimension
+    tolerance: float  # of modules
+    loose_tolerance: float  # of modules where the outputs are equal
+    events: tuple[Event, ...] = ()  # in the target's order; filled by `compare`
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The first real difference."""
+
+    position: int  # number of the event among all; later is better
+    kind: Kind
+    call: Call  # of the target's module
+    source: str  # the source's module
+    difference: float
+    since: tuple[int, int]  # of the last event before at which both agreed, by the clocks of source and target
+    until: tuple[int, int]  # of this event
+    elsewhere: tuple[str, ...] = ()  # the source's modules that are given what this one is given
+
+
+def module_tolerance(tolerance: float, recordings: Sequence[Recording]) -> float:
+    """Choose the tolerance of modules by that of outputs and by the types that occur."""
+    dtypes = {t.dtype for recording in recordings for c in recording.calls for t in c.gave if t.is_floating_point()}
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    return max(tolerance / _MODULE_STRICTNESS, _ROUNDINGS * eps)
+
+
+def features_last(model: nn.Module) -> set[str]:
+    """List the modules whose outputs have their features in the last dimension, judged by their classes."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._NormBase | nn.GroupNorm)
+    }
+
+
+def compare(compared: Compared) -> Compared:
+    """Compare what paired modules are given and give, call by call."""
+    partners = {(call.module, call.index): call for call in compared.source.calls}
+    events = []
+    for call in compared.target.calls:
+        pair = compared.pairs.get(call.module)
+        partner = partners.get((pair.source, call.index)) if pair else None
+        if pair is None or partner is None:
+            continue
+        given = relative_difference(call.given[0], partner.given[0]) if call.given and partner.given else None
+        events.append(Event(False, call, partner, pair, given))
+        if call.end >= 0 and partner.end >= 0:
+            gave = _output_difference(compared, pair, call, partner, alike=given is not None and pair.whole)
+            has_all = all((call.given, partner.given, call.gave, partner.gave))
+            if gave is None and given is None and pair.whole and has_all:
+                # two layers of other sizes: no partners, if another layer of the source is given the same
+                gave = inf if pair.is_mixed or _given_the_same(compared, call) else None
+            events.append(Event(True, call, partner, pair, gave))
+    return replace(compared, events=tuple(sorted(events, key=lambda event: event.times[1])))
+
+
+def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
+    """Find the first module, in the target's order of execution, that does not do what its partner does.
+
+    Where modules have other borders (a norm with its activation), a difference is none if the other network computes
+    the same value at another place, or would by an activation. That does not excuse the ``wrong`` modules, which hold
+    other tensors than they should.
+    """
+    events = compared.events
+    inner = _containers(compared.target)
+    by_size: dict[int, list[Sums]] = {}
+    for call in compared.source.calls:
+        for sums in (call.given_sums, call.gave_sums):
+            if sums is not None:
+                by_size.setdefault(sums.numel, []).append(sums)
+
+    def computed(sums: Sums | None) -> bool:
+        return sums is not None and any(sums.like(other) for other in by_size.get(sums.numel, ()))
+
+    noise, since = 0.0, (-1, -1)
+    gradual: Finding | None = None
+    begun: dict[int, Event] = {}  # calls whose inputs differ, and that are judged when they end
+    endings = {id(event.call): event for event in events if event.ending}
+    for position, event in enumerate(events):
+        if event.difference is None:
+            continue
+        limit = max(compared.tolerance, _JUMP * noise)
+        if event.difference <= limit:
+            if event.difference > compared.loose_tolerance and gradual is None:
+                gradual = _gradual(position, event)
+            noise = max(noise, event.difference)
+            since = event.times
+            continue
+        kind: Kind
+        if not event.ending:
+            end = endings.get(id(event.call))
+            if end is not None and end.difference is not None and end.difference <= limit:
+                continue
+            if id(event.call) in inner or not event.pair.whole:
+                begun[id(event.call)] = event
+                continue
+            kind = "mispaired" if _given_the_same(compared, event.call) else "before"
+        else:
+            excusable = event.call.module not in wrong and not event.pair.is_mixed
+            if excusable and (computed(event.call.gave_sums) or _holds_activation(event, limit)):
+                continue
+            given = _given_the_same(compared, event.call)
+            if id(event.call) in begun:
+                kind = "mispaired" if given else "before"
+            elif event.difference == inf and given and event.call.given[0].numel() != event.partner.given[0].numel():
+                kind = "mispaired"
+            else:
+                kind = "inside" if id(event.call) in inner else "own"
+        if kind == "before":  # the innermost call around it that has a wrong partner, if there is one
+            time = event.times[1]
+            around = [e for e in begun.values() if e.call.start < time and _given_the_same(compared, e.call)]
+            around = [e for e in around if e.call.end < 0 or e.call.end >= time]
+            if around:
+                event, kind = max(around, key=lambda e: e.call.start), "mispaired"
+        return Finding(
+            position,
+            kind,
+            event.call,
+            event.pair.source,
+            float(event.difference or 0.0),
+            since,
+            event.times,
+            _given_the_same(compared, event.call) if kind == "mispaired" else (),
+        )
+    return gradual
+
+
+def worst_finding(compared: Compared) -> Finding | None:
+    """Find the first module whose difference is too large although it grew little by little."""
+    events = enumerate(event for event in compared.events if event.difference is not None)
+    return next((_gradual(place, e) for place, e in events if (e.difference or 0.0) > compared.tolerance), None)
+
+
+def _gradual(position: int, event: Event) -> Finding:
+    difference = event.difference or 0.0
+    return Finding(_GRADUAL + position, "gradual", event.call, event.pair.source, difference, (-1, -1), event.times)
+
+
+def last_agreement(compared: Compared) -> tuple[int, int]:
+    """Return the times, by both clocks, of the last event at which both agree."""
+    agreed = [e for e in compared.events if e.difference is not None and e.difference <= compared.tolerance]
+    return agreed[-1].times if agreed else (-1, -1)
+
+
+def _holds_activation(event: Event, limit: float) -> bool:
+    """Return True if one of two layers gives what the other gives after an activation, which it contains."""
+    got, want = event.call.gave, event.partner.gave
+    if not (got and want and got[0].is_floating_point() and want[0].is_floating_point()):
+        return False
+    apart = (
+        relative_difference(activation(first.float()), second.float())
+        for first, second in ((want[0], got[0]), (got[0], want[0]))
+        for activation in ACTIVATIONS.values()
+    )
+    return any(difference is not None and difference <= limit for difference in apart)
+
+
+def _output_difference(compared: Compared, pair: Pair, call: Call, partner: Call, *, alike: bool) -> float | None:
+    """Compare what two modules give; ``alike`` if what they are given has one size."""
+    if not call.gave or not partner.gave:
+        return None
+    match = pair.match
+    if not pair.whole or (len(match.sources) == 1 and isinstance(match.operation, Copy)):
+        apart = relative_difference(call.gave[0], partner.gave[0])
+        return inf if apart is None and alike else apart
+    output = call.gave[0]
+    last = f"target:{call.module}" in compared.last
+    shapes = [compared.shapes[key] for key in match.sources]
+    for count in {output.shape[-1 if last else min(1, output.dim() - 1)]: None, output.shape[-1]: None}:
+        followed = _followed_features(match.operation, shapes, compared.target_shapes[match.target], count)
+        if followed is None:
+            continue
+        places, counted = followed
+        rows = _feature_rows(call, count, last)
+        calls = {source.module: source for source in compared.source.calls if source.index == call.index}
+        others = [
+            _feature_rows(calls[name], shape[counted], f"source:{name}" in compared.last)
+            for name, shape in zip(pair.sources, shapes, strict=True)
+            if name in calls
+        ]
+        if rows is None or len(others) != len(shapes) or any(other is None for other in others):
+            return None
+        joined = torch.cat([other for other in others if other is not None])
+        return relative_difference(rows, joined[places.to(joined.device)])
+    return relative_difference(output, partner.gave[0]) if len(match.sources) == 1 else None
+
+
+def _containers(recording: Recording) -> set[int]:
+    """Collect the ids of the calls during which others took place whose tensors were kept."""
+    found: set[int] = set()
+    open_calls: list[Call] = []
+    for call in recording.calls:
+        while open_calls and 0 <= open_calls[-1].end < call.start:
+            open_calls.pop()
+        if call.given or call.gave:
+            found.update(map(id, open_calls))
+        open_calls.append(call)
+    return found
+
+
+def _given_the_same(compared: Compared, call: Call) -> tuple[str, ...]:
+    """List the source's modules with tensors that are given what a module of the target is given.
+
+    Not every place at which the source computes the same: a ReLU changes nothing where all is positive.
+    """
+    sums = call.given_sums
+    if sums is None:
+        return ()
+    names = (
+        other.module
+        for other in compared.source.calls
+        if other.given and other.given_sums is not None and other.given_sums.like(sums)
+    )
+    return tuple(dict.fromkeys(names))

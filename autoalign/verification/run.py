@@ -1,10 +1,13 @@
-"""Preservation: run models in evaluation mode and leave them, and every source of chance, as they were."""
+"""Running: call a model, record what its modules do, and leave it and every source of chance as they were."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -16,6 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 from autoalign.errors import InputError
 from autoalign.loading.transaction import snapshot
+
+NEVER = 2**62  # a time after all others
+
+_VALUE_ATTRIBUTES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})  # of a tensor, that hold its values
+_MAX_NESTING = 8  # levels of lists and mappings in an output
+_ROUNDINGS = 100  # by which the sums of equal tensors may differ, within these bounds
+_MIN_PRECISION, _MAX_PRECISION = 1e-5, 1e-2
 
 
 @contextmanager
@@ -64,7 +74,7 @@ def _uses_cuda() -> bool:
 
 
 def _exact_arithmetic() -> Callable[[], None]:
-    """Turn TF32 off where CUDA is in use, and return what puts its settings back."""
+    """Turn TF32 off where CUDA is in use, and return a function that puts its settings back."""
     if not _uses_cuda():
         return lambda: None
     backends: list[tuple[Any, str, Any]] = []
@@ -81,7 +91,7 @@ def _exact_arithmetic() -> Callable[[], None]:
 
 
 def _random_states() -> Callable[[], None]:
-    """Note the states of all random generators, and return what puts them back."""
+    """Record the states of all random generators, and return a function that puts them back."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else []
 
@@ -93,9 +103,6 @@ def _random_states() -> Callable[[], None]:
             torch.cuda.set_rng_state_all(cuda)
 
     return restore
-
-
-_VIEWS = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})  # attributes of a tensor that give its values
 
 
 def execution_order(module: nn.Module, example_inputs: object) -> list[str]:
@@ -125,15 +132,22 @@ def execution_order(module: nn.Module, example_inputs: object) -> list[str]:
     if not isinstance(module, nn.Module):
         raise InputError(f"Expected an nn.Module to call, not {type(module).__name__}. Nothing was called.")
     tracer = UseTracer(module.state_dict(keep_vars=True))
-    handles = [owner.register_forward_hook(_finished(tracer, name)) for name, owner in module.named_modules()]
-    with preserved(module):
-        try:
-            with tracer:
-                call(module, example_inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return sorted(tracer.keys, key=lambda key: tracer.first_use.get(key, tracer.never))
+
+    def finish(name: str) -> Callable[..., None]:
+        own = [key for key in tracer.keys if key.rpartition(".")[0] == name]
+
+        def hook(*_: object) -> None:
+            for key in own:
+                tracer.use(key)
+
+        return hook
+
+    with preserved(module), ExitStack() as hooks:
+        for name, owner in module.named_modules():
+            hooks.callback(owner.register_forward_hook(finish(name)).remove)
+        with tracer:
+            call(module, example_inputs)
+    return sorted(tracer.keys, key=lambda key: tracer.first_use.get(key, NEVER))
 
 
 def call(model: nn.Module, inputs: object, values: Mapping[str, Tensor] | None = None) -> Any:
@@ -148,7 +162,7 @@ def call(model: nn.Module, inputs: object, values: Mapping[str, Tensor] | None =
         InputError: The call fails.
     """
     device = next((t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta), None)
-    placed = _placed(inputs, device)
+    placed = _copied(inputs, device)
     seed_all(0)
     try:
         arguments, options = _arguments(placed)
@@ -173,21 +187,21 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return inputs, {}
 
 
-def _placed(value: Any, device: torch.device | None) -> Any:
+def _copied(value: Any, device: torch.device | None) -> Any:
     """Copy nested inputs, the tensors among them onto a device."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_placed(item, device) for item in value))
+        return type(value)(*(_copied(item, device) for item in value))
     if type(value) in (tuple, list):
-        return type(value)(_placed(item, device) for item in value)
+        return type(value)(_copied(item, device) for item in value)
     if isinstance(value, Mapping):
-        return {name: _placed(item, device) for name, item in value.items()}
+        return {name: _copied(item, device) for name, item in value.items()}
     return value
 
 
 class UseTracer(TorchFunctionMode):
-    """While it is entered, notes when each tensor of a state dict is first used, and what functions are called.
+    """Record, while entered, when each tensor of a state dict is first used, and which functions are called.
 
     Args:
         tensors: The tensors to watch, by key; several keys may have one tensor.
@@ -199,18 +213,17 @@ class UseTracer(TorchFunctionMode):
         self.first_use: dict[str, int] = {}
         self.functions: list[tuple[int, str]] = []
         self.paused = False
-        self.never = 2**62  # a time after all others
         self._clock = count()
         self._keys_of: dict[int, list[str]] = {}
         for key in self.keys:
             self._keys_of.setdefault(id(tensors[key]), []).append(key)
 
     def now(self) -> int:
-        """Give a time that is later than all that were given before."""
+        """Return a time that is later than all that were returned before."""
         return next(self._clock)
 
     def use(self, key: str) -> None:
-        """Note a use of a tensor."""
+        """Record the use of a tensor."""
         if key not in self.first_use:
             self.first_use[key] = self.now()
 
@@ -221,7 +234,7 @@ class UseTracer(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":  # an attribute, of which few are values
             name = getattr(getattr(func, "__self__", None), "__name__", "")
-            if name not in _VIEWS:
+            if name not in _VALUE_ATTRIBUTES:
                 return result
         elif next(_tensors_in(result), None) is None:
             return result
@@ -233,7 +246,7 @@ class UseTracer(TorchFunctionMode):
 
 
 def _settings(arguments: Any, options: Mapping[str, Any]) -> str:
-    """Write the numbers and words that a function is given, such as a scale, an eps or a kind of approximation."""
+    """Write the numbers and texts that a function is given, such as a scale, an eps or a kind of approximation."""
     given = [repr(value) for value in arguments if isinstance(value, str | float)]
     given += [f"{name}={value!r}" for name, value in options.items() if isinstance(value, str | float)]
     return f"({', '.join(given)})" if given else ""
@@ -250,11 +263,144 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(item)
 
 
-def _finished(tracer: UseTracer, name: str) -> Any:
-    own = [key for key in tracer.keys if key.rpartition(".")[0] == name]
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums of the powers of a tensor's values, which recognise them in any order and so in any layout."""
 
-    def hook(*_: object) -> None:
-        for key in own:
-            tracer.use(key)
+    numel: int
+    signed: tuple[float, ...]  # of the values and of their cubes
+    absolute: tuple[float, ...]  # of the absolute values to the power of 1, 2, 3 and 4
+    precision: float  # relative difference up to which sums count as equal
 
-    return hook
+    def like(self, other: Sums) -> bool:
+        """Return True if two tensors have the same values, in any order, as far as sums tell."""
+        allowed = max(self.precision, other.precision)
+        scales = [max(pair) for pair in zip(self.absolute, other.absolute, strict=True)]
+        sums = [*zip(self.absolute, other.absolute, strict=True), *zip(self.signed, other.signed, strict=True)]
+        return self.numel == other.numel and all(
+            abs(own - theirs) <= allowed * scale or (own == theirs)
+            for (own, theirs), scale in zip(sums, [*scales, scales[0], scales[2]], strict=True)
+        )
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a module."""
+
+    module: str
+    index: int  # which call of this module it is, from 0
+    start: int  # when it began and ended, on the clock of the recording
+    end: int = -1  # -1 where it did not end
+    given: list[Tensor] = field(default_factory=list)  # copies of its inputs; empty where none were wanted
+    gave: list[Tensor] = field(default_factory=list)  # copies of its outputs
+    given_sums: Sums | None = None  # of the first floating point tensor
+    gave_sums: Sums | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One call of a network and what its modules did."""
+
+    calls: tuple[Call, ...]  # of its modules, by their start
+    outputs: dict[str, Tensor]  # of the network; the names are paths in what it returns
+    first_use: dict[str, int]  # when each key of its state dict was used first
+    functions: tuple[tuple[int, str], ...]  # what functions of torch were called and when
+
+
+def record(
+    model: nn.Module, inputs: object, keep: Collection[str], values: Mapping[str, Tensor] | None = None
+) -> Recording:
+    """Call a model and record what its modules do. Use it within ``preserved``.
+
+    Args:
+        model: The network.
+        inputs: As for ``execution_order``.
+        keep: The names of the modules whose inputs and outputs are kept.
+        values: Tensors to use in place of the model's own, by key; the model is not changed.
+
+    Raises:
+        InputError: The call fails.
+    """
+    own = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    tracer = UseTracer({**own, **(values or {})})
+    calls: list[Call] = []
+    open_calls: list[Call] = []
+    counts: Counter[str] = Counter()
+
+    def kept(name: str, value: Any) -> tuple[list[Tensor], Sums | None]:
+        tracer.paused = True
+        tensors = list(flat_tensors(value).values())
+        copies = [tensor.detach().clone() for tensor in tensors] if name in keep else []
+        sums = next((sums_of(tensor) for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta), None)
+        tracer.paused = False
+        return copies, sums
+
+    def begin(name: str) -> Any:
+        def hook(_: nn.Module, arguments: Any, options: Any) -> None:
+            this = Call(name, counts[name], tracer.now())
+            counts[name] += 1
+            this.given, this.given_sums = kept(name, (arguments, options))
+            calls.append(this)
+            open_calls.append(this)
+
+        return hook
+
+    def finish(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, ___: Any, result: Any) -> None:
+            while open_calls and open_calls[-1].module != name:
+                open_calls.pop()  # one that was left by an exception
+            if open_calls:
+                this = open_calls.pop()
+                this.end = tracer.now()
+                this.gave, this.gave_sums = kept(name, result)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.callback(module.register_forward_pre_hook(begin(name), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(finish(name), with_kwargs=True).remove)
+        with tracer:
+            result = call(model, inputs, values)
+    outputs = {name: tensor.detach().clone() for name, tensor in flat_tensors(result).items()}
+    return Recording(tuple(calls), outputs, tracer.first_use, tuple(tracer.functions))
+
+
+def flat_tensors(value: Any, name: str = "", depth: int = 0) -> dict[str, Tensor]:
+    """Collect the tensors in nested lists, mappings and dataclasses, by their paths.
+
+    >>> list(flat_tensors({"logits": torch.ones(1), "hidden": (torch.ones(1),)}))
+    ['logits', 'hidden.0']
+    """
+    if isinstance(value, Tensor):
+        return {name: value}
+    items: list[tuple[object, object]]
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [(entry.name, getattr(value, entry.name)) for entry in dataclasses.fields(value)]
+    else:
+        return {}
+    found: dict[str, Tensor] = {}
+    if depth < _MAX_NESTING:
+        for key, item in items:
+            found |= flat_tensors(item, f"{name}.{key}" if name else str(key), depth + 1)
+    return found
+
+
+def sums_of(tensor: Tensor) -> Sums:
+    """Sum up the powers of a tensor's values in double precision.
+
+    >>> sums = sums_of(torch.tensor([1.0, -2.0]))
+    >>> sums.signed, sums.absolute, sums.like(sums_of(torch.tensor([[-2.0], [1.0]])))
+    ((-1.0, -7.0), (3.0, 5.0, 9.0, 17.0), True)
+    """
+    values = tensor.detach().double().flatten()
+    squares, sizes = values.square(), values.abs()
+    cubes = squares * sizes
+    absolute = tuple(float(power.sum()) for power in (sizes, squares, cubes, squares.square()))
+    signed = float(values.sum()), float((squares * values).sum())
+    precision = min(max(_ROUNDINGS * torch.finfo(tensor.dtype).eps, _MIN_PRECISION), _MAX_PRECISION)
+    return Sums(values.numel(), signed, absolute, precision)

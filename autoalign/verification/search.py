@@ -1,4 +1,4 @@
-"""Trials: other ways to fill a target that may be the right ones, where two networks stop computing the same.
+"""Search: other ways to fill a target that may be right, where two networks stop computing the same.
 
 An option changes some matches. What the alignment lists as alternatives comes first, in all layers at once; then what
 often goes wrong: tensors of equal shape exchanged, square matrices transposed, parts of a fused tensor in another
@@ -16,20 +16,21 @@ from math import inf
 from torch import Tensor
 
 from autoalign.plan.keys import components, stem
-from autoalign.plan.matches import Match
+from autoalign.plan.matches import Candidate, Match
 from autoalign.plan.operations import Chain, Concatenate, Operation, Parallel, Shape, Split, Transpose, chain
-from autoalign.verification.compare import owners
-from autoalign.verification.session import Outcome, Subject
+from autoalign.verification.run import NEVER
+from autoalign.verification.session import Outcome, Session
 
 Option = dict[str, Match]  # target key -> the match that takes the place of its present one
 
-_NEAREST = 4  # suspects that are laid out otherwise before any are exchanged
-_PARTS = (2, 3)  # that a tensor which is fused on both sides may have
-_MOST_PARTS = 4  # whose orders are all tried
+_MAX_REARRANGED_FIRST = 4  # suspects whose layout is changed before any are exchanged
+_PART_COUNTS = (2, 3)  # that a tensor which is fused on both sides may have
+_MAX_PERMUTED_PARTS = 4  # whose orders are all tried
+_MAX_NEAR = 12  # tensors used before a difference that are exchanged with one another
 
 
 def listed_options(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
-    """Give the other layouts of the suspects' matches that are in doubt; those of one doubt together, in all layers."""
+    """Yield the other layouts of suspects' matches that are in doubt; those of one doubt together, in all layers."""
     done = set()
     for key in suspects:
         match = matches[key]
@@ -41,26 +42,22 @@ def listed_options(matches: Mapping[str, Match], suspects: Sequence[str]) -> Ite
             option: Option = {}
             for member in group:
                 if turn < len(member.alternatives):
-                    other = member.alternatives[turn]
-                    option |= _taken(matches, member, other.sources, other.operation)
+                    option |= _with_rival(matches, member, member.alternatives[turn])
             yield option
 
 
-def rivals(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
-    """Give each suspect's next best source, and what had that the suspect's."""
-    for key in suspects:
-        if not matches[key].warnings:
-            for other in matches[key].alternatives:
-                yield _taken(matches, matches[key], other.sources, other.operation)
+def _refilled(match: Match, fill: Match | Candidate) -> Match:
+    """Fill the target of a match as another match or a candidate does."""
+    return replace(match, sources=fill.sources, operation=fill.operation)
 
 
-def _taken(matches: Mapping[str, Match], match: Match, sources: tuple[str, ...], operation: Operation) -> Option:
+def _with_rival(matches: Mapping[str, Match], match: Match, rival: Candidate) -> Option:
     """Fill a key from other sources; the key that had them gets this one's."""
-    option = {match.target: replace(match, sources=sources, operation=operation)}
-    if sorted(sources) != sorted(match.sources):
+    option = {match.target: _refilled(match, rival)}
+    if sorted(rival.sources) != sorted(match.sources):
         for other in matches.values():
-            if other.sources == sources and other.target != match.target:
-                option[other.target] = replace(other, sources=match.sources, operation=match.operation)
+            if other.sources == rival.sources and other.target != match.target:
+                option[other.target] = _refilled(other, match)
     return option
 
 
@@ -70,23 +67,29 @@ def other_options(
     shapes: Mapping[str, Shape],
     source_shapes: Mapping[str, Shape],
 ) -> Iterator[Option]:
-    """Give what often goes wrong around the suspects, which are target keys, the likeliest first."""
-    nearest, others = suspects[:_NEAREST], suspects[_NEAREST:]
-    yield from _relaid(matches, nearest, shapes, source_shapes)
-    yield from rivals(matches, suspects)
+    """Yield what often goes wrong around the suspects, which are target keys, the likeliest first."""
+    nearest, others = suspects[:_MAX_REARRANGED_FIRST], suspects[_MAX_REARRANGED_FIRST:]
+    yield from _rearranged(matches, nearest, shapes, source_shapes)
+    for key in suspects:
+        if not matches[key].warnings:
+            for rival in matches[key].alternatives:
+                yield _with_rival(matches, matches[key], rival)
     yield from exchanges(matches, suspects, shapes)
-    yield from _relaid(matches, others, shapes, source_shapes)
+    yield from _rearranged(matches, others, shapes, source_shapes)
 
 
-def _relaid(
+def _rearranged(
     matches: Mapping[str, Match], keys: Sequence[str], shapes: Mapping[str, Shape], source_shapes: Mapping[str, Shape]
 ) -> Iterator[Option]:
-    """Lay tensors out otherwise: square matrices transposed, parts in another order."""
+    """Change the layout of tensors: square matrices transposed, parts in another order."""
     for key in keys:
-        if (operation := _turned(matches[key], shapes[key])) is not None:
-            yield {key: replace(matches[key], operation=operation)}
-        for sources in _orders(matches[key], source_shapes):
-            yield {key: replace(matches[key], sources=sources)}
+        match = matches[key]
+        if not match.operation.adapts and len(shapes[key]) == 2 and shapes[key][0] == shapes[key][1]:
+            yield {key: replace(match, operation=_transposed(match.operation))}
+        alike = len({source_shapes.get(source) for source in match.sources}) == 1
+        if 1 < len(match.sources) <= _MAX_PERMUTED_PARTS and alike:
+            for sources in list(permutations(match.sources))[1:]:
+                yield {key: replace(match, sources=sources)}
         yield from _parts_reordered(matches, key, shapes)
 
 
@@ -113,10 +116,8 @@ def exchanges(matches: Mapping[str, Match], suspects: Sequence[str], shapes: Map
         if len(group) > 2:
             first, second, third = group[:3]
             for order in ((second, third, first), (third, first, second)):
-                yield {
-                    key: replace(matches[key], sources=matches[other].sources, operation=matches[other].operation)
-                    for key, other in zip((first, second, third), order, strict=True)
-                }
+                members = zip((first, second, third), order, strict=True)
+                yield {key: _refilled(matches[key], matches[other]) for key, other in members}
 
 
 def _nearest_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -126,29 +127,20 @@ def _nearest_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def _exchanged(matches: Mapping[str, Match], first: str, second: str) -> Option:
     one, other = matches[first], matches[second]
-    return {
-        first: replace(one, sources=other.sources, operation=other.operation),
-        second: replace(other, sources=one.sources, operation=one.operation),
-    }
+    return {first: _refilled(one, other), second: _refilled(other, one)}
 
 
-def _turned(match: Match, shape: Shape) -> Operation | None:
-    """Transpose a square matrix; None for all else."""
-    if match.operation.adapts or len(shape) != 2 or shape[0] != shape[1]:
-        return None
-    steps = match.operation.steps if isinstance(match.operation, Chain) else (match.operation,)
-    return chain(*steps[:-1]) if steps[-1] == Transpose() else chain(match.operation, Transpose())
+def _transposed(operation: Operation) -> Operation:
+    steps = operation.steps if isinstance(operation, Chain) else (operation,)
+    return chain(*steps[:-1]) if steps[-1] == Transpose() else chain(operation, Transpose())
 
 
 def _parts_reordered(matches: Mapping[str, Match], key: str, shapes: Mapping[str, Shape]) -> Iterator[Option]:
-    """Take a tensor that is fused on both sides apart into halves or thirds, and give their other orders.
-
-    The bias of a layer follows its weight.
-    """
+    """Yield the other orders of the halves or thirds of a tensor that is fused on both sides, and of its bias."""
     if len(shapes[key]) < 2:
         return
     bias = f"{key.rpartition('.')[0]}.bias".lstrip(".")
-    for count, dim in product(_PARTS, (0, len(shapes[key]) - 1)):
+    for count, dim in product(_PART_COUNTS, (0, len(shapes[key]) - 1)):
         size = shapes[key][dim]
         if size % count or size == count or (count == 3 and size not in {3 * other for other in shapes[key]}):
             continue
@@ -165,14 +157,6 @@ def _in_parts(match: Match, dim: int, length: int, order: Sequence[int]) -> Matc
     parts = tuple(chain(match.operation, Split(dim, place * length, length)) for place in order)
     operation = chain(Parallel(parts), Concatenate(dim))
     return replace(match, sources=match.sources * len(order), operation=operation)
-
-
-def _orders(match: Match, source_shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ...]]:
-    """Give the sources of a fused tensor in other orders, where they have one shape."""
-    alike = len({source_shapes.get(key) for key in match.sources}) == 1
-    if 1 < len(match.sources) <= _MOST_PARTS and alike:
-        for order in list(permutations(match.sources))[1:]:
-            yield tuple(order)
 
 
 def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[str, Shape]) -> Option:
@@ -199,7 +183,10 @@ def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[
         common += 1
     prefix = ".".join(split[0][:common])
     suffix = {key: key[len(prefix) :] for key in keys}
-    moved = {key: next((k for k in keys if _same_fill(matches[k], option[key])), key) for key in keys}
+    fills = {key: (option[key].sources, option[key].operation) for key in keys}
+    moved = {
+        key: next((k for k in keys if (matches[k].sources, matches[k].operation) == fills[key]), key) for key in keys
+    }
     result = dict(option)
     for other in matches:
         start = other[: -len(suffix[keys[0]])]
@@ -208,16 +195,8 @@ def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[
         there = {key: start + suffix[key] for key in keys}
         if all(name in matches and shapes[name] == shapes[key] for key, name in there.items()):
             for key in keys:
-                fill = matches[there[moved[key]]]
-                result[there[key]] = replace(matches[there[key]], sources=fill.sources, operation=fill.operation)
+                result[there[key]] = _refilled(matches[there[key]], matches[there[moved[key]]])
     return result
-
-
-def _same_fill(match: Match, other: Match) -> bool:
-    return match.sources == other.sources and match.operation == other.operation
-
-
-_NEAR = 12  # tensors used before a difference that are exchanged with one another
 
 
 class Budget:
@@ -229,7 +208,7 @@ class Budget:
 
     @property
     def is_spent(self) -> bool:
-        """Whether no more may be made."""
+        """True if no more may be made."""
         return self.made >= self.limit or time.monotonic() > self.end
 
     def take(self) -> bool:
@@ -249,12 +228,12 @@ class State:
     found: tuple[str, ...]  # the keys whose filling was changed for the better
 
     def changed(self, matches: Mapping[str, Match]) -> tuple[Match, ...]:
-        """List the matches that are other than they were, or were not loaded."""
+        """List the matches that differ from those given, or are not among them."""
         return tuple(match for key, match in self.matches.items() if matches.get(key) != match)
 
 
 def search(
-    subject: Subject,
+    session: Session,
     matches: dict[str, Match],
     fills: Mapping[str, Tensor],
     base: Outcome,
@@ -269,13 +248,13 @@ def search(
     tried but what the alignment lists.
     """
     state = State(dict(matches), base, ())
-    first = {key: subject.value(m) for key, m in subject.proposed.items() if key in subject.own}
+    first = {key: session.value(m) for key, m in session.proposed.items() if key in session.own}
     values = {**fills, **first}
     if first and budget.take():
-        outcome = subject.call(state.matches, subject.tied(values), wrong)
+        outcome = session.call(state.matches, session.tied(values), wrong)
         state = State(state.matches, outcome, tuple(first) if outcome.equal else ())
     while not state.outcome.equal:
-        better = _step(subject, state, values, wrong, budget, listed_only=listed_only)
+        better = _step(session, state, values, wrong, budget, listed_only=listed_only)
         if better is None:
             break
         state, values = better
@@ -283,7 +262,7 @@ def search(
 
 
 def _step(
-    subject: Subject,
+    session: Session,
     state: State,
     values: Mapping[str, Tensor],
     wrong: Collection[str],
@@ -296,64 +275,63 @@ def _step(
 
     def tried(option: Option) -> bool:
         nonlocal best
-        changes = {key: m for key, m in option.items() if key in subject.own and m != state.matches.get(key)}
+        changes = {key: m for key, m in option.items() if key in session.own and m != state.matches.get(key)}
         if not changes or not budget.take():
             return False
         try:
-            new = {key: subject.value(match) for key, match in changes.items()}
+            new = {key: session.value(match) for key, match in changes.items()}
         except (RuntimeError, IndexError):  # an operation that does not fit these shapes
             return False
-        if any(tensor.shape != subject.own[key].shape for key, tensor in new.items()):
+        if any(tensor.shape != session.own[key].shape for key, tensor in new.items()):
             return False
         matches, filled = {**state.matches, **changes}, {**values, **new}
-        outcome = subject.call(matches, subject.tied(filled), wrong)
+        outcome = session.call(matches, session.tied(filled), wrong)
         known = best[0].outcome.position if best else state.outcome.position
         if outcome.position <= known:
             return False
         best = State(matches, outcome, tuple(dict.fromkeys((*state.found, *changes)))), filled
         return True
 
-    for option, listed in _options(subject, state):
+    for option, listed in _options(session, state):
         if budget.is_spent or (best is not None and not listed):
             break
         if listed_only and not listed:
             continue
         if tried(option) and best is not None and not best[0].outcome.equal and not listed:
-            tried(in_all_layers(state.matches, option, subject.target_shapes))
+            tried(in_all_layers(state.matches, option, session.target_shapes))
         if best is not None and (best[0].outcome.equal or not listed):
             break  # listed ones are all tried, and the best is kept
     return best
 
 
-def _options(subject: Subject, state: State) -> Iterator[tuple[Option, bool]]:
-    """Give options for the first divergence, the likeliest first, and whether the alignment lists them."""
+def _options(session: Session, state: State) -> Iterator[tuple[Option, bool]]:
+    """Yield options for the first divergence, the likeliest first, and whether the alignment lists them."""
     used = state.outcome.compared.target.first_use
     finding = state.outcome.finding
-    end = finding.time if finding is not None else 2**61
+    end = finding.until[1] if finding is not None else NEVER
     before = sorted((k for k in state.matches if k in used and used[k] <= end), key=lambda key: -used[key])
-    called = {call.module for call in state.outcome.compared.target.calls}
-    owned = owners(subject.models[1], list(state.matches), called)
-    own = [key for key in state.matches if finding and owned[key][0] == finding.call.module]
+    owners = state.outcome.compared.owners
+    own = [key for key in state.matches if finding and owners[key][0] == finding.call.module]
     at = own if finding is not None and finding.kind in ("own", "mispaired") else []
     suspects = list(dict.fromkeys((*at, *before)))
     if at:
-        for option in _likely(subject, state, own):
+        for option in _likely(session, state, own):
             yield option, False
     for option in listed_options(state.matches, suspects):
         yield option, True
-    near = suspects[: max(len(at), _NEAR)]
-    for option in other_options(state.matches, near, subject.target_shapes, subject.shapes):
+    near = suspects[: max(len(at), _MAX_NEAR)]
+    for option in other_options(state.matches, near, session.target_shapes, session.shapes):
         yield option, False
     for mine, other in product(at, state.matches):
         if other not in own:
-            for option in exchanges(state.matches, (mine, other), subject.target_shapes):
+            for option in exchanges(state.matches, (mine, other), session.target_shapes):
                 yield option, False
 
 
-def _likely(subject: Subject, state: State, own: Sequence[str]) -> Iterator[Option]:
-    """Give what the recordings themselves say of a module that is given the right inputs and filled wrongly."""
+def _likely(session: Session, state: State, own: Sequence[str]) -> Iterator[Option]:
+    """Yield what the recordings suggest for a module that is given the right inputs and filled wrongly."""
     matches, finding = state.matches, state.outcome.finding
-    module_of = {key: subject.source_owner[match.sources[0]][0] for key, match in matches.items()}
+    module_of = {key: session.source_owner[match.sources[0]][0] for key, match in matches.items()}
     assert finding is not None
     pairs: list[tuple[str, str]] = []
     if finding.kind == "mispaired":  # the module that is given the same
@@ -363,4 +341,4 @@ def _likely(subject: Subject, state: State, own: Sequence[str]) -> Iterator[Opti
         pairs += [(mine, key) for mine in others for key in matches if module_of[key] == module]
     for mine, other in pairs:
         if other not in own:
-            yield from exchanges(matches, (mine, other), subject.target_shapes)
+            yield from exchanges(matches, (mine, other), session.target_shapes)

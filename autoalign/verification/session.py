@@ -1,4 +1,4 @@
-"""The subject of a verification: two models, what the source computed, and calls of the target with other values."""
+"""Sessions: two models, what the source computed, and calls of the target with other values."""
 
 from __future__ import annotations
 
@@ -11,28 +11,24 @@ from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
 from autoalign.plan.matches import Match
-from autoalign.verification.causes import Scene
 from autoalign.verification.compare import (
+    Compared,
+    Finding,
     OutputDifference,
+    compare,
+    features_last,
+    first_finding,
+    module_tolerance,
     output_differences,
     owners,
     paired_modules,
     relative_difference,
     tolerance_of,
 )
-from autoalign.verification.divergence import (
-    Compared,
-    Finding,
-    compare,
-    event_count,
-    features_last,
-    first_finding,
-    module_tolerance,
-)
-from autoalign.verification.recording import record
+from autoalign.verification.run import record
 
-_HELD = 0.5  # of the tensors with values of their own that a target must hold to count as loaded
-_EXACT = 1e-6  # relative difference of values that are called the same
+_MIN_LOADED = 0.5  # share of the tensors with values of their own that a loaded target holds
+_EXACT = 1e-6  # relative difference of values that count as equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +40,11 @@ class Outcome:
     equal: bool  # outputs and all that was compared on the way
     finding: Finding | None
     position: float  # how far both agree; inf where all is equal
+    tolerance: float  # of outputs
     compared: Compared
-    events: int
 
 
-class Subject:
+class Session:
     """Two models, a call of the source, and what is known of the target's values.
 
     Args:
@@ -56,14 +52,14 @@ class Subject:
         target: The other.
         inputs: What each is called with.
         alignment: What is verified.
-        tolerance: Of outputs; None for that of their types.
+        tolerance: Of outputs; None for that of their dtypes.
 
     Attributes:
         matches: What the alignment fills the target with, by key.
         proposed: What it proposes beyond that.
         own: The target's parameters and buffers.
         wrong: The target's keys that hold other values than the alignment gives, and what they hold, in words.
-        loaded: Whether the target holds most of the alignment's values.
+        is_loaded: Whether the target holds most of the alignment's values.
     """
 
     def __init__(
@@ -91,14 +87,14 @@ class Subject:
             for name in features_last(model)
         }
         called = {call.module for call in self.source.calls}
-        self.source_owner = owners(source, list(self.shapes), called)
+        self.source_owner = owners(source, self.shapes, called)
         self.own: dict[str, Tensor] = dict(target.named_buffers(remove_duplicate=False))
         self.own |= dict(target.named_parameters(remove_duplicate=False))
         self.matches = {match.target: match for match in alignment.matches}
         self.proposed = {match.target: match for match in alignment.ambiguous}
-        self.wrong, self.loaded = self._held()
+        self.wrong, self.is_loaded = self._compared_values()
 
-    def _held(self) -> tuple[dict[str, str], bool]:
+    def _compared_values(self) -> tuple[dict[str, str], bool]:
         """Find the target's tensors that are not what the alignment gives, and whether it was loaded at all."""
         tensors = {key: self.value(match) for key, match in self.matches.items() if key in self.own}
         agreeing = {key for key, tensor in tensors.items() if _agree(self.own[key].detach(), tensor)}
@@ -106,18 +102,19 @@ class Subject:
         prints: dict[tuple[int, float], list[str]] = {}  # of the tensors that one which disagrees may be
         for key, tensor in tensors.items():
             if tensor.numel() in sizes:
-                prints.setdefault(_print_of(tensor), []).append(key)
+                prints.setdefault(_fingerprint(tensor), []).append(key)
         wrong: dict[str, str] = {}
-        told = held = 0
+        counted = loaded = 0
         for key, tensor in tensors.items():
             own, others = self.own[key].detach(), []
             if key not in agreeing:
-                others = prints.get(_print_of(own), []) if own.numel() in sizes else []
+                others = prints.get(_fingerprint(own), []) if own.numel() in sizes else []
                 wrong[key] = self._describe(key, own, tensor, [k for k in others if torch.equal(tensors[k], own)])
-            if isinstance(self.own[key], nn.Parameter) and own.numel() > 1 and not _is_constant(tensor):
-                told += 1
-                held += key in agreeing or bool(others)
-        return wrong, held >= _HELD * told
+            # a constant may be what it was initialised with
+            if isinstance(self.own[key], nn.Parameter) and own.numel() > 1 and (tensor != tensor.flatten()[0]).any():
+                counted += 1
+                loaded += key in agreeing or bool(others)
+        return wrong, loaded >= _MIN_LOADED * counted
 
     def _describe(self, key: str, own: Tensor, tensor: Tensor, like: Sequence[str]) -> str:
         sources = " + ".join(self.matches[key].sources)
@@ -129,25 +126,30 @@ class Subject:
         return f"differs from what {sources} gives" + ("" if apart is None else f" by {apart:.1e}")
 
     def value(self, match: Match) -> Tensor:
-        """Make the tensor of a match, as a load would give it to the target."""
+        """Compute the tensor of a match, as a load would give it to the target."""
         tensor, own = self.alignment.tensor(match).detach(), self.own[match.target]
         return tensor.to(device=own.device, dtype=own.dtype)
 
     def call(
         self, matches: Mapping[str, Match], values: Mapping[str, Tensor] | None, wrong: Collection[str]
     ) -> Outcome:
-        """Call the target and compare; ``matches`` tell which modules belong together."""
+        """Call the target and compare.
+
+        Args:
+            matches: Those by which modules are paired, by target key.
+            values: Tensors to use in place of the target's own, as ``tied`` returns them.
+            wrong: Target keys whose modules are not excused.
+        """
         target = record(self.models[1], self.inputs, self.keep[1], values)
-        called = {call.module for call in target.calls}
-        target_owner = owners(self.models[1], list(self.target_shapes), called)
-        pairs = paired_modules(list(matches.values()), self.source_owner, target_owner, self.sizes)
+        target_owner = owners(self.models[1], self.target_shapes, {call.module for call in target.calls})
         tolerance = self.wanted_tolerance or tolerance_of(self.source.outputs, target.outputs)
         finer = module_tolerance(tolerance, (self.source, target))
         compared = compare(
             Compared(
                 self.source,
                 target,
-                pairs,
+                paired_modules(list(matches.values()), self.source_owner, target_owner, self.sizes),
+                target_owner,
                 self.shapes,
                 self.target_shapes,
                 self.last,
@@ -159,34 +161,14 @@ class Subject:
         largest = max((item.difference for item in differences), default=inf)
         guilty = {target_owner[key][0] for key in wrong if key in target_owner}
         outputs_equal = largest <= tolerance  # although values on the way may differ: a signal may fade
-        finding = first_finding(replace(compared, tolerance=compared.most) if outputs_equal else compared, guilty)
+        judged = replace(compared, tolerance=compared.loose_tolerance) if outputs_equal else compared
+        finding = first_finding(judged, guilty)
         equal = outputs_equal and finding is None
         position: float = inf if equal else finding.position if finding is not None else 2**31
-        return Outcome(tuple(differences), largest, equal, finding, position, compared, event_count(compared))
-
-    def tolerance(self, outcome: Outcome) -> float:
-        """Tell the tolerance of outputs."""
-        return self.wanted_tolerance or tolerance_of(self.source.outputs, outcome.compared.target.outputs)
-
-    def scene(
-        self, outcome: Outcome, matches: Mapping[str, Match], wrong: Mapping[str, str], filled: Collection[str]
-    ) -> Scene:
-        """Gather what is known where a cause is looked for."""
-        called = {call.module for call in outcome.compared.target.calls}
-        owned = owners(self.models[1], list(self.target_shapes), called)
-        return Scene(
-            self.models,
-            (self.source, outcome.compared.target),
-            outcome.compared.pairs,
-            {key: owner for key, (owner, _) in owned.items()},
-            self.alignment,
-            matches,
-            wrong,
-            [key for key in self.target_shapes if key not in filled],
-        )
+        return Outcome(tuple(differences), largest, equal, finding, position, tolerance, compared)
 
     def tied(self, fills: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give tied parameters one tensor, and parameters' places to parameters."""
+        """Return one tensor for tied parameters, and parameters in the places of parameters."""
         first: dict[int, Tensor] = {}
         for key, tensor in fills.items():
             if id(self.own[key]) not in first:
@@ -199,10 +181,6 @@ def _agree(own: Tensor, tensor: Tensor) -> bool:
     return torch.equal(own, tensor) or (relative_difference(own, tensor) or 0.0) <= _EXACT
 
 
-def _is_constant(tensor: Tensor) -> bool:
-    return bool((tensor == tensor.flatten()[0]).all())
-
-
-def _print_of(tensor: Tensor) -> tuple[int, float]:
-    """Give what all tensors of the same values in any order have in common."""
+def _fingerprint(tensor: Tensor) -> tuple[int, float]:
+    """Return what all tensors of the same values in any order have in common."""
     return tensor.numel(), float(f"{float(tensor.detach().double().abs().sum()):.9e}")

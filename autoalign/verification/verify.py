@@ -1,4 +1,4 @@
-"""Verifications: what a call of two networks shows of an alignment, as a value."""
+"""Verification: what a call of two networks shows of an alignment."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from autoalign.matching.match import match_tensors
 from autoalign.matching.names import kind
 from autoalign.plan.matches import Match
 from autoalign.verification.causes import Divergence, Scene, diverged
-from autoalign.verification.compare import OutputDifference, owners
-from autoalign.verification.divergence import Finding, last_agreement, worst_finding
-from autoalign.verification.run import preserved
+from autoalign.verification.compare import Finding, OutputDifference, last_agreement, worst_finding
+from autoalign.verification.run import NEVER, preserved
 from autoalign.verification.search import Budget, State, search
-from autoalign.verification.session import Outcome, Subject
+from autoalign.verification.session import Outcome, Session
 
-_SHOWN = 6  # matches that are listed
+_MAX_LISTED = 6  # matches
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,11 @@ class Verification:
         if self.taken:
             lines.append(f"{len(self.taken)} matches had to be taken otherwise, found in {self.trials} trials:")
             lines += [
-                f"  {match.target} = {' + '.join(match.sources)}: {match.operation}" for match in self.taken[:_SHOWN]
+                f"  {match.target} = {' + '.join(match.sources)}: {match.operation}"
+                for match in self.taken[:_MAX_LISTED]
             ]
-            if len(self.taken) > _SHOWN:
-                lines.append(f"  ... and {len(self.taken) - _SHOWN} more: verification.taken")
+            if len(self.taken) > _MAX_LISTED:
+                lines.append(f"  ... and {len(self.taken) - _MAX_LISTED} more: verification.taken")
             lines.append("Load them: model.load_state_dict(verification.alignment.state_dict(), strict=False)")
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
@@ -78,7 +78,7 @@ def verify_models(
     """Call both models and compare; see ``autoalign.verify``."""
     for model in (source_model, target_model):
         if not isinstance(model, nn.Module):
-            raise InputError(f"verify calls two nn.Modules, and {type(model).__name__} is none. Nothing was verified.")
+            raise InputError(f"verify calls two nn.Modules, not a {type(model).__name__}. Nothing was verified.")
         if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
             raise InputError(
                 f"{type(model).__name__} has tensors on the meta device, which have no values. Nothing was verified. "
@@ -93,26 +93,26 @@ def verify_models(
     _check(alignment, source_model, target_model)
     inputs = (example_inputs, example_inputs if target_inputs is None else target_inputs)
     with preserved(source_model, target_model):
-        subject = Subject(source_model, target_model, inputs, alignment, tolerance)
+        session = Session(source_model, target_model, inputs, alignment, tolerance)
         budget = Budget(trials, seconds)
-        if not subject.loaded:
-            return _verified(subject, as_it_is=False, budget=budget)
-        found = _verified(subject, as_it_is=True, budget=budget)
+        if not session.is_loaded:
+            return _verified(session, as_it_is=False, budget=budget)
+        found = _verified(session, as_it_is=True, budget=budget)
         if found.max_difference > found.tolerance or found.taken or not (given or found.first_divergence):
             return found
-        by_alignment = _verified(subject, as_it_is=False, budget=budget)
+        by_alignment = _verified(session, as_it_is=False, budget=budget)
         if by_alignment.equal and by_alignment.first_divergence is None:
             return found
         if given:
             return by_alignment
         if by_alignment.equal and by_alignment.taken and not found.equal:  # the alignment paired its modules wrongly
-            subject = Subject(source_model, target_model, inputs, by_alignment.alignment, tolerance)
-            found = _verified(subject, as_it_is=True, budget=Budget(0, None))
+            session = Session(source_model, target_model, inputs, by_alignment.alignment, tolerance)
+            found = _verified(session, as_it_is=True, budget=Budget(0, None))
         return _otherwise_right(found, by_alignment) if found.equal else found
 
 
 def _otherwise_right(found: Verification, by_alignment: Verification) -> Verification:
-    """Say that a target is right as it is, and that the alignment would fill it otherwise."""
+    """Note that a target is right as it is, and that the alignment would fill it otherwise."""
     better = by_alignment if by_alignment.equal else found
     note = "The target is right as it is. The alignment of the two models alone is not: " + (
         f"{len(better.taken)} of its matches had to be taken otherwise."
@@ -149,17 +149,18 @@ def _check_options(tolerance: object, trials: object, seconds: object) -> None:
         raise InputError(f"trials= takes a whole number that is not negative, not {trials!r}. Nothing was verified.")
 
 
-def _verified(subject: Subject, *, as_it_is: bool, budget: Budget) -> Verification:
+def _verified(session: Session, *, as_it_is: bool, budget: Budget) -> Verification:
     """Verify the target by its own values or by the alignment's."""
-    wrong = subject.wrong if as_it_is else {}
-    fills = {} if as_it_is else {key: subject.value(m) for key, m in subject.matches.items() if key in subject.own}
-    known = {**subject.proposed, **subject.matches}
-    base = subject.call(known, subject.tied(fills) or None, wrong)
-    scene = subject.scene(base, known, wrong, subject.matches)
-    divergence = _divergence(subject, base, scene)
+    wrong = session.wrong if as_it_is else {}
+    fills = {} if as_it_is else {key: session.value(m) for key, m in session.matches.items() if key in session.own}
+    known = {**session.proposed, **session.matches}
+    base = session.call(known, session.tied(fills) or None, wrong)
+    unfilled = [key for key in session.target_shapes if key not in session.matches]
+    scene = Scene(session.models, base.compared, known, wrong, unfilled)
+    divergence = _divergence(session, base, scene)
     notes = []
     if not base.differences:
-        sides = [{name: list(t.shape) for name, t in r.outputs.items()} for r in (subject.source, base.compared.target)]
+        sides = [{name: list(t.shape) for name, t in r.outputs.items()} for r in (session.source, base.compared.target)]
         notes.append(
             f"No outputs have the same size: {sides[0]} of the source, {sides[1]} of the target. "
             "Wrap one of them, so that both give the same."
@@ -167,34 +168,34 @@ def _verified(subject: Subject, *, as_it_is: bool, budget: Budget) -> Verificati
     state = State(known, base, ())
     explained = divergence is not None and any(key in wrong for key in divergence.keys)
     if not base.equal and not explained and base.differences:
-        state = search(subject, known, fills, base, wrong, budget, listed_only=_is_told(divergence))
-        divergence = _located(subject, divergence, state, base)
+        state = search(session, known, fills, base, wrong, budget, listed_only=_is_explained(divergence))
+        divergence = _located(session, divergence, state, base)
     elif base.equal and wrong and divergence is None:
         notes.append(f"{len(wrong)} tensors hold other values than the alignment gives: {', '.join(list(wrong)[:3])}.")
     best = state.outcome if state.outcome.equal else base
-    taken = state.changed(subject.matches) if best.equal and not base.equal else ()
+    taken = state.changed(session.matches) if best.equal and not base.equal else ()
     if state.outcome.position > base.position and not best.equal:
-        moved = ", ".join(match.target for match in state.changed(subject.matches)[:3])
+        moved = ", ".join(match.target for match in state.changed(session.matches)[:3])
         notes.append(f"With {moved} filled otherwise, both agree for longer, and then differ too.")
     return Verification(
         best.equal,
         best.largest,
         divergence,
-        _with(subject.alignment, taken),
+        _with(session.alignment, taken),
         taken,
         as_it_is,
         best.differences,
-        subject.tolerance(base),
-        best.events,
+        base.tolerance,
+        sum(event.difference is not None for event in best.compared.events),
         budget.made,
         tuple(notes),
     )
 
 
-def _divergence(subject: Subject, outcome: Outcome, scene: Scene) -> Divergence | None:
+def _divergence(session: Session, outcome: Outcome, scene: Scene) -> Divergence | None:
     finding = outcome.finding
     if outcome.equal:
-        return _unseen(subject, scene)
+        return _unseen(session, scene)
     if (finding := finding or worst_finding(outcome.compared)) is not None:
         return diverged(scene, finding)
     ending = _at_the_end(outcome, scene)
@@ -202,60 +203,57 @@ def _divergence(subject: Subject, outcome: Outcome, scene: Scene) -> Divergence 
 
 
 def _at_the_end(outcome: Outcome, scene: Scene) -> Divergence:
-    """Tell of a difference that shows in no module that could be compared."""
-    since, source_since = last_agreement(outcome.compared)
-    root = next(call for call in scene.recordings[1].calls if call.module == "")
-    finding = Finding(0, "before", root, "", outcome.largest, since, source_since, 2**61, 2**61)
-    return diverged(scene, finding)
+    """Locate a difference that shows in no module that could be compared."""
+    root = next(call for call in outcome.compared.target.calls if call.module == "")
+    since = last_agreement(outcome.compared)
+    return diverged(scene, Finding(0, "before", root, "", outcome.largest, since, (NEVER, NEVER)))
 
 
-def _unseen(subject: Subject, scene: Scene) -> Divergence | None:
+def _unseen(session: Session, scene: Scene) -> Divergence | None:
     """Find tensors that are wrong although nothing in this call shows it, such as counters."""
-    used = scene.recordings[1].first_use
-    wrong = sorted(scene.wrong, key=lambda key: used.get(key, 2**61))
+    used = scene.compared.target.first_use
+    wrong = sorted(scene.wrong, key=lambda key: used.get(key, NEVER))
     if wrong:
-        module = scene.owner[wrong[0]]
+        module = scene.owner(wrong[0])
         text = f"{wrong[0]} {scene.wrong[wrong[0]]}. It does not show in the outputs of this call."
-        source = subject.source_owner[subject.matches[wrong[0]].sources[0]][0]
+        source = session.source_owner[session.matches[wrong[0]].sources[0]][0]
         return Divergence(source, module, 0.0, "weights", text, (wrong[0],))
-    for key in sorted(subject.matches, key=lambda key: used.get(key, 2**61)):
-        pair = scene.pairs.get(scene.owner[key])
+    for key in sorted(session.matches, key=lambda key: used.get(key, NEVER)):
+        pair = scene.compared.pairs.get(scene.owner(key))
         if pair and key in pair.mixed and kind(key.rpartition(".")[2])[0] in ("mean", "var", "count"):
             text = (
-                f"{key} comes from {' + '.join(subject.matches[key].sources)}, the rest of the module from "
+                f"{key} comes from {' + '.join(session.matches[key].sources)}, the rest of the module from "
                 f"{pair.source}. It does not show in the outputs of this call."
             )
             return Divergence(pair.source, pair.target, 0.0, "weights", text, (key,))
     return None
 
 
-def _located(subject: Subject, divergence: Divergence | None, state: State, base: Outcome) -> Divergence | None:
-    """Say which layer is at fault, if trials told: only equal outputs prove that what was tried is right."""
+def _located(session: Session, divergence: Divergence | None, state: State, base: Outcome) -> Divergence | None:
+    """Name the layer at fault, if trials found it: only equal outputs prove that what was tried is right."""
     if divergence is None or not state.found or not state.outcome.equal:
         return divergence
     used = base.compared.target.first_use
-    keys = sorted(state.found, key=lambda key: used.get(key, 2**61))
-    called = {call.module for call in base.compared.target.calls}
-    owner = owners(subject.models[1], keys, called)
-    module = owner[keys[0]][0]
+    keys = sorted(state.found, key=lambda key: used.get(key, NEVER))
+    module = base.compared.owners[keys[0]][0]
     if divergence.cause == "missing" and module == divergence.target_module:
         return divergence
     match = state.matches[keys[0]]
     pair = base.compared.pairs.get(module)
     text = f"{match.target} = {' + '.join(match.sources)}: {match.operation} makes the outputs equal."
-    source = subject.source_owner[match.sources[0]][0] if pair is None else pair.source
+    source = session.source_owner[match.sources[0]][0] if pair is None else pair.source
     return Divergence(source, module, divergence.difference, "weights", text, tuple(keys), divergence.between)
 
 
-def _is_told(divergence: Divergence | None) -> bool:
-    """Tell whether a setting, or the want of a source, accounts for a difference, so that no exchange would help."""
+def _is_explained(divergence: Divergence | None) -> bool:
+    """Return True if a setting, or the lack of a source, accounts for a difference, so that no exchange would help."""
     if divergence is None or divergence.between is not None:
         return False
     return divergence.cause in ("configuration", "missing", "precision")
 
 
 def _with(alignment: Alignment, taken: Sequence[Match]) -> Alignment:
-    """Put matches that proved right in the place of what was there."""
+    """Replace matches by those that proved right."""
     if not taken:
         return alignment
     proved = {m.target: replace(m, confidence=1.0, evidence={**m.evidence, "outputs": 1.0}) for m in taken}

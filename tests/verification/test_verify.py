@@ -453,7 +453,7 @@ def test_inputs_that_do_not_fit_are_refused(pair: tuple[Any, Any]) -> None:
 
 def test_other_things_than_models_are_refused(pair: tuple[Any, Any]) -> None:
     source, target = pair
-    with pytest.raises(InputError, match=r"verify calls two nn\.Modules, and dict is none"):
+    with pytest.raises(InputError, match=r"verify calls two nn\.Modules, not a dict"):
         verify(dict(source.state_dict()), target, INPUTS)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="2 keys of its source are not in Sequential"):
         verify(
