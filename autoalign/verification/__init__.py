@@ -9,6 +9,6 @@ In order of use, from the bottom up:
 * ``search``: other ways to fill the target, tried until the outputs are equal.
 * ``verify``: the verdict, with the first divergence and what had to be filled otherwise.
 
-It may import all that ``loading`` may, and ``loading.transaction``. A new kind of cause goes to ``causes``; a new way in
-which alignments go wrong is one more generator of options in ``search``.
+It may import all that ``loading`` may, and ``loading.transaction``. A new kind of cause goes to ``causes``; a new way
+in which alignments go wrong is one more generator of options in ``search``.
 """
