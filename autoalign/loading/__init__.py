@@ -6,8 +6,8 @@ In order of use, from the bottom up:
 * ``value_checks``: NaN in a checkpoint, and what a cast to the model's dtype would lose.
 * ``transaction``: a model as it was if anything fails, and a lock on it; which copies cannot fail.
 * ``conflicts``: what a checkpoint holds and the model has no place for; tied keys are filled from one tensor.
-* ``prepare``: everything that is decided and said before data moves, for ``load`` and ``convert`` alike: what is loaded
-  from where, lazy modules, BatchNorm counters, extra states, versions; warnings and the progress bar.
+* ``prepare``: what is decided and said before data moves, for ``load`` and ``convert`` alike: what comes from where,
+  lazy modules, BatchNorm counters, extra states, versions; warnings and the progress bar.
 * ``fill``: reads the sources, copies them in place (on threads where that is faster), or makes new tensors of them.
 * ``ranks`` and ``sharded``: how the processes of a sharded model agree, and which parts each of them reads.
 * ``load`` and ``convert``: fill a model, all or nothing; write a checkpoint anew, tensor by tensor.
