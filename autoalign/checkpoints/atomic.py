@@ -1,4 +1,4 @@
-"""Replacing: a text file that is there as a whole, or as it was."""
+"""Files that appear whole or not at all, and which files count where a process was killed; interrupts held back."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from autoalign.errors import OutputError
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold back Ctrl-C, and all other signals with a handler in Python, in the one thread that they can reach.
+    """Hold back Ctrl-C, and all other signals with a handler in Python, until the block is done.
 
-    Their handlers are called when the block is through.
+    Signals reach the main thread alone; in others there is nothing to do.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -48,9 +48,9 @@ def _raise_signals(numbers: list[int]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that it is never there in part: under another name first, then renamed.
+    """Write a text file under another name, then rename it, so that it is never there in part.
 
-    A file that is there is replaced and gives the new one its permissions.
+    A file that it replaces passes on its permissions.
     """
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
@@ -68,7 +68,7 @@ _SHARD = r"(?P<mark>-[0-9a-f]{8})?-\d{5}-of-(?P<count>\d{5})"
 
 
 def staging_name(name: str, mark: str) -> str:
-    """Name the hidden folder of an output.
+    """Return the name of the hidden folder of an output.
 
     >>> staging_name("model.safetensors", "0123abcd")
     '.model.safetensors.0123abcd.tmp'
@@ -86,7 +86,7 @@ def output_pattern(stem: str) -> str:
 
 
 def unfinished(names: Collection[str], listed: Collection[str]) -> set[str]:
-    """Find the files of a folder that were left of outputs and belong to none that is whole.
+    """List the files of a folder that are left of unfinished outputs.
 
     >>> new = ["model-0123abcd-00001-of-00002.safetensors"]
     >>> old = ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]
@@ -116,11 +116,11 @@ def unfinished(names: Collection[str], listed: Collection[str]) -> set[str]:
 
 @contextmanager
 def staging_folder(path: Path) -> Iterator[None]:
-    """Make a folder that is known to be in use until it is removed in the end, with what is in it."""
+    """Make a folder that is locked while it is in use, and removed in the end."""
     path.mkdir()
     lock = None
     try:
-        with suppress(OSError):  # as where the file system has no locks
+        with suppress(OSError):  # where the file system has no locks
             lock = _locked(path)
         yield
     finally:
@@ -130,7 +130,7 @@ def staging_folder(path: Path) -> Iterator[None]:
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Remove what processes that are no more left in hidden folders of ``staging_name``.
+    """Remove the hidden folders of ``staging_name`` that no running process has locked.
 
     Args:
         folder: Where they are.
@@ -170,10 +170,10 @@ def _locked(path: Path) -> int:
 def staged(
     folder: Path, names: Sequence[str], replaced: Collection[str] = (), pattern: str = ""
 ) -> Iterator[list[Path]]:
-    """Give paths to write to, in a hidden folder; what is written there gets its names when the block is through.
+    """Yield paths to write to, in a hidden folder; the files get their names when the block is done.
 
     If the block raises, an interrupt included, the written files are removed, and so are the folders that were made
-    for them. If the process is killed, ``unfinished`` tells which files count: all that were there, or all new ones.
+    for them. If the process is killed, ``unfinished`` finds which files count: all that were there, or all new ones.
 
     Args:
         folder: Made where it is not there.

@@ -1,7 +1,7 @@
 """Configurations: what a model's makers wrote down about it, found beside a checkpoint, in it, or at a module.
 
-A configuration is handed on as it is, as far as it is plain data (what JSON knows); what a name in it means is for
-the reader to say. It is never required: one that cannot be read is a note.
+A configuration is kept as it is, as far as it is plain data (what JSON knows); what its names mean is the reader's
+business. It is never required: one that cannot be read becomes a note.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-# What configs call whether neighbouring rows of a query or key are rotated together, and not the halves of each head.
+# Names of the setting that rotates neighbouring rows of a query or key together, instead of the halves of each head.
 ROTARY_SETTINGS: tuple[str, ...] = (
     "rotary_interleaved",
     "rotary_emb_interleaved",
@@ -26,10 +26,9 @@ ROTARY_SETTINGS: tuple[str, ...] = (
 
 _FILES = ("config.json", "params.json", "adapter_config.json")  # of Hugging Face and many others, Meta, and PEFT
 _KEYS = ("args", "config", "hparams", "hyper_parameters", "model_args")  # in saved mappings; later ones say more
-_LARGEST = 2**24  # bytes of a file
-_MOST = 2**16  # mappings and lists, of which a script may have saved anything
-
-ATTRIBUTES = (*ROTARY_SETTINGS, "head_dim")  # of modules, that say what a config may say
+_ATTRIBUTES = (*ROTARY_SETTINGS, "head_dim")  # of modules, that say what a config may say
+_MAX_FILE_BYTES = 2**24
+_MAX_VALUES = 2**16  # mappings and lists, since a script may have saved anything
 
 Config = dict[str, object]
 
@@ -41,8 +40,8 @@ def folder_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
         try:
             if not file.is_file():
                 continue
-            if file.stat().st_size > _LARGEST:
-                raise ValueError(f"it has more than {_LARGEST} bytes")
+            if file.stat().st_size > _MAX_FILE_BYTES:
+                raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
             found = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
                 raise ValueError(f"it holds a {type(found).__name__}")
@@ -97,7 +96,7 @@ def module_config(module: nn.Module) -> tuple[Config, tuple[str, ...]]:
     stated: Config = {}
     try:
         while True:
-            found = {name: getattr(module, name, None) for name in ATTRIBUTES}
+            found = {name: getattr(module, name, None) for name in _ATTRIBUTES}
             stated = {name: value for name, value in found.items() if isinstance(value, int)} | stated
             if hasattr(module, "config"):
                 return _plain_mapping(_as_mapping(module.config)) | stated, ()
@@ -129,16 +128,16 @@ def _plain_mapping(mapping: Mapping[Any, object]) -> Config:
     return found if isinstance(found, dict) else {}
 
 
-_OTHER = object()  # what is no plain data
+_OTHER = object()  # stands for what is not plain data
 
 
 def _plain(value: object, known: dict[int, object]) -> object:
-    """Make plain data of a value; ``known`` holds what was made of each mapping and list, which may hold itself."""
+    """Convert a value to plain data; ``known`` has what each mapping and list became, since one may hold itself."""
     if value is None or isinstance(value, str | int | float):
         return value
     if id(value) in known:
         return known[id(value)]
-    if len(known) >= _MOST:
+    if len(known) >= _MAX_VALUES:
         return _OTHER
     known[id(value)] = _OTHER
     if isinstance(value, Mapping) or dataclasses.is_dataclass(value) or isinstance(value, Namespace):

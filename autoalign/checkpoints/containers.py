@@ -1,9 +1,9 @@
 """Containers: which mappings inside a nested checkpoint are state dicts, and which of them is meant.
 
-A training script saves more than one state dict under one name. What a checkpoint holds is told from its structure:
-every mapping with tensors below it is looked at, whatever it is called, and the state of optimizers, schedulers and
-the like is left out. A tree of mappings that only mirrors the module tree is one state dict, with joined keys, and so
-are trees of the same modules with different tensors, as Flax keeps parameters and batch statistics apart.
+A training script saves several state dicts in one file. They are found by structure: every mapping with tensors below
+it counts, whatever it is called, except the state of optimizers, schedulers and the like. A tree of mappings that
+mirrors the module tree is one state dict, with joined keys, and so are trees of the same modules with different
+tensors, as Flax keeps parameters and batch statistics apart.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ COPY_WORDS = frozenset({"ema", "teacher", "momentum", "target", "swa", "average"
 TRAINING_WORDS = frozenset(
     {"optimizer", "optimizers", "optim", "opt", "scaler", "scheduler", "schedulers", "amp", "rng", "callbacks", "loops"}
 )
-_ALIKE = 0.8  # share of the tensors of a state dict whose shapes a copy of it has
-_DEEPEST, _MOST = 64, 2**18  # mappings in each other, and in all
+_MIN_SHARED_SHAPES = 0.8  # share of the tensors of a state dict whose shapes a copy of it has
+_MAX_SIZE_RATIO = 10  # of the largest state dict to one that is preferred
+_MAX_DEPTH, _MAX_MAPPINGS = 64, 2**18  # mappings in each other, and in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +52,17 @@ class Entry:
             return value.read()
         if isinstance(value, np.ndarray):
             return as_tensor(value, self.spec.dtype)
-        raise InputError(f"{self.spec} was a tensor when it was first looked at and is a {type(value)} now.")
+        raise InputError(f"{self.spec} was a tensor when the mapping was opened and is a {type(value)} now.")
 
     def read_region(self, region: Region) -> Tensor:
-        """Read a part of the tensor; of most formats that is a view of what is mapped, or a part of what was read."""
+        """Read a part of the tensor; most formats give a view of what is mapped, or read the whole."""
         value = self.owner[self.name]
         if isinstance(value, StoredTensor) and value.read_region is not None:
             return value.read_region(region)
         return narrowed(self.read(), region)
 
     def packing(self) -> str | None:
-        """Name the kind of a tensor whose elements are not its values; None of others."""
+        """Return the kind of a tensor whose elements are not its values, else None."""
         if type(self.owner) not in (dict, OrderedDict):
             return None
         value = self.owner[self.name]
@@ -69,7 +70,7 @@ class Entry:
 
     @property
     def is_resident(self) -> bool:
-        """Whether reading the tensor takes no memory and cannot fail."""
+        """True if reading the tensor allocates nothing and cannot fail."""
         if type(self.owner) not in (dict, OrderedDict):  # one that makes its values when asked may do anything
             return False
         value = self.owner[self.name]
@@ -82,7 +83,7 @@ class Container:
 
     path: str  # dotted, '' for the top level
     entries: tuple[Entry, ...]  # in the mapping's order
-    extras: Mapping[str, object]  # what is no tensor, and each module's `_extra_state`
+    extras: Mapping[str, object]  # all values but tensors, and each module's `_extra_state`
     state_metadata: Mapping[str, Mapping[str, object]] | None  # the `_metadata` of torch's state dicts, by module
 
     def __str__(self) -> str:
@@ -130,7 +131,7 @@ def preferred(containers: Sequence[Container]) -> Container:
 
     def rank(container: Container) -> tuple[bool, tuple[bool, int], int]:
         size = len(container.entries)
-        return 10 * size < largest, _standing(container), -size
+        return _MAX_SIZE_RATIO * size < largest, _standing(container), -size
 
     return min(containers, key=rank)
 
@@ -139,27 +140,27 @@ def copies_of(chosen: Container, containers: Sequence[Container]) -> tuple[list[
     """List the other state dicts that hold tensors of the same shapes.
 
     Returns:
-        The copies; and whether their names speak for the chosen one, against each of them.
+        The copies; and True if the names speak for the chosen one, against each of them.
     """
-    shapes = _shapes(chosen)
+
+    def shapes(container: Container) -> Counter[tuple[int, ...]]:
+        return Counter(entry.spec.shape for entry in container.entries)
+
+    own = shapes(chosen)
     copies = [
         other
         for other in containers
         if other is not chosen
-        and (shapes & _shapes(other)).total() >= _ALIKE * max(len(chosen.entries), len(other.entries))
+        and (own & shapes(other)).total() >= _MIN_SHARED_SHAPES * max(len(chosen.entries), len(other.entries))
     ]
     return copies, all(_standing(chosen) < _standing(other) for other in copies)
 
 
 def _standing(container: Container) -> tuple[bool, int]:
-    """Rank a state dict by its name: whether it is an average, and how many names in its path are not well known."""
+    """Rank a state dict by its path: weights before averages of them, then by how many names are not well known."""
     words = [name_words(name) for name in container.path.split(".")]
     unknown = sum(not found & (_MODEL_WORDS | COPY_WORDS) or bool(found & _RIVAL_WORDS) for found in words)
     return any(found & COPY_WORDS for found in words), unknown
-
-
-def _shapes(container: Container) -> Counter[tuple[int, ...]]:
-    return Counter(entry.spec.shape for entry in container.entries)
 
 
 def named_container(root: Mapping[str, object], name: str, containers: Sequence[Container]) -> Container:
@@ -173,12 +174,9 @@ def named_container(root: Mapping[str, object], name: str, containers: Sequence[
     found = [container for container in containers if container.path == name]
     found = found or [container for container in containers if container.path.endswith(f".{name}")]
     if not found:
-        found = [
-            _state_dict(node, path)
-            for path, node in _paths(_tree(root, 0, count()), "")
-            if path == name and node.children
-        ]
-    found = found or [c for c in containers if name_words(name) <= name_words(c.path.rpartition(".")[2]) and name]
+        nodes = dict(_paths(_tree(root, 0, count()), ""))
+        found = [_state_dict(nodes[name], name)] if name in nodes and nodes[name].children else []
+    found = found or [c for c in containers if name and name_words(name) <= name_words(c.path.rpartition(".")[2])]
     if len(found) == 1:
         return found[0]
     problem = "Several containers match" if found else "No container matches"
@@ -189,10 +187,10 @@ def named_container(root: Mapping[str, object], name: str, containers: Sequence[
 
 
 def _tree(mapping: Mapping[Any, object], depth: int, seen: Iterator[int]) -> _Node:
-    if depth > _DEEPEST or next(seen) >= _MOST:
+    if depth > _MAX_DEPTH or next(seen) >= _MAX_MAPPINGS:
         raise InputError(
-            f"There are more than {_DEEPEST} mappings in each other, or one holds itself, or there are more than "
-            f"{_MOST} of them. Nothing was aligned. Give the state dict alone."
+            f"There are more than {_MAX_DEPTH} mappings in each other, or one holds itself, or there are more than "
+            f"{_MAX_MAPPINGS} of them. Nothing was aligned. Give the state dict alone."
         )
     children: dict[str, Entry | _Node] = {}
     extras: dict[str, object] = {}
@@ -251,7 +249,7 @@ def _candidates(node: _Node, path: str) -> Iterator[Container]:
 
 
 def _are_apart(node: _Node) -> bool:
-    """Whether the mappings in a mapping are state dicts of their own, and no parts of one."""
+    """Return True if the mappings in a mapping are state dicts of their own and not parts of one."""
     nodes = node.nodes()
     if any("." in entry.name for _, entry in _flat(node, "")):  # there are whole state dicts, with joined keys
         return any(_has_named(name, child) for name, child in nodes.items()) or _has_copies(nodes.values())
@@ -273,7 +271,7 @@ def _are_apart(node: _Node) -> bool:
 
 
 def _collections(nodes: Mapping[str, _Node]) -> frozenset[str]:
-    """Name the mappings that hold different tensors of the same modules: Flax's parameters and batch statistics.
+    """List the mappings that hold different tensors of the same modules: Flax's parameters and batch statistics.
 
     The same tensors of the same modules are those of a copy, or of another network.
     """
@@ -300,7 +298,7 @@ def _has_named(name: str, node: _Node) -> bool:
 
 
 def _has_copies(nodes: Iterable[_Node]) -> bool:
-    """Whether two state dicts have the same keys and shapes; a module tree's mappings, as of two layers, may."""
+    """Return True if two state dicts have the same keys and shapes; two layers of a module tree may, too."""
     seen: set[frozenset[tuple[str, tuple[int, ...]]]] = set()
     for node in nodes:
         entries = _state_dict(node, "").entries

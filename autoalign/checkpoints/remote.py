@@ -1,7 +1,7 @@
-"""Checkpoints that are elsewhere: ``hf://owner/name`` through huggingface_hub, ``https://`` by a request of our own.
+"""Remote checkpoints: ``hf://owner/name`` through huggingface_hub, ``https://`` by a request of our own.
 
-What was downloaded is kept in the cache of huggingface_hub or of torch.hub. Of a repository only the files of one
-checkpoint are downloaded.
+Downloads are kept in the cache of huggingface_hub or of torch.hub. Of a repository only the files of one checkpoint are
+downloaded.
 """
 
 from __future__ import annotations
@@ -26,26 +26,28 @@ _SCHEMES = ("hf://", "https://", "http://")
 _LOCAL = frozenset({"127.0.0.1", "::1", "localhost"})
 _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^@]+?))?(?P<path>(/[^/@]+)*)/?")
 _HASH = re.compile(r"-([a-f0-9]{8,64})\.[^.]+$")  # torch.hub's way to put the begin of a file's SHA-256 in its name
-_TIMEOUT = 30.0  # seconds in which a server sends nothing
-_LARGEST = 2**40  # bytes of a file whose server announces its size
-_LARGEST_UNANNOUNCED = 2**34
-_BLOCK = 2**20  # bytes
+_TIMEOUT_SECONDS = 30.0  # in which a server sends nothing
+_MAX_BYTES = 2**40  # of a file whose server announces its size
+_MAX_UNANNOUNCED_BYTES = 2**34
+_BLOCK_BYTES = 2**20
 _KINDS = (  # of files, in the order of preference
     *(r"[^.]*\.safetensors\.index\.json", r"[^.]*\.safetensors", r"[^.]*\.bin\.index\.json", r"[^.]*\.bin"),
     *(r".*\.safetensors\.index.*\.json", r".*\.safetensors", r"[^.]*\.(pth|pt|ckpt)", r".*\.msgpack", r".*\.npz"),
     *(r".*\.gguf",),
 )
-_BESIDE = ("config.json", "adapter_config.json")  # what says more of the network
-_NO_MODEL = re.compile(r"(optimizer|scheduler|scaler|rng_state|training_args|random_states|tokenizer)", re.IGNORECASE)
+_CONFIG_FILES = ("config.json", "adapter_config.json")
+_TRAINING_STATE = re.compile(
+    "optimizer|scheduler|scaler|rng_state|training_args|random_states|tokenizer", re.IGNORECASE
+)
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is the address of something to download."""
+    """Return True if a path is the address of something to download."""
     return isinstance(path, str) and path.startswith(_SCHEMES)
 
 
 def downloaded(address: str) -> Path:
-    """Download a checkpoint, unless it was before, and say where it is.
+    """Download a checkpoint, unless it was before, and return the path of its file or index.
 
     Args:
         address: ``hf://owner/name``, optionally with ``@revision`` and then the path of a file or folder in it; or
@@ -55,8 +57,8 @@ def downloaded(address: str) -> Path:
             goes, and on this machine if they come from it.
 
     Raises:
-        CheckpointError: There is no such checkpoint, it is not the one that its hash says, or it cannot be reached; the
-            server sends nothing for 30 seconds, less than it announced, or more than the disk or the limit holds.
+        CheckpointError: There is no such checkpoint, its hash is another, or it cannot be reached; the server sends
+            nothing for 30 seconds, less than it announced, or more than the disk or the limit holds.
         DependencyError: The package huggingface_hub is not installed.
     """
     if address.startswith("hf://"):
@@ -91,27 +93,28 @@ def _from_address(address: str) -> Path:
     )
     wanted = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
     if fragment and wanted is None:
-        raise CheckpointError(f"#{fragment} is no hash such as #sha256=0123456789abcdef. Nothing was downloaded.")
+        raise CheckpointError(f"#{fragment} is not a hash such as #sha256=0123456789abcdef. Nothing was downloaded.")
     found = _HASH.search(name)
-    file = _download(address, folder / name, wanted[1].lower() if wanted else found[1] if found else None)
+    file = _download(address, folder / name, wanted[1].lower() if wanted else found[1] if found else "")
     if name.endswith(".json"):
-        for shard in sorted(_inside(file)):
-            _download(urljoin(address, shard), folder / shard, None)
+        for shard in sorted(set(index_of(file).values())):
+            _download(urljoin(address, shard), folder / shard, "")
     return file
 
 
-def _download(address: str, file: Path, hash_prefix: str | None) -> Path:
+def _download(address: str, file: Path, hash_prefix: str) -> Path:
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            _fetch(address, file, hash_prefix or "")
+            _fetch(address, file, hash_prefix)
             return file
     except Exception as error:  # of the network, of the disk, or of the hash
         raise _unreachable(address, error) from error
-    if hash_prefix is not None and not _sha256(file).startswith(hash_prefix):
-        raise CheckpointError(
-            f"{str(file)!r} was downloaded before and has another hash than {hash_prefix}. Delete it."
-        )
+    with file.open("rb") as stream:
+        if hash_prefix and not hashlib.file_digest(stream, "sha256").hexdigest().startswith(hash_prefix):
+            raise CheckpointError(
+                f"{str(file)!r} was downloaded before and has another hash than {hash_prefix}. Delete it."
+            )
     return file
 
 
@@ -125,7 +128,7 @@ def _fetch(address: str, file: Path, hash_prefix: str) -> None:
     import urllib.request
 
     class Redirects(urllib.request.HTTPRedirectHandler):
-        """Goes where the address itself might have led."""
+        """Follows what would be allowed as an address."""
 
         def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
             if not _is_allowed(newurl, is_local=urlsplit(req.full_url).hostname in _LOCAL):
@@ -137,20 +140,20 @@ def _fetch(address: str, file: Path, hash_prefix: str) -> None:
     digest, size = hashlib.sha256(), 0
     try:
         with (
-            urllib.request.build_opener(Redirects).open(request, timeout=_TIMEOUT) as response,
+            urllib.request.build_opener(Redirects).open(request, timeout=_TIMEOUT_SECONDS) as response,
             temporary.open("xb") as stream,
         ):
             length = response.headers.get("Content-Length")
             announced = int(length) if length is not None else None
             free = shutil.disk_usage(file.parent).free
-            most = min(_LARGEST_UNANNOUNCED if announced is None else _LARGEST, free)
-            if announced is not None and announced > most:
-                raise RuntimeError(f"it has {announced:,} bytes, and {most:,} are allowed or free")
+            limit = min(_MAX_UNANNOUNCED_BYTES if announced is None else _MAX_BYTES, free)
+            if announced is not None and announced > limit:
+                raise RuntimeError(f"it has {announced:,} bytes, and {limit:,} are allowed or free")
             with _shown(response, announced, file.name) as content:
-                while block := content.read(_BLOCK):
+                while block := content.read(_BLOCK_BYTES):
                     size += len(block)
-                    if size > most:
-                        raise RuntimeError(f"it has more than {most:,} bytes, which are allowed or free")
+                    if size > limit:
+                        raise RuntimeError(f"it has more than {limit:,} bytes, which are allowed or free")
                     digest.update(block)
                     stream.write(block)
         if announced not in (None, size):
@@ -159,24 +162,19 @@ def _fetch(address: str, file: Path, hash_prefix: str) -> None:
             raise RuntimeError(f"invalid hash value, expected {hash_prefix} and got {digest.hexdigest()}")
         temporary.replace(file)
     except TimeoutError as error:
-        raise TimeoutError(f"nothing came for {_TIMEOUT:.0f} seconds") from error
+        raise TimeoutError(f"nothing came for {_TIMEOUT_SECONDS:.0f} seconds") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _shown(content: Any, size: int | None, name: str) -> AbstractContextManager[Any]:
-    """Show how much is read, where a person may be looking."""
+    """Show how much was read, if standard error is a terminal."""
     if not sys.stderr.isatty():
         return nullcontext(content)
     from rich.console import Console
     from rich.progress import wrap_file
 
     return wrap_file(content, size or 0, description=name, console=Console(stderr=True))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _from_hub(address: str) -> Path:
@@ -188,7 +186,7 @@ def _from_hub(address: str) -> Path:
     found = _REPOSITORY.fullmatch(address.removeprefix("hf://"))
     if found is None:
         raise CheckpointError(
-            f"{address!r} is no address such as 'hf://owner/name', 'hf://owner/name@revision' or "
+            f"{address!r} is not an address such as 'hf://owner/name', 'hf://owner/name@revision' or "
             "'hf://owner/name/file.safetensors'. Nothing was downloaded."
         )
     where: dict[str, Any] = {"repo_id": found["name"], "revision": found["revision"]}
@@ -208,11 +206,11 @@ def _from_hub(address: str) -> Path:
                 raise
             return _found_locally(snapshot, within, address, error)
         chosen = _chosen(names, within, address)
-        beside = [str(PurePosixPath(chosen).parent / name) for name in _BESIDE]
+        beside = [str(PurePosixPath(chosen).parent / name) for name in _CONFIG_FILES]
         folder = snapshot([chosen, *(name for name in beside if name in names)])
         if chosen.endswith(".index.json"):
             where["revision"] = folder.name  # the commit, so that all are of the same
-            snapshot(str(PurePosixPath(chosen).parent / shard) for shard in _inside(folder / chosen))
+            snapshot(str(PurePosixPath(chosen).parent / shard) for shard in set(index_of(folder / chosen).values()))
     except CheckpointError:
         raise
     except Exception as error:  # of the network, of the hub, or of the disk
@@ -236,7 +234,7 @@ def _chosen(names: Sequence[str], within: str, address: str) -> str:
         return within
     inside = [PurePosixPath(name) for name in names if str(PurePosixPath(name).parent) == (within or ".")]
     for kind in _KINDS:
-        found = [path for path in inside if re.fullmatch(kind, path.name) and not _NO_MODEL.search(path.name)]
+        found = [path for path in inside if re.fullmatch(kind, path.name) and not _TRAINING_STATE.search(path.name)]
         if len(found) == 1:
             return str(found[0])
         if found:
@@ -247,17 +245,6 @@ def _chosen(names: Sequence[str], within: str, address: str) -> str:
             )
     listed = ", ".join(sorted(names)[:5]) or "nothing"
     raise CheckpointError(f"{address!r} holds no checkpoint. Nothing was downloaded. It has {listed}.")
-
-
-def _inside(index: Path) -> set[str]:
-    """List the files of an index, all of which must be beside it."""
-    names = set(index_of(index).values())
-    outside = [name for name in names if PurePosixPath(name).name != name or "\\" in name]
-    if outside:
-        raise CheckpointError(
-            f"The index {str(index)!r} lists {outside[0]!r}, which is not beside it. It was not fetched."
-        )
-    return names
 
 
 def _unreachable(address: str, error: Exception) -> CheckpointError:

@@ -64,7 +64,7 @@ class Budget:
         self.total = self.left = FREE_STEPS + STEPS_PER_BYTE * size
 
     def charge(self, steps: int) -> None:
-        """Take steps.
+        """Spend steps.
 
         Raises:
             TooCostlyError: There are not as many left.

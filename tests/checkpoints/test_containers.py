@@ -298,7 +298,7 @@ def test_numpy_arrays_of_another_byte_order_are_read() -> None:
 
 @pytest.mark.parametrize("doubled", [False, True])
 def test_mappings_without_end_are_refused(doubled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(containers, "_MOST", 2**10)
+    monkeypatch.setattr(containers, "_MAX_MAPPINGS", 2**10)
     endless: dict[str, object] = {"model": weights()}
     if doubled:
         for _ in range(60):

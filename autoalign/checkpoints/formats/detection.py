@@ -116,19 +116,12 @@ def _members(file: Path) -> list[str]:
 
 
 def open_index(file: Path) -> Contents:
-    """Open the files that an index lists; each must lie in the index's folder and hold what the index says.
+    """Open the files that an index lists; each must hold what the index says.
 
     Raises:
         CheckpointError: The index is damaged or lists what is not there, or one of its files is damaged.
     """
-    files_of = index_of(file)
-    folder = file.parent
-    outside = sorted({name for name in files_of.values() if Path(name).name != name})
-    if outside:
-        raise CheckpointError(
-            f"The index {str(file)!r} lists {_quoted(outside)}, and only files in its own folder are read. "
-            "Nothing was read."
-        )
+    files_of, folder = index_of(file), file.parent
     names = sorted(set(files_of.values()), key=natural)
     missing = [name for name in names if not _is_file(folder / name)]
     if missing:
@@ -147,10 +140,10 @@ def _is_file(path: Path) -> bool:
 
 
 def index_of(file: Path) -> dict[str, str]:
-    """Read an index: the name of the file of each tensor.
+    """Read an index: the name of the file of each tensor, in the index's folder.
 
     Raises:
-        CheckpointError: The file is no index, or is damaged.
+        CheckpointError: The file is not an index, is damaged, or leads out of its folder.
     """
     with reading(file, "the index of a sharded checkpoint"):
         if file.stat().st_size > _MAX_INDEX_BYTES:
@@ -160,6 +153,12 @@ def index_of(file: Path) -> dict[str, str]:
         names = list(files_of.values()) if isinstance(files_of, dict) else []
         if not files_of or not names or not all(isinstance(name, str) for name in names):
             raise ValueError("it has no weight_map with the file of each tensor")
+        outside = sorted({name for name in names if Path(name).name != name or name == ".." or "\\" in name})
+        if outside:
+            raise CheckpointError(
+                f"The index {str(file)!r} lists {_quoted(outside)}, and only files in its own folder are read. "
+                "Nothing was read."
+            )
         return dict(files_of)
 
 

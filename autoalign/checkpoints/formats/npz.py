@@ -51,9 +51,8 @@ def open_npz(file: Path) -> Contents:
         return zipfile.ZipFile(file)
 
     def stored(member: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
-        @reading(file, _KIND)
         def read() -> Tensor:
-            with opened().open(member) as stream:
+            with reading(file, _KIND), opened().open(member) as stream:
                 return as_tensor(npy.read_array(stream, allow_pickle=False), dtype)
 
         return StoredTensor(shape, dtype, read)

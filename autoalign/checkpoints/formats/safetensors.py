@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,7 +67,7 @@ def open_safetensors(file: Path) -> Contents:
             metadata, size = sound.metadata() or {}, len(sound.keys())
         entries = json.loads(content, object_pairs_hook=unique_names if count > size else None)
     entries.pop("__metadata__", None)
-    known = hash(content)
+    first, known = 8 + len(content), hash(content)
 
     @cache
     def mapped() -> Any:
@@ -75,12 +75,10 @@ def open_safetensors(file: Path) -> Contents:
             raise ValueError("its header was changed after it was opened")
         return torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
 
-    def stored(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
-        start, end = (8 + len(content) + offset for offset in entries[key]["data_offsets"])
-
-        @reading(file, _KIND)
-        def read() -> Tensor:
-            """Return a tensor whose memory is not touched; what is cut from the file ends the process that does."""
+    def read(key: str, offsets: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor whose memory is not touched; what is cut from the file ends the process that does."""
+        start, end = (first + offset for offset in offsets)
+        with reading(file, _KIND):
             tensor = torch.empty(0, dtype=dtype, device="cpu")
             if end - start != prod(shape) * dtype.itemsize or end > mapped().nbytes():
                 raise ValueError(f"{key} is not where it was announced")
@@ -88,18 +86,17 @@ def open_safetensors(file: Path) -> Contents:
                 tensor.set_(mapped()[start:end])
             return tensor.reshape(shape)
 
-        return StoredTensor(shape, dtype, read, is_mapped=True)
-
     root: dict[str, object] = {}
     left_out = []
     # the format sorts by dtype and name, which tells nothing; by number, at least the blocks are in their order
     for key in sorted(entries, key=natural):
-        shape, name = entries[key]["shape"], entries[key]["dtype"]
-        dtype = getattr(torch, DTYPES.get(name, ""), None)
+        entry = entries[key]
+        shape, dtype = tuple(entry["shape"]), getattr(torch, DTYPES.get(entry["dtype"], ""), None)
         if isinstance(dtype, torch.dtype):
-            root[key] = stored(key, tuple(shape), dtype)
+            read_it = partial(read, key, entry["data_offsets"], shape, dtype)
+            root[key] = StoredTensor(shape, dtype, read_it, is_mapped=True)
         else:
-            left_out.append(f"{key} {shape} {name}")
+            left_out.append(f"{key} {list(shape)} {entry['dtype']}")
     if not left_out:
         return Contents(root, "safetensors file", metadata)
     what = f"{len(left_out)} tensors of a dtype that this version of torch cannot read ({listed(left_out)})"

@@ -170,12 +170,12 @@ def _stored(
     if record not in sizes or needed > sizes[record]:
         raise ValueError(f"{key} {list(view.shape)} is not within its record {record!r}")
 
-    @reading(file, _KIND)
     def read() -> Tensor:
-        data = bytearray(opened().read(record))
-        if not numel:
-            return torch.empty(view.shape, dtype=dtype, device="cpu")
-        tensor = torch.frombuffer(data, dtype=dtype).as_strided(view.shape, view.stride, view.offset)
-        return tensor if tensor.nbytes == len(data) else tensor.clone()  # which keeps no more than its own values
+        with reading(file, _KIND):
+            data = bytearray(opened().read(record))
+            if not numel:
+                return torch.empty(view.shape, dtype=dtype, device="cpu")
+            tensor = torch.frombuffer(data, dtype=dtype).as_strided(view.shape, view.stride, view.offset)
+            return tensor if tensor.nbytes == len(data) else tensor.clone()  # which keeps no more than its own values
 
     return StoredTensor(view.shape, dtype, read)

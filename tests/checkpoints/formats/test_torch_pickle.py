@@ -11,7 +11,7 @@ from torch import nn
 
 from autoalign.api import load
 from autoalign.checkpoints.checkpoint import open_checkpoint
-from autoalign.errors import PartialLoadWarning
+from autoalign.errors import DependencyError, PartialLoadWarning
 
 
 def test_loads_in_threads_leave_warnings_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,4 +41,11 @@ def test_warnings_of_torch_are_passed_on(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Detected pickle protocol 3"):
         assert open_checkpoint(tmp_path / "a.pt")["weight"].tolist() == [1, 1]
     with pytest.raises(UserWarning, match="Detected pickle protocol 3"):  # and not as a damaged file
+        open_checkpoint(tmp_path / "a.pt")
+
+
+def test_torch_that_may_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(DependencyError, match=r"torch 2\.5\.1\+cpu may run code .* Install torch 2\.7 or later"):
         open_checkpoint(tmp_path / "a.pt")
