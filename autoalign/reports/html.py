@@ -1,4 +1,4 @@
-"""The data of a page: an alignment as columns of small numbers, which a script turns back into trees and matches."""
+"""Alignments as HTML: a page with both module trees and all evidence, and a short form for notebooks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import base64
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from html import escape
 from importlib.metadata import version
@@ -40,7 +41,17 @@ from autoalign.reports.text import (
 )
 
 LINKS: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched")  # what joins tensors of both sides
-NEAREST = 200  # rows of a side whose nearest counterpart is sought, which takes a while for each
+TITLE = "Alignment report"
+MAX_ROWS = 30  # of a section of the short form
+_MAX_NEAREST = 200  # rows of a side whose nearest counterpart is sought, which takes a while for each
+_SCRIPTS = ("model", "rows", "layout", "view", "panel", "main")  # in the order in which they need each other
+_COLOUR = {"matched": "sure", "used": "sure"}  # by status, where it is not the status's own
+
+# Colours of the short form are the notebook's own, light or dark; what is said of a key is paler than the key.
+_CELL = "padding:1px 10px 1px 0;text-align:left;vertical-align:top;background:none;border:0"
+_NUMBER = "padding:1px 10px 1px 0;text-align:right;background:none;border:0;font-variant-numeric:tabular-nums"
+_KEY = "font-family:monospace;overflow-wrap:anywhere;direction:ltr;unicode-bidi:isolate-override"
+_PALE = "opacity:0.7"
 
 _Use = tuple[tuple[Hashable, ...], tuple[int, ...]]  # what is said of a tensor where it is used, and the numbers in it
 
@@ -55,14 +66,14 @@ class _Link:
     numbers: tuple[int, ...]  # of its operation
 
 
-@dataclass(slots=True)
-class _Pool:
-    """Values that occur many times, by their places."""
+class _Tables(defaultdict[str, dict[Any, int]]):
+    """Values that occur many times, each of which stands in a table once; a dict from the value to its place."""
 
-    places: dict[Any, int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__(dict)
 
-    def add(self, value: Hashable) -> int:
-        return self.places.setdefault(value, len(self.places))
+    def place(self, table: str, value: Hashable) -> int:
+        return self[table].setdefault(value, len(self[table]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,37 +87,27 @@ class _Side:
     others: Counterparts | None  # what the other side has for them; None where there are none
 
 
-@dataclass(slots=True)
-class _Pools:
-    names: _Pool = field(default_factory=_Pool)
-    shapes: _Pool = field(default_factory=_Pool)
-    dtypes: _Pool = field(default_factory=_Pool)
-    operations: _Pool = field(default_factory=_Pool)
-    texts: _Pool = field(default_factory=_Pool)
-    evidence: _Pool = field(default_factory=_Pool)
-
-
 def page_data(alignment: Plan) -> dict[str, Any]:
-    """Turn an alignment into what the page needs of it; all of it can be written as JSON.
+    """Return what the page needs of an alignment: columns of small numbers, which a script turns back into trees.
 
     Keys are written as on a screen, with characters that cannot be seen as their escapes. Tensors are numbered on
     each side in the order of its tree, and everything that occurs many times stands in a table once.
     """
     links = _links(alignment)
-    pools = _Pools()
+    tables = _Tables()
     source, target = _side_of(alignment, "source", links), _side_of(alignment, "target", links)
     return {
         "notes": [escaped(note) for note in alignment.notes],
         "statuses": list(LINKS),
-        "source": _side_columns(source, target, pools),
-        "target": _side_columns(target, source, pools),
-        "links": _link_columns(links, source.places, target.places, pools),
-        "names": list(pools.names.places),
-        "shapes": [list(shape) for shape in pools.shapes.places],
-        "dtypes": list(pools.dtypes.places),
-        "operations": [[text, _kinds(text)] for text in pools.operations.places],
-        "texts": list(pools.texts.places),
-        "evidence": [dict(cues) for cues in pools.evidence.places],
+        "source": _side_columns(source, target, tables),
+        "target": _side_columns(target, source, tables),
+        "links": _link_columns(links, source.places, target.places, tables),
+        "names": list(tables["names"]),
+        "shapes": [list(shape) for shape in tables["shapes"]],
+        "dtypes": list(tables["dtypes"]),
+        "operations": [[text, _kinds(text)] for text in tables["operations"]],
+        "texts": list(tables["texts"]),
+        "evidence": [dict(cues) for cues in tables["evidence"]],
     }
 
 
@@ -170,20 +171,20 @@ def _split_numbers(text: str) -> tuple[str, list[int]]:
     return NUMBER.sub("#", text), [int(number) for number in NUMBER.findall(text)]
 
 
-def _side_columns(side: _Side, opposite: _Side, pools: _Pools) -> dict[str, Any]:
+def _side_columns(side: _Side, opposite: _Side, tables: _Tables) -> dict[str, Any]:
     tree = side.tree
     return {
-        "name": [pools.names.add(name) for name in tree.names],
+        "name": [tables.place("names", name) for name in tree.names],
         # of modules; of tensors one less than the negative
         "depth": [depth if tensor < 0 else -1 - depth for depth, tensor in zip(tree.depths, tree.tensors, strict=True)],
         "runs": [[node, len(run)] for node, run in sorted(tree.runs.items())],
-        "shape": [pools.shapes.add(spec.shape) for spec in side.specs],
-        "dtype": [pools.dtypes.add(spec.dtype_name) for spec in side.specs],
-        "left": _rows_left(side, opposite.places, pools),
+        "shape": [tables.place("shapes", spec.shape) for spec in side.specs],
+        "dtype": [tables.place("dtypes", spec.dtype_name) for spec in side.specs],
+        "left": _rows_left(side, opposite.places, tables),
     }
 
 
-def _rows_left(side: _Side, opposite: Mapping[str, int], pools: _Pools) -> list[list[int]]:
+def _rows_left(side: _Side, opposite: Mapping[str, int], tables: _Tables) -> list[list[int]]:
     """List what is missing or unexpected: the tensor, the reason, and its nearest counterpart with the difference."""
     if side.others is None:
         return []
@@ -193,30 +194,25 @@ def _rows_left(side: _Side, opposite: Mapping[str, int], pools: _Pools) -> list[
     rows = []
     for key, why in side.reasons.items():
         place = side.places[key]
-        row = [place, pools.texts.add(escaped(why))]
-        if shown[nodes[place]] == nodes[place] and sought < NEAREST:
+        row = [place, tables.place("texts", escaped(why))]
+        if shown[nodes[place]] == nodes[place] and sought < _MAX_NEAREST:
             sought += 1
-            row += _nearest(side.specs[place], side.others, opposite, pools)
+            spec = side.specs[place]
+            if near := nearest(spec, side.others):
+                row += [opposite[near.key], tables.place("texts", difference(near.shape, spec.shape).strip(" ()"))]
         rows.append(row)
     return rows
 
 
-def _nearest(spec: TensorSpec, others: Counterparts, places: Mapping[str, int], pools: _Pools) -> list[int]:
-    near = nearest(spec, others)
-    if near is None:
-        return []
-    return [places[near.key], pools.texts.add(difference(near.shape, spec.shape).strip(" ()"))]
-
-
 def _link_columns(
-    links: Sequence[_Link], source: Mapping[str, int], target: Mapping[str, int], pools: _Pools
+    links: Sequence[_Link], source: Mapping[str, int], target: Mapping[str, int], tables: _Tables
 ) -> dict[str, Any]:
     def one_or_more(keys: Sequence[str]) -> int | list[int]:
         found = [source[key] for key in keys]
         return found[0] if len(found) == 1 else found
 
     def operation(of: Operation) -> int:
-        return pools.operations.add(escaped(str(of)))
+        return tables.place("operations", escaped(str(of)))
 
     matches = [link.match for link in links]
     return {
@@ -226,10 +222,10 @@ def _link_columns(
         "operation": [operation(match.operation) for match in matches],
         "confidence": [round(match.confidence, 4) for match in matches],
         "evidence": [
-            pools.evidence.add(tuple((escaped(cue), round(value, 3)) for cue, value in match.evidence.items()))
+            tables.place("evidence", tuple((escaped(cue), round(value, 3)) for cue, value in match.evidence.items()))
             for match in matches
         ],
-        "warnings": [[pools.texts.add(escaped(warning)) for warning in match.warnings] or 0 for match in matches],
+        "warnings": [[tables.place("texts", escaped(warning)) for warning in match.warnings] or 0 for match in matches],
         "alternatives": [
             [[one_or_more(other.sources), operation(other.operation)] for other in match.alternatives] or 0
             for match in matches
@@ -251,12 +247,6 @@ def _kinds(operation: str) -> str:
             kinds.append(char)
         depth -= char in ")]"
     return "".join(kinds).strip() or str(Copy())
-
-
-TITLE = "Alignment report"
-
-_SCRIPTS = ("model", "rows", "layout", "view", "panel", "main")  # in the order in which they need each other
-_KIND = {"matched": "sure", "used": "sure"}  # by status: the colour, where it is not the status's own
 
 
 def document(alignment: Plan, *, title: str = TITLE) -> str:
@@ -293,28 +283,15 @@ def write(alignment: Plan, path: str | os.PathLike[str], *, title: str = TITLE) 
     """Write the document to a file, which is replaced as a whole or left as it was.
 
     Raises:
-        InputError: The path is no place for a file.
+        InputError: The file cannot be written there.
     """
     text = document(alignment, title=title)
     try:
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise InputError(
-                f"The report cannot be written to {str(target)!r}: there is no folder {str(target.parent)!r}. "
-                "Nothing was written. Make the folder first, or give another path."
-            )
-        if target.is_dir():
-            raise InputError(
-                f"The report cannot be written to {str(target)!r}, which is a folder. Nothing was written. "
-                "Give the path of a file in it."
-            )
-        replace_text(target, text)
+        replace_text(Path(path), text)
     except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
             f"The report cannot be written to {str(path)!r}: {getattr(error, 'strerror', None) or error}. "
-            "What was there is unchanged. Give a path that can be written to."
+            "What was there is unchanged. Give the path of a file in a folder that exists."
         ) from error
 
 
@@ -333,7 +310,7 @@ def _total(name: str, parts: Sequence[tuple[str, int]], whole: int) -> str:
     rects, x = "", 0.0
     for status, count in parts:
         width = 100 * count / whole if whole else 0
-        rects += f'<rect class="k-{_KIND.get(status, status)}" x="{x:.3f}" width="{width:.3f}" height="10"/>'
+        rects += f'<rect class="k-{_COLOUR.get(status, status)}" x="{x:.3f}" width="{width:.3f}" height="10"/>'
         x += width
     described = ", ".join(f"{status} {count:,}" for status, count in parts)
     return (
@@ -357,7 +334,7 @@ def _short(count: int, of: int = 0) -> str:
 
 
 def _fill(template: str, values: dict[str, str]) -> str:
-    """Put values into a template; what looks like a place in a value is left alone."""
+    """Insert values into a template; braces in a value are left alone."""
     start, *parts = template.split("{{")
     filled = [start]
     for part in parts:
@@ -379,15 +356,6 @@ def _asset(name: str) -> str:
 def _script() -> str:
     parts = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
     return f'"use strict";\n(() => {{\n{parts}}})();\n'
-
-
-ROWS = 30  # of a section
-
-# Colours are the notebook's own, whether it is light or dark; what is said of a key is paler than the key.
-_CELL = "padding:1px 10px 1px 0;text-align:left;vertical-align:top;background:none;border:0"
-_NUMBER = "padding:1px 10px 1px 0;text-align:right;background:none;border:0;font-variant-numeric:tabular-nums"
-_KEY = "font-family:monospace;overflow-wrap:anywhere;direction:ltr;unicode-bidi:isolate-override"
-_PALE = "opacity:0.7"
 
 
 def notebook_html(alignment: Plan) -> str:
@@ -428,9 +396,9 @@ def _totals(found: Totals) -> str:
 
 def _section(title: str, rows: Sequence[Row], *, opened: bool) -> str:
     count = sum(row.tensors for row in rows)
-    left = len(rows) - ROWS
+    left = len(rows) - MAX_ROWS
     more = f"<div>… and {left:,} more rows: print the alignment, or write it with to_html</div>" if left > 0 else ""
-    body = "".join(map(_row, rows[:ROWS]))
+    body = "".join(map(_row, rows[:MAX_ROWS]))
     return (
         f"<details{' open' if opened else ''}><summary>{escape(title)} ({count:,})</summary>"
         f'<table style="margin:2px 0 6px 16px;border:0"><tbody>{body}</tbody></table>{more}</details>'

@@ -1,4 +1,4 @@
-"""Fold rows of keys that differ only in their numbers, or only in their last names, into one row.
+"""Rows of a report: keys that differ only in numbers, or only in their last names, are folded and laid out in lines.
 
 ``layers.0.q.weight`` to ``layers.11.q.weight`` become ``layers.{0...11}.q.weight``, and ``bn.weight`` and ``bn.bias``
 become ``bn.{weight,bias}``. Where a row holds several keys, as a source and its target, the lists in braces are
@@ -21,8 +21,10 @@ _Fields = TypeVar("_Fields", bound=Hashable)
 _Template = tuple[tuple[str, ...], ...]  # for each key of a row, the text around its numbers
 
 _LEAF = re.compile(r"(.*\.)([^.{}0-9]+)", re.DOTALL)
-_PARTS = 6  # of a list of numbers, before the rest is left to an ellipsis
-_LEAVES = 3  # of a list of names
+_COMPONENT = r"(?:[^.{}]|\{[^}]*\})*\."  # of a key, whose lists in braces may hold dots
+_BLOCK = re.compile(rf"(?:{_COMPONENT})*?(?=[^.]*[0-9]){_COMPONENT}")
+_MAX_PARTS = 6  # of a list of numbers, before the rest is left to an ellipsis
+_MAX_LEAVES = 3  # of a list of names
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def fold(rows: Sequence[tuple[tuple[str, ...], _Fields]]) -> list[Fold[_Fields]]
     Only rows with equal fields are folded. The result is in the order of first members.
 
     Args:
-        rows: For each row its keys, the one that tells it from all other rows first, and whatever else must agree.
+        rows: For each row its keys, the first of which no other row has, and whatever else must agree.
 
     Returns:
         The folded rows; each row is a member of exactly one.
@@ -75,7 +77,7 @@ def fold(rows: Sequence[tuple[tuple[str, ...], _Fields]]) -> list[Fold[_Fields]]
 def _fold_numbers(
     template: _Template, numbers_of: dict[int, tuple[int, ...]]
 ) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Fold the rows of one template, given the numbers of each; return the texts and members of each folded row."""
+    """Return the texts and members of each folded row of one template, given the numbers of the rows."""
     columns = list(zip(*numbers_of.values(), strict=True))
     indices: dict[tuple[int, ...], int] = {}  # numbers that move in step over all rows are one index
     slots: list[tuple[int, int]] = []  # for each number its index, and its distance from that index
@@ -130,7 +132,7 @@ def _fold_index(boxes: list[_Box], index: int, identifying: frozenset[int]) -> l
 
 
 def _step(previous: _Box, box: _Box) -> frozenset[int] | None:
-    """Return the indices that grow from one box to the next, or None if one of them falls or is a range already."""
+    """Return the indices that grow from one box to the next; None if one of them falls or is a range already."""
     moving = []
     for index, (before, after) in enumerate(zip(previous.ranges, box.ranges, strict=True)):
         if before != after:
@@ -175,8 +177,8 @@ def write_range(values: list[int]) -> str:
         else:
             runs.append([value])
     parts = [part for run in runs for part in ([f"{run[0]}...{run[-1]}"] if len(run) > 2 else map(str, run))]
-    if len(parts) > _PARTS:
-        parts[_PARTS - 1 : -1] = ["..."]
+    if len(parts) > _MAX_PARTS:
+        parts[_MAX_PARTS - 1 : -1] = ["..."]
     return "{" + ",".join(parts) + "}"
 
 
@@ -199,15 +201,11 @@ def _join_leaves(family: list[tuple[Fold[_Fields], list[str]]]) -> Fold[_Fields]
     texts = []
     for text, leaves in zip(family[0][0].texts, zip(*(leaves for _, leaves in family), strict=True), strict=True):
         if len(set(leaves)) > 1:
-            listed = leaves if len(leaves) <= _LEAVES else (*leaves[:_LEAVES], "...")
+            listed = leaves if len(leaves) <= _MAX_LEAVES else (*leaves[:_MAX_LEAVES], "...")
             text = text[: len(text) - len(leaves[0])] + "{" + ",".join(listed) + "}"
         texts.append(text)
     members = tuple(sorted(member for row, _ in family for member in row.members))
     return Fold(tuple(texts), family[0][0].fields, members)
-
-
-_COMPONENT = r"(?:[^.{}]|\{[^}]*\})*\."  # of a key, whose lists in braces may hold dots
-_BLOCK = re.compile(rf"(?:{_COMPONENT})*?(?=[^.]*[0-9]){_COMPONENT}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +262,7 @@ def _without(start: str, text: str) -> str:
 
 
 def _block(text: str) -> str:
-    """Find the start of keys up to their first number; empty if they have none in common.
+    """Return the start of keys up to their first number; empty if they have none in common.
 
     >>> _block("encoder.layers.{0...11}.fc1.weight + encoder.layers.{0...11}.fc2.weight")
     'encoder.layers.{0...11}.'
@@ -332,7 +330,7 @@ def _clip(text: str, width: int) -> str:
 
 
 def share_out(sizes: Sequence[int], lines: int) -> list[int]:
-    """Share out lines: small sections get what they need, and large ones equal parts of what remains.
+    """Distribute lines: small sections get what they need, and large ones equal parts of what remains.
 
     >>> share_out([50, 2, 30], 22)
     [10, 2, 10]
@@ -345,7 +343,7 @@ def share_out(sizes: Sequence[int], lines: int) -> list[int]:
 
 
 def cut(rows: Sequence[Row], table: Sequence[list[str]], budget: int, everything: str) -> list[str]:
-    """Keep as many rows as fit, at least one, and say what is left out."""
+    """Return the lines of as many rows as fit, at least one, and a line on those that are left out."""
     if sum(map(len, table)) <= budget:
         return [line for lines in table for line in lines]
     kept = list(table[0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+RENAMED = "tests.cli.factories:Network(renamed=True)"
+
 
 class Network(nn.Module):
     def __init__(self, classes: int = 3, widths: tuple[int, ...] = (4, 5, 6, 7), renamed: bool = False) -> None:

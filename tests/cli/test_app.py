@@ -1,7 +1,10 @@
+"""The program: help, exit codes, errors, interrupts and completion."""
+
 from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +17,10 @@ from safetensors.torch import save_file
 
 import autoalign
 from autoalign import cli
+from autoalign.cli import options
 from autoalign.cli.commands import COMMANDS
 from autoalign.cli.options import BROKEN_PIPE, INTERRUPTED
+from autoalign.plan.adaptations import ADAPTS
 from tests.cli.factories import Network
 
 NAMES = ["inspect", "align", "load-check", "convert", "rules", "diff", "verify", "demo", "completion"]
@@ -167,3 +172,51 @@ def test_what_an_encoding_lacks_is_escaped(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
     assert cli.main(["inspect", str(tmp_path / "a.safetensors")]) == cli.COMPLETE
     assert rb"gr\xf6\xdfe" in written.getvalue()
+
+
+def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(["completion", shell]) == cli.COMPLETE
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", options.SHELLS)
+def test_the_script_is_one_of_its_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = script(shell, capsys)
+    for word in ("load-check", "convert", "overwrite", *options.ADAPTS):
+        assert word in text
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"{shell} is not installed")
+    done = subprocess.run([program, "-n"], input=text, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["con"], ["convert"]),
+        (["convert", "--ov"], ["--overwrite"]),
+        (["align", "--adapt", "in"], ["in_channels"]),
+        (["rules", "a", "b", "--format", "re"], ["revise_keys"]),
+        (["inspect", "here.p"], ["here.pt"]),
+        (["convert", "a", "-o", "here.p"], ["here.pt"]),
+    ],
+)
+def test_bash_completes(
+    words: list[str], completed: list[str], tmp_path: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here.pt").write_text("")  # type: ignore[operator]
+    line = ["autoalign", *words]
+    listed = " ".join(f"'{word}'" for word in line)
+    probe = (
+        f"COMP_WORDS=({listed}); COMP_CWORD={len(line) - 1}; COMPREPLY=(); _shtab_autoalign 2>/dev/null; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    text = script("bash", capsys) + probe
+    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, cwd=str(tmp_path), check=True)
+    assert done.stdout.split() == completed
+
+
+def test_the_choices_are_the_packages_own() -> None:
+    assert set(options.ADAPTS) == set(ADAPTS)

@@ -1,3 +1,5 @@
+"""The page, its data, and the short form for notebooks."""
+
 from __future__ import annotations
 
 import base64
@@ -5,17 +7,25 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import autoalign
 from autoalign.alignment import Alignment
 from autoalign.errors import InputError
-from autoalign.reports.html import document, page_data, script_safe
-from tests.reports.examples import FUSED, MIXED, hostile, many
+from autoalign.plan.matches import Candidate, Match, Mismatch
+from autoalign.plan.operations import Concatenate, Copy
+from autoalign.reports.html import MAX_ROWS, document, page_data, script_safe
+from autoalign.reports.rows import escaped
+from tests.alignments import spec
+from tests.reports.examples import FUSED, HOSTILE, MIXED, hostile, many, unlike
 
 
 class Page(HTMLParser):
@@ -120,9 +130,9 @@ def test_a_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
 
 
 def test_places_that_are_no_place_for_a_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"there is no folder .* Nothing was written"):
+    with pytest.raises(InputError, match=r"cannot be written to .*: No such file or directory"):
         MIXED.to_html(tmp_path / "absent" / "report.html")
-    with pytest.raises(InputError, match="which is a folder"):
+    with pytest.raises(InputError, match=r"cannot be written to .*: Is a directory"):
         MIXED.to_html(tmp_path)
     with pytest.raises(InputError, match="cannot be written to"):
         MIXED.to_html(tmp_path / ("long" * 100 + ".html"))
@@ -161,3 +171,185 @@ def test_the_files_of_the_page_are_in_the_package() -> None:
     }
     used = re.findall(r"\{\{(\w+)\}\}", (root / "report.html").read_text(encoding="utf-8"))
     assert len(used) == len(set(used)) + 1  # the title twice
+
+
+def keys(side: dict[str, Any], names: list[str]) -> list[str]:
+    """Write the keys of a side from its page data, in the order of its tensors."""
+    path: list[str] = []
+    found = []
+    for name, depth in zip(side["name"], side["depth"], strict=True):
+        place = depth if depth >= 0 else -1 - depth
+        path[place:] = [names[name]]
+        if depth < 0:
+            found.append(".".join(path))
+    return found
+
+
+def read_back(data: dict[str, Any]) -> list[tuple[str, str, tuple[str, ...], str, float]]:
+    source, target = (keys(data[side], data["names"]) for side in ("source", "target"))
+    links = data["links"]
+    return [
+        (
+            data["statuses"][links["status"][k]],
+            target[links["target"][k]],
+            tuple(source[of] for of in ([sources] if isinstance(sources, int) else sources)),
+            data["operations"][links["operation"][k]][0],
+            links["confidence"][k],
+        )
+        for k, sources in enumerate(links["sources"])
+    ]
+
+
+@pytest.mark.parametrize("alignment", [MIXED, FUSED, hostile()], ids=["mixed", "fused", "hostile"])
+def test_the_data_hold_the_alignment(alignment: Alignment) -> None:
+    data = json.loads(json.dumps(page_data(alignment)))
+    found = [("adapted" if m.operation.adapts else "matched", m) for m in alignment.matches]
+    found += [("ambiguous", match) for match in alignment.ambiguous]
+    expected = [
+        (
+            status,
+            escaped(match.target),
+            tuple(map(escaped, match.sources)),
+            str(match.operation),
+            round(match.confidence, 4),
+        )
+        for status, match in found
+    ]
+    expected += [("mismatched", escaped(m.key), (escaped(m.source_key),), "copy", 1.0) for m in alignment.mismatched]
+    assert read_back(data) == expected
+    for side, specs in (("source", alignment.source_specs), ("target", alignment.target_specs)):
+        said = {
+            key: (tuple(data["shapes"][shape]), data["dtypes"][dtype])
+            for key, shape, dtype in zip(
+                keys(data[side], data["names"]), data[side]["shape"], data[side]["dtype"], strict=True
+            )
+        }
+        assert said == {escaped(spec.key): (spec.shape, str(spec.dtype).removeprefix("torch.")) for spec in specs}
+
+
+def test_what_is_left_has_its_reason_and_its_nearest_counterpart() -> None:
+    data = page_data(MIXED)
+    target, source = (keys(data[side], data["names"]) for side in ("target", "source"))
+    left = {target[row[0]]: data["texts"][row[1]] for row in data["target"]["left"]}
+    reason = "all 6 source tensors of this shape have other counterparts"
+    assert left == {"extra.weight": reason, "pooler.weight": "excluded"}
+    unused = {source[row[0]]: row for row in data["source"]["left"]}
+    assert sorted(unused) == sorted(MIXED.unexpected_keys)
+    assert data["texts"][unused["fc.weight"][1]].startswith("ambiguous: ") or len(unused["fc.weight"]) >= 2
+
+
+def test_the_nearest_counterpart_says_how_its_shape_differs() -> None:
+    source, target = {"head.weight": torch.empty(1000, 8)}, {"body": torch.empty(3), "head.weights": torch.empty(10, 8)}
+    alignment = replace(autoalign.align(source | {"body": torch.empty(3)}, target), mismatched=())
+    data = page_data(alignment)
+    ((place, _, near, text),) = data["target"]["left"]
+    assert keys(data["target"], data["names"])[place] == "head.weights"
+    assert keys(data["source"], data["names"])[near] == "head.weight"
+    assert data["texts"][text] == "dim 0: 1000, needs 10"
+
+
+def test_evidence_alternatives_and_warnings() -> None:
+    match = Match(
+        "t", ("s",), Copy(), 0.7, {"name": 0.12345}, (Candidate(("r", "s"), Concatenate(0), 0.0),), ("look <here>",)
+    )
+    data = page_data(Alignment((match,), (), (), (spec("s", 3), spec("r", 3)), (spec("t", 3),)))
+    links = data["links"]
+    assert data["evidence"][links["evidence"][0]] == {"name": 0.123}
+    assert [data["texts"][text] for text in links["warnings"][0]] == ["look <here>"]
+    ((sources, operation),) = links["alternatives"][0]
+    assert [keys(data["source"], data["names"])[place] for place in sources] == ["r", "s"]
+    assert data["operations"][operation] == ["concatenate(dim 0)", "concatenate"]
+
+
+def test_repeated_blocks_are_runs_on_both_sides() -> None:
+    data = page_data(FUSED)
+    assert [length for _, length in data["source"]["runs"]] == [12]
+    assert [length for _, length in data["target"]["runs"]] == [12]
+
+
+def test_tied_tensors_that_are_used_are_not_left() -> None:
+    weight = torch.rand(4, 3)
+    alignment = autoalign.align({"a.weight": weight, "b.weight": weight}, {"a.weight": torch.empty(4, 3)})
+    assert page_data(alignment)["source"]["left"] == []
+
+
+def test_the_size_grows_with_the_tensors_and_not_with_their_names() -> None:
+    small, large = (len(json.dumps(page_data(many(count)), separators=(",", ":"))) for count in (500, 5000))
+    assert large < 11 * small
+    assert large < 80 * 5000  # bytes a match
+
+
+def test_data_of_an_empty_alignment() -> None:
+    data = page_data(Alignment((), (), (), (), ()))
+    assert data["links"]["target"] == []
+    assert data["source"]["name"] == []
+
+
+def test_mismatched_tensors_are_joined() -> None:
+    alignment = replace(MIXED, mismatched=(Mismatch("head.weight", "fc.weight", (10, 16), (1000, 16)),))
+    assert ("mismatched", "head.weight", ("fc.weight",), "copy", 1.0) in read_back(page_data(alignment))
+
+
+def test_hostile_keys_stay_different() -> None:
+    found = keys(page_data(hostile())["target"], page_data(hostile())["names"])
+    assert len(set(found)) == len(HOSTILE)
+    assert all(key.isprintable() for key in found)
+
+
+ALLOWED = {"div", "strong", "table", "thead", "tbody", "tr", "th", "td", "details", "summary"}
+
+
+class Fragment(HTMLParser):
+    """The elements and the text of a fragment; elements must be closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._open.append(tag)
+        assert not {name for name, _ in attrs} - {"class", "style", "open", "scope", "colspan"}
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("alignment", [MIXED, FUSED, hostile()], ids=["mixed", "fused", "hostile"])
+def test_the_short_form_is_plain_markup(alignment: Alignment) -> None:
+    fragment = Fragment(alignment._repr_html_())
+    assert set(fragment.tags) <= ALLOWED
+    assert fragment.text.isprintable()
+
+
+def test_it_says_what_matters() -> None:
+    fragment = Fragment(MIXED._repr_html_())
+    for said in (
+        "13 of 18 target tensors are filled from 10 of 15 source tensors. 1 of the others were excluded.",
+        "Note: The container 'ema' was taken.",
+        "blocks.{0...2}.norm.{weight,bias}→ layers.{0...2}.ln.{weight,bias}",
+        "Mismatched: the counterpart has another shape (2)",
+        "the parts were told apart by their order alone",
+        "split(dim 0, 16:32) of [32, 16]",
+    ):
+        assert said in fragment.text
+
+
+def test_what_needs_attention_is_open() -> None:
+    assert MIXED._repr_html_().count("<details open>") == 4
+    assert "<details><summary>Matched" in MIXED._repr_html_()
+    assert "<details open><summary>Matched" in FUSED._repr_html_()
+
+
+def test_it_is_short_for_models_of_any_size() -> None:
+    text = unlike(3000)._repr_html_()
+    assert f"and {3000 - MAX_ROWS:,} more rows" in text
+    assert len(text) < 40_000

@@ -1,16 +1,23 @@
+"""Reports as text and Markdown, and the errors that are raised where all was wanted."""
+
 from __future__ import annotations
 
 import re
 from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+import autoalign
+from autoalign import align
 from autoalign.alignment import Alignment
-from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError
+from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError, NothingLoadedError
 from autoalign.plan.matches import Candidate, Match
 from autoalign.plan.operations import Reshape, Transpose
 from autoalign.plan.specs import TensorSpec
-from autoalign.reports.text import SCREEN
+from autoalign.reports.text import SCREEN, escape_markdown, markdown_code, render_markdown
 from tests.alignments import MIXED, spec
 
 
@@ -313,3 +320,107 @@ def test_another_operation_on_the_same_source_is_named() -> None:
 def test_more_notes_than_a_report_has_lines_are_cut() -> None:
     notes = tuple(f"exclude='unknown{number}' matches no key of either side." for number in range(40))
     assert notes[0] in replace(MIXED, notes=notes).render()  # raised an IndexError
+
+
+KEYS = st.dictionaries(st.text("ab`|\n\\_*<.", min_size=1, max_size=6), st.integers(1, 3), min_size=1, max_size=5)
+
+
+@given(KEYS, KEYS)
+def test_tables_have_whole_rows_whatever_the_keys(one: dict[str, int], other: dict[str, int]) -> None:
+    sides = ({key: torch.empty(size, device="meta") for key, size in side.items()} for side in (one, other))
+    width = 0
+    for line in render_markdown(align(*sides)).split("\n"):
+        if line.startswith("| keys |"):
+            width = line.count("|")
+        if line.startswith("|"):
+            assert line.replace(r"\|", "").count("|") == width
+
+
+@given(st.text("a`|", min_size=1))
+def test_code_is_closed_by_what_opens_it(text: str) -> None:
+    written = markdown_code(text)
+    fence = written[: len(written) - len(written.lstrip("`"))]
+    inner = written[len(fence) : -len(fence)]
+    assert written.endswith(fence)
+    assert fence not in inner
+    assert inner.strip().replace(r"\|", "|") == text
+
+
+def test_words_are_shown_as_they_are() -> None:
+    assert escape_markdown("<b> a*b* `c`") == r"\<b\> a\*b\* \`c\`"
+
+
+PARTLY = Alignment(
+    (Match("a.weight", ("x.weight",)),),
+    (),
+    (),
+    (spec("x.weight", 3), spec("y", 7)),
+    (spec("a.weight", 3), spec("b", 9)),
+)
+WHOLE = Alignment((Match("a", ("x",)),), (), (), (spec("x", 3),), (spec("a", 3),))
+
+
+def test_coverage_is_told_by_elements_and_by_tensors() -> None:
+    assert PARTLY.coverage == 3 / 12
+    assert PARTLY.coverage_of_tensors == 1 / 2
+    assert (WHOLE.coverage, WHOLE.coverage_of_tensors) == (1, 1)
+    nothing = Alignment((), (), (), (), ())
+    assert (nothing.coverage, nothing.coverage_of_tensors) == (1, 1)
+
+
+def test_nothing_is_raised_where_all_is_matched() -> None:
+    WHOLE.raise_if_missing()
+    WHOLE.raise_if_unexpected()
+    WHOLE.raise_if_incomplete()
+    WHOLE.raise_if_ambiguous()
+    WHOLE.raise_if_nothing_matched()
+
+
+def test_missing_keys_are_raised_with_both_shapes() -> None:
+    with pytest.raises(IncompatibleTensorsError, match="5 of 16 target tensors have no compatible source") as caught:
+        MIXED.raise_if_missing()
+    text = str(caught.value)
+    assert re.search(r"head\.weight +\[10, 16\] float32 +nearest: fc\.weight \[1000, 16\]", text)
+    assert re.search(
+        r"twin1\.weight -> one\.weight +\[7, 16\] +copy of \[7, 16\], confidence 0\.50, rival: twin2.* of \[7, 16\]",
+        text,
+    )
+    assert "source tensors are not used" not in text
+    assert caught.value.alignment is MIXED
+
+
+def test_unexpected_keys_are_raised_with_both_shapes() -> None:
+    with pytest.raises(IncompatibleTensorsError, match="5 of 19 source tensors are not used") as caught:
+        MIXED.raise_if_unexpected()
+    text = str(caught.value)
+    assert re.search(r"twin1\.weight +\[7, 16\] float32 +proposed for one\.weight \[7, 16\]", text)
+    assert re.search(r"fc\.weight +\[1000, 16\] float32 +of another shape than head\.weight \[10, 16\]", text)
+    assert "compatible source" not in text
+
+
+def test_only_the_side_that_lacks_something_raises() -> None:
+    extra = Alignment((Match("a", ("x",)),), (), (), (spec("x", 3), spec("y", 4)), (spec("a", 3),))
+    extra.raise_if_missing()
+    with pytest.raises(IncompatibleTensorsError, match="1 of 2 source tensors is not used"):
+        extra.raise_if_unexpected()
+    lacking = Alignment((Match("a", ("x",)),), (), (), (spec("x", 3),), (spec("a", 3), spec("b", 4)))
+    lacking.raise_if_unexpected()
+    with pytest.raises(IncompatibleTensorsError, match="1 of 2 target tensors has no compatible source"):
+        lacking.raise_if_missing()
+
+
+def test_a_fused_proposal_is_raised_with_the_shapes_of_its_sources() -> None:
+    source = {f"net.{name}.weight": torch.ones(size, 8) for name, size in (("gate_proj", 6), ("up_proj", 6))}
+    alignment = autoalign.align(source, {"net.net.0.proj.weight": torch.ones(12, 8)}, min_confidence=1.0)
+    with pytest.raises(AmbiguousAlignmentError, match=re.escape("concatenate(dim 0) of [6, 8]")):
+        alignment.raise_if_ambiguous()
+
+
+def test_nothing_matched_is_raised_with_the_first_keys_of_both_sides() -> None:
+    alignment = autoalign.align({"conv.weight": torch.ones(9, 2, 3, 3)}, {"fc.weight": torch.ones(4, 5)})
+    with pytest.raises(NothingLoadedError, match="None of 1 target tensors has a source") as caught:
+        alignment.raise_if_nothing_matched()
+    text = str(caught.value)
+    assert re.search(r"The first of the 1 target tensors:\n  fc\.weight +\[4, 5\] float32\n", text)
+    assert re.search(r"The first of the 1 source tensors:\n  conv\.weight +\[9, 2, 3, 3\] float32\n", text)
+    assert caught.value.alignment is alignment
