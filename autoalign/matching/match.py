@@ -1,4 +1,4 @@
-"""Garbage collection: paused while hundreds of thousands of small values are made that are all kept."""
+"""The matching of two sides of any kind, with the options of ``align``, as a ``Plan``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -34,55 +33,19 @@ from autoalign.matching.repeats import (
 from autoalign.matching.rotary import rotary_settling
 from autoalign.matching.scope import PatternLike, RuleLike, checked_rules, excluded_keys, pinned_pairs
 from autoalign.plan.adaptations import Adapt
-from autoalign.plan.keys import common_prefix, components
+from autoalign.plan.keys import common_module, components
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Copy
 from autoalign.plan.quantised import ADVICE, Members, can_fill, describe_schemes, hidden_keys
 
-if TYPE_CHECKING:
-    from autoalign.plan.matches import Match
-
-
-def admitted(matches: Iterable[Match], own: Members, other: Members) -> list[Match]:
-    """Leave out the matches in which codes are taken for values, or go without their companions.
-
-    The matches of one group are as sure as the least sure of them.
-    """
-    if not (own or other):
-        return list(matches)
-    kept = []
-    for match in matches:
-        if not can_fill(match.sources, match.target, match.operation, own, other):
-            continue
-        rivals = tuple(
-            rival for rival in match.alternatives if can_fill(rival.sources, match.target, rival.operation, own, other)
-        )
-        kept.append(match if rivals == match.alternatives else replace(match, alternatives=rivals))
-    groups: dict[str, list[Match]] = defaultdict(list)
-    for match in kept:
-        if match.target in other:
-            groups[other[match.target].group.codes.key].append(match)
-    sureness: dict[str, float] = {}
-    for codes, members in groups.items():
-        group = other[codes].group
-        needed = {spec.key for spec in (group.codes, *group.companions) if other[spec.key].is_needed}
-        origins = {own[match.sources[0]].group.codes.key for match in members}
-        if len(origins) == 1 and needed <= {match.target for match in members}:
-            sureness[codes] = min(match.confidence for match in members)
-    result = []
-    for match in kept:
-        if match.target not in other:
-            result.append(match)
-        elif (sure := sureness.get(other[match.target].group.codes.key)) is not None:
-            result.append(match if sure == match.confidence else replace(match, confidence=sure))
-    return result
+OrderOfUse = Callable[[nn.Module], Sequence[str]]
 
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Keep the cyclic garbage collector from walking over all values again and again while more are made.
+    """Pause cyclic garbage collection, which would visit hundreds of thousands of values again and again.
 
-    None of the values made here refers to itself, so nothing is left behind. The collector's setting is put back.
+    None of the values made here refers to itself, so nothing is left behind. The collector's setting is restored.
 
     >>> with collection_paused():
     ...     gc.isenabled()
@@ -95,15 +58,13 @@ def collection_paused() -> Iterator[None]:
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # what was made is taken as old at once, without being walked over
+        if not gc.get_freeze_count():  # what was made counts as old at once, without a visit
             gc.freeze()
             gc.unfreeze()
         gc.enable()
 
 
-OrderOfUse = Callable[[nn.Module], Sequence[str]]
-
-
+@collection_paused()
 def match_tensors(
     source: Side,
     target: Side,
@@ -120,35 +81,20 @@ def match_tensors(
 
     ``order_of_use`` lists the keys of a module in the order in which a call uses them first.
     """
-    with collection_paused():
-        return _align(source, target, rules, include, exclude, adapt, min_confidence, container, order_of_use)
-
-
-def _align(
-    source: Side,
-    target: Side,
-    rules: RuleLike,
-    include: PatternLike,
-    exclude: PatternLike,
-    adapt: Adapt | Iterable[Adapt],
-    min_confidence: float,
-    container: str | None,
-    order_of_use: OrderOfUse | None,
-) -> Plan:
     if not isinstance(min_confidence, int | float) or not 0 <= min_confidence <= 1:
         raise InputError(f"min_confidence must lie in [0, 1], not {min_confidence!r}. Nothing was aligned.")
     allowed = checked_adapt(adapt)
     other = checkpoint_of(target)
-    own = _called_copy(checkpoint_of(source, container=container), other)
-    out, unused = excluded_keys(include, exclude, list(own), list(other))
+    own = _with_named_copy(checkpoint_of(source, container=container), other)
+    out, selection_notes = excluded_keys(include, exclude, list(own), list(other))
     sides: tuple[Specs, Specs] = (
         tuple(spec for spec in own.specs if spec.key not in out) if out else own.specs,
         tuple(spec for spec in other.specs if spec.key not in out) if out else other.specs,
     )
     if order_of_use is not None:
-        sides = _as_called(own, sides[0], order_of_use), _as_called(other, sides[1], order_of_use)
         if own.module is other.module is None:
             raise InputError("example_inputs need a module on one side at least. Nothing was aligned.")
+        sides = _in_order_of_use(own, sides[0], order_of_use), _in_order_of_use(other, sides[1], order_of_use)
     rules = checked_rules(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
     if own.quantised or other.quantised:
@@ -172,7 +118,7 @@ def _align(
     if mismatched:
         matches = with_stranded_biases(matches, mismatched)
     if own.quantised or other.quantised:
-        matches = admitted(matches, own.quantised, other.quantised)
+        matches = _without_misused_codes(matches, own.quantised, other.quantised)
         codes = own.quantised.keys(), other.quantised.keys()
         mismatched = [item for item in mismatched if item.source_key not in codes[0] and item.key not in codes[1]]
         if own.quantised and not matches:  # that is why, whatever else was found
@@ -193,7 +139,7 @@ def _align(
         source_specs=own.all_specs,
         target_specs=other.specs,
         excluded=out,
-        notes=(*own.notes, *unused, *notes),
+        notes=(*own.notes, *selection_notes, *notes),
         tensors=own,
         target_tensors=other,
     )
@@ -202,7 +148,7 @@ def _align(
 def _without_codes(
     pins: Mapping[str, str], rules: Sequence[tuple[str, str]], own: Checkpoint, other: Checkpoint
 ) -> dict[str, str]:
-    """Leave out of what rules fix the pairs in which codes would be taken for values.
+    """Leave out pinned pairs that would take codes for values.
 
     Raises:
         PatternError: A rule names such a pair.
@@ -224,7 +170,7 @@ def _without_codes(
 def _notes_of_codes(
     own: Checkpoint, other: Checkpoint, matches: Sequence[Match], excluded: Collection[str]
 ) -> list[str]:
-    """Say what was left out because it is quantised; what torch itself packs is said where a checkpoint is opened."""
+    """Return notes on what is left out because it is quantised; checkpoints have notes on what torch itself packs."""
     packed = {spec.key for spec in (*own.left_out, *other.left_out)}
     used = {key for match in matches for key in match.sources}
     filled = {match.target for match in matches}
@@ -240,13 +186,13 @@ def _notes_of_codes(
     ]
 
 
-def _called_copy(source: Checkpoint, target: Checkpoint) -> Checkpoint:
-    """Take the copy that the target calls by its name, or all of them where the target has a part for each."""
+def _with_named_copy(source: Checkpoint, target: Checkpoint) -> Checkpoint:
+    """Return the copy whose name the target has, or all of them if the target has a part for each."""
     paths = (source.container, *source.copies)
     if len(paths) == 1 or not target:
         return source
     keys = [components(key) for key in target]
-    shared = common_prefix(key[:-1] for key in keys)
+    shared = common_module(keys)
     parents, names = {path.rpartition(".")[0] for path in paths}, {path.rpartition(".")[2] for path in paths}
     if len(parents) == 1 and names <= {name for key in keys for name in key[len(shared) :][:1]}:
         return checkpoint_of(source, container=parents.pop())
@@ -261,7 +207,7 @@ def _called_copy(source: Checkpoint, target: Checkpoint) -> Checkpoint:
     return replace(taken, notes=(*taken.notes, note))
 
 
-def _as_called(side: Checkpoint, specs: Specs, order_of_use: OrderOfUse) -> Specs:
+def _in_order_of_use(side: Checkpoint, specs: Specs, order_of_use: OrderOfUse) -> Specs:
     """Sort the specs of a module by the order in which a call uses them."""
     if side.module is None:
         return specs
@@ -304,3 +250,36 @@ def _check_rules(rules: Sequence[tuple[str, str]], source: Specs, target: Specs,
                 f"The rules fill {second!r} {list(wanted)} from {first!r} {list(shape)}, and no operation reconciles "
                 "these shapes. Nothing was aligned; correct the rule or leave it out."
             )
+
+
+def _without_misused_codes(matches: Iterable[Match], own: Members, other: Members) -> list[Match]:
+    """Leave out matches that take codes of quantised tensors for values, or fill them without their companions.
+
+    The matches of one group are as sure as the least sure of them.
+    """
+    kept = []
+    for match in matches:
+        if not can_fill(match.sources, match.target, match.operation, own, other):
+            continue
+        rivals = tuple(
+            rival for rival in match.alternatives if can_fill(rival.sources, match.target, rival.operation, own, other)
+        )
+        kept.append(match if rivals == match.alternatives else replace(match, alternatives=rivals))
+    groups: dict[str, list[Match]] = defaultdict(list)
+    for match in kept:
+        if match.target in other:
+            groups[other[match.target].group.codes.key].append(match)
+    sureness: dict[str, float] = {}
+    for codes, members in groups.items():
+        group = other[codes].group
+        needed = {spec.key for spec in (group.codes, *group.companions) if other[spec.key].is_needed}
+        origins = {own[match.sources[0]].group.codes.key for match in members}
+        if len(origins) == 1 and needed <= {match.target for match in members}:
+            sureness[codes] = min(match.confidence for match in members)
+    result = []
+    for match in kept:
+        if match.target not in other:
+            result.append(match)
+        elif (sure := sureness.get(other[match.target].group.codes.key)) is not None:
+            result.append(match if sure == match.confidence else replace(match, confidence=sure))
+    return result
