@@ -18,7 +18,7 @@ from autoalign.matching.assembly import SideParts, with_stranded_biases, with_ti
 from autoalign.matching.candidates import operation_between
 from autoalign.matching.confidence import AMBIGUOUS
 from autoalign.matching.layouts import ROTARY
-from autoalign.matching.pipeline import Outcome, paired
+from autoalign.matching.pipeline import Result, match_sides
 from autoalign.matching.positions import AdaptableSide
 from autoalign.matching.repeats import (
     MAX_PAIRS_OF_ALL,
@@ -217,22 +217,22 @@ def _in_order_of_use(side: Checkpoint, specs: Specs, order_of_use: OrderOfUse) -
 
 def _by_repeats(
     source: Specs, target: Specs, configs: tuple[Mapping[str, object], Mapping[str, object]], pins: Mapping[str, str]
-) -> Outcome:
+) -> Result:
     """Match two sides, long lists of equal blocks by their first members; all of them where these leave others open."""
     stacks = [frozenset(spec.shape[0] for spec in specs if len(spec.shape) == 3) for specs in (source, target)]
     runs = runs_of(source, stacks[1], pins.values()), runs_of(target, stacks[0], pins)
     if spans := runs[0].spans | runs[1].spans:  # the number of a member tells more than its place
         runs = runs_of(source, stacks[1] | spans, pins.values()), runs_of(target, stacks[0] | spans, pins)
     own, other = (SideParts.of(of.kept, config, of.counts) for of, config in zip(runs, configs, strict=True))
-    matches, mismatched, notes = paired(own, other, pins)
+    matches, mismatched, notes = match_sides(own, other, pins)
     if runs[0].run_of or runs[1].run_of:
         matches, mismatched = extended(matches, mismatched, *runs)
         if not is_settled(*runs, matches):
             if pair_count(source, target) <= MAX_PAIRS_OF_ALL:
-                return paired(SideParts.of(source, configs[0]), SideParts.of(target, configs[1]), pins)
+                return match_sides(SideParts.of(source, configs[0]), SideParts.of(target, configs[1]), pins)
             matches = less_sure(runs[1], matches)
         matches = with_ties(source, target, matches)
-    return matches, mismatched, notes
+    return Result(matches, mismatched, notes)
 
 
 def _check_rules(rules: Sequence[tuple[str, str]], source: Specs, target: Specs, matches: Sequence[Match]) -> None:

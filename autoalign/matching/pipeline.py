@@ -1,9 +1,14 @@
-"""Pairing: from the tensors of two sides to matches and mismatches, by one joint optimisation."""
+"""The matching pipeline: the stages from the tensors of two sides to matches and mismatches, in order.
+
+Consistent renamings need no search. Otherwise: pairs that rules fix, scope, fused tensors, candidates and features,
+the joint optimisation, symmetries, confidence, parameters that are left over, assembly, mismatches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,15 +46,13 @@ from autoalign.plan.keys import components
 from autoalign.plan.matches import Caution, Match, Mismatch
 from autoalign.plan.operations import Copy, Operation
 
-Outcome = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, mismatches and notes
-
-_MOST = 0.9  # of the layers of the smaller side
-_HALF = 0.5  # of them, which fit under the same names: then the sides are related, however the rest is spread
-_SAME_NAME = 0.6  # how alike names must be for a bias to be matched without its weight
-_NAMESAKE = 0.3  # how alike names must be where most names are the same on both sides
-_RENAMED = 0.99  # the confidence where only names differ, and consistently
+_MIN_SHARE_OF_NAMESAKES = 0.9  # of the smaller side's layers, for a layer of another name to be another layer
+_MIN_SHARE_TO_RELATE = 0.5  # of them that are matched; then the sides are related, however the rest is spread
+_MIN_SIMILARITY_AMONG_NAMESAKES = 0.3  # of names, where another name is another layer
+_MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and where not all pairs were compared
+_RENAMED_CONFIDENCE = 0.99  # where only names differ, and consistently
 _CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
-_GROUNDLESS = "right shape, but nothing else speaks for it: most of the modules around it have no counterparts"
+_ONLY_SHAPES = "right shape, but nothing else speaks for it: most of the modules around it have no counterparts"
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 _UNRELATED = (
     "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
@@ -57,14 +60,22 @@ _UNRELATED = (
 )
 
 
-def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Outcome:
+class Result(NamedTuple):
+    """What was found for two sides."""
+
+    matches: list[Match]
+    mismatched: list[Mismatch]
+    notes: tuple[str, ...]
+
+
+def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Result:
     """Match two sides; pinned pairs are taken as they are and vote for the rest."""
     if not pins and is_renamed(source.parts, target.parts):
         renamed = {
-            place: Found(place, Copy(), _RENAMED if _is_told(source, target, *both) else INFERRED, _ALIKE, None)
+            place: Found(place, Copy(), _capped(_RENAMED_CONFIDENCE, source, target, *both), _ALIKE, None)
             for place, both in enumerate(zip(source.parts, target.parts, strict=True))
         }
-        return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()
+        return Result(with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ())
     pinned, refused = _pinned(source, target, pins) if pins else ([], [])
     read = in_context(source.parts, target.parts), in_context(target.parts, source.parts)
     sides = source, target = _with(source, read[0]), _with(target, read[1])
@@ -88,7 +99,8 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
     found, mismatched = _match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
     if found is None:
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
-        return [], mismatched, (f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED,)
+        note = f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED
+        return Result([], mismatched, (note,))
     matches = assembled(source, target, found)
     if not (scope.is_decided and other_scope.is_decided):
         matches = [replace(match, confidence=min(match.confidence, AMBIGUOUS)) for match in matches]
@@ -96,29 +108,23 @@ def paired(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Out
     notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
     named = []
     if len({match.target for match in matches}) < len(target.specs):
-        whole = [
+        source, target = (
             _with(side, within(side.parts, replace(around, path=())))
             for side, around in zip(sides, (scope, other_scope), strict=True)
-        ]
-        named = _same_names(whole[0], whole[1])
-    return matches, _left_over(matches, mismatched, named, refused), notes
+        )
+        own, other = units_of(source.parts), units_of(target.parts)
+        named = _mismatches(source, target, own, other, namesakes(own.paths, other.paths))
+    return Result(matches, _without_matched(matches, mismatched, named, refused), notes)
 
 
 def _with(side: SideParts, parts: Sequence[Part]) -> SideParts:
     return replace(side, parts=side.parts.changed(parts))
 
 
-def _same_names(source: SideParts, target: SideParts) -> list[Mismatch]:
-    """List the tensors of the same name whose shapes no operation reconciles, in scope or not, and split or not."""
-    own, other = units_of(source.parts), units_of(target.parts)
-    same = namesakes(own.paths, other.paths)
-    return _mismatches(source, target, own, other, same)
-
-
-def _left_over(
+def _without_matched(
     matches: Sequence[Match], found: Sequence[Mismatch], named: Sequence[Mismatch], refused: Sequence[Mismatch]
 ) -> list[Mismatch]:
-    """Join the mismatches that were found by all that is known, by name, and by rule; the last are the surest."""
+    """Join the mismatches that all features, names, and rules tell of what is not matched; the last are the surest."""
     done = {match.target for match in matches}
     used = {key for match in matches for key in match.sources}
     known = {item.key: item for item in named if item.source_key not in used}
@@ -145,7 +151,7 @@ def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
 
 
 def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:
-    """Make the matches that the rules fix; pairs of shapes that no operation reconciles are mismatches."""
+    """Return the matches that rules fix; pairs whose shapes no operation reconciles are mismatches."""
     flipped = {source.key(source.parts[index]) for index in flipped_parts(source.parts, target.parts)}
     shapes = [{spec.key: spec.shape for spec in side.specs} for side in (source, target)]
     matches, mismatched = [], []
@@ -166,7 +172,7 @@ def _match_parts(
     pins: Mapping[str, str],
     whole: tuple[Sequence[Part], Sequence[Part]],
 ) -> tuple[dict[int, Found] | None, list[Mismatch]]:
-    """Match the parts of two sides; None where the sides are not related and nothing is pinned."""
+    """Match the parts of two sides; None if the sides are not related and nothing is pinned."""
     named = source.parts, target.parts
     source, target = (_with(side, under_one_root(side.parts)) for side in (source, target))
     own, other = units_of(source.parts), units_of(target.parts)
@@ -175,7 +181,6 @@ def _match_parts(
     same = namesakes(own.paths, other.paths, counts, lambda i, j: kinds.fit(i, j) > 0)
     fixed = _pinned_units(source, target, own, other, pins)
     held = {i for i, _ in fixed}, {j for _, j in fixed}
-    pinned = set(pins.values())
     fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
     pairs = candidates(kinds, own, other, fixed)
     sides = [
@@ -193,50 +198,46 @@ def _match_parts(
     confidence = confidence_of(assignment)
     confidence = calibrated(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1))
     confidence = np.minimum(confidence, outcome.caps)
-    by_name = share_of(same, counts) >= _MOST
     special = special_units(other, target.parts)
-    lists = reversible_lists(assignment, (own, source.parts), (other, target.parts))
-    has_twin = unused_duplicates(assignment, (own, source.parts))
-    coincidences = set(shape_only_pairs(assignment, (own, source.parts), (other, target.parts), known_units))
+    by_name = share_of(same, counts) >= _MIN_SHARE_OF_NAMESAKES
     if by_name:  # where names are shared, another name is another layer
-        known = np.isin(assignment.target, [j for _, j in fixed]) | (assignment.cues["name"] >= _NAMESAKE)
-        confidence = np.where(known | np.isin(assignment.target, special), confidence, AMBIGUOUS * confidence)
-        found_too = set(assignment.target.tolist())
-        by_name = share_of([(i, j) for i, j in same if j in found_too], counts) >= _HALF
-    found: dict[int, Found] = {}
+        is_known = np.isin(assignment.target, [j for _, j in fixed])
+        is_known |= assignment.cues["name"] >= _MIN_SIMILARITY_AMONG_NAMESAKES
+        confidence = np.where(is_known | np.isin(assignment.target, special), confidence, AMBIGUOUS * confidence)
+        chosen = set(assignment.target.tolist())
+        by_name = share_of([(i, j) for i, j in same if j in chosen], counts) >= _MIN_SHARE_TO_RELATE
     if not (pins or by_name) and not related(assignment, confidence, (own, named[0]), (other, named[1]), whole):
         return None, _mismatches(source, target, own, other, same)
-    taken = set(pins.values())
+    lists = reversible_lists(assignment, (own, source.parts), (other, target.parts))
+    has_duplicate = unused_duplicates(assignment, (own, source.parts))
+    only_shapes = set(shape_only_pairs(assignment, (own, source.parts), (other, target.parts), known_units))
+    pinned = set(pins.values())
     cues = {name: np.clip(cue, 0, 1).tolist() for name, cue in assignment.cues.items()}
-    for place in range(len(assignment.source)):
-        i, j = int(assignment.source[place]), int(assignment.target[place])
+    found: dict[int, Found] = {}
+    for place, (i, j) in enumerate(zip(assignment.source.tolist(), assignment.target.tolist(), strict=True)):
         evidence = {name: round(cue[place], 3) for name, cue in cues.items()}
+        has_name = evidence["name"] >= _MIN_SIMILARITY_ALONE
         runner_up = lists.reverse.get(place, int(assignment.runner_up[place]))
         rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
-        stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
-        stranded &= j not in special or evidence["name"] < _SAME_NAME
-        sureness = min(float(confidence[place]), AMBIGUOUS if stranded else 1.0)  # a bias does not leave its weight
-        contradicted = _are_rivals(own[i], other[j]) or _is_added(own[i], other[j])
-        sureness = min(
-            sureness, AMBIGUOUS if has_twin[place] or contradicted else INFERRED if place in lists.by_order else 1.0
-        )
-        doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
+        is_stranded = "bias" in own[i].kinds and ("weight" in own[i].kinds) != ("weight" in other[j].kinds)
+        is_stranded &= j not in special or not has_name
         is_crowded = j not in known_units and (kinds.source[i], kinds.target[j]) in pairs.crowded
-        if is_crowded and (i, j) not in pairs.same_numbers and evidence["name"] < _SAME_NAME:
-            sureness, doubt = min(sureness, AMBIGUOUS), doubt or _CROWDED
-        if place in coincidences:
-            sureness, doubt = min(sureness, AMBIGUOUS), doubt or _GROUNDLESS
+        is_crowded &= (i, j) not in pairs.same_numbers and not has_name
+        is_contradicted = _are_rivals(own[i], other[j]) or _is_added(own[i], other[j])
+        is_ambiguous = has_duplicate[place] or is_stranded or is_contradicted or is_crowded or place in only_shapes
+        cap = AMBIGUOUS if is_ambiguous else INFERRED if place in lists.by_order else 1.0
+        doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
+        doubt = doubt or (_CROWDED if is_crowded else _ONLY_SHAPES if place in only_shapes else None)
         for a, b in paired_parts(own[i], other[j]):
             piece, wanted = source.parts[a], target.parts[b]
             operation = _operation(piece, wanted, flipped=a in kinds.flipped)
-            if operation is None or (pins and (source.key(piece) in taken or target.key(wanted) in pins)):
+            if operation is None or source.key(piece) in pinned or target.key(wanted) in pins:
                 continue
             if piece.numeric == wanted.numeric:
-                least = sureness if _is_told(source, target, piece, wanted) else min(sureness, INFERRED)
-                found[b] = Found(a, operation, least, evidence, rivals.get(b), doubt)
-    for b, a in unmatched_parameter_pairs(
-        source.parts, target.parts, {b: piece.source for b, piece in found.items()}
-    ).items():
+                sureness = _capped(min(float(confidence[place]), cap), source, target, piece, wanted)
+                found[b] = Found(a, operation, sureness, evidence, rivals.get(b), doubt)
+    matched = {b: piece.source for b, piece in found.items()}
+    for b, a in unmatched_parameter_pairs(source.parts, target.parts, matched).items():
         if target.key(target.parts[b]) in pins or source.key(source.parts[a]) in pinned:
             continue
         operation = _operation(source.parts[a], target.parts[b], flipped=False)
@@ -244,51 +245,49 @@ def _match_parts(
             found[b] = Found(a, operation, INFERRED, {"structure": 1.0, "shape": 1.0}, None)
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
-    matched = [(i, j) for j, i in partners.items()]
-    return found, _mismatches(source, target, own, other, (*left, *matched))
+    return found, _mismatches(source, target, own, other, (*left, *((i, j) for j, i in partners.items())))
 
 
 def _are_rivals(own: Unit, other: Unit) -> bool:
-    """Tell whether two layers have names that exclude each other.
+    """True if the names of two layers exclude each other.
 
-    The modules of one layer may be those of a mask's head, and of the other those of a box's; and two parameters that
-    stand alone may be two kinds of tokens.
+    One may be in the head for masks and the other in that for boxes; two bare parameters may be tokens of two kinds.
     """
-    around = ({word for name in unit.path for word in words(name)} for unit in (own, other))
     names = set(words(own.path[-1])), set(words(other.path[-1]))
-    alone = own.kinds == other.kinds == ("other",)
-    return _exclude(next(around), next(around), RIVAL_OUTPUTS) or (alone and _exclude(*names, RIVAL_PAIRS))
+    are_bare = own.kinds == other.kinds == ("other",)
+    return _exclude(_path_words(own), _path_words(other), RIVAL_OUTPUTS) or (are_bare and _exclude(*names, RIVAL_PAIRS))
 
 
 def _is_added(own: Unit, other: Unit) -> bool:
-    """Tell whether a name says that one of two projections to queries, keys or values stands beside the usual one.
+    """True if the name of one of two projections to queries, keys or values tells that it is beside the usual one.
 
-    That is a word of its own name which has no known meaning, and which the path of the other does not hold, as in
-    ``to_k_ip`` beside ``to_k``.
+    Then it has a word without a known meaning that the path of the other lacks, as in ``to_k_ip`` beside ``to_k``.
     """
     names = set(words(own.path[-1])), set(words(other.path[-1]))
     if ROLES.isdisjoint(names[0] & names[1]):
         return False
-    around = ({word for name in unit.path for word in words(name)} for unit in (other, own))
-    return any(
-        len(word) > 1 and word not in KNOWN for name, path in zip(names, around, strict=True) for word in name - path
-    )
+    added = (names[0] - _path_words(other)) | (names[1] - _path_words(own))
+    return any(len(word) > 1 and word not in KNOWN for word in added)
+
+
+def _path_words(unit: Unit) -> set[str]:
+    return {word for name in unit.path for word in words(name)}
 
 
 def _exclude(own: set[str], other: set[str], rivals: Collection[tuple[str, str]]) -> bool:
-    """Tell whether a word of one side only excludes one of the other side only."""
+    """True if a word of one side only excludes one of the other side only."""
     return any((a, b) in rivals for a in own - other for b in other - own)
 
 
-def _is_told(source: SideParts, target: SideParts, own: Part, other: Part) -> bool:
-    """Tell whether more than its place in its layer shows what a tensor is."""
-    if not (own.by_order or other.by_order):
-        return True
-    return components(source.key(own))[-1] == components(target.key(other))[-1]
+def _capped(confidence: float, source: SideParts, target: SideParts, own: Part, other: Part) -> float:
+    """Cap the confidence in a match if nothing but the place of a tensor in its layer tells what it is."""
+    by_order = own.by_order or other.by_order
+    has_name = not by_order or components(source.key(own))[-1] == components(target.key(other))[-1]
+    return confidence if has_name else min(confidence, INFERRED)
 
 
 def _operation(source: Part, target: Part, *, flipped: bool) -> Operation | None:
-    """Find the operation on a matched part; a bare matrix may stand for that of a layer, which is transposed."""
+    """Return the operation on a matched part; a bare matrix may be that of a layer, transposed."""
     bare = (kind(source.path[-1])[0] == "other") != (kind(target.path[-1])[0] == "other")
     operation = operation_between(source.shape, target.shape, flipped=flipped)
     return operation or (operation_between(source.shape, target.shape, flipped=True) if bare else None)
@@ -297,7 +296,7 @@ def _operation(source: Part, target: Part, *, flipped: bool) -> Operation | None
 def _pinned_units(
     source: SideParts, target: SideParts, own: Sequence[Unit], other: Sequence[Unit], pins: Mapping[str, str]
 ) -> list[tuple[int, int]]:
-    """List the pairs of units that hold pinned tensors, each unit once."""
+    """List the pairs of units with pinned tensors, each unit once."""
     holder = {source.key(source.parts[part]): index for index, unit in enumerate(own) for _, part in unit.parts}
     pairs: dict[int, int] = {}
     for index, unit in enumerate(other):
