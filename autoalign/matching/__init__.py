@@ -2,21 +2,21 @@
 
 A side is a tree of modules whose leaves are layers. Layers of both sides are assigned to each other by graduated
 assignment (Gold and Rangarajan, "A graduated assignment algorithm for graph matching", IEEE PAMI 18, 1996), with votes
-pooled over repeated structure as in similarity flooding (Melnik et al., ICDE 2002); ``assignment`` says where it departs
-from the papers. The files, in order of use (each imports only what stands before it, and ``errors``, ``plan`` and
-``checkpoints``):
+pooled over repeated structure as in similarity flooding (Melnik et al., ICDE 2002); ``assignment`` tells where it
+departs from the papers. The files, in order of use (each imports only what stands before it, and ``errors``, ``plan``
+and ``checkpoints``):
 
 - ``vocabulary``, ``names``: every table of words; the words, the kind of values and the similarity of names
 - ``layers``, ``conventions``: parts, units (layers) and the tree of modules; a side as torch names it and lays it out
 - ``candidates``, ``features``: pairs of layers that an operation reconciles; what speaks for a pair before matching
 - ``scope``, ``fusion``: what takes part; fused tensors split as the other side holds them
 - ``assignment``: the joint optimisation, exact at its end
-- ``crossed_blocks``, ``list_order``, ``swaps``, ``symmetries``: what could be swapped or reordered
 - ``confidence``: from score and margin to a calibrated probability; are two networks related
+- ``crossed_blocks``, ``list_order``, ``swaps``, ``symmetries``: what could be swapped or reordered
 - ``rotary``, ``layouts``, ``assembly``: rows in an order that no shape shows; parts put back together to tensors
 - ``repeats``, ``pipeline``: what needs no search; the stages in order
 - ``positions``, ``adapt``, ``match``: matches that change values; from options to a ``Plan``
 
-A new word is a row of ``vocabulary``, a new cue a function of ``features`` with a weight in ``assignment``, a new layout
-a row of ``conventions`` or ``layouts``. A case of its own needs a test that fails without it. See also ``limits.md``.
+A new word is a row of ``vocabulary``, a new cue a function of ``features`` with a weight in ``assignment``; a new
+layout belongs to ``conventions`` or ``layouts``. A special case needs a test that fails without it. See ``limits.md``.
 """

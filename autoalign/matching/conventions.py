@@ -35,8 +35,8 @@ def with_known_leaves(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
     ['0.weight', '0.bias', '1.a', '1.b', '2.weight', '2.bias']
 
     Args:
-        parts: Of one side.
-        ordered: Whether they are in the order of registration.
+        parts: The parts of one side.
+        ordered: True if they are in the order of registration.
     """
     names = {part.path[-1] for part in parts}
     known = {name: values for name in names for values, rest in [kind(name)] if not rest and values in TORCH_NAMES}
@@ -47,7 +47,8 @@ def with_known_leaves(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
     found: dict[str, str] = {}
     for _ in range(2):  # what one name means tells what another does
         found |= _agreed(_by_company(layers, known | found))
-    by_order = _agreed(_by_order(layers, known | found)) if ordered else {}
+    known |= found
+    by_order = _agreed(pair for layer in layers for pair in _unknown(_floats(layer), known)) if ordered else {}
     in_layers = {id(part) for layer in layers for part in layer}
     return [
         replace(part, path=(*part.path[:-1], TORCH_NAMES[meaning]), by_order=part.path[-1] in by_order)
@@ -71,50 +72,38 @@ def _layers(parts: Sequence[Part], names: Collection[str]) -> list[_Layer]:
 def _by_company(layers: Iterable[_Layer], known: _Meanings) -> Iterator[tuple[str, str]]:
     """Yield what names mean where the shapes of a layer tell, or the names of all its other tensors do."""
     for layer in layers:
-        floats, counters = _split(layer)
+        floats = _floats(layer)
+        counters = [part.path[-1] for part in layer if part.numeric == "int" and not part.shape]
         if len(floats) == 2:
             matrix, vector = sorted(floats, key=lambda part: -len(part.shape))
+            meanings = {matrix.path[-1]: "weight", vector.path[-1]: "bias"}
             fits = len(matrix.shape) > 1 and len(vector.shape) == 1 and vector.shape[0] in matrix.shape
-            if fits and _may_be(matrix, "weight", known) and _may_be(vector, "bias", known):
-                yield matrix.path[-1], "weight"
-                yield vector.path[-1], "bias"
-        unknown, left = _unknown(floats, known)
+            if fits and all(known.get(name, values) == values for name, values in meanings.items()):
+                yield from meanings.items()
+        unknown = _unknown(floats, known)
         if len(unknown) == 1:
-            yield unknown[0], left[0]
+            yield from unknown
         if _is_norm(floats) and len(counters) == 1:
-            yield counters[0].path[-1], "count"
+            yield counters[0], "count"
 
 
-def _by_order(layers: Iterable[_Layer], known: _Meanings) -> Iterator[tuple[str, str]]:
-    """Yield what the names of vectors of one length mean, if they come in torch's order."""
-    for layer in layers:
-        yield from zip(*_unknown(_split(layer)[0], known), strict=True)
-
-
-def _unknown(floats: _Layer, known: _Meanings) -> tuple[list[str], list[str]]:
-    """List the unknown names of a norm's tensors, and what is left for them to mean."""
+def _unknown(floats: _Layer, known: _Meanings) -> list[tuple[str, str]]:
+    """Pair the unknown names of a norm's tensors with what is left for them to mean, in torch's order."""
     if not _is_norm(floats):
-        return [], []
+        return []
     names = [part.path[-1] for part in floats]
-    told = [known[name] for name in names if name in known]
-    left = [values for values in _NORM_KINDS[len(floats)] if values not in told]
+    taken = [known[name] for name in names if name in known]
+    left = [values for values in _NORM_KINDS[len(floats)] if values not in taken]
     unknown = [name for name in names if name not in known]
-    return (unknown, left) if len(unknown) == len(left) else ([], [])
+    return list(zip(unknown, left, strict=True)) if len(unknown) == len(left) else []
+
+
+def _floats(layer: _Layer) -> _Layer:
+    return [part for part in layer if part.numeric == "float"]
 
 
 def _is_norm(floats: _Layer) -> bool:
     return len(floats) in _NORM_KINDS and len({part.shape for part in floats}) == 1 and len(floats[0].shape) == 1
-
-
-def _split(layer: _Layer) -> tuple[_Layer, _Layer]:
-    return (
-        [part for part in layer if part.numeric == "float"],
-        [part for part in layer if part.numeric == "int" and not part.shape],
-    )
-
-
-def _may_be(part: Part, values: str, known: _Meanings) -> bool:
-    return known.get(part.path[-1], values) == values
 
 
 def _agreed(votes: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -166,7 +155,7 @@ def as_in_torch(parts: Sequence[Part]) -> Parts:
     parts = Parts(parts)
     layers = [(unit, kinds) for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
     shapes = [{values: parts[index].shape for values, index in kinds.items()} for _, kinds in layers]
-    named = [_is_kernel(parts[kinds["weight"]]) for _, kinds in layers]
+    named = [parts[kinds["weight"]].path[-1].lower().endswith(KERNELS) for _, kinds in layers]
     is_named = any(named)
     if not is_named and sum(map(_spatial_first, shapes)) <= 0:
         return parts
@@ -190,10 +179,6 @@ def as_in_torch(parts: Sequence[Part]) -> Parts:
         if len(of.get("bias", ())) > 1:
             result[kinds["bias"]] = _viewed(parts[kinds["bias"]], Reshape((prod(of["bias"]),)))
     return Parts(result)
-
-
-def _is_kernel(part: Part) -> bool:
-    return part.path[-1].lower().endswith(KERNELS)
 
 
 def _is_stack(part: Part) -> bool:

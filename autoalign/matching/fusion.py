@@ -23,8 +23,8 @@ Sizes = tuple[int, ...]
 _ROLE_LISTS = [roles for lists in FUSED.values() for roles in lists]
 _ROLES = frozenset(role for roles in _ROLE_LISTS for role in roles)
 _QKV = FUSED["qkv"][0]
-BY_ORDER = "the parts were told apart by their order alone"
-UNTOLD = "nothing but their order tells the parts apart, and other code has them in another"
+BY_ORDER = "the parts are distinguished by their order alone"
+_UNCERTAIN_ORDER = "the parts are distinguished by their order alone, and other code has another order"
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,8 +286,8 @@ class _Siblings:
         for sizes in sorted(self.in_order.get(shape[1:], ())):
             if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]][0])):
                 (roles, *_) = FUSED[fused[0] if fused else "qkv" if len(sizes) == 3 else "gateup"]
-                told = len(sizes) == 2 and (fused or tuple(named) in GATE_FIRST)
-                return SplitPlan(0, sizes, roles, BY_ORDER if told else UNTOLD)
+                is_usual = len(sizes) == 2 and (fused or tuple(named) in GATE_FIRST)
+                return SplitPlan(0, sizes, roles, BY_ORDER if is_usual else _UNCERTAIN_ORDER)
         return None
 
     def _splits(self, word: str, shape: Sizes) -> Iterator[SplitPlan]:

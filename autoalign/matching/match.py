@@ -180,7 +180,7 @@ def _notes_of_codes(
             for what in describe_schemes(own.quantised, used | packed | set(excluded))
         ),
         *(
-            f"Of the model, {what} are not filled: they take nothing but the same, with what belongs to them."
+            f"Not filled: {what} of the model. They can only be copied from the same scheme, with their companions."
             for what in describe_schemes(other.quantised, filled | packed | set(excluded))
         ),
     ]
@@ -203,7 +203,7 @@ def _with_named_copy(source: Checkpoint, target: Checkpoint) -> Checkpoint:
     if len(meant) != 1:
         return source
     taken = checkpoint_of(source, container=meant[0])
-    note = f"The container {meant[0]!r} was taken, which the target calls by its name."
+    note = f"The container {meant[0]!r} was taken because the target has its name."
     return replace(taken, notes=(*taken.notes, note))
 
 

@@ -52,11 +52,11 @@ _MIN_SIMILARITY_AMONG_NAMESAKES = 0.3  # of names, where another name is another
 _MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and where not all pairs were compared
 _RENAMED_CONFIDENCE = 0.99  # where only names differ, and consistently
 _CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
-_ONLY_SHAPES = "right shape, but nothing else speaks for it: most of the modules around it have no counterparts"
+_ONLY_SHAPES = "right shape, but no other evidence: most of the modules around it have no counterparts"
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 _UNRELATED = (
-    "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
-    "of them. Nothing was matched. If they are related, name a pair of keys in rules."
+    "Source and target look like different architectures: single layers have matching shapes, but no complete block "
+    "does. Nothing was matched. If they are related, name a pair of keys in rules."
 )
 
 
@@ -184,8 +184,8 @@ def _match_parts(
     fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
     pairs = candidates(kinds, own, other, fixed)
     sides = [
-        side_evidence(units.paths, units.ancestry, classes, kinds.class_count, ordered=told)
-        for units, classes, told in (
+        side_evidence(units.paths, units.ancestry, classes, kinds.class_count, ordered=ordered)
+        for units, classes, ordered in (
             (own, kinds.source_class, source.ordered),
             (other, kinds.target_class, target.ordered),
         )

@@ -227,13 +227,13 @@ def positions_plan(
         return _grid_plan(source.shape, target.shape)
     leading = source.shape[:-2] + target.shape[:-2]
     if source.shape[-1] != target.shape[-1] or any(size != 1 for size in leading):
-        return "more differs than the number of positions."
+        return "they differ in more than the number of positions."
     grids = _grid_of(source, own), _grid_of(target, other)
     if grids[0] is None or grids[1] is None:
         side, rows = ("source", source.shape[-2]) if grids[0] is None else ("target", target.shape[-2])
-        return f"nothing tells on what grid the {rows} rows of the {side} stand. A module tells more than a state dict."
+        return f"the grid of the {rows} rows of the {side} is unknown; pass a module instead of a state dict."
     if len(grids[0].size) != len(grids[1].size):
-        return "the positions of one side stand in a row, those of the other on a grid."
+        return "one side has the positions of a sequence, the other those of a grid."
     return _resizing(_like(grids[0], grids[1]), _like(grids[1], grids[0]), source.shape, target.shape)
 
 
@@ -283,7 +283,7 @@ def _counted(tokens: Iterable[str]) -> list[tuple[str, int]]:
 def _grid_plan(source: tuple[int, ...], target: tuple[int, ...]) -> Adaptation | str:
     first, last = source[:2] == target[:2], (source[0], source[3]) == (target[0], target[3])
     if first == last or source[0] != 1:
-        return "nothing tells which of its dimensions are the grid's."
+        return "it is unknown which of its dimensions are those of the grid."
     place = slice(1, 3) if last else slice(2, 4)
     (old_height, old_width), (height, width) = source[place], target[place]
     return Adaptation(ResizeGrid((old_height, old_width), (height, width), last), _INTERPOLATED)
@@ -301,18 +301,18 @@ def relative_plan(source: TensorSpec, target: TensorSpec, own: AdaptableSide, ot
     shapes = source.shape, target.shape
     if len(source.shape) == 3 and source.shape[0] == target.shape[0]:
         if any(size % 2 == 0 for shape in shapes for size in shape[1:]):
-            return "it has no centre."
+            return "a table of relative positions with an even length has no centre."
         windows = [((shape[1] + 1) // 2, (shape[2] + 1) // 2) for shape in shapes]
         return Adaptation(ResizeBiases(windows[0], windows[1]), text)
     if len(source.shape) != 2 or source.shape[1] != target.shape[1]:
-        return "more differs than the window."
+        return "they differ in more than the window."
     if "bias" not in key_words(source.key, target.key):  # one axis alone, as [2h - 1, width]
         if any(shape[0] % 2 == 0 for shape in shapes):
-            return "it has no centre."
+            return "a table of relative positions with an even length has no centre."
         return Adaptation(ResizePositions(source.shape[:1], target.shape[:1]), text)
     for extra in _EXTRA_ROWS:
         old = _window_of(source.key, source.shape[0] - extra, own)
         new = _window_of(target.key, target.shape[0] - extra, other)
         if old and new:
             return Adaptation(ResizeBiases(old, new, extra), text)
-    return "nothing tells for what windows the tables are. A module tells more than a state dict."
+    return "their windows are unknown; pass modules instead of state dicts."

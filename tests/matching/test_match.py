@@ -206,7 +206,7 @@ def test_a_container_is_taken_by_the_name_that_the_model_has_for_it() -> None:
     for name in saved:
         alignment = autoalign.align(saved, state(network(f"{name}.")))
         assert len(alignment.matches) == len(network(""))
-        assert alignment.notes == (f"The container {name!r} was taken, which the target calls by its name.",)
+        assert alignment.notes == (f"The container {name!r} was taken because the target has its name.",)
         assert isinstance(alignment.tensors, Checkpoint)
         assert alignment.tensors.container == name
     both = autoalign.align(saved, state(network("net.G_A.") | network("net.G_B.")))

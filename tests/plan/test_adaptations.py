@@ -433,7 +433,7 @@ def test_a_grid_that_is_no_square_is_told_by_the_module_alone() -> None:
     assert alignment.missing_keys == ["pos_embed"]
     assert [item.key for item in alignment.mismatched] == ["pos_embed"]
     (note,) = alignment.notes
-    assert note.startswith("pos_embed [1, 201, 24] was not adapted: nothing tells on what grid the 201 rows")
+    assert note.startswith("pos_embed [1, 201, 24] was not adapted: the grid of the 201 rows")
     saved = {"model": target.state_dict(), "config": {"vision": {"image_size": [160, 320], "patch_size": 16}}}
     alignment = autoalign.align(source, saved, adapt="pos_embed")
     assert adapted(alignment) == {"pos_embed": "resize positions 14x14 -> 10x20 (bicubic)"}
