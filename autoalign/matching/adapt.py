@@ -93,7 +93,7 @@ def _rows_of(item: Mismatch, biases: Mapping[str, Shape]) -> _Rows | None:
         return _Rows(0, (*item.source_shape, *item.shape), Copy()) if is_bias else None
     if min(map(len, shapes)) < 2 or 0 in item.shape or any(size != 1 for shape in shapes for size in shape[2:]):
         return None  # the outputs of a larger kernel stand for places as well as for classes
-    bias = biases.get(f"{item.key.rpartition('.')[0]}.bias")  # which tells a dimension other than the first
+    bias = biases.get(f"{item.key.rpartition('.')[0]}.bias")  # shows if the rows are not along the first dimension
     dim = int(len(item.shape) == 2 and bias == item.shape[1:] and bias != item.shape[:1])
     have = prod(item.source_shape) * item.shape[dim] // prod(item.shape)
     wanted = (*item.shape[:dim], have, *item.shape[dim + 1 :])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from autoalign.matching.names import kind, words
 from autoalign.plan.keys import numbers
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, chain
 
+_Value = TypeVar("_Value")
 Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and flipped of each part of a unit
 
 MAX_LAYER_PAIRS = 100_000_000  # of the one side times the other; the similarity of names takes four bytes for each
@@ -25,6 +27,7 @@ MAX_COST = 40_000_000  # of the pairs that are compared; each unit of it takes s
 _COST_PER_PAIR = 32  # besides one for each two modules around it
 _NEAREST = (64, 32, 16, 8, 4, 2, 1)  # pairs for each layer, the nearest in order, if there are too many for all
 _MAX_SHARERS = 8  # layers of one shape on either side that share a word or numbers, so that these tell something
+_USUAL_ADJACENCY = 0.25  # of layers that are no convolutions or batch norms; see ``Candidates``
 _BARE_FIT = 0.25  # of a parameter outside any layer and the weight of a layer
 _RESHAPED_FIT = 0.3  # of tensors that only a reshape reconciles
 _UNFIT_FACTOR = 0.2  # of the fit of two units, for each of their parts that does not fit
@@ -114,13 +117,16 @@ def turned(shape: Shape) -> Shape:
 
 def paired_parts(source: Unit, target: Unit) -> list[tuple[int, int]]:
     """Pair the parts of two units by kind; bare parameters pair whatever their kind."""
-    own, other = dict(source.parts), dict(target.parts)
+    return _paired(dict(source.parts), dict(target.parts))
+
+
+def _paired(own: Mapping[str, _Value], other: Mapping[str, _Value]) -> list[tuple[_Value, _Value]]:
     shared = [(own[name], other[name]) for name in own if name in other]
     if shared or len(own) > 1 or len(other) > 1:
         return shared
     kinds = {*own, *other}
-    alone = "other" in kinds and kinds <= {"other", "weight", "bias"}
-    return list(zip(own.values(), other.values(), strict=True)) if alone else []
+    are_bare = "other" in kinds and kinds <= {"other", "weight", "bias"}
+    return list(zip(own.values(), other.values(), strict=True)) if are_bare else []
 
 
 def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[int]:
@@ -177,15 +183,10 @@ def _is_layer(part: Part) -> bool:
 def unit_fit(source: Signature, target: Signature) -> float:
     """Return how well a source unit fits a target unit by shape alone: 0 if it cannot, 1 if every part fits."""
     own, other = {entry[0]: entry for entry in source}, {entry[0]: entry for entry in target}
-    pairs = [(own[name], other[name]) for name in own if name in other]
-    bare = not pairs
-    if bare:
-        kinds = {*own, *other}
-        if len(source) > 1 or len(target) > 1 or "other" not in kinds or not kinds <= {"other", "weight", "bias"}:
-            return 0.0
-        if "bias" in kinds and len(squeeze(source[0][1])) < 2:
-            return 0.0  # the bias of a layer is no parameter of its own; a table of biases is
-        pairs = [(source[0], target[0])]
+    pairs = _paired(own, other)
+    bare = own.keys().isdisjoint(other)
+    if bare and "bias" in {*own, *other} and len(squeeze(source[0][1])) < 2:
+        return 0.0  # the bias of a layer is no parameter of its own; a table of biases is
     fits, fitting = 0.0, 0
     for (_, shape, numeric, flipped), (_, wanted, wanted_numeric, _) in pairs:
         if numeric == wanted_numeric and operation_between(shape, wanted, flipped=flipped) is not None:
@@ -209,11 +210,6 @@ def unit_fit(source: Signature, target: Signature) -> float:
 def signature(unit: Unit, parts: Sequence[Part], flipped: frozenset[int] = frozenset()) -> Signature:
     """Return the kinds, shapes and numeric kinds of a unit's parts, and which of them are transposed."""
     return tuple((name, parts[index].shape, parts[index].numeric, index in flipped) for name, index in unit.parts)
-
-
-def _adjacency(entry: Signature) -> float:
-    bound = any(name == "mean" or len(shape) > 2 for name, shape, _, _ in entry)
-    return 1.0 if bound else 0.25
 
 
 def main_class(entry: Signature) -> tuple[str, Shape]:
@@ -258,7 +254,10 @@ def kinds_of(
         np.asarray(class_of[1], dtype=np.int64)[kinds[1]],
         len(classes),
         fits,
-        list(map(_adjacency, members[1])),
+        [
+            1.0 if any(name == "mean" or len(shape) > 2 for name, shape, _, _ in entry) else _USUAL_ADJACENCY
+            for entry in members[1]
+        ],
         flipped,
     )
 

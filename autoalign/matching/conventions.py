@@ -45,7 +45,7 @@ def with_known_leaves(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
     if not layers:
         return list(parts)
     found: dict[str, str] = {}
-    for _ in range(2):  # what one name means tells what another does
+    for _ in range(2):  # what one name means may imply what another does
         found |= _agreed(_by_company(layers, known | found))
     known |= found
     by_order = _agreed(pair for layer in layers for pair in _unknown(_floats(layer), known)) if ordered else {}

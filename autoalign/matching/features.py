@@ -1,4 +1,4 @@
-"""What speaks for a pair of layers before matching: words and templates of names, ranks, neighbours, shared names."""
+"""The features of layers before matching: words and templates of names, ranks, neighbours, equal names."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def side_evidence(
 
 
 def is_alphabetical(keys: Sequence[str]) -> bool:
-    """True if keys are sorted, as text or by their numbers, as in many files; then their order tells nothing.
+    """True if keys are sorted, as text or by their numbers, as in many files; then their order is no evidence.
 
     >>> is_alphabetical(["fc.bias", "fc.weight"]), is_alphabetical(["fc.weight", "fc.bias"])
     (True, False)
@@ -124,7 +124,7 @@ def _word_weights(paths: Sequence[Path]) -> _WordWeights:
     weights: dict[tuple[int, int], float] = {}
     for row, path in enumerate(paths):
         weight = _DECAY_PER_LEVEL ** (len(path) - 1)
-        for component in path:  # the last is the nearest, and what is nearer counts
+        for component in path:  # the last is the nearest; of a word that occurs twice the nearer counts
             for word in words(component):
                 weights[row, columns.setdefault(word, len(columns))] = weight
             weight /= _DECAY_PER_LEVEL

@@ -23,8 +23,8 @@ Sizes = tuple[int, ...]
 _ROLE_LISTS = [roles for lists in FUSED.values() for roles in lists]
 _ROLES = frozenset(role for roles in _ROLE_LISTS for role in roles)
 _QKV = FUSED["qkv"][0]
-BY_ORDER = "the parts are distinguished by their order alone"
-_UNCERTAIN_ORDER = "the parts are distinguished by their order alone, and other code has another order"
+BY_ORDER = "the parts were told apart by their order alone"
+_UNCERTAIN_ORDER = "nothing but their order tells the parts apart, and other code has them in another"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class SplitPlan:
     sizes: Sizes
     roles: tuple[str, ...]
     doubt: str = ""  # why the parts might be laid out otherwise
-    unnamed: bool = False  # nothing but the sizes of its parts tells that it is fused
+    unnamed: bool = False  # only the sizes of its parts show that it is fused
     absent: frozenset[str] = frozenset()  # roles for which the other side has no tensor of this kind
 
 

@@ -117,7 +117,7 @@ class Part:
     view: Operation = _WHOLE  # takes the part out of its tensor
     turned: bool = False  # the split shows that the matrix is transposed
     count: int = 1  # how many tensors of equal blocks it stands for
-    by_order: bool = False  # nothing but its place among the tensors of its layer tells what it is
+    by_order: bool = False  # its kind is inferred from its place among the tensors of its layer
 
 
 def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -> list[Part]:

@@ -93,7 +93,7 @@ def match_tensors(
     )
     if order_of_use is not None:
         if own.module is other.module is None:
-            raise InputError("example_inputs need a module on one side at least. Nothing was aligned.")
+            raise InputError("example_inputs need a module on at least one side. Nothing was aligned.")
         sides = _in_order_of_use(own, sides[0], order_of_use), _in_order_of_use(other, sides[1], order_of_use)
     rules = checked_rules(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
@@ -221,7 +221,7 @@ def _by_repeats(
     """Match two sides, long lists of equal blocks by their first members; all of them where these leave others open."""
     stacks = [frozenset(spec.shape[0] for spec in specs if len(spec.shape) == 3) for specs in (source, target)]
     runs = runs_of(source, stacks[1], pins.values()), runs_of(target, stacks[0], pins)
-    if spans := runs[0].spans | runs[1].spans:  # the number of a member tells more than its place
+    if spans := runs[0].spans | runs[1].spans:  # members are then paired by number, not by place
         runs = runs_of(source, stacks[1] | spans, pins.values()), runs_of(target, stacks[0] | spans, pins)
     own, other = (SideParts.of(of.kept, config, of.counts) for of, config in zip(runs, configs, strict=True))
     matches, mismatched, notes = match_sides(own, other, pins)

@@ -81,7 +81,7 @@ def ordinal(component: str) -> tuple[int, ...]:
 
 @lru_cache(maxsize=65536)
 def kind(component: str) -> tuple[str, str]:
-    """Return the kind of values that a tensor's own name tells (weight, bias, ..., else other), and the rest of it.
+    """Return the kind of values that a tensor's name stands for (weight, bias, ..., else other), and the rest of it.
 
     >>> kind("in_proj_weight"), kind("running_mean"), kind("gamma"), kind("cls_token"), kind("weight_ih_l0")
     (('weight', 'in_proj'), ('mean', ''), ('weight', ''), ('other', 'cls_token'), ('weight', 'ih_l0'))

@@ -52,11 +52,11 @@ _MIN_SIMILARITY_AMONG_NAMESAKES = 0.3  # of names, where another name is another
 _MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and where not all pairs were compared
 _RENAMED_CONFIDENCE = 0.99  # where only names differ, and consistently
 _CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
-_ONLY_SHAPES = "right shape, but no other evidence: most of the modules around it have no counterparts"
+_ONLY_SHAPES = "right shape, but nothing else speaks for it: most of the modules around it have no counterparts"
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 _UNRELATED = (
-    "Source and target look like different architectures: single layers have matching shapes, but no complete block "
-    "does. Nothing was matched. If they are related, name a pair of keys in rules."
+    "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
+    "of them. Nothing was matched. If they are related, name a pair of keys in rules."
 )
 
 
@@ -124,7 +124,7 @@ def _with(side: SideParts, parts: Sequence[Part]) -> SideParts:
 def _without_matched(
     matches: Sequence[Match], found: Sequence[Mismatch], named: Sequence[Mismatch], refused: Sequence[Mismatch]
 ) -> list[Mismatch]:
-    """Join the mismatches that all features, names, and rules tell of what is not matched; the last are the surest."""
+    """Join the mismatches of unmatched keys found by features, by names, and by rules; the last are the surest."""
     done = {match.target for match in matches}
     used = {key for match in matches for key in match.sources}
     known = {item.key: item for item in named if item.source_key not in used}
@@ -259,7 +259,7 @@ def _are_rivals(own: Unit, other: Unit) -> bool:
 
 
 def _is_added(own: Unit, other: Unit) -> bool:
-    """True if the name of one of two projections to queries, keys or values tells that it is beside the usual one.
+    """True if the name of one of two projections to queries, keys or values marks it as an additional one.
 
     Then it has a word without a known meaning that the path of the other lacks, as in ``to_k_ip`` beside ``to_k``.
     """
@@ -280,7 +280,7 @@ def _exclude(own: set[str], other: set[str], rivals: Collection[tuple[str, str]]
 
 
 def _capped(confidence: float, source: SideParts, target: SideParts, own: Part, other: Part) -> float:
-    """Cap the confidence in a match if nothing but the place of a tensor in its layer tells what it is."""
+    """Cap the confidence in a match of tensors whose kind is inferred from their place in a layer."""
     by_order = own.by_order or other.by_order
     has_name = not by_order or components(source.key(own))[-1] == components(target.key(other))[-1]
     return confidence if has_name else min(confidence, INFERRED)

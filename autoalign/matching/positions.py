@@ -86,7 +86,7 @@ class _Grid:
 
 
 def _grid_of(spec: TensorSpec, side: AdaptableSide) -> _Grid | None:
-    """Find the grid of a table of positions, [..., rows, width]; None if nothing tells it."""
+    """Find the grid of a table of positions, [..., rows, width]; None if it is unknown."""
     rows, width = spec.shape[-2:]
     dims, scope = _surroundings(spec, side.specs)
     if dims == 1:
@@ -108,7 +108,7 @@ def _grid_of(spec: TensorSpec, side: AdaptableSide) -> _Grid | None:
 
 
 def _window_of(key: str, rows: int, side: AdaptableSide) -> _Size | None:
-    """Find the window (h, w) of a table of relative positions with (2h - 1)(2w - 1) rows, if anything tells it."""
+    """Find the window (h, w) of a table of relative positions with (2h - 1)(2w - 1) rows, or None."""
     for sizes in _sizes_around(key, side):
         if found := {(h, w) for h, w in sizes if (2 * h - 1) * (2 * w - 1) == rows}:
             return found.pop() if len(found) == 1 else None
@@ -117,10 +117,10 @@ def _window_of(key: str, rows: int, side: AdaptableSide) -> _Size | None:
 
 
 def _surroundings(spec: TensorSpec, specs: Sequence[TensorSpec]) -> tuple[int, Path]:
-    """Find what a table gives positions to, in the smallest module around it that tells.
+    """Find what a table gives positions to, in the smallest module around it that holds evidence.
 
     Returns:
-        The dimensions of the grid, 1 for words or sound, 2 for images, 3 for videos, 0 if nothing tells; the module.
+        The dimensions of the grid, 1 for words or sound, 2 for images, 3 for videos, 0 if unknown; the module.
     """
     path = components(spec.key)
     paths = {components(other.key): other for other in specs}
@@ -133,7 +133,7 @@ def _surroundings(spec: TensorSpec, specs: Sequence[TensorSpec]) -> tuple[int, P
 
 
 def _grid_dims(path: Path, spec: TensorSpec, paths: Mapping[Path, TensorSpec]) -> int:
-    """Return the dimensions of a grid as a kernel, a layer of patches, or a table of words tells them, else 0."""
+    """Return the dimensions of the grid of a kernel, a layer of patches, or a table of words; 0 for other tensors."""
     if kind(path[-1])[0] != "weight" or len(spec.shape) < 2:
         return 0
     if len(spec.shape) > 2:

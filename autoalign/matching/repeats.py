@@ -3,7 +3,7 @@
 Sides of the same names, a few layers aside, are matched by these where each of the few is the only layer of its shapes
 on both sides, and no other tensor has as many elements, in whatever layout. Sides whose module trees are isomorphic are
 matched tensor by tensor where names tell equal siblings apart. In long lists of equal blocks only the first are
-matched; what is found there goes on in the others.
+matched; their matches are continued in the others.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Runs:
 
     specs: Specs  # of the side
     run_of: Mapping[str, _Members]  # name of a kept member -> those of all members of its run
-    kept: Specs  # what is matched: all tensors but those of the later members
+    kept: Specs  # the tensors to match: all but those of the later members
     counts: Sequence[int]  # of each kept tensor: how many it stands for
     spans: frozenset[int] = frozenset()  # of numbers in lists that are kept whole because of gaps
 
@@ -248,7 +248,7 @@ def _contents(
     """Number the modules so that those with the same names and shapes below have the same number."""
     numbered: dict[object, int] = {}
     contents: dict[str, int] = {}
-    for module in sorted({*tensors, *children}, key=len, reverse=True):  # what is below a module has a longer name
+    for module in sorted({*tensors, *children}, key=len, reverse=True):  # modules inside others have longer names
         start = len(module)
         own = [(specs[place].key[start:], specs[place].shape) for place in tensors.get(module, ())]
         below = [(child[start:], contents[child]) for child in children.get(module, ())]
@@ -400,7 +400,7 @@ def is_settled(source: Runs, target: Runs, matches: Sequence[Match]) -> bool:
     if len(matches) == len(target.specs):
         return True
     used = {key for match in matches for key in match.sources}, {match.target for match in matches}
-    left: list[tuple[set[tuple[Shape, bool]], ...]] = []  # of each side: the shapes of what is left in runs, and in all
+    left: list[tuple[set[tuple[Shape, bool]], ...]] = []  # of each side: unmatched shapes in runs, and in all
     for runs, done in zip((source, target), used, strict=True):
         open_specs = [spec for spec in runs.specs if spec.key not in done]
         in_runs = [spec for spec in open_specs if runs.holds(spec.key)]

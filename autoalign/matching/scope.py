@@ -236,7 +236,7 @@ class Scope:
     path: Path = ()  # what lies outside is left out
     taken: Path = ()  # the copy that is used
     copies: tuple[Path, ...] = ()  # the others, which are left out
-    is_decided: bool = True  # by anything that speaks for this copy and against the others
+    is_decided: bool = True  # by evidence for this copy and against the others
     is_named: bool = True  # by a rule, or by a name that the other side has too
 
 
