@@ -71,9 +71,7 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
         for word in found
         if word in _ROLES
     }
-    fused = Counter(
-        unit.path[:-1] for unit in set(unit_of.values()) if not FUSED.keys().isdisjoint(words(unit.path[-1]))
-    )
+    fused = Counter(unit.path[:-1] for unit in set(unit_of.values()) if _has_fused_name(unit))
     slices = {index: _slices(parts[index], siblings) for index in unit_of}
     plans = {index: _plan(index, unit, parts, siblings) for index, unit in unit_of.items() if not slices[index]}
     alike = Counter(  # layers of one module whose parts would have the same names
@@ -82,20 +80,17 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
         for role in roles
     )
     for index, part in enumerate(parts):
-        unit, plan = unit_of.get(index), plans.get(index)
-        if unit is None:
-            pieces = [part]
-        elif pieces := slices[index]:
-            pieces = [piece for each in pieces for piece in _split_slice(each, siblings)]
+        pieces, plan = [part], plans.get(index)
+        if slices.get(index):
+            pieces = [piece for each in slices[index] for piece in _split_slice(each, siblings)]
         elif plan:
+            unit = unit_of[index]
             leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
             own = {role: called.get((unit.path[:-1], role), role) for role in plan.roles}
             module = unit.path[:-1]
             several = fused[module] > 1 or any(alike[module, role] > 1 for role in plan.roles)
             above = unit.path if numbers(unit.path[-1]) or several else module
             pieces = _split(part, plan, [(*above, own[role], leaf) for role in plan.roles])
-        else:
-            pieces = [part]
         if len(pieces) > 1:
             members = tuple(range(len(result), len(result) + len(pieces)))
             absent = [m for m, role in zip(members, plan.roles, strict=True) if role in plan.absent] if plan else []
@@ -122,8 +117,7 @@ def _possibly_fused(parts: Sequence[Part], others: Sequence[Part], held: Mapping
     fused = [
         unit
         for unit in units
-        if not FUSED.keys().isdisjoint(words(unit.path[-1]))
-        or (lacking and any(parts[index].shape in lacking for _, index in unit.parts))
+        if _has_fused_name(unit) or (lacking and any(parts[index].shape in lacking for _, index in unit.parts))
     ]
     counts = Counter(_matrix(unit, parts) for unit in units) if fused else {}
 
@@ -132,6 +126,10 @@ def _possibly_fused(parts: Sequence[Part], others: Sequence[Part], held: Mapping
         return bool(matrix) and counts[matrix] <= held.get(matrix, 0) and squeeze(parts[index].shape) in held
 
     return {index: unit for unit in fused for _, index in unit.parts if not stays(unit, index)}
+
+
+def _has_fused_name(unit: Unit) -> bool:
+    return not FUSED.keys().isdisjoint(words(unit.path[-1]))
 
 
 def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
