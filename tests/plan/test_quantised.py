@@ -280,7 +280,7 @@ def test_codes_are_left_out_everywhere_and_named_with_their_scheme(
     assert all("proj" in key for key in alignment.missing_keys)
     assert any(text in note and "dequantise it first" in note for note in alignment.notes)
     name = scheme.partition(" (")[0]
-    assert f"quantised as {name}, and its elements are no values" in " ".join(str(alignment).split())
+    assert f"quantised as {name}, and its elements are not values" in " ".join(str(alignment).split())
     assert any(f"quantised as {name}" in line for line in alignment.explain(min(quantised)).why)
     with pytest.raises(IncompatibleTensorsError, match=re.escape(f"Left out: {text}. Load the checkpoint from before")):
         autoalign.load(model, source, strict=True)
