@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import floor
 from typing import Literal
 
@@ -24,6 +25,7 @@ from autoalign.reports.text import counterparts, difference, nearest, reason
 _MAX_SUGGESTIONS = 3  # keys that an unknown one may have meant
 _MIN_SIMILARITY = 50  # of 100, of an unknown key and one that it may have meant
 _MAX_SHOWN = 3  # rivals, and other uses
+_WITHOUT_PATTERN = "align without that pattern"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Explanation:
     side: Literal["target", "source"]
     status: Status | Literal["excluded", "used", "unexpected"]
     what: str  # what is done with it, with both sides' shapes
-    why: tuple[str, ...]  # the grounds, a line each
+    why: tuple[str, ...] = ()  # a line each
     cues: tuple[Cue, ...] = ()  # the heaviest first
     confidence: float | None = None
     rivals: tuple[Candidate, ...] = ()  # best first
@@ -80,7 +82,7 @@ def _of_target(alignment: Plan, spec: TensorSpec, sources: dict[str, TensorSpec]
     status = alignment.status[spec.key]
     if spec.key in alignment.excluded:
         what = f"{spec.kind} is left out by include or exclude and keeps its values"
-        return Explanation(spec.key, "target", "excluded", what, (), remedies=("align without that pattern",))
+        return Explanation(spec.key, "target", "excluded", what, remedies=(_WITHOUT_PATTERN,))
     for match in (*alignment.matches, *alignment.ambiguous):
         if match.target == spec.key:
             return _of_match(alignment, match, status, spec, sources)
@@ -109,25 +111,21 @@ def _of_match(
     made = " + ".join(str(sources[key]) for key in match.sources)
     verb = "is proposed but not loaded," if status == "ambiguous" else "is filled"
     what = f"{spec.kind} {verb} from {made} by '{match.operation}'"
-    cues = tuple(
-        sorted(
-            (Cue(name, value, WEIGHTS.get(name)) for name, value in match.evidence.items()),
-            key=lambda cue: -(cue.weight or 10.0) * cue.value,
-        )
-    )
+    cues = [Cue(name, value, WEIGHTS.get(name)) for name, value in match.evidence.items()]
+    cues.sort(key=lambda cue: -(cue.weight or 10.0) * cue.value)
     why = []
     weighed = [cue for cue in cues if cue.weight is not None]
+    total = sum(cue.value * WEIGHTS[cue.name] for cue in weighed)
     if weighed:
         terms = ", ".join(f"{cue.name} {cue.value:.2f} x {cue.weight:g}" for cue in weighed)
-        total = sum(cue.value * (cue.weight or 0.0) for cue in weighed)
         most = sum(WEIGHTS[cue.name] for cue in weighed)
         why.append(f"of its cues (value x weight): {terms}; together {total:.2f} of {most:.2f}")
-    for cue in cues:
-        if cue.weight is None:
-            said = {"rule": "a rule says so", "outputs": "with it both models compute the same"}
-            why.append(said.get(cue.name, f"{cue.name}: {cue.value:.2f}"))
-    why.append(f"its confidence is {match.confidence:.2f}{_margin(match)}")
+    texts = {"rule": "a rule says so", "outputs": "with it both models compute the same"}
+    why += [texts.get(cue.name, f"{cue.name}: {cue.value:.2f}") for cue in cues if cue.weight is None]
     rivals = match.alternatives
+    scores = [rival.score for rival in rivals if rival.score]
+    margin = f", {total - max(scores):+.2f} ahead of the best rival" if scores and total else ""
+    why.append(f"its confidence is {match.confidence:.2f}{margin if rivals else ', and it has no rival'}")
     for rival in rivals[:_MAX_SHOWN]:
         same = rival.sources == match.sources
         other = f"by '{rival.operation}'" if same else f"from {' + '.join(rival.sources)} by '{rival.operation}'"
@@ -136,18 +134,8 @@ def _of_match(
     if len(rivals) > _MAX_SHOWN:
         why.append(f"there are {len(rivals) - _MAX_SHOWN} more such alternatives")
     remedies = tuple(_remedies(alignment, match, status))
-    return Explanation(
-        spec.key, "target", status, what, tuple(why), cues, match.confidence, rivals, match.warnings, remedies
-    )
-
-
-def _margin(match: Match) -> str:
-    """Return by how much the best rival was beaten, where that is known."""
-    scores = [rival.score for rival in match.alternatives if rival.score]
-    weighed = sum(value * WEIGHTS[name] for name, value in match.evidence.items() if name in WEIGHTS)
-    if not match.alternatives:
-        return ", and it has no rival"
-    return f", {weighed - max(scores):+.2f} ahead of the best rival" if scores and weighed else ""
+    grounds = tuple(why), tuple(cues), match.confidence, rivals, match.warnings
+    return Explanation(spec.key, "target", status, what, *grounds, remedies)
 
 
 def _remedies(alignment: Plan, match: Match, status: Status) -> list[str]:
@@ -197,36 +185,28 @@ def _adapting(alignment: Plan, mismatch: Mismatch) -> list[str]:
 
 
 def _of_source(alignment: Plan, spec: TensorSpec, targets: dict[str, TensorSpec]) -> Explanation:
-    def explanation(
-        status: Literal["excluded", "used", "unexpected"],
-        what: str,
-        why: Sequence[str] = (),
-        remedies: Sequence[str] = (),
-        confidence: float | None = None,
-    ) -> Explanation:
-        what = f"{spec.kind} {what}"
-        remedies = tuple(remedies)
-        return Explanation(spec.key, "source", status, what, tuple(why), confidence=confidence, remedies=remedies)
-
+    explanation = partial(Explanation, spec.key, "source")
     used = [match for match in alignment.matches if spec.key in match.sources]
     if used:
         fills = [f"{targets[match.target]} by '{match.operation}'" for match in used]
-        see = [f"see explain({used[0].target!r})"]
-        return explanation("used", f"is used for {_listed(fills)}", (), see, used[0].confidence)
+        see = (f"see explain({used[0].target!r})",)
+        what = f"{spec.kind} is used for {_listed(fills)}"
+        return explanation("used", what, confidence=used[0].confidence, remedies=see)
     if spec.key in alignment.excluded:
-        return explanation("excluded", "is left out by include or exclude", (), ["align without that pattern"])
+        what = f"{spec.kind} is left out by include or exclude"
+        return explanation("excluded", what, remedies=(_WITHOUT_PATTERN,))
     if spec.key not in alignment.unexpected_keys:
-        return explanation("used", "is tied to a tensor that is used")
-    what = "is not used"
+        return explanation("used", f"{spec.kind} is tied to a tensor that is used")
+    what = f"{spec.kind} is not used"
     proposed = [match for match in alignment.ambiguous if spec.key in match.sources]
     if proposed:
         why = f"it is proposed for {_listed([str(targets[match.target]) for match in proposed])}, but not loaded"
-        see = [f"see explain({proposed[0].target!r})"]
-        return explanation("unexpected", what, [why], see, proposed[0].confidence)
+        see = (f"see explain({proposed[0].target!r})",)
+        return explanation("unexpected", what, (why,), confidence=proposed[0].confidence, remedies=see)
     for mismatch in alignment.mismatched:
         if mismatch.source_key == spec.key:
             why = f"its counterpart {mismatch.key} has the shape {list(mismatch.shape)}"
-            return explanation("unexpected", what, [why], [f"see explain({mismatch.key!r})"])
+            return explanation("unexpected", what, (why,), remedies=(f"see explain({mismatch.key!r})",))
     others = counterparts(alignment, "target")
     grounds, remedies = [reason(spec, others)], []
     rival = next((m for m in alignment.matches if any(spec.key in other.sources for other in m.alternatives)), None)
@@ -237,7 +217,7 @@ def _of_source(alignment: Plan, spec: TensorSpec, targets: dict[str, TensorSpec]
         grounds.append(f"the most similar name that is not used is {near}")
         if _fits(spec, near):
             remedies.append(f"rules=[({spec.key!r}, {near.key!r})]")
-    return explanation("unexpected", what, grounds, remedies)
+    return explanation("unexpected", what, tuple(grounds), remedies=tuple(remedies))
 
 
 def _fits(source: TensorSpec, target: TensorSpec) -> bool:
