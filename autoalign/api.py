@@ -258,7 +258,7 @@ def convert(
     progress: Progress | None = None,
     **align_options: Unpack[AlignOptions],
 ) -> Alignment:
-    """Write a checkpoint anew, in the target's names, shapes and layout.
+    """Rewrite a checkpoint in the target's names, shapes and layout.
 
     Tensors are read, changed and written one by one, so that little more than the largest of them is in memory; what
     a file format maps into memory is not counted. All that ``align`` matches is written: each key of the target has a

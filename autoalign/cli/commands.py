@@ -59,7 +59,7 @@ def run_load_check(options: argparse.Namespace) -> int:
 
 
 def run_convert(options: argparse.Namespace) -> int:
-    """Write a checkpoint anew in a target's names."""
+    """Rewrite a checkpoint in a target's names."""
     metadata = {}
     for entry in options.metadata:
         key, equals, value = entry.partition("=")

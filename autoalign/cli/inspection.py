@@ -26,7 +26,7 @@ _MAX_METADATA_CHARACTERS = 60  # of an entry
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What is said of a checkpoint as a whole."""
+    """A checkpoint as a whole."""
 
     kind: str  # of a file, by its content
     elements: int

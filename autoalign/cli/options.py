@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from autoalign.api import MatchOptions
 
 COMPLETE, INCOMPLETE, ERROR = 0, 1, 2
-INTERRUPTED, BROKEN_PIPE = 130, 141  # as of a process that SIGINT or SIGPIPE has ended
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells report a process that SIGINT or SIGPIPE ended
 
 ADAPTS = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
 OUTPUT_FORMATS = ("safetensors", "dcp")  # of ``convert``
@@ -23,7 +23,7 @@ PATHS = frozenset({"CKPT", "A", "B", "OUT", "TARGET", "SOURCE"})  # arguments th
 
 _EXIT_CODES = (
     "exit codes: 0 complete: every tensor of the target is filled, but for those that --exclude and --include leave "
-    "out; 1 incomplete: some are not, or something differs; 2 an error, said on stderr"
+    "out; 1 incomplete: some are not, or something differs; 2 an error, reported on stderr"
 )
 _TARGET = (
     "TARGET is another checkpoint, or a model, which is built without its weights: timm:NAME, torchvision:NAME, "
@@ -57,7 +57,7 @@ def _inspect(commands: _Commands) -> None:
         "Show the tree of modules of a checkpoint of any format, with repeated blocks folded, and with shapes, dtypes "
         "and sizes; which container of several is taken; and prefixes that a wrapper may have put before the names. No "
         "tensor data is read. A model may be named in place of a checkpoint, as in: autoalign inspect timm:resnet50.",
-        epilog="exit codes: 0 shown; 2 an error, said on stderr",
+        epilog="exit codes: 0 shown; 2 an error, reported on stderr",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="a file, an index, or a folder, of any format; or a model")
     parser.add_argument("--depth", metavar="N", type=int, help="levels of modules to show (default: all)")
@@ -97,8 +97,8 @@ def _convert(commands: _Commands) -> None:
     parser = _command(
         commands,
         "convert",
-        "write a checkpoint anew in a target's names, as safetensors or a distributed checkpoint",
-        "Write a checkpoint anew in a target's names, shapes and layout, tensor by tensor. The output appears when it "
+        "rewrite a checkpoint in a target's names, as safetensors or a distributed checkpoint",
+        "Rewrite a checkpoint in a target's names, shapes and layout, tensor by tensor. The output appears when it "
         f"is complete. {_TARGET}",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
@@ -152,7 +152,7 @@ def _diff(commands: _Commands) -> None:
         "Compare two checkpoints under the same keys: which are in one only, which have another shape or dtype, and "
         "which hold other values, with the largest difference. Tensors are read one by one. To compare under other "
         "keys, convert one of them first.",
-        epilog="exit codes: 0 no difference; 1 some difference; 2 an error, said on stderr",
+        epilog="exit codes: 0 no difference; 1 some difference; 2 an error, reported on stderr",
     )
     parser.add_argument("first", metavar="A", help="a checkpoint of any format")
     parser.add_argument("second", metavar="B", help="another")
@@ -169,7 +169,7 @@ def _verify(commands: _Commands) -> None:
         "Build two models, load the weights of the first into the second, run both on the same random inputs, and say "
         "whether they compute the same, or from which module on they do not. The weights are those that --checkpoint "
         f"gives the first model, else its initial ones. {_TARGET} Here SOURCE and TARGET have to be models.",
-        epilog="exit codes: 0 equal; 1 not equal, or not all is loaded; 2 an error, said on stderr",
+        epilog="exit codes: 0 equal; 1 not equal, or not all is loaded; 2 an error, reported on stderr",
     )
     parser.add_argument("source", metavar="SOURCE", help="the model whose weights are loaded into the other")
     parser.add_argument("target", metavar="TARGET", help="the model that they are loaded into")
@@ -194,7 +194,7 @@ def _demo(commands: _Commands) -> None:
         "load torchvision's RegNet into timm's and compare what they compute",
         "Save torchvision's regnet_y_400mf with random weights, load the file into timm's regnety_004, "
         "whose keys have other names, and compare what the two compute. Nothing is downloaded.",
-        epilog="exit codes: 0 all is loaded and equal; 1 something is missing or differs; 2 an error, said on stderr",
+        epilog="exit codes: 0 all is loaded and equal; 1 it is not; 2 an error, reported on stderr",
     )
 
 
@@ -272,7 +272,7 @@ def match_options(options: argparse.Namespace) -> MatchOptions:
     """
     rules = []
     for rule in options.rule:
-        first, equals, second = rule.rpartition("=")  # a regex may have such signs of its own
+        first, equals, second = rule.rpartition("=")  # a regex may contain equals signs
         if not (first and equals and second):
             raise PatternError(f"--rule {rule!r} is not of the form A=B. Nothing was aligned.")
         rules.append((first, second))

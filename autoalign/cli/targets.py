@@ -67,7 +67,7 @@ def build(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
     library, name, arguments = found[1], found[2], found[3] or "()"
     positional, named = _arguments(arguments, text)
     try:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings():  # whatever its code prints is no result
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():  # what its code prints is not a result
             warnings.simplefilter("ignore")  # of how a library will initialise weights in future
             if library in _MAKERS and positional:
                 raise TypeError("its arguments have to be named")
@@ -75,7 +75,7 @@ def build(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
             made = make() if values else _make_on_meta(make)
     except AutoAlignError:
         raise
-    except Exception as error:  # it is code of others
+    except Exception as error:  # any, since the code is not ours
         raise InputError(
             f"{text!r} could not be built: {type(error).__name__}: {str(error).rstrip('.') or 'without a message'}. "
             "Nothing was done."
@@ -152,7 +152,7 @@ def _library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        if error.name != name:  # it is there, and something that it needs is not
+        if error.name != name:  # it is installed, but something that it needs is not
             raise
         raise DependencyError(
             f"{name} is not installed. Nothing was done. Install it with: pip install {name}"

@@ -30,11 +30,11 @@ _WITHOUT_PATTERN = "align without that pattern"
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """What one kind of evidence said for a match."""
+    """How much one kind of evidence supports a match."""
 
     name: str  # name, structure, pattern, order, place, shape; or rule, outputs
     value: float  # in [0, 1]
-    weight: float | None  # in the score of matching; None for what decides by itself
+    weight: float | None  # in the score of matching; None for a cue that decides alone
 
 
 @dataclass(frozen=True, slots=True)

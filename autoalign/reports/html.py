@@ -40,20 +40,20 @@ from autoalign.reports.text import (
     totals_of,
 )
 
-LINKS: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched")  # what joins tensors of both sides
+LINKS: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched")  # between tensors of both sides
 TITLE = "Alignment report"
 MAX_ROWS = 30  # of a section of the short form
 _MAX_NEAREST = 200  # rows of a side whose nearest counterpart is sought, which takes a while for each
 _SCRIPTS = ("model", "rows", "layout", "view", "panel", "main")  # in the order in which they need each other
 _COLOUR = {"matched": "sure", "used": "sure"}  # by status, where it is not the status's own
 
-# Colours of the short form are the notebook's own, light or dark; what is said of a key is paler than the key.
+# Colours of the short form are the notebook's own, light or dark; what stands beside a key is paler than the key.
 _CELL = "padding:1px 10px 1px 0;text-align:left;vertical-align:top;background:none;border:0"
 _NUMBER = "padding:1px 10px 1px 0;text-align:right;background:none;border:0;font-variant-numeric:tabular-nums"
 _KEY = "font-family:monospace;overflow-wrap:anywhere;direction:ltr;unicode-bidi:isolate-override"
 _PALE = "opacity:0.7"
 
-_Use = tuple[tuple[Hashable, ...], tuple[int, ...]]  # what is said of a tensor where it is used, and the numbers in it
+_Use = tuple[tuple[Hashable, ...], tuple[int, ...]]  # of a tensor: texts without their numbers, and the numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class _Link:
 
     status: Status
     match: Match
-    said: tuple[Hashable, ...]  # of it in either tree: status, operation and warnings, without numbers
+    signature: tuple[Hashable, ...]  # status, operation without its numbers, and warnings
     numbers: tuple[int, ...]  # of its operation
 
 
@@ -83,8 +83,8 @@ class _Side:
     specs: tuple[TensorSpec, ...]  # in the order of the tree
     tree: Tree
     places: Mapping[str, int]  # of each key among them
-    reasons: Mapping[str, str]  # why nothing joins or uses a tensor, for those
-    others: Counterparts | None  # what the other side has for them; None where there are none
+    reasons: Mapping[str, str]  # why a tensor is missing or unexpected
+    others: Counterparts | None  # of those tensors on the other side; None if there are none
 
 
 def page_data(alignment: Plan) -> dict[str, Any]:
@@ -135,11 +135,11 @@ def _side_of(alignment: Plan, side: Literal["source", "target"], links: Sequence
     reasons = {key: reason(by_key[key], others) for key in left} if others else {}
     leaves = []
     for spec in specs:
-        said: tuple[Hashable, ...] = (spec.shape, spec.dtype)
+        signature: tuple[Hashable, ...] = (spec.shape, spec.dtype)
         numbers: tuple[int, ...] = ()
         for more, own in uses.get(spec.key) or [((reasons.get(spec.key, "tied"),), ())]:
-            said, numbers = (*said, *more), (*numbers, *own)
-        leaves.append(Leaf(escaped(spec.key), said, numbers))
+            signature, numbers = (*signature, *more), (*numbers, *own)
+        leaves.append(Leaf(escaped(spec.key), signature, numbers))
     tree = build_tree(leaves)
     ordered = tuple(specs[tensor] for tensor in tree.tensors if tensor >= 0)
     return _Side(ordered, tree, {spec.key: place for place, spec in enumerate(ordered)}, reasons, others)
@@ -149,7 +149,7 @@ def _uses_of_targets(links: Sequence[_Link]) -> dict[str, list[_Use]]:
     uses: dict[str, list[_Use]] = {}
     for link in links:
         texts, numbers = zip(*map(_split_numbers, link.match.sources), strict=True)
-        uses[link.match.target] = [((*texts, *link.said), (*chain.from_iterable(numbers), *link.numbers))]
+        uses[link.match.target] = [((*texts, *link.signature), (*chain.from_iterable(numbers), *link.numbers))]
     return uses
 
 
@@ -158,7 +158,7 @@ def _uses_of_sources(links: Sequence[_Link]) -> dict[str, list[_Use]]:
     for link in links:
         text, numbers = _split_numbers(link.match.target)
         for place, key in enumerate(link.match.sources):
-            uses.setdefault(key, []).append(((text, *link.said), (*numbers, *link.numbers, place)))
+            uses.setdefault(key, []).append(((text, *link.signature), (*numbers, *link.numbers, place)))
     return uses
 
 
@@ -175,7 +175,7 @@ def _side_columns(side: _Side, opposite: _Side, tables: _Tables) -> dict[str, An
     tree = side.tree
     return {
         "name": [tables.place("names", name) for name in tree.names],
-        # of modules; of tensors one less than the negative
+        # A tensor at depth d is written as -1 - d.
         "depth": [depth if tensor < 0 else -1 - depth for depth, tensor in zip(tree.depths, tree.tensors, strict=True)],
         "runs": [[node, len(run)] for node, run in sorted(tree.runs.items())],
         "shape": [tables.place("shapes", spec.shape) for spec in side.specs],
@@ -413,6 +413,6 @@ def _row(row: Row) -> str:
         cells[0] = cells[0].replace("<td ", '<td colspan="2" ', 1)
     warnings = "".join(f"<div>⚠ {escape(warning)}</div>" for warning in row.warnings)
     *cells_before, verdict = (escape(cell) for cell in row.cells)
-    said = "".join(f'<td style="{_CELL};{_PALE};white-space:nowrap">{cell}</td>' for cell in cells_before)
-    said += f'<td style="{_CELL};{_PALE}">{verdict}{warnings}</td>'
-    return f'<tr style="background:none">{"".join(cells)}{said}</tr>'
+    facts = "".join(f'<td style="{_CELL};{_PALE};white-space:nowrap">{cell}</td>' for cell in cells_before)
+    facts += f'<td style="{_CELL};{_PALE}">{verdict}{warnings}</td>'
+    return f'<tr style="background:none">{"".join(cells)}{facts}</tr>'

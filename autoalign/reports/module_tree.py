@@ -24,18 +24,18 @@ _MAX_DEPTH_OF_COPIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One tensor of a side: what is said of it, and the numbers in that."""
+    """One tensor of a side, with what must agree for it to be folded with others."""
 
     key: str
-    said: Hashable  # equal for tensors that a row may stand for together, such as the counterpart without its numbers
-    numbers: tuple[int, ...] = ()  # as many for all leaves of which the same is said
+    signature: Hashable  # equal for tensors that one row may stand for; texts in it are without their numbers
+    numbers: tuple[int, ...] = ()  # those of the texts; as many for all leaves of one signature
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
     """Modules and tensors, parents before children and siblings in the order in which they first come.
 
-    Where siblings differ in a number and nothing else, they are a run, of which a person need see one.
+    Siblings that differ in nothing but a number are a run, of which one is shown.
     """
 
     names: list[str] = field(default_factory=list)  # the last component of each node
@@ -73,8 +73,8 @@ def build_tree(leaves: Sequence[Leaf], *, apart: bool = False) -> Tree:
 
     Args:
         leaves: The tensors, in order.
-        apart: Let runs be of siblings that others stand between, and in any order. Otherwise all numbers of a sibling
-            are those of the one before it or greater, and the same ones grow from each to the next.
+        apart: True if the siblings of a run may be in any order and have others between them. By default they are
+            adjacent, no number falls from one to the next, and the same numbers grow at each step.
     """
     root: dict[tuple[str, bool], Any] = {}  # a tensor and a module may have one name
     for position, leaf in enumerate(leaves):
@@ -109,7 +109,7 @@ def _add_runs(tree: Tree, leaves: Sequence[Leaf], *, apart: bool) -> None:
     kinds = [0] * len(tree.names)  # equal for nodes with the same below them
     for node in range(len(tree.names) - 1, -2, -1):  # children before their parents; the root is last
         if node >= 0 and tree.tensors[node] >= 0:
-            kinds[node] = known.setdefault(("tensor", leaves[tree.tensors[node]].said), len(known))
+            kinds[node] = known.setdefault(("tensor", leaves[tree.tensors[node]].signature), len(known))
             continue
         below = list(tree.children(node))
         values = {child: flat[starts[child] : starts[tree.ends[child]]] for child in below}
@@ -128,7 +128,7 @@ def _runs_of(
     *,
     apart: bool,
 ) -> dict[int, list[int]]:
-    """Find the runs among siblings, given the numbers in what is said of all below each."""
+    """Find the runs among siblings, given the numbers of all leaves below each."""
     groups: dict[Hashable, list[int]] = {}  # the last run of each kind
     numbers: dict[int, int] = {}
     runs = {}
@@ -197,13 +197,13 @@ def render_tree(specs: Sequence[TensorSpec], *, dtype: str = "", depth: int | No
 
 
 def _content(tree: Tree, leaves: Sequence[Leaf], module: int) -> tuple[dict[Hashable, list[str]], list[list[int]]]:
-    """Return the names of a module's own tensors, by what is said of them, and the modules in it, by runs."""
+    """Return the names of a module's own tensors by signature, and the modules in it by runs."""
     tensors: dict[Hashable, list[str]] = {}
     runs: list[list[int]] = []
     seen: set[int] = set()
     for child in tree.children(module):
         if (position := tree.tensors[child]) >= 0:
-            tensors.setdefault(leaves[position].said, []).append(tree.names[child])
+            tensors.setdefault(leaves[position].signature, []).append(tree.names[child])
         elif child not in seen:
             runs.append(tree.runs.get(child, [child]))
             seen.update(runs[-1])

@@ -213,7 +213,7 @@ class Row:
     """One or more tensors of a report, folded."""
 
     keys: tuple[str, ...]  # the source's and the target's, or the only one
-    facts: tuple[str, ...]  # what is said of them
+    facts: tuple[str, ...]  # what stands beside the keys, such as shape and operation
     tensors: int
     warnings: tuple[str, ...] = ()
     indent: str = "  "
@@ -221,12 +221,12 @@ class Row:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What stands beside the keys: of how many tensors it is said, if of several, and what."""
+        """What stands beside the keys: the number of tensors, if there are several, and the facts."""
         return (f"{self.tensors:,} x" if self.tensors > 1 else "", *self.facts)
 
 
 def escaped(text: str) -> str:
-    r"""Write characters that would break or disguise a line as their escapes; different texts stay different.
+    r"""Escape characters that would break or disguise a line; different texts stay different.
 
     >>> print(escaped("weight\n"))
     weight\n

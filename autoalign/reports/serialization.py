@@ -34,7 +34,7 @@ from autoalign.plan.serialization import (
 from autoalign.plan.specs import TensorSpec, tied_groups
 
 FORMAT = "autoalign.alignment"
-VERSION = 1  # fields may be added to it: those that are not known are not read
+VERSION = 1  # fields may be added without a new version: unknown ones are ignored
 _MAX_DIFFERENCES = 10  # lines of an error
 _MAX_QUOTED_CHARACTERS = 200  # of what is damaged
 _DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
@@ -174,7 +174,7 @@ def _makes(operation: Operation, given: tuple[Shape, ...], shape: Shape) -> bool
         return given == (shape,)
     try:
         return output_shapes(operation, given) == [shape]
-    except (RuntimeError, IndexError, TypeError, ValueError, OverflowError):  # what torch says of sizes that do not fit
+    except (RuntimeError, IndexError, TypeError, ValueError, OverflowError):  # by torch, for sizes that do not fit
         return False
 
 

@@ -68,7 +68,7 @@ def test_help_explains_the_exit_codes(arguments: Sequence[str], capsys: pytest.C
         cli.main([*arguments, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "exit codes: 0 " in shown
-    assert "2 an error, said on stderr" in shown
+    assert "2 an error, reported on stderr" in shown
     if not arguments:
         assert all(f" {name} " in shown for name in NAMES)
 

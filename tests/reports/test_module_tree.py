@@ -55,7 +55,7 @@ def test_the_members_of_a_run_say_the_same(found: list[str], data: st.DataObject
                 assert len({made.names[node] for node in nodes}) == 1
             tensors = [made.tensors[node] for node in nodes]
             if tensors[0] >= 0:
-                assert len({leaves[tensor].said for tensor in tensors}) == 1
+                assert len({leaves[tensor].signature for tensor in tensors}) == 1
                 numbers = [leaves[tensor].numbers[0] for tensor in tensors]
                 assert numbers == sorted(numbers)
     shown = made.representatives()
