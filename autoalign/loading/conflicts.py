@@ -1,8 +1,8 @@
 """Conflicts: what a checkpoint holds and the model has no place for, so that the model computes something else.
 
-Two tensors for one that the model ties, biases of layers that have none in the model, and classifiers that count the
-background among their classes otherwise. Values are compared, which
-``align`` does not do; of each conflict, a note says what was taken.
+Two tensors for one that the model ties, biases of layers that have none in the model, and classifiers whose background
+is another one of their classes. Values are compared, which ``align`` does not do; a note on each conflict says what was
+taken.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from autoalign.plan.keys import split_key
 from autoalign.plan.matches import Caution, Match
 from autoalign.plan.specs import tied_groups
 
-_BOX = 4  # numbers of a box
-_SHOWN = 3  # keys that a note names
+_BOX_SIZE = 4  # numbers of a box
+_MAX_LISTED = 3  # keys in a note
 
 
 def settled(alignment: Alignment) -> Alignment:
@@ -46,17 +46,17 @@ def settled(alignment: Alignment) -> Alignment:
     matches = tuple(fills[match.target] for match in alignment.matches)
     found = replace(alignment, matches=matches) if matches != alignment.matches else alignment
     if biases := _lost_biases(found):
-        more = ", ..." if len(biases) > _SHOWN else ""
+        more = ", ..." if len(biases) > _MAX_LISTED else ""
         notes.append(
             f"{len(biases)} biases have no place in the model, where their layers have none, and were dropped: "
-            f"{', '.join(biases[:_SHOWN])}{more}. Unless they are added elsewhere, it computes something else."
+            f"{', '.join(biases[:_MAX_LISTED])}{more}. Unless they are added elsewhere, it computes something else."
         )
     notes += _row_orders(found)
     return replace(found, notes=(*found.notes, *map(Caution, notes))) if notes else found
 
 
 def _row_orders(alignment: Alignment) -> Iterator[str]:
-    """Say which classifiers may have their rows in another order, as the boxes that belong to them give away.
+    """Note the classifiers whose rows may have another order, as the boxes that belong to them show.
 
     Some code has a box of four numbers for each class and none for the background, which is its last class; other code
     has one for the background too, which is its first.
@@ -65,9 +65,9 @@ def _row_orders(alignment: Alignment) -> Iterator[str]:
     shapes = {spec.key: spec.shape for spec in alignment.target_specs}
     for item in alignment.mismatched:
         rows = sorted(shape[0] for shape in (item.shape, item.source_shape) if len(shape) > 1)
-        if len(rows) < 2 or rows[1] % _BOX or rows[1] - rows[0] != _BOX:
+        if len(rows) < 2 or rows[1] % _BOX_SIZE or rows[1] - rows[0] != _BOX_SIZE:
             continue
-        classes, around = rows[1] // _BOX, _around(item.key)
+        classes, around = rows[1] // _BOX_SIZE, _around(item.key)
         for match in weights:
             if shapes[match.target][:1] == (classes,) and _around(match.target) == around:
                 yield (
@@ -79,12 +79,12 @@ def _row_orders(alignment: Alignment) -> Iterator[str]:
 
 
 def _around(key: str) -> str:
-    """Name the module around the layer of a tensor."""
+    """Return the module around the layer of a tensor."""
     return split_key(split_key(key)[0])[0]
 
 
 def _claims(matches: Sequence[Match], alignment: Alignment) -> list[Match]:
-    """List what tied keys would be filled with, the surest first, each tensor of the source once."""
+    """List the fills of tied keys, the surest first, each tensor of the source once."""
     storages = {spec.key: spec.storage for spec in alignment.source_specs if spec.storage is not None}
     found: dict[object, Match] = {}
     for match in sorted(matches, key=lambda match: -match.confidence):

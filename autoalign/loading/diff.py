@@ -41,7 +41,7 @@ class Differences:
 
     @property
     def none(self) -> bool:
-        """Whether both hold the same."""
+        """True if both hold the same."""
         return not (self.only_first or self.only_second or self.changed)
 
 

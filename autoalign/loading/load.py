@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.atomic import interrupts_held
-from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of, uninitialized
+from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.config import ROTARY_SETTINGS
 from autoalign.checkpoints.stored import named_dtype
 from autoalign.errors import AlignmentError, CheckpointError, InputError, ValueWarning
@@ -27,12 +27,10 @@ from autoalign.loading.mapped import CutError, MappedFiles, mapped_files
 from autoalign.loading.prepare import (
     Prepared,
     Progress,
+    aligned,
     extra_states,
-    named_sources,
     prepared,
     progress_of,
-    require_same_tensors,
-    shaped,
     state_metadata,
     warn,
     warn_of_choices,
@@ -50,7 +48,6 @@ from autoalign.loading.transaction import (
 )
 from autoalign.loading.value_checks import Findings, in_one
 from autoalign.matching.layouts import ROTARY
-from autoalign.matching.match import match_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -148,41 +145,13 @@ def _prepared(
         changes = ", ".join(rest)
         raise InputError(f"An alignment is applied as it is, and {changes} would change it. Nothing was loaded.")
     return prepared(
-        _aligned(model, source, rest) if made is None else made.applied_to(source, model),
+        aligned(model, source, rest) if made is None else made.applied_to(source, model),
         model,
         type(model).__name__,
         strict=strict,
         verb="load",
         undone="Nothing was loaded and the model was not changed.",
         counters_fate="keep what they had",
-    )
-
-
-def _aligned(model: nn.Module, source: Checkpoint, options: Mapping[str, Any]) -> Alignment:
-    """Align, with shapes for what has none yet, and with a place in the report for what is left out."""
-    lazy = uninitialized(model)
-    if lazy:
-        known = named_sources(lazy, source)
-        if len(known) < len(lazy):
-            rest = Alignment.of(match_tensors(source, shaped(model, lazy, known), **options))
-            known |= named_sources({key: lazy[key] for key in lazy if key not in known}, source, rest)
-        target = shaped(model, lazy, known)
-    else:
-        target = checkpoint_of(model)
-    alignment = Alignment.of(match_tensors(source, target, **options))
-    left_out = target.left_out
-    notes = tuple(f"Of the model, {note[0].lower()}{note[1:]}" for note in target.notes if left_out)
-    if lazy:
-        unknown = len(lazy) - len(known)
-        notes += (f"{len(known)} tensors of lazy modules have the shapes of those with their names in the checkpoint.",)
-        notes += (f"{unknown} tensors of lazy modules stay without a shape.",) if unknown else ()
-    if not left_out:
-        return replace(alignment, notes=(*alignment.notes, *notes))
-    order = {key: place for place, key in enumerate(model.state_dict(keep_vars=True))}
-    return replace(
-        alignment,
-        target_specs=tuple(sorted((*alignment.target_specs, *left_out), key=lambda spec: order[spec.key])),
-        notes=(*alignment.notes, *notes),
     )
 
 
@@ -239,7 +208,7 @@ def _fill(
         else:
             # what is mapped is only read as it is copied, and then a function of the caller's may raise
             is_cancellable = callable(progress) and source.is_resident
-            require_same_tensors(model, alignment, targets)
+            _require_same_tensors(model, alignment, targets)
             source.require_unchanged(_changed_advice(is_kept=True))
             postponed = len(findings.postponed)
             checked = time.perf_counter()
@@ -261,10 +230,26 @@ def _fill(
                 except CheckpointError as error:
                     raise CheckpointError(f"{str(error).strip()} {_changed_advice(is_cancellable)}") from error
                 if is_cancellable:
-                    require_same_tensors(model, alignment, targets)
+                    _require_same_tensors(model, alignment, targets)
             if postponed:
                 _warn_of_values(ready, findings)
     return _reported(model, ready, findings, assign=bool(options))
+
+
+def _require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:
+    """Refuse to fill tensors that the model does not have any more.
+
+    Raises:
+        AlignmentError: The model has others now.
+    """
+    now: Mapping[str, object] = model.state_dict(keep_vars=True)
+    gone = [match.target for match in alignment.matches if now.get(match.target) is not targets[match.target]]
+    if gone:
+        raise AlignmentError(
+            f"The model changed while it was loaded: it has other tensors now for {', '.join(gone[:3])}"
+            f"{', ...' if len(gone) > 3 else ''}. Nothing was loaded. Load when nothing else changes the model.",
+            alignment,
+        )
 
 
 def _load_state_dict(

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from autoalign.alignment import Alignment
-from autoalign.checkpoints.checkpoint import Checkpoint, of_module
+from autoalign.checkpoints.checkpoint import Checkpoint, checkpoint_of, of_module, uninitialized
 from autoalign.errors import (
-    AlignmentError,
     ChoiceWarning,
     IncompatibleTensorsError,
     NothingLoadedError,
     PartialLoadWarning,
 )
 from autoalign.loading.conflicts import settled
+from autoalign.matching.match import match_tensors
 from autoalign.plan.keys import LEVELS
 from autoalign.plan.matches import FILLED, Caution
 from autoalign.plan.operations import Copy
@@ -42,6 +42,77 @@ _REASONS = {
     "ambiguous": "{} ambiguous",
     "excluded": "{} excluded",
 }
+
+
+def aligned(model: nn.Module, source: Checkpoint, options: Mapping[str, Any]) -> Alignment:
+    """Align a checkpoint with a model, of which lazy tensors get shapes and packed ones a place in the report."""
+    lazy = uninitialized(model)
+    if lazy:
+        known = _named_sources(lazy, source)
+        if len(known) < len(lazy):
+            rest = Alignment.of(match_tensors(source, _shaped(model, lazy, known), **options))
+            known |= _named_sources({key: lazy[key] for key in lazy if key not in known}, source, rest)
+        target = _shaped(model, lazy, known)
+    else:
+        target = checkpoint_of(model)
+    alignment = Alignment.of(match_tensors(source, target, **options))
+    left_out = target.left_out
+    notes = tuple(f"Of the model, {note[0].lower()}{note[1:]}" for note in target.notes if left_out)
+    if lazy:
+        unknown = len(lazy) - len(known)
+        notes += (f"{len(known)} tensors of lazy modules have the shapes of those with their names in the checkpoint.",)
+        notes += (f"{unknown} tensors of lazy modules stay without a shape.",) if unknown else ()
+    if not left_out:
+        return replace(alignment, notes=(*alignment.notes, *notes))
+    order = {key: place for place, key in enumerate(model.state_dict(keep_vars=True))}
+    return replace(
+        alignment,
+        target_specs=tuple(sorted((*alignment.target_specs, *left_out), key=lambda spec: order[spec.key])),
+        notes=(*alignment.notes, *notes),
+    )
+
+
+def _shaped(model: nn.Module, lazy: Mapping[str, Tensor], known: Mapping[str, TensorSpec]) -> Checkpoint:
+    """Return a model as a checkpoint whose lazy tensors have the shapes of known ones; others are left out."""
+    state_dict = {
+        key: torch.empty(known[key].shape, dtype=lazy[key].dtype, device="meta") if key in known else value
+        for key, value in model.state_dict(keep_vars=True).items()
+        if key in known or key not in lazy
+    }
+    return of_module(model, state_dict)
+
+
+def _named_sources(
+    lazy: Mapping[str, Tensor], source: Checkpoint, alignment: Alignment | None = None
+) -> dict[str, TensorSpec]:
+    """Find the source of each lazy tensor by its name; those without one are left out.
+
+    ``alignment`` is of the rest of the model, where it is known already.
+    """
+    specs = {spec.key: spec for spec in source.specs}
+    used = {key for match in alignment.matches for key in match.sources} if alignment else set()
+    free = {key: spec for key, spec in specs.items() if key not in used}
+    modules = source_modules(alignment) if alignment else {}
+    added, taken = _prefixes(lazy, free)
+    found = {}
+    for key in lazy:
+        names = (translated(key, modules), key, added + key.removeprefix(taken))
+        name = next((name for name in names if name in free), None)
+        if name is not None:
+            found[key] = free.pop(name)
+    return found
+
+
+def _prefixes(keys: Mapping[str, Tensor], others: Mapping[str, TensorSpec]) -> tuple[str, str]:
+    """Find what most of these keys lack before others, or have before others: the wrapper of one side."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for key in keys:
+        for other in others:
+            if other.endswith(f".{key}"):
+                counts[other.removesuffix(key), ""] += 1
+            elif key.endswith(f".{other}"):
+                counts["", key.removesuffix(other)] += 1
+    return counts.most_common(1)[0][0] if counts else ("", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,22 +203,6 @@ def _nothing_message(alignment: Alignment, source: Checkpoint, target: str, undo
     return "\n".join(lines)
 
 
-def require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:
-    """Refuse to fill tensors that the model does not have any more.
-
-    Raises:
-        AlignmentError: The model has others now.
-    """
-    now: Mapping[str, object] = model.state_dict(keep_vars=True)
-    gone = [match.target for match in alignment.matches if now.get(match.target) is not targets[match.target]]
-    if gone:
-        raise AlignmentError(
-            f"The model changed while it was loaded: it has other tensors now for {', '.join(gone[:3])}"
-            f"{', ...' if len(gone) > 3 else ''}. Nothing was loaded. Load when nothing else changes the model.",
-            alignment,
-        )
-
-
 def source_modules(alignment: Alignment) -> dict[str, str]:
     """Map each of the model's modules to the checkpoint's, where all that was found for it comes from one.
 
@@ -230,52 +285,6 @@ def state_metadata(
             metadata[path] = dict(versions[origin])
     metadata.update((key.rpartition(".")[0], {}) for key in counters)  # so that torch makes them up
     return metadata
-
-
-def shaped(model: nn.Module, lazy: Mapping[str, Tensor], known: Mapping[str, TensorSpec]) -> Checkpoint:
-    """Describe a model as a checkpoint in which lazy tensors have the shapes of known ones; others are left out."""
-    state_dict = {
-        key: torch.empty(known[key].shape, dtype=lazy[key].dtype, device="meta") if key in known else value
-        for key, value in model.state_dict(keep_vars=True).items()
-        if key in known or key not in lazy
-    }
-    return of_module(model, state_dict)
-
-
-def named_sources(
-    lazy: Mapping[str, Tensor], source: Checkpoint, alignment: Alignment | None = None
-) -> dict[str, TensorSpec]:
-    """Find the source of each lazy tensor by its name; those without one are left out.
-
-    Args:
-        lazy: The tensors without a shape, by key.
-        source: The checkpoint.
-        alignment: Of the rest of the model, which tells what modules of other names correspond.
-    """
-    specs = {spec.key: spec for spec in source.specs}
-    used = {key for match in alignment.matches for key in match.sources} if alignment else set()
-    free = {key: spec for key, spec in specs.items() if key not in used}
-    modules = source_modules(alignment) if alignment else {}
-    added, taken = _prefixes(lazy, free)
-    found = {}
-    for key in lazy:
-        names = (translated(key, modules), key, added + key.removeprefix(taken))
-        name = next((name for name in names if name in free), None)
-        if name is not None:
-            found[key] = free.pop(name)
-    return found
-
-
-def _prefixes(keys: Mapping[str, Tensor], others: Mapping[str, TensorSpec]) -> tuple[str, str]:
-    """Find what most of these keys lack before others, or have before others: the wrapper of one side."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for key in keys:
-        for other in others:
-            if other.endswith(f".{key}"):
-                counts[other.removesuffix(key), ""] += 1
-            elif key.endswith(f".{other}"):
-                counts["", key.removesuffix(other)] += 1
-    return counts.most_common(1)[0][0] if counts else ("", "")
 
 
 @contextmanager

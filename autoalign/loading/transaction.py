@@ -89,7 +89,7 @@ def snapshot(model: nn.Module, *, keep_values: bool, keep_memory: bool = False) 
 
 
 def converted(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | int | None) -> None:
-    """Give a model's tensors another dtype, where they are of floating point, or device; those on meta stay there."""
+    """Convert a model's tensors to a device, and to a dtype if of floating point; those on meta stay there."""
 
     def convert(tensor: Tensor) -> Tensor:
         if tensor.is_meta:

@@ -274,7 +274,7 @@ def fails_together(rank: int, world: int, path: str) -> None:
     def interrupt(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    with mock.patch("autoalign.loading.load.match_tensors", interrupt) if rank == 1 else nullcontext():
+    with mock.patch("autoalign.loading.prepare.match_tensors", interrupt) if rank == 1 else nullcontext():
         fails_on(1, KeyboardInterrupt, "^$" if rank == 1 else "KeyboardInterrupt", path)
 
     def broken(key: str, region: Region) -> Tensor:
