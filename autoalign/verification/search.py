@@ -15,7 +15,7 @@ from math import inf
 
 from torch import Tensor
 
-from autoalign.plan.keys import components, stem
+from autoalign.plan.keys import common_module, components, stem
 from autoalign.plan.matches import Candidate, Match
 from autoalign.plan.operations import Chain, Concatenate, Operation, Parallel, Shape, Split, Transpose, chain
 from autoalign.verification.run import NEVER
@@ -177,11 +177,7 @@ def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[
                 sources = tuple(match.sources[place] for place in places)
                 result[other] = replace(match, sources=sources, operation=changed.operation)
         return result
-    common = 0
-    split = [components(key) for key in keys]
-    while all(len(path) > common + 1 and path[common] == split[0][common] for path in split):
-        common += 1
-    prefix = ".".join(split[0][:common])
+    prefix = ".".join(common_module([components(key) for key in keys]))
     suffix = {key: key[len(prefix) :] for key in keys}
     fills = {key: (option[key].sources, option[key].operation) for key in keys}
     moved = {
