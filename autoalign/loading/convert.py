@@ -42,7 +42,9 @@ Format = Literal["safetensors", "dcp"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 _SUFFIX = ".safetensors"
-_OTHERS = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip"})
+_OTHER_SUFFIXES = frozenset(
+    {".bin", ".ckpt", ".gguf", ".h5", ".json", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".zip"}
+)
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
 _UNDONE = "Nothing was written."
 _MAX_PATH_LENGTH = 200  # in an error
@@ -94,10 +96,10 @@ def convert_checkpoint(
     source, alignment = ready.source, ready.alignment
     states = [key for key in source.extras if key.rpartition(".")[2] == "_extra_state"]
     if states:
-        note = f"{len(states)} extra states of modules are no tensors and are not written: {', '.join(states[:3])}."
+        note = f"{len(states)} extra states of modules are not tensors and are not written: {', '.join(states[:3])}."
         alignment = replace(alignment, notes=(*alignment.notes, note))
     specs = _output_specs(alignment, cast)
-    shards = [] if is_folder else sharded(specs, limit)
+    shards = [] if is_folder else shards_of(specs, limit)
     described = _metadata(source.metadata, metadata)
     for shard in shards:
         header(shard, described)  # raises what it does before anything is written
@@ -132,11 +134,11 @@ def shard_size(size: int | str) -> int:
     return size
 
 
-def sharded(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+def shards_of(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     """Divide tensors, in their order, into files of at most ``limit`` bytes of data, or of one tensor.
 
     >>> specs = [TensorSpec(key, (4,), torch.float32) for key in "abc"]
-    >>> [[spec.key for spec in shard] for shard in sharded(specs, 32)]
+    >>> [[spec.key for spec in shard] for shard in shards_of(specs, 32)]
     [['a', 'b'], ['c']]
     """
     shards: list[list[TensorSpec]] = []
@@ -154,7 +156,7 @@ def sharded(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]:
 def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = named_dtype(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise InputError(f"dtype={dtype!r} is no floating-point dtype, such as 'bfloat16'. {_UNDONE}")
+        raise InputError(f"dtype={dtype!r} is not a floating-point dtype, such as 'bfloat16'. {_UNDONE}")
     return found
 
 
@@ -173,7 +175,7 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
 
 def _place(path: Path) -> tuple[Path, str]:
     """Return the folder of an output and the stem of the names of its files."""
-    if path.is_dir() or path.suffix.lower() not in {_SUFFIX, *_OTHERS}:
+    if path.is_dir() or path.suffix.lower() not in {_SUFFIX, *_OTHER_SUFFIXES}:
         return path, "model"
     if path.suffix != _SUFFIX:
         raise InputError(f"{str(path)!r} would be a safetensors file; name it *.safetensors. {_UNDONE}")
@@ -291,7 +293,7 @@ def _write(
         names = [f"{start}-{number:05}-of-{len(shards):05}{_SUFFIX}" for number in range(1, len(shards) + 1)]
         names.append(f"{stem}{_SUFFIX}.index.json")
     with staged(folder, names, older, output_pattern(stem)) as paths:
-        for shard, path in zip(shards, paths, strict=False):  # the index is no shard
+        for shard, path in zip(shards, paths, strict=False):  # the index is not a shard
             with path.open("xb") as stream:
                 write_safetensors(stream, shard, read, metadata)
                 _flush(stream)

@@ -27,6 +27,7 @@ from autoalign.loading.mapped import CutError, MappedFiles, mapped_files
 from autoalign.loading.prepare import (
     Prepared,
     Progress,
+    Step,
     aligned,
     extra_states,
     prepared,
@@ -72,7 +73,6 @@ def load_checkpoint(
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
     dtype, device = _conversion(dtype, device)
     from_files = isinstance(checkpoint, str | os.PathLike)  # else, what is mapped may have been written to
-
     with ExitStack() as announced, model_lock(model):
         ranks = ranks_of(model)
 
@@ -125,7 +125,7 @@ def _conversion(
 ) -> tuple[torch.dtype | None, torch.device | None]:
     found = named_dtype(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and (found.is_floating_point or found.is_complex)):
-        raise InputError(f"dtype={dtype!r} is no dtype of weights, such as 'bfloat16'. Nothing was loaded.")
+        raise InputError(f"dtype={dtype!r} is not a dtype of weights, such as 'bfloat16'. Nothing was loaded.")
     try:
         place = None if device is None else torch.device(device)
         torch.empty(0, device=place)  # torch says only here that a device is not there
@@ -191,8 +191,8 @@ def _fill(
         if not options and supports_plain_copy(model, [match.target for match in alignment.matches]):
             findings = Findings(pieces=files.pieces)
             postpone = source.is_resident and not is_ahead and not _may_raise(ValueWarning)
-            early = _no_step if source.is_resident else step
             given = read_sources(source, alignment) if ahead is None else ahead
+            early: Step = (lambda _done, _size: None) if source.is_resident else step  # what takes no time
             with _cut_explained():
                 fills = fills_of(given, alignment, targets, findings, early, postpone=postpone, files=files)
             if not all(can_copy_in_place(given, part) for fill in fills for part, given in fill.copies):
@@ -382,10 +382,6 @@ def _cut_explained(*, is_kept: bool = True) -> Iterator[None]:
         yield
     except CutError as error:
         raise CheckpointError(f"{error} {_changed_advice(is_kept)}") from error
-
-
-def _no_step(_done: int, _size: int) -> None:
-    """Report nothing of what takes no time."""
 
 
 def _size(alignment: Alignment) -> int:

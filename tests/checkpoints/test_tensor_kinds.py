@@ -401,7 +401,7 @@ def test_a_dtype_may_be_named_and_what_is_none_is_an_error() -> None:
     assert model.weight.dtype == torch.bfloat16
     wrong: Any
     for wrong in ("nonsense", torch.int8, 3):
-        with pytest.raises(InputError, match=r"is no dtype of weights, such as 'bfloat16'. Nothing was loaded"):
+        with pytest.raises(InputError, match=r"is not a dtype of weights, such as 'bfloat16'. Nothing was loaded"):
             load(model, source, dtype=wrong)
     with pytest.raises(InputError, match=r"(?s)device='nonsense' cannot be used: .* Nothing was loaded"):
         load(model, source, device="nonsense")

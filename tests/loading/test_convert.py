@@ -239,7 +239,7 @@ def test_states_that_are_no_tensors_are_named(tmp_path: Path) -> None:
     alignment = convert(Stateful(2, 2), nn.Linear(2, 2), tmp_path)
     assert names_in(tmp_path) == ["model.safetensors"]
     (note,) = alignment.notes
-    assert note == "1 extra states of modules are no tensors and are not written: _extra_state."
+    assert note == "1 extra states of modules are not tensors and are not written: _extra_state."
 
 
 def test_counters_that_a_checkpoint_is_too_old_for_are_not_missing(tmp_path: Path) -> None:
@@ -254,8 +254,8 @@ def test_counters_that_a_checkpoint_is_too_old_for_are_not_missing(tmp_path: Pat
     ("options", "message"),
     [
         ({"format": "onnx"}, r"format='onnx' cannot be written. Nothing was written. Choose safetensors"),
-        ({"dtype": "int8"}, r"dtype='int8' is no floating-point dtype"),
-        ({"dtype": "nonsense"}, r"dtype='nonsense' is no floating-point dtype"),
+        ({"dtype": "int8"}, r"dtype='int8' is not a floating-point dtype"),
+        ({"dtype": "nonsense"}, r"dtype='nonsense' is not a floating-point dtype"),
         ({"max_shard_size": 0}, r"max_shard_size=0 is not a number of bytes"),
         ({"max_shard_size": "5 bananas"}, r"max_shard_size='5 bananas' is not a number of bytes"),
         ({"metadata": 3}, r"metadata= takes a mapping of texts, not int. Nothing was written"),
