@@ -16,9 +16,8 @@ from autoalign.checkpoints.formats.gguf import is_gguf, open_gguf
 from autoalign.checkpoints.formats.msgpack import is_msgpack, open_msgpack
 from autoalign.checkpoints.formats.npz import is_npz, open_npz
 from autoalign.checkpoints.formats.safetensors import is_safetensors, open_safetensors
-from autoalign.checkpoints.formats.torch_pickle import is_pickled, open_pickled
+from autoalign.checkpoints.formats.torch_pickle import is_pickled, members_of, open_pickled
 from autoalign.checkpoints.formats.torchscript import is_torchscript, open_torchscript
-from autoalign.checkpoints.formats.unpickler import members_of
 from autoalign.checkpoints.stored import Contents, as_opened, reading, unique_names
 from autoalign.errors import CheckpointError, listed
 from autoalign.plan.keys import natural

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.formats.unpickler import check_zipped, unpickle
+from autoalign.checkpoints.formats.torch_pickle import check_zipped
+from autoalign.checkpoints.formats.unpickler import unpickle
 from autoalign.checkpoints.stored import Budget, Contents, StoredTensor, TooCostlyError, as_opened, reading
 from autoalign.errors import CheckpointError, UnsafeCheckpointError
 from autoalign.plan.regions import Region

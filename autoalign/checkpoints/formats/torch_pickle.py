@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 
-from autoalign.checkpoints.formats.unpickler import MAX_PICKLE_BYTES, check_cost, check_zipped, count_of
-from autoalign.checkpoints.stored import Budget, Contents, TooCostlyError
+from autoalign.checkpoints.formats.unpickler import check_cost, count_of
+from autoalign.checkpoints.stored import MAX_MEMBERS, Budget, Contents, TooCostlyError
 from autoalign.errors import CheckpointError, DependencyError, UnsafeCheckpointError
 
+_MAX_PICKLE_BYTES = 2**27  # of one beside the data of its tensors; a second is enough for two million of them
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first value of a file from before torch 1.6, which has five
+_END, _END_64, _PLACE_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"  # how the records at the end of a zip file begin
+_TAIL_BYTES = 56 + 20 + 22  # of the three of them
+_SIZES_64 = 1  # the kind of a member's extra field that holds sizes beyond 32 bits
 
 
 def is_pickled(head: bytes) -> bool:
@@ -78,10 +84,104 @@ def _may_run_code(version: str) -> bool:
     return (int(major), int(minor)) < (2, 6)
 
 
+def check_zipped(stream: BinaryIO, size: int, budget: Budget) -> None:
+    """Refuse a zip file of torch that would take more time or memory to read than its size is a reason for.
+
+    Args:
+        stream: Of a file of torch, or of a part of another file that is as one.
+        size: In bytes.
+        budget: What is left for it.
+
+    Raises:
+        TooCostlyError: It would take more.
+        Exception: It is damaged, and may lead anywhere.
+    """
+    pickled = check_archive(stream, size)
+    if pickled > _MAX_PICKLE_BYTES:
+        raise TooCostlyError(
+            f"it has a pickle of {pickled:,} bytes beside its tensors, of {_MAX_PICKLE_BYTES:,} at most"
+        )
+    stream.seek(0)
+    reader: Any = torch._C.PyTorchFileReader(stream)  # of several records of one name, what torch takes
+    check_cost(io.BytesIO(reader.get_record("data.pkl")), size, budget=budget)
+
+
+def check_archive(file: Path | IO[bytes], size: int) -> int:
+    """Make sure that what is in a zip file takes no more than the file.
+
+    Returns:
+        The largest size of a ``data.pkl``, in whatever case.
+
+    Raises:
+        TooCostlyError: It would take more.
+        ValueError: As ``members_of``.
+    """
+    members = members_of(file, size)
+    total = sum(info.file_size for info in members)
+    if total > size:
+        raise TooCostlyError(f"it is a compressed zip file, as torch writes none, of {total} bytes when unpacked")
+    return max((info.file_size for info in members if info.filename.lower().endswith("/data.pkl")), default=0)
+
+
+def members_of(file: Path | IO[bytes], size: int) -> list[zipfile.ZipInfo]:
+    """List the members of a zip file in which all readers see the same ones.
+
+    Readers differ in where they look for the directory. Where it is not the one thing before the end, a file may
+    hold a harmless one for the reader that checks it and another for the reader that unpacks it.
+
+    Raises:
+        TooCostlyError: It has too many.
+        ValueError: It does not end as the files of torch do, or is damaged in other ways.
+    """
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            return members_of(stream, size)
+    file.seek(max(size - _TAIL_BYTES, 0))
+    count = _member_count(file.read(_TAIL_BYTES), size)
+    if count is None:
+        raise ValueError("it may be read as two different zip files")
+    if count > MAX_MEMBERS:
+        raise TooCostlyError(f"it has {count:,} members, of {MAX_MEMBERS:,} at most")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from error
+    if len(members) != count or any(_has_two_sizes(info.extra) for info in members):
+        raise ValueError("it may be read as two different zip files")
+    return members
+
+
+def _member_count(tail: bytes, size: int) -> int | None:
+    """Return the number of members in a directory that is followed by nothing but the end; None if it is not so."""
+    end, place, large = tail[-22:], tail[-42:-22], tail[-98:-42]
+    if not end.startswith(_END) or end[20:] != b"\0\0":  # bytes of a comment
+        return None
+    if not place.startswith(_PLACE_64):
+        count, length, start = (_number(end, at, width) for at, width in ((10, 2), (12, 4), (16, 4)))
+        return count if start + length == size - 22 else None
+    count, length, start = (_number(large, at, 8) for at in (32, 40, 48))
+    is_there = large.startswith(_END_64) and _number(place, 8, 8) == size - 98
+    return count if is_there and start + length == size - 98 else None
+
+
+def _has_two_sizes(extra: bytes) -> bool:
+    found = 0
+    while len(extra) >= 4:
+        kind, length = _number(extra, 0, 2), _number(extra, 2, 2)
+        found += kind == _SIZES_64
+        extra = extra[4 + length :]
+    return found > 1
+
+
+def _number(data: bytes, at: int, width: int) -> int:
+    return int.from_bytes(data[at : at + width], "little")
+
+
 def _check_legacy(stream: BinaryIO, size: int) -> None:
     """Do what ``check_zipped`` does for a file from before torch 1.6."""
     budget = Budget(size)
-    with mmap.mmap(stream.fileno(), min(size, MAX_PICKLE_BYTES), access=mmap.ACCESS_READ) as start:
+    with mmap.mmap(stream.fileno(), min(size, _MAX_PICKLE_BYTES), access=mmap.ACCESS_READ) as start:
         if check_cost(start, size, budget=budget) != _MAGIC:  # which is all that torch would read of it
             return
         for content in ("version", "system", "saved", "storages"):

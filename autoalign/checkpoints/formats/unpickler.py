@@ -8,23 +8,15 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-import zipfile
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import Enum
 from math import prod
 from mmap import mmap
-from pathlib import Path
-from typing import IO, Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
-import torch
-
-from autoalign.checkpoints.stored import FREE_STEPS, MAX_MEMBERS, Budget, TooCostlyError
-
-MAX_PICKLE_BYTES = 2**27  # of one beside the data of its tensors; a second is enough for two million of them
-
-_END, _END_64, _PLACE_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"  # how the records at the end of a zip file begin
-_TAIL_BYTES = 56 + 20 + 22  # of the three of them
-_SIZES_64 = 1  # the kind of a member's extra field that holds sizes beyond 32 bits
+from autoalign.checkpoints.stored import FREE_STEPS, Budget, TooCostlyError
 
 _MAX_OPERATIONS = 2**22  # of which a tensor takes thirty; torch does a million in a second
 _MAX_DEPTH = 2**10  # marks in each other
@@ -36,6 +28,7 @@ _TENSORS = {  # from names to elements in an element of a storage, of which some
     "torch._utils _rebuild_tensor_v3": 1,
     "torch._utils _rebuild_qtensor": 4,
 }
+_HASHING = (" set", " frozenset", " Counter", " OrderedDict")  # the ends of names of what hashes items, or their first
 _PARAMETERS = frozenset({"torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state"})
 
 
@@ -48,8 +41,8 @@ def unpickle(
 ) -> Any:
     """Read a pickle whose cost is within bounds and that reaches nothing but what an allow list has.
 
-    >>> unpickle(pickle.dumps(Path), 30, lambda module, name: f"{module}.{name}")
-    'pathlib.Path'
+    >>> unpickle(pickle.dumps(Counter), 30, lambda module, name: f"{module}.{name}")
+    'collections.Counter'
 
     Args:
         content: The pickle.
@@ -95,100 +88,6 @@ class _RestrictedUnpickler(pickle._Unpickler):  # in Python, whose memory an ind
         super().load_build()  # type: ignore[misc]
 
     dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
-
-
-def check_zipped(stream: BinaryIO, size: int, budget: Budget) -> None:
-    """Refuse a zip file of torch that would take more time or memory to read than its size is a reason for.
-
-    Args:
-        stream: Of a file of torch, or of a part of another file that is as one.
-        size: In bytes.
-        budget: What is left for it.
-
-    Raises:
-        TooCostlyError: It would take more.
-        Exception: It is damaged, and may lead anywhere.
-    """
-    pickled = check_archive(stream, size)
-    if pickled > MAX_PICKLE_BYTES:
-        raise TooCostlyError(
-            f"it has a pickle of {pickled:,} bytes beside its tensors, of {MAX_PICKLE_BYTES:,} at most"
-        )
-    stream.seek(0)
-    reader: Any = torch._C.PyTorchFileReader(stream)  # of several records of one name, what torch takes
-    check_cost(io.BytesIO(reader.get_record("data.pkl")), size, budget=budget)
-
-
-def check_archive(file: Path | IO[bytes], size: int) -> int:
-    """Make sure that what is in a zip file takes no more than the file.
-
-    Returns:
-        The largest size of a ``data.pkl``, in whatever case.
-
-    Raises:
-        TooCostlyError: It would take more.
-        ValueError: As ``members_of``.
-    """
-    members = members_of(file, size)
-    total = sum(info.file_size for info in members)
-    if total > size:
-        raise TooCostlyError(f"it is a compressed zip file, as torch writes none, of {total} bytes when unpacked")
-    return max((info.file_size for info in members if info.filename.lower().endswith("/data.pkl")), default=0)
-
-
-def members_of(file: Path | IO[bytes], size: int) -> list[zipfile.ZipInfo]:
-    """List the members of a zip file in which all readers see the same ones.
-
-    Readers differ in where they look for the directory. Where it is not the one thing before the end, a file may
-    hold a harmless one for the reader that checks it and another for the reader that unpacks it.
-
-    Raises:
-        TooCostlyError: It has too many.
-        ValueError: It does not end as the files of torch do, or is damaged in other ways.
-    """
-    if isinstance(file, Path):
-        with file.open("rb") as stream:
-            return members_of(stream, size)
-    file.seek(max(size - _TAIL_BYTES, 0))
-    count = _member_count(file.read(_TAIL_BYTES), size)
-    if count is None:
-        raise ValueError("it may be read as two different zip files")
-    if count > MAX_MEMBERS:
-        raise TooCostlyError(f"it has {count:,} members, of {MAX_MEMBERS:,} at most")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise ValueError(str(error)) from error
-    if len(members) != count or any(_has_two_sizes(info.extra) for info in members):
-        raise ValueError("it may be read as two different zip files")
-    return members
-
-
-def _member_count(tail: bytes, size: int) -> int | None:
-    """Return the number of members in a directory that is followed by nothing but the end; None if it is not so."""
-    end, place, large = tail[-22:], tail[-42:-22], tail[-98:-42]
-    if not end.startswith(_END) or end[20:] != b"\0\0":  # bytes of a comment
-        return None
-    if not place.startswith(_PLACE_64):
-        count, length, start = (_number(end, at, width) for at, width in ((10, 2), (12, 4), (16, 4)))
-        return count if start + length == size - 22 else None
-    count, length, start = (_number(large, at, 8) for at in (32, 40, 48))
-    is_there = large.startswith(_END_64) and _number(place, 8, 8) == size - 98
-    return count if is_there and start + length == size - 98 else None
-
-
-def _has_two_sizes(extra: bytes) -> bool:
-    found = 0
-    while len(extra) >= 4:
-        kind, length = _number(extra, 0, 2), _number(extra, 2, 2)
-        found += kind == _SIZES_64
-        extra = extra[4 + length :]
-    return found > 1
-
-
-def _number(data: bytes, at: int, width: int) -> int:
-    return int.from_bytes(data[at : at + width], "little")
 
 
 def check_cost(
@@ -241,13 +140,23 @@ class _Name(str):
     __slots__ = ()
 
 
-class _Dict(list):  # type: ignore[type-arg]
+class _Items(list):  # type: ignore[type-arg]
+    """The items of a set."""
+
+    __slots__ = ("equal_hashes",)
+
+    def __init__(self, items: Sequence[Any] = ()) -> None:
+        super().__init__(items)
+        self.equal_hashes: Counter[int] = Counter()  # of keys that are not text
+
+
+class _Dict(_Items):
     """Keys and values in turn."""
 
     __slots__ = ()
 
 
-class _Made(list):  # type: ignore[type-arg]
+class _Made(_Items):
     """What a function gave, with what was put into it later."""
 
     __slots__ = ("numel",)
@@ -301,10 +210,18 @@ class _CostReader:
     def walk(self, value: object) -> None:
         self.budget.charge(count_of(value, self.budget.left))
 
-    def hash_keys(self, keys: Sequence[Any]) -> None:
+    def hash_keys(self, keys: Sequence[Any], owner: _Items) -> None:
+        """Charge what a mapping or set takes to hash its keys, and to tell them from others of equal hashes."""
         for key in keys:
             if type(key) is tuple or isinstance(key, _Made):
                 self.walk(key)
+            if not isinstance(key, str | bytes):  # whose hashes nobody can foresee
+                try:
+                    value = hash(key)
+                except TypeError:  # of an outline, which may stand for any hash
+                    value = 0
+                owner.equal_hashes[value] += 1
+                self.budget.charge(owner.equal_hashes[value])
 
     def mark(self) -> None:
         if len(self.outer) > _MAX_DEPTH:
@@ -325,27 +242,23 @@ class _CostReader:
             raise ValueError("an operation without its values")
         self.stack[-count:] = [make(self.stack[-count:])]
 
-    def extend(self, items: Sequence[Any]) -> None:
+    def extend(self, items: Sequence[Any], step: int | None = None) -> None:
+        """Add items to a list, or to a mapping or set, in which every ``step``-th is a key."""
         target = self.stack[-1]
-        if not isinstance(target, list):
+        if step and isinstance(target, _Items):
+            self.hash_keys(items[::step], target)
+        elif step or not isinstance(target, list):
             raise ValueError(f"a {type(target).__name__} that is given items")
         target.extend(items)
 
-    def set_items(self, items: Sequence[Any]) -> None:
-        self.hash_keys(items[::2])
-        self.extend(items)
-
-    def add_items(self, items: Sequence[Any]) -> None:
-        self.hash_keys(items)
-        self.extend(items)
-
     def frozen(self, items: Sequence[Any]) -> tuple[Any, ...]:
-        self.hash_keys(items)
+        self.hash_keys(items, _Items())
         return tuple(items)
 
     def mapping(self, items: Sequence[Any]) -> _Dict:
-        self.hash_keys(items[::2])
-        return _Dict(items)
+        made = _Dict(items)
+        self.hash_keys(made[::2], made)
+        return made
 
     def stored(self, identity: Any) -> _Storage:
         """Count a storage, by what a reader is told of it."""
@@ -355,6 +268,8 @@ class _CostReader:
         key, numel = identity[2], identity[4]
         if not isinstance(key, str | bytes | int) or type(numel) is not int or numel < 0:
             raise ValueError("a storage without a name and a size")
+        if isinstance(key, int) and abs(key) >= sys.hash_info.modulus:  # beyond which many have one hash
+            raise ValueError("a storage of an endless number")
         if key not in self.storages:  # else it is as large as it was announced first
             self.storages[key] = numel
             self.numel += numel
@@ -380,6 +295,10 @@ class _CostReader:
         if function.endswith(" bytearray") and arguments and isinstance(arguments[0], int):
             self.budget.charge(max(arguments[0], 0))
         self.walk(arguments)
+        for argument in arguments if function.endswith(_HASHING) else ():
+            if isinstance(argument, tuple | list):
+                self.hash_keys(argument, _Items())
+                self.hash_keys([each[0] for each in argument if isinstance(each, tuple | list) and each], _Items())
         return _Made()
 
     def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *, packed: int = 1) -> _Made:
@@ -424,9 +343,9 @@ _NUMBERS = "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FL
 _TEXTS = "STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8"
 _BYTES = "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8"
 _PUSHED = frozenset(f"{_NUMBERS} {_TEXTS} {_BYTES}".split())
-_EMPTY: dict[str, type] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": _Dict, "EMPTY_SET": list}
-_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
-_GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_EMPTY: dict[str, type] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": _Dict, "EMPTY_SET": _Items}
+_PUTS = frozenset({"BINPUT", "LONG_BINPUT"})  # "PUT" takes numbers of any size, of which many have one hash
+_GETS = frozenset({"BINGET", "LONG_BINGET"})
 _OPERATIONS: dict[str, Callable[[_CostReader, Any], object]] = {
     "MARK": lambda reader, _: reader.mark(),
     "POP": lambda reader, _: reader.stack.pop() if reader.stack else reader.marked(),
@@ -442,9 +361,9 @@ _OPERATIONS: dict[str, Callable[[_CostReader, Any], object]] = {
     "FROZENSET": lambda reader, _: reader.collect(reader.frozen),
     "APPEND": lambda reader, _: reader.extend([reader.stack.pop()]),
     "APPENDS": lambda reader, _: reader.extend(reader.marked()),
-    "SETITEM": lambda reader, _: reader.set_items([reader.stack.pop(), reader.stack.pop()][::-1]),
-    "SETITEMS": lambda reader, _: reader.set_items(reader.marked()),
-    "ADDITEMS": lambda reader, _: reader.add_items(reader.marked()),
+    "SETITEM": lambda reader, _: reader.extend([reader.stack.pop(), reader.stack.pop()][::-1], step=2),
+    "SETITEMS": lambda reader, _: reader.extend(reader.marked(), step=2),
+    "ADDITEMS": lambda reader, _: reader.extend(reader.marked(), step=1),
     "GLOBAL": lambda reader, name: reader.stack.append(_Name(name)),
     "STACK_GLOBAL": lambda reader, _: reader.replace(2, reader.named),
     "REDUCE": lambda reader, _: reader.replace(2, lambda items: reader.called(*items)),

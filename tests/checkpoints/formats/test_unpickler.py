@@ -8,7 +8,6 @@ import resource
 import struct
 import time
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint import metadata
 
 from autoalign.api import load
 from autoalign.checkpoints.checkpoint import open_checkpoint
-from autoalign.checkpoints.formats.unpickler import check_archive, check_cost, count_of, members_of
+from autoalign.checkpoints.formats.unpickler import check_cost, count_of
 from autoalign.checkpoints.stored import FREE_STEPS, Budget, TooCostlyError
 from autoalign.errors import CheckpointError
 
@@ -39,6 +38,11 @@ def text(value: str) -> bytes:
 
 def number(value: int) -> bytes:
     return b"\x8a\x09" + value.to_bytes(9, "little")
+
+
+def long(place: int) -> bytes:
+    """Push a number that has the same hash for every place."""
+    return b"\x8a\x0c" + (place * (2**61 - 1)).to_bytes(12, "little")
 
 
 def tuples(depth: int = 40) -> bytes:
@@ -81,6 +85,14 @@ def encoded() -> bytes:
 BOMBS = {
     "a key that is hashed": b"}" + tuples() + b"K\x01s",
     "keys that are hashed": b"}(" + tuples() + b"K\x01u",
+    "numbers of one hash": b"}(" + b"".join(long(place) + b"N" for place in range(2**15)) + b"u",
+    "numbers of one hash, one by one": b"}" + b"".join(long(place) + b"Ns" for place in range(2**15)),
+    "a set of numbers of one hash": called("builtins set", b"](" + b"".join(map(long, range(2**15))) + b"e"),
+    "pairs of one hash": called(
+        "collections OrderedDict", b"](" + b"".join(long(place) + b"N\x86" for place in range(2**15)) + b"e"
+    ),
+    "tuples of one hash": b"}(" + b"".join(long(place) + b"\x85N" for place in range(2**15)) + b"u",
+    "places of one hash": b"N" + b"".join(b"p%d\n" % (place * (2**61 - 1)) for place in range(2**15)),
     "the items of a set": called("builtins set", b"]" + tuples() + b"a"),
     "a storage by the name of tuples": storage(4, tuples()),
     "a message with what is called": tuples() + b")R",
@@ -301,104 +313,6 @@ def test_the_outline_of_plain_values_has_their_size(value: object, protocol: int
     outline = check_cost(io.BytesIO(content), len(content))
     if protocol > 3:  # before which sets and bytes are calls
         assert count_of(outline) == size(value)
-
-
-# Zip files that are not the same to all readers, or larger than they are
-
-
-def member(name: bytes, content: bytes, *, packed: bool = False, extra: bytes = b"") -> tuple[bytes, bytes]:
-    """Make what a zip file has of a member: where it is, and in the directory, but for its place."""
-    data = zlib.compress(content, 9, -15) if packed else content
-    method, checksum = 8 * packed, zlib.crc32(content)
-    sizes = struct.pack("<III", checksum, len(data), len(content))
-    local = struct.pack("<IHHHHH", 0x04034B50, 20, 0, method, 0, 0x21) + sizes
-    central = struct.pack("<IHHHHHH", 0x02014B50, 20, 20, 0, method, 0, 0x21) + sizes
-    central += struct.pack("<HHHHHI", len(name), len(extra), 0, 0, 0, 0)
-    return local + struct.pack("<HH", len(name), 0) + name + data, central + b"%s" + name + extra
-
-
-def directory(members: list[tuple[bytes, bytes]]) -> tuple[bytes, list[bytes]]:
-    content, entries = b"", []
-    for local, central in members:
-        entries.append(central.replace(b"%s", struct.pack("<I", len(content)), 1))
-        content += local
-    return content, entries
-
-
-def large_end(count: int, size: int, start: int) -> bytes:
-    return struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, size, start)
-
-
-def two_directories(shown: bytes, hidden: bytes) -> bytes:
-    """Make a zip file in which Python finds the first of two contents of a pickle, and torch the second."""
-    members = [member(b"a/version", b"3\n"), member(b"a/data.pkl", shown), member(b"a/data.pkl", hidden, packed=True)]
-    content, (version, first, second) = directory(members)
-    for pickled in (second, first):
-        start, entries = len(content), version + pickled
-        content += entries
-        end, content = len(content), content + large_end(2, len(entries), start)
-        if pickled is second:
-            place = struct.pack("<IIQI", 0x07064B50, 0, end, 1)
-    return content + place + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, *[2**16 - 1] * 2, *[2**32 - 1] * 2, 0)
-
-
-def test_a_file_with_two_directories_is_not_read(tmp_path: Path) -> None:
-    content = two_directories(pickle.dumps({"a": 1}, 2), bytes(2**26))
-    (tmp_path / "a.pt").write_bytes(content)
-    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
-        assert [info.file_size for info in archive.infolist()] == [2, 17]
-    with pytest.raises(CheckpointError, match=r"it may be read as two different zip files"):
-        open_checkpoint(tmp_path / "a.pt")
-
-
-@pytest.mark.parametrize("large", [False, True])
-@given(
-    before=st.binary(max_size=3), between=st.binary(max_size=3), comment=st.binary(max_size=3), more=st.integers(-1, 1)
-)
-def test_only_one_directory_right_before_the_end_is_taken(
-    large: bool, before: bytes, between: bytes, comment: bytes, more: int
-) -> None:
-    content, entries = directory([member(b"a/data.pkl", b"N."), member(b"a/version", b"3\n")])
-    size, count = len(b"".join(entries)), len(entries) + more
-    end = large_end(count, size, len(content)) + struct.pack("<IIQI", 0x07064B50, 0, len(content) + size, 1)
-    end = between + (end if large else b"")
-    end += struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, count, count, size, len(content), len(comment))
-    whole = before + content + b"".join(entries) + end + comment
-    if before or between or comment or more:
-        with pytest.raises(ValueError, match=r"two different zip files|zip"):
-            members_of(io.BytesIO(whole), len(whole))
-    else:
-        assert check_archive(io.BytesIO(whole), len(whole)) == 2
-        assert [info.filename for info in members_of(io.BytesIO(whole), len(whole))] == ["a/data.pkl", "a/version"]
-
-
-def test_a_member_has_one_size() -> None:
-    extra = struct.pack("<HHQ", 1, 8, 2) * 2
-    content, entries = directory([member(b"a/data.pkl", b"N.", extra=extra)])
-    end = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 1, 1, len(entries[0]), len(content), 0)
-    whole = content + entries[0] + end
-    with pytest.raises(ValueError, match=r"two different zip files"):
-        members_of(io.BytesIO(whole), len(whole))
-
-
-def test_members_are_counted_before_they_are_listed() -> None:
-    count = 2**18 + 1
-    end = large_end(count, 0, 0) + struct.pack("<IIQI", 0x07064B50, 0, 0, 1)
-    whole = end + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 0, 0, 0, 0, 0)
-    with pytest.raises(TooCostlyError, match=r"it has 262,145 members, of 262,144 at most"):
-        members_of(io.BytesIO(whole), len(whole))
-
-
-@pytest.mark.parametrize("count", [1, 2**16])
-def test_what_torch_and_python_write_is_taken(tmp_path: Path, count: int) -> None:
-    if count == 1:
-        torch.save({"a": torch.ones(3)}, tmp_path / "a")
-    else:  # so many that the end is a large one
-        with zipfile.ZipFile(tmp_path / "a", "w") as archive:
-            for number in range(count):
-                archive.writestr(f"a/{number}", b"")
-    size = (tmp_path / "a").stat().st_size
-    assert len(members_of(tmp_path / "a", size)) >= count
 
 
 def test_a_budget_is_spent_once() -> None:
