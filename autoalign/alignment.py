@@ -1,4 +1,4 @@
-"""The result of aligning: a plan with verbs. It is explained, reported, saved, inverted and put into rules."""
+"""The result of aligning: a plan that can be explained, reported, saved, inverted and turned into rules."""
 
 from __future__ import annotations
 

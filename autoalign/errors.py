@@ -1,4 +1,4 @@
-"""The errors of autoalign, one base class and a kind for each cause."""
+"""The errors and warnings of autoalign: one base class, and a kind for each cause."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class AutoAlignError(Exception):
 
 
 class InputError(AutoAlignError, TypeError):
-    """A source, target, checkpoint or option is of a kind that cannot be used."""
+    """A source, target, checkpoint or option is of an unusable kind."""
 
 
 class PatternError(AutoAlignError, ValueError):
@@ -19,7 +19,7 @@ class PatternError(AutoAlignError, ValueError):
 
 
 class CheckpointError(AutoAlignError, RuntimeError):
-    """A checkpoint file cannot be read, or holds no state dict."""
+    """A checkpoint cannot be read, or holds no state dict."""
 
 
 class UnsafeCheckpointError(CheckpointError):
@@ -35,18 +35,18 @@ class UnsafeCheckpointError(CheckpointError):
 
 
 class OutputError(AutoAlignError, OSError):
-    """A file cannot be written, or is there already and was not to be overwritten."""
+    """A file cannot be written, or exists and was not to be overwritten."""
 
 
 class NotInvertibleError(AutoAlignError, ValueError):
-    """An operation changed values or lost what it was made from, so that it cannot be undone."""
+    """An operation changed values or lost parts of its inputs, so that it cannot be undone."""
 
 
 class AlignmentError(AutoAlignError, RuntimeError):
-    """An alignment is not what the caller required of it.
+    """An alignment is not what the caller required.
 
     Attributes:
-        alignment: The whole ``Alignment``, to look at or to load in part; None where there was no alignment to give.
+        alignment: The whole ``Alignment``, to inspect or to load in part; None where there is none.
     """
 
     def __init__(self, message: str, alignment: Any = None) -> None:
@@ -55,7 +55,7 @@ class AlignmentError(AutoAlignError, RuntimeError):
 
 
 class IncompatibleTensorsError(AlignmentError):
-    """Some target tensor gets no source, or some source tensor is left over, where all were required."""
+    """Some target tensor has no source, or some source tensor is not used, where all were required."""
 
 
 class AmbiguousAlignmentError(AlignmentError):
@@ -75,15 +75,15 @@ class RulesError(AutoAlignError, ValueError):
 
 
 class PartialLoadWarning(UserWarning):
-    """A load filled a part of the model only, and the rest keeps what it had; or a conversion wrote a part of it."""
+    """A load filled only a part of the model, and the rest keeps its values; or a conversion wrote only a part."""
 
 
 class ChoiceWarning(UserWarning):
-    """Some of a checkpoint was not taken, and nobody said so: a copy of the network, a second tied tensor, a bias."""
+    """A part of a checkpoint was not used without having been excluded: a copy, a second tied tensor, a bias."""
 
 
 class ValueWarning(UserWarning):
-    """What is loaded has NaN, or values that the model's dtype cannot hold."""
+    """Loaded tensors have NaN, or values that the model's dtype cannot hold."""
 
 
 class DependencyError(AutoAlignError, ImportError):
@@ -91,7 +91,7 @@ class DependencyError(AutoAlignError, ImportError):
 
     @classmethod
     def reading(cls, what: str, package: str, extra: str = "formats") -> DependencyError:
-        """Say that files of some kind cannot be read without a package, which an extra of this one brings."""
+        """Return the error for files that are read through a package that is not installed."""
         return cls(
             f"{what} are read through the package {package}, which is not installed. Nothing was read. "
             f"Install it with: pip install 'autoalign[{extra}]'"

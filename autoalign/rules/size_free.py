@@ -8,7 +8,7 @@ turns them back for given shapes. Where sizes are needed, ``Sized`` keeps them a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
@@ -184,6 +184,34 @@ class Sized(Relative):
         return f"{self.operation} of {_listed(self.shapes[:1])} only"
 
 
+Sample = tuple[Operation, tuple[Shape, ...]]  # an operation and the shapes of its inputs
+
+
+def _rebuilt(samples: Sequence[Sample], rebuild: Callable[[Sequence[Sample]], Operation | None]) -> Operation | None:
+    """Build one operation from samples of one skeleton, part by part; None if ``rebuild`` returns it for any part."""
+    first, _ = samples[0]
+    if not first.parts or isinstance(first, Relative):
+        return rebuild(samples)
+    parts: list[Operation] = []
+    shapes = [own for _, own in samples]  # of the inputs of the part
+    for place in range(len(first.parts)):
+        inner = [(operation.parts[place], own) for (operation, _), own in zip(samples, shapes, strict=True)]
+        if isinstance(first, Grouped):
+            starts = range(0, len(samples[0][1]), first.size)
+            inner = [(operation, own[start : start + first.size]) for operation, own in inner for start in starts]
+        elif isinstance(first, Parallel):
+            inner = [(operation, own[place : place + 1]) for operation, own in inner]
+        found = _rebuilt(inner, rebuild)
+        if found is None:
+            return None
+        parts.append(found)
+        if isinstance(first, Chain) and place + 1 < len(first.parts):
+            shapes = [tuple(output_shapes(operation, own)) for operation, own in inner]
+    if isinstance(first, Grouped):
+        return Grouped(first.size, *parts)
+    return Parallel(tuple(parts)) if isinstance(first, Parallel) else chain(*parts)
+
+
 def exact(operation: Operation, shapes: Sequence[Shape]) -> Operation:
     """Return what an operation does to inputs of the given shapes, with absolute sizes.
 
@@ -195,25 +223,15 @@ def exact(operation: Operation, shapes: Sequence[Shape]) -> Operation:
 
 @lru_cache(maxsize=4096)
 def _exact(operation: Operation, shapes: tuple[Shape, ...]) -> Operation:
-    match operation:
-        case Relative():
-            return operation.exact(shapes)
-        case Chain(steps):
-            done: list[Operation] = []
-            current = list(shapes)
-            for place, step in enumerate(steps, start=1):
-                done.append(exact(step, current))
-                if place < len(steps):
-                    current = output_shapes(done[-1], current)
-            return chain(*done)
-        case Grouped(size, inner):
-            ways = [exact(inner, shapes[start : start + size]) for start in range(0, len(shapes), size)]
-            if len(set(ways)) > 1:
-                raise InputError(f"'{operation}' does not fit tensors of unequal shapes. Nothing was converted.")
-            return Grouped(size, ways[0])
-        case Parallel(operations):
-            return Parallel(tuple(exact(own, [shape]) for own, shape in zip(operations, shapes, strict=True)))
-    return operation
+    def absolute(samples: Sequence[Sample]) -> Operation:
+        ways = {own.exact(given) if isinstance(own, Relative) else own for own, given in samples}
+        if len(ways) > 1:
+            raise InputError(f"'{operation}' does not fit tensors of unequal shapes. Nothing was converted.")
+        return ways.pop()
+
+    found = _rebuilt([(operation, shapes)], absolute)
+    assert found is not None
+    return found
 
 
 def at(operation: Operation, index: int) -> Operation:
@@ -239,9 +257,6 @@ def _listed(shapes: Sequence[Shape]) -> str:
     return ", ".join(str(list(shape)) for shape in shapes)
 
 
-Sample = tuple[Operation, tuple[Shape, ...]]  # an operation and the shapes of its inputs
-
-
 def size_free(samples: Sequence[Sample], *, even: bool = False, spread: bool = False) -> Operation | None:
     """Find one operation that does the same as each sample, with as few absolute sizes as possible.
 
@@ -258,48 +273,26 @@ def size_free(samples: Sequence[Sample], *, even: bool = False, spread: bool = F
     Returns:
         The operation, or None if there is no single one.
     """
-    samples = list(dict.fromkeys(samples))
-    first, shapes = samples[0]
     if len({skeleton(operation) for operation, _ in samples}) > 1:
         return None
+    return _rebuilt(samples, lambda inner: _relative(list(dict.fromkeys(inner)), even=even, spread=spread))
+
+
+def _relative(samples: Sequence[Sample], *, even: bool, spread: bool) -> Operation | None:
+    """Find one operation for samples that are not made of others."""
+    first, shapes = samples[0]
     match first:
-        case Chain(steps):
-            done = []
-            current = [(operation, list(own)) for operation, own in samples]
-            for place in range(len(steps)):
-                step = size_free([(op.steps[place], tuple(own)) for op, own in current], even=even, spread=spread)  # type: ignore[attr-defined]
-                if step is None:
-                    return None
-                done.append(step)
-                current = [(op, output_shapes(op.steps[place], own)) for op, own in current]  # type: ignore[attr-defined]
-            return chain(*done)
-        case Grouped(size, _):
-            groups = [
-                (op.operation, own[start : start + size])  # type: ignore[attr-defined]
-                for op, own in samples
-                for start in range(0, len(own), size)
-            ]
-            inner = size_free(groups, even=even)
-            return None if inner is None else Grouped(size, inner)
-        case Parallel(operations):
-            sides = [
-                size_free([(op.operations[place], (own[place],)) for op, own in samples], even=even)  # type: ignore[attr-defined]
-                for place in range(len(operations))
-            ]
-            known = [side for side in sides if side is not None]
-            return Parallel(tuple(known)) if len(known) == len(sides) else None
         case Split(dim):
             free = _portion(dim, [(op, own[0][dim]) for op, own in samples if isinstance(op, Split)], even=even)
             return free or _sized(samples)
         case Reshape():
             return _regroup([(own, op.shape) for op, own in samples if isinstance(op, Reshape)]) or _sized(samples)
         case InsertZeros(index):
-            places = [
-                place
-                for place in range(len(shapes))
-                if all(place < len(own) and own[place] == op.shape for op, own in samples)  # type: ignore[attr-defined]
-            ]
-            return ZerosLike(index, places[0]) if places else _sized(samples)
+            zeros = [(op.shape, own) for op, own in samples if isinstance(op, InsertZeros)]
+            for place in range(len(shapes)):
+                if all(own[place : place + 1] == (shape,) for shape, own in zeros):
+                    return ZerosLike(index, place)
+            return _sized(samples)
         case Unstack(dim) if spread:
             return Each(dim)
     if first.adapts:
@@ -310,14 +303,14 @@ def size_free(samples: Sequence[Sample], *, even: bool = False, spread: bool = F
 def skeleton(operation: Operation) -> object:
     """Return an operation without its sizes, to compare the kinds of two."""
     match operation:
-        case Chain(steps) | Parallel(steps):
-            return type(operation), tuple(map(skeleton, steps))
-        case Grouped(size, inner):
-            return Grouped, size, skeleton(inner)
         case Split(dim) | Unstack(dim) | InsertZeros(dim):
             return type(operation), dim
+        case Grouped(size):
+            return Grouped, size, skeleton(operation.operation)
         case Reshape():
             return Reshape
+    if operation.parts:
+        return type(operation), tuple(map(skeleton, operation.parts))
     return type(operation) if operation.adapts else operation
 
 

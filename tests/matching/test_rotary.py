@@ -16,8 +16,8 @@ from autoalign import Alignment, align, load
 from autoalign.errors import PartialLoadWarning
 from autoalign.matching.rotary import rotation_of
 from autoalign.plan.specs import TensorSpec
+from tests.matching.test_operation_pairs import LLAMA, TOKENS, TOLERANCE, hf, output, randomise
 from tests.pairs import relative_difference
-from tests.plan.test_operation_pairs import LLAMA, TOKENS, TOLERANCE, hf, output, randomise
 from tests.reference_models.llama import MetaLlama, OwnLlama
 from tests.reference_models.parts import (
     CONTEXT,

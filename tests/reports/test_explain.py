@@ -23,7 +23,7 @@ from autoalign.plan.operations import Copy
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.explain import Explanation
 from tests.alignments import MIXED
-from tests.plan.test_operation_pairs import LLAMA
+from tests.matching.test_operation_pairs import LLAMA
 from tests.reference_models.llama import MetaLlama
 
 

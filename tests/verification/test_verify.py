@@ -22,9 +22,9 @@ from autoalign.errors import InputError
 from autoalign.plan.operations import Operation, Transpose, chain
 from benchmarks.accuracy.localisation import SUBJECTS, Way, measure
 from benchmarks.accuracy.localisation import randomise as with_values
+from tests.matching.test_operation_pairs import DOUBTED_PAIRS, LLAMA, PHI3, TOKENS, Pair, hf, randomise
 from tests.pairs import randomise as like_images
 from tests.pairs import tm, tv
-from tests.plan.test_operation_pairs import DOUBTED_PAIRS, LLAMA, PHI3, TOKENS, Pair, hf, randomise
 from tests.reference_models.encoders import GatedEncoder
 from tests.reference_models.parts import CONTEXT, DEPTH
 
