@@ -200,3 +200,5 @@ def test_the_reference_is_built_without_warnings(tmp_path: Path, capsys: pytest.
     page = (tmp_path / "autoalign.html").read_text(encoding="utf-8")
     assert all(f'id="{name}"' in page for name in autoalign.__all__ if name != "__version__")
     assert 'id="Alignment.explain"' in page
+    assert "A sharded 70B" in (tmp_path / "autoalign" / "loading.html").read_text(encoding="utf-8")  # its guide
+    assert "Limits of matching" in (tmp_path / "autoalign" / "matching.html").read_text(encoding="utf-8")

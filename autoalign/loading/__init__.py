@@ -16,4 +16,6 @@ In order of use, from the bottom up:
 It may import ``errors``, ``plan``, ``checkpoints``, ``rules``, ``matching``, ``reports`` and ``alignment``. A new check
 of values is one of ``Findings``; new state of modules beside tensors goes to ``prepare``; a new output format is
 written by a function of ``checkpoints.formats`` and named in ``convert``.
+
+.. include:: guide.md
 """

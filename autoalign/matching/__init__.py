@@ -18,5 +18,7 @@ and ``checkpoints``):
 - ``positions``, ``adapt``, ``match``: matches that change values; from options to a ``Plan``
 
 A new word is a row of ``vocabulary``, a new cue a function of ``features`` with a weight in ``assignment``; a new
-layout belongs to ``conventions`` or ``layouts``. A special case needs a test that fails without it. See ``limits.md``.
+layout belongs to ``conventions`` or ``layouts``. A special case needs a test that fails without it.
+
+.. include:: limits.md
 """
