@@ -232,7 +232,7 @@ def _by_repeats(
                 return match_sides(SideParts.of(source, configs[0]), SideParts.of(target, configs[1]), pins)
             matches = less_sure(runs[1], matches)
         matches = with_ties(source, target, matches)
-    return Result(matches, mismatched, notes)
+    return matches, mismatched, notes
 
 
 def _check_rules(rules: Sequence[tuple[str, str]], source: Specs, target: Specs, matches: Sequence[Match]) -> None:

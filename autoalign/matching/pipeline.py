@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -60,12 +59,7 @@ _UNRELATED = (
 )
 
 
-class Result(NamedTuple):
-    """What was found for two sides."""
-
-    matches: list[Match]
-    mismatched: list[Mismatch]
-    notes: tuple[str, ...]
+Result = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, counterparts of other shapes, and notes
 
 
 def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> Result:
@@ -75,7 +69,7 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
             place: Found(place, Copy(), _capped(_RENAMED_CONFIDENCE, source, target, *both), _ALIKE, None)
             for place, both in enumerate(zip(source.parts, target.parts, strict=True))
         }
-        return Result(with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ())
+        return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()
     pinned, refused = _pinned(source, target, pins) if pins else ([], [])
     read = in_context(source.parts, target.parts), in_context(target.parts, source.parts)
     sides = source, target = _with(source, read[0]), _with(target, read[1])
@@ -100,7 +94,7 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
     if found is None:
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
         note = f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED
-        return Result([], mismatched, (note,))
+        return [], mismatched, (note,)
     matches = assembled(source, target, found)
     if not (scope.is_decided and other_scope.is_decided):
         matches = [replace(match, confidence=min(match.confidence, AMBIGUOUS)) for match in matches]
@@ -114,7 +108,7 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         )
         own, other = units_of(source.parts), units_of(target.parts)
         named = _mismatches(source, target, own, other, namesakes(own.paths, other.paths))
-    return Result(matches, _without_matched(matches, mismatched, named, refused), notes)
+    return matches, _without_matched(matches, mismatched, named, refused), notes
 
 
 def _with(side: SideParts, parts: Sequence[Part]) -> SideParts:
