@@ -57,7 +57,9 @@ class Checkpoint(Mapping[str, Tensor]):
     is_decided: bool = True  # names speak for this one, against each of these copies
     notes: tuple[str, ...] = ()  # statements for the report
     metadata: Mapping[str, str] = field(default_factory=dict)  # a safetensors file's own
-    extras: Mapping[str, object] = field(default_factory=dict)  # what is no tensor, and each module's `_extra_state`
+    extras: Mapping[str, object] = field(
+        default_factory=dict
+    )  # all values but tensors, and each module's `_extra_state`
     config: Mapping[str, object] = field(default_factory=dict)  # its makers' own, as it is; {} where there is none
     state_metadata: Mapping[str, Mapping[str, object]] | None = None  # a torch state dict's `_metadata`
     root: Mapping[str, object] | None = None  # the whole of what the containers are in

@@ -72,7 +72,7 @@ def open_file(file: Path) -> Contents:
     raise CheckpointError(
         f"{str(file)!r} is neither a file of torch nor of safetensors: it {content}. Nothing was read. "
         f"Other formats that are known are {', '.join(list(FORMATS)[2:])}. "
-        "Check that the download is complete and no web page or pointer file."
+        "Check that the download is complete, and not a web page or a pointer file."
     )
 
 

@@ -38,7 +38,7 @@ def open_distributed(folder: Path) -> Contents:
     """Read which tensors a folder holds, nested as they were saved.
 
     Raises:
-        CheckpointError: The metadata is damaged, or tells of files that are not there or not in the folder.
+        CheckpointError: The metadata is damaged, or names files that are missing or not in the folder.
         UnsafeCheckpointError: The metadata asks for code.
     """
     with reading(folder, _KIND):
@@ -252,7 +252,7 @@ def write_distributed(
     """Write tensors to a folder that ``torch.distributed.checkpoint.load`` reads, into sharded models too.
 
     Each tensor is read when it is written, so that no more than a few are in memory. The metadata is written last: a
-    folder without it is no checkpoint.
+    folder without it is not a checkpoint.
 
     >>> import tempfile
     >>> from autoalign.checkpoints.formats.distributed import open_distributed

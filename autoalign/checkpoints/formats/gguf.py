@@ -14,19 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.stored import Contents, StoredTensor, as_tensor, left_out_notes, reading
+from autoalign.checkpoints.stored import DTYPES, Contents, StoredTensor, as_tensor, left_out_notes, reading
 from autoalign.errors import DependencyError
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
 _MAX_HEADER_VALUES = 2**22  # a vocabulary has some hundred thousand
 _MAX_ENTRY_VALUES = 2**10  # of an entry that is handed on; longer ones are vocabularies
 
@@ -92,9 +82,9 @@ def open_gguf(file: Path) -> Contents:
         root = {
             str(tensor.name): _stored(tensor, is_big_endian=reader.endianess == GGUFEndian.BIG)
             for tensor in reader.tensors
-            if tensor.tensor_type.name in _DTYPES
+            if tensor.tensor_type.name in DTYPES
         }
-    quantised = Counter(tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type.name not in _DTYPES)
+    quantised = Counter(tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type.name not in DTYPES)
     if not quantised:
         return Contents(root, "GGUF file", config=config)
     counts = ", ".join(f"{count} of {name}" for name, count in sorted(quantised.items()))
@@ -112,7 +102,7 @@ def _value(field: Any) -> object:
 
 
 def _stored(tensor: Any, *, is_big_endian: bool) -> StoredTensor:
-    dtype = _DTYPES[tensor.tensor_type.name]
+    dtype = DTYPES[tensor.tensor_type.name]
     data: np.ndarray = tensor.data  # mapped into memory
     if dtype == torch.bfloat16:  # which is bytes to numpy
         data = data.view(">u2" if is_big_endian else "<u2")

@@ -36,7 +36,7 @@ def open_msgpack(file: Path) -> Contents:
     """Read a file of Flax.
 
     Raises:
-        CheckpointError: The file is damaged, or holds a dtype that torch has not.
+        CheckpointError: The file is damaged, or holds a dtype that torch does not have.
         DependencyError: The package ``msgpack`` is not installed.
     """
     try:

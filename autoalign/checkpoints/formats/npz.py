@@ -80,7 +80,7 @@ def open_npz(file: Path) -> Contents:
                 continue
             kind = torch.bfloat16 if dtype == np.dtype("V2") else torch_dtype(dtype)
             if kind is None:
-                left_out[name] = f"dtype {dtype}, which torch has not"
+                left_out[name] = f"dtype {dtype}, which torch does not have"
                 continue
             if info.file_size != length + prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} has {info.file_size} bytes, not those of {list(shape)} {dtype}")

@@ -13,32 +13,19 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.stored import MAX_MEMBERS, Contents, StoredTensor, left_out_notes, reading, unique_names
+from autoalign.checkpoints.stored import (
+    DTYPES,
+    MAX_MEMBERS,
+    Contents,
+    StoredTensor,
+    left_out_notes,
+    reading,
+    unique_names,
+)
 from autoalign.errors import InputError, listed
 from autoalign.plan.keys import natural
 from autoalign.plan.specs import TensorSpec
 
-DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-}
 _KIND = "a file of safetensors"
 _ENTRY = b'"data_offsets"'  # is in each of a header
 _MAX_HEADER_BYTES = 10**8  # which readers take
@@ -53,7 +40,7 @@ def open_safetensors(file: Path) -> Contents:
     """Read the header of a file of safetensors.
 
     Raises:
-        CheckpointError: The file is damaged, or has nothing but dtypes that torch has not.
+        CheckpointError: The file is damaged, or has only dtypes that torch does not have.
     """
     from safetensors import safe_open
 
@@ -88,11 +75,11 @@ def open_safetensors(file: Path) -> Contents:
 
     root: dict[str, object] = {}
     left_out = []
-    # the format sorts by dtype and name, which tells nothing; by number, at least the blocks are in their order
+    # the format sorts by dtype and name; by the numbers in names, at least the blocks are in their order
     for key in sorted(entries, key=natural):
         entry = entries[key]
-        shape, dtype = tuple(entry["shape"]), getattr(torch, DTYPES.get(entry["dtype"], ""), None)
-        if isinstance(dtype, torch.dtype):
+        shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
+        if dtype is not None:
             read_it = partial(read, key, entry["data_offsets"], shape, dtype)
             root[key] = StoredTensor(shape, dtype, read_it, is_mapped=True)
         else:
@@ -132,7 +119,7 @@ def blocks(tensor: Tensor, size: int = BLOCK_ELEMENTS) -> Iterator[Tensor]:
             yield from blocks(part, size)
 
 
-_NAMES = {getattr(torch, name): known for known, name in DTYPES.items() if hasattr(torch, name)}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # bytes, of the header
 
 
@@ -168,7 +155,7 @@ def header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     except UnicodeEncodeError as error:
         part = error.object[max(error.start - 20, 0) : error.end + 20]
         raise InputError(
-            f"{part!r}, in a key or in the metadata, is no Unicode text, which safetensors needs. Nothing was written."
+            f"{part!r}, in a key or in the metadata, is not Unicode text, which safetensors needs. Nothing was written."
         ) from error
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > _MAX_HEADER_BYTES:

@@ -36,7 +36,7 @@ def open_pickled(file: Path) -> Contents:
     Tensors of a zip file are mapped into memory; an older file is read as a whole.
 
     Raises:
-        CheckpointError: The file is damaged, or holds something else than a mapping.
+        CheckpointError: The file is damaged, or does not hold a mapping.
         UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
     """
     if _may_run_code(torch.__version__):

@@ -20,7 +20,7 @@ from autoalign.checkpoints.stored import FREE_STEPS, Budget, TooCostlyError
 
 _MAX_OPERATIONS = 2**22  # of which a tensor takes thirty; torch does a million in a second
 _MAX_DEPTH = 2**10  # marks in each other
-_ITEM_STEPS = 2**4  # for what is no text and no tensor
+_ITEM_STEPS = 2**4  # for anything but texts and tensors
 _ENCODINGS = frozenset({"ascii", "latin1", "latin-1", "utf-8", "utf8"})  # which make no text much longer, in no time
 _TENSORS = {  # from names to elements in an element of a storage, of which some hold several
     "torch._utils _rebuild_tensor": 1,
@@ -77,7 +77,7 @@ class _RestrictedUnpickler(pickle._Unpickler):  # in Python, whose memory an ind
 
     def persistent_load(self, pid: Any) -> Any:
         if self.storage is None:
-            raise ValueError("something from elsewhere, where nothing is")
+            raise ValueError("a reference to a storage, where there is none")
         return self.storage(pid)
 
     def load_build(self) -> None:
@@ -109,7 +109,7 @@ def check_cost(
 
     Raises:
         TooCostlyError: Reading it would take too much time or memory.
-        ValueError: It is no sound pickle.
+        ValueError: It is not a sound pickle.
     """
     return _CostReader(size, budget or Budget(size)).run(stream, max_operations)
 
@@ -248,7 +248,7 @@ class _CostReader:
         if step and isinstance(target, _Items):
             self.hash_keys(items[::step], target)
         elif step or not isinstance(target, list):
-            raise ValueError(f"a {type(target).__name__} that is given items")
+            raise ValueError(f"items for a {type(target).__name__}")
         target.extend(items)
 
     def frozen(self, items: Sequence[Any]) -> tuple[Any, ...]:
@@ -264,12 +264,12 @@ class _CostReader:
         """Count a storage, by what a reader is told of it."""
         self.walk(identity)
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] not in ("storage", b"storage"):
-            raise ValueError("something from elsewhere that is no storage")
+            raise ValueError("a reference to something that is not a storage")
         key, numel = identity[2], identity[4]
         if not isinstance(key, str | bytes | int) or type(numel) is not int or numel < 0:
             raise ValueError("a storage without a name and a size")
         if isinstance(key, int) and abs(key) >= sys.hash_info.modulus:  # beyond which many have one hash
-            raise ValueError("a storage of an endless number")
+            raise ValueError("a storage whose name is too large a number")
         if key not in self.storages:  # else it is as large as it was announced first
             self.storages[key] = numel
             self.numel += numel
@@ -280,7 +280,7 @@ class _CostReader:
     def called(self, function: Any, arguments: Any) -> object:
         """Count what a function does, by its arguments."""
         if not isinstance(function, _Name) or not isinstance(arguments, tuple | list):
-            raise ValueError("a call of what is no function")
+            raise ValueError("a call of something that is not a function")
         if function in _TENSORS:
             return self.tensor(*arguments[:4], packed=_TENSORS[function])
         if function in _PARAMETERS and arguments and isinstance(arguments[0], _Made):
@@ -307,7 +307,7 @@ class _CostReader:
         if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > 64:
             raise ValueError("a tensor without a storage")
         if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
-            raise ValueError("a tensor of a shape that there is not")
+            raise ValueError("a tensor of an impossible shape")
         needed = span(offset, shape, stride)
         if needed > packed * storage.numel:
             raise ValueError(f"a tensor of {needed:,} elements in a storage of {storage.numel:,}")
@@ -326,7 +326,7 @@ class _CostReader:
 
     def named(self, parts: list[Any]) -> _Name:
         if not all(type(part) is str for part in parts):
-            raise ValueError("a name that is no text")
+            raise ValueError("a name that is not text")
         return _Name(" ".join(parts))
 
 

@@ -88,7 +88,7 @@ def test_pickled_arrays_are_left_out_and_no_code_runs(tmp_path: Path) -> None:
     assert list(checkpoint) == ["weight"]
     (note,) = checkpoint.notes
     assert note.startswith("2 arrays of the file (objects: objects, which only unpickling would give")
-    assert "names: dtype <U1, which torch has not" in note
+    assert "names: dtype <U1, which torch does not have" in note
     np.savez(tmp_path / "b.npz", params=objects)
     with pytest.raises(
         CheckpointError, match=r"holds nothing but 1 arrays of the file \(params: objects.*Save plain arrays"

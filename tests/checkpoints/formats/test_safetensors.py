@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autoalign.checkpoints.formats.safetensors import DTYPES, header, in_file_order, write_safetensors
+from autoalign.checkpoints.formats.safetensors import header, in_file_order, write_safetensors
+from autoalign.checkpoints.stored import DTYPES
 from autoalign.errors import InputError
 from autoalign.plan.specs import TensorSpec, specs_of
 
@@ -35,7 +36,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensor:
     """Tensors of all dtypes, of bits of all kinds, scalars, empty ones and ones of odd strides among them."""
-    dtype = getattr(torch, DTYPES[draw(st.sampled_from(READABLE))])
+    dtype = DTYPES[draw(st.sampled_from(READABLE))]
     shape = draw(st.lists(st.integers(0, 3), max_size=3))
     numel = torch.Size(shape).numel()
     data = draw(st.binary(min_size=numel * dtype.itemsize, max_size=numel * dtype.itemsize))
@@ -68,7 +69,7 @@ def test_the_library_reads_back_every_bit(state_dict: dict[str, Tensor], metadat
 
 @given(st.lists(st.sampled_from(READABLE), min_size=1, max_size=1), st.integers(0, 5))
 def test_a_file_of_one_tensor_is_the_librarys_own(names: list[str], size: int) -> None:
-    tensor = torch.zeros(size, dtype=getattr(torch, DTYPES[names[0]]))
+    tensor = torch.zeros(size, dtype=DTYPES[names[0]])
     assert written({"a": tensor}, {"format": "pt"}) == safetensors.torch.save({"a": tensor}, {"format": "pt"})
 
 
@@ -127,7 +128,7 @@ def test_names_that_the_format_cannot_hold_are_refused() -> None:
     spec = TensorSpec("__metadata__", (1,), torch.float32)
     with pytest.raises(InputError, match="can be called '__metadata__'"):
         header([spec], {"format": "pt"})
-    with pytest.raises(InputError, match=r"a.udc80b.*in a key or in the metadata, is no Unicode text"):
+    with pytest.raises(InputError, match=r"a.udc80b.*in a key or in the metadata, is not Unicode text"):
         header([TensorSpec("a\udc80b", (1,), torch.float32)], {})
     with pytest.raises(InputError, match="readers of safetensors take 100000000"):
         header([replace(spec, key="a")], {"long": "x" * 10**8})
