@@ -6,13 +6,12 @@ have the same numbers, or one those of the other with gaps, a number means the s
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations, permutations
+from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import chain, combinations, permutations
 from math import comb
 from operator import attrgetter
+from typing import NamedTuple
 
 from autoalign.matching.crossed_blocks import Block, Blocks, Pair, Repair
 from autoalign.matching.layers import Path
@@ -22,9 +21,24 @@ _MIN_NUMBERED_MEMBERS = 3  # members of a list whose numbers tell
 _MIN_AGREEING_LISTS = 2  # other lists of the same names that tell the direction of one
 
 _List = tuple[Path, str]  # its parent and the stem of its members
-_Members = Mapping[tuple[int, ...], Block]  # of a list of the target, by their numbers
-_Homes = Mapping[tuple[int, ...], tuple[int, ...]]  # number of a member -> that of what fills it
-_Called = tuple[Path, Path]  # the names of a target's list and of what fills it, without numbers
+_Numbers = tuple[int, ...]  # of the name of a member
+_Members = Mapping[_Numbers, Block]  # of a list of the target
+_Homes = Mapping[_Numbers, _Numbers]  # of a member -> of the member of the source's list that fills it
+
+
+def lists_of(paths: Sequence[Path]) -> dict[_List, dict[Path, list[int]]]:
+    """Group the members of each list, of modules and of layers, and the places of the layers in each.
+
+    >>> lists_of([("h", "0", "fc"), ("h", "1", "fc")])
+    {(('h',), '#'): {('h', '0'): [0], ('h', '1'): [1]}}
+    """
+    lists: dict[_List, dict[Path, list[int]]] = {}
+    for place, path in enumerate(paths):
+        for depth, name in enumerate(path):
+            if numbers(name):
+                members = lists.setdefault((path[:depth], stem(name)), {})
+                members.setdefault(path[: depth + 1], []).append(place)
+    return lists
 
 
 def disordered(blocks: Blocks) -> Iterator[Repair]:
@@ -33,59 +47,44 @@ def disordered(blocks: Blocks) -> Iterator[Repair]:
     Yields:
         For each list what its places should have instead.
     """
-    tops = [pairs for block, pairs in blocks.items() if len(block) == 1]
-    layers = {pair.other: [pair] for pairs in tops for pair in pairs}
-    numbered: dict[_List, list[tuple[Path, Block]]] = {}
-    for block, pairs in (*blocks.items(), *layers.items()):
-        if numbers(block[-1]):
-            numbered.setdefault((block[:-1], stem(block[-1])), []).append((block, pairs))
-    lists: list[tuple[_Called, int, list[_Member]]] = []
-    together: Counter[_Called] = Counter()
-    for of in numbered.values():
+    lists: list[tuple[tuple[Path, str, Path], int, int, list[_Member]]] = []
+    together: Counter[tuple[Path, str, Path]] = Counter()  # names of a list and of what fills it -> its direction
+    for (parent, name), of in _lists_in(blocks, of_layers=True).items():
+        depth = len(parent) + 1
         by_end: dict[Path, list[_Member]] = {}
-        for block, pairs in of if len(of) > 1 else ():
-            end = pairs[0].own if block == pairs[0].other else common_module([pair.own for pair in pairs])
+        for number, pairs in of.items():
+            end = pairs[0].own if len(pairs[0].other) == depth else common_module([pair.own for pair in pairs])
             place = tuple([number for name in end for number in numbers(name)])
-            by_end.setdefault(template(end), []).append(_Member(block, end, place, pairs))
-        for names, members in by_end.items():
+            by_end.setdefault(template(end), []).append(_Member(number, end, place, pairs))
+        for ends, members in by_end.items():
             if len(members) > 1:
-                called, run = (template(of[0][0]), names), _run(members)
+                called, run = (template(parent), name, ends), _run(members)
                 together[called] += sign(run)
-                lists.append((called, run, members))
-    for called, run, members in lists:
+                lists.append((called, depth, run, members))
+    for called, depth, run, members in lists:
         others = together[called] - sign(run)
         if abs(run) == comb(len(members), 2) and others * sign(run) > -_MIN_AGREEING_LISTS:
             continue  # all are in order
         alike: dict[object, list[_Member]] = {}
         for member in members:
-            alike.setdefault(member.content, []).append(member)
+            content = frozenset([(p.other[depth:], p.own[len(member.end) :], p.kind) for p in member.pairs])
+            alike.setdefault(content, []).append(member)
         for same in alike.values():
-            if len(same) > 1:
-                yield _in_order(same, others)
+            yield _in_order(same, others)
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
+class _Member(NamedTuple):
     """A member of a list of the target."""
 
-    path: Path
+    number: _Numbers
     end: Path  # the module of the source that holds all that fills it
-    place: tuple[int, ...]  # all numbers in the names of that module and those around it
+    place: _Numbers  # all numbers in the names of that module and those around it
     pairs: Block
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        return numbers(self.path[-1])
-
-    @property
-    def content(self) -> object:
-        return frozenset([(p.other[len(self.path) :], p.own[len(self.end) :], p.kind) for p in self.pairs])
 
 
 def _run(members: Sequence[_Member]) -> int:
     """Count the pairs of members that are matched in the order of their numbers, less those in the other order."""
-    places = [member.place for member in sorted(members, key=attrgetter("numbers"))]
-    return sum((a < b) - (a > b) for a, b in combinations(places, 2))
+    return sum((a.place < b.place) - (a.place > b.place) for a, b in combinations(sorted(members), 2))
 
 
 def sign(value: int) -> int:
@@ -94,19 +93,13 @@ def sign(value: int) -> int:
 
 
 def _in_order(members: Sequence[_Member], others: int) -> Repair:
-    """Put what fills the members of a list in the order of its numbers; nothing if it is in order already.
+    """Put what fills members of equal content in the order of their numbers; nothing if it is in order already.
 
-    Args:
-        members: Of equal content.
-        others: In how many more lists of the same names the numbers run in the same direction than in the other.
+    In ``others`` more lists of the same names the numbers run in the same direction than in the other.
     """
-    members = sorted(members, key=attrgetter("numbers"))
-    places = [member.place for member in members]
-    if len(set(places)) < len(places):
-        return {}
-    is_monotone = places in (sorted(places), sorted(places, reverse=True))
-    direction = sign(others) if abs(others) >= _MIN_AGREEING_LISTS else 0 if is_monotone else sign(_run(members))
-    wanted = sorted(members, key=lambda member: member.place, reverse=direction < 0)
+    members = sorted(members)
+    direction = sign(others) if abs(others) >= _MIN_AGREEING_LISTS else sign(_run(members))
+    wanted = sorted(members, key=attrgetter("place"), reverse=direction < 0)
     if not direction or wanted == members:
         return {}
     return {
@@ -123,16 +116,15 @@ def misnumbered(blocks: Blocks, source: Sequence[Path]) -> Iterator[Repair]:
         blocks: What is matched.
         source: The paths of the source's units.
     """
-    lists = _lists_in(blocks)
-    long = [members for members in lists.values() if len(members) >= _MIN_NUMBERED_MEMBERS]
-    numbers_of = _numbers_of(source if long else ())
+    long = [members for members in _lists_in(blocks).values() if len(members) >= _MIN_NUMBERED_MEMBERS]
+    names = _member_names(source if long else ())
     for members in long:
         counterpart = _counterpart(members)
-        if counterpart and _mean_the_same(set(members), numbers_of[counterpart]):
+        if counterpart and _mean_the_same(members.keys(), names[counterpart].keys()):
             yield _by_numbers(members, counterpart)
 
 
-def _counterpart(members: Mapping[tuple[int, ...], Block], *, of_layers: bool = False) -> _List | None:
+def _counterpart(members: _Members, *, of_layers: bool = False) -> _List | None:
     """Name the list of the source that fills most of a list of the target; None if none does.
 
     Args:
@@ -153,41 +145,43 @@ def _counterpart(members: Mapping[tuple[int, ...], Block], *, of_layers: bool = 
     return max(lists, key=lambda place: len(place[0]), default=None)
 
 
-def _mean_the_same(own: set[tuple[int, ...]], other: set[tuple[int, ...]]) -> bool:
+def _mean_the_same(own: Set[_Numbers], other: Set[_Numbers]) -> bool:
     """True if one list has the numbers of the other, from the same one on, or with gaps."""
-    less, more = sorted((own, other), key=len)
-    if not less <= more:
+    less, more = sorted(own), sorted(other)
+    if len(less) > len(more):
+        less, more = more, less
+    if not set(less) <= set(more):
         return False
-    in_row, first = sorted(more), min(less)
-    start = in_row.index(first)
-    return start == 0 or in_row[start : start + len(less)] != sorted(less)
+    start = more.index(less[0])
+    return start == 0 or more[start : start + len(less)] != less
 
 
-def _by_numbers(members: Mapping[tuple[int, ...], Block], counterpart: _List) -> Repair:
+def _by_numbers(members: _Members, counterpart: _List) -> Repair:
     """Fill each member of a list from what has its number; nothing where that is so already, or all is in reverse."""
-    parent, depth = counterpart[0], len(counterpart[0])
+    depth = len(counterpart[0])
     inside = {
-        number: [
-            p
-            for p in block
-            if len(p.own) > depth + 1 and p.own[:depth] == parent and stem(p.own[depth]) == counterpart[1]
-        ]
+        number: [pair for pair in block if _is_in(pair, counterpart) and len(pair.own) > depth + 1]
         for number, block in members.items()
     }
-    homes = {
-        number: Counter(numbers(pair.own[depth]) for pair in block).most_common(1)[0][0]
-        for number, block in sorted(inside.items())
-        if block
-    }
+    homes = {number: _mostly_from(block, depth) for number, block in sorted(inside.items()) if block}
     order = list(homes.values())
     if list(homes) == order or order == sorted(order, reverse=True):
         return {}
-    names = {numbers(pair.own[depth]): pair.own[depth] for block in inside.values() for pair in block}
+    return _moved(inside, depth, {numbers(pair.own[depth]): pair.own[depth] for of in inside.values() for pair in of})
+
+
+def _mostly_from(block: Block, depth: int) -> _Numbers:
+    """Return the member of the source's list that fills most of a block."""
+    return Counter(numbers(pair.own[depth]) for pair in block).most_common(1)[0][0]
+
+
+def _moved(members: _Members, depth: int, names: Mapping[_Numbers, str]) -> Repair:
+    """Fill each member of a list from the member of the source's list whose name is given for its number."""
     return {
-        pair.place: (*parent, names[number], *pair.own[depth + 1 :])
-        for number, block in inside.items()
-        for pair in block
+        pair.place: (*pair.own[:depth], names[number], *pair.own[depth + 1 :])
+        for number, block in members.items()
         if number in names
+        for pair in block
     }
 
 
@@ -203,9 +197,11 @@ def unparallel(blocks: Blocks, paths: tuple[Sequence[Path], Sequence[Path]]) -> 
     Yields:
         As ``disordered``.
     """
+    names = _member_names(paths[0])
     for members, counterpart, homes in _beside(blocks, paths):
         if homes.keys() == members.keys():
-            yield _renumbered(members, counterpart, homes)
+            wanted = {number: names[counterpart][home] for number, home in homes.items()}
+            yield _moved(members, len(counterpart[0]), wanted)
 
 
 def _beside(blocks: Blocks, paths: tuple[Sequence[Path], Sequence[Path]]) -> Iterator[tuple[_Members, _List, _Homes]]:
@@ -213,40 +209,32 @@ def _beside(blocks: Blocks, paths: tuple[Sequence[Path], Sequence[Path]]) -> Ite
 
     Both lists have the same numbers, on either side.
     """
-    numbered = [_numbers_of(side) for side in paths]
+    numbered = [_member_names(side) for side in paths]
     lists: dict[object, list[tuple[_Members, _List]]] = {}
     for of, members in _lists_in(blocks, of_layers=True).items():
         counterpart = _counterpart(members, of_layers=True) if len(members) > 1 else None
         if counterpart and all(_is_in(pair, counterpart) for block in members.values() for pair in block):
-            own, other = numbered[0][counterpart], numbered[1][of]
-            key = _around(*of), _around(*counterpart), frozenset(own), frozenset(other)
-            lists.setdefault(key, []).append((members, counterpart))
+            same = frozenset(numbered[0][counterpart]), frozenset(numbered[1][of])
+            lists.setdefault((_around(*of), _around(*counterpart), *same), []).append((members, counterpart))
     for beside in lists.values():
-        told = [
-            (counterpart, _homes(members, counterpart)) for members, counterpart in beside if _kinds_differ(members)
-        ]
+        told = [(counterpart, _homes(members, counterpart)) for members, counterpart in beside if _is_told(members)]
         for members, counterpart in beside if told else ():
-            homes: _Homes = {} if _kinds_differ(members) else _homes(members, counterpart)
+            homes = {} if _is_told(members) else _homes(members, counterpart)
             for another, wanted in told:
                 if another != counterpart and any(wanted.get(place, home) != home for place, home in homes.items()):
                     yield members, counterpart, wanted
                     break
 
 
-def _numbers_of(paths: Sequence[Path]) -> dict[_List, set[tuple[int, ...]]]:
-    """Collect the numbers that each list has, of modules and of layers."""
-    result: dict[_List, set[tuple[int, ...]]] = {}
-    for path in paths:
-        for depth, name in enumerate(path):
-            if numbers(name):
-                result.setdefault((path[:depth], stem(name)), set()).add(numbers(name))
-    return result
+def _member_names(paths: Sequence[Path]) -> dict[_List, dict[_Numbers, str]]:
+    """Map, for each list of modules or layers, the numbers of its members to their names."""
+    return {of: {numbers(path[-1]): path[-1] for path in members} for of, members in lists_of(paths).items()}
 
 
 def _lists_in(blocks: Blocks, *, of_layers: bool = False) -> Mapping[_List, _Members]:
     """Group the members of each list of the target, of modules or of layers as well, by their numbers."""
     layers = {pair.other: [pair] for block, pairs in blocks.items() if len(block) == 1 for pair in pairs}
-    lists: dict[_List, dict[tuple[int, ...], Block]] = {}
+    lists: dict[_List, dict[_Numbers, Block]] = {}
     for path, pairs in (*blocks.items(), *(layers.items() if of_layers else ())):
         if numbers(path[-1]):
             lists.setdefault((path[:-1], stem(path[-1])), {})[numbers(path[-1])] = pairs
@@ -258,7 +246,8 @@ def _around(parent: Path, name: str) -> Path:
     return parent[:-1] if name == stem("0") else parent
 
 
-def _kinds_differ(members: Mapping[tuple[int, ...], Block]) -> bool:
+def _is_told(members: _Members) -> bool:
+    """True if the shapes in the members of a list tell them apart."""
     kinds = [tuple(sorted(pair.kind for pair in block)) for block in members.values()]
     return len(set(kinds)) == len(kinds)
 
@@ -268,26 +257,6 @@ def _homes(members: _Members, counterpart: _List) -> _Homes:
     depth = len(counterpart[0])
     homes = {number: {numbers(pair.own[depth]) for pair in block} for number, block in members.items()}
     return {number: home.pop() for number, home in homes.items()} if all(len(h) == 1 for h in homes.values()) else {}
-
-
-def _renumbered(members: _Members, counterpart: _List, homes: _Homes) -> Repair:
-    """Fill each member of a list from another member of the source's list."""
-    depth = len(counterpart[0])
-    return {
-        pair.place: (*pair.own[:depth], _with_numbers(pair.own[depth], homes[number]), *pair.own[depth + 1 :])
-        for number, block in members.items()
-        for pair in block
-    }
-
-
-def _with_numbers(name: str, wanted: Sequence[int]) -> str:
-    """Write other numbers into a name.
-
-    >>> _with_numbers("lateral_2", (3,))
-    'lateral_3'
-    """
-    digits = iter(wanted)
-    return re.sub(r"\d+", lambda match: str(next(digits, match[0])), name)
 
 
 def out_of_step(blocks: Blocks, kind_of: Mapping[Path, int], target: Sequence[Path], *, ordered: bool) -> set[int]:
@@ -302,7 +271,8 @@ def out_of_step(blocks: Blocks, kind_of: Mapping[Path, int], target: Sequence[Pa
     Returns:
         The places that another member of the source's list could fill as well.
     """
-    everything = sorted((pair for block, pairs in blocks.items() if len(block) == 1 for pair in pairs), key=_place)
+    tops = (pairs for block, pairs in blocks.items() if len(block) == 1)
+    everything = sorted(chain.from_iterable(tops), key=attrgetter("place"))
     result = set[int]()
     for (parent, _), members in _lists_in(blocks, of_layers=True).items():
         counterpart = _counterpart(members) if len(members) > 1 else None
@@ -314,16 +284,13 @@ def out_of_step(blocks: Blocks, kind_of: Mapping[Path, int], target: Sequence[Pa
     return result
 
 
-_place = attrgetter("place")
-
-
 def _is_in(pair: Pair, counterpart: _List) -> bool:
     """True if a layer of the source is in a member of a list."""
     parent, name = counterpart
     return pair.own[: len(parent)] == parent and len(pair.own) > len(parent) and stem(pair.own[len(parent)]) == name
 
 
-def _across(members: Mapping[tuple[int, ...], Block], counterpart: _List, kind_of: Mapping[Path, int]) -> Iterator[int]:
+def _across(members: _Members, counterpart: _List, kind_of: Mapping[Path, int]) -> Iterator[int]:
     """Find the places in a list whose members run in no direction, or could be of one piece and are not.
 
     Where two members of the source's list fill one of the target's, and only one of them has a layer that no layer of
@@ -331,7 +298,7 @@ def _across(members: Mapping[tuple[int, ...], Block], counterpart: _List, kind_o
     """
     depth = len(counterpart[0])
     inside = [[pair for pair in block if _is_in(pair, counterpart)] for _, block in sorted(members.items())]
-    order = [Counter(numbers(p.own[depth]) for p in block).most_common(1)[0][0] for block in inside if block]
+    order = [_mostly_from(block, depth) for block in inside if block]
     in_order = order in (sorted(order), sorted(order, reverse=True))
     fills = Counter(name for block in inside for name in {pair.own[depth] for pair in block})
     kinds: dict[str, set[int]] = {}
@@ -356,9 +323,7 @@ def _across(members: Mapping[tuple[int, ...], Block], counterpart: _List, kind_o
                 yield pair.place
 
 
-def _beyond(
-    members: Mapping[tuple[int, ...], Block], above: int, counterpart: _List, everything: Block, *, ordered: bool
-) -> Iterator[int]:
+def _beyond(members: _Members, above: int, counterpart: _List, everything: Block, *, ordered: bool) -> Iterator[int]:
     """Find the places in a list that could be shifted by one, since a member of the source's list fills another place.
 
     That is so where a member is filled from elsewhere in turn, or where all that fill them are in no order.

@@ -18,8 +18,8 @@ from autoalign.matching.assignment import Assignment, with_sources
 from autoalign.matching.confidence import AMBIGUOUS
 from autoalign.matching.crossed_blocks import Blocks, Repair, blocks_of, crossings, shape_pair_ids
 from autoalign.matching.features import Floats, Ints, SideEvidence
-from autoalign.matching.layers import Part, Path, Unit
-from autoalign.matching.list_order import disordered, misnumbered, out_of_step, unparallel
+from autoalign.matching.layers import Part, Path, Unit, Units
+from autoalign.matching.list_order import disordered, lists_of, misnumbered, out_of_step, unparallel
 from autoalign.matching.names import likeness, words
 from autoalign.matching.swaps import MIN_NAME_GAIN, places_of, swapped, swaps_of
 from autoalign.plan.keys import common_module, numbers, stem
@@ -38,7 +38,7 @@ _MIN_LEVELS = 3  # unlike members from which on a list is one of levels; the las
 
 _Module = tuple[Path, list[int]]  # its path and the units in it
 _PathsAndKinds = tuple[Sequence[Path], Ints]  # of the units of a side; kinds are equal where all shapes are
-_Side = tuple[Sequence[Unit], Sequence[Part]]
+_Side = tuple[Units, Sequence[Part]]
 _Members = Mapping[Path, Sequence[int]]  # of a list: each with the layers in it
 
 
@@ -137,22 +137,14 @@ def _slots(paths: Sequence[Path]) -> list[str]:
     >>> _slots([("h", str(n), f"norm{k}") for n in range(2) for k in (1, 2)])
     ['h.#.norm1', 'h.#.norm2', 'h.#.norm1', 'h.#.norm2']
     """
-    members: dict[tuple[Path, str], set[str]] = {}
-    for path in paths:
-        for depth, name in enumerate(path):
-            if not name.isdecimal() and numbers(name):
-                members.setdefault((path[:depth], stem(name)), set()).add(name)
-    many = {
-        (around, name) for (around, _), names in members.items() if len(names) > _MAX_NAMED_SIBLINGS for name in names
+    long = {
+        member
+        for (_, name), members in lists_of(paths).items()
+        if name == "#" or len(members) > _MAX_NAMED_SIBLINGS
+        for member in members
     }
-    return [
-        ".".join(
-            [
-                stem(name) if name.isdecimal() or (many and (path[:depth], name) in many) else name
-                for depth, name in enumerate(path)
-                if name  # the root has none
-            ]
-        )
+    return [  # the root has no name
+        ".".join([stem(name) if path[: depth + 1] in long else name for depth, name in enumerate(path) if name])
         for path in paths
     ]
 
@@ -281,17 +273,6 @@ def reversible_lists(assignment: Assignment, source: _Side, target: _Side) -> Re
     return ReversibleLists(frozenset(by_order), reverse)
 
 
-def _lists(units: Sequence[Unit]) -> dict[tuple[Path, str], _Members]:
-    """Group the members of each list of a side, by its parent and the stem of their names."""
-    lists: dict[tuple[Path, str], dict[Path, list[int]]] = {}
-    for index, unit in enumerate(units):
-        for depth, name in enumerate(unit.path):
-            if numbers(name):
-                members = lists.setdefault((unit.path[:depth], stem(name)), {})
-                members.setdefault(unit.path[: depth + 1], []).append(index)
-    return {key: members for key, members in lists.items() if len(members) > 1}
-
-
 def _short_lists(side: _Side) -> list[list[Path]]:
     """List the short lists of equal modules, each in the order of its numbers."""
     units, parts = side
@@ -302,10 +283,9 @@ def _short_lists(side: _Side) -> list[list[Path]]:
 
     return [
         sorted(members, key=lambda member: numbers(member[-1]))
-        for members in _lists(units).values()
-        if len(members) <= _MAX_REVERSIBLE_LENGTH
+        for members in lists_of(units.paths).values()
+        if 1 < len(members) <= _MAX_REVERSIBLE_LENGTH
         and any(len(units[below[-1]].path) > len(member) for member, below in members.items())
-        and len({len(below) for below in members.values()}) == 1
         and len(_contents(members, side)) == 1
         and is_whole(members)
     ]
@@ -331,7 +311,7 @@ def _levels(side: _Side) -> list[tuple[Path, int]]:
     """List the parents and the lengths of lists of unlike members."""
     return [
         (parent, len(members))
-        for (parent, _), members in _lists(side[0]).items()
+        for (parent, _), members in lists_of(side[0].paths).items()
         if len(_contents(members, side)) >= max(_MIN_LEVELS, len(members) - 1)
     ]
 
@@ -340,6 +320,5 @@ def _has_levels(members: Sequence[Path], levels: Sequence[tuple[Path, int]]) -> 
     """True if a list that is in no other has one of levels beside it: as long, in the same part of the network."""
     parent = members[0][:-1]
     return not any(map(numbers, parent)) and any(
-        count == len(members) and other[:1] == parent[:1] and (other == parent or other[: len(parent)] != parent)
-        for other, count in levels
+        count == len(members) and (other == parent or other[: len(parent)] != parent) for other, count in levels
     )
