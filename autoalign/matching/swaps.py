@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, combinations, pairwise
 from operator import add, sub
 
@@ -39,6 +40,8 @@ _FIRST_LATE_ORDINAL = (9,)  # from which on a layer is one of the last of its bl
 _STEP = re.compile(r"(?<=\d)_(?=\d)")  # in "branch2_0": a branch, and a step of it
 
 Pairs = tuple[tuple[int, int], ...]  # places in the assignment that would swap their sources
+_Numbers = tuple[int, ...]  # of the name of a member of a list
+_Run = Mapping[_Numbers, _Numbers]  # members of a list of the target -> those of the source's that they have
 _Key = tuple[Path, ...]  # of two modules and of what they are matched to, without numbers
 
 
@@ -259,22 +262,19 @@ def swaps_of(
         gains[index] += _MODULE_NAME_WEIGHT * _module_name_gain(one)
         key = tuple([template(path) for path in (*one.modules, *one.ends)])
         found.setdefault((key, gains[index] < 0, mirrored(one.pairs) > 0), []).append(index)
-    runs: dict[tuple[tuple[Path, Path], tuple[str, str]], _Run] = {}
 
-    def run_of(one: Instance) -> _Run:
-        lists, stems = (one.ends[0][:-1], one.modules[0][:-1]), (stem(one.ends[0][-1]), stem(one.modules[0][-1]))
-        if (lists, stems) not in runs:
-            runs[lists, stems] = _run_of(own, other, below.get(lists[1], range(len(other))), lists, stems)
-        return runs[lists, stems]
+    @cache
+    def run(lists: tuple[Path, Path], stems: tuple[str, str]) -> _Run:
+        return _run_of(own, other, below.get(lists[1], range(len(other))), lists, stems)
 
     result = []
     for (key, *_), indices in found.items():
         instances = [listed[index] for index in indices]
         pairs = tuple([pair for one in instances for pair in one.pairs])
         is_list = key[0] == key[1] and key[2] == key[3]
-        lists = [run_of(one) for one in instances] if is_list else []
-        shifted = is_list and all(map(_is_shifted, lists, instances))
-        leads = [0] * len(instances) if shifted or not is_list else list(map(_direction, lists, instances))
+        runs = [run(*_lists_around(one)) for one in instances] if is_list else []
+        shifted = is_list and all(map(_is_shifted, runs, instances))
+        leads = [0] * len(instances) if shifted or not is_list else list(map(_direction, runs, instances))
         order = sum(orders[index] * (lead or 1) for index, lead in zip(indices, leads, strict=True))
         inside = Counter([(names[0][place], names[1][place]) for pair in pairs for place in pair])
         in_row = sum(orders[index] for index in indices)
@@ -332,35 +332,16 @@ def _module_name_gain(one: Instance) -> float:
     return likeness(x, a) + likeness(y, b) - likeness(x, b) - likeness(y, a)
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """The members of a list of the target, in order of their numbers, and those of the source's that they have."""
-
-    members: Sequence[tuple[int, ...]]  # their numbers
-    partners: Sequence[tuple[int, ...]]  # those of what they are matched to
-    place_of: Mapping[tuple[int, ...], int]
-    steps: Counter[int]  # of ``step``, from each member to the next
-    shifts: Counter[tuple[int, ...]]  # of ``shift``
-
-    @classmethod
-    def of(cls, partners: Mapping[tuple[int, ...], tuple[int, ...]]) -> _Run:
-        members = sorted(partners)
-        own = [partners[member] for member in members]
-        steps = Counter(_step(a, b) for a, b in pairwise(own))
-        place_of = {member: place for place, member in enumerate(members)}
-        return cls(members, own, place_of, steps, Counter(map(_shift, members, own)))
-
-    def places(self, one: Instance) -> set[int]:
-        """Return the places of the two members that an instance would swap."""
-        parent = one.modules[0][:-1]
-        places = [self.place_of.get(numbers(path[-1])) for path in one.modules if path[:-1] == parent]
-        return {place for place in places if place is not None}
+def _lists_around(one: Instance) -> tuple[tuple[Path, Path], tuple[str, str]]:
+    """Return the lists of the source and the target that an instance stands in: their parents, and stems of members."""
+    first, second = one.ends[0], one.modules[0]
+    return (first[:-1], second[:-1]), (stem(first[-1]), stem(second[-1]))
 
 
 def _run_of(
     own: Sequence[Path], other: Sequence[Path], places: Iterable[int], lists: tuple[Path, Path], stems: tuple[str, str]
 ) -> _Run:
-    """Return to which numbers of the source's list the members of a list are matched.
+    """Return to which numbers of the source's list the members of a list are matched, in order of their numbers.
 
     Args:
         own: The paths of the source's units in the assignment.
@@ -370,53 +351,36 @@ def _run_of(
         stems: Of their members.
     """
     source, target = lists
-    votes: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
+    votes: dict[_Numbers, Counter[_Numbers]] = {}
     for place in places:
         path, wanted = own[place][len(source) :], other[place][: len(target) + 1]
-        if not path or own[place][: len(source)] != source or wanted == target:
-            continue
-        if (stem(path[0]), stem(wanted[-1])) == stems:
+        if path and own[place][: len(source)] == source and (stem(path[0]), stem(wanted[-1])) == stems:
             votes.setdefault(numbers(wanted[-1]), Counter())[numbers(path[0])] += 1
-    return _Run.of({place: found.most_common(1)[0][0] for place, found in votes.items()})
+    return {member: found.most_common(1)[0][0] for member, found in sorted(votes.items())}
+
+
+def _others(run: _Run, one: Instance) -> _Run:
+    """Leave out of a run the two members that an instance would swap."""
+    parent = one.modules[0][:-1]
+    out = [numbers(path[-1]) for path in one.modules if path[:-1] == parent]
+    return {member: partner for member, partner in run.items() if member not in out}
 
 
 def _direction(run: _Run, one: Instance) -> int:
     """Return 1 if the other members of a list are matched in order, -1 if in reverse order, else 0."""
-    out, last = run.places(one), len(run.members) - 1
-    count, steps = last - len(out), run.steps.copy()
-    if count < 1:
-        return 0
-    for place in {place for at in out for place in (at - 1, at)}:
-        if 0 <= place < last:
-            steps[_step(*run.partners[place : place + 2])] -= 1
-    for at in out:
-        after = at + 1 + (at + 1 in out)
-        if at > 0 and at - 1 not in out and after <= last:
-            steps[_step(run.partners[at - 1], run.partners[after])] += 1
-    return (steps[1] == count) - (steps[-1] == count)
-
-
-def _step(first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    """Return 1 if one comes before the other, -1 if after it, 0 if they are the same."""
-    return (first < second) - (first > second)
-
-
-def _shift(member: tuple[int, ...], partner: tuple[int, ...]) -> tuple[int, ...]:
-    """Return by how much the numbers of a member and of its partner differ; nothing if they are not as many."""
-    return tuple(map(sub, member, partner)) if len(member) == len(partner) else ()
+    steps = {(a < b) - (a > b) for a, b in pairwise(_others(run, one).values())}
+    return steps.pop() if len(steps) == 1 else 0
 
 
 def _is_shifted(run: _Run, one: Instance) -> bool:
     """True if all other members of a list have other numbers by as much as the two taken together."""
-    out = run.places(one)
-    if len(run.shifts) > 1 + len(out):
-        return False
-    shifts = run.shifts - Counter([_shift(run.members[place], run.partners[place]) for place in out])
-    (shift, *rest) = shifts or [()]
+    shifts = {
+        tuple(map(sub, member, partner)) if len(member) == len(partner) else ()
+        for member, partner in _others(run, one).items()
+    }
+    shift = shifts.pop() if len(shifts) == 1 else ()
     ends, modules = ([numbers(path[-1]) for path in pair] for pair in (one.ends, one.modules))
-    if rest or not any(shift) or any(len(end) != len(shift) for end in ends):
-        return False
-    return sorted(tuple(map(add, end, shift)) for end in ends) == sorted(modules)
+    return any(shift) and sorted(tuple(map(add, end, shift)) for end in ends) == sorted(modules)
 
 
 def _number_agreement(source: tuple[Path, Path], target: tuple[Path, Path]) -> int:

@@ -220,7 +220,7 @@ def test_the_direction_of_the_others_of_a_list_is_that_of_the_list_without_two()
             partners[first], partners[second] = partners[second], partners[first]
         one = Instance((("h", str(first)), ("h", str(second))), (("b", "0"), ("b", "1")), (), 0)
         others = [partner for place, partner in enumerate(partners) if place not in (first, second)]
-        run = swaps._Run.of({(place,): partner for place, partner in enumerate(partners)})
+        run: dict[tuple[int, ...], tuple[int, ...]] = {(place,): partner for place, partner in enumerate(partners)}
         direction = swaps._direction(run, one)
         assert direction == _direction_of(others), (partners, first, second)
         found[direction] += 1
