@@ -72,12 +72,7 @@ def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) 
     wholes: dict[int, list[int]] = {}
     for part, piece in enumerate(target.parts):
         wholes.setdefault(piece.tensor, []).append(part)
-    absent = {
-        part
-        for fusion in target.fusions
-        for part in fusion.absent
-        if len(target.parts[part].shape) == 1 and part not in found
-    }
+    absent = {part for fusion in target.fusions for part in fusion.absent if len(target.parts[part].shape) == 1}
     filled = found.keys() | absent
     weights = {part.path[:-1]: part.shape for part in source.parts if len(part.shape) == 2}
     return [

@@ -158,7 +158,7 @@ def _are_lists(first: Block, second: Block, depth: int, end: int) -> bool:
     return all(
         all(map(numbers, names)) and len(set(map(stem, names))) == 1
         for names in ({pair.other[depth - 1] for pair in pairs}, {pair.own[end] for pair in pairs})
-    )
+    ) and all(len(pair.own) > end + 1 for pair in pairs)
 
 
 def _parts(block: Block, depth: int, *, deep: bool) -> list[Block]:

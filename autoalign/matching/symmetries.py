@@ -20,9 +20,8 @@ from autoalign.matching.crossed_blocks import Blocks, Repair, blocks_of, crossin
 from autoalign.matching.features import Floats, Ints, SideEvidence
 from autoalign.matching.layers import Part, Path, Unit, Units
 from autoalign.matching.list_order import disordered, lists_of, misnumbered, out_of_step, unparallel
-from autoalign.matching.names import likeness, words
 from autoalign.matching.swaps import MIN_NAME_GAIN, places_of, swapped, swaps_of
-from autoalign.plan.keys import common_module, numbers, stem
+from autoalign.plan.keys import numbers, stem
 
 REVERSIBLE = "right shape, but the members of this list are alike, and one side may list them in reverse order"
 _NOTHING_TELLS = "right shape, but nothing tells {} from {}"
@@ -36,7 +35,6 @@ _MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its m
 _MAX_REVERSIBLE_LENGTH = 6  # members of a list that may as well be in reverse order
 _MIN_LEVELS = 3  # unlike members from which on a list is one of levels; the last two may be alike
 
-_Module = tuple[Path, list[int]]  # its path and the units in it
 _PathsAndKinds = tuple[Sequence[Path], Ints]  # of the units of a side; kinds are equal where all shapes are
 _Side = tuple[Units, Sequence[Part]]
 _Members = Mapping[Path, Sequence[int]]  # of a list: each with the layers in it
@@ -71,28 +69,19 @@ def resolve_symmetries(
     unit_at = {path: unit for unit, path in enumerate(source.paths)}
     alike = shape_pair_ids(assignment, kinds)  # no change alters it
 
-    def repaired(
-        assignment: Assignment, blocks: Blocks, repairs: Callable[[Blocks], Iterable[Repair]], least: float
-    ) -> tuple[Assignment, Blocks]:
-        before = assignment
-        for repair in filter(None, repairs(blocks)):
+    def repaired(assignment: Assignment, find: Callable[[Blocks], Iterable[Repair]]) -> Assignment:
+        for repair in filter(None, find(blocks_of(assignment, source.paths, target.paths, alike))):
             wanted = {place: unit_at.get(path, -1) for place, path in repair.items()}
-            assignment = _with_wanted(assignment, wanted, kinds[0], fixed_places, least)
-        if assignment is not before:
-            blocks = blocks_of(assignment, source.paths, target.paths, alike)
-        return assignment, blocks
+            assignment = _with_wanted(assignment, wanted, kinds[0], fixed_places)
+        return assignment
 
-    blocks = blocks_of(assignment, source.paths, target.paths, alike)
     for _ in range(_MAX_STRAIGHTENING_ROUNDS):
-        before, (assignment, blocks) = assignment, repaired(assignment, blocks, crossings, -np.inf)
+        before, assignment = assignment, repaired(assignment, crossings)
         if assignment is before:
             break
-    for repairs in (
-        partial(misnumbered, source=source.paths),
-        disordered,
-        partial(unparallel, paths=(source.paths, target.paths)),
-    ):
-        assignment, blocks = repaired(assignment, blocks, repairs, -MIN_NAME_GAIN / 2)
+    assignment = repaired(assignment, partial(misnumbered, source=source.paths))
+    assignment = repaired(assignment, disordered)
+    assignment = repaired(assignment, partial(unparallel, paths=(source.paths, target.paths)))
     slots = _slots(source.paths), _slots(target.paths)
     for _ in range(_MAX_SWAP_ROUNDS):
         found = swaps_of(assignment, source, target, alike, slots)
@@ -149,17 +138,14 @@ def _slots(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _with_wanted(
-    assignment: Assignment, wanted: Mapping[int, int], kinds: Ints, fixed: set[int], least: float
-) -> Assignment:
-    """Move sources of the same kinds, which no other places have, to some places, unless names speak against it.
+def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints, fixed: set[int]) -> Assignment:
+    """Move sources of the same kinds, which no other places have, to some places, none of them fixed.
 
     Args:
         assignment: The chosen pairs of units.
         wanted: Place -> the source unit that it should have; -1 for one that there is not.
         kinds: [source units]: equal where all tensors of a unit have the same kinds and shapes.
         fixed: Places that keep what they have.
-        least: By how much the names must fit better on average; negative where they may fit less well.
     """
     places, units = list(wanted), list(wanted.values())
     chosen = assignment.source.copy()
@@ -167,17 +153,14 @@ def _with_wanted(
     others = set(np.delete(assignment.source, places).tolist())
     if len({-1, *units}) <= len(units) or not others.isdisjoint(units):
         return assignment  # there is no such unit, or more than one place should have it
-    if (kinds[chosen] != kinds[assignment.source]).any():
-        return assignment
     moved = np.flatnonzero(chosen != assignment.source)
-    names = assignment.names[chosen, assignment.target] - assignment.names[assignment.source, assignment.target]
-    if not len(moved) or names[moved].mean() < least or not fixed.isdisjoint(moved.tolist()):
+    if (kinds[chosen] != kinds[assignment.source]).any() or not len(moved) or not fixed.isdisjoint(moved.tolist()):
         return assignment
     return with_sources(assignment, chosen)
 
 
 def ambiguous_with_unused(
-    assignment: Assignment, source: _PathsAndKinds, target: _PathsAndKinds, fixed: Collection[int] = ()
+    assignment: Assignment, source: _PathsAndKinds, target: _PathsAndKinds, fixed: set[int]
 ) -> list[int]:
     """Find the matched modules for which an unused module with identical shapes fits as well.
 
@@ -192,25 +175,22 @@ def ambiguous_with_unused(
     """
     result = set[int]()
     ways = (
-        (assignment.source, source, assignment.target, target, assignment.names),
-        (assignment.target, target, assignment.source, source, assignment.names.T),
+        (source, assignment.source, assignment.target, assignment.names),
+        (target, assignment.target, assignment.source, assignment.names.T),
     )
-    for chosen, own, others, other, names in ways:
+    for side, chosen, others, names in ways:
         place_of = {unit: place for place, unit in enumerate(chosen.tolist())}
-        for (module, taken), (rival, unused) in _alike_siblings(own, place_of):
+        for taken, unused in _alike_siblings(side, place_of):
             places = [place_of[unit] for unit in taken]
             ends = others[places]
             gain = float((names[taken, ends] - names[unused, ends]).mean())
-            counterpart = common_module([other[0][unit] for unit in ends.tolist()])
-            called = words(counterpart[-1]) if counterpart else ()
-            gain += likeness(words(module[-1]), called) - likeness(words(rival[-1]), called)
-            if gain < MIN_NAME_GAIN and set(fixed).isdisjoint(places):
+            if gain < MIN_NAME_GAIN and fixed.isdisjoint(places):
                 result.update(places)
     return sorted(result)
 
 
-def _alike_siblings(side: _PathsAndKinds, matched: Collection[int]) -> Iterator[tuple[_Module, _Module]]:
-    """List siblings of the same content of which one is matched as a whole, and the other not at all."""
+def _alike_siblings(side: _PathsAndKinds, matched: Collection[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """List the units of siblings of the same content of which one is matched as a whole, and the other not at all."""
     paths, kinds = side
     if len(paths) - len(matched) < _MIN_LAYERS_OF_UNUSED:
         return
@@ -227,8 +207,10 @@ def _alike_siblings(side: _PathsAndKinds, matched: Collection[int]) -> Iterator[
         for first, second in product(taken, unused):
             is_numbered = numbers(first[-1]) and stem(first[-1]) == stem(second[-1])
             if not is_numbered and content(first) == content(second):
-                in_order = [sorted(below[module], key=paths.__getitem__) for module in (first, second)]
-                yield (first, in_order[0]), (second, in_order[1])
+                yield (
+                    sorted(below[first], key=paths.__getitem__),
+                    sorted(below[second], key=paths.__getitem__),
+                )
 
 
 @dataclass(frozen=True, slots=True)
