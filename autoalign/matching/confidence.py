@@ -114,36 +114,24 @@ def related(
     filled = _filled(source[0], used[0], counts[0]), _filled(target[0], used[1], counts[1])
     if max(filled) < _MIN_FILLED_OF_ONE_SIDE and filled[0] * filled[1] < _MIN_FILLED_PRODUCT:
         return False
-    sound = likely & (assignment.cues["shape"] >= _MIN_SOUND_FIT)
-    tops = [
-        {side[1][part].path[:1] for unit in index[sound].tolist() for _, part in side[0][unit].parts}
+    pairs = [
+        [[side[1][part] for _, part in side[0][unit].parts] for unit in index[likely].tolist()]
         for side, index in ((source, assignment.source), (target, assignment.target))
     ]
-    for around in ((source, target), [(units_of(parts), parts) for parts in whole]):
-        for own, other in (map(_first_layer, around), map(_first_layer, around, tops)):
-            if own is None or other is None or len(own.shape) == len(other.shape):
-                continue
-            if not _are_partnered(own.tensor, other.tensor, assignment, likely, source, target):
-                return False
+    tops = [{part.path[:1] for parts in of for part in parts} for of in pairs]
+    sides = [(units_of(parts), parts) for parts in whole]
+    for own, other in (map(_first_layer, sides), map(_first_layer, sides, tops)):
+        if own is None or other is None or len(own.shape) == len(other.shape):
+            continue
+        # they are matched to one another, however they fit, or one of them to one that fits well
+        has_own, has_other = (
+            np.asarray([any(part.tensor == first.tensor for part in parts) for parts in of])
+            for of, first in zip(pairs, (own, other), strict=True)
+        )
+        fits = assignment.cues["shape"][likely] >= _MIN_SOUND_FIT
+        if not (has_own & has_other | (has_own | has_other) & fits).any():
+            return False
     return True
-
-
-def _are_partnered(
-    own: int,
-    other: int,
-    assignment: Assignment,
-    likely: NDArray[np.bool_],
-    source: _Side,
-    target: _Side,
-) -> bool:
-    """True if two tensors are matched to one another, however they fit, or one of them to one that fits well."""
-    for place in np.flatnonzero(likely):
-        units = source[0][assignment.source[place]], target[0][assignment.target[place]]
-        has_own = any(source[1][part].tensor == own for _, part in units[0].parts)
-        has_other = any(target[1][part].tensor == other for _, part in units[1].parts)
-        if (has_own and has_other) or ((has_own or has_other) and assignment.cues["shape"][place] >= _MIN_SOUND_FIT):
-            return True
-    return False
 
 
 def unused_duplicates(assignment: Assignment, source: _Side) -> NDArray[np.bool_]:

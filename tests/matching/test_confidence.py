@@ -1,4 +1,4 @@
-"""Nothing is loaded that only shapes speak for: between unrelated networks, or of what is left over beside related ones."""
+"""Nothing is loaded that only shapes speak for: between unrelated networks, or of what a related one leaves over."""
 
 from __future__ import annotations
 
