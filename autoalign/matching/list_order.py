@@ -49,10 +49,10 @@ def disordered(blocks: Blocks) -> Iterator[Repair]:
     """
     lists: list[tuple[tuple[Path, str, Path], int, int, list[_Member]]] = []
     together: Counter[tuple[Path, str, Path]] = Counter()  # names of a list and of what fills it -> its direction
-    for (parent, name), of in _lists_in(blocks, of_layers=True).items():
+    for (parent, name), of in _numbered(blocks, of_layers=True).items():
         depth = len(parent) + 1
         by_end: dict[Path, list[_Member]] = {}
-        for number, pairs in of.items():
+        for number, pairs in of:
             end = pairs[0].own if len(pairs[0].other) == depth else common_module([pair.own for pair in pairs])
             place = tuple([number for name in end for number in numbers(name)])
             by_end.setdefault(template(end), []).append(_Member(number, end, place, pairs))
@@ -84,7 +84,8 @@ class _Member(NamedTuple):
 
 def _run(members: Sequence[_Member]) -> int:
     """Count the pairs of members that are matched in the order of their numbers, less those in the other order."""
-    return sum((a.place < b.place) - (a.place > b.place) for a, b in combinations(sorted(members), 2))
+    in_order = sorted(members, key=attrgetter("number"))
+    return sum((a.place < b.place) - (a.place > b.place) for a, b in combinations(in_order, 2))
 
 
 def sign(value: int) -> int:
@@ -97,7 +98,9 @@ def _in_order(members: Sequence[_Member], others: int) -> Repair:
 
     In ``others`` more lists of the same names the numbers run in the same direction than in the other.
     """
-    members = sorted(members)
+    members = sorted(members, key=attrgetter("number"))
+    if len({member.place for member in members}) < len(members):
+        return {}
     direction = sign(others) if abs(others) >= _MIN_AGREEING_LISTS else sign(_run(members))
     wanted = sorted(members, key=attrgetter("place"), reverse=direction < 0)
     if not direction or wanted == members:
@@ -231,14 +234,19 @@ def _member_names(paths: Sequence[Path]) -> dict[_List, dict[_Numbers, str]]:
     return {of: {numbers(path[-1]): path[-1] for path in members} for of, members in lists_of(paths).items()}
 
 
-def _lists_in(blocks: Blocks, *, of_layers: bool = False) -> Mapping[_List, _Members]:
-    """Group the members of each list of the target, of modules or of layers as well, by their numbers."""
+def _numbered(blocks: Blocks, *, of_layers: bool = False) -> Mapping[_List, Sequence[tuple[_Numbers, Block]]]:
+    """Group the members of each list of the target, of modules or of layers as well, with their numbers."""
     layers = {pair.other: [pair] for block, pairs in blocks.items() if len(block) == 1 for pair in pairs}
-    lists: dict[_List, dict[_Numbers, Block]] = {}
+    lists: dict[_List, list[tuple[_Numbers, Block]]] = {}
     for path, pairs in (*blocks.items(), *(layers.items() if of_layers else ())):
         if numbers(path[-1]):
-            lists.setdefault((path[:-1], stem(path[-1])), {})[numbers(path[-1])] = pairs
+            lists.setdefault((path[:-1], stem(path[-1])), []).append((numbers(path[-1]), pairs))
     return lists
+
+
+def _lists_in(blocks: Blocks, *, of_layers: bool = False) -> Mapping[_List, _Members]:
+    """As ``_numbered``, where a layer stands for the module of its name."""
+    return {of: dict(members) for of, members in _numbered(blocks, of_layers=of_layers).items()}
 
 
 def _around(parent: Path, name: str) -> Path:
