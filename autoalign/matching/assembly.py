@@ -82,22 +82,14 @@ def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) 
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layouts:
-    """The other layouts of a fused tensor, as one of its parts sees them."""
-
-    reason: str
-    views: tuple[Operation, ...]  # what takes the part out of the tensor in each of them
-
-
-def _layouts(side: SideParts, styles: tuple[Style, Style]) -> dict[int, _Layouts]:
-    """Find, for the parts of fused tensors, how else they might be taken out."""
+def _layouts(side: SideParts, styles: tuple[Style, Style]) -> dict[int, Doubt]:
+    """Find, for the parts of fused tensors, how else they might be taken out of these."""
     result = {}
     for fusion in side.fusions:
         reason, ways = other_layouts(fusion, components(side.specs[fusion.tensor].key), styles)
         if reason:
             for place, part in enumerate(fusion.parts):
-                result[part] = _Layouts(reason, tuple(views[place] for views in ways))
+                result[part] = Doubt(reason, tuple(views[place] for views in ways))
     return result
 
 
@@ -115,7 +107,7 @@ def _match(
     parts: Sequence[int],
     found: Mapping[int, Found],
     styles: tuple[Style, Style],
-    layouts: tuple[Mapping[int, _Layouts], Mapping[int, _Layouts]],
+    layouts: tuple[Mapping[int, Doubt], Mapping[int, Doubt]],
     weights: Mapping[Path, Shape],
 ) -> Match:
     filled = [found[part] for part in parts if part in found]
@@ -137,7 +129,7 @@ def _match(
         own = source.parts[piece.source]
         pieces.append(_Piece(source.key(own), chain(own.view, piece.operation), target.parts[part].shape))
         if known := layouts[0].get(piece.source):
-            others[place] = tuple(chain(view, piece.operation) for view in known.views)
+            others[place] = tuple(chain(view, piece.operation) for view in known.otherwise)
             untold = True
             warnings.add(known.reason)
         doubt = doubt_about(own, target.parts[part], piece.operation, styles, weights.get(own.path[:-1], ()))
@@ -166,7 +158,7 @@ def _match(
     if known := layouts[1].get(parts[0]):
         untold = True
         warnings.add(known.reason)
-        ways += [(pieces, [layouts[1][part].views[turn] for part in parts]) for turn in range(len(known.views))]
+        ways += [(pieces, [layouts[1][part].otherwise[turn] for part in parts]) for turn in range(len(known.otherwise))]
     if told and not untold:
         ways[:2] = ways[1::-1]
     if BY_ORDER in warnings:
@@ -197,13 +189,7 @@ def _match(
 def _put_together(
     pieces: Sequence[_Piece], views: Sequence[Operation], shape: Shape
 ) -> tuple[tuple[str, ...], Operation]:
-    """Name the sources of a tensor and the operation that makes it of them.
-
-    Args:
-        pieces: What fills its parts.
-        views: What takes each part out of it.
-        shape: Of the tensor.
-    """
+    """Return the sources of a tensor and the operation that makes it of them; ``views`` take its parts out of it."""
     if len(pieces) == 1 and isinstance(views[0], Copy) and pieces[0].key is not None:
         return (pieces[0].key,), pieces[0].view
     order = sorted(range(len(pieces)), key=lambda place: place_of(views[place]))

@@ -86,15 +86,6 @@ def crossings(blocks: Blocks) -> list[Repair]:
     return found
 
 
-def places_below(paths: Sequence[Path]) -> dict[Path, list[int]]:
-    """List the places of the layers in each module, and those of the layers themselves."""
-    below: dict[Path, list[int]] = {}
-    for place, path in enumerate(paths):
-        for depth in range(1, len(path) + 1):
-            below.setdefault(path[:depth], []).append(place)
-    return below
-
-
 def _straightened(first: Block, second: Block, depth: int, end: int) -> Repair:
     """Swap parts of two blocks, one after another, as long as that leaves both more of one piece."""
     repair: Repair = {}
@@ -177,13 +168,3 @@ def _ends(block: Block, end: int) -> Counter[str]:
 def _wholeness(first: Block, second: Block, end: int) -> int:
     """Measure how far two blocks are each matched to one module."""
     return sum(count**2 for block in (first, second) for count in _ends(block, end).values())
-
-
-def shared_depth(first: Path, second: Path) -> int:
-    """Count the components that two paths begin with alike."""
-    depth = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        depth += 1
-    return depth

@@ -113,10 +113,7 @@ def layouts_of(source: Rotation, target: Rotation) -> tuple[Layout | None, Layou
 def is_same_code(source: Projection, target: Projection, *, hugging_face: bool) -> bool:
     """True if names prove that two tensors are of the same code, or of code that keeps its layout.
 
-    Args:
-        source: The tensor of the source.
-        target: That of the target.
-        hugging_face: Whether both sides have Hugging Face's names, which fused projections aside are those of vLLM too.
+    ``hugging_face``: both sides have Hugging Face's names, which fused projections aside are those of vLLM too.
     """
     own, other = source.tower.norms, target.tower.norms
     alike = len(own & other) >= _MIN_SHARED_NORMS * max(min(len(own), len(other)), 1)

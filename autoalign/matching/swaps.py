@@ -20,13 +20,12 @@ import numpy as np
 
 from autoalign.matching.assignment import Assignment, with_sources
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED
-from autoalign.matching.crossed_blocks import places_below, shared_depth
 from autoalign.matching.features import SideEvidence
 from autoalign.matching.layers import Path, block_around
 from autoalign.matching.list_order import sign
 from autoalign.matching.names import likeness, ordinal, words
 from autoalign.matching.vocabulary import ROLES
-from autoalign.plan.keys import numbers, stem, template
+from autoalign.plan.keys import common_prefix, numbers, stem, template
 
 MIN_NAME_GAIN = 0.05  # how much better names must fit one way than the other to tell anything
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
@@ -164,6 +163,15 @@ def _instances(
                 yield from instances(first, second, [pair], rest, tops[0])
 
 
+def _places_below(paths: Sequence[Path]) -> dict[Path, list[int]]:
+    """List the places of the layers in each module, and those of the layers themselves."""
+    below: dict[Path, list[int]] = {}
+    for place, path in enumerate(paths):
+        for depth in range(1, len(path) + 1):
+            below.setdefault(path[:depth], []).append(place)
+    return below
+
+
 def _inside(path: Path, ends: tuple[Path, Path]) -> tuple[bool, bool]:
     """For each of two siblings, True if a layer is in it or in another step of the branch that it is a step of.
 
@@ -219,7 +227,7 @@ def _counterparts(
 
 def _cut_apart(first: Path, second: Path) -> tuple[Path, Path] | None:
     """Cut two paths after the first component in which they differ."""
-    depth = shared_depth(first, second)
+    depth = len(common_prefix((first, second)))
     return None if depth == min(len(first), len(second)) else (first[: depth + 1], second[: depth + 1])
 
 
@@ -241,7 +249,7 @@ def swaps_of(
     """
     chosen = assignment.source.tolist(), assignment.target.tolist()
     own, other = [source.paths[i] for i in chosen[0]], [target.paths[j] for j in chosen[1]]
-    below = places_below(other)
+    below = _places_below(other)
     listed = list(_instances(own, other, alike, below))
     if not listed:
         return []
@@ -264,15 +272,15 @@ def swaps_of(
         found.setdefault((key, gains[index] < 0, mirrored(one.pairs) > 0), []).append(index)
 
     @cache
-    def run(lists: tuple[Path, Path], stems: tuple[str, str]) -> _Run:
-        return _run_of(own, other, below.get(lists[1], range(len(other))), lists, stems)
+    def run(source: Path, target: Path) -> _Run:
+        return _run_of(own, other, below.get(target[:-1], range(len(other))), source, target)
 
     result = []
     for (key, *_), indices in found.items():
         instances = [listed[index] for index in indices]
         pairs = tuple([pair for one in instances for pair in one.pairs])
         is_list = key[0] == key[1] and key[2] == key[3]
-        runs = [run(*_lists_around(one)) for one in instances] if is_list else []
+        runs = [run(_list_around(one.ends[0]), _list_around(one.modules[0])) for one in instances] if is_list else []
         shifted = is_list and all(map(_is_shifted, runs, instances))
         leads = [0] * len(instances) if shifted or not is_list else list(map(_direction, runs, instances))
         order = sum(orders[index] * (lead or 1) for index, lead in zip(indices, leads, strict=True))
@@ -326,36 +334,32 @@ def _gains(
 def _module_name_gain(one: Instance) -> float:
     """Module-name similarity of the current assignment minus that of the swap."""
     (a, b), (x, y) = (
-        [tuple([word for name in path[shared_depth(*pair) :] for word in words(name)]) for path in pair]
+        [tuple([word for name in path[len(common_prefix(pair)) :] for word in words(name)]) for path in pair]
         for pair in (one.modules, one.ends)
     )
     return likeness(x, a) + likeness(y, b) - likeness(x, b) - likeness(y, a)
 
 
-def _lists_around(one: Instance) -> tuple[tuple[Path, Path], tuple[str, str]]:
-    """Return the lists of the source and the target that an instance stands in: their parents, and stems of members."""
-    first, second = one.ends[0], one.modules[0]
-    return (first[:-1], second[:-1]), (stem(first[-1]), stem(second[-1]))
+def _list_around(member: Path) -> Path:
+    """Return the path of a list: that of its member, the last name without its numbers."""
+    return (*member[:-1], stem(member[-1]))
 
 
-def _run_of(
-    own: Sequence[Path], other: Sequence[Path], places: Iterable[int], lists: tuple[Path, Path], stems: tuple[str, str]
-) -> _Run:
-    """Return to which numbers of the source's list the members of a list are matched, in order of their numbers.
+def _run_of(own: Sequence[Path], other: Sequence[Path], places: Iterable[int], source: Path, target: Path) -> _Run:
+    """Map the members of a list of the target, in order, to what most of each is matched to in the source's list.
 
     Args:
         own: The paths of the source's units in the assignment.
         other: Those of the target's.
-        places: Those below the target's list.
-        lists: The parents of the lists of the source and the target.
-        stems: Of their members.
+        places: Those around the target's list.
+        source: The source's list.
+        target: The target's list.
     """
-    source, target = lists
     votes: dict[_Numbers, Counter[_Numbers]] = {}
     for place in places:
-        path, wanted = own[place][len(source) :], other[place][: len(target) + 1]
-        if path and own[place][: len(source)] == source and (stem(path[0]), stem(wanted[-1])) == stems:
-            votes.setdefault(numbers(wanted[-1]), Counter())[numbers(path[0])] += 1
+        partner, member = own[place][: len(source)], other[place][: len(target)]
+        if (_list_around(partner), _list_around(member)) == (source, target):
+            votes.setdefault(numbers(member[-1]), Counter())[numbers(partner[-1])] += 1
     return {member: found.most_common(1)[0][0] for member, found in sorted(votes.items())}
 
 
