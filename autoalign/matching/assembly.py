@@ -27,7 +27,7 @@ from autoalign.plan.specs import TensorSpec, tied_groups
 
 _STRANDED = "the weight of this layer has another shape, so its bias is not taken alone"
 _NO_BIAS = "the source has no bias here, which is one of zeros"
-_BY_ORDER_FACTOR = 0.85  # of the confidence of a match whose parts were told apart by their order alone
+_BY_ORDER_FACTOR = 0.85  # of the confidence of a match whose parts only their order tells apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _match(
     confidence, whole = least.confidence, target.specs[target.parts[parts[0]].tensor]
     pieces, views = [], [target.parts[part].view for part in parts]
     others: dict[int, tuple[Operation, ...]] = {}  # place of a piece -> its other views
-    told, untold = False, False  # whether a layout is known by more than its shape, and whether another is not
+    is_known, is_open = False, False  # whether a layout is known by more than its shape, and whether another is not
     split: Doubt | None = None  # of a tensor that holds several blocks on both sides
     warnings: set[str] = set()
     for place, part in enumerate(parts):
@@ -130,7 +130,7 @@ def _match(
         pieces.append(_Piece(source.key(own), chain(own.view, piece.operation), target.parts[part].shape))
         if known := layouts[0].get(piece.source):
             others[place] = tuple(chain(view, piece.operation) for view in known.otherwise)
-            untold = True
+            is_open = True
             warnings.add(known.reason)
         doubt = doubt_about(own, target.parts[part], piece.operation, styles, weights.get(own.path[:-1], ()))
         if doubt and (known is None or doubt.reason == ROTARY):
@@ -138,8 +138,8 @@ def _match(
             warnings.add(doubt.reason)
             apart = len(parts) == 1 and sum(doubt.sizes) == target.parts[part].shape[0]
             split = doubt if doubt.blocks and apart else None
-            is_told = doubt.told and (apart or not doubt.blocks)
-            told, untold = told or is_told, untold or not is_told
+            settled = doubt.is_known and (apart or not doubt.blocks)
+            is_known, is_open = is_known or settled, is_open or not settled
     ways = [(pieces, views)]
     if others:
         for turn in range(max(map(len, others.values()))):
@@ -156,15 +156,15 @@ def _match(
             ]
             ways.append((filling, [chain(view, block) for block in blocks]))
     if known := layouts[1].get(parts[0]):
-        untold = True
+        is_open = True
         warnings.add(known.reason)
         ways += [(pieces, [layouts[1][part].otherwise[turn] for part in parts]) for turn in range(len(known.otherwise))]
-    if told and not untold:
+    if is_known and not is_open:
         ways[:2] = ways[1::-1]
     if BY_ORDER in warnings:
         confidence *= _BY_ORDER_FACTOR
     if warnings - {BY_ORDER, _NO_BIAS}:
-        confidence = min(confidence, INFERRED if told and not untold else AMBIGUOUS)
+        confidence = min(confidence, INFERRED if is_known and not is_open else AMBIGUOUS)
     (sources, operation), *rest = [_put_together(*way, whole.shape) for way in ways]
     alternatives = [Candidate(sources, operation, 0.0) for sources, operation in rest]
     if len(parts) == 1 and least.rival is not None and not alternatives:

@@ -286,5 +286,5 @@ def _islands(pairs: Mapping[int, tuple[Path, Path]]) -> list[list[int]]:
 def _have_words_in_common(source: Collection[Path], target: Collection[Path]) -> bool:
     """True if modules have names in common, or words in their names that say more than a type of layer."""
     own, other = ({path[-1] for path in modules} for modules in (source, target))
-    told = [sorted({word for name in names for word in words(name)} - LAYER_TYPES) for names in (own, other)]
-    return not own.isdisjoint(other) or max(similar_words(*told).values(), default=0) >= _MIN_WORD_SIMILARITY
+    telling = [sorted({word for name in names for word in words(name)} - LAYER_TYPES) for names in (own, other)]
+    return not own.isdisjoint(other) or max(similar_words(*telling).values(), default=0) >= _MIN_WORD_SIMILARITY

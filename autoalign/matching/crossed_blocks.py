@@ -107,13 +107,13 @@ def _straight(first: Block, second: Block, depth: int, end: int) -> Repair:
     before = _wholeness(first, second, end)
     if before == len(first) ** 2 + len(second) ** 2:
         return {}
-    home = [_home(block, other, end) for block, other in ((first, second), (second, first))]
-    told = home[0] != home[1] and None not in home
-    if not told and not _are_lists(first, second, depth, end):
+    homes = [_home(block, other, end) for block, other in ((first, second), (second, first))]
+    at_home = homes[0] != homes[1] and None not in homes
+    if not at_home and not _are_lists(first, second, depth, end):
         return {}
-    parts = [_parts(block, depth, deep=told) for block in (first, second)]
-    if told:
-        parts = [[part for part in of if own not in _ends(part, end)] for of, own in zip(parts, home, strict=True)]
+    parts = [_parts(block, depth, deep=at_home) for block in (first, second)]
+    if at_home:
+        parts = [[part for part in of if own not in _ends(part, end)] for of, own in zip(parts, homes, strict=True)]
     alike = (
         len({name.isdecimal() for pair in (*first, *second) for name in (pair.other[depth - 1], pair.own[end])}) == 1
     )
@@ -122,7 +122,7 @@ def _straight(first: Block, second: Block, depth: int, end: int) -> Repair:
     for one, two in product(*parts):
         if [pair.kind for pair in one] != [pair.kind for pair in two]:
             continue
-        if not (told or alike) and any(p.own[end + 1 :] != q.own[end + 1 :] for p, q in zip(one, two, strict=True)):
+        if not (at_home or alike) and any(p.own[end + 1 :] != q.own[end + 1 :] for p, q in zip(one, two, strict=True)):
             continue  # the target might be a list of blocks, and the source one list for each of their parts
         moved = {p.place: replace(p, own=q.own) for p, q in (*zip(one, two, strict=True), *zip(two, one, strict=True))}
         sides = [[moved.get(pair.place, pair) for pair in block] for block in (first, second)]

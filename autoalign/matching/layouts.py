@@ -55,7 +55,7 @@ class Doubt:
 
     reason: str
     otherwise: tuple[Operation, ...] = ()  # from the source's part to the target's, the likeliest first
-    told: bool = False  # whether the first of these is the right one by what else is known
+    is_known: bool = False  # whether the first of these is the right one by what else is known
     sizes: tuple[int, ...] = ()  # rows of the blocks that are laid out by an operation each, one after another
     blocks: tuple[tuple[Operation, ...], ...] = ()  # instead of `otherwise`: an operation for each of these blocks
 
@@ -168,8 +168,8 @@ def doubt_about(
             return None
         dim = source.shape.index(max(weight))
         halves = Reshape((*source.shape[:dim], 2, min(weight), *source.shape[dim + 1 :]))
-        told = {_modulates_last(source), _modulates_last(target)} == {"shift", "scale"}
-        return Doubt(_SHIFT, (chain(halves, Flip(dim), Reshape(source.shape), operation),), told)
+        is_known = {_modulates_last(source), _modulates_last(target)} == {"shift", "scale"}
+        return Doubt(_SHIFT, (chain(halves, Flip(dim), Reshape(source.shape), operation),), is_known)
     doubt = _doubt(source, target, styles, weight)
     if doubt is None or not isinstance(operation, Transpose) or source.shape[0] >= source.shape[1]:
         return doubt and replace(doubt, otherwise=tuple(chain(way, operation) for way in doubt.otherwise))
@@ -241,8 +241,9 @@ def _rotary(source: Part, target: Part, styles: tuple[Style, Style], weight: Sha
     if any(tower.positions for tower in towers) or not any(tower.rotated for tower in towers):
         return None
     layouts = layouts_of(*sides)
-    told = None not in layouts
-    if layouts[0] == layouts[1] if told else is_same_code(own, other, hugging_face=all(s.hugging_face for s in sides)):
+    are_known = None not in layouts
+    is_hugging_face = all(side.hugging_face for side in sides)
+    if layouts[0] == layouts[1] if are_known else is_same_code(own, other, hugging_face=is_hugging_face):
         return None
     heads = {size for style in styles for size in (style.rotated, style.head_dim) if size}
     likelier = ("pairs", "halves") if sides[1].hugging_face else ("halves", "pairs")  # of the source
@@ -257,10 +258,10 @@ def _rotary(source: Part, target: Part, styles: tuple[Style, Style], weight: Sha
         for head in _sizes(known, gcd(*sizes, *(style.rows for style in styles)))
         if head % 2 == 0 and head > 2
     ]
-    told = told and known is not None and bool(ways)
+    is_known = are_known and known is not None and bool(ways)
     if role == "qkv":
-        return Doubt(ROTARY, told=told, sizes=sizes, blocks=tuple((*way, Copy()) for way in ways))
-    return Doubt(ROTARY, tuple(way for (way,) in ways), told)
+        return Doubt(ROTARY, is_known=is_known, sizes=sizes, blocks=tuple((*way, Copy()) for way in ways))
+    return Doubt(ROTARY, tuple(way for (way,) in ways), is_known)
 
 
 def _blocks(source: Part, weight: Shape) -> tuple[int, ...]:

@@ -132,7 +132,7 @@ def _counterpart(members: _Members, *, of_layers: bool = False) -> _List | None:
 
     Args:
         members: Of the target's list.
-        of_layers: Whether layers count as members of the source's list, or modules only.
+        of_layers: True if layers count as members of the source's list, not modules only.
     """
     votes = Counter(
         [
@@ -220,10 +220,10 @@ def _beside(blocks: Blocks, paths: tuple[Sequence[Path], Sequence[Path]]) -> Ite
             same = frozenset(numbered[0][counterpart]), frozenset(numbered[1][of])
             lists.setdefault((_around(*of), _around(*counterpart), *same), []).append((members, counterpart))
     for beside in lists.values():
-        told = [(counterpart, _homes(members, counterpart)) for members, counterpart in beside if _is_told(members)]
-        for members, counterpart in beside if told else ():
-            homes = {} if _is_told(members) else _homes(members, counterpart)
-            for another, wanted in told:
+        unlike = [(counterpart, _homes(members, counterpart)) for members, counterpart in beside if _differ(members)]
+        for members, counterpart in beside if unlike else ():
+            homes = {} if _differ(members) else _homes(members, counterpart)
+            for another, wanted in unlike:
                 if another != counterpart and any(wanted.get(place, home) != home for place, home in homes.items()):
                     yield members, counterpart, wanted
                     break
@@ -254,7 +254,7 @@ def _around(parent: Path, name: str) -> Path:
     return parent[:-1] if name == stem("0") else parent
 
 
-def _is_told(members: _Members) -> bool:
+def _differ(members: _Members) -> bool:
     """True if the shapes in the members of a list tell them apart."""
     kinds = [tuple(sorted(pair.kind for pair in block)) for block in members.values()]
     return len(set(kinds)) == len(kinds)
@@ -274,7 +274,7 @@ def out_of_step(blocks: Blocks, kind_of: Mapping[Path, int], target: Sequence[Pa
         blocks: What is matched.
         kind_of: Path of a layer of the source -> its kind: equal where all tensors have the same shapes.
         target: The paths of all layers of the target.
-        ordered: Whether the order of the target's layers tells anything.
+        ordered: True if the order of the target's layers is that of registration.
 
     Returns:
         The places that another member of the source's list could fill as well.
@@ -341,7 +341,7 @@ def _beyond(members: _Members, above: int, counterpart: _List, everything: Block
         above: The depth of their layers' names within them.
         counterpart: The source's list that fills most of it.
         everything: All that is matched, in the target's order.
-        ordered: Whether that order tells anything.
+        ordered: True if that order is that of registration.
     """
     depth = len(counterpart[0])
     listed = {pair.place for block in members.values() for pair in block}

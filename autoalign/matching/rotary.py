@@ -64,7 +64,7 @@ class Rotation:
 
     projections: Mapping[int, Projection]  # by the place among the side's tensors
     layout: Layout | None = None  # None where neither a config nor a header tells
-    published: bool = False  # whether that is told by what says that Hugging Face's code of this network rotates halves
+    published: bool = False  # whether that implies halves in the code of this network that Hugging Face publishes
     partial: bool = False  # whether the config says that a part of each head is rotated
     hugging_face: bool = False  # whether the names are those of Hugging Face's code
 
@@ -80,7 +80,7 @@ def rotary_settling(sides: tuple[Checkpoint, Checkpoint], *, sized: bool) -> str
 
     Args:
         sides: The source and the target.
-        sized: Whether something tells the size of the heads.
+        sized: True if the size of the heads is known.
     """
     known = layouts_of(*(_convention([components(spec.key) for spec in side.specs], side.config) for side in sides))
     lines = []
@@ -141,11 +141,11 @@ def role_of(path: Path) -> tuple[str, int]:
 def _convention(paths: Sequence[Path], config: Mapping[str, object]) -> Rotation:
     names = {name for path in paths for name in path}
     hugging_face = names >= HUGGING_FACE_STYLE
-    layout, published = _told(config, names, hugging_face=hugging_face)
+    layout, published = _stated(config, names, hugging_face=hugging_face)
     return Rotation({}, layout, published, _is_partial(config), hugging_face)
 
 
-def _told(config: Mapping[str, object], names: set[str], *, hugging_face: bool) -> tuple[Layout | None, bool]:
+def _stated(config: Mapping[str, object], names: set[str], *, hugging_face: bool) -> tuple[Layout | None, bool]:
     """Read a layout off a config, and whether it is one of code whose weights Hugging Face publishes as halves.
 
     What llama.cpp rotates is a fact of its format: ``llama_model_rope_type`` in its ``src/llama-model.cpp`` lists

@@ -71,12 +71,12 @@ class Swap:
             return False
         if self.anchors < 0:
             return self.names < MIN_NAME_GAIN
-        told = self.names < -MIN_NAME_GAIN
+        fits_better = self.names < -MIN_NAME_GAIN
         if self.names < MIN_NAME_GAIN:
-            told |= self.mirrored > 0 and self.order <= 0 and not self.is_list
-            told |= self.order == 0 and min(self.numbers, self.ordinals) < 0
-            told |= self.is_list and self.numbers == 0 and self.order < 0
-        return told and self.elsewhere <= 0 and self.anchors == 0
+            fits_better |= self.mirrored > 0 and self.order <= 0 and not self.is_list
+            fits_better |= self.order == 0 and min(self.numbers, self.ordinals) < 0
+            fits_better |= self.is_list and self.numbers == 0 and self.order < 0
+        return fits_better and self.elsewhere <= 0 and self.anchors == 0
 
     @property
     def cap(self) -> float:
@@ -317,14 +317,14 @@ def _gains(
         [ROLES.intersection(words(side.paths[unit][-1])) for unit in chosen.tolist()]
         for side, chosen in ((source, assignment.source), (target, assignment.target))
     ]
-    told = np.zeros(len(pairs))
+    by_role = np.zeros(len(pairs))
     for index, (p, q) in enumerate(pairs):
         if roles[0][p] or roles[0][q]:
             as_is = roles[0][p] & roles[1][p] or roles[0][q] & roles[1][q]
             if_swapped = roles[0][p] & roles[1][q] or roles[0][q] & roles[1][p]
-            told[index] = _ROLE_GAIN * (bool(as_is) - bool(if_swapped))
+            by_role[index] = _ROLE_GAIN * (bool(as_is) - bool(if_swapped))
     names, own, other = assignment.names, source.ancestry.order, target.ancestry.order
-    gain = told + (names[i, j] + names[k, m] - names[i, m] - names[k, j])
+    gain = by_role + (names[i, j] + names[k, m] - names[i, m] - names[k, j])
     order = np.where((own[i] < own[k]) == (other[j] < other[m]), 1, -1)
     sizes = np.asarray([len(one.pairs) for one in instances])
     starts = np.cumsum(sizes) - sizes
