@@ -262,15 +262,8 @@ def mismatched_units(
 ) -> list[tuple[int, int]]:
     """Pair the layers that are left on both sides: of the same kind, and alike in name or in the same surroundings.
 
-    Surroundings are the neighbours, the block, and the end of the network.
-
-    Args:
-        source: Units, parts and evidence of the source.
-        target: Those of the target.
-        partners: The matched units, target -> source.
-
-    Returns:
-        Pairs of a source and a target unit, each the other's best.
+    Surroundings are the neighbours, the block, and the end of the network. ``partners`` are the matched units, target
+    -> source. Of each pair of a source and a target unit, either is the other's best.
     """
     used = set(partners.values())
     rows = [index for index in range(len(source[0])) if index not in used]
@@ -330,13 +323,7 @@ def unmatched_parameter_pairs(
     >>> unmatched_parameter_pairs(own, other, {0: 0, 1: 1})
     {2: 2}
 
-    Args:
-        source: The parts of the source.
-        target: Those of the target.
-        matched: From each matched part of the target to that of the source.
-
-    Returns:
-        More of the same.
+    ``matched`` maps parts of the target to those of the source, as does what is returned.
     """
     used = set(matched.values())
     spare = [index for index, part in enumerate(source) if index not in used and _has_own_name(part)]

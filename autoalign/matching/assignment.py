@@ -53,10 +53,11 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         none = np.zeros(0, dtype=np.float32)
         return Assignment(rows, columns, none, none, rows, none, dict.fromkeys(WEIGHTS, none))
     names = name_scores(source.paths, target.paths)
+    listed = (source.length[rows] == target.length[columns]) & (source.length[rows] > 1)
     cues = {
         "name": names[rows, columns],
         "shape": candidates.fit,
-        "place": _same_place(source, target, rows, columns),
+        "place": np.asarray(listed & (source.place[rows] == target.place[columns]), dtype=np.float32),
         "structure": np.zeros(len(rows), dtype=np.float32),
         "pattern": np.zeros(len(rows), dtype=np.float32),
         "order": np.zeros(len(rows), dtype=np.float32),
@@ -77,7 +78,8 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
     soft = softmax(score, sharpness)
     for _ in range(_MAX_STEPS):
         cues["structure"] = structure.scores(soft)
-        row_mass, column_mass = _masses(soft, rows, columns, shape)
+        row_mass = np.bincount(rows, soft, shape[0]).astype(np.float32)
+        column_mass = np.bincount(columns, soft, shape[1]).astype(np.float32)
         pooled = np.concatenate([votes.scores(soft, row_mass, column_mass) for votes in patterns])
         cues["pattern"] = pooled.sum(axis=0) / len(pooled)
         padded[:-1] = soft
@@ -101,12 +103,6 @@ def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidat
         names,
         {name: np.asarray(cue[chosen], dtype=np.float32) for name, cue in cues.items()},
     )
-
-
-def _same_place(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Floats:
-    """Return 1 for pairs of units that have the same place in lists of the same length, else 0."""
-    listed = (source.length[rows] == target.length[columns]) & (source.length[rows] > 1)
-    return np.asarray(listed & (source.place[rows] == target.place[columns]), dtype=np.float32)
 
 
 class _StructureVotes:
@@ -212,11 +208,6 @@ def _neighbour_pairs(source: SideEvidence, target: SideEvidence, rows: Ints, col
         place = np.minimum(np.searchsorted(code[by_code], wanted), len(code) - 1)
         found.append(np.where(code[by_code][place] == wanted, by_code[place], len(code)))
     return np.asarray(found)
-
-
-def _masses(soft: Floats, rows: Ints, columns: Ints, shape: tuple[int, int]) -> tuple[Floats, Floats]:
-    masses = np.bincount(rows, soft, shape[0]), np.bincount(columns, soft, shape[1])
-    return masses[0].astype(np.float32), masses[1].astype(np.float32)
 
 
 class _Softmax:

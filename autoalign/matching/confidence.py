@@ -91,14 +91,8 @@ def related(
     Where a block has a true counterpart, nearly all of its layers do, with nearly all of their tensors. Between
     unrelated networks shapes agree here and there, and blocks are filled in part. So the blocks that are touched at all
     must be filled nearly completely, on one side or, to a lesser degree, on both. And the networks must not begin with
-    layers of different kinds: one that starts with a table of words is not one that starts with a convolution.
-
-    Args:
-        assignment: The chosen pairs of units.
-        confidence: Of each.
-        source: Units and parts of the source that take part.
-        target: Those of the target.
-        whole: All parts of both sides, in scope or not.
+    layers of different kinds: one that starts with a table of words is not one that starts with a convolution. That is
+    seen in the parts of the whole sides, in scope or not.
     """
     likely = confidence > _MIN_LIKELY
     counts = counts_of(*source), counts_of(*target)
@@ -207,23 +201,15 @@ class _Level:
 
 
 def shape_only_pairs(assignment: Assignment, source: _Side, target: _Side, fixed: Collection[int] = ()) -> list[int]:
-    """List the pairs of units that nothing but their shapes speaks for.
+    """List the places of the pairs that nothing but their shapes speaks for; ``fixed`` are units of the target.
 
     Beside a network that corresponds, what is left over of a head may fit into an unlike decoder here and there. An
     island is a group of modules whose layers are matched to one another, apart from all else that is matched. Where
     most of it has no counterpart, and the names of its modules have nothing in common, only shapes speak for its pairs.
 
-    The modules at the top are looked at first, then those in the largest island, and so on. Where less than half of the
-    pairs are in islands that something speaks for, all names may have been changed, and none is doubted.
-
-    Args:
-        assignment: The chosen pairs of units.
-        source: Units and parts of the source, under one root.
-        target: Those of the target, likewise.
-        fixed: Units of the target whose partners are known.
-
-    Returns:
-        The places of these pairs.
+    The modules at the top, under the one root, are looked at first, then those in the largest island, and so on. Where
+    less than half of the pairs are in islands that something speaks for, all names may have been changed, and none is
+    doubted.
     """
     sides = source, target
     chosen = assignment.source.tolist(), assignment.target.tolist()

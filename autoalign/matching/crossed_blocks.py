@@ -44,14 +44,7 @@ def shape_pair_ids(assignment: Assignment, kinds: tuple[Ints, Ints]) -> list[int
 
 
 def blocks_of(assignment: Assignment, source: Sequence[Path], target: Sequence[Path], kind_of: Sequence[int]) -> Blocks:
-    """List the layers of each module of the target that is matched.
-
-    Args:
-        assignment: The chosen pairs of units.
-        source: The paths of the source's units.
-        target: The paths of the target's units.
-        kind_of: The ``shape_pair_ids`` of the pairs.
-    """
+    """List the matched layers of each module of the target; ``kind_of`` are the ``shape_pair_ids`` of the pairs."""
     blocks: dict[Path, list[Pair]] = {}
     chosen = zip(assignment.source.tolist(), assignment.target.tolist(), kind_of, strict=True)
     for place, (i, j, kind) in enumerate(chosen):
@@ -98,11 +91,7 @@ def _straightened(first: Block, second: Block, depth: int, end: int) -> Repair:
 def _straight(first: Block, second: Block, depth: int, end: int) -> Repair:
     """Find the swap of a part of one block with a part of another that leaves both of one piece the most.
 
-    Args:
-        first: The layers of a block.
-        second: Those of another one.
-        depth: Of the blocks.
-        end: The depth of the module in the source that has what fills both.
+    ``depth`` is that of the blocks, ``end`` that of the module in the source that holds what fills both.
     """
     before = _wholeness(first, second, end)
     if before == len(first) ** 2 + len(second) ** 2:

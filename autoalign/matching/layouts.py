@@ -153,12 +153,7 @@ def doubt_about(
 ) -> Doubt | None:
     """Return what speaks against taking a source part by this operation for a target part.
 
-    Args:
-        source: The part of the source.
-        target: The part of the target.
-        operation: From one to the other.
-        styles: Of both sides.
-        weight: The shape of the matrix of the source's layer, of which the part may be the bias.
+    ``weight`` is the shape of the matrix of the source's layer, of which the part may be the bias.
     """
     if not source.shape:
         return None
@@ -312,12 +307,7 @@ def _sizes(known: int | None, rows: int) -> list[int]:
 
 
 def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tuple[str, list[tuple[Operation, ...]]]:
-    """List the other ways to take the parts out of a fused tensor: in another order, or head by head.
-
-    Args:
-        fusion: How it was split.
-        path: Its name.
-        styles: Of both sides.
+    """List the other ways to take the parts out of a fused tensor of this path: in another order, or head by head.
 
     Returns:
         The reason to doubt, empty for none; and for each other layout, what takes each part out.

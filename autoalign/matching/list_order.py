@@ -113,12 +113,7 @@ def _in_order(members: Sequence[_Member], others: int) -> Repair:
 
 
 def misnumbered(blocks: Blocks, source: Sequence[Path]) -> Iterator[Repair]:
-    """Find lists whose members have other numbers than what fills them, and could have their own; as ``disordered``.
-
-    Args:
-        blocks: What is matched.
-        source: The paths of the source's units.
-    """
+    """Find lists whose members have other numbers than what fills them, and could have their own; as ``disordered``."""
     long = [members for members in _lists_in(blocks).values() if len(members) >= _MIN_NUMBERED_MEMBERS]
     names = _member_names(source if long else ())
     for members in long:
@@ -128,12 +123,7 @@ def misnumbered(blocks: Blocks, source: Sequence[Path]) -> Iterator[Repair]:
 
 
 def _counterpart(members: _Members, *, of_layers: bool = False) -> _List | None:
-    """Name the list of the source that fills most of a list of the target; None if none does.
-
-    Args:
-        members: Of the target's list.
-        of_layers: True if layers count as members of the source's list, not modules only.
-    """
+    """Return the source's list, of modules or of layers as well, that fills most of a list of the target."""
     votes = Counter(
         [
             (pair.own[:depth], stem(name))
@@ -191,14 +181,8 @@ def _moved(members: _Members, depth: int, names: Mapping[_Numbers, str]) -> Repa
 def unparallel(blocks: Blocks, paths: tuple[Sequence[Path], Sequence[Path]]) -> Iterator[Repair]:
     """Find lists of one module that are matched member by member otherwise than one beside them that shapes tell.
 
-    A pyramid has a list of layers for what comes from each level, and one for what goes on from it.
-
-    Args:
-        blocks: What is matched.
-        paths: Of all layers of the source, and of the target.
-
-    Yields:
-        As ``disordered``.
+    A pyramid has a list of layers for what comes from each level, and one for what goes on from it. ``paths`` are those
+    of all layers of the source, and of the target. Yields as ``disordered``.
     """
     names = _member_names(paths[0])
     for members, counterpart, homes in _beside(blocks, paths):
@@ -270,14 +254,9 @@ def _homes(members: _Members, counterpart: _List) -> _Homes:
 def out_of_step(blocks: Blocks, kind_of: Mapping[Path, int], target: Sequence[Path], *, ordered: bool) -> set[int]:
     """Find the places in lists that are matched in a way that no network has: in no order, or across their members.
 
-    Args:
-        blocks: What is matched.
-        kind_of: Path of a layer of the source -> its kind: equal where all tensors have the same shapes.
-        target: The paths of all layers of the target.
-        ordered: True if the order of the target's layers is that of registration.
-
-    Returns:
-        The places that another member of the source's list could fill as well.
+    Another member of the source's list could fill them as well. ``kind_of`` maps the layers of the source to numbers,
+    equal where all shapes are; ``target`` are all layers of the target, ``ordered`` if they come in the order of
+    registration.
     """
     tops = (pairs for block, pairs in blocks.items() if len(block) == 1)
     everything = sorted(chain.from_iterable(tops), key=attrgetter("place"))
@@ -335,13 +314,7 @@ def _beyond(members: _Members, above: int, counterpart: _List, everything: Block
     """Find the places in a list that could be shifted by one, since a member of the source's list fills another place.
 
     That is so where a member is filled from elsewhere in turn, or where all that fill them are in no order.
-
-    Args:
-        members: Of a list of the target.
-        above: The depth of their layers' names within them.
-        counterpart: The source's list that fills most of it.
-        everything: All that is matched, in the target's order.
-        ordered: True if that order is that of registration.
+    ``everything`` that is matched is in the target's order; names in the list's members begin at the depth ``above``.
     """
     depth = len(counterpart[0])
     listed = {pair.place for block in members.values() for pair in block}

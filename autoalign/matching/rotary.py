@@ -76,11 +76,9 @@ def rotation_of(specs: Sequence[TensorSpec], config: Mapping[str, object]) -> Ro
 
 
 def rotary_settling(sides: tuple[Checkpoint, Checkpoint], *, sized: bool) -> str:
-    """Write what settles all queries and keys whose layout is open: for each side of which nothing tells it, a line.
+    """Write what settles all queries and keys whose layout is open: a setting for each side where it is not known.
 
-    Args:
-        sides: The source and the target.
-        sized: True if the size of the heads is known.
+    With ``sized``, the size of the heads is known.
     """
     known = layouts_of(*(_convention([components(spec.key) for spec in side.specs], side.config) for side in sides))
     lines = []

@@ -109,11 +109,8 @@ def _instances(
 ) -> Iterator[Instance]:
     """List pairs of target modules that share most shapes below, and of layers of one block that have the same.
 
-    Args:
-        source: [places]: the layers of the source in the assignment.
-        target: [places]: those of the target.
-        alike: [places]: equal where the shapes of both are.
-        below: The places below each module and layer of the target.
+    All but ``below``, the places below each module and layer of the target, is given for each place of the assignment:
+    the layers of both sides, and what is alike where their shapes are.
     """
     layers: dict[tuple[Path, int], list[Path]] = {}
     for place, path in enumerate(target):
@@ -240,12 +237,8 @@ def swaps_of(
 ) -> list[Swap]:
     """Find what could be swapped.
 
-    Args:
-        assignment: The chosen pairs of units.
-        source: Evidence of the source.
-        target: Evidence of the target.
-        alike: The ``shape_pair_ids`` of the pairs.
-        slots: [units] of each side: the names of layers, without the numbers of their lists.
+    ``alike`` are the ``shape_pair_ids`` of the pairs, ``slots`` the names of each side's layers without the numbers of
+    their lists.
     """
     chosen = assignment.source.tolist(), assignment.target.tolist()
     own, other = [source.paths[i] for i in chosen[0]], [target.paths[j] for j in chosen[1]]
@@ -348,12 +341,7 @@ def _list_around(member: Path) -> Path:
 def _run_of(own: Sequence[Path], other: Sequence[Path], places: Iterable[int], source: Path, target: Path) -> _Run:
     """Map the members of a list of the target, in order, to what most of each is matched to in the source's list.
 
-    Args:
-        own: The paths of the source's units in the assignment.
-        other: Those of the target's.
-        places: Those around the target's list.
-        source: The source's list.
-        target: The target's list.
+    ``own`` and ``other`` are the layers of both sides in the assignment; ``places`` those around the target's list.
     """
     votes: dict[_Numbers, Counter[_Numbers]] = {}
     for place in places:

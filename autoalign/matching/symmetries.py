@@ -58,12 +58,8 @@ def resolve_symmetries(
 ) -> Resolved:
     """Make the changes that are better, and cap the confidence of pairs for which another one is as good.
 
-    Args:
-        assignment: The chosen pairs of units.
-        source: Evidence of the source.
-        target: Evidence of the target.
-        kinds: [units] of each side: equal where all tensors of a unit have the same kinds and shapes.
-        fixed: Target units whose match must not change.
+    ``kinds`` are, for the units of each side, equal where all tensors have the same kinds and shapes; the matches of
+    the ``fixed`` target units do not change.
     """
     fixed_places = {place for place, unit in enumerate(assignment.target.tolist()) if unit in fixed}
     unit_at = {path: unit for unit, path in enumerate(source.paths)}
@@ -139,13 +135,9 @@ def _slots(paths: Sequence[Path]) -> list[str]:
 
 
 def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints, fixed: set[int]) -> Assignment:
-    """Move sources of the same kinds, which no other places have, to some places, none of them fixed.
+    """Give some places the source units that are wanted there, -1 for one that there is not, or change nothing.
 
-    Args:
-        assignment: The chosen pairs of units.
-        wanted: Place -> the source unit that it should have; -1 for one that there is not.
-        kinds: [source units]: equal where all tensors of a unit have the same kinds and shapes.
-        fixed: Places that keep what they have.
+    They must be of the same kinds as what is there, and no other place may have them or be fixed to what it has.
     """
     places, units = list(wanted), list(wanted.values())
     chosen = assignment.source.copy()
@@ -162,17 +154,7 @@ def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints,
 def ambiguous_with_unused(
     assignment: Assignment, source: _PathsAndKinds, target: _PathsAndKinds, fixed: set[int]
 ) -> list[int]:
-    """Find the matched modules for which an unused module with identical shapes fits as well.
-
-    Args:
-        assignment: The chosen pairs of units.
-        source: The units of the source.
-        target: Those of the target.
-        fixed: Places that are known.
-
-    Returns:
-        The places in these modules.
-    """
+    """List the places in matched modules for which an unused module with identical shapes fits as well."""
     result = set[int]()
     ways = (
         (source, assignment.source, assignment.target, assignment.names),
