@@ -12,7 +12,7 @@ and ``checkpoints``):
 - ``scope``, ``fusion``: what takes part; fused tensors split as the other side holds them
 - ``assignment``: the joint optimisation, exact at its end
 - ``confidence``: from score and margin to a calibrated probability; are two networks related
-- ``crossed_blocks``, ``list_order``, ``swaps``, ``symmetries``: what could be swapped or reordered
+- ``list_order``, ``swaps``, ``symmetries``: what could be swapped, reordered or replaced without a change of shape
 - ``rotary``, ``layouts``, ``assembly``: rows in an order that no shape shows; parts put back together to tensors
 - ``repeats``, ``pipeline``: what needs no search; the stages in order
 - ``positions``, ``adapt``, ``match``: matches that change values; from options to a ``Plan``

@@ -1,4 +1,4 @@
-"""List order: members of a list that were matched to those of another one in an order that no network has.
+"""List order: what is matched in each module, and lists that are matched in an order that no network has.
 
 Where two lists are matched, their numbers run in one direction, the same in all lists of these names. And where both
 have the same numbers, or one those of the other with gaps, a number means the same member on both sides.
@@ -8,22 +8,59 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from itertools import chain, combinations, permutations
 from math import comb
 from operator import attrgetter
 from typing import NamedTuple
 
-from autoalign.matching.crossed_blocks import Block, Blocks, Pair, Repair
+from autoalign.matching.assignment import Assignment
+from autoalign.matching.features import Ints
 from autoalign.matching.layers import Path
 from autoalign.plan.keys import common_module, numbers, stem, template
 
 _MIN_NUMBERED_MEMBERS = 3  # members of a list whose numbers tell
 _MIN_AGREEING_LISTS = 2  # other lists of the same names that tell the direction of one
 
+Repair = dict[int, Path]  # place in the assignment -> the layer of the source that it should have
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A pair of layers in the assignment."""
+
+    place: int
+    own: Path  # of the source's layer
+    other: Path  # of the target's
+    kind: int  # equal where the shapes of both are
+
+
+Block = Sequence[Pair]
+Blocks = Mapping[Path, Block]  # module of the target -> what is matched in it
+
 _List = tuple[Path, str]  # its parent and the stem of its members
 _Numbers = tuple[int, ...]  # of the name of a member
 _Members = Mapping[_Numbers, Block]  # of a list of the target
 _Homes = Mapping[_Numbers, _Numbers]  # of a member -> of the member of the source's list that fills it
+
+
+def shape_pair_ids(assignment: Assignment, kinds: tuple[Ints, Ints]) -> list[int]:
+    """Number the pairs so that pairs whose layers have the same shapes on both sides have the same number."""
+    own, other = kinds
+    alike: Ints = own[assignment.source] * (int(other.max(initial=0)) + 1) + other[assignment.target]
+    return list(alike.tolist())
+
+
+def blocks_of(assignment: Assignment, source: Sequence[Path], target: Sequence[Path], kind_of: Sequence[int]) -> Blocks:
+    """List the matched layers of each module of the target; ``kind_of`` are the ``shape_pair_ids`` of the pairs."""
+    blocks: dict[Path, list[Pair]] = {}
+    chosen = zip(assignment.source.tolist(), assignment.target.tolist(), kind_of, strict=True)
+    for place, (i, j, kind) in enumerate(chosen):
+        path = target[j]
+        pair = Pair(place, source[i], path, kind)
+        for depth in range(1, len(path)):
+            blocks.setdefault(path[:depth], []).append(pair)
+    return blocks
 
 
 def lists_of(paths: Sequence[Path]) -> dict[_List, dict[Path, list[int]]]:

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 import autoalign
-from autoalign.matching.crossed_blocks import blocks_of
-from autoalign.matching.list_order import disordered, misnumbered, out_of_step
-from tests.matching.test_crossed_blocks import assignment, repaired
+from autoalign.matching.assignment import Assignment
+from autoalign.matching.list_order import Repair, blocks_of, disordered, misnumbered, out_of_step
+
+
+def assignment(pairs: Mapping[str, str]) -> tuple[Assignment, list[tuple[str, ...]], list[tuple[str, ...]]]:
+    source, target = sorted(pairs.values()), list(pairs)
+    size = len(pairs)
+    chosen = Assignment(
+        source=np.asarray([source.index(pairs[key]) for key in target]),
+        target=np.arange(size),
+        score=np.ones(size, np.float32),
+        margin=np.ones(size, np.float32),
+        runner_up=np.full(size, -1),
+        names=np.zeros((size, size), np.float32),
+        cues={},
+    )
+    return chosen, [tuple(key.split(".")) for key in source], [tuple(key.split(".")) for key in target]
+
+
+def repaired(pairs: Mapping[str, str], repairs: Callable[..., Iterable[Repair]]) -> dict[str, str]:
+    chosen, source, target = assignment(pairs)
+    moved = dict(pairs)
+    for repair in repairs(blocks_of(chosen, source, target, [0] * len(pairs))):
+        moved.update({".".join(target[place]): ".".join(own) for place, own in repair.items()})
+    return moved
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -1,15 +1,19 @@
-"""What could be matched another way as well is proposed, not loaded: lists in reverse, modules that are left over."""
+"""Blocks stay whole; what could be matched another way as well (lists in reverse, unused modules) is not loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import pytest
+import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import autoalign
-from autoalign.matching.symmetries import REVERSIBLE
+from autoalign.matching.symmetries import REVERSIBLE, crossings
+from tests.matching.test_list_order import repaired
 
 WIDTHS = (8, 12, 16, 24)
 
@@ -114,3 +118,56 @@ def test_a_tower_that_is_left_over_is_a_rival(named: bool, is_source: bool) -> N
         assert all("depth" in key and "depth" in own for key, own in towers.items())
     else:
         assert towers == {}
+
+
+WORDS: Mapping[str, Mapping[str, str]] = {
+    "r2plus1d_18": {"stem": "x", "layer1": "ruba", "layer2": "mogi", "layer3": "zexi", "layer4": "tunar"}
+    | {"conv1": "vanbin", "conv2": "reveka", "downsample": "kolu"},
+    "efficientvit_m0": {"stages": "benon", "blocks": "kugax", "ffn0": "birper", "ffn1": "zoxrun", "mixer": "lomi"}
+    | {"dw0": "parin", "dw1": "salko", "m": "goze", "pw1": "gelox", "pw2": "verle", "conv": "vixzu", "bn": "gurron"},
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_blocks_stay_whole_where_names_say_nothing(name: str) -> None:
+    with torch.device("meta"):
+        network = torchvision.models.get_model(name) if name == "r2plus1d_18" else timm.create_model(name)
+    target = network.state_dict()
+    keys = {key: ".".join(WORDS[name].get(word, word) for word in key.split(".")) for key in target}
+    alignment = autoalign.align({keys[key]: tensor for key, tensor in target.items()}, target)
+    wrong = [match for match in alignment.matches if match.sources != (keys[match.target],)]
+    assert wrong == []
+    assert len(alignment.matches) > 0.9 * len(target)
+
+
+def test_blocks_that_were_matched_across_are_matched_straight() -> None:
+    crossed = {"h.0.a": "s.0.x", "h.0.b": "s.1.x", "h.1.a": "s.0.y", "h.1.b": "s.1.y"}
+    straight = repaired(crossed, crossings)
+    assert {re.sub(r"\D", "", source) for key, source in straight.items() if key[2] == "0"} == {"0"}
+    assert repaired(straight, crossings) == straight
+
+
+def test_a_layer_of_a_block_that_has_its_own_goes_home() -> None:
+    right = {f"m_{block}.{part}": f"n_{block}.{part}" for block in "bc" for part in ("x", "y", "z.u", "z.v")}
+    wrong = right | {"m_b.z.u": "n_c.z.u", "m_c.z.u": "n_b.z.u"}
+    assert repaired(wrong, crossings) == right
+    assert repaired(right, crossings) == right
+
+
+def test_a_list_of_parts_stays_one() -> None:
+    by_part = {"h.0.a": "x.0", "h.0.b": "y.0", "h.1.a": "x.1", "h.1.b": "y.1"}
+    assert repaired(by_part, crossings) == by_part
+
+
+def test_a_norm_stays_with_its_convolution() -> None:
+    """The two norms of a block have one shape; their convolutions, which have not, tell where each belongs."""
+    with torch.device("meta"):
+        target = torchvision.models.mobilenet_v3_large().state_dict()
+    names = {"0": "exp_conv", "1": "conv1", "2": "conv2", "3": "conv2"}
+    own = {
+        key: re.sub(r"block\.(\d)\.([01])", lambda match: f"{names[match[1]]}.{('conv', 'bn')[int(match[2])]}", key)
+        for key in target
+    }
+    source = {own[key]: tensor for key, tensor in target.items()}
+    alignment = autoalign.align(dict(sorted(source.items())), target)
+    assert {match.target: match.sources for match in alignment.matches} == {key: (own[key],) for key in target}
