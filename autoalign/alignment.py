@@ -21,7 +21,7 @@ class Alignment(Plan):
     """What is loaded into each target key, from where, and what is not.
 
     Two are equal if all that was decided is, and the keys, shapes, dtypes and ties of both sides, whatever their
-    tensors; ``save`` and ``read``, ``pickle`` and ``copy`` give equal ones. Iterating gives ``missing_keys`` and
+    tensors; ``save`` and ``read``, ``pickle`` and ``copy`` preserve equality. Iterating gives ``missing_keys`` and
     ``unexpected_keys``, so that ``missing, unexpected = autoalign.load(...)`` works as it does with torch's
     ``load_state_dict``. Instances are made by ``align`` and ``load``.
     """
@@ -32,7 +32,7 @@ class Alignment(Plan):
         return cls(**{item.name: getattr(plan, item.name) for item in fields(plan)})
 
     def inverse(self) -> Alignment:
-        """Turn the alignment round, to save the target back in the source's own names and layout.
+        """Return the reverse alignment, to save the target back in the source's own names and layout.
 
         Its ``state_dict`` reads the target, and what was loaded and not changed since comes back bit for bit, in the
         target's dtype. Source tensors of which the target holds nothing, or only a part, are among its
@@ -52,8 +52,8 @@ class Alignment(Plan):
         r"""Explain why a key of either side is filled from what it is, or is not, and what would change it.
 
         ``print`` it, or read its fields: the cues of a match with their weights, its rivals, warnings, and the options
-        (a line of ``rules=``, ``exclude=``, ``adapt=``, ``min_confidence=``) that would decide otherwise. A key that
-        both sides have is taken for the target's.
+        (a line of ``rules=``, ``exclude=``, ``adapt=``, ``min_confidence=``) that would change it. A key that both
+        sides have is taken as the target's.
 
         >>> import torch, autoalign
         >>> alignment = autoalign.align({"fc.bias": torch.ones(2)}, {"head.bias": torch.zeros(2)}, exclude="fc")
@@ -203,7 +203,7 @@ class Alignment(Plan):
             raise AmbiguousAlignmentError(ambiguous_message(self), self)
 
     def to_html(self, path: str | os.PathLike[str], *, title: str = "Alignment report") -> None:
-        """Write the report as one HTML file: both module trees, what joins them, and the evidence of each match.
+        """Write the report as one HTML file: both module trees, the links between them, the evidence of each match.
 
         The file needs nothing but itself and a browser. It is replaced as a whole, or left as it was.
 
@@ -221,9 +221,8 @@ class Alignment(Plan):
     def render(self, *, width: int = 100, limit: int | None = 40) -> str:
         """Write the report as plain text: totals, what is matched how, and what is not and why.
 
-        Rows of repeated blocks and of siblings are folded where all that is said of them agrees; of their confidences
-        the lowest is shown. The same alignment always gives the same text. ``print(alignment)`` shows that of the
-        default width and limit.
+        Rows of repeated blocks and of siblings are folded if all else in them agrees; the lowest of their confidences
+        is shown. The same alignment always gives the same text. ``print(alignment)`` uses the default width and limit.
 
         >>> import torch, autoalign
         >>> alignment = autoalign.align({"a.bias": torch.ones(2)}, {"b.bias": torch.ones(2)}, rules={"^a": "b"})
@@ -240,7 +239,7 @@ class Alignment(Plan):
             limit: Lines to aim at; sections that are too long for it are cut, and say so. None writes every row.
 
         Raises:
-            InputError: The width or the limit is no positive number.
+            InputError: The width or the limit is not a positive number.
         """
         from autoalign.reports.text import render_text
 
@@ -274,7 +273,7 @@ class Alignment(Plan):
         ['source:tensor:attn.k.weight', 'target:tensor:block.qkv.weight']
 
         Args:
-            proposals: Whether what is ``ambiguous``, and so not loaded, has edges too; their relation is ``proposed``.
+            proposals: True to add edges for what is ``ambiguous``, and so not loaded; their relation is ``proposed``.
         """
         from autoalign.reports.graph import correspondence_graph
 
