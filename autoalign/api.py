@@ -190,7 +190,8 @@ def load(
     True
 
     Args:
-        model: The module to fill. Tensors of lazy modules get the shapes that the checkpoint's have under their names.
+        model: The module to fill. Tensors of lazy modules get the shapes that those of their names have in the
+            checkpoint.
         checkpoint: A path, a mapping of tensors, a module, or an open ``Checkpoint``.
         strict: Raise unless every key of the model gets a tensor and every tensor of the checkpoint is used.
         assign: Give the model new tensors instead of copying into those it has, as the meta device needs. They have
@@ -205,7 +206,7 @@ def load(
             as ``torch.bfloat16`` or ``"bfloat16"``.
         device: Where to move the model's tensors, as ``model.to`` does, before they are filled. If the load fails, both
             are undone, for which the old tensors are kept meanwhile.
-        alignment: One that was made before for the same keys and shapes, such as ``Alignment.read`` gives. It is
+        alignment: One that was made before for the same keys and shapes, such as from ``Alignment.read``. It is
             applied as it is, and nothing is matched.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``, and
             ``adapt``, by which values are changed where a counterpart has another shape.
@@ -347,12 +348,12 @@ def verify(
     values than the source's, or in another layout), ``missing`` (tensors that got nothing), ``configuration`` (the same
     weights and another setting, which is named), ``code`` and ``precision``.
 
-    Which values the target is called with: its own if it was loaded, which its values tell; else those of the
-    alignment, in place of its own and without changing it. An ``alignment`` that is given is checked by its values,
-    and the target by its own too, if it was loaded. If they differ, other ways to fill the target are tried
-    where they first do: what is ambiguous and all ``alternatives``, tensors of equal shape exchanged, square matrices
-    transposed, parts of fused tensors in another order; first all layers at once. The alignment that makes
-    them equal is returned; nothing is loaded:
+    The target is called with its own values if these show that it was loaded; else with those of the alignment, in
+    place of its own and without changing it. If an ``alignment`` is given, its values are checked, and those of the
+    target too if it was loaded. If the models differ, other ways to fill the target are tried where they first do:
+    what is ambiguous and all ``alternatives``, tensors of equal shape exchanged, square matrices transposed, parts of
+    fused tensors in another order; first in all layers at once. The alignment that makes them equal is returned;
+    nothing is loaded:
 
         verification = autoalign.verify(source, target, inputs)
         if verification.equal:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from autoalign.plan.keys import LEVELS, NUMBERED
 from autoalign.plan.specs import TensorSpec
-from autoalign.reports.rows import escaped, write_range
+from autoalign.reports.rows import escaped, in_braces, write_range
 
 MAX_DEPTH = 40  # of a tree; what follows in a key is one name
 _MAX_NAMES = 4  # of tensors that are listed together, before the rest is left to an ellipsis
@@ -239,10 +239,7 @@ def _run_name(names: Sequence[str]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return names[0]
-    more = ["..."] if len(names) > _MAX_NAMES else []
-    return "{" + ",".join([*names[:_MAX_NAMES], *more]) + "}"
+    return names[0] if len(names) == 1 else in_braces(names, _MAX_NAMES)
 
 
 def size_text(count: int) -> str:

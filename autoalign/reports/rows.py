@@ -182,6 +182,15 @@ def write_range(values: list[int]) -> str:
     return "{" + ",".join(parts) + "}"
 
 
+def in_braces(names: Sequence[str], limit: int) -> str:
+    """List names in braces, at most ``limit`` of them before an ellipsis.
+
+    >>> in_braces(["weight", "bias"], 3), in_braces("abcde", 3)
+    ('{weight,bias}', '{a,b,c,...}')
+    """
+    return "{" + ",".join([*names[:limit], *(["..."] if len(names) > limit else [])]) + "}"
+
+
 def _fold_leaves(folds: list[Fold[_Fields]]) -> list[Fold[_Fields]]:
     """Fold rows whose keys differ in their last names only."""
     families: dict[Hashable, list[tuple[Fold[_Fields], list[str]]]] = {}
@@ -201,8 +210,7 @@ def _join_leaves(family: list[tuple[Fold[_Fields], list[str]]]) -> Fold[_Fields]
     texts = []
     for text, leaves in zip(family[0][0].texts, zip(*(leaves for _, leaves in family), strict=True), strict=True):
         if len(set(leaves)) > 1:
-            listed = leaves if len(leaves) <= _MAX_LEAVES else (*leaves[:_MAX_LEAVES], "...")
-            text = text[: len(text) - len(leaves[0])] + "{" + ",".join(listed) + "}"
+            text = text[: len(text) - len(leaves[0])] + in_braces(leaves, _MAX_LEAVES)
         texts.append(text)
     members = tuple(sorted(member for row, _ in family for member in row.members))
     return Fold(tuple(texts), family[0][0].fields, members)

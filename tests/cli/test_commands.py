@@ -30,7 +30,9 @@ def hostile(tmp_path: Path) -> str:
     return str(tmp_path / "hostile.safetensors")
 
 
-def test_align_reports_and_tells_whether_it_is_complete(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_align_reports_and_its_exit_code_is_1_if_incomplete(
+    checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["align", checkpoint, RENAMED]) == cli.COMPLETE
     output, errors = capsys.readouterr()
     assert output.startswith(f"{checkpoint} -> {RENAMED}\n\n10 of 10 target tensors are filled")

@@ -60,7 +60,7 @@ def test_inspect_names_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "  copies of one network: student, teacher\n" in capsys.readouterr().out
 
 
-def test_diff_tells_keys_kinds_and_values(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_lists_keys_kinds_and_values(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["diff", checkpoint, checkpoint]) == cli.COMPLETE
     assert capsys.readouterr() == ("Equal: 10 tensors\n", "")
     other = load_file(checkpoint)

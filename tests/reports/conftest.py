@@ -95,11 +95,11 @@ class Browser:
         return found
 
     def complaints(self) -> list[str]:
-        """Take what the console says, of errors and of what the policy forbade."""
+        """Return the messages of the console since the last time: errors, and what the policy forbade."""
         return [entry["message"] for entry in _log(self.driver, "browser")]
 
     def requests(self) -> list[str]:
-        """Take the addresses that were asked for since the last time, except those that need no network."""
+        """Return the addresses requested since the last time, except those that need no network."""
         messages = [json.loads(entry["message"])["message"] for entry in _log(self.driver, "performance")]
         sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
         return [url for url in sent if not url.startswith(("file:", "data:", "chrome:"))]

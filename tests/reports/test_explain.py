@@ -147,7 +147,7 @@ def test_each_status_has_its_reasons(key: str, status: str, text: str) -> None:
     assert text in str(explanation)
 
 
-def test_the_margin_is_told_where_scores_are_known() -> None:
+def test_the_margin_is_given_if_scores_are_known() -> None:
     match = Match("t", ("s",), evidence={"name": 1.0, "shape": 1.0}, alternatives=(Candidate(("r",), Copy(), 1.25),))
     specs = tuple(TensorSpec(key, (2,), torch.float32) for key in "sr")
     alignment = Alignment((match,), (), (), specs, (TensorSpec("t", (2,), torch.float32),))

@@ -86,7 +86,7 @@ def test_a_key_without_a_name_or_a_number() -> None:
 
 
 def stands_for(text: str, key: str) -> bool:
-    """Tell whether a key is one of those that a folded text stands for."""
+    """True if a key is one of those that a folded text stands for."""
 
     def alternatives(listed: str) -> str:
         parts = listed.split(",")

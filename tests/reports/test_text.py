@@ -360,7 +360,7 @@ PARTLY = Alignment(
 WHOLE = Alignment((Match("a", ("x",)),), (), (), (spec("x", 3),), (spec("a", 3),))
 
 
-def test_coverage_is_told_by_elements_and_by_tensors() -> None:
+def test_coverage_is_by_elements_or_by_tensors() -> None:
     assert PARTLY.coverage == 3 / 12
     assert PARTLY.coverage_of_tensors == 1 / 2
     assert (WHOLE.coverage, WHOLE.coverage_of_tensors) == (1, 1)
