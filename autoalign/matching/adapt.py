@@ -97,7 +97,7 @@ def _rows_of(item: Mismatch, biases: Mapping[str, Shape]) -> _Rows | None:
     dim = int(len(item.shape) == 2 and bias == item.shape[1:] and bias != item.shape[:1])
     have = prod(item.source_shape) * item.shape[dim] // prod(item.shape)
     wanted = (*item.shape[:dim], have, *item.shape[dim + 1 :])
-    ways = (operation_between(item.source_shape, wanted, flipped=way) for way in (False, True))
+    ways = (operation_between(item.source_shape, wanted, transposed=way) for way in (False, True))
     before = next(filter(None, ways), None)
     return None if before is None else _Rows(dim, (have, item.shape[dim]), before)
 

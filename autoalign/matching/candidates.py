@@ -20,7 +20,7 @@ from autoalign.plan.keys import numbers
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, chain
 
 _Value = TypeVar("_Value")
-Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and flipped of each part of a unit
+Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and transposed of each part of a unit
 
 MAX_LAYER_PAIRS = 100_000_000  # of the one side times the other; the similarity of names takes four bytes for each
 MAX_COST = 40_000_000  # of the pairs that are compared; each unit of it takes some 15 bytes
@@ -47,7 +47,7 @@ class Kinds:
     class_count: int
     fits: dict[tuple[int, int], float]  # kinds of a source and of a target that fit, and how well, in (0, 1]
     adjacent: Sequence[float]  # [kinds of the target]: see ``Candidates``
-    flipped: frozenset[int]  # source parts whose matrix is transposed
+    transposed: frozenset[int]  # source parts whose matrix is transposed
 
     def fit(self, source: int, target: int) -> float:
         """Return how well the shapes of two units fit, 0 if they do not."""
@@ -77,23 +77,23 @@ def squeeze(shape: Shape) -> Shape:
 
 
 @lru_cache(maxsize=4096)
-def operation_between(source: Shape, target: Shape, *, flipped: bool = False) -> Operation | None:
+def operation_between(source: Shape, target: Shape, *, transposed: bool = False) -> Operation | None:
     """Find the operation on one tensor that turns one shape into another, if the shapes admit one.
 
     Dimensions of size one may come and go, and trailing dimensions may be flattened: the elements keep their order,
     and the input and output channels of a kernel keep their places.
-    Matrices, and those of a stack, are transposed if ``flipped``.
+    Matrices, and those of a stack, are transposed if ``transposed``.
 
     >>> operation_between((64, 32), (64, 32, 1, 1)), operation_between((5,), (6,))
     (Reshape(shape=(64, 32, 1, 1)), None)
     >>> operation_between((1, 48, 1, 1, 1), (48, 1, 1, 1, 1)) is None
     True
     """
-    if flipped and len(source) == len(squeeze(target)) == 2:
+    if transposed and len(source) == len(squeeze(target)) == 2:
         fits = source[::-1] == squeeze(target)
         return chain(Transpose(), Copy() if len(target) == 2 else Reshape(target)) if fits else None
-    if flipped and len(source) == len(target) == 3:
-        return Permute((0, 2, 1)) if turned(source) == target else None
+    if transposed and len(source) == len(target) == 3:
+        return Permute((0, 2, 1)) if transposed_shape(source) == target else None
     if source == target:
         return Copy()
     if prod(source) != prod(target):
@@ -106,10 +106,10 @@ def operation_between(source: Shape, target: Shape, *, flipped: bool = False) ->
     return None
 
 
-def turned(shape: Shape) -> Shape:
+def transposed_shape(shape: Shape) -> Shape:
     """Return the shape of a transposed matrix, or of a stack of them.
 
-    >>> turned((2, 3)), turned((8, 2, 3))
+    >>> transposed_shape((2, 3)), transposed_shape((8, 2, 3))
     ((3, 2), (8, 3, 2))
     """
     return (*shape[:-2], shape[-1], shape[-2])
@@ -129,7 +129,7 @@ def _paired(own: Mapping[str, _Value], other: Mapping[str, _Value]) -> list[tupl
     return list(zip(own.values(), other.values(), strict=True)) if are_bare else []
 
 
-def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[int]:
+def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[int]:
     """Find the source matrices that the target holds transposed.
 
     A layout is a property of a layer type in a checkpoint: where the biases, or the shapes alone, show that the
@@ -139,23 +139,25 @@ def flipped_parts(source: Sequence[Part], target: Sequence[Part]) -> frozenset[i
     matrices = [[part for part in parts if _is_matrix(part)] for parts in (source, target)]
     shapes = [Counter(part.shape for part in parts) for parts in matrices]
     layers = [Counter(part.shape for part in parts if _is_layer(part)) for parts in matrices]
-    forced_flip = {s for s in shapes[0] if s not in shapes[1] and turned(s) in shapes[1] and turned(s) not in shapes[0]}
-    forced_copy = {s for s in shapes[0] if s in shapes[1] and turned(s) not in shapes[1]}
-    for_flip = sum(layers[0][shape] for shape in forced_flip if layers[1][turned(shape)])
-    for_copy = sum(part.shape in forced_copy and _is_layer(part) for part in matrices[0])
-    for_flip += sum(part.turned for parts in (source, target) for part in parts)
+    only_transposed = {
+        s for s in shapes[0] if s not in shapes[1] and (t := transposed_shape(s)) in shapes[1] and t not in shapes[0]
+    }
+    only_as_is = {s for s in shapes[0] if s in shapes[1] and transposed_shape(s) not in shapes[1]}
+    votes_to_transpose = sum(layers[0][shape] for shape in only_transposed if layers[1][transposed_shape(shape)])
+    votes_to_copy = sum(part.shape in only_as_is and _is_layer(part) for part in matrices[0])
+    votes_to_transpose += sum(part.is_transposed for parts in (source, target) for part in parts)
     layouts = _layout(source), _layout(target)
-    most = layouts[0] != layouts[1] if all(layouts) else for_flip > for_copy and for_flip > 1
-    stacks = any(len(shape) == 3 for shape in forced_flip) and not any(len(shape) == 3 for shape in forced_copy)
+    most = layouts[0] != layouts[1] if all(layouts) else votes_to_transpose > votes_to_copy and votes_to_transpose > 1
+    stacks = any(len(shape) == 3 for shape in only_transposed) and not any(len(shape) == 3 for shape in only_as_is)
 
-    def flips(part: Part) -> bool:
-        if part.turned or part.shape in forced_flip:
+    def is_transposed(part: Part) -> bool:
+        if part.is_transposed or part.shape in only_transposed:
             return True
         if len(part.shape) == 3:
             return stacks and part.shape[1] == part.shape[2]
-        return most and part.shape not in forced_copy and _is_layer(part)
+        return most and part.shape not in only_as_is and _is_layer(part)
 
-    return frozenset(index for index, part in enumerate(source) if _is_matrix(part) and flips(part))
+    return frozenset(index for index, part in enumerate(source) if _is_matrix(part) and is_transposed(part))
 
 
 def _layout(parts: Sequence[Part]) -> int:
@@ -188,12 +190,12 @@ def unit_fit(source: Signature, target: Signature) -> float:
     if bare and "bias" in {*own, *other} and len(squeeze(source[0][1])) < 2:
         return 0.0  # the bias of a layer is no parameter of its own; a table of biases is
     fits, fitting = 0.0, 0
-    for (_, shape, numeric, flipped), (_, wanted, wanted_numeric, _) in pairs:
-        if numeric == wanted_numeric and operation_between(shape, wanted, flipped=flipped) is not None:
+    for (_, shape, numeric, transposed), (_, wanted, wanted_numeric, _) in pairs:
+        if numeric == wanted_numeric and operation_between(shape, wanted, transposed=transposed) is not None:
             fitting += 1
-            turned_kernel = len(shape) == len(wanted) > 3 and shape != wanted  # as one of 1 x 11 for one of 11 x 1
-            fits += 1.0 if flipped or (squeeze(shape) == squeeze(wanted) and not turned_kernel) else _RESHAPED_FIT
-        elif bare and operation_between(shape, wanted, flipped=True) is not None:
+            other_kernel = len(shape) == len(wanted) > 3 and shape != wanted  # as one of 1 x 11 for one of 11 x 1
+            fits += 1.0 if transposed or (squeeze(shape) == squeeze(wanted) and not other_kernel) else _RESHAPED_FIT
+        elif bare and operation_between(shape, wanted, transposed=True) is not None:
             fitting += 1
             fits += 1.0
         elif len(shape) != len(wanted) and len(squeeze(shape)) != len(squeeze(wanted)):
@@ -207,9 +209,9 @@ def unit_fit(source: Signature, target: Signature) -> float:
     return float(fit)
 
 
-def signature(unit: Unit, parts: Sequence[Part], flipped: frozenset[int] = frozenset()) -> Signature:
+def signature(unit: Unit, parts: Sequence[Part], transposed: frozenset[int] = frozenset()) -> Signature:
     """Return the kinds, shapes and numeric kinds of a unit's parts, and which of them are transposed."""
-    return tuple((name, parts[index].shape, parts[index].numeric, index in flipped) for name, index in unit.parts)
+    return tuple((name, parts[index].shape, parts[index].numeric, index in transposed) for name, index in unit.parts)
 
 
 def main_class(entry: Signature) -> tuple[str, Shape]:
@@ -228,12 +230,12 @@ def kinds_of(
     target_parts: Sequence[Part],
 ) -> Kinds:
     """Sort the units of two sides by their shapes, and find which kinds fit."""
-    flipped = flipped_parts(source_parts, target_parts)
+    transposed = transposed_parts(source_parts, target_parts)
     members: tuple[dict[Signature, list[int]], dict[Signature, list[int]]] = ({}, {})
-    sides = ((source_units, source_parts, flipped), (target_units, target_parts, frozenset[int]()))
-    for known, (units, parts, transposed) in zip(members, sides, strict=True):
+    sides = ((source_units, source_parts, transposed), (target_units, target_parts, frozenset[int]()))
+    for known, (units, parts, of_side) in zip(members, sides, strict=True):
         for index, unit in enumerate(units):
-            known.setdefault(signature(unit, parts, transposed), []).append(index)
+            known.setdefault(signature(unit, parts, of_side), []).append(index)
     classes: dict[tuple[str, Shape], int] = {}
     class_of = [[classes.setdefault(main_class(entry), len(classes)) for entry in known] for known in members]
     by_size: dict[int, list[tuple[int, Signature]]] = {}  # elements of a tensor -> the target's kinds that have one
@@ -258,7 +260,7 @@ def kinds_of(
             1.0 if any(name == "mean" or len(shape) > 2 for name, shape, _, _ in entry) else _USUAL_ADJACENCY
             for entry in members[1]
         ],
-        flipped,
+        transposed,
     )
 
 

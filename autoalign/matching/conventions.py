@@ -120,13 +120,13 @@ def _agreed(votes: Iterable[tuple[str, str]]) -> dict[str, str]:
     }
 
 
-def in_context(parts: Sequence[Part], others: Sequence[Part]) -> Sequence[Part]:
+def with_literal_norms(parts: Sequence[Part], others: Sequence[Part]) -> Sequence[Part]:
     """Read ``post_attention_norm`` literally if the block also has a norm named before or after the MLP.
 
     Otherwise it is the norm before the MLP. If the other side has the name too, the name is enough.
 
     >>> parts = [Part(0, ("0", "post_attention_norm"), (8,), "float"), Part(1, ("0", "post_mlp_norm"), (8,), "float")]
-    >>> in_context(parts, [])[0].path
+    >>> with_literal_norms(parts, [])[0].path
     ('0', 'attn_post_norm')
     """
     around = set(filter(AROUND_MLP.match, {name for part in parts for name in part.path}))

@@ -173,7 +173,7 @@ def _split(part: Part, plan: SplitPlan, paths: Sequence[Path]) -> list[Part]:
     for path, size in zip(paths, plan.sizes, strict=True):
         shape = (*part.shape[: plan.dim], size, *part.shape[plan.dim + 1 :])
         view = chain(part.view, Split(plan.dim, start, size))
-        pieces.append(replace(part, path=path, shape=shape, view=view, turned=plan.dim == 1))
+        pieces.append(replace(part, path=path, shape=shape, view=view, is_transposed=plan.dim == 1))
         start += size
     return pieces
 

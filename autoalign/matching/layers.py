@@ -115,7 +115,7 @@ class Part:
     shape: tuple[int, ...]
     numeric: str  # "float", "int" or "bool": tensors of one kind of number only match their like
     view: Operation = _WHOLE  # takes the part out of its tensor
-    turned: bool = False  # the split shows that the matrix is transposed
+    is_transposed: bool = False  # the split shows that the matrix is transposed
     count: int = 1  # how many tensors of equal blocks it stands for
     by_order: bool = False  # its kind is inferred from its place among the tensors of its layer
 

@@ -20,7 +20,7 @@ from autoalign.matching.assembly import (
     with_ties,
 )
 from autoalign.matching.assignment import match_units
-from autoalign.matching.candidates import candidates, flipped_parts, kinds_of, operation_between, paired_parts
+from autoalign.matching.candidates import candidates, kinds_of, operation_between, paired_parts, transposed_parts
 from autoalign.matching.confidence import (
     AMBIGUOUS,
     INFERRED,
@@ -32,7 +32,7 @@ from autoalign.matching.confidence import (
     special_units,
     unused_duplicates,
 )
-from autoalign.matching.conventions import in_context
+from autoalign.matching.conventions import with_literal_norms
 from autoalign.matching.features import namesakes, share_of, side_evidence
 from autoalign.matching.fusion import split_fused
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
@@ -71,7 +71,7 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         }
         return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()
     pinned, refused = _pinned(source, target, pins) if pins else ([], [])
-    read = in_context(source.parts, target.parts), in_context(target.parts, source.parts)
+    read = with_literal_norms(source.parts, target.parts), with_literal_norms(target.parts, source.parts)
     sides = source, target = _with(source, read[0]), _with(target, read[1])
     taken = set(pins.values())
     fixed = (
@@ -146,13 +146,13 @@ def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
 
 def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:
     """Return the matches that rules fix; pairs whose shapes no operation reconciles are mismatches."""
-    flipped = {source.key(source.parts[index]) for index in flipped_parts(source.parts, target.parts)}
+    transposed = {source.key(source.parts[index]) for index in transposed_parts(source.parts, target.parts)}
     shapes = [{spec.key: spec.shape for spec in side.specs} for side in (source, target)]
     matches, mismatched = [], []
     for other, own in pins.items():
         shape, wanted = shapes[0][own], shapes[1][other]
-        ways = (own in flipped, own not in flipped)
-        operation = next((op for way in ways if (op := operation_between(shape, wanted, flipped=way))), None)
+        ways = (own in transposed, own not in transposed)
+        operation = next((op for way in ways if (op := operation_between(shape, wanted, transposed=way))), None)
         if operation is None:
             mismatched.append(Mismatch(other, own, wanted, shape))
         else:
@@ -224,7 +224,7 @@ def _match_parts(
         doubt = doubt or (_CROWDED if is_crowded else _ONLY_SHAPES if place in only_shapes else None)
         for a, b in paired_parts(own[i], other[j]):
             piece, wanted = source.parts[a], target.parts[b]
-            operation = _operation(piece, wanted, flipped=a in kinds.flipped)
+            operation = _operation(piece, wanted, transposed=a in kinds.transposed)
             if operation is None or source.key(piece) in pinned or target.key(wanted) in pins:
                 continue
             if piece.numeric == wanted.numeric:
@@ -234,7 +234,7 @@ def _match_parts(
     for b, a in unmatched_parameter_pairs(source.parts, target.parts, matched).items():
         if target.key(target.parts[b]) in pins or source.key(source.parts[a]) in pinned:
             continue
-        operation = _operation(source.parts[a], target.parts[b], flipped=False)
+        operation = _operation(source.parts[a], target.parts[b], transposed=False)
         if operation is not None:
             found[b] = Found(a, operation, INFERRED, {"structure": 1.0, "shape": 1.0}, None)
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
@@ -280,11 +280,11 @@ def _capped(confidence: float, source: SideParts, target: SideParts, own: Part, 
     return confidence if has_name else min(confidence, INFERRED)
 
 
-def _operation(source: Part, target: Part, *, flipped: bool) -> Operation | None:
+def _operation(source: Part, target: Part, *, transposed: bool) -> Operation | None:
     """Return the operation on a matched part; a bare matrix may be that of a layer, transposed."""
     bare = (kind(source.path[-1])[0] == "other") != (kind(target.path[-1])[0] == "other")
-    operation = operation_between(source.shape, target.shape, flipped=flipped)
-    return operation or (operation_between(source.shape, target.shape, flipped=True) if bare else None)
+    operation = operation_between(source.shape, target.shape, transposed=transposed)
+    return operation or (operation_between(source.shape, target.shape, transposed=True) if bare else None)
 
 
 def _pinned_units(
@@ -309,5 +309,5 @@ def _mismatches(
     return [
         Mismatch(target.key(b), source.key(a), target.specs[b.tensor].shape, source.specs[a.tensor].shape)
         for a, b in left
-        if not (operation_between(a.shape, b.shape) or operation_between(a.shape, b.shape, flipped=True))
+        if not (operation_between(a.shape, b.shape) or operation_between(a.shape, b.shape, transposed=True))
     ]

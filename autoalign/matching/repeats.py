@@ -88,26 +88,15 @@ def _only_ones(source: Specs, target: Specs, other_sizes: set[int]) -> list[Matc
 
 
 def _content(unit: Unit, parts: Sequence[Part]) -> _Content:
-    return tuple((kind, parts[index].numeric, _flat(parts[index].shape)) for kind, index in unit.parts)
-
-
-def _flat(shape: Shape) -> Shape:
-    return (shape[0], prod(shape[1:])) if shape else (1, 1)
+    tensors = ((values, parts[index].numeric, parts[index].shape) for values, index in unit.parts)
+    return tuple((values, numeric, ((*shape, 1)[0], prod(shape[1:]))) for values, numeric, shape in tensors)
 
 
 def is_renamed(source: Sequence[Part], target: Sequence[Part]) -> bool:
     """True if the n-th part of one side is certainly the n-th of the other.
 
-    >>> shapes = [(3, 2), (3,), (4, 3), (4,)] * 2
-    >>> names = [f"{n}.{layer}.{leaf}" for n in range(2) for layer in "ab" for leaf in ("weight", "bias")]
-    >>> sides = [
-    ...     [
-    ...         Part(place, tuple(f"{top}.{name}".split(".")), shape, "float")
-    ...         for place, (name, shape) in enumerate(zip(names, shapes))
-    ...     ]
-    ...     for top in ("blocks", "model.layers")
-    ... ]
-    >>> is_renamed(*sides), is_renamed(sides[0], sides[1][::-1])
+    >>> own, other = ([Part(n, (top, str(n), "weight"), (n + 1, n + 2), "float") for n in range(8)] for top in "ab")
+    >>> is_renamed(own, other), is_renamed(own, other[::-1])
     (True, False)
     """
     if len(source) != len(target) or len(source) < _MIN_TENSORS:

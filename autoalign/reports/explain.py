@@ -221,7 +221,7 @@ def _of_source(alignment: Plan, spec: TensorSpec, targets: dict[str, TensorSpec]
 
 
 def _fits(source: TensorSpec, target: TensorSpec) -> bool:
-    return any(operation_between(source.shape, target.shape, flipped=way) for way in (False, True))
+    return any(operation_between(source.shape, target.shape, transposed=way) for way in (False, True))
 
 
 def _listed(items: Sequence[str]) -> str:
