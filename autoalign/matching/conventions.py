@@ -26,12 +26,12 @@ _Layer = Sequence[Part]  # the tensors of a module that has no others below it
 _Meanings = Mapping[str, str]  # own name of a tensor -> kind of values
 
 
-def with_known_leaves(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
+def with_torch_names(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
     """Rename the parameters of layers whose names are unknown as torch names them; the rest stay as they are.
 
     >>> shapes = {"0.mat": (8, 4), "0.vec": (8,), "1.a": (8,), "1.b": (8,), "2.mat": (8, 8), "2.vec": (8,)}
     >>> parts = [Part(n, tuple(key.split(".")), shape, "float") for n, (key, shape) in enumerate(shapes.items())]
-    >>> [".".join(part.path) for part in with_known_leaves(parts, ordered=True)]
+    >>> [".".join(part.path) for part in with_torch_names(parts, ordered=True)]
     ['0.weight', '0.bias', '1.a', '1.b', '2.weight', '2.bias']
 
     Args:
