@@ -49,11 +49,7 @@ class Fill:
 
 
 def check_devices(alignment: Alignment, targets: Mapping[str, Tensor], *, assign: bool) -> None:
-    """Refuse to copy into tensors of the model that are on the meta device.
-
-    Raises:
-        InputError: There are some.
-    """
+    """Raise InputError if values would be copied into tensors of the model that are on the meta device."""
     on_meta = [match.target for match in alignment.matches if targets[match.target].is_meta]
     if on_meta and not assign:
         raise InputError(
@@ -63,11 +59,7 @@ def check_devices(alignment: Alignment, targets: Mapping[str, Tensor], *, assign
 
 
 def require_shape(match: Match, found: Sequence[int], announced: Sequence[int], undone: str = _UNCHANGED) -> None:
-    """Make sure that what was read for a match has the shape that was announced.
-
-    Raises:
-        CheckpointError: It has another.
-    """
+    """Raise CheckpointError unless what was read for a match has the shape that was announced."""
     if tuple(found) != tuple(announced):
         raise CheckpointError(
             f"size mismatch for {match.target}: {', '.join(match.sources)} was read with shape {list(found)} where "
@@ -157,17 +149,10 @@ def fills_of(
     postpone: bool,
     files: MappedFiles,
 ) -> list[Fill]:
-    """List the copies that fill the model's tensors; what takes more than copies is computed here.
+    """List the copies that fill the tensors of a model's state dict; what takes more than copies is computed here.
 
-    Args:
-        given: What each match is made of.
-        alignment: What is loaded from where.
-        targets: The model's state dict.
-        findings: Receives what is found of the values.
-        step: Called after every tensor.
-        postpone: Leave the values to be examined when they are copied and in memory anyway, as they are not yet in that
-            of a mapped file.
-        files: Read in place of what is mapped, for what is computed here.
+    ``findings`` receives what is found of the values. With ``postpone`` they are left to be examined when they are
+    copied and in memory anyway, as those of a mapped file are not yet.
 
     Raises:
         InputError: The checkpoint has no values.
@@ -230,21 +215,10 @@ def tensors_of(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """Compute the tensors that ``load_state_dict`` is given.
+    """Compute the tensors that ``load_state_dict`` is given; what it raises is as with ``fills_of``.
 
-    Args:
-        given: What each match is made of.
-        alignment: What is loaded from where.
-        targets: The model's state dict.
-        findings: Receives what is found of the values.
-        step: Called after every tensor.
-        assign: Make tensors of the targets' dtypes and devices, that take their places.
-        dtype: Of those of floating point, in place of the target's.
-        device: Of those, in place of the target's.
-
-    Raises:
-        InputError: The checkpoint has no values.
-        CheckpointError: A tensor has another shape than announced, or cannot be read.
+    With ``assign``, these are to take the places of the targets: they get their devices and dtypes, or else ``device``
+    and, for floating-point ones, ``dtype``.
     """
     memories = _memories(targets)
     assigned: dict[int, Tensor] = {}
@@ -299,13 +273,8 @@ def _assignable(tensor: Tensor, target: Tensor, dtype: torch.dtype, device: torc
 def copy_all(fills: Sequence[Fill], step: Step, files: MappedFiles | None = None) -> None:
     """Carry out the copies, in order for each storage of the model, and on several threads where that is faster.
 
-    All copies are carried out, even if ``step`` raises an error or no thread can be started, unless the error is that
-    a file has changed.
-
-    Args:
-        fills: What to copy. Two that fill the same memory are carried out one after the other.
-        step: Called after every batch of copies with what is done, in this thread.
-        files: From which to read what is mapped; None where it may have been written to in memory.
+    All copies are carried out, even if ``step``, which is called after every batch in this thread, raises an error or
+    no thread can be started, unless the error is that a file has changed. What is mapped is read from ``files``.
     """
     is_parallel = sum(fill.size for fill in fills) >= _MIN_PARALLEL_BYTES and all(
         type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"

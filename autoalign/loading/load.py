@@ -107,11 +107,7 @@ def load_checkpoint(
 
 
 def _refuse_codes(alignment: Alignment) -> None:
-    """Refuse another dtype for a model in which some floating-point tensors are codes.
-
-    Raises:
-        InputError: It is such a model.
-    """
+    """Raise InputError if a conversion to another dtype would change codes of quantised tensors."""
     members = alignment.quantised[1].values()
     if codes := [member for member in members if member.role == "codes" and member.spec.dtype.is_floating_point]:
         raise InputError(
@@ -166,13 +162,7 @@ def _fill(
 ) -> Alignment:
     """Move what is matched into a model that is this process's own, and report what was done.
 
-    Args:
-        model: What is filled.
-        ready: What is loaded from where.
-        options: Those of ``tensors_of``; empty to copy into the model's own tensors.
-        progress: As in ``autoalign.load``.
-        since: When the load began.
-        from_files: Whether what is mapped can be read from its files.
+    ``options`` are those of ``tensors_of``, and empty to copy into the model's own tensors.
     """
     source, alignment = ready.source, ready.alignment
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
@@ -237,11 +227,7 @@ def _fill(
 
 
 def _require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:
-    """Refuse to fill tensors that the model does not have any more.
-
-    Raises:
-        AlignmentError: The model has others now.
-    """
+    """Raise AlignmentError if the model does not have the tensors any more that are to be filled."""
     now: Mapping[str, object] = model.state_dict(keep_vars=True)
     gone = [match.target for match in alignment.matches if now.get(match.target) is not targets[match.target]]
     if gone:

@@ -58,11 +58,9 @@ class MappedFiles:
                         self.places.append((int(end, 16), int(offset, 16), int(inode), path.replace("\\012", "\n")))
 
     def read(self, source: Tensor, target: Tensor) -> bool:
-        """Read the values of a mapped tensor into another; False where they are to be copied instead.
+        """Read the values of a mapped tensor into another, without gradient; False if they are to be copied instead.
 
-        Args:
-            source: Lies in a mapping that nobody has written to.
-            target: Of the same shape, on any device and of any dtype, and without gradient.
+        The target is of the same shape, on any device and of any dtype. Nobody has written to the mapping.
 
         Raises:
             CutError: The file has become shorter.
@@ -185,13 +183,7 @@ def _by_stride(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(offset: int, source: Tensor, target: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Divide two tensors of ``_by_stride`` alike, so that the first takes no more than a chunk of its file.
-
-    Args:
-        offset: Where the first one is in the file.
-        source: The first.
-        target: The other.
-    """
+    """Divide two tensors of ``_by_stride`` alike, so that the first takes no more than a chunk of its file."""
     extent = _extent(source)
     if extent <= _CHUNK_BYTES:
         yield offset, source, target

@@ -141,7 +141,7 @@ def prepared(
     Args:
         alignment: What is loaded from where.
         module: The target, if it is a module.
-        target: The target's name in texts, such as ``"ResNet"``.
+        target: Its name in texts, such as ``"ResNet"``.
         strict: Whether every target key needs a source.
         verb: Of what is done with the tensors, such as ``"load"``.
         undone: A sentence on what was not done if this fails.
@@ -359,11 +359,7 @@ def warn_of_choices(doing: str, alignment: Alignment) -> None:
 def warn_of_unfilled(doing: str, alignment: Alignment, fate: str, advice: str = "") -> None:
     """Warn of the target's tensors that get nothing, unless ``exclude`` and ``include`` left out all of them.
 
-    Args:
-        doing: What is done, such as "Loading 3 of 4 tensors".
-        alignment: Whose target it is.
-        fate: What becomes of them, such as "keep their values".
-        advice: Said last.
+    ``doing`` is such as "Loading 3 of 4 tensors", and ``fate`` as "keep their values".
     """
     status = {key: status for key, status in alignment.status.items() if status not in FILLED}
     named = [key for key in status if key not in alignment.excluded]

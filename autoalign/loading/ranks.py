@@ -72,16 +72,16 @@ class Ranks:
     ) -> tuple[Own, list[Found]]:
         """Do something on each rank; if it fails on one, in whatever way, all raise.
 
-        All ranks must call this. Signals such as Ctrl-C take effect while the work is done. From then on they are held
-        back, since a rank that leaves would keep the others waiting.
+        All ranks must call this. Signals such as Ctrl-C take effect while the work is done, if ``stops``. From then on
+        they are held back until ``held`` is closed, since a rank that leaves would keep the others waiting.
 
         Args:
-            work: What to do. It returns something for this rank and something that all are to know. If it waits for
-                other ranks, it does so first.
-            held: Holds signals back until it is closed.
+            work: Returns something for this rank and something that all are to know. If it waits for other ranks, it
+                does so first.
+            held: Holds signals back.
             undone: What an error says of the model.
             is_changed: Whether the model may be changed then, so that an error of this rank says so too.
-            stops: Whether signals take effect meanwhile, or stay held back.
+            stops: Whether signals take effect meanwhile.
 
         Returns:
             The first for this rank, and the second of each rank.
@@ -236,11 +236,6 @@ def digests(source: Checkpoint, alignment: Alignment, files: MappedFiles) -> tup
     whole for that, as of an npz file, it is of the 16 smallest tensors, with the sizes of all files and 4 KiB at 4,096
     places spread over their bytes. Checkpoints that differ in nothing but a few rows of a large tensor may pass.
 
-    Args:
-        source: The checkpoint.
-        alignment: What is loaded from where.
-        files: From which to read what is mapped.
-
     Raises:
         CheckpointError: The checkpoint changed since it was opened, or while it was read.
         InputError: Tensors of the checkpoint are spread over processes themselves.
@@ -310,11 +305,7 @@ def _sample_files(paths: Sequence[Path], update: Callable[[bytes], None]) -> Non
 
 
 def require_same(found: Sequence[tuple[str, str]], alignment: Alignment) -> None:
-    """Make sure that all ranks have the same digests.
-
-    Raises:
-        AlignmentError: One has others.
-    """
+    """Raise AlignmentError unless all ranks have the same digests."""
     for place, problem in enumerate(("aligned the checkpoint in different ways", "have checkpoints of other values")):
         different = [rank for rank, digest in enumerate(found) if digest[place] != found[0][place]]
         if different:

@@ -105,11 +105,6 @@ def cannot_fail(model: nn.Module, targets: Mapping[str, Tensor], tensors: Mappin
     >>> layer = nn.Linear(2, 1)
     >>> cannot_fail(layer, layer.state_dict(), {"bias": torch.zeros(1)})
     True
-
-    Args:
-        model: The module to load into.
-        targets: Its state dict.
-        tensors: What is loaded, of the targets' shapes.
     """
     return supports_plain_copy(model, tensors.keys()) and all(
         can_copy_in_place(t, targets[key]) for key, t in tensors.items()

@@ -31,10 +31,6 @@ def nan_count(tensor: Tensor, pieces: Pieces = in_one) -> int:
 
     >>> nan_count(torch.full((64, 64), torch.nan))
     4096
-
-    Args:
-        tensor: What is examined.
-        pieces: How to read it, where it is in a file.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()) or not _has_values(tensor):
         return 0
@@ -99,11 +95,6 @@ def loss_of_range(tensor: Tensor, target: torch.dtype, pieces: Pieces = in_one) 
     'values from 1 to 300 do not fit'
     >>> loss_of_range(torch.ones(1), torch.float16) is None
     True
-
-    Args:
-        tensor: What is cast.
-        target: The dtype that it gets.
-        pieces: As of ``nan_count``.
     """
     source = tensor.dtype
     if source == target or source.is_complex or tensor.layout != torch.strided or not _has_values(tensor):
@@ -149,11 +140,7 @@ class Findings:
     pieces: Pieces = in_one  # how values are read
 
     def examine_postponed(self, count: int) -> None:
-        """Examine the first of what was left for later, some of which is in the model already.
-
-        Raises:
-            CutError: The file was cut. Nothing else is raised.
-        """
+        """Examine what was left for later, some of which is in the model already: only CutError is raised."""
         for match, sources, dtype in self.postponed[:count]:
             try:
                 self.examine(match, sources, dtype)

@@ -151,12 +151,9 @@ def execution_order(module: nn.Module, example_inputs: object) -> list[str]:
 
 
 def call(model: nn.Module, inputs: object, values: Mapping[str, Tensor] | None = None) -> Any:
-    """Call a model on inputs of any form, which are copied and taken to its device; chance is seeded.
+    """Call a model on inputs as for ``execution_order``, which are copied and taken to its device; chance is seeded.
 
-    Args:
-        model: What is called.
-        inputs: As for ``execution_order``.
-        values: Tensors to use in place of the model's own, by key; the model is not changed.
+    ``values`` take the places of the model's own tensors, by key; the model is not changed.
 
     Raises:
         InputError: The call fails.

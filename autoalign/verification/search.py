@@ -18,6 +18,7 @@ from torch import Tensor
 from autoalign.plan.keys import common_module, components, stem
 from autoalign.plan.matches import Candidate, Match
 from autoalign.plan.operations import Chain, Concatenate, Operation, Parallel, Shape, Split, Transpose, chain
+from autoalign.verification.compare import Finding
 from autoalign.verification.run import NEVER
 from autoalign.verification.session import Outcome, Session
 
@@ -29,21 +30,137 @@ _MAX_PERMUTED_PARTS = 4  # whose orders are all tried
 _MAX_NEAR = 12  # tensors used before a difference that are exchanged with one another
 
 
-def listed_options(matches: Mapping[str, Match], suspects: Sequence[str]) -> Iterator[Option]:
-    """Yield the other layouts of suspects' matches that are in doubt; those of one doubt together, in all layers."""
-    done = set()
-    for key in suspects:
-        match = matches[key]
-        if not match.warnings or match.warnings in done:
-            continue
-        done.add(match.warnings)
-        group = [m for m in matches.values() if m.alternatives and m.warnings == match.warnings]
-        for turn in range(max((len(m.alternatives) for m in group), default=0)):
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Other ways to fill a target; suspects are its keys, the likeliest to be filled wrongly first."""
+
+    matches: Mapping[str, Match]  # what fills it, by key
+    shapes: Mapping[str, Shape]  # of its keys
+    source_shapes: Mapping[str, Shape]
+
+    def listed(self, suspects: Sequence[str]) -> Iterator[Option]:
+        """Yield the other layouts of suspects that are in doubt; those of one doubt together, in all layers."""
+        done = set()
+        for key in suspects:
+            match = self.matches[key]
+            if not match.warnings or match.warnings in done:
+                continue
+            done.add(match.warnings)
+            group = [m for m in self.matches.values() if m.alternatives and m.warnings == match.warnings]
+            for turn in range(max((len(m.alternatives) for m in group), default=0)):
+                option: Option = {}
+                for member in group:
+                    if turn < len(member.alternatives):
+                        option |= self._with_rival(member, member.alternatives[turn])
+                yield option
+
+    def likely(self, suspects: Sequence[str]) -> Iterator[Option]:
+        """Yield what often goes wrong around the suspects, the likeliest first."""
+        nearest, others = suspects[:_MAX_REARRANGED_FIRST], suspects[_MAX_REARRANGED_FIRST:]
+        yield from self._rearranged(nearest)
+        for key in suspects:
+            if not self.matches[key].warnings:
+                for rival in self.matches[key].alternatives:
+                    yield self._with_rival(self.matches[key], rival)
+        yield from self.exchanges(suspects)
+        yield from self._rearranged(others)
+
+    def exchanges(self, suspects: Sequence[str]) -> Iterator[Option]:
+        """Exchange what fills suspects of equal shape: whole layers, then single tensors, then three in a circle."""
+        modules: dict[str, list[str]] = {}
+        for key in suspects:
+            modules.setdefault(key.rpartition(".")[0], []).append(key)
+        for first, second in _nearest_pairs(list(modules)):
             option: Option = {}
-            for member in group:
-                if turn < len(member.alternatives):
-                    option |= _with_rival(matches, member, member.alternatives[turn])
-            yield option
+            for key in modules[first]:
+                partner = f"{second}.{key.rpartition('.')[2]}".lstrip(".")
+                if partner in modules[second] and self.shapes[partner] == self.shapes[key]:
+                    option |= self._exchanged(key, partner)
+            if len(option) > 2:
+                yield option
+        for first, second in _nearest_pairs(suspects):
+            if self.shapes[first] == self.shapes[second]:
+                yield self._exchanged(first, second)
+        groups: dict[tuple[Shape, str], list[str]] = {}
+        for key in suspects:
+            groups.setdefault((self.shapes[key], key.rpartition(".")[2]), []).append(key)
+        for group in groups.values():
+            if len(group) > 2:
+                first, second, third = group[:3]
+                for order in ((second, third, first), (third, first, second)):
+                    members = zip((first, second, third), order, strict=True)
+                    yield {key: _refilled(self.matches[key], self.matches[other]) for key, other in members}
+
+    def in_all_layers(self, option: Option) -> Option:
+        """Extend an option to the other layers of the same names; the option itself where there are none."""
+        matches, shapes, keys, result = self.matches, self.shapes, list(option), dict(option)
+        if len(keys) == 1:
+            (key,) = keys
+            old, new = matches[key], option[key]
+            for other, match in matches.items():
+                same = stem(other) == stem(key) and shapes[other] == shapes[key]
+                if not same or other == key or match.operation != old.operation:
+                    continue
+                if new.sources == old.sources:
+                    result[other] = replace(match, operation=new.operation)
+                elif set(new.sources) == set(old.sources) and len(match.sources) == len(old.sources):
+                    sources = tuple(match.sources[old.sources.index(source)] for source in new.sources)
+                    result[other] = replace(match, sources=sources, operation=new.operation)
+            return result
+        prefix = ".".join(common_module([components(key) for key in keys]))
+        suffix = {key: key[len(prefix) :] for key in keys}
+        moved = {key: next((k for k in keys if _has_same_fill(matches[k], option[key])), key) for key in keys}
+        for other in matches:
+            start = other[: -len(suffix[keys[0]])]
+            if not other.endswith(suffix[keys[0]]) or start == prefix or stem(start) != stem(prefix):
+                continue
+            there = {key: start + suffix[key] for key in keys}
+            if all(name in matches and shapes[name] == shapes[key] for key, name in there.items()):
+                for key in keys:
+                    result[there[key]] = _refilled(matches[there[key]], matches[there[moved[key]]])
+        return result
+
+    def _with_rival(self, match: Match, rival: Candidate) -> Option:
+        """Fill a key from other sources; the key that had them gets this one's."""
+        option = {match.target: _refilled(match, rival)}
+        if sorted(rival.sources) != sorted(match.sources):
+            for other in self.matches.values():
+                if other.sources == rival.sources and other.target != match.target:
+                    option[other.target] = _refilled(other, match)
+        return option
+
+    def _exchanged(self, first: str, second: str) -> Option:
+        one, other = self.matches[first], self.matches[second]
+        return {first: _refilled(one, other), second: _refilled(other, one)}
+
+    def _rearranged(self, keys: Sequence[str]) -> Iterator[Option]:
+        """Change the layout of tensors: square matrices transposed, parts in another order."""
+        for key in keys:
+            match = self.matches[key]
+            if not match.operation.adapts and len(self.shapes[key]) == 2 and self.shapes[key][0] == self.shapes[key][1]:
+                yield {key: replace(match, operation=_transposed(match.operation))}
+            alike = len({self.source_shapes.get(source) for source in match.sources}) == 1
+            if 1 < len(match.sources) <= _MAX_PERMUTED_PARTS and alike:
+                for sources in list(permutations(match.sources))[1:]:
+                    yield {key: replace(match, sources=sources)}
+            yield from self._parts_reordered(key)
+
+    def _parts_reordered(self, key: str) -> Iterator[Option]:
+        """Yield the other orders of the halves or thirds of a tensor that is fused on both sides, and of its bias."""
+        if len(self.shapes[key]) < 2:
+            return
+        bias = f"{key.rpartition('.')[0]}.bias".lstrip(".")
+        for count, dim in product(_PART_COUNTS, (0, len(self.shapes[key]) - 1)):
+            size = self.shapes[key][dim]
+            if size % count or size == count or (count == 3 and size not in {3 * other for other in self.shapes[key]}):
+                continue
+            members = {key: dim}
+            if bias in self.matches and self.shapes.get(bias) == (size,):
+                members[bias] = 0
+            if any(len(self.matches[k].sources) > 1 or self.matches[k].operation.adapts for k in members):
+                continue
+            for order in list(permutations(range(count)))[1:]:
+                yield {k: _in_parts(self.matches[k], along, size // count, order) for k, along in members.items()}
 
 
 def _refilled(match: Match, fill: Match | Candidate) -> Match:
@@ -51,73 +168,8 @@ def _refilled(match: Match, fill: Match | Candidate) -> Match:
     return replace(match, sources=fill.sources, operation=fill.operation)
 
 
-def _with_rival(matches: Mapping[str, Match], match: Match, rival: Candidate) -> Option:
-    """Fill a key from other sources; the key that had them gets this one's."""
-    option = {match.target: _refilled(match, rival)}
-    if sorted(rival.sources) != sorted(match.sources):
-        for other in matches.values():
-            if other.sources == rival.sources and other.target != match.target:
-                option[other.target] = _refilled(other, match)
-    return option
-
-
-def other_options(
-    matches: Mapping[str, Match],
-    suspects: Sequence[str],
-    shapes: Mapping[str, Shape],
-    source_shapes: Mapping[str, Shape],
-) -> Iterator[Option]:
-    """Yield what often goes wrong around the suspects, which are target keys, the likeliest first."""
-    nearest, others = suspects[:_MAX_REARRANGED_FIRST], suspects[_MAX_REARRANGED_FIRST:]
-    yield from _rearranged(matches, nearest, shapes, source_shapes)
-    for key in suspects:
-        if not matches[key].warnings:
-            for rival in matches[key].alternatives:
-                yield _with_rival(matches, matches[key], rival)
-    yield from exchanges(matches, suspects, shapes)
-    yield from _rearranged(matches, others, shapes, source_shapes)
-
-
-def _rearranged(
-    matches: Mapping[str, Match], keys: Sequence[str], shapes: Mapping[str, Shape], source_shapes: Mapping[str, Shape]
-) -> Iterator[Option]:
-    """Change the layout of tensors: square matrices transposed, parts in another order."""
-    for key in keys:
-        match = matches[key]
-        if not match.operation.adapts and len(shapes[key]) == 2 and shapes[key][0] == shapes[key][1]:
-            yield {key: replace(match, operation=_transposed(match.operation))}
-        alike = len({source_shapes.get(source) for source in match.sources}) == 1
-        if 1 < len(match.sources) <= _MAX_PERMUTED_PARTS and alike:
-            for sources in list(permutations(match.sources))[1:]:
-                yield {key: replace(match, sources=sources)}
-        yield from _parts_reordered(matches, key, shapes)
-
-
-def exchanges(matches: Mapping[str, Match], suspects: Sequence[str], shapes: Mapping[str, Shape]) -> Iterator[Option]:
-    """Exchange what fills suspects of equal shape: whole layers, then single tensors, then three in a circle."""
-    modules: dict[str, list[str]] = {}
-    for key in suspects:
-        modules.setdefault(key.rpartition(".")[0], []).append(key)
-    for first, second in _nearest_pairs(list(modules)):
-        option: Option = {}
-        for key in modules[first]:
-            partner = f"{second}.{key.rpartition('.')[2]}".lstrip(".")
-            if partner in modules[second] and shapes[partner] == shapes[key]:
-                option |= _exchanged(matches, key, partner)
-        if len(option) > 2:
-            yield option
-    for first, second in _nearest_pairs(suspects):
-        if shapes[first] == shapes[second]:
-            yield _exchanged(matches, first, second)
-    groups: dict[tuple[Shape, str], list[str]] = {}
-    for key in suspects:
-        groups.setdefault((shapes[key], key.rpartition(".")[2]), []).append(key)
-    for group in groups.values():
-        if len(group) > 2:
-            first, second, third = group[:3]
-            for order in ((second, third, first), (third, first, second)):
-                members = zip((first, second, third), order, strict=True)
-                yield {key: _refilled(matches[key], matches[other]) for key, other in members}
+def _has_same_fill(match: Match, other: Match) -> bool:
+    return match.sources == other.sources and match.operation == other.operation
 
 
 def _nearest_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -125,74 +177,15 @@ def _nearest_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(names[i], names[j]) for _, i, j in sorted(pairs)]
 
 
-def _exchanged(matches: Mapping[str, Match], first: str, second: str) -> Option:
-    one, other = matches[first], matches[second]
-    return {first: _refilled(one, other), second: _refilled(other, one)}
-
-
 def _transposed(operation: Operation) -> Operation:
     steps = operation.steps if isinstance(operation, Chain) else (operation,)
     return chain(*steps[:-1]) if steps[-1] == Transpose() else chain(operation, Transpose())
-
-
-def _parts_reordered(matches: Mapping[str, Match], key: str, shapes: Mapping[str, Shape]) -> Iterator[Option]:
-    """Yield the other orders of the halves or thirds of a tensor that is fused on both sides, and of its bias."""
-    if len(shapes[key]) < 2:
-        return
-    bias = f"{key.rpartition('.')[0]}.bias".lstrip(".")
-    for count, dim in product(_PART_COUNTS, (0, len(shapes[key]) - 1)):
-        size = shapes[key][dim]
-        if size % count or size == count or (count == 3 and size not in {3 * other for other in shapes[key]}):
-            continue
-        members = {key: dim}
-        if bias in matches and shapes.get(bias) == (size,):
-            members[bias] = 0
-        if any(len(matches[k].sources) > 1 or matches[k].operation.adapts for k in members):
-            continue
-        for order in list(permutations(range(count)))[1:]:
-            yield {k: _in_parts(matches[k], along, size // count, order) for k, along in members.items()}
 
 
 def _in_parts(match: Match, dim: int, length: int, order: Sequence[int]) -> Match:
     parts = tuple(chain(match.operation, Split(dim, place * length, length)) for place in order)
     operation = chain(Parallel(parts), Concatenate(dim))
     return replace(match, sources=match.sources * len(order), operation=operation)
-
-
-def in_all_layers(matches: Mapping[str, Match], option: Option, shapes: Mapping[str, Shape]) -> Option:
-    """Extend an option to the other layers of the same names; the option itself where there are none."""
-    keys = list(option)
-    if len(keys) == 1:
-        (key,) = keys
-        changed = option[key]
-        result = dict(option)
-        for other, match in matches.items():
-            same = stem(other) == stem(key) and shapes[other] == shapes[key]
-            if not same or other == key or match.operation != matches[key].operation:
-                continue
-            if changed.sources == matches[key].sources:
-                result[other] = replace(match, operation=changed.operation)
-            elif set(changed.sources) == set(matches[key].sources) and len(match.sources) == len(matches[key].sources):
-                places = [matches[key].sources.index(source) for source in changed.sources]
-                sources = tuple(match.sources[place] for place in places)
-                result[other] = replace(match, sources=sources, operation=changed.operation)
-        return result
-    prefix = ".".join(common_module([components(key) for key in keys]))
-    suffix = {key: key[len(prefix) :] for key in keys}
-    fills = {key: (option[key].sources, option[key].operation) for key in keys}
-    moved = {
-        key: next((k for k in keys if (matches[k].sources, matches[k].operation) == fills[key]), key) for key in keys
-    }
-    result = dict(option)
-    for other in matches:
-        start = other[: -len(suffix[keys[0]])]
-        if not other.endswith(suffix[keys[0]]) or start == prefix or stem(start) != stem(prefix):
-            continue
-        there = {key: start + suffix[key] for key in keys}
-        if all(name in matches and shapes[name] == shapes[key] for key, name in there.items()):
-            for key in keys:
-                result[there[key]] = _refilled(matches[there[key]], matches[there[moved[key]]])
-    return result
 
 
 class Budget:
@@ -220,54 +213,38 @@ class State:
     """How the target is filled, and what comes of it."""
 
     matches: dict[str, Match]
+    values: dict[str, Tensor]  # in place of the target's own, by key
     outcome: Outcome
-    found: tuple[str, ...]  # the keys whose filling was changed for the better
+    found: tuple[str, ...] = ()  # the keys whose filling was changed for the better
 
     def changed(self, matches: Mapping[str, Match]) -> tuple[Match, ...]:
         """List the matches that differ from those given, or are not among them."""
         return tuple(match for key, match in self.matches.items() if matches.get(key) != match)
 
 
-def search(
-    session: Session,
-    matches: dict[str, Match],
-    fills: Mapping[str, Tensor],
-    base: Outcome,
-    wrong: Collection[str],
-    budget: Budget,
-    *,
-    listed_only: bool,
-) -> State:
+def search(session: Session, base: State, wrong: Collection[str], budget: Budget, *, listed_only: bool) -> State:
     """Try other ways to fill the target, one step at a time, for as long as both agree for longer.
 
-    ``base`` is what came of a call with ``fills`` in place of the target's own values; with ``listed_only`` nothing is
-    tried but what the alignment lists.
+    Nothing but what the alignment lists is tried with ``listed_only``.
     """
-    state = State(dict(matches), base, ())
+    state = base
     first = {key: session.value(m) for key, m in session.proposed.items() if key in session.own}
-    values = {**fills, **first}
     if first and budget.take():
+        values = {**state.values, **first}
         outcome = session.call(state.matches, session.tied(values), wrong)
-        state = State(state.matches, outcome, tuple(first) if outcome.equal else ())
+        state = State(state.matches, values, outcome, tuple(first) if outcome.equal else ())
     while not state.outcome.equal:
-        better = _step(session, state, values, wrong, budget, listed_only=listed_only)
+        better = _step(session, state, wrong, budget, listed_only=listed_only)
         if better is None:
             break
-        state, values = better
+        state = better
     return state
 
 
-def _step(
-    session: Session,
-    state: State,
-    values: Mapping[str, Tensor],
-    wrong: Collection[str],
-    budget: Budget,
-    *,
-    listed_only: bool,
-) -> tuple[State, dict[str, Tensor]] | None:
+def _step(session: Session, state: State, wrong: Collection[str], budget: Budget, *, listed_only: bool) -> State | None:
     """Find an option that makes the networks agree for longer, and for equal outputs if one does."""
-    best: tuple[State, dict[str, Tensor]] | None = None
+    best: State | None = None
+    options = Options(state.matches, session.target_shapes, session.shapes)
 
     def tried(option: Option) -> bool:
         nonlocal best
@@ -280,27 +257,26 @@ def _step(
             return False
         if any(tensor.shape != session.own[key].shape for key, tensor in new.items()):
             return False
-        matches, filled = {**state.matches, **changes}, {**values, **new}
-        outcome = session.call(matches, session.tied(filled), wrong)
-        known = best[0].outcome.position if best else state.outcome.position
-        if outcome.position <= known:
+        matches, values = {**state.matches, **changes}, {**state.values, **new}
+        outcome = session.call(matches, session.tied(values), wrong)
+        if outcome.position <= (best or state).outcome.position:
             return False
-        best = State(matches, outcome, tuple(dict.fromkeys((*state.found, *changes)))), filled
+        best = State(matches, values, outcome, tuple(dict.fromkeys((*state.found, *changes))))
         return True
 
-    for option, listed in _options(session, state):
+    for option, listed in _suggested(session, state, options):
         if budget.is_spent or (best is not None and not listed):
             break
         if listed_only and not listed:
             continue
-        if tried(option) and best is not None and not best[0].outcome.equal and not listed:
-            tried(in_all_layers(state.matches, option, session.target_shapes))
-        if best is not None and (best[0].outcome.equal or not listed):
+        if tried(option) and best is not None and not best.outcome.equal and not listed:
+            tried(options.in_all_layers(option))
+        if best is not None and (best.outcome.equal or not listed):
             break  # listed ones are all tried, and the best is kept
     return best
 
 
-def _options(session: Session, state: State) -> Iterator[tuple[Option, bool]]:
+def _suggested(session: Session, state: State, options: Options) -> Iterator[tuple[Option, bool]]:
     """Yield options for the first divergence, the likeliest first, and whether the alignment lists them."""
     used = state.outcome.compared.target.first_use
     finding = state.outcome.finding
@@ -310,31 +286,25 @@ def _options(session: Session, state: State) -> Iterator[tuple[Option, bool]]:
     own = [key for key in state.matches if finding and owners[key][0] == finding.call.module]
     at = own if finding is not None and finding.kind in ("own", "mispaired") else []
     suspects = list(dict.fromkeys((*at, *before)))
-    if at:
-        for option in _likely(session, state, own):
-            yield option, False
-    for option in listed_options(state.matches, suspects):
-        yield option, True
-    near = suspects[: max(len(at), _MAX_NEAR)]
-    for option in other_options(state.matches, near, session.target_shapes, session.shapes):
-        yield option, False
+    if finding is not None and at:
+        for mine, other in _recorded_pairs(session, state.matches, finding, own):
+            yield from ((option, False) for option in options.exchanges((mine, other)))
+    yield from ((option, True) for option in options.listed(suspects))
+    yield from ((option, False) for option in options.likely(suspects[: max(len(at), _MAX_NEAR)]))
     for mine, other in product(at, state.matches):
         if other not in own:
-            for option in exchanges(state.matches, (mine, other), session.target_shapes):
-                yield option, False
+            yield from ((option, False) for option in options.exchanges((mine, other)))
 
 
-def _likely(session: Session, state: State, own: Sequence[str]) -> Iterator[Option]:
-    """Yield what the recordings suggest for a module that is given the right inputs and filled wrongly."""
-    matches, finding = state.matches, state.outcome.finding
+def _recorded_pairs(
+    session: Session, matches: Mapping[str, Match], finding: Finding, own: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a module that is given the right inputs and filled wrongly, each with what it may need."""
     module_of = {key: session.source_owner[match.sources[0]][0] for key, match in matches.items()}
-    assert finding is not None
     pairs: list[tuple[str, str]] = []
     if finding.kind == "mispaired":  # the module that is given the same
         pairs += [(mine, key) for key in matches if module_of[key] in finding.elsewhere for mine in own]
     for module in dict.fromkeys(module_of[key] for key in own):  # one that has a part of the tensors should have all
         others = [mine for mine in own if module_of[mine] != module]
         pairs += [(mine, key) for mine in others for key in matches if module_of[key] == module]
-    for mine, other in pairs:
-        if other not in own:
-            yield from exchanges(matches, (mine, other), session.target_shapes)
+    return ((mine, other) for mine, other in pairs if other not in own)

@@ -165,10 +165,10 @@ def _verified(session: Session, *, as_it_is: bool, budget: Budget) -> Verificati
             f"No outputs have the same size: {sides[0]} of the source, {sides[1]} of the target. "
             "Wrap one of them, so that both give the same."
         )
-    state = State(known, base, ())
+    state = State(known, fills, base)
     explained = divergence is not None and any(key in wrong for key in divergence.keys)
     if not base.equal and not explained and base.differences:
-        state = search(session, known, fills, base, wrong, budget, listed_only=_is_explained(divergence))
+        state = search(session, state, wrong, budget, listed_only=_is_explained(divergence))
         divergence = _located(session, divergence, state, base)
     elif base.equal and wrong and divergence is None:
         notes.append(f"{len(wrong)} tensors hold other values than the alignment gives: {', '.join(list(wrong)[:3])}.")
