@@ -211,9 +211,9 @@ def tensors_of(
     findings: Findings,
     step: Step,
     *,
-    assign: bool = False,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
+    assign: bool,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
 ) -> dict[str, Tensor]:
     """Compute the tensors that ``load_state_dict`` is given; what it raises is as with ``fills_of``.
 

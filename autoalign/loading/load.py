@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,19 @@ logger = logging.getLogger(__name__)
 _CHECK_INTERVAL = 0.002  # seconds between two looks at a file that is being copied
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of ``load``."""
+
+    model: nn.Module
+    assign: bool
+    progress: Progress | bool | None
+    dtype: torch.dtype | None  # that the model is to get, or None
+    device: torch.device | None  # as well
+    since: float  # when it began, by `time.perf_counter`
+    from_files: bool  # else, what is mapped may have been written to
+
+
 def load_checkpoint(
     model: nn.Module,
     checkpoint: Side,
@@ -71,38 +84,35 @@ def load_checkpoint(
     since = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
-    dtype, device = _conversion(dtype, device)
-    from_files = isinstance(checkpoint, str | os.PathLike)  # else, what is mapped may have been written to
+    call = _Call(model, assign, progress, *_conversion(dtype, device), since, isinstance(checkpoint, str | os.PathLike))
+    is_converted = not (call.dtype is None and call.device is None)
     with ExitStack() as announced, model_lock(model):
         ranks = ranks_of(model)
 
         def prepare() -> Prepared:
-            if ranks is not None and not (dtype is None and device is None):
+            if ranks is not None and is_converted:
                 raise InputError(
                     "A sharded model is given its dtype and device when it is sharded. Nothing was loaded."
                 )
             return _prepared(model, checkpoint, align_options, alignment, strict=strict)
 
         if ranks is not None:
-            return _load_sharded(
-                model, prepare, ranks, assign=assign, progress=progress, since=since, from_files=from_files
-            )
+            return _load_sharded(call, prepare, ranks)
         announced.enter_context(announced_unsharded(model))
         ready = prepare()
-        if dtype is not None:  # what it is about to be
+        if call.dtype is not None:  # what it is about to be
             _refuse_codes(ready.alignment)
             specs = ready.alignment.target_specs
-            converted_specs = tuple(replace(s, dtype=dtype) if s.dtype.is_floating_point else s for s in specs)
-            ready = replace(ready, alignment=replace(ready.alignment, target_specs=converted_specs))
-        options = {"assign": True, "dtype": dtype, "device": device} if assign else {}
-        if dtype is None and device is None:
-            return _fill(model, ready, options, progress, since, from_files=from_files)
+            specs = tuple(replace(spec, dtype=call.dtype) if spec.dtype.is_floating_point else spec for spec in specs)
+            ready = replace(ready, alignment=replace(ready.alignment, target_specs=specs))
+        if not is_converted:
+            return _fill(call, ready)
         with transaction(model, keep_values=False, keep_memory=True):
             if not assign:
-                converted(model, dtype, device)
-            filled = _fill(model, ready, options, progress, since, from_files=from_files)
+                converted(model, call.dtype, call.device)
+            filled = _fill(call, ready)
             if assign:  # what is not new
-                converted(model, dtype, device)
+                converted(model, call.dtype, call.device)
         return replace(filled, target_tensors=checkpoint_of(model))
 
 
@@ -151,34 +161,23 @@ def _prepared(
     )
 
 
-def _fill(
-    model: nn.Module,
-    ready: Prepared,
-    options: Mapping[str, Any],
-    progress: Progress | bool | None,
-    since: float,
-    *,
-    from_files: bool,
-) -> Alignment:
-    """Move what is matched into a model that is this process's own, and report what was done.
-
-    ``options`` are those of ``tensors_of``, and empty to copy into the model's own tensors.
-    """
-    source, alignment = ready.source, ready.alignment
+def _fill(call: _Call, ready: Prepared) -> Alignment:
+    """Move what is matched into a model that is this process's own, and report what was done."""
+    model, source, alignment = call.model, ready.source, ready.alignment
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    check_devices(alignment, targets, assign=bool(options))
+    check_devices(alignment, targets, assign=call.assign)
     source.require_unchanged()
     findings = Findings()
-    opened = _mapped_paths(source, from_files=from_files)
+    opened = _mapped_paths(call, source)
     with (
-        progress_of(progress, len(alignment.matches), _size(alignment), since) as step,
+        progress_of(call.progress, len(alignment.matches), _size(alignment), call.since) as step,
         mapped_files(opened) as files,
     ):
         fills, ahead, is_ahead = None, None, False
-        if opened and not options:
+        if opened and not call.assign:
             with _cut_explained():
                 ahead, is_ahead = read_ahead(list(read_sources(source, alignment)), files)
-        if not options and supports_plain_copy(model, [match.target for match in alignment.matches]):
+        if not call.assign and supports_plain_copy(model, [match.target for match in alignment.matches]):
             findings = Findings(pieces=files.pieces)
             postpone = source.is_resident and not is_ahead and not _may_raise(ValueWarning)
             given = read_sources(source, alignment) if ahead is None else ahead
@@ -189,15 +188,17 @@ def _fill(
                 fills, findings = None, Findings()
         if fills is None:
             given = read_sources(source, alignment) if ahead is None else ahead
-            tensors = tensors_of(given, alignment, targets, findings, step, **options)
+            tensors = tensors_of(
+                given, alignment, targets, findings, step, assign=call.assign, dtype=call.dtype, device=call.device
+            )
         warn_of_choices(f"Loading {ready.summary}", alignment)
         _warn_of_keys(ready, targets)  # before a change, since a warning may be turned into an error
         _warn_of_values(ready, findings)
         if fills is None:
-            _load_state_dict(model, ready, targets, tensors, options)
+            _load_state_dict(call, ready, targets, tensors)
         else:
             # what is mapped is only read as it is copied, and then a function of the caller's may raise
-            is_cancellable = callable(progress) and source.is_resident
+            is_cancellable = callable(call.progress) and source.is_resident
             _require_same_tensors(model, alignment, targets)
             source.require_unchanged(_changed_advice(is_kept=True))
             postponed = len(findings.postponed)
@@ -223,7 +224,7 @@ def _fill(
                     _require_same_tensors(model, alignment, targets)
             if postponed:
                 _warn_of_values(ready, findings)
-    return _reported(model, ready, findings, assign=bool(options))
+    return _reported(call, ready, findings)
 
 
 def _require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mapping[str, Tensor]) -> None:
@@ -239,14 +240,10 @@ def _require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mappi
 
 
 def _load_state_dict(
-    model: nn.Module,
-    ready: Prepared,
-    targets: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    options: Mapping[str, Any],
+    call: _Call, ready: Prepared, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
     """Load by torch's own function, with what it passes on to modules beside tensors."""
-    source, alignment, modules = ready.source, ready.alignment, ready.modules
+    model, source, alignment, modules = call.model, ready.source, ready.alignment, ready.modules
     state_dict: OrderedDict[str, object] = OrderedDict(tensors)
     state_dict.update(extra_states(source, targets, modules))
     metadata = state_metadata(source, alignment, targets, modules, ready.counters)
@@ -254,8 +251,8 @@ def _load_state_dict(
     is_kept = not cannot_fail(model, targets, tensors)
     with transaction(model, keep_values=is_kept):
         try:
-            result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if options else {}))
-            source.require_unchanged(_changed_advice(is_kept or bool(options)))
+            result = model.load_state_dict(state_dict, strict=False, **({"assign": True} if call.assign else {}))
+            source.require_unchanged(_changed_advice(is_kept or call.assign))
         except RuntimeError as error:
             if not str(error).startswith("Error(s) in loading state_dict"):  # it is of code of the model
                 raise
@@ -269,25 +266,16 @@ def _load_state_dict(
             )
 
 
-def _load_sharded(
-    model: nn.Module,
-    prepare: Callable[[], Prepared],
-    ranks: Ranks,
-    *,
-    assign: bool,
-    progress: Progress | bool | None,
-    since: float,
-    from_files: bool,
-) -> Alignment:
+def _load_sharded(call: _Call, prepare: Callable[[], Prepared], ranks: Ranks) -> Alignment:
     """Load the parts of a model that this and other processes hold, on all or on none; the first of them reports."""
-    findings = Findings()
-    reported = progress if ranks.is_first else False
+    model, assign, findings = call.model, call.assign, Findings()
+    reported = call.progress if ranks.is_first else False
 
     def prepare_part() -> tuple[tuple[Prepared, dict[str, Tensor], MappedFiles], tuple[str, str]]:
         ready = prepare()
         targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
         check_devices(ready.alignment, targets, assign=assign)
-        files = reading.enter_context(mapped_files(_mapped_paths(ready.source, from_files=from_files)))
+        files = reading.enter_context(mapped_files(_mapped_paths(call, ready.source)))
         return (ready, targets, files), digests(ready.source, ready.alignment, files)
 
     def plan() -> tuple[ShardPlan, tuple[bool, bool]]:
@@ -325,7 +313,7 @@ def _load_sharded(
         if is_changed := not is_kept and not assign:
             undone = "the model may have changed in part: load it anew"
         with (
-            progress_of(reported, len(alignment.matches), _size(alignment), since) as step,
+            progress_of(reported, len(alignment.matches), _size(alignment), call.since) as step,
             transaction(model, keep_values=is_kept),
         ):
             _, all_findings = ranks.each(fill, held, undone=undone, is_changed=is_changed, stops=is_kept)
@@ -335,24 +323,22 @@ def _load_sharded(
                 ranks.each(warn_of_values, held, undone=undone)
         if not may_raise_late:
             warn_of_values()
-    return _reported(model, ready, findings, assign=assign, is_logged=ranks.is_first)
+    return _reported(call, ready, findings, is_logged=ranks.is_first)
 
 
-def _reported(
-    model: nn.Module, ready: Prepared, findings: Findings, *, assign: bool, is_logged: bool = True
-) -> Alignment:
+def _reported(call: _Call, ready: Prepared, findings: Findings, *, is_logged: bool = True) -> Alignment:
     """Log what was loaded, and return the alignment with what was found of the values."""
     alignment = ready.alignment
-    if assign:  # the tensors that the model had are not the ones it has now
-        alignment = replace(alignment, target_tensors=checkpoint_of(model))
+    if call.assign:  # the tensors that the model had are not the ones it has now
+        alignment = replace(alignment, target_tensors=checkpoint_of(call.model))
     if is_logged:
         logger.info("Loaded %s; %d keys missing, %d unexpected.", ready.summary, *map(len, alignment))
     return findings.noted(alignment)
 
 
-def _mapped_paths(source: Checkpoint, *, from_files: bool) -> list[Path]:
+def _mapped_paths(call: _Call, source: Checkpoint) -> list[Path]:
     """List the files that can be read in place of what is mapped of them."""
-    return [path for path, _ in source.opened] if from_files and source.is_resident else []
+    return [path for path, _ in source.opened] if call.from_files and source.is_resident else []
 
 
 def _changed_advice(is_kept: bool) -> str:
