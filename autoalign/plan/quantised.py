@@ -113,81 +113,67 @@ def _groups_of(specs: tuple[TensorSpec, ...]) -> Members:
         if module in modules:
             role, stem, _ = _read(name)
             if role:
-                beside[module, stem].append((spec, (name, spec.shape, spec.dtype)))
+                beside[module, stem].append((name, spec))
         if module in codes:  # "weight.absmax" belongs to "weight"
-            inside[module].append((spec, (name, spec.shape, spec.dtype)))
+            inside[module].append((name, spec))
             continue
         if module not in outer:
             outer[module] = split_key(module)
         above, last = outer[module]
         if above in codes:  # and so does "weight.quant_state.nf4"
-            inside[above].append((spec, (f"{last}.{name}", spec.shape, spec.dtype)))
+            inside[above].append((f"{last}.{name}", spec))
     found: dict[str, Member] = {}
     for key, spec in codes.items():
         module, name = split_key(key)
         role, stem, _ = _read(name)
         if key in found or (role and spec.dtype not in _TORCH):
             continue
-        near = [*inside.get(key, ()), *beside.get((module, stem), ())]
-        if spec.dtype in _TORCH and not near:  # those of a packed layer's outputs stand beside the layer's module
-            around = beside.get((split_key(module)[0], frozenset()), ())
-            pair = [(other, what) for other, what in around if what[0] in _PAIR]
-            near = pair if len(pair) == len(_PAIR) else []
-        read = _judged((name, spec.shape, spec.dtype), tuple(what for _, what in near), len(inside.get(key, ())))
-        if read is not None:
-            companions = tuple(near[place][0] for place, _ in read.companions)
-            group = Quantised(read.scheme, spec, companions, read.names, read.is_packed)
-            found[key] = Member(group, spec, "codes")
-            for other, (_, role) in zip(companions, read.companions, strict=True):
-                found.setdefault(other.key, Member(group, other, role))
+        near = beside.get((module, stem), [])
+        if spec.dtype in _TORCH and not near and key not in inside:
+            around = beside.get((split_key(module)[0], frozenset()), [])
+            near = [item for item in around if item[0] in _PAIR]  # a packed layer's, beside the layer's module
+            near = near if len(near) == len(_PAIR) else []
+        companions = _companions(spec, inside.get(key, []), near, tied=bool(stem))
+        if companions is None:
+            continue
+        group = Quantised(
+            scheme=_scheme(spec, companions),
+            codes=spec,
+            companions=tuple(other for _, other, _ in companions),
+            names=_names(name, [own for own, _, _ in companions], is_shared=bool(stem)),
+            is_packed=spec.dtype not in _UNPACKED or any(role.startswith("table") for _, _, role in companions),
+        )
+        found[key] = Member(group, spec, "codes")
+        for _, other, role in companions:
+            found.setdefault(other.key, Member(group, other, role))
     return found
 
 
-_What = tuple[str, tuple[int, ...], torch.dtype]  # a tensor's name within a module, its shape and dtype
-_Near = tuple[TensorSpec, _What]
+_Near = tuple[str, TensorSpec]  # a tensor near one of codes, with its name within the module
+_Companion = tuple[str, TensorSpec, str]  # and its role
 
 
-@dataclass(frozen=True, slots=True)
-class _Judgement:
-    """A tensor of codes and its companions."""
-
-    scheme: str
-    companions: tuple[tuple[int, str], ...]  # places among those near it, and roles
-    names: str
-    is_packed: bool
-
-
-@lru_cache(maxsize=4096)
-def _judged(codes: _What, near: tuple[_What, ...], inside: int) -> _Judgement | None:
-    """Read a tensor of codes with its companions; None if it holds values. Cached, since layers are alike.
+def _companions(
+    codes: TensorSpec, inside: Sequence[_Near], beside: Sequence[_Near], *, tied: bool
+) -> list[_Companion] | None:
+    """List the companions of a tensor; None if it does not hold codes.
 
     Args:
         codes: The tensor.
-        near: Those that may be its companions.
-        inside: How many of these, the first, have names that go on where the tensor's ends.
+        inside: Tensors whose names continue its own.
+        beside: Others that may be its companions.
+        tied: Their names share more words than those for weights and roles.
     """
-    name, shape, dtype = codes
-    _, stem, _ = _read(name)
-    is_known, places = dtype in _TORCH, []
-    for place, other in enumerate(near):
-        role, _, is_named = _read(other[0].rpartition(".")[2])
-        if place < inside:
-            places.append((place, role or "layout"))
-            is_known |= role.startswith(("scale", "table"))
-        elif role.startswith("layout") or dtype in _TORCH:
-            places.append((place, role))
-        elif _fits(role, other[1], shape):
-            places.append((place, role))
-            is_known |= _is_evidence(codes, other, tied=bool(stem) or is_named)
-    if not is_known:
-        return None
-    companions = [(near[place], role) for place, role in places]
-    return _Judgement(
-        scheme=_scheme(codes, companions),
-        companions=tuple(places),
-        names=_names(name, [near[place][0] for place, _ in places], is_shared=bool(stem)),
-        is_packed=dtype not in _UNPACKED or any(role.startswith("table") for _, role in places),
-    )
+    found = [(name, spec, _read(name.rpartition(".")[2])[0] or "layout") for name, spec in inside]
+    is_known = codes.dtype in _TORCH or any(role.startswith(("scale", "table")) for _, _, role in found)
+    for name, spec in beside:
+        role, _, is_named = _read(name)
+        if role.startswith("layout") or codes.dtype in _TORCH:
+            found.append((name, spec, role))
+        elif prod(spec.shape) <= codes.numel if role.startswith("table") else _is_for_parts(spec.shape, codes.shape):
+            found.append((name, spec, role))
+            is_known |= _is_evidence(codes, spec, tied=tied or is_named)
+    return found if is_known else None
 
 
 def _names(codes: str, companions: Sequence[str], *, is_shared: bool) -> str:
@@ -211,20 +197,15 @@ def _read(name: str) -> tuple[str, frozenset[str], bool]:
     return " ".join((role, *qualifiers)), stem, not _PAYLOADS.isdisjoint(words)
 
 
-def _is_evidence(codes: _What, companion: _What, *, tied: bool) -> bool:
+def _is_evidence(codes: TensorSpec, companion: TensorSpec, *, tied: bool) -> bool:
     """True if a companion shows that a tensor holds codes.
 
     An integer of few bits is no weight by itself. A small float may be one, with a learned scale beside it, unless that
     is named after the weight or has a value for each block of it.
     """
-    if codes[2] not in _FLOAT8:
+    if codes.dtype not in _FLOAT8:
         return True
-    return companion[2] != codes[2] and (tied or len(companion[1]) == len(codes[1]) > 1)
-
-
-def _fits(role: str, shape: Sequence[int], codes: Sequence[int]) -> bool:
-    """True if a table is smaller than its codes, or another companion has a value for each part of them."""
-    return prod(shape) <= prod(codes) if role.startswith("table") else _is_for_parts(shape, codes)
+    return companion.dtype != codes.dtype and (tied or len(companion.shape) == len(codes.shape) > 1)
 
 
 def _is_for_parts(shape: Sequence[int], codes: Sequence[int]) -> bool:
@@ -252,39 +233,35 @@ def _divides(count: int, size: int) -> bool:
     return -(-size // block) == count
 
 
-def _scheme(codes: _What, companions: Sequence[tuple[_What, str]]) -> str:
+def _scheme(codes: TensorSpec, companions: Sequence[_Companion]) -> str:
     """Name a scheme as its makers do where its parts identify it, else by its dtype and the reach of a scale."""
-    _, shape, dtype = codes
-    parts = {role: what for what, role in reversed(companions)}
+    dtype = codes.dtype
+    parts = {role: spec for _, spec, role in reversed(companions)}
     scale, zero = parts.get("scale"), parts.get("zero")
-    for (name, _, _), _ in companions:
+    for name, _, _ in companions:
         if known := _NAMED.search(name):
             return known[1].upper()
     if dtype in _TORCH:
-        return f"torch's {_name_of(dtype)}"
+        return f"torch's {codes.dtype_name}"
     if "table" in parts:
-        return f"{_name_of(dtype)} codes of a table"
-    if scale is not None and scale[2] in _POWERS:
+        return f"{codes.dtype_name} codes of a table"
+    if scale is not None and scale.dtype in _POWERS:
         return "MXFP8" if dtype in _FLOAT8 else "MXFP4"
-    if scale is not None and scale[2] == torch.float8_e4m3fn:
+    if scale is not None and scale.dtype == torch.float8_e4m3fn:
         return "NVFP4"
-    reach = "" if scale is None else _reach(shape, scale[1])
+    reach = "" if scale is None else _reach(codes.shape, scale.shape)
     if dtype in _FLOAT8:
         return f"FP8{reach}"
     if dtype == torch.int8:
         return f"INT8{reach}"
-    if any(name.endswith("shape") for (name, _, _), _ in companions):
+    if any(name.endswith("shape") for name, _, _ in companions):
         return "compressed-tensors"
     if scale is not None and zero is not None:
-        if zero[1:] == scale[1:] and dtype == torch.uint32:
+        if (zero.shape, zero.dtype) == (scale.shape, scale.dtype) and dtype == torch.uint32:
             return "MLX"
-        if zero[2] == dtype == torch.int32:
-            return "GPTQ" if shape[-1] == scale[1][-1] else "AWQ"
-    return f"packed {_name_of(dtype)}{reach}"
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        if zero.dtype == dtype == torch.int32:
+            return "GPTQ" if codes.shape[-1] == scale.shape[-1] else "AWQ"
+    return f"packed {codes.dtype_name}{reach}"
 
 
 def _reach(codes: Sequence[int], scale: Sequence[int]) -> str:
