@@ -87,7 +87,7 @@ def _in_order(steps: Sequence[_Step], write: Callable[[_Step, str], list[Renamin
     result: list[Renaming] = []
     for place in kept:
         passed = [
-            _body(drop.source)
+            re.sub(r"(?<!\\)\((?!\?)", "(?:", drop.source.removeprefix("^"))
             for earlier, drop in enumerate(steps[:place])
             if drop.target is None and _may_meet(taken[earlier], taken[place])
         ]
@@ -131,8 +131,8 @@ def _one_by_one(step: _Step, mark: str) -> list[Renaming]:
     result: list[Renaming] = []
     start, done = 0, ""
     for stop in stops:
-        kept = _joined(groups[start:stop], [re.escape(text) for text in other[start + 1 : stop]])
-        rest = _joined(groups[stop:], own[stop + 1 :]) + end if stop < last else ""
+        kept = _uncaptured(groups[start:stop], [re.escape(text) for text in other[start + 1 : stop]])
+        rest = _uncaptured(groups[stop:], own[stop + 1 :]) + end if stop < last else ""
         ahead = f"(?={rest})" if rest else ""
         sign, tail = (mark, own[stop] + end) if stop == last else (_PENDING, own[stop])
         done += re.escape(other[start]) + kept
@@ -144,7 +144,7 @@ def _one_by_one(step: _Step, mark: str) -> list[Renaming]:
     return result
 
 
-def _joined(groups: Sequence[str], texts: Sequence[str]) -> str:
+def _uncaptured(groups: Sequence[str], texts: Sequence[str]) -> str:
     """Write groups, none of which captures, with the texts between and after them."""
     parts = []
     for place, group in enumerate(groups):
@@ -218,10 +218,6 @@ def _filled(texts: Sequence[str], groups: Sequence[str]) -> frozenset[str]:
         return frozenset({""})
     keys = ("".join(map("".join, zip_longest(texts, words, fillvalue=""))) for words in product(*choices))
     return frozenset(re.sub(r"\d+", "#", key) for key in keys)
-
-
-def _body(source: str) -> str:
-    return re.sub(r"(?<!\\)\((?!\?)", "(?:", source.removeprefix("^"))
 
 
 def conversions(rules: Sequence[Rule]) -> list[WeightRenaming | WeightConverter]:

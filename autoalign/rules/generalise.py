@@ -51,6 +51,11 @@ class Move:
     spread: bool  # True if the targets are those of every slice in turn
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The keys of the targets."""
+        return tuple(match.target for match in self.matches)
+
+    @property
     def even(self) -> bool:
         """True if a tensor is split into equal parts."""
         samples = self.samples[: len(self.targets)]
@@ -101,10 +106,11 @@ def moves_of(plan: Plan) -> tuple[list[Move], list[Match]]:
         samples = tuple((chain(match.operation), tuple(shapes[key] for key in match.sources)) for match in matches)
         storages = {storage.get(match.target) for match in matches}
         tied = len(matches) > 1 and len(storages) == 1 and None not in storages
+        names = [match.target for match in matches]
         operations = [operation for operation, _ in samples]
         sources, numbers = (_listed(keys) if _is_list(operations, keys) else None) or _aligned(keys)
-        spread = _spread([match.target for match in matches], operations) if len(keys) == 1 else None
-        targets, results = spread or _columns([_parts(match.target) for match in matches])
+        spread = _spread(names, operations) if len(keys) == 1 else None
+        targets, results = spread or _columns([_parts(name) for name in names])
         moves.append(
             Move(keys, matches, picks, samples, tied, sources, targets, numbers, results, spread=spread is not None)
         )
@@ -271,7 +277,7 @@ def spelled_out(move: Move) -> Draft:
     return Draft(
         tuple(tuple(map(re.escape, key.split("."))) for key in move.keys),
         tuple(map(literal, move.keys[0].split("."))),
-        tuple(tuple(map(literal, match.target.split("."))) for match in move.matches),
+        tuple(tuple(map(literal, name.split("."))) for name in move.names),
         tuple(operations) if any(operation != Copy() for operation in operations) else (),
         move.tied,
         (move,),

@@ -37,7 +37,10 @@ _Frame = tuple[str, str, str | None, str]  # a pattern around a word, and a repl
 def induced(plan: Plan) -> Rules:
     """Find the rules of a plan; see ``Alignment.rules``."""
     moves, kept = moves_of(plan)
-    notes = _notes(kept)
+    notes: tuple[str, ...] = ()
+    if kept:
+        names = ", ".join(match.target for match in kept[:3]) + (", ..." if len(kept) > 3 else "")
+        notes = (f"Left out, since they keep values of the model: {len(kept)} ({names}).",)
     drafts = [_shallow(draft) for draft in drafts_of(moves)]
     shapes = {spec.key: spec.shape for spec in plan.source_specs}
     wanted = {match.target: match for match in plan.matches if match not in kept}
@@ -51,7 +54,8 @@ def induced(plan: Plan) -> Rules:
             if best is not None and len(best) <= len(candidate):
                 return replace(best, notes=notes)
     if best is None:
-        best = Rules(tuple(_rule(spelled_out(move)) for move in moves if not _stays(move)))
+        spelled = ((_rule(spelled_out(move)), move) for move in moves)
+        best = Rules(tuple(rule for rule, move in spelled if rule.operations or move.keys != move.names))
     return replace(best, notes=notes)
 
 
@@ -68,17 +72,6 @@ def _shallow(draft: Draft) -> Draft:
         plain=joined(draft.plain, "."),
         targets=tuple(joined(parts, ".") for parts in draft.targets),
     )
-
-
-def _notes(kept: Sequence[Match]) -> tuple[str, ...]:
-    if not kept:
-        return ()
-    names = ", ".join(match.target for match in kept[:3]) + (", ..." if len(kept) > 3 else "")
-    return (f"Left out, since they keep values of the model: {len(kept)} ({names}).",)
-
-
-def _stays(move: Move) -> bool:
-    return len(move.matches) == 1 and move.keys == (move.matches[0].target,) and not _rule(spelled_out(move)).operations
 
 
 def _corrected(
@@ -108,14 +101,14 @@ def _corrected(
 
 def _rule(draft: Draft) -> Rule:
     return Rule(
-        tuple(f"^{_joined(source)}$" for source in draft.sources),
+        tuple(f"^{_pattern(source)}$" for source in draft.sources),
         tuple(".".join(target) for target in draft.targets),
         draft.operations,
         tied=draft.tied,
     )
 
 
-def _joined(parts: Parts) -> str:
+def _pattern(parts: Parts) -> str:
     return r"\.".join(parts)
 
 
@@ -186,7 +179,7 @@ def _shortened(draft: Draft) -> tuple[Rule, Parts]:
         count += 1
     if not count:
         return _rule(draft), (*first, _END)
-    sources = tuple(f"^{_joined(source[:-count])}\\." for source in draft.sources)
+    sources = tuple(f"^{_pattern(source[:-count])}\\." for source in draft.sources)
     targets = tuple(".".join(target[:-count]) + "." for target in draft.targets)
     return Rule(sources, targets, draft.operations, tied=draft.tied), first[:-count]
 
@@ -268,7 +261,7 @@ def _emitted(node: _Node, way: _Way, parts: Parts) -> list[Rule]:
     result += node.own
     if choice != way:
         complete = parts[-1:] == (_END,)
-        pattern = _joined(parts[:-1]) + "$" if complete else "".join(f"{part}\\." for part in parts)
+        pattern = _pattern(parts[:-1]) + "$" if complete else "".join(f"{part}\\." for part in parts)
         targets: tuple[str, ...] = ()
         if choice is not None:
             head = ".".join(choice[1])

@@ -175,13 +175,13 @@ class Sized(Relative):
     def exact(self, shapes: Sequence[Shape]) -> Operation:
         if tuple(shapes) != self.shapes:
             raise InputError(
-                f"'{self.operation}' was found for {_listed(self.shapes)} and cannot be carried over to "
-                f"{_listed(shapes)}. Nothing was converted. Align this pair itself."
+                f"'{self.operation}' was found for {_shapes_text(self.shapes)} and cannot be carried over to "
+                f"{_shapes_text(shapes)}. Nothing was converted. Align this pair itself."
             )
         return self.operation
 
     def __str__(self) -> str:
-        return f"{self.operation} of {_listed(self.shapes[:1])} only"
+        return f"{self.operation} of {_shapes_text(self.shapes[:1])} only"
 
 
 Sample = tuple[Operation, tuple[Shape, ...]]  # an operation and the shapes of its inputs
@@ -253,7 +253,7 @@ def slice_count(operation: Operation, shapes: Sequence[Shape]) -> int | None:
     return None
 
 
-def _listed(shapes: Sequence[Shape]) -> str:
+def _shapes_text(shapes: Sequence[Shape]) -> str:
     return ", ".join(str(list(shape)) for shape in shapes)
 
 

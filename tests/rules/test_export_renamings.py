@@ -152,7 +152,7 @@ def gpt_like(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
 
 
 def halved(state_dict: dict[str, Tensor]) -> dict[str, object]:
-    """Say of a state dict that the halves of its heads are rotated together, as Hugging Face's code does."""
+    """Mark a state dict as one in which the halves of its heads are rotated together, as Hugging Face's code does."""
     return {"model": state_dict, "config": {"rotary_interleaved": False}}
 
 
