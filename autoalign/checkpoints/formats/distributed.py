@@ -163,7 +163,6 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -
     shape, dtype = tuple(entry.size), entry.properties.dtype
     checked: set[tuple[str, int]] = set()
 
-    @reading(folder, _KIND)
     def read_region(region: Region) -> Tensor:
         from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
         from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -189,13 +188,14 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -
                 return piece
 
         starts, sizes = torch.Size([start for start, _ in region]), torch.Size([length for _, length in region])
-        tensor = torch.empty(sizes, dtype=dtype, device="cpu")
-        planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner({key: tensor}, metadata)
-        reader = Reader(folder)
-        reader.set_up_storage_reader(metadata, is_coordinator=True)
-        items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(starts, sizes)])
-        reader.read_data(LoadPlan(items), planner).wait()
+        with reading(folder, _KIND):
+            tensor = torch.empty(sizes, dtype=dtype, device="cpu")
+            planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            planner.set_up_planner({key: tensor}, metadata)
+            reader = Reader(folder)
+            reader.set_up_storage_reader(metadata, is_coordinator=True)
+            items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(starts, sizes)])
+            reader.read_data(LoadPlan(items), planner).wait()
         return tensor
 
     return StoredTensor(shape, dtype, lambda: read_region(tuple((0, size) for size in shape)), read_region=read_region)

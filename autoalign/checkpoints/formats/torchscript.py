@@ -95,23 +95,20 @@ class _View:
     stride: tuple[int, ...]
 
 
-class _Module:
-    """Anything of a class of the archive's own: what was saved for it."""
+class _Unused:
+    """What is of no concern, such as the value of a function that is not called."""
 
     state: object = None
+
+    def __init__(self, *_: object) -> None:
+        pass
 
     def __setstate__(self, state: object) -> None:
         self.state = state
 
 
-class _Unused:
-    """What is of no concern, such as the value of a function that is not called."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
+class _Module(_Unused):
+    """Anything of a class of the archive's own: what was saved for it."""
 
 
 def _stand_in(module: str, name: str) -> Any:
