@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError, NothingLoadedError
-from autoalign.plan.matches import Plan
+from autoalign.plan.matches import Plan, inverted
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -44,8 +44,6 @@ class Alignment(Plan):
         >>> print(*(f"{match.target} = {match.operation}" for match in alignment.inverse().matches), sep="; ")
         q.weight = split(dim 0, 0:2); k.weight = split(dim 0, 2:4); v.weight = split(dim 0, 4:6)
         """
-        from autoalign.plan.inversion import inverted
-
         return inverted(self)
 
     def explain(self, key: str) -> Explanation:

@@ -19,10 +19,10 @@ from autoalign.matching.fusion import BY_ORDER, Fusion
 from autoalign.matching.layers import Part, Parts, Path, Unit, Units, block_around, parts_of
 from autoalign.matching.layouts import ROTARY, Doubt, Style, doubt_about, other_layouts, style_of
 from autoalign.matching.names import kind, words
-from autoalign.plan.inversion import joined, place_of
 from autoalign.plan.keys import common_module, components
 from autoalign.plan.matches import Candidate, Match, Mismatch
 from autoalign.plan.operations import Copy, InsertZeros, Operation, Shape, Split, chain, in_parallel
+from autoalign.plan.regions import joined, place_of
 from autoalign.plan.specs import TensorSpec, tied_groups
 
 _STRANDED = "the weight of this layer has another shape, so its bias is not taken alone"

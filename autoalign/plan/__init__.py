@@ -7,12 +7,11 @@ In order of use:
 * ``specs``: ``TensorSpec``, the name, shape, dtype and ties of a tensor
 * ``operations``: copies, reshapes, splits, concatenations and their compositions, each with its inverse (``trace``)
 * ``adaptations``: the operations that change values, for ``adapt=``
-* ``regions``: any part of an operation's result, computed from no more of its sources than it needs
+* ``regions``: what puts the parts of a tensor together, and any region of a result from the least of its sources
 * ``serialization``: the one JSON form of operations, checked field by field
 * ``patterns``: regular expressions with a time limit
 * ``quantised``: groups of tensors that are values only together, such as integer codes and their scales
-* ``matches``: ``Match``, and ``Plan`` with its statuses, missing and unexpected keys
-* ``inversion``: the plan from the target back to the source
+* ``matches``: ``Match``, ``Plan`` with its statuses, missing and unexpected keys, and the inverse of a plan
 
 A new operation is a class in ``operations`` (or ``adaptations``), which registers itself for JSON; ``regions``
 evaluates it as a whole unless it has a case there. A new scheme of quantisation needs at most words in the tables of

@@ -1,18 +1,19 @@
-"""Matches, and the plan that they make up: the value that every stage takes and returns."""
+"""Matches, the plan that they make up, which every stage takes and returns, and the plan's inverse."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, Self, TypeVar
 
 from torch import Tensor
 
-from autoalign.errors import InputError
+from autoalign.errors import InputError, NotInvertibleError
 from autoalign.plan.adaptations import needs_target
-from autoalign.plan.operations import Copy, Operation
+from autoalign.plan.operations import Copy, Operation, Shape, chain, in_parallel
 from autoalign.plan.quantised import Members, describe_schemes, groups_of
+from autoalign.plan.regions import joined, place_of
 from autoalign.plan.specs import TensorSpec, tied_groups
 
 Status = Literal["matched", "adapted", "ambiguous", "mismatched", "missing"]
@@ -211,3 +212,58 @@ class Plan:
 
 
 PlanT = TypeVar("PlanT", bound=Plan)
+_Part = tuple[Operation, Match, Operation]  # takes it out of the source tensor; of what; takes it out of the target's
+
+
+def inverted(plan: PlanT) -> PlanT:
+    """Return the plan from the target to the source; see ``Alignment.inverse``."""
+    shapes = {spec.key: spec.shape for spec in plan.source_specs}
+    parts: dict[str, dict[Operation, _Part]] = {}
+    changed: list[str] = []
+    for match in plan.matches:
+        if match.operation.adapts:
+            changed.append(match.target)
+            continue
+        try:
+            traces = match.operation.trace([shapes[key] for key in match.sources])
+        except NotInvertibleError:
+            changed.append(match.target)
+            continue
+        for key, trace in zip(match.sources, traces, strict=True):
+            parts.setdefault(key, {}).setdefault(trace.view, (trace.view, match, trace.restore))
+    first_of = {spec.storage: spec.key for spec in reversed(plan.source_specs) if spec.key in parts}
+    restored = []
+    for spec in plan.source_specs:
+        tied = first_of.get(spec.storage, "") if spec.storage is not None else ""
+        known = parts.get(spec.key) or parts.get(tied) or {}
+        restored.append(_restored(spec.key, spec.shape, list(known.values())))
+    names = ", ".join(changed[:3])
+    notes = (f"{len(changed)} tensors were adapted and cannot be restored: {names}.",) if changed else ()
+    return replace(
+        plan,
+        matches=tuple(match for match in restored if match is not None),
+        ambiguous=(),
+        mismatched=(),
+        source_specs=plan.target_specs,
+        target_specs=plan.source_specs,
+        notes=notes,
+        tensors=plan.target_tensors,
+        target_tensors=plan.tensors,
+    )
+
+
+def _restored(key: str, shape: Shape, parts: Sequence[_Part]) -> Match | None:
+    """Put a source tensor together from its parts; None where some of them went nowhere."""
+    ordered = sorted(parts, key=lambda part: place_of(part[0]))
+    join = joined(shape, [view for view, _, _ in ordered]) if ordered else None
+    if join is None:
+        return None
+    matches = [match for _, match, _ in ordered]
+    return Match(
+        target=key,
+        sources=tuple(match.target for match in matches),
+        operation=chain(in_parallel([restore for _, _, restore in ordered]), join),
+        confidence=min(match.confidence for match in matches),
+        evidence=matches[0].evidence,
+        warnings=tuple(dict.fromkeys(warning for match in matches for warning in match.warnings)),
+    )

@@ -1,4 +1,4 @@
-"""Regions of an operation's result, computed from no more of its sources than they need."""
+"""Parts of tensors: the operation that puts them together, and regions of a result from the least of its sources."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from autoalign.plan.operations import (
     Stack,
     Transpose,
     Unstack,
+    chain,
+    in_parallel,
     output_shapes,
+    steps_of,
 )
 
 Region: TypeAlias = tuple[tuple[int, int], ...]  # of a tensor: where it starts and how long it is, in each dimension
@@ -42,6 +45,79 @@ def narrowed(tensor: Tensor, region: Region) -> Tensor:
         if (start, length) != (0, tensor.shape[dim]):
             tensor = tensor.narrow(dim, start, length)
     return tensor
+
+
+def joined(shape: Shape, views: Sequence[Operation]) -> Operation | None:
+    """Find the operation that puts the parts of a tensor together again.
+
+    >>> from autoalign.plan.operations import Transpose
+    >>> print(joined((6, 2), [Split(0, 0, 4), Split(0, 4, 2)]))
+    concatenate(dim 0)
+    >>> print(joined((6, 2), [chain(Transpose(), Split(0, 0, 1)), chain(Transpose(), Split(0, 1, 1))]))
+    concatenate(dim 0) + transpose
+    >>> joined((6, 2), [Split(0, 0, 4)]) is None
+    True
+
+    Args:
+        shape: Of the whole tensor.
+        views: What took each part out of it, in the order of ``place_of``.
+
+    Returns:
+        From the parts, in this order, to the tensor; None if they overlap or leave something out.
+    """
+    steps = [steps_of(view) for view in views]
+    if len(views) == 1 and not steps[0]:
+        return Copy()
+    if not all(steps):
+        return None
+    first = steps[0][0]
+    if not first.takes_part:
+        if any(own[0] != first for own in steps):
+            return None
+        inner = joined(output_shapes(first, [shape])[0], [chain(*rest) for _, *rest in steps])
+        return None if inner is None else chain(inner, first.trace([shape])[0].restore)
+    groups: dict[Operation, list[Operation]] = {}
+    for step, *rest in steps:
+        groups.setdefault(step, []).append(chain(*rest))
+    join = _join(shape, list(groups))
+    inner_joins = [joined(output_shapes(step, [shape])[0], members) for step, members in groups.items()]
+    known = [inner for inner in inner_joins if inner is not None]
+    if join is None or len(known) < len(groups):
+        return None
+    if len(groups) == len(views):
+        return chain(in_parallel(known), join)
+    if len({(inner, len(members)) for inner, members in zip(known, groups.values(), strict=True)}) > 1:
+        return None
+    return chain(Grouped(len(views) // len(groups), known[0]), join)
+
+
+def place_of(view: Operation) -> tuple[int, ...]:
+    """Return the place of a part in the tensor that it was taken from, to order parts by.
+
+    >>> place_of(Split(0, 4, 2)) > place_of(Split(0, 0, 4))
+    True
+    """
+    return tuple(
+        step.start if isinstance(step, Split) else step.index
+        for step in steps_of(view)
+        if isinstance(step, Split | Unstack)
+    )
+
+
+def _join(shape: Shape, parts: Sequence[Operation]) -> Operation | None:
+    """Find what joins slices or ranges, in order, if they make up the whole tensor."""
+    dims = {part.dim for part in parts if isinstance(part, Split | Unstack)}
+    if len(dims) != 1:
+        return None
+    dim = dims.pop()
+    if list(parts) == [Unstack(dim, index) for index in range(shape[dim])]:
+        return Stack(dim)
+    end = 0
+    for part in parts:
+        if not isinstance(part, Split) or part.start != end:
+            return None
+        end += part.length
+    return Concatenate(dim) if end == shape[dim] else None
 
 
 @dataclass(frozen=True, slots=True)

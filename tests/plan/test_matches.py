@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import autoalign
 from autoalign.alignment import Alignment
 from autoalign.plan.adaptations import TakeRows
-from autoalign.plan.inversion import joined, place_of
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import (
     Concatenate,
@@ -34,6 +33,7 @@ from autoalign.plan.operations import (
     chain,
     output_shapes,
 )
+from autoalign.plan.regions import joined, place_of
 from autoalign.plan.specs import specs_of
 
 shapes = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple)
