@@ -30,8 +30,8 @@ def settled(alignment: Alignment) -> Alignment:
     for keys in tied_groups(alignment.target_specs):
         claims = _claims([fills[key] for key in keys if key in fills], alignment)
         others = [match for match in claims[1:] if not _are_equal(alignment, claims[0], match)]
-        if others or len(claims) > 1:
-            given = claims if not others else claims[:1]
+        if len(claims) > 1:
+            given = claims[:1] if others else claims
             fills |= {
                 key: replace(given[min(place, len(given) - 1)], target=key, alternatives=())
                 for place, key in enumerate(keys)

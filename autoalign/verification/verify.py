@@ -142,8 +142,8 @@ def _check(alignment: Alignment, source: nn.Module, target: nn.Module) -> None:
 
 
 def _check_options(tolerance: object, trials: object, seconds: object) -> None:
-    for name, value, kinds in (("tolerance", tolerance, (int, float)), ("seconds", seconds, (int, float))):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or not value >= 0):
+    for name, value in (("tolerance", tolerance), ("seconds", seconds)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
             raise InputError(f"{name}= takes a number that is not negative, not {value!r}. Nothing was verified.")
     if not isinstance(trials, int) or isinstance(trials, bool) or trials < 0:
         raise InputError(f"trials= takes a whole number that is not negative, not {trials!r}. Nothing was verified.")
@@ -193,20 +193,15 @@ def _verified(session: Session, *, as_it_is: bool, budget: Budget) -> Verificati
 
 
 def _divergence(session: Session, outcome: Outcome, scene: Scene) -> Divergence | None:
-    finding = outcome.finding
     if outcome.equal:
         return _unseen(session, scene)
-    if (finding := finding or worst_finding(outcome.compared)) is not None:
+    if (finding := outcome.finding or worst_finding(outcome.compared)) is not None:
         return diverged(scene, finding)
-    ending = _at_the_end(outcome, scene)
-    return ending if outcome.differences or ending.cause == "missing" else None  # nothing is known to differ
-
-
-def _at_the_end(outcome: Outcome, scene: Scene) -> Divergence:
-    """Locate a difference that shows in no module that could be compared."""
+    # it shows in no module that could be compared
     root = next(call for call in outcome.compared.target.calls if call.module == "")
     since = last_agreement(outcome.compared)
-    return diverged(scene, Finding(0, "before", root, "", outcome.largest, since, (NEVER, NEVER)))
+    ending = diverged(scene, Finding(0, "before", root, "", outcome.largest, since, (NEVER, NEVER)))
+    return ending if outcome.differences or ending.cause == "missing" else None  # nothing is known to differ
 
 
 def _unseen(session: Session, scene: Scene) -> Divergence | None:
