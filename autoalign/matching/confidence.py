@@ -26,7 +26,7 @@ from autoalign.matching.names import similar_words, words
 from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import numbers, template
 
-FILE = "calibration.json"
+CALIBRATION_FILE = "calibration.json"
 
 # Caps: the most that a match is believed.
 AMBIGUOUS = 0.45  # where something else would be as good, or speaks against the match; it is not loaded by default
@@ -67,7 +67,7 @@ def uncalibrated(confidence: Floats) -> Floats:
 
 @cache
 def _knots() -> tuple[Floats, Floats]:
-    knots = json.loads(files("autoalign.matching").joinpath(FILE).read_text(encoding="utf-8"))["knots"]
+    knots = json.loads(files("autoalign.matching").joinpath(CALIBRATION_FILE).read_text(encoding="utf-8"))["knots"]
     raw, held = zip(*((knot["raw"], knot["held"]) for knot in knots), strict=True)
     return np.asarray(raw, dtype=np.float64), np.asarray(held, dtype=np.float64)
 

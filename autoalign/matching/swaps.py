@@ -55,10 +55,10 @@ class Swap:
     numbers: int  # whether the numbers of the two agree as they are: 1, when swapped: -1, or neither: 0
     order: int  # whether their order is the same on both sides: 1, the other way round: -1, or says nothing: 0
     elsewhere: int  # pairs of layers of the same names that cannot be swapped and are matched likewise
-    ordinals: int = 0  # whether ordinals in their names agree: 1, speak for the swap: -1, or say nothing: 0
-    mirrored: int = 0  # how many more of the same modules are matched the other way round than this way
-    is_led: bool = False  # whether the other members of the list tell that it runs the other way round
-    is_shifted: bool = False  # whether they tell by how much its numbers differ from the source's
+    ordinals: int  # whether ordinals in their names agree: 1, speak for the swap: -1, or say nothing: 0
+    mirrored: int  # how many more of the same modules are matched the other way round than this way
+    is_led: bool  # whether the other members of the list tell that it runs the other way round
+    is_shifted: bool  # whether they tell by how much its numbers differ from the source's
 
     @property
     def is_better(self) -> bool:
@@ -281,17 +281,17 @@ def swaps_of(
         in_row = sum(orders[index] for index in indices)
         result.append(
             Swap(
-                pairs,
-                sum(one.anchors for one in instances),
-                is_list,
-                float(np.mean([gains[index] for index in indices])),
-                sign(sum(_number_agreement(one.ends, one.modules) for one in instances)),
-                sign(order) if is_list or (source.ordered and target.ordered) else 0,
-                min(together[both] - count for both, count in inside.items()),
-                sign(sum(_ordinal_agreement(one.ends, one.modules) for one in instances)),
-                mirrored(pairs) + (in_row < 0),
-                is_list and all(lead < 0 for lead in leads),
-                shifted,
+                pairs=pairs,
+                anchors=sum(one.anchors for one in instances),
+                is_list=is_list,
+                names=float(np.mean([gains[index] for index in indices])),
+                numbers=sign(sum(_number_agreement(one.ends, one.modules) for one in instances)),
+                order=sign(order) if is_list or (source.ordered and target.ordered) else 0,
+                elsewhere=min(together[both] - count for both, count in inside.items()),
+                ordinals=sign(sum(_ordinal_agreement(one.ends, one.modules) for one in instances)),
+                mirrored=mirrored(pairs) + (in_row < 0),
+                is_led=is_list and all(lead < 0 for lead in leads),
+                is_shifted=shifted,
             )
         )
     return result

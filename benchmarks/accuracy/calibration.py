@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import autoalign
-from autoalign.matching.confidence import FILE, uncalibrated
+from autoalign.matching.confidence import CALIBRATION_FILE, uncalibrated
 
 EDGES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9995, 0.9999, 1.000001)  # of the raw confidence
 FIXED = (0.45, 0.85)  # confidences that stand for a reason
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = json.dumps(table, indent=1) + "\n"
     print(text, end="")
     if options.write:
-        (Path(autoalign.__file__).parent / "matching" / FILE).write_text(text, encoding="utf-8")
+        (Path(autoalign.__file__).parent / "matching" / CALIBRATION_FILE).write_text(text, encoding="utf-8")
     return 0
 
 
