@@ -13,6 +13,7 @@ from math import isqrt, prod
 
 from autoalign.errors import InputError
 from autoalign.matching.candidates import operation_between
+from autoalign.matching.confidence import ADAPTED, ADAPTED_BY_RULE
 from autoalign.matching.layers import Path
 from autoalign.matching.names import kind, words
 from autoalign.matching.positions import (
@@ -32,8 +33,6 @@ from autoalign.plan.matches import Match, Mismatch
 from autoalign.plan.operations import Copy, Operation, Parallel, Shape, chain
 from autoalign.plan.specs import TensorSpec
 
-_CONFIDENCE = 0.8  # in a counterpart of another shape: name or place and the other dimensions agree
-_PINNED_CONFIDENCE = 0.95  # in one that a rule names
 _COLOURS = 3
 
 
@@ -179,12 +178,12 @@ def adapted(
             unable.setdefault(plan, []).append(item)
         elif plan is not None:
             pinned = pins.get(item.key) == item.source_key
-            confidence = _PINNED_CONFIDENCE if pinned else min(_CONFIDENCE, surest)
+            confidence = ADAPTED_BY_RULE if pinned else min(ADAPTED, surest)
             made.append(_match(item.key, item.source_key, plan, confidence, {"rule": 1.0} if pinned else {}))
     for match in matches if "pos_embed" in allowed else ():
         pair = source.by_key[match.sources[0]], target.by_key[match.target]
         if len(match.sources) == 1 and are_positions(*pair) and (regrid := regridding_plan(*pair, source, target)):
-            confidence = min(_CONFIDENCE, match.confidence)
+            confidence = min(ADAPTED, match.confidence)
             made.append(_match(match.target, match.sources[0], regrid, confidence, match.evidence))
     notes = []
     for reason, (first, *others) in unable.items():

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.matching.candidates import operation_between, squeeze
-from autoalign.matching.confidence import AMBIGUOUS, INFERRED
+from autoalign.matching.confidence import AMBIGUOUS, INFERRED, SPLIT_BY_ORDER_FACTOR
 from autoalign.matching.conventions import as_in_torch, with_torch_names
 from autoalign.matching.features import SideEvidence, is_alphabetical, name_scores
 from autoalign.matching.fusion import BY_ORDER, Fusion
@@ -27,7 +27,6 @@ from autoalign.plan.specs import TensorSpec, tied_groups
 
 _STRANDED = "the weight of this layer has another shape, so its bias is not taken alone"
 _NO_BIAS = "the source has no bias here, which is one of zeros"
-_BY_ORDER_FACTOR = 0.85  # of the confidence of a match whose parts only their order tells apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +161,7 @@ def _match(
     if is_known and not is_open:
         ways[:2] = ways[1::-1]
     if BY_ORDER in warnings:
-        confidence *= _BY_ORDER_FACTOR
+        confidence *= SPLIT_BY_ORDER_FACTOR
     if warnings - {BY_ORDER, _NO_BIAS}:
         confidence = min(confidence, INFERRED if is_known and not is_open else AMBIGUOUS)
     (sources, operation), *rest = [_put_together(*way, whole.shape) for way in ways]

@@ -29,8 +29,12 @@ from autoalign.plan.keys import numbers, template
 CALIBRATION_FILE = "calibration.json"
 
 # Caps: the most that a match is believed.
-AMBIGUOUS = 0.45  # where something else would be as good, or speaks against the match; it is not loaded by default
+PROVEN = 0.99  # where shapes alone prove it, or only names differ, and consistently
+ADAPTED_BY_RULE = 0.95  # where a rule names a counterpart of another shape
 INFERRED = 0.85  # where order, a config, or that nothing else is left tells it
+ADAPTED = 0.8  # where a counterpart of another shape has the same name or place, and the other dimensions agree
+AMBIGUOUS = 0.45  # where something else would be as good, or speaks against the match; it is not loaded by default
+SPLIT_BY_ORDER_FACTOR = 0.85  # of the confidence of a match whose parts only their order tells apart
 
 # Thresholds of what two networks have in common.
 _MIN_LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks

@@ -24,6 +24,7 @@ from autoalign.matching.candidates import candidates, kinds_of, operation_betwee
 from autoalign.matching.confidence import (
     AMBIGUOUS,
     INFERRED,
+    PROVEN,
     calibrated,
     coherence,
     confidence_of,
@@ -49,7 +50,6 @@ _MIN_SHARE_OF_NAMESAKES = 0.9  # of the smaller side's layers, for a layer of an
 _MIN_SHARE_TO_RELATE = 0.5  # of them that are matched; then the sides are related, however the rest is spread
 _MIN_SIMILARITY_AMONG_NAMESAKES = 0.3  # of names, where another name is another layer
 _MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and where not all pairs were compared
-_RENAMED_CONFIDENCE = 0.99  # where only names differ, and consistently
 _CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
 _ONLY_SHAPES = "right shape, but nothing else speaks for it: most of the modules around it have no counterparts"
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
@@ -66,7 +66,7 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
     """Match two sides; pinned pairs are taken as they are and vote for the rest."""
     if not pins and is_renamed(source.parts, target.parts):
         renamed = {
-            place: Found(place, Copy(), _capped(_RENAMED_CONFIDENCE, source, target, *both), _ALIKE, None)
+            place: Found(place, Copy(), _capped(PROVEN, source, target, *both), _ALIKE, None)
             for place, both in enumerate(zip(source.parts, target.parts, strict=True))
         }
         return with_ties(source.specs, target.specs, assembled(source, target, renamed)), [], ()

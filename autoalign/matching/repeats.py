@@ -16,7 +16,7 @@ from math import prod
 
 from autoalign.matching.assembly import Found, SideParts, assembled
 from autoalign.matching.candidates import operation_between
-from autoalign.matching.confidence import INFERRED
+from autoalign.matching.confidence import INFERRED, PROVEN
 from autoalign.matching.layers import Part, Path, Unit
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import RIVAL_PAIRS
@@ -29,7 +29,6 @@ KEPT = 4  # blocks of each run that are matched
 MAX_PAIRS_OF_ALL = 500_000  # pairs of layers of equal shape up to which all blocks may be matched instead
 _MAX_OTHER_SHARE = 0.5  # of tensors with other names or shapes
 _MAX_OTHERS = 32  # such tensors; more are seldom the only ones of their shapes
-_CONFIDENCE = 0.99  # in what shapes alone prove
 _BY_NAME = {"name": 1.0, "shape": 1.0}
 _BY_SHAPE = {"structure": 1.0, "shape": 1.0}
 _MIN_TENSORS = 8  # of two sides whose module trees are no coincidence
@@ -81,9 +80,9 @@ def _only_ones(source: Specs, target: Specs, other_sizes: set[int]) -> list[Matc
             operation = operation_between(sides[0].parts[a].shape, sides[1].parts[b].shape)
             if operation is None:
                 return None
-            found[b] = Found(a, operation, _CONFIDENCE, _BY_SHAPE, None)
+            found[b] = Found(a, operation, PROVEN, _BY_SHAPE, None)
     matches = assembled(*sides, found)
-    is_sure = len(matches) == len(target) and all(match.confidence == _CONFIDENCE for match in matches)
+    is_sure = len(matches) == len(target) and all(match.confidence == PROVEN for match in matches)
     return matches if is_sure else None
 
 
