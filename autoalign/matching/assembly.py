@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from autoalign.matching.candidates import operation_between, squeeze
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED, SPLIT_BY_ORDER_FACTOR
 from autoalign.matching.conventions import as_in_torch, with_torch_names
-from autoalign.matching.features import SideEvidence, is_alphabetical, name_scores
+from autoalign.matching.features import SideFeatures, is_alphabetical, name_scores
 from autoalign.matching.fusion import BY_ORDER, Fusion
 from autoalign.matching.layers import Part, Parts, Path, Unit, Units, block_around, parts_of
 from autoalign.matching.layouts import ROTARY, Doubt, Style, doubt_about, other_layouts, style_of
@@ -255,8 +255,8 @@ _MIN_NAME_SCORE_IN_BLOCK = 0.1  # from which the block that both stand in counts
 
 
 def mismatched_units(
-    source: tuple[Units, Sequence[Part], SideEvidence],
-    target: tuple[Units, Sequence[Part], SideEvidence],
+    source: tuple[Units, Sequence[Part], SideFeatures],
+    target: tuple[Units, Sequence[Part], SideFeatures],
     partners: Mapping[int, int],
 ) -> list[tuple[int, int]]:
     """Pair the layers that are left on both sides: of the same kind, and alike in name or in the same surroundings.

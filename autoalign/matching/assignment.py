@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.matching.candidates import Candidates
-from autoalign.matching.features import Floats, Ints, SideEvidence, name_scores
+from autoalign.matching.features import Floats, Ints, SideFeatures, name_scores
 
 WEIGHTS = {"name": 1.0, "structure": 2.0, "pattern": 1.4, "order": 0.4, "place": 0.4, "shape": 0.6}
 _MAX_STEPS = 10
@@ -46,7 +46,7 @@ class Assignment:
     cues: dict[str, Floats]  # name, structure, pattern, order, place, shape: the terms of the score before weighing
 
 
-def match_units(source: SideEvidence, target: SideEvidence, candidates: Candidates) -> Assignment:
+def match_units(source: SideFeatures, target: SideFeatures, candidates: Candidates) -> Assignment:
     """Assign source units to target units so that the total evidence is largest; deterministic."""
     rows, columns = candidates.source, candidates.target
     if not len(rows):
@@ -111,7 +111,7 @@ class _StructureVotes:
     The arrays over ancestors are [source depth, target depth, pairs], so that numpy runs along the pairs.
     """
 
-    def __init__(self, source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> None:
+    def __init__(self, source: SideFeatures, target: SideFeatures, rows: Ints, columns: Ints) -> None:
         own, other = source.ancestry, target.ancestry
         self.shape = (own.node_count, other.node_count)
         above, above_other = own.ancestors.T[:, None, rows], other.ancestors.T[None, :, columns]
@@ -156,7 +156,7 @@ class _StructureVotes:
         return np.asarray((upward + downward) / 2, dtype=np.float32)
 
 
-def _module_agreement(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Floats:
+def _module_agreement(source: SideFeatures, target: SideFeatures, rows: Ints, columns: Ints) -> Floats:
     """Compute how well the places of two modules among their like agree, for pairs of modules."""
     decay = _RANK_DECAY * (1.0 if source.ordered and target.ordered else _UNORDERED_DECAY_SHARE)
     by_content = 0.9 * np.exp(-decay * np.abs(source.module_rank[rows] - target.module_rank[columns]))
@@ -197,7 +197,7 @@ def _apart(ids: Ints) -> Ints:
     return np.asarray(apart)
 
 
-def _neighbour_pairs(source: SideEvidence, target: SideEvidence, rows: Ints, columns: Ints) -> Ints:
+def _neighbour_pairs(source: SideFeatures, target: SideFeatures, rows: Ints, columns: Ints) -> Ints:
     """Find, for each pair, the pairs of both units' predecessors and of both units' successors: [2, pairs]."""
     width = len(target.paths)
     code = rows * width + columns

@@ -34,8 +34,8 @@ _MIN_SHARE_OF_NAMESAKES = 0.5  # of the smaller side's layers, before shared nam
 
 
 @dataclass(frozen=True, slots=True)
-class SideEvidence:
-    """What one side's names and order say."""
+class SideFeatures:
+    """What the names and the order of one side show, as arrays."""
 
     paths: tuple[Path, ...]
     ancestry: Ancestry
@@ -53,14 +53,14 @@ class SideEvidence:
     templates: Ints  # [TEMPLATES, units]: id of the unit's template
 
 
-def side_evidence(
+def side_features(
     paths: Sequence[Path], ancestry: Ancestry, classes: Ints, class_count: int, *, ordered: bool
-) -> SideEvidence:
-    """Gather one side's evidence."""
+) -> SideFeatures:
+    """Compute the features of one side."""
     rank, count = _ranks(ancestry, classes, class_count)
     size, module_rank = _modules(ancestry, classes, class_count)
     previous, following = _neighbours(ancestry)
-    return SideEvidence(
+    return SideFeatures(
         tuple(paths),
         ancestry,
         ordered,

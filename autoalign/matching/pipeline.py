@@ -34,7 +34,7 @@ from autoalign.matching.confidence import (
     unused_duplicates,
 )
 from autoalign.matching.conventions import with_literal_norms
-from autoalign.matching.features import namesakes, share_of, side_evidence
+from autoalign.matching.features import namesakes, share_of, side_features
 from autoalign.matching.fusion import split_fused
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
 from autoalign.matching.names import kind, words
@@ -178,7 +178,7 @@ def _match_parts(
     fixed += [(i, j) for i, j in same if i not in held[0] and j not in held[1]]
     pairs = candidates(kinds, own, other, fixed)
     sides = [
-        side_evidence(units.paths, units.ancestry, classes, kinds.class_count, ordered=ordered)
+        side_features(units.paths, units.ancestry, classes, kinds.class_count, ordered=ordered)
         for units, classes, ordered in (
             (own, kinds.source_class, source.ordered),
             (other, kinds.target_class, target.ordered),

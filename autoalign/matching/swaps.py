@@ -20,7 +20,7 @@ import numpy as np
 
 from autoalign.matching.assignment import Assignment, with_sources
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED
-from autoalign.matching.features import SideEvidence
+from autoalign.matching.features import SideFeatures
 from autoalign.matching.layers import Path, block_around
 from autoalign.matching.list_order import sign
 from autoalign.matching.names import likeness, ordinal, words
@@ -230,8 +230,8 @@ def _cut_apart(first: Path, second: Path) -> tuple[Path, Path] | None:
 
 def swaps_of(
     assignment: Assignment,
-    source: SideEvidence,
-    target: SideEvidence,
+    source: SideFeatures,
+    target: SideFeatures,
     alike: Sequence[int],
     slots: tuple[Sequence[str], Sequence[str]],
 ) -> list[Swap]:
@@ -298,7 +298,7 @@ def swaps_of(
 
 
 def _gains(
-    assignment: Assignment, source: SideEvidence, target: SideEvidence, instances: Sequence[Instance]
+    assignment: Assignment, source: SideFeatures, target: SideFeatures, instances: Sequence[Instance]
 ) -> tuple[list[float], list[int]]:
     """Compute how much better the names of each instance's layers fit as they are, and how many more are in order.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from autoalign.matching.assignment import Assignment, with_sources
 from autoalign.matching.confidence import AMBIGUOUS
-from autoalign.matching.features import Floats, Ints, SideEvidence
+from autoalign.matching.features import Floats, Ints, SideFeatures
 from autoalign.matching.layers import Part, Path, Unit, Units
 from autoalign.matching.list_order import (
     Block,
@@ -63,8 +63,8 @@ class Resolved:
 
 def resolve_symmetries(
     assignment: Assignment,
-    source: SideEvidence,
-    target: SideEvidence,
+    source: SideFeatures,
+    target: SideFeatures,
     kinds: tuple[Ints, Ints],
     fixed: Collection[int] = (),
 ) -> Resolved:
