@@ -110,7 +110,7 @@ def _join(shape: Shape, parts: Sequence[Operation]) -> Operation | None:
     if len(dims) != 1:
         return None
     dim = dims.pop()
-    if list(parts) == [Unstack(dim, index) for index in range(shape[dim])]:
+    if len(parts) == shape[dim] and list(parts) == [Unstack(dim, index) for index in range(shape[dim])]:
         return Stack(dim)
     end = 0
     for part in parts:
