@@ -169,7 +169,9 @@ def _arithmetic(text: str) -> Arithmetic:
         elif isinstance(node, ast.Name):
             known = node.id == SLICE or re.fullmatch("g[0-9]+", node.id) is not None
         else:
-            known = isinstance(node, (ast.BinOp, ast.Tuple, ast.Subscript, ast.Load, *_OPERATORS))
+            known = isinstance(
+                node, (ast.BinOp, ast.UnaryOp, ast.USub, ast.Tuple, ast.Subscript, ast.Load, *_OPERATORS)
+            )
         if not known:
             raise PatternError(f"{{{shown}}} is not arithmetic on captured numbers.")
     return Arithmetic(text, tree)
@@ -183,6 +185,8 @@ def _evaluate(node: ast.expr, captured: Mapping[str, int]) -> int:
             if name not in captured:
                 raise InputError(f"{name} is not captured")
             return captured[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, captured)
         case ast.BinOp(left=left, op=sign, right=right):
             try:
                 result = _OPERATORS[type(sign)](_evaluate(left, captured), _evaluate(right, captured))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from random import Random
+from typing import Any
 
 import pytest
 import timm
@@ -326,3 +327,18 @@ def test_real_networks_take_few_rules(source: object, target: object, most: int)
     rules = alignment.rules()
     assert plan(rules, own) == matched(alignment)
     assert len(rules) <= most
+
+
+def test_numbers_that_run_on_from_stage_to_stage_are_counted_back() -> None:
+    """The table of what is added has negative numbers."""
+    source = {f"stages.{i}.{i + k}.fc.weight": torch.rand(3 + 2 * i + k, 4) for i in range(3) for k in range(2)}
+    target = {f"levels.{i}.{k}.fc.weight": torch.empty(3 + 2 * i + k, 4) for i in range(3) for k in range(2)}
+    alignment = autoalign.align(source, target)
+    rules = alignment.rules()
+    assert str(rules) == r"^stages\.(\d+)\.(\d+)\. -> levels.\1.{(0, -1, -2)[\1] + \2}."
+    assert Rules.from_json(rules.to_json()) == rules
+    namespace: dict[str, Any] = {}
+    exec(rules.to_python(), namespace)
+    for converted in (rules.apply(source), namespace["checkpoint_filter_fn"](source)):
+        assert converted.keys() == target.keys()
+        assert all(converted[match.target] is source[match.sources[0]] for match in alignment.matches)
