@@ -23,8 +23,8 @@ Sizes = tuple[int, ...]
 _ROLE_LISTS = [roles for lists in FUSED.values() for roles in lists]
 _ROLES = frozenset(role for roles in _ROLE_LISTS for role in roles)
 _QKV = FUSED["qkv"][0]
-BY_ORDER = "the parts were told apart by their order alone"
-_UNCERTAIN_ORDER = "nothing but their order tells the parts apart, and other code has them in another"
+BY_ORDER = "the parts are distinguished by their order alone"
+_UNCERTAIN_ORDER = "only their order distinguishes the parts, and other code has another order"
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,11 +51,11 @@ _MIN_SHARE_TO_RELATE = 0.5  # of them that are matched; then the sides are relat
 _MIN_SIMILARITY_AMONG_NAMESAKES = 0.3  # of names, where another name is another layer
 _MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and where not all pairs were compared
 _CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
-_ONLY_SHAPES = "right shape, but nothing else speaks for it: most of the modules around it have no counterparts"
+_ONLY_SHAPES = "right shape, but no other evidence: most of the modules around it have no counterparts"
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 _UNRELATED = (
-    "The two sides were taken for unrelated networks: layers of equal shape occur here and there, but not whole blocks "
-    "of them. Nothing was matched. If they are related, name a pair of keys in rules."
+    "Source and target look like different architectures: single layers have matching shapes, but no complete block "
+    "does. Nothing was matched. If they are related, name a pair of keys in rules."
 )
 
 

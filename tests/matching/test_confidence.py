@@ -82,7 +82,7 @@ def test_what_is_left_over_is_not_loaded_into_an_unlike_module(
     alignment = autoalign.align(dict(sorted(source.items())) if is_sorted else source, target)
     assert alignment.mapping == {key: key.replace("backbone", "encoder") for key in _network("backbone.")}
     assert {match.target for match in alignment.ambiguous} <= vacant.keys()
-    assert all("nothing else speaks for it" in "".join(match.warnings) for match in alignment.ambiguous)
+    assert all("no other evidence" in "".join(match.warnings) for match in alignment.ambiguous)
 
 
 def test_an_island_is_found_below_a_module_that_all_but_one_tensor_is_in() -> None:

@@ -73,7 +73,7 @@ MIXED = mixed(
                 (f"blocks.{i}.qk.weight",),
                 Split(0, 16 * place, 16),
                 confidence=0.85,
-                warnings=("the parts were told apart by their order alone",),
+                warnings=("the parts are distinguished by their order alone",),
             )
             for i in range(3)
             for place, part in enumerate("qk")

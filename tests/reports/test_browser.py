@@ -87,7 +87,7 @@ def test_the_evidence_of_repeats_is_gone_through_one_by_one(browser: Browser) ->
     assert browser.text("#panel .target .key") == "layers.2.q.weight"
     assert browser.text("#panel .source .what") == "[32, 16] float16"
     assert browser.text("#panel .operation") == "↓ split(dim 0, 0:16)"
-    assert "told apart by their order" in browser.text("#panel .warning")
+    assert "distinguished by their order" in browser.text("#panel .warning")
     browser.click(".next")
     assert browser.text("#panel .target .key") == "layers.0.q.weight"
 

@@ -337,7 +337,7 @@ def test_it_says_what_matters() -> None:
         "Note: The container 'ema' was taken.",
         "blocks.{0...2}.norm.{weight,bias}→ layers.{0...2}.ln.{weight,bias}",
         "Mismatched: the counterpart has another shape (2)",
-        "the parts were told apart by their order alone",
+        "the parts are distinguished by their order alone",
         "split(dim 0, 16:32) of [32, 16]",
     ):
         assert said in fragment.text
