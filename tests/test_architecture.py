@@ -93,6 +93,18 @@ def test_files_are_of_a_size_that_a_person_reads() -> None:
     assert long == {}
 
 
+def test_docstrings_say_what_is_returned() -> None:
+    """The words that they do not begin with are not those of the field."""
+    beginnings = {
+        f"{name}: {docstring.partition(chr(10))[0]}"
+        for name, text in own_files().items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (docstring := ast.get_docstring(node))
+        if docstring.startswith(("Tell", "Whether", "Give ", "Say ", "Take "))
+    }
+    assert beginnings == set()
+
+
 def test_importing_the_package_imports_nothing_that_is_only_needed_later() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import autoalign, autoalign.loading.load;"

@@ -166,7 +166,7 @@ class MappedFiles:
 
 @contextmanager
 def mapped_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[MappedFiles]:
-    """Give access to files that are mapped, once they were found; they are closed again in the end."""
+    """Open mapped files as they are found, and close them in the end."""
     files = MappedFiles(frozenset(map(os.path.realpath, paths)))
     try:
         yield files

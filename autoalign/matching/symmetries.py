@@ -147,7 +147,7 @@ def _slots(paths: Sequence[Path]) -> list[str]:
 
 
 def _with_wanted(assignment: Assignment, wanted: Mapping[int, int], kinds: Ints, fixed: set[int]) -> Assignment:
-    """Give some places the source units that are wanted there, -1 for one that there is not, or change nothing.
+    """Assign the wanted source units to some places, -1 for one that there is not, or change nothing.
 
     They must be of the same kinds as what is there, and no other place may have them or be fixed to what it has.
     """

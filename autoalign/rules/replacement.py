@@ -28,6 +28,7 @@ _MAX_SHOWN = 60  # characters of what is malformed
 _MIN_NUMBERS = 3  # distinct ones before more than an offset is fitted
 _MAX_UNIT = 64  # of a quotient or remainder
 
+_NODES = (ast.BinOp, ast.UnaryOp, ast.USub, ast.Tuple, ast.Subscript, ast.Load)
 _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
