@@ -88,6 +88,9 @@ def verify_models(
     given = alignment is not None
     if alignment is not None and not isinstance(alignment, Alignment):
         raise InputError(f"alignment= takes an Alignment, not {type(alignment).__name__}. Nothing was verified.")
+    if alignment is not None and align_options:
+        changes = ", ".join(align_options)
+        raise InputError(f"An alignment is checked as it is, and {changes} would change it. Nothing was verified.")
     if alignment is None:
         alignment = Alignment.of(match_tensors(source_model, target_model, **align_options))
     _check(alignment, source_model, target_model)

@@ -455,6 +455,8 @@ def test_other_things_than_models_are_refused(pair: tuple[Any, Any]) -> None:
     source, target = pair
     with pytest.raises(InputError, match=r"verify calls two nn\.Modules, not a dict"):
         verify(dict(source.state_dict()), target, INPUTS)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="checked as it is, and exclude would change it"):
+        verify(source, target, INPUTS, alignment=autoalign.align(source, target), exclude="0")
     with pytest.raises(InputError, match="2 keys of its source are not in Sequential"):
         verify(
             source, target, INPUTS, alignment=autoalign.align({"x.weight": torch.ones(2), "y": torch.ones(2)}, target)
