@@ -174,8 +174,8 @@ def named_container(root: Mapping[str, object], name: str, containers: Sequence[
     found = [container for container in containers if container.path == name]
     found = found or [container for container in containers if container.path.endswith(f".{name}")]
     if not found:
-        nodes = dict(_paths(_tree(root, 0, count()), ""))
-        found = [_state_dict(nodes[name], name)] if name in nodes and nodes[name].children else []
+        nodes = [node for path, node in _paths(_tree(root, 0, count()), "") if path == name and node.children]
+        found = [_state_dict(node, name) for node in nodes]
     found = found or [c for c in containers if name and name_words(name) <= name_words(c.path.rpartition(".")[2])]
     if len(found) == 1:
         return found[0]

@@ -84,8 +84,13 @@ def convert_checkpoint(
             f"{str(folder / kept[0])!r} exists. {_UNDONE} Pass overwrite=True to replace it, or name another output."
         )
     source, wanted = checkpoint_of(checkpoint, container=align_options.get("container")), checkpoint_of(target)
+    alignment = Alignment.of(match_tensors(source, wanted, **{**align_options, "container": None}))
+    taken = alignment.tensors if isinstance(alignment.tensors, Checkpoint) else source
+    if states := [key for key in taken.extras if key.rpartition(".")[2] == "_extra_state"]:
+        note = f"{len(states)} extra states of modules are not tensors and are not written: {', '.join(states[:3])}."
+        alignment = replace(alignment, notes=(*alignment.notes, note))
     ready = prepared(
-        Alignment.of(match_tensors(source, wanted, **{**align_options, "container": None})),
+        alignment,
         wanted.module,
         repr(wanted) if wanted.module is None else type(wanted.module).__name__,
         strict=strict,
@@ -94,10 +99,6 @@ def convert_checkpoint(
         counters_fate="are not written",
     )
     source, alignment = ready.source, ready.alignment
-    states = [key for key in source.extras if key.rpartition(".")[2] == "_extra_state"]
-    if states:
-        note = f"{len(states)} extra states of modules are not tensors and are not written: {', '.join(states[:3])}."
-        alignment = replace(alignment, notes=(*alignment.notes, note))
     specs = _output_specs(alignment, cast)
     shards = [] if is_folder else shards_of(specs, limit)
     described = _metadata(source.metadata, metadata)

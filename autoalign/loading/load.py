@@ -148,7 +148,7 @@ def _prepared(
     source = checkpoint_of(checkpoint, container=options.get("container"))
     rest = {name: value for name, value in options.items() if name != "container"}
     if made is not None and rest:
-        changes = ", ".join(rest)
+        changes = ", ".join("example_inputs" if name == "order_of_use" else name for name in rest)
         raise InputError(f"An alignment is applied as it is, and {changes} would change it. Nothing was loaded.")
     return prepared(
         aligned(model, source, rest) if made is None else made.applied_to(source, model),
@@ -188,8 +188,9 @@ def _fill(call: _Call, ready: Prepared) -> Alignment:
                 fills, findings = None, Findings()
         if fills is None:
             given = read_sources(source, alignment) if ahead is None else ahead
+            dtype, device = (call.dtype, call.device) if call.assign else (None, None)  # else the model has them
             tensors = tensors_of(
-                given, alignment, targets, findings, step, assign=call.assign, dtype=call.dtype, device=call.device
+                given, alignment, targets, findings, step, assign=call.assign, dtype=dtype, device=device
             )
         warn_of_choices(f"Loading {ready.summary}", alignment)
         _warn_of_keys(ready, targets)  # before a change, since a warning may be turned into an error

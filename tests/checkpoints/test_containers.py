@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import autoalign
 from autoalign.checkpoints import containers
 from autoalign.checkpoints.containers import containers_of, copies_of, named_container, preferred
 from autoalign.errors import CheckpointError, InputError
@@ -307,3 +308,10 @@ def test_mappings_without_end_are_refused(doubled: bool, monkeypatch: pytest.Mon
         endless["self"] = endless
     with pytest.raises(InputError, match="more than 64 mappings in each other, or one holds itself"):
         containers_of(endless)
+
+
+def test_a_path_that_two_mappings_have_is_not_chosen_from() -> None:
+    inner = {"b": {"c": {"weight": torch.ones(2)}}}
+    nested = {"x": {"a": inner, "a.b": {"d": {"weight": torch.zeros(2)}}}, "epoch": 3}
+    with pytest.raises(CheckpointError, match=r"Several containers match 'x\.a\.b'"):
+        autoalign.align(nested, {"d.weight": torch.zeros(2)}, container="x.a.b")

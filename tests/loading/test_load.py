@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import autoalign
 from autoalign.alignment import Alignment
 from autoalign.api import load
 from autoalign.checkpoints.checkpoint import checkpoint_of, open_checkpoint
@@ -784,3 +785,24 @@ def test_load_in_another_thread(source: Network) -> None:
     thread.start()
     thread.join()
     assert torch.equal(model.fc.weight, source.head.weight)
+
+
+def test_a_module_that_keeps_its_dtype_is_not_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    """Values are checked against the dtype that the model has, not the one that was asked for."""
+
+    class Keeping(nn.Linear):
+        def _apply(self, fn: object, recurse: bool = True) -> Keeping:  # noqa: ARG002
+            return self
+
+    model = Keeping(2, 1, bias=False)
+    model.register_load_state_dict_pre_hook(lambda *_: None)  # type: ignore[no-untyped-call]
+    autoalign.load(model, {"weight": torch.full((1, 2), 1e6)}, dtype="float16")
+    assert model.weight.tolist() == [[1e6, 1e6]]
+    assert not recwarn.list
+
+
+def test_inputs_beside_an_alignment_are_refused_by_their_name() -> None:
+    model = nn.Linear(2, 1)
+    alignment = autoalign.align(model, model)
+    with pytest.raises(InputError, match="example_inputs would change it"):
+        autoalign.load(model, model, alignment=alignment, example_inputs=torch.ones(1, 2))

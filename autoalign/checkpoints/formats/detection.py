@@ -144,6 +144,18 @@ def index_of(file: Path) -> dict[str, str]:
     Raises:
         CheckpointError: The file is not an index, is damaged, or leads out of its folder.
     """
+    files_of = _listed(file)
+    outside = sorted({name for name in files_of.values() if Path(name).name != name or name == ".." or "\\" in name})
+    if outside:
+        raise CheckpointError(
+            f"The index {str(file)!r} lists {_quoted(outside)}, and only files in its own folder are read. "
+            "Nothing was read."
+        )
+    return files_of
+
+
+def _listed(file: Path) -> dict[str, str]:
+    """Read an index as it is, wherever it leads."""
     with reading(file, "the index of a sharded checkpoint"):
         if file.stat().st_size > _MAX_INDEX_BYTES:
             raise ValueError(f"it has more than {_MAX_INDEX_BYTES} bytes")
@@ -152,12 +164,6 @@ def index_of(file: Path) -> dict[str, str]:
         names = list(files_of.values()) if isinstance(files_of, dict) else []
         if not files_of or not names or not all(isinstance(name, str) for name in names):
             raise ValueError("it has no weight_map with the file of each tensor")
-        outside = sorted({name for name in names if Path(name).name != name or name == ".." or "\\" in name})
-        if outside:
-            raise CheckpointError(
-                f"The index {str(file)!r} lists {_quoted(outside)}, and only files in its own folder are read. "
-                "Nothing was read."
-            )
         return dict(files_of)
 
 
@@ -267,7 +273,7 @@ def _candidates(folder: Path) -> list[_Candidate]:
     found: list[_Candidate] = []
     taken: set[str] = set()
     for name in [name for name in files if _INDEX.search(name)]:
-        shards = set(index_of(files[name]).values())
+        shards = set(_listed(files[name]).values())
         kinds = [kind for shard in shards & files.keys() if (kind := format_of(files[shard]))]
         found.append(_Candidate(name, kinds[0] if kinds else "safetensors", (files[name],)))
         taken |= shards

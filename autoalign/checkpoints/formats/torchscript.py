@@ -120,8 +120,16 @@ def _stand_in(module: str, name: str) -> Any:
     return _STAND_INS.get((module, name), _Unused)
 
 
+def _view(storage: object, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object) -> _View:
+    if not isinstance(storage, _Storage) or len(shape) != len(stride):
+        raise ValueError("a tensor without a storage")
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in (offset, *shape, *stride)):
+        raise ValueError(f"a tensor of shape {shape} and stride {stride}")
+    return _View(storage, offset, shape, stride)
+
+
 _STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): lambda *facts: _View(*facts[:4]),
+    ("torch._utils", "_rebuild_tensor_v2"): _view,
     ("collections", "OrderedDict"): OrderedDict,
 }
 

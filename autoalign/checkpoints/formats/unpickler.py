@@ -20,6 +20,7 @@ from autoalign.checkpoints.stored import FREE_STEPS, Budget, TooCostlyError
 
 _MAX_OPERATIONS = 2**22  # of which a tensor takes thirty; torch does a million in a second
 _MAX_DEPTH = 2**10  # marks in each other
+_MAX_KEY_DEPTH = 64  # tuples in each other in a key
 _ITEM_STEPS = 2**4  # for anything but texts and tensors
 _ENCODINGS = frozenset({"ascii", "latin1", "latin-1", "utf-8", "utf8"})  # which make no text much longer, in no time
 _TENSORS = {  # from names to elements in an element of a storage, of which some hold several
@@ -173,6 +174,15 @@ class _Storage:
         self.numel = numel
 
 
+def _frozen(key: object, depth: int = 0) -> object:
+    """Return a key whose hash is as that of what an outline stands for: equal if those of its parts are."""
+    if isinstance(key, tuple | _Items):
+        if depth > _MAX_KEY_DEPTH:
+            raise TypeError("it is too deep")
+        return tuple(_frozen(item, depth + 1) for item in key)
+    return key
+
+
 class _CostReader:
     """A reader of pickles that makes an outline of the value alone, and charges what a reader of it would do."""
 
@@ -217,8 +227,8 @@ class _CostReader:
                 self.walk(key)
             if not isinstance(key, str | bytes):  # whose hashes nobody can foresee
                 try:
-                    value = hash(key)
-                except TypeError:  # of an outline, which may stand for any hash
+                    value = hash(_frozen(key))
+                except TypeError:  # of what has no hash as an outline, and may stand for any
                     value = 0
                 owner.equal_hashes[value] += 1
                 self.budget.charge(owner.equal_hashes[value])
@@ -299,7 +309,10 @@ class _CostReader:
             if isinstance(argument, tuple | list):
                 self.hash_keys(argument, _Items())
                 self.hash_keys([each[0] for each in argument if isinstance(each, tuple | list) and each], _Items())
-        return _Made()
+        made = _Made()
+        if function == "torch Size":  # whose hash is that of its numbers
+            made.extend(arguments)
+        return made
 
     def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *, packed: int = 1) -> _Made:
         """Make sure that a tensor is within its storage, which a reader may enlarge if it is not."""

@@ -268,3 +268,11 @@ def test_an_index_with_one_key_twice_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"it lists 'k0' twice"):
         open_checkpoint(tmp_path)
     assert time.process_time() - start < 5
+
+
+def test_an_index_that_leads_elsewhere_does_not_hide_a_model_beside_it(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "other.bin.index.json").write_text('{"weight_map": {"w": "elsewhere/a.bin"}}')
+    assert list(open_checkpoint(tmp_path)) == ["w"]
+    with pytest.raises(CheckpointError, match="only files in its own folder are read"):
+        open_checkpoint(tmp_path / "other.bin.index.json")

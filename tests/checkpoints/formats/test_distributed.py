@@ -285,3 +285,12 @@ def test_the_pieces_have_one_budget(tmp_path: Path) -> None:
     write(tmp_path, changed)
     with pytest.raises(CheckpointError, match=r"reading it would take more than [\d,]+ steps"):
         open_checkpoint(tmp_path)
+
+
+def test_a_folder_of_thousands_of_tensors(tmp_path: Path) -> None:
+    """Each has a key of its own in the index, whose hash is that of its fields."""
+    state_dict = {f"layers.{i}.weight": torch.full((2,), float(i)) for i in range(6000)}
+    autoalign.convert(state_dict, state_dict, tmp_path / "dcp", format="dcp")
+    read = autoalign.open_checkpoint(tmp_path / "dcp")
+    assert len(read) == 6000
+    assert torch.equal(read["layers.5999.weight"], state_dict["layers.5999.weight"])

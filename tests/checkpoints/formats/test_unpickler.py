@@ -321,3 +321,9 @@ def test_a_budget_is_spent_once() -> None:
     budget.charge(40)
     with pytest.raises(TooCostlyError, match=r"would take more than 8,388,648 steps"):
         budget.charge(1)
+
+
+def test_sizes_as_keys_are_told_apart(tmp_path: Path) -> None:
+    sizes = {torch.Size([place]): place for place in range(6000)}
+    torch.save({"sizes": sizes, "w": torch.ones(2)}, tmp_path / "a.pt")
+    assert list(open_checkpoint(tmp_path / "a.pt")) == ["w"]
