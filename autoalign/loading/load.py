@@ -188,7 +188,7 @@ def _fill(call: _Call, ready: Prepared) -> Alignment:
                 fills, findings = None, Findings()
         if fills is None:
             given = read_sources(source, alignment) if ahead is None else ahead
-            dtype, device = (call.dtype, call.device) if call.assign else (None, None)  # else the model has them
+            dtype, device = (call.dtype, call.device) if call.assign else (None, None)  # else as they are
             tensors = tensors_of(
                 given, alignment, targets, findings, step, assign=call.assign, dtype=dtype, device=device
             )

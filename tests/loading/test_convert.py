@@ -477,3 +477,10 @@ def test_what_a_killed_run_left_of_a_distributed_checkpoint_is_removed(tmp_path:
     (tmp_path / ".step1.0123abcd.tmp" / "__0_0.distcp").write_bytes(b"half")
     convert({"a": torch.ones(2)}, {"a": torch.empty(2)}, tmp_path / "step1", format="dcp")
     assert names_in(tmp_path) == ["step1"]
+
+
+def test_an_error_keeps_the_note_on_extra_states(tmp_path: Path) -> None:
+    source = {"a.weight": torch.ones(3), "a._extra_state": {"scale": 2}}
+    with pytest.raises(NothingLoadedError) as caught:
+        convert(source, {"b.weight": torch.ones(5, 7)}, tmp_path / "out")
+    assert any(note.startswith("1 extra states of modules") for note in caught.value.alignment.notes)

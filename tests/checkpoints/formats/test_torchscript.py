@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autoalign.checkpoints.checkpoint import open_checkpoint
+from autoalign.checkpoints.formats import torchscript
 from autoalign.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
@@ -134,3 +135,10 @@ def test_a_part_of_a_record_keeps_its_own_values_alone(tmp_path: Path) -> None:
     tensor = open_checkpoint(tmp_path / "a.pt")["part"]
     assert tensor.tolist() == [7, 8]
     assert tensor.untyped_storage().nbytes() == 8
+
+
+@pytest.mark.parametrize("shape", [(0, -5), (2**63, 1), (True, 1), (1,)], ids=str)
+def test_a_view_of_an_impossible_shape_is_refused(shape: tuple[int, ...]) -> None:
+    storage = torchscript._Storage(torch.float32, "0")
+    with pytest.raises(ValueError, match=r"a tensor (of shape|without a storage)"):
+        torchscript._view(storage, 0, shape, (1, 1))
