@@ -14,6 +14,7 @@ and ``checkpoints``):
 - ``confidence``: from score and margin to a calibrated probability; are two networks related
 - ``list_order``, ``swaps``, ``symmetries``: what could be swapped, reordered or replaced without a change of shape
 - ``rotary``, ``layouts``, ``assembly``: rows in an order that no shape shows; parts put back together to tensors
+- ``relation``: of unlike networks, the tensors of equal names and shapes, and the sizes that differ
 - ``repeats``, ``pipeline``: what needs no search; the stages in order
 - ``positions``, ``adapt``, ``match``: matches that change values; from options to a ``Plan``
 

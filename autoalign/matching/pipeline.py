@@ -38,6 +38,7 @@ from autoalign.matching.features import namesakes, share_of, side_features
 from autoalign.matching.fusion import split_fused
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
 from autoalign.matching.names import kind, words
+from autoalign.matching.relation import equal_tensors
 from autoalign.matching.repeats import is_renamed
 from autoalign.matching.scope import Scope, pattern_for, scope_of, within
 from autoalign.matching.symmetries import REVERSIBLE, resolve_symmetries, reversible_lists
@@ -53,10 +54,6 @@ _MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and wher
 _CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
 _ONLY_SHAPES = "right shape, but no other evidence: most of the modules around it have no counterparts"
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
-_UNRELATED = (
-    "Source and target look like different architectures: single layers have matching shapes, but no complete block "
-    "does. Nothing was matched. If they are related, name a pair of keys in rules."
-)
 
 
 Result = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, counterparts of other shapes, and notes
@@ -91,15 +88,19 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         for side, own, (pieces, fusions), held in zip(sides, rest, split, fixed, strict=True)
     )
     found, mismatched = _match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
+    unlike: tuple[str, ...] = ()
     if found is None:
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
-        note = f"The {' and the '.join(empty)} holds no tensors." if empty else _UNRELATED
-        return [], mismatched, (note,)
+        source, target = sides
+        found, note = equal_tensors(source, target)
+        if not found:
+            return [], mismatched, (f"The {' and the '.join(empty)} holds no tensors." if empty else note,)
+        unlike = (note,)
     matches = assembled(source, target, found)
     if not (scope.is_decided and other_scope.is_decided):
         matches = [replace(match, confidence=min(match.confidence, AMBIGUOUS)) for match in matches]
     matches = with_ties(source.specs, target.specs, [*pinned, *matches])
-    notes = (*_copies_note("source", scope), *_copies_note("target", other_scope))
+    notes = (*unlike, *_copies_note("source", scope), *_copies_note("target", other_scope))
     named = []
     if len({match.target for match in matches}) < len(target.specs):
         source, target = (

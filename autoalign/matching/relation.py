@@ -1,0 +1,115 @@
+"""What two unlike networks have in common: tensors of equal names and shapes; and in which sizes they differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+
+from autoalign.matching.assembly import Found, SideParts
+from autoalign.matching.candidates import paired_parts
+from autoalign.matching.confidence import INFERRED
+from autoalign.matching.features import namesakes, share_of
+from autoalign.matching.layers import Part, counts_of, units_of
+from autoalign.plan.operations import Copy, Shape
+
+_MIN_SHARE_OF_EQUALS = 0.5  # of the smaller side's layers; then that they are equal is no coincidence
+_MIN_SHARE_EXPLAINED = 0.9  # of both sides' matrices; what explains fewer is not said
+_MIN_SHARE_SPLIT = 0.6  # of them that differ in one dimension; in a part of a model nearly all but embeddings do
+_PART_COUNTS = (2, 4, 8)
+_MAX_SIZES_TOLD = 3
+_EVIDENCE = {"name": 1.0, "shape": 1.0}
+_ONLY_EQUALS = "The networks are unlike, so only tensors of equal names and shapes were matched"
+_NAMES_AGREE = "Most layers of source and target have equal names, but unequal shapes: "
+_UNLIKE = (
+    "Source and target look like different architectures: single layers have matching shapes, but no complete block "
+    "does, and names do not agree. Nothing was matched. If they are related, name a pair of keys in rules."
+)
+
+_Pairs = list[tuple[int, int]]  # of parts: source, target
+
+
+def equal_tensors(source: SideParts, target: SideParts) -> tuple[dict[int, Found], str]:
+    """Match the layers of equal names and shapes if most of one side are such; and say what is unlike."""
+    own, other = units_of(source.parts), units_of(target.parts)
+    counts = counts_of(own, source.parts), counts_of(other, target.parts)
+    same = {(i, j): paired_parts(own[i], other[j]) for i, j in namesakes(own.paths, other.paths, counts)}
+    equal = [
+        (i, j)
+        for (i, j), pairs in same.items()
+        if own[i].kinds == other[j].kinds and all(_are_equal(source.parts[a], target.parts[b]) for a, b in pairs)
+    ]
+    sizes = _size_changes([(source.parts[a], target.parts[b]) for pairs in same.values() for a, b in pairs])
+    if share_of(equal, counts) >= _MIN_SHARE_OF_EQUALS:
+        found = {b: Found(a, Copy(), INFERRED, _EVIDENCE, None) for pair in equal for a, b in same[pair]}
+        return found, f"{_ONLY_EQUALS}{': ' if sizes else ''}{sizes}."
+    told = _same_at_another_size(source.parts, target.parts)
+    if told:
+        return {}, f"{told} Nothing was matched."
+    return {}, f"{_NAMES_AGREE}{sizes}. Nothing was matched." if sizes else _UNLIKE
+
+
+def _are_equal(own: Part, other: Part) -> bool:
+    return (own.shape, own.numeric) == (other.shape, other.numeric)
+
+
+def _size_changes(pairs: Sequence[tuple[Part, Part]]) -> str:
+    """Name the sizes of layers of the same name that differ, the most common first."""
+    changes = Counter(
+        sizes
+        for own, other in pairs
+        if len(own.shape) == len(other.shape)
+        for sizes in zip(own.shape, other.shape, strict=True)
+        if sizes[0] != sizes[1]
+    )
+    told = [f"{a} in the source is {b} in the target" for (a, b), _ in changes.most_common(_MAX_SIZES_TOLD)]
+    more = len(changes) - len(told)
+    return ", ".join(told) + (f", and {more} more" if more > 0 else "")
+
+
+def _same_at_another_size(source: Sequence[Part], target: Sequence[Part]) -> str:
+    """Describe how one network would be the other if its matrices had other sizes; "" if they are unlike."""
+    own, other = _matrices(source), _matrices(target)
+    if not own or not other:
+        return ""
+    for count in _PART_COUNTS:
+        for names, sides in (("source", "target"), (own, other)), (("target", "source"), (other, own)):
+            is_explained, changed = _explained(*sides, partial(_joined, count=count))
+            if is_explained and changed >= _MIN_SHARE_SPLIT:
+                return f"The {names[0]} looks like 1 of {count} parts of the {names[1]}, split for parallel processes."
+    widths = [Counter(size for shape in of.elements() for size in shape).most_common(1)[0][0] for of in (own, other)]
+    if widths[0] != widths[1] and _explained(own, other, partial(_resized, own=widths[0], other=widths[1]))[0]:
+        return f"The source looks like the same network at width {widths[0]}, not {widths[1]}."
+    return ""
+
+
+def _matrices(parts: Sequence[Part]) -> Counter[Shape]:
+    return Counter(part.shape for part in parts for _ in range(part.count) if len(part.shape) > 1)
+
+
+def _resized(shape: Shape, own: int, other: int) -> Iterator[Shape]:
+    """Yield a shape with all, then some, of its sizes changed as one width is to the other."""
+    ways = [[size * other // own, size] if size * other % own == 0 else [size] for size in shape]
+    yield from product(*ways)
+
+
+def _joined(shape: Shape, count: int) -> Iterator[Shape]:
+    """Yield a shape with one of its sizes multiplied, then as it is."""
+    yield from ((*shape[:dim], size * count, *shape[dim + 1 :]) for dim, size in enumerate(shape))
+    yield shape
+
+
+def _explained(
+    own: Counter[Shape], other: Counter[Shape], images: Callable[[Shape], Iterator[Shape]]
+) -> tuple[bool, float]:
+    """Return True if shapes of one side become those of the other, and the share of them that must change for it."""
+    left, found, changed = other.copy(), 0, 0
+    for shape, count in own.items():
+        for image in images(shape):
+            taken = min(count, left[image])
+            left[image] -= taken
+            count -= taken
+            found += taken
+            changed += taken * (image != shape)
+    return found >= _MIN_SHARE_EXPLAINED * max(own.total(), other.total()), changed / max(found, 1)
