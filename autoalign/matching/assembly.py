@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from autoalign.matching.candidates import operation_between, squeeze
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED, SPLIT_BY_ORDER_FACTOR
-from autoalign.matching.conventions import as_in_torch, with_torch_names
+from autoalign.matching.conventions import as_in_torch, with_claimed_roles, with_torch_names
 from autoalign.matching.features import SideFeatures, is_alphabetical, name_scores
 from autoalign.matching.fusion import BY_ORDER, Fusion
 from autoalign.matching.layers import Part, Parts, Path, Unit, Units, block_around, parts_of
@@ -42,7 +42,7 @@ class SideParts:
     @staticmethod
     def of(specs: Sequence[TensorSpec], config: Mapping[str, object], counts: Sequence[int] | None = None) -> SideParts:
         ordered = not is_alphabetical([spec.key for spec in specs])
-        parts = as_in_torch(with_torch_names(parts_of(specs, counts), ordered=ordered))
+        parts = as_in_torch(with_claimed_roles(with_torch_names(parts_of(specs, counts), ordered=ordered)))
         return SideParts(tuple(specs), parts, config=config, ordered=ordered)
 
     def key(self, part: Part) -> str:

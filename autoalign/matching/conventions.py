@@ -12,9 +12,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
-from autoalign.matching.layers import Part, Parts, Unit
+from autoalign.matching.layers import Part, Parts, Path, Unit
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import AFTER_ATTENTION, AROUND_MLP, FUSED, KERNELS, TORCH_NAMES
+from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Operation, Permute, Reshape, Shape, Transpose, chain, output_shapes
 
 _NORM_KINDS = {2: ("weight", "bias"), 4: ("weight", "bias", "mean", "var")}  # by their number, as they are registered
@@ -141,6 +142,34 @@ def with_literal_norms(parts: Sequence[Part], others: Sequence[Part]) -> Sequenc
                 for k, name in enumerate(part.path)
             ),
         )
+        for part in parts
+    ]
+
+
+def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
+    """Read a name as a mere number where a layer of its shapes beside it has the role's own name: `w1` beside `wg`.
+
+    >>> parts = [Part(k, (name, "weight"), (8, 4), "float") for k, name in enumerate(("w1", "wg"))]
+    >>> [part.path[0] for part in with_claimed_roles(parts)]
+    ['1', 'wg']
+    """
+    beside: dict[tuple[Path, str, Shape], set[str]] = defaultdict(set)
+    for part in parts:
+        if len(part.path) > 1:
+            beside[part.path[:-2], part.path[-1], part.shape].add(part.path[-2])
+    plain = {
+        (module, name): "".join(map(str, numbers(name)))
+        for (module, _, _), names in beside.items()
+        for name in names
+        if len(words(name)) == 1 and words(name) != words(stem(name))  # its number is a part of the word
+        if any(words(name)[0] in words(other) and not numbers(other) for other in names)
+    }
+    if not plain:
+        return parts
+    return [
+        replace(part, path=(*part.path[:-2], plain[part.path[:-2], part.path[-2]], part.path[-1]))
+        if (part.path[:-2], *part.path[-2:-1]) in plain
+        else part
         for part in parts
     ]
 

@@ -42,7 +42,7 @@ from autoalign.matching.relation import equal_tensors
 from autoalign.matching.repeats import is_renamed
 from autoalign.matching.scope import Scope, pattern_for, scope_of, within
 from autoalign.matching.symmetries import REVERSIBLE, resolve_symmetries, reversible_lists
-from autoalign.matching.vocabulary import KNOWN, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
+from autoalign.matching.vocabulary import EMBEDDING_WORDS, KNOWN, NO_VOCABULARY, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
 from autoalign.plan.keys import components
 from autoalign.plan.matches import Caution, Match, Mismatch
 from autoalign.plan.operations import Copy, Operation
@@ -53,6 +53,7 @@ _MIN_SIMILARITY_AMONG_NAMESAKES = 0.3  # of names, where another name is another
 _MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and where not all pairs were compared
 _CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
 _ONLY_SHAPES = "right shape, but no other evidence: most of the modules around it have no counterparts"
+_TABLES = EMBEDDING_WORDS | NO_VOCABULARY  # words for matrices of which rows are taken
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 
 
@@ -275,17 +276,29 @@ def _exclude(own: set[str], other: set[str], rivals: Collection[tuple[str, str]]
 
 
 def _capped(confidence: float, source: SideParts, target: SideParts, own: Part, other: Part) -> float:
-    """Cap the confidence in a match of tensors whose kind is inferred from their place in a layer."""
+    """Cap the confidence in a match of tensors whose kind or layout is inferred."""
     by_order = own.by_order or other.by_order
     has_name = not by_order or components(source.key(own))[-1] == components(target.key(other))[-1]
-    return confidence if has_name else min(confidence, INFERRED)
+    return confidence if has_name and not _is_bare_square(own, other) else min(confidence, INFERRED)
 
 
 def _operation(source: Part, target: Part, *, transposed: bool) -> Operation | None:
     """Return the operation on a matched part; a bare matrix may be that of a layer, transposed."""
     bare = (kind(source.path[-1])[0] == "other") != (kind(target.path[-1])[0] == "other")
-    operation = operation_between(source.shape, target.shape, transposed=transposed)
+    is_turned = transposed != _is_bare_square(source, target)
+    operation = operation_between(source.shape, target.shape, transposed=is_turned)
     return operation or (operation_between(source.shape, target.shape, transposed=True) if bare else None)
+
+
+def _is_bare_square(source: Part, target: Part) -> bool:
+    """True for a square matrix that one side multiplies with, ``x @ projection``, and the other holds in a layer.
+
+    Such a one of another shape is always the transposed weight of the layer, except for embeddings.
+    """
+    kinds = {kind(part.path[-1])[0] for part in (source, target)}
+    if kinds != {"other", "weight"} or len(set(source.shape)) > 1 or len(source.shape) != 2:
+        return False
+    return _TABLES.isdisjoint(word for part in (source, target) for name in part.path[-2:] for word in words(name))
 
 
 def _pinned_units(

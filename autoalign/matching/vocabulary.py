@@ -32,10 +32,10 @@ SYNONYMS: dict[str, str] = {
     "hh": "h2h recurrent recurrence hidden",
     # feed-forward
     "mlp": "ffn ffw ff feedforward postattention postattn",
-    "gate": "w1",
+    "gate": "w1 wg",
     "up": "w3",
     "down": "w2",
-    "gateup": "w12 w13",
+    "gateup": "w12 w13 wg1",
     "in": "intermediate fc1 lin1 linear1 dense1 wi densehto4h",
     "out": "fc2 lin2 linear2 dense2 output outputs dense4htoh",
     "expand": "expansion excite excitation",

@@ -154,3 +154,17 @@ def test_a_depthwise_kernel_keeps_its_channels_apart(weight: Shape, bias: Shape 
     if bias:
         parts.append(Part(1, ("conv", "bias"), bias, "float"))
     assert as_in_torch(parts)[0].shape == expected
+
+
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["in order", "sorted"])
+def test_a_numbered_name_is_no_role_where_another_layer_has_its_name(is_sorted: bool) -> None:
+    source, target = dict[str, Tensor](), dict[str, Tensor]()
+    for layer in range(3):
+        for name, other in (("gate_proj", "wg"), ("up_proj", "w1"), ("down_proj", "w2")):
+            weight = torch.empty((48, 64) if name == "down_proj" else (64, 48), device="meta")
+            source[f"layers.{layer}.mlp.{name}.weight"] = weight
+            target[f"layers.{layer}.ff.{other}.weight"] = weight
+        source[f"layers.{layer}.norm.weight"] = target[f"layers.{layer}.norm.weight"] = torch.empty(48, device="meta")
+    alignment = align(dict(sorted(source.items())) if is_sorted else source, target)
+    assert alignment.mapping["layers.1.mlp.gate_proj.weight"] == "layers.1.ff.wg.weight"
+    assert alignment.mapping["layers.1.mlp.up_proj.weight"] == "layers.1.ff.w1.weight"
