@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -40,9 +40,16 @@ class SideParts:
     ordered: bool = True  # whether its keys come in the order of registration, as far as can be seen
 
     @staticmethod
-    def of(specs: Sequence[TensorSpec], config: Mapping[str, object], counts: Sequence[int] | None = None) -> SideParts:
+    def of(
+        specs: Sequence[TensorSpec],
+        config: Mapping[str, object],
+        counts: Sequence[int] | None = None,
+        others: Collection[TensorSpec] = (),
+    ) -> SideParts:
+        """Read one side; ``others`` are the tensors of the other side, ``counts`` how many each tensor stands for."""
         ordered = not is_alphabetical([spec.key for spec in specs])
-        parts = as_in_torch(with_claimed_roles(with_torch_names(parts_of(specs, counts), ordered=ordered)))
+        named = with_torch_names(parts_of(specs, counts), ordered=ordered)
+        parts = as_in_torch(with_claimed_roles(named), {spec.shape for spec in others})
         return SideParts(tuple(specs), parts, config=config, ordered=ordered)
 
     def key(self, part: Part) -> str:
@@ -115,7 +122,7 @@ def _match(
     pieces, views = [], [target.parts[part].view for part in parts]
     others: dict[int, tuple[Operation, ...]] = {}  # place of a piece -> its other views
     is_known, is_open = False, False  # whether a layout is known by more than its shape, and whether another is not
-    split: Doubt | None = None  # of a tensor that holds several blocks on both sides
+    split: dict[int, Doubt] = {}  # of the pieces that hold several blocks on both sides
     warnings: set[str] = set()
     for place, part in enumerate(parts):
         if part not in found:
@@ -135,8 +142,8 @@ def _match(
         if doubt and (known is None or doubt.reason == ROTARY):
             others[place] = (*others.get(place, ()), *(chain(own.view, way) for way in doubt.otherwise))
             warnings.add(doubt.reason)
-            apart = len(parts) == 1 and sum(doubt.sizes) == target.parts[part].shape[0]
-            split = doubt if doubt.blocks and apart else None
+            apart = doubt.blocks and sum(doubt.sizes) == target.parts[part].shape[0]
+            split |= {place: doubt} if apart else {}
             settled = doubt.is_known and (apart or not doubt.blocks)
             is_known, is_open = is_known or settled, is_open or not settled
     ways = [(pieces, views)]
@@ -144,16 +151,8 @@ def _match(
         for turn in range(max(map(len, others.values()))):
             changed = {place: views[turn] for place, views in others.items() if turn < len(views)}
             ways.append(([p._replace(view=changed.get(k, p.view)) for k, p in enumerate(pieces)], views))
-    if split:
-        starts = list(accumulate(split.sizes, initial=0))
-        blocks = [Split(0, start, size) for start, size in zip(starts, split.sizes, strict=False)]
-        (only,), (view,) = pieces, views
-        for steps in split.blocks:
-            filling = [
-                _Piece(only.key, chain(only.view, block, step), (size, *only.shape[1:]))
-                for block, step, size in zip(blocks, steps, split.sizes, strict=True)
-            ]
-            ways.append((filling, [chain(view, block) for block in blocks]))
+    turns = min((len(doubt.blocks) for doubt in split.values()), default=0)
+    ways += [_by_blocks(pieces, views, split, turn) for turn in range(turns)]
     if known := layouts[1].get(parts[0]):
         is_open = True
         warnings.add(known.reason)
@@ -183,6 +182,26 @@ def _match(
         alternatives=tuple(alternatives),
         warnings=tuple(sorted(warnings)),
     )
+
+
+def _by_blocks(
+    pieces: Sequence[_Piece], views: Sequence[Operation], doubts: Mapping[int, Doubt], turn: int
+) -> tuple[list[_Piece], list[Operation]]:
+    """Take pieces and the parts that they fill apart into blocks, each with an operation of its own."""
+    filling, taken = [], []
+    for place, (piece, view) in enumerate(zip(pieces, views, strict=True)):
+        if place not in doubts:
+            filling.append(piece)
+            taken.append(view)
+            continue
+        doubt = doubts[place]
+        starts = list(accumulate(doubt.sizes, initial=0))
+        blocks = [Split(0, start, size) for start, size in zip(starts, doubt.sizes, strict=False)]
+        sources = [blocks[place] for place in doubt.order] or blocks
+        for block, own, step, size in zip(blocks, sources, doubt.blocks[turn], doubt.sizes, strict=True):
+            filling.append(_Piece(piece.key, chain(piece.view, own, step), (size, *piece.shape[1:])))
+            taken.append(chain(view, block))
+    return filling, taken
 
 
 def _put_together(

@@ -11,12 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import NamedTuple
 
-from autoalign.matching.layers import Part, Parts, Path, Unit
+from autoalign.matching.layers import Part, Parts, Path
 from autoalign.matching.names import kind, words
-from autoalign.matching.vocabulary import AFTER_ATTENTION, AROUND_MLP, FUSED, KERNELS, TORCH_NAMES
+from autoalign.matching.vocabulary import AFTER_ATTENTION, AROUND_MLP, FUSED, KERNELS, ROLES, TORCH_NAMES
 from autoalign.plan.keys import numbers, stem
-from autoalign.plan.operations import Operation, Permute, Reshape, Shape, Transpose, chain, output_shapes
+from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, Unstack, chain, output_shapes
 
 _NORM_KINDS = {2: ("weight", "bias"), 4: ("weight", "bias", "mean", "var")}  # by their number, as they are registered
 _MIN_VOTES = 2  # of layers for what a name means
@@ -39,6 +40,7 @@ def with_torch_names(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
         parts: The parts of one side.
         ordered: True if they are in the order of registration.
     """
+    parts = _with_layers_of_pairs(parts)
     names = {part.path[-1] for part in parts}
     known = {name: values for name in names for values, rest in [kind(name)] if not rest and values in TORCH_NAMES}
     unknown = {name for name in names if kind(name)[0] == "other"}
@@ -57,6 +59,50 @@ def with_torch_names(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
         else part
         for part in parts
     ]
+
+
+def _with_layers_of_pairs(parts: Sequence[Part]) -> Sequence[Part]:
+    """Read a matrix and a vector as a layer if their names differ like those of other such pairs: ``W1``, ``b1``.
+
+    One name may also be that of the other with ``bias`` after it.
+
+    >>> shapes = {"W1": (8, 4), "b1": (8,), "W2": (2, 8), "b2": (2,)}
+    >>> parts = [Part(n, (key,), shape, "float") for n, (key, shape) in enumerate(shapes.items())]
+    >>> [".".join(part.path) for part in _with_layers_of_pairs(parts)]
+    ['W1.weight', 'W1.bias', 'W2.weight', 'W2.bias']
+    """
+    groups: dict[tuple[object, ...], dict[str, int]] = defaultdict(dict)  # what pairs share -> their own part -> place
+    for place, part in enumerate(parts):
+        name = part.path[-1]
+        if part.numeric == "float" and kind(name)[0] == "other":
+            first, _, last = name.rpartition("_")
+            for shared, own in ((numbers(name), stem(name)), (first, last)):
+                if shared:
+                    groups[part.path[:-1], shared][own] = place
+    pairs: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for group in groups.values():
+        if len(group) == 2:
+            (own, a), (other, b) = sorted(group.items(), key=lambda item: -len(parts[item[1]].shape))
+            shapes = parts[a].shape, parts[b].shape
+            if len(shapes[0]) == 2 and len(shapes[1]) == 1 and shapes[1][0] in shapes[0]:
+                pairs[own, other].append((a, b))
+    biases = {
+        (*part.path[:-1], rest): part.shape
+        for part in parts
+        for values, rest in [kind(part.path[-1])]
+        if values == "bias" and rest
+    }
+    result = [
+        replace(part, path=(*part.path, "weight"))
+        if len(bias := biases.get(part.path, ())) == 1 and bias[0] in part.shape and kind(part.path[-1])[0] == "other"
+        else part
+        for part in parts
+    ]
+    for found in pairs.values():
+        for matrix, vector in found if len(found) >= _MIN_VOTES else ():
+            for place, name in ((matrix, "weight"), (vector, "bias")):
+                result[place] = replace(parts[place], path=(*parts[matrix].path, name))
+    return result
 
 
 def _layers(parts: Sequence[Part], names: Collection[str]) -> list[_Layer]:
@@ -174,40 +220,33 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     ]
 
 
-def as_in_torch(parts: Sequence[Part]) -> Parts:
+def as_in_torch(parts: Sequence[Part], others: Collection[Shape] = ()) -> Parts:
     """View the parts of one side in torch's layout; those that have it already stay as they are.
 
     >>> (part,) = as_in_torch([Part(0, ("dense", "kernel"), (8, 4), "float")])
     >>> part.shape, part.view
     ((4, 8), Transpose())
+
+    ``others`` are the shapes of the other side, which may keep heads apart too.
     """
-    parts = Parts(parts)
+    parts = _with_joined_heads(_with_separate_biases(parts), others)
     layers = [(unit, kinds) for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
     shapes = [{values: parts[index].shape for values, index in kinds.items()} for _, kinds in layers]
-    named = [parts[kinds["weight"]].path[-1].lower().endswith(KERNELS) for _, kinds in layers]
+    named = [_is_kernel(parts[kinds["weight"]]) for _, kinds in layers]
     is_named = any(named)
     if not is_named and sum(map(_spatial_first, shapes)) <= 0:
         return parts
-    widths = Counter(shape[0] for of in shapes for shape in of.values() if len(shape) == 1).most_common(1)
-    width = widths[0][0] if widths else 0
-    heads = {
-        of["weight"][1:]
-        for (unit, _), of, is_kernel in zip(layers, shapes, named, strict=True)
-        if is_kernel and _keeps_heads(unit, of)
-    }
     result = [_viewed(part, Permute((0, 2, 1))) if is_named and _is_stack(part) else part for part in parts]
-    for (unit, kinds), of, is_kernel in zip(layers, shapes, named, strict=True):
-        view = None
-        if is_kernel:
-            view = _kernel_view(unit, of, heads, width)
-        elif len(of["weight"]) > 3:
-            view = _convolution(of["weight"], of.get("bias"))
-        if view is None:
-            continue
-        result[kinds["weight"]] = _viewed(parts[kinds["weight"]], view)
-        if len(of.get("bias", ())) > 1:
-            result[kinds["bias"]] = _viewed(parts[kinds["bias"]], Reshape((prod(of["bias"]),)))
+    for (_, kinds), of, is_kernel in zip(layers, shapes, named, strict=True):
+        weight = parts[kinds["weight"]]
+        if len(weight.shape) > (1 if is_kernel else 3) and isinstance(weight.view, Copy):
+            view = Transpose() if len(weight.shape) == 2 else _convolution(weight.shape, of.get("bias"))
+            result[kinds["weight"]] = _viewed(weight, view)
     return Parts(result)
+
+
+def _is_kernel(part: Part) -> bool:
+    return part.path[-1].lower().endswith(KERNELS)
 
 
 def _is_stack(part: Part) -> bool:
@@ -220,42 +259,82 @@ def _viewed(part: Part, view: Operation) -> Part:
     return replace(part, shape=shape, view=chain(part.view, view))
 
 
-def _kernel_view(unit: Unit, shapes: Mapping[str, Shape], heads: set[Shape], width: int) -> Operation | None:
-    """Return the view of a kernel of JAX, Keras or TensorFlow as a weight of torch; None if they are the same.
+def _with_separate_biases(parts: Sequence[Part]) -> Sequence[Part]:
+    """Take the two biases of a recurrent layer of Keras apart, which are the rows of one matrix."""
+    recurrent = {part.path[:-1] for part in parts if part.path[-1] == "recurrent_kernel"}
+    result = []
+    for part in parts if recurrent else ():
+        if part.path[:-1] in recurrent and part.path[-1] == "bias" and part.shape[:-1] == (2,):
+            result += [
+                replace(_viewed(part, Unstack(0, row)), path=(*part.path[:-1], name))
+                for row, name in enumerate(("bias", "recurrent_bias"))
+            ]
+        else:
+            result.append(part)
+    return result or parts
 
-    Args:
-        unit: The layer of the kernel.
-        shapes: The shapes in the layer, by kind.
-        heads: The numbers and sizes of heads of the projections to queries, keys and values.
-        width: The size of most vectors of the network.
+
+def _with_joined_heads(parts: Sequence[Part], others: Collection[Shape]) -> Parts:
+    """View projections that keep the heads of attention apart as matrices, in torch's layout.
+
+    Those to queries, keys and values have names that say so, or, of kernels, biases that keep heads apart too; the one
+    that joins heads has such a name, or heads of the same number and size.
     """
-    weight, bias = shapes["weight"], shapes.get("bias")
-    if len(weight) < 2:
-        return None
-    if len(weight) == 2:
-        return Transpose()
-    if _keeps_heads(unit, shapes):
-        if bias is None and weight[1] == width != weight[0]:  # (heads, in, head_dim)
-            return chain(Permute((1, 0, 2)), Reshape((width, weight[0] * weight[2])), Transpose())
-        return chain(Reshape((weight[0], prod(weight[1:]))), Transpose())
-    is_output = weight[:2] in heads or (bias is None and weight[2] == width and _is_output(unit))
-    if len(weight) == 3 and is_output and bias in (None, weight[2:]):
-        return chain(Reshape((prod(weight[:2]), weight[2])), Transpose())
-    return _convolution(weight, bias)
+    layers: dict[tuple[str, ...], dict[str, int]] = {}
+    for index, part in enumerate(parts):
+        values, rest = kind(part.path[-1])
+        layers.setdefault((*part.path[:-1], rest) if rest else part.path[:-1], {})[values] = index
+    apart = {path: of for path, of in layers.items() if "weight" in of and _may_hold_heads(parts[of["weight"]], others)}
+    widths = Counter(part.shape[0] for part in (parts if apart else ()) if len(part.shape) == 1).most_common(1)
+    width = widths[0][0] if widths else 0
+    result, heads = list(parts), set[Shape]()
+    for joins in (False, True):
+        for path, of in apart.items():
+            weight, bias = parts[of["weight"]], parts[of["bias"]].shape if "bias" in of else None
+            names = {word for name in path[-1:] for word in words(name)}
+            is_shown = _is_kernel(weight) and (bool(names & _ATTENTION_ROLES) or (bias is not None and len(bias) > 1))
+            if joins == (is_shown or bool(names & ROLES)):
+                continue
+            is_named = not joins or "o" in names or {"attn", "out"} <= names.union(*map(words, path[-2:-1]))
+            ways = [
+                way
+                for way in _joined(weight.shape, joins=joins)
+                if (is_named or way.heads in heads)
+                and (bias is None or bias in (way.matrix[:1], *[way.heads] * (not joins)))
+            ]
+            best = max(ways, key=lambda way: (way.matrix in others, way.width == width, way.is_usual), default=None)
+            if best and (_is_kernel(weight) or best.matrix in others or best.width == width):
+                heads.update([best.heads] * (not joins))
+                result[of["weight"]] = _viewed(weight, best.view)
+                if bias and len(bias) > 1:
+                    result[of["bias"]] = _viewed(parts[of["bias"]], Reshape((prod(bias),)))
+    return Parts(result)
 
 
-def _is_output(unit: Unit) -> bool:
-    """True if the name is that of a projection that joins heads."""
-    found = {word for name in unit.path[-2:] for word in words(name)}
-    return "o" in found or found >= {"attn", "out"}
+def _may_hold_heads(weight: Part, others: Collection[Shape]) -> bool:
+    is_known = weight.shape in others or any("conv" in words(name) for name in weight.path)
+    return len(weight.shape) == 3 and min(weight.shape) > 1 and (_is_kernel(weight) or not is_known)
 
 
-def _keeps_heads(unit: Unit, shapes: Mapping[str, Shape]) -> bool:
-    """True for a kernel that maps to several heads: its bias has them too, or its name is that of a projection."""
-    weight, bias = shapes["weight"], shapes.get("bias")
-    if bias is not None:
-        return len(bias) > 1 and weight[1:] == bias
-    return len(weight) == 3 and not _ATTENTION_ROLES.isdisjoint(words(unit.path[-1]))
+class _Joined(NamedTuple):
+    """A matrix that three dimensions may be, two of which are heads."""
+
+    width: int
+    heads: Shape  # their number and size
+    matrix: Shape  # (out, in)
+    view: Operation
+    is_usual: bool  # whether it is the layout of Flax and Keras
+
+
+def _joined(shape: Shape, *, joins: bool) -> Iterator[_Joined]:
+    for place, width in enumerate(shape):
+        heads = (*shape[:place], *shape[place + 1 :])
+        matrix = (width, prod(heads)) if joins else (prod(heads), width)
+        if place == 1:
+            view = chain(Permute((1, 0, 2) if joins else (0, 2, 1)), Reshape(matrix))
+        else:
+            view = Reshape(matrix) if joins == (place == 0) else chain(Reshape(matrix[::-1]), Transpose())
+        yield _Joined(width, heads, matrix, view, place == 2 * joins)
 
 
 def _convolution(weight: Shape, bias: Shape | None) -> Operation:

@@ -16,7 +16,7 @@ from autoalign.matching.layers import Part, Path, Unit, units_of
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import FUSED, GATE_FIRST
 from autoalign.plan.keys import numbers
-from autoalign.plan.operations import Copy, Operation, Split, Transpose, Unstack, chain, output_shapes
+from autoalign.plan.operations import Operation, Split, chain
 
 Sizes = tuple[int, ...]
 
@@ -24,7 +24,7 @@ _ROLE_LISTS = [roles for lists in FUSED.values() for roles in lists]
 _ROLES = frozenset(role for roles in _ROLE_LISTS for role in roles)
 _QKV = FUSED["qkv"][0]
 BY_ORDER = "the parts are distinguished by their order alone"
-_UNCERTAIN_ORDER = "only their order distinguishes the parts, and other code has another order"
+UNCERTAIN_ORDER = "only their order distinguishes the parts, and other code has another order"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Fusion:
     parts: tuple[int, ...]  # in the order in which the tensor holds them
     base: Operation  # lays the tensor out as torch does, before it is split
     shape: tuple[int, ...]  # of the tensor in that layout
-    plan: SplitPlan | None = None  # None for a stack
+    plan: SplitPlan
     absent: frozenset[int] = frozenset()  # those of the parts that the other side does not have at all
 
 
@@ -48,6 +48,7 @@ class SplitPlan:
     roles: tuple[str, ...]
     doubt: str = ""  # why the parts might be laid out otherwise
     unnamed: bool = False  # only the sizes of its parts show that it is fused
+    biased: str | None = None  # of a layer that is split along its input: the part with the bias, empty for none
     absent: frozenset[str] = frozenset()  # roles for which the other side has no tensor of this kind
 
 
@@ -58,10 +59,10 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     a fused name too stay whole.
     """
     held = Counter(squeeze(part.shape) for part in others)
-    unit_of = _possibly_fused(parts, others, held)
+    unit_of = _possibly_fused(parts, held)
     if not unit_of:
         return list(parts), []
-    siblings = _Siblings(others, held)
+    siblings = _Siblings(others, held, held - Counter(squeeze(part.shape) for part in parts))
     result: list[Part] = []
     fusions: list[Fusion] = []
     called = {  # what this side itself calls a role in a module, as in ``q_bias`` beside ``qkv.weight``
@@ -72,18 +73,20 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
         if word in _ROLES
     }
     fused = Counter(unit.path[:-1] for unit in set(unit_of.values()) if _has_fused_name(unit))
-    slices = {index: _slices(parts[index], siblings) for index in unit_of}
-    plans = {index: _plan(index, unit, parts, siblings) for index, unit in unit_of.items() if not slices[index]}
+    plans = {index: _plan(index, unit, parts, siblings) for index, unit in unit_of.items()}
     alike = Counter(  # layers of one module whose parts would have the same names
         (unit.path[:-1], role)
         for unit, roles in {unit_of[index]: plan.roles for index, plan in plans.items() if plan}.items()
         for role in roles
     )
+    moved = {  # where the bias of a layer goes that is split along its input
+        dict(unit.parts).get("bias", -1): (*unit.path[:-1], plan.biased, "bias")
+        for unit, plan in ((unit_of[index], plan) for index, plan in plans.items() if plan)
+        if plan.biased
+    }
     for index, part in enumerate(parts):
-        pieces, plan = [part], plans.get(index)
-        if slices.get(index):
-            pieces = [piece for each in slices[index] for piece in _split_slice(each, siblings)]
-        elif plan:
+        pieces = [replace(part, path=moved[index])] if index in moved else [part]
+        if plan := plans.get(index):
             unit = unit_of[index]
             leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
             own = {role: called.get((unit.path[:-1], role), role) for role in plan.roles}
@@ -91,27 +94,23 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
             several = fused[module] > 1 or any(alike[module, role] > 1 for role in plan.roles)
             above = unit.path if numbers(unit.path[-1]) or several else module
             pieces = _split(part, plan, [(*above, own[role], leaf) for role in plan.roles])
-        if len(pieces) > 1:
             members = tuple(range(len(result), len(result) + len(pieces)))
-            absent = [m for m, role in zip(members, plan.roles, strict=True) if role in plan.absent] if plan else []
-            fusions.append(Fusion(part.tensor, members, part.view, part.shape, plan, frozenset(absent)))
+            absent = frozenset(m for m, role in zip(members, plan.roles, strict=True) if role in plan.absent)
+            fusions.append(Fusion(part.tensor, members, part.view, part.shape, plan, absent))
         result += pieces
     return result, fusions
 
 
-def _possibly_fused(parts: Sequence[Part], others: Sequence[Part], held: Mapping[Sizes, int]) -> dict[int, Unit]:
+def _possibly_fused(parts: Sequence[Part], held: Mapping[Sizes, int]) -> dict[int, Unit]:
     """Find the parts of layers with a fused name or a shape that the other side lacks: part -> its layer.
 
     Left out are those of which the other side has as many layers of this shape.
     """
     units = units_of(parts)
-    modules = {unit.path[:-1] for unit in units_of(others)}
-    lengths = set(Counter(path[:-1] for path in modules if path and path[-1].isdigit()).values())  # of lists
 
     def is_lacking(shape: Sizes) -> bool:
         flat = squeeze(shape)
-        is_stack = len(shape) == 3 and shape[0] in lengths and 1 not in shape[1:]
-        return (is_stack and shape not in held) or (len(flat) > 1 and flat not in held and flat[::-1] not in held)
+        return len(flat) > 1 and flat not in held and flat[::-1] not in held
 
     lacking = set(filter(is_lacking, {part.shape for part in parts}))
     fused = [
@@ -139,23 +138,6 @@ def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
     return shape if len(shape) > 1 else ()
 
 
-def _slices(part: Part, siblings: _Siblings) -> list[Part]:
-    """Split a stacked tensor if the other side has a list of modules instead."""
-    if len(part.shape) != 3:
-        return []
-    views = siblings.stacked(part)
-    shapes = [output_shapes(view, [part.shape])[0] for _, view in views[:1]] * len(views)
-    return [
-        replace(part, path=path, shape=shape, view=chain(part.view, view))
-        for (path, view), shape in zip(views, shapes, strict=True)
-    ]
-
-
-def _split_slice(part: Part, siblings: _Siblings) -> list[Part]:
-    plan = siblings.plan(part, words(part.path[-2]))
-    return [part] if plan is None else _split(part, plan, [(*part.path[:-2], role, "weight") for role in plan.roles])
-
-
 def _plan(index: int, unit: Unit, parts: Sequence[Part], siblings: _Siblings) -> SplitPlan | None:
     """Plan the split of a tensor; a bias follows its weight."""
     part, fused, kinds = parts[index], words(unit.path[-1]), dict(unit.parts)
@@ -173,21 +155,24 @@ def _split(part: Part, plan: SplitPlan, paths: Sequence[Path]) -> list[Part]:
     for path, size in zip(paths, plan.sizes, strict=True):
         shape = (*part.shape[: plan.dim], size, *part.shape[plan.dim + 1 :])
         view = chain(part.view, Split(plan.dim, start, size))
-        pieces.append(replace(part, path=path, shape=shape, view=view, is_transposed=plan.dim == 1))
+        pieces.append(
+            replace(part, path=path, shape=shape, view=view, is_transposed=plan.dim == 1 and plan.biased is None)
+        )
         start += size
     return pieces
 
 
 class _Siblings:
-    """What one side holds separately: groups of sibling tensors by role, and lists of equal modules."""
+    """What one side holds separately: groups of sibling tensors by role."""
 
-    def __init__(self, parts: Sequence[Part], held: Mapping[Sizes, int]) -> None:
+    def __init__(self, parts: Sequence[Part], held: Mapping[Sizes, int], spare: Mapping[Sizes, int]) -> None:
         self.whole: Counter[tuple[str, Sizes]] = Counter()  # fused word and shape of tensors held whole
         self.shapes = held
+        self.spare = spare  # those that the other side lacks
+        self.inputs: dict[int, set[tuple[Sizes, tuple[str, ...], str]]] = {}  # rows -> columns and names of neighbours
         self.by_role: dict[tuple[tuple[str, ...], Sizes], set[Sizes]] = {}
         self.in_order: dict[Sizes, set[Sizes]] = {}  # rest of the shape -> sizes of neighbours of one shape
         self.beside: dict[Sizes, set[Sizes]] = {}  # rest -> sizes of q, k and v, and of the one such layer beside them
-        self.lists: dict[int, set[Sizes]] = {}  # length of a list -> shapes of the matrices in each of its modules
         children: dict[Path, list[tuple[str, dict[str, Sizes]]]] = {}
         units = units_of(parts)
         for unit in (units[position] for position in units.ancestry.in_order):
@@ -200,7 +185,6 @@ class _Siblings:
             self._add_roles(members)
             self._add_neighbours(members)
         self._add_beside(children)
-        self._add_lists(children)
 
     def _add_roles(self, members: list[tuple[str, dict[str, Sizes]]]) -> None:
         for values in ("weight", "bias"):
@@ -225,6 +209,14 @@ class _Siblings:
         for first, second, third in zip(matrices, matrices[1:], matrices[2:], strict=False):
             if first == second == third:
                 self.in_order.setdefault(first[1:], set()).add((first[0],) * 3)
+        layers = [(name, of) for name, of in members if len(of.get("weight", ())) == 2]
+        for count in (2, 3):
+            for start in range(len(layers) - count + 1):
+                names, shapes = zip(*layers[start : start + count], strict=True)
+                biased = [name for name, of in zip(names, shapes, strict=True) if "bias" in of]
+                if len({of["weight"][0] for of in shapes}) == 1 and len(biased) < 2:
+                    sizes = tuple(of["weight"][1] for of in shapes)
+                    self.inputs.setdefault(shapes[0]["weight"][0], set()).add((sizes, names, (*biased, "")[0]))
 
     def _add_beside(self, children: Mapping[Path, list[tuple[str, dict[str, Sizes]]]]) -> None:
         for path, members in children.items():
@@ -236,30 +228,6 @@ class _Siblings:
             others = [of.get("weight", ()) for _, of in children.get(path[:-1], ())] if path else []
             if len(alike := [shape for shape in others if shape[1:] == rest]) == 1:
                 self.beside.setdefault(rest, set()).add(tuple(shape[0] for shape in [*shapes, *alike]))
-
-    def _add_lists(self, children: dict[Path, list[tuple[str, dict[str, Sizes]]]]) -> None:
-        lengths = Counter(path[:-1] for path in children if path and path[-1].isdigit())
-        for path, members in children.items():
-            if path and path[-1].isdigit():
-                shapes = {shape for _, of in members for shape in of.values() if len(shape) == 2}
-                self.lists.setdefault(lengths[path[:-1]], set()).update(shapes)
-
-    def stacked(self, part: Part) -> list[tuple[Path, Operation]]:
-        """Return a path and a view for each slice of a stacked tensor that is a list of modules on this side."""
-        count, *rest = part.shape
-        shapes = self.lists.get(count, set())
-        if part.shape in self.shapes or not shapes:
-            return []
-        halves = {(2 * shape[0], shape[1]) for shape in shapes}
-        ways = [way for way in ((rest[0], rest[1]), (rest[1], rest[0])) if way in shapes or way in halves]
-        if not ways:
-            return []
-        name = part.path[-1]
-        above, role = (
-            (part.path[:-2], part.path[-2]) if name == "weight" and len(part.path) > 1 else (part.path[:-1], name)
-        )
-        turn = Copy() if ways[0] == tuple(rest) else Transpose()
-        return [((*above, str(index), role, "weight"), chain(Unstack(0, index), turn)) for index in range(count)]
 
     def plan(self, part: Part, named: Sequence[str]) -> SplitPlan | None:
         """Return the split that this side calls for in a tensor of the other, or None."""
@@ -285,7 +253,12 @@ class _Siblings:
             if sum(sizes) == shape[0] and (not fused or len(sizes) == len(FUSED[fused[0]][0])):
                 (roles, *_) = FUSED[fused[0] if fused else "qkv" if len(sizes) == 3 else "gateup"]
                 is_usual = len(sizes) == 2 and (fused or tuple(named) in GATE_FIRST)
-                return SplitPlan(0, sizes, roles, BY_ORDER if is_usual else _UNCERTAIN_ORDER)
+                return SplitPlan(0, sizes, roles, BY_ORDER if is_usual else UNCERTAIN_ORDER)
+        for sizes, names, biased in sorted(self.inputs.get(shape[0], ())) if len(shape) == 2 else ():
+            if sum(sizes) == shape[1] and all(
+                self.spare.get((shape[0], size), 0) >= sizes.count(size) for size in sizes
+            ):
+                return SplitPlan(1, sizes, names, UNCERTAIN_ORDER, biased=biased)
         return None
 
     def _splits(self, word: str, shape: Sizes) -> Iterator[SplitPlan]:

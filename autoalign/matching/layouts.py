@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from math import gcd, prod
 
-from autoalign.matching.fusion import Fusion, SplitPlan
+from autoalign.matching.fusion import UNCERTAIN_ORDER, Fusion, SplitPlan
 from autoalign.matching.layers import Part, Path
 from autoalign.matching.names import kind, role_words, words
 from autoalign.matching.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
@@ -58,6 +58,7 @@ class Doubt:
     is_known: bool = False  # whether the first of these is the right one by what else is known
     sizes: tuple[int, ...] = ()  # rows of the blocks that are laid out by an operation each, one after another
     blocks: tuple[tuple[Operation, ...], ...] = ()  # instead of `otherwise`: an operation for each of these blocks
+    order: tuple[int, ...] = ()  # of the source's blocks in the target, where it is another one
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,9 @@ def doubt_about(
 def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shape) -> Doubt | None:
     layers = source.path[:-1], target.path[:-1]
     if (layers[0] in styles[0].gated) != (layers[1] in styles[1].gated):
-        return Doubt(_GATES)
+        is_known = any({"ih", "hh"} & set(words(name)) for part in (source, target) for name in part.path[-2:])
+        rows = source.shape[0] // 3
+        return Doubt(_GATES, is_known=is_known, sizes=(rows,) * 3, blocks=((Copy(),) * 3,), order=(1, 0, 2))
     both_doubled = layers[0] in styles[0].doubled and layers[1] in styles[1].doubled
     if (
         both_doubled
@@ -313,11 +316,16 @@ def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tu
         The reason to doubt, empty for none; and for each other layout, what takes each part out.
     """
     plan = fusion.plan
-    if plan is None:
-        return "", []
     if plan.doubt:
-        orders = list(permutations(range(len(plan.sizes))))[1:] if len(set(plan.sizes)) == 1 else []
-        ways = [tuple(Split(plan.dim, place * plan.sizes[0], plan.sizes[0]) for place in order) for order in orders]
+        is_open = plan.doubt == UNCERTAIN_ORDER or len(set(plan.sizes)) == 1
+        orders = list(permutations(range(len(plan.sizes))))[1:] if is_open else []
+        ways = [
+            [
+                Split(plan.dim, sum(plan.sizes[k] for k in order[: order.index(role)]), size)
+                for role, size in enumerate(plan.sizes)
+            ]
+            for order in orders
+        ]
         return plan.doubt, [tuple(chain(fusion.base, view) for view in views) for views in ways]
     least = min(plan.sizes)
     grouped = max(plan.sizes) > least and (plan.unnamed or not GROUPED.isdisjoint(path))

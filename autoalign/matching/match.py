@@ -32,6 +32,7 @@ from autoalign.matching.repeats import (
 )
 from autoalign.matching.rotary import rotary_settling
 from autoalign.matching.scope import PatternLike, RuleLike, checked_rules, excluded_keys, pinned_pairs
+from autoalign.matching.stacks import restacked, unstacked, whole_mismatches
 from autoalign.plan.adaptations import Adapt
 from autoalign.plan.keys import common_module, components
 from autoalign.plan.matches import Match, Plan
@@ -105,7 +106,7 @@ def match_tensors(
             tuple(spec for spec in sides[1] if spec.key not in hidden[1]),
         )
     same = None if pins else with_same_names(*sides)
-    matches, mismatched, notes = (same, [], ()) if same else _by_repeats(*sides, (own.config, other.config), pins)
+    matches, mismatched, notes = (same, [], ()) if same else _by_slices(*sides, (own.config, other.config), pins)
     if allowed and (matches or pins):
         views = AdaptableSide(own.specs, own.module, own.config), AdaptableSide(other.specs, other.module, other.config)
         changed, unable = adapted(matches, mismatched, *views, allowed, pins)
@@ -215,21 +216,35 @@ def _in_order_of_use(side: Checkpoint, specs: Specs, order_of_use: OrderOfUse) -
     return sorted(specs, key=lambda spec: place.get(spec.key, len(place)))
 
 
+def _by_slices(
+    source: Specs, target: Specs, configs: tuple[Mapping[str, object], Mapping[str, object]], pins: Mapping[str, str]
+) -> Result:
+    """Match two sides, stacked tensors that the other side lists by their slices."""
+    (own, known), (other, wanted) = unstacked(source, target, pins.values()), unstacked(target, source, pins)
+    if not known and not wanted:
+        return _by_repeats(source, target, configs, pins)
+    same = None if pins else with_same_names(own, other)
+    matches, mismatched, notes = (same, [], ()) if same else _by_repeats(own, other, configs, pins)
+    whole = whole_mismatches(mismatched, known, wanted, (source, target))
+    return restacked(matches, known, wanted, target), whole, notes
+
+
 def _by_repeats(
     source: Specs, target: Specs, configs: tuple[Mapping[str, object], Mapping[str, object]], pins: Mapping[str, str]
 ) -> Result:
     """Match two sides, long lists of equal blocks by their first members; all of them where these leave others open."""
-    stacks = [frozenset(spec.shape[0] for spec in specs if len(spec.shape) == 3) for specs in (source, target)]
-    runs = runs_of(source, stacks[1], pins.values()), runs_of(target, stacks[0], pins)
+    runs = runs_of(source, pinned=pins.values()), runs_of(target, pinned=pins)
     if spans := runs[0].spans | runs[1].spans:  # members are then paired by number, not by place
-        runs = runs_of(source, stacks[1] | spans, pins.values()), runs_of(target, stacks[0] | spans, pins)
-    own, other = (SideParts.of(of.kept, config, of.counts) for of, config in zip(runs, configs, strict=True))
+        runs = runs_of(source, spans, pins.values()), runs_of(target, spans, pins)
+    own = SideParts.of(runs[0].kept, configs[0], runs[0].counts, runs[1].kept)
+    other = SideParts.of(runs[1].kept, configs[1], runs[1].counts, runs[0].kept)
     matches, mismatched, notes = match_sides(own, other, pins)
     if runs[0].run_of or runs[1].run_of:
         matches, mismatched = extended(matches, mismatched, *runs)
         if not is_settled(*runs, matches):
             if pair_count(source, target) <= MAX_PAIRS_OF_ALL:
-                return match_sides(SideParts.of(source, configs[0]), SideParts.of(target, configs[1]), pins)
+                own = SideParts.of(source, configs[0], others=target)
+                return match_sides(own, SideParts.of(target, configs[1], others=source), pins)
             matches = less_sure(runs[1], matches)
         matches = with_ties(source, target, matches)
     return matches, mismatched, notes

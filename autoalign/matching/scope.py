@@ -56,7 +56,8 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
     r"""Return the pairs that the rules fix: target key -> source key.
 
     A rule is a pair of keys, or a regex with its replacement. These are applied to a source key by ``re.sub``, one
-    after another, until it is one of the target's. A key that never becomes one of them fixes nothing.
+    after another, until it is one of the target's; those that follow begin with the source key again, which may fill
+    several. A key that never becomes one of them fixes nothing.
 
     >>> pinned_pairs({r"^old\.": "new."}, ["old.a", "b"], ["new.a", "b"])
     {'new.a': 'old.a'}
@@ -82,7 +83,7 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
     for key in source:
         if key in taken:
             continue
-        renamed, trail = key, []
+        renamed, trail, is_fixed = key, [], False
         for number, (pattern, text, replacement) in enumerate(renamings):
             renamed, count = limit.subn(pattern, replacement, renamed)
             if len(renamed) > max(_MAX_RENAMED_LENGTH, len(key)):
@@ -94,8 +95,9 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
                 if renamed not in pins:
                     _pin(pins, key, renamed)
                 fixed.update(trail)
-                break
-        used.update(trail)
+                renamed, trail, is_fixed = key, [], True  # the rules that follow may fill another key from it
+        used.update(trail if not is_fixed else ())
+    used |= fixed
     for number, (_, text, replacement) in enumerate(renamings):
         if number in used - fixed:
             raise PatternError(f"The rule {text!r} -> {replacement!r} produces no key of the model. {_UNDONE}")

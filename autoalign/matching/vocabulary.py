@@ -165,6 +165,17 @@ FUSED: dict[str, tuple[tuple[str, ...], ...]] = {
     "hh": (("hi", "hf", "hg", "ho"), ("hr", "hz", "hn")),
 }
 
+# What the gates are called besides the second letter of their roles.
+GATES: dict[str, tuple[str, ...]] = {
+    "r": ("reset",),
+    "z": ("update",),
+    "n": ("new", "candidate"),
+    "i": ("input",),
+    "f": ("forget",),
+    "g": ("cell", "c"),
+    "o": ("output",),
+}
+
 # The words of a fused tensor's name in code that takes the first half for the gate.
 GATE_FIRST: frozenset[tuple[str, ...]] = frozenset({("linear", "in"), ("weight", "in")})
 
@@ -299,6 +310,10 @@ WHOLE_NAMES: dict[str, tuple[str, str]] = {
 def _spellings() -> dict[str, tuple[str, ...]]:
     table = {spelling: tuple(words.split()) for words, others in SYNONYMS.items() for spelling in others.split()}
     table.update((words, (words,)) for words in SYNONYMS if " " not in words)
+    for role in (role for word in ("ih", "hh") for roles in FUSED[word] for role in roles):
+        for gate in (role[1], *GATES[role[1]]):  # as in "W_xr", "x2r" and "h2reset"
+            for side in (role[0], role[0].replace("i", "x")):
+                table.update({f"{side}{gate}": (role,), f"{side}2{gate}": (role,)})
     return table
 
 

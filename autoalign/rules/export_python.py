@@ -164,7 +164,7 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
                     f"{variable} = groups",
                 ]
         inner = _step(step, "x", several=False)
-        if len(inner) > 1:
+        if len(inner) > 1 or _OPEN in inner[0]:
             return [f"for place, x in enumerate({variable}):", *_indented([*inner, f"{variable}[place] = x"], 1)]
         return [f"{variable} = [{inner[0].removeprefix('x = ')} for x in {variable}]"]
     x = variable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from autoalign import align
 from autoalign.matching.conventions import as_in_torch
 from autoalign.matching.layers import Part
 from autoalign.plan.operations import Permute, Shape
+from tests.matching.round_trips import Tensors, aligned_both_ways, linear
 
 SCHEMES: Mapping[str, Mapping[str, str]] = {
     "meaningless": {
@@ -168,3 +170,26 @@ def test_a_numbered_name_is_no_role_where_another_layer_has_its_name(is_sorted: 
     alignment = align(dict(sorted(source.items())) if is_sorted else source, target)
     assert alignment.mapping["layers.1.mlp.gate_proj.weight"] == "layers.1.ff.wg.weight"
     assert alignment.mapping["layers.1.mlp.up_proj.weight"] == "layers.1.ff.w1.weight"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "W1 b1 W2 b2",
+        "weight1 bias1 weight2 bias2",
+        "mat1 vec1 mat2 vec2",
+        "in_matrix in_vector out_matrix out_vector",
+        "up up_bias down down_bias",
+        "W_in b_in W_out b_out",
+    ],
+)
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_matrix_and_a_vector_may_be_a_layer(names: str, turned: bool, tmp_path: Path) -> None:
+    layers: Tensors = {}
+    bare: Tensors = {}
+    for block in range(3):
+        own = linear(f"blocks.{block}.fc1", 20, 8) | linear(f"blocks.{block}.fc2", 8, 20)
+        layers |= own
+        for name, tensor in zip(names.split(), own.values(), strict=True):
+            bare[f"blocks.{block}.{name}"] = tensor.T if turned and tensor.dim() > 1 else tensor
+    aligned_both_ways(layers, bare, tmp_path / "a.json")

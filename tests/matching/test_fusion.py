@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor
 
 from autoalign import Alignment, align
+from tests.matching.round_trips import aligned_both_ways, is_named, linear, meta
 
 _WIDTH, _HIDDEN = 8, 20
 
@@ -76,3 +80,49 @@ def test_fused_layers_of_one_module_that_nothing_names_are_kept_apart() -> None:
     assert {match.target: match.sources for match in alignment.ambiguous} == {
         f"{name}.weight": tuple(f"{name}.{part}.weight" for part in ("one", "two", "three")) for name in names
     }
+
+
+@pytest.mark.parametrize("sizes", [(9, 5), (9, 9), (6, 4, 5)])
+def test_a_layer_may_be_split_along_its_input(sizes: tuple[int, ...]) -> None:
+    """Nothing tells in which order the inputs are joined."""
+    apart, joined = linear("embed", _WIDTH, 3), {}
+    for block in range(2):
+        parts = [torch.rand(_HIDDEN, size) for size in sizes]
+        apart |= {f"blocks.{block}.of_{name}.weight": part for name, part in zip("abc", parts, strict=False)}
+        apart |= {f"blocks.{block}.of_b.bias": torch.rand(_HIDDEN)} | linear(f"blocks.{block}.out", _WIDTH, _HIDDEN)
+        joined[f"blocks.{block}.merge.weight"] = torch.cat(parts, dim=1)
+        joined[f"blocks.{block}.merge.bias"] = apart[f"blocks.{block}.of_b.bias"]
+    joined |= {key: tensor for key, tensor in apart.items() if ".of_" not in key}
+    for source, target in ((apart, joined), (joined, apart)):
+        for own in (source, dict(sorted(source.items()))):
+            assert is_named(own, target)
+            alignment = align(own, meta(target))
+            assert {match.target for match in alignment.ambiguous} == {
+                key for key, tensor in target.items() if "weight" in key and (".of_" in key or ".merge" in key)
+            }
+
+
+def test_an_lstm_may_join_its_input_and_its_state() -> None:
+    apart = {"cell.weight_ih": torch.rand(4 * _WIDTH, 5), "cell.weight_hh": torch.rand(4 * _WIDTH, _WIDTH)}
+    rest = linear("embed", 5, 7) | linear("head", 3, _WIDTH)
+    joined = {"cell.linear.weight": torch.cat([*apart.values()], dim=1)}
+    bias = torch.rand(4 * _WIDTH)
+    assert is_named(apart | rest | {"cell.bias_ih": bias}, joined | rest | {"cell.linear.bias": bias})
+    assert is_named(joined | rest | {"cell.linear.bias": bias}, apart | rest | {"cell.bias_ih": bias})
+
+
+@pytest.mark.parametrize("gates", ["rzn", "ifgo"])
+@pytest.mark.parametrize("name", ["cell.{side}{gate}", "cell.W_{side}{gate}", "fc_{x}{gate}", "{x}2{word}"])
+def test_gates_may_be_layers_of_their_own(gates: str, name: str, tmp_path: Path) -> None:
+    words = {"r": "reset", "z": "update", "n": "new", "i": "input", "f": "forget", "g": "cell", "o": "output"}
+    apart = linear("embed", 5, 7) | linear("head", 3, _WIDTH)
+    fused = dict(apart)
+    for side, width in (("i", 5), ("h", _WIDTH)):
+        names = [name.format(side=side, gate=gate, x=side.replace("i", "x"), word=words[gate]) for gate in gates]
+        parts = {key: tensor for part in names for key, tensor in linear(part, _WIDTH, width).items()}
+        fused |= {
+            f"rnn.{kind}_{side}h_l0": torch.cat([parts[f"{part}.{kind}"] for part in names])
+            for kind in ("weight", "bias")
+        }
+        apart |= parts
+    aligned_both_ways(apart, fused, tmp_path / "a.json")

@@ -57,10 +57,6 @@ from tests.reference_models.parts import (
     WIDTH,
 )
 
-KERAS_GATES = (
-    "Keras' order of gates (z, r, h) is doubted but not turned into torch's, and a bias of two rows is not split"
-)
-
 TOLERANCE = 1e-4  # of the largest output; a misplaced tensor changes them by far more
 FAILURES = (AssertionError, PartialLoadWarning, pytest.fail.Exception)  # of the library, and not of a test
 NONE = "(?!)"  # a regex that matches nothing
@@ -615,7 +611,6 @@ DOUBTED_PAIRS = (
         TOKENS,
         {r"rnn\.weight": "Transpose Concatenate", r"rnn\.bias": "Unstack Concatenate"},
         publish=partial(kernels.flat_arrays, suffix=":0"),
-        fails=KERAS_GATES,
     ),
 )
 

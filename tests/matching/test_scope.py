@@ -81,6 +81,21 @@ def test_a_renaming_that_meets_another_head_reports_it() -> None:
     assert (mismatch.shape, mismatch.source_shape) == ((7, 8), (10, 8))
 
 
+def test_patterns_may_fill_two_keys_from_one() -> None:
+    source = {key: torch.rand(shape) for key, shape in network("shared.").items()}
+    target = {
+        key.replace("shared", tower): torch.zeros_like(of)
+        for tower in ("encoder", "decoder")
+        for key, of in source.items()
+    }
+    rules = [(r"^shared\.", "encoder."), (r"^shared\.", "decoder.")]
+    alignment = autoalign.align(source, target, rules=rules)
+    for loaded in (alignment.state_dict(), autoalign.Rules.from_json(alignment.rules().to_json()).apply(source)):
+        assert loaded.keys() == target.keys()
+        assert all(torch.equal(of, source[f"shared.{key.partition('.')[2]}"]) for key, of in loaded.items())
+    assert {match.target for match in alignment.inverse().matches} == source.keys()
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

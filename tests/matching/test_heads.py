@@ -1,0 +1,69 @@
+"""Projections of attention that keep heads apart, and those that join them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.matching.round_trips import Tensors, aligned_both_ways, linear
+
+_WIDTH, _HEADS, _SIZE, _HIDDEN = 12, 3, 5, 20
+_ROLES = ("q", "k", "v")
+_INNER = _HEADS * _SIZE
+
+
+def _joined(*, square: bool = False) -> Tensors:
+    inner = _WIDTH if square else _INNER
+    tensors = linear("embed", _WIDTH, 7)
+    for block in range(3):
+        for name in _ROLES:
+            tensors |= linear(f"blocks.{block}.attn.{name}", inner, _WIDTH)
+        tensors |= linear(f"blocks.{block}.attn.o", _WIDTH, inner)
+        tensors |= linear(f"blocks.{block}.fc1", _HIDDEN, _WIDTH) | linear(f"blocks.{block}.fc2", _WIDTH, _HIDDEN)
+        tensors |= {f"blocks.{block}.norm.weight": torch.rand(_WIDTH), f"blocks.{block}.norm.bias": torch.rand(_WIDTH)}
+    return tensors | linear("head", 4, _WIDTH)
+
+
+def _apart(joined: Tensors, layout: str, *, biased: bool = True) -> Tensors:
+    """Keep heads apart: ``layout`` orders heads (h), their rows (d) and the width (w)."""
+    apart = {}
+    for key, tensor in joined.items():
+        *module, name, leaf = key.split(".")
+        if name in _ROLES and leaf == "weight":
+            tensor = torch.einsum(f"hdw->{layout}", tensor.reshape(_HEADS, -1, _WIDTH))
+        elif name == "o" and leaf == "weight":
+            tensor = torch.einsum(f"whd->{layout}", tensor.reshape(_WIDTH, _HEADS, -1))
+        elif name in _ROLES and biased:
+            tensor = tensor.reshape(_HEADS, -1)
+        apart[f"{'.'.join(module)}.{leaf[0].upper()}_{name}" if module[-1:] == ["attn"] else key] = tensor
+    return apart
+
+
+@pytest.mark.parametrize("layout", ["whd", "hwd", "hdw"])
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_heads_may_be_kept_apart(layout: str, square: bool, biased: bool, tmp_path: Path) -> None:
+    joined = _joined(square=square)
+    aligned_both_ways(joined, _apart(joined, layout, biased=biased), tmp_path / "a.json")
+
+
+def test_heads_may_be_kept_apart_in_two_ways(tmp_path: Path) -> None:
+    joined = _joined()
+    for layout in ("whd", "hdw"):
+        aligned_both_ways(_apart(joined, "hwd"), _apart(joined, layout), tmp_path / "a.json")
+    same = {key.replace("W_", "weight_"): tensor for key, tensor in _apart(joined, "hwd").items()}
+    (alignment, *_) = aligned_both_ways(_apart(joined, "hwd"), same, tmp_path / "a.json")
+    assert {str(match.operation) for match in alignment.matches} == {"copy"}
+
+
+def test_heads_that_are_kept_apart_may_be_fused(tmp_path: Path) -> None:
+    joined = _joined()
+    fused = {}
+    for key, tensor in joined.items():
+        if ".attn.q." in key:
+            fused[key.replace(".q.", ".qkv.")] = torch.cat([joined[key.replace(".q.", f".{role}.")] for role in _ROLES])
+        elif not {"k", "v"} & set(key.split(".")):
+            fused[key] = tensor
+    aligned_both_ways(fused, _apart(joined, "hwd"), tmp_path / "a.json")
