@@ -187,7 +187,7 @@ def _match(
 def _by_blocks(
     pieces: Sequence[_Piece], views: Sequence[Operation], doubts: Mapping[int, Doubt], turn: int
 ) -> tuple[list[_Piece], list[Operation]]:
-    """Take pieces and the parts that they fill apart into blocks, each with an operation of its own."""
+    """Split pieces, and the parts that they fill, into blocks with an operation each."""
     filling, taken = [], []
     for place, (piece, view) in enumerate(zip(pieces, views, strict=True)):
         if place not in doubts:

@@ -260,7 +260,7 @@ def _viewed(part: Part, view: Operation) -> Part:
 
 
 def _with_separate_biases(parts: Sequence[Part]) -> Sequence[Part]:
-    """Take the two biases of a recurrent layer of Keras apart, which are the rows of one matrix."""
+    """Split the two biases of a recurrent layer of Keras, which are the rows of one matrix."""
     recurrent = {part.path[:-1] for part in parts if part.path[-1] == "recurrent_kernel"}
     result = []
     for part in parts if recurrent else ():

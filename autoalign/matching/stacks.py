@@ -73,9 +73,11 @@ def unstacked(specs: Specs, others: Specs, pinned: Collection[str] = ()) -> tupl
     """Slice the tensors that hold what the other side lists; pinned ones stay whole.
 
     >>> import torch
-    >>> listed = [TensorSpec(f"layers.{n}.fc.weight", (8, 4), torch.float32) for n in range(3)]
-    >>> specs, slices = unstacked([TensorSpec("layers.fc.weight", (8, 3, 4), torch.float32)], listed)
-    >>> [spec.key for spec in specs] == [spec.key for spec in listed], slices["layers.2.fc.weight"].view
+    >>> shapes = {"up": (8, 4), "down": (4, 8)}
+    >>> listed = [TensorSpec(f"h.{n}.{k}", shape, torch.float32) for n in range(3) for k, shape in shapes.items()]
+    >>> stacked = [TensorSpec(f"h.{k}", (shape[0], 3, shape[1]), torch.float32) for k, shape in shapes.items()]
+    >>> specs, slices = unstacked(stacked, listed)
+    >>> [spec.key for spec in specs] == [spec.key for spec in listed], slices["h.2.up"].view
     (True, Unstack(dim=1, index=2))
     """
     slices: dict[str, Slice] = {}

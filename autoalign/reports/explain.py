@@ -108,7 +108,7 @@ def _of_target(alignment: Plan, spec: TensorSpec, sources: dict[str, TensorSpec]
 def _of_match(
     alignment: Plan, match: Match, status: Status, spec: TensorSpec, sources: dict[str, TensorSpec]
 ) -> Explanation:
-    made = " + ".join(str(sources[key]) for key in match.sources)
+    made = " + ".join(str(sources[key]) for key in dict.fromkeys(match.sources))
     verb = "is proposed but not loaded," if status == "ambiguous" else "is filled"
     what = f"{spec.kind} {verb} from {made} by '{match.operation}'"
     cues = [Cue(name, value, WEIGHTS.get(name)) for name, value in match.evidence.items()]

@@ -272,7 +272,7 @@ def _of_shapes(keys: Sequence[str], specs: dict[str, TensorSpec]) -> str:
 def _folded(sources: Sequence[str]) -> str:
     if len(sources) == 1:
         return escaped(sources[0])
-    return " + ".join(row.texts[0] for row in fold([((escaped(key),), None) for key in sources]))
+    return " + ".join(row.texts[0] for row in fold([((escaped(key),), None) for key in dict.fromkeys(sources)]))
 
 
 def _listed(rows: Sequence[Row]) -> list[str]:

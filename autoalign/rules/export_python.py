@@ -119,7 +119,10 @@ def _alone(rule: Rule) -> list[str]:
         if variable == "part":
             lines.append("part = tensor")
         loop = next((place for place, step in enumerate(steps) if isinstance(step, Each)), None)
-        lines += _steps(steps[:loop], variable)
+        if any(isinstance(step, Pick) for step in steps):  # one tensor is taken several times
+            lines += [f"inputs = [{variable}]", *_steps(steps, "inputs", several=True), f"{variable} = inputs[0]"]
+        else:
+            lines += _steps(steps[:loop], variable)
         naming = _named(target, lambda group: f"match[{group}]")
         if loop is None:
             lines += [*naming, f"result[name + key[match.end() :]] = {variable}"]

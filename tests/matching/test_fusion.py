@@ -126,3 +126,19 @@ def test_gates_may_be_layers_of_their_own(gates: str, name: str, tmp_path: Path)
         }
         apart |= parts
     aligned_both_ways(apart, fused, tmp_path / "a.json")
+
+
+def test_the_gates_of_keras_are_put_in_the_order_of_torch(tmp_path: Path) -> None:
+    rest = linear("embed", 5, 7) | linear("head", 3, _WIDTH)
+    torchs = {f"rnn.weight_{side}h_l0": torch.rand(3 * _WIDTH, width) for side, width in (("i", 5), ("h", _WIDTH))}
+    torchs |= {f"rnn.bias_{side}h_l0": torch.rand(3 * _WIDTH) for side in "ih"}
+    updated_first = {key: torch.cat([tensor.chunk(3)[gate] for gate in (1, 0, 2)], 0) for key, tensor in torchs.items()}
+    keras = {
+        "gru.gru_cell.kernel": updated_first["rnn.weight_ih_l0"].T,
+        "gru.gru_cell.recurrent_kernel": updated_first["rnn.weight_hh_l0"].T,
+        "gru.gru_cell.bias": torch.stack([updated_first["rnn.bias_ih_l0"], updated_first["rnn.bias_hh_l0"]]),
+    }
+    into_torch, *_ = aligned_both_ways(rest | keras, rest | torchs, tmp_path / "a.json")
+    gates = [match for match in into_torch.matches if "rnn" in match.target]
+    assert all(match.confidence < 0.9 and "Keras orders the gates" in " ".join(match.warnings) for match in gates)
+    assert str(into_torch.explain("rnn.bias_hh_l0")).count("filled from gru.gru_cell.bias [2, 24] float32 by") == 1
