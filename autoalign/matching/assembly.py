@@ -116,6 +116,8 @@ def _match(
     layouts: tuple[Mapping[int, Doubt], Mapping[int, Doubt]],
     weights: Mapping[Path, Shape],
 ) -> Match:
+    if _is_whole(source, target, parts, found):  # split on both sides, for other tensors' sake
+        layouts = {}, {}
     filled = [found[part] for part in parts if part in found]
     least = filled[0] if len(filled) == 1 else min(filled, key=lambda piece: piece.confidence)
     confidence, whole = least.confidence, target.specs[target.parts[parts[0]].tensor]
@@ -146,6 +148,8 @@ def _match(
             split |= {place: doubt} if apart else {}
             settled = doubt.is_known and (apart or not doubt.blocks)
             is_known, is_open = is_known or settled, is_open or not settled
+    if _is_whole(source, target, parts, found) and not others:
+        pieces, views = [_Piece(pieces[0].key, Copy(), whole.shape)], [Copy()]
     ways = [(pieces, views)]
     if others:
         for turn in range(max(map(len, others.values()))):
@@ -181,6 +185,20 @@ def _match(
         evidence=least.evidence,
         alternatives=tuple(alternatives),
         warnings=tuple(sorted(warnings)),
+    )
+
+
+def _is_whole(source: SideParts, target: SideParts, parts: Sequence[int], found: Mapping[int, Found]) -> bool:
+    """True if the parts of a tensor are filled from the same parts of one of its shape."""
+    pairs = [(source.parts[found[part].source], target.parts[part]) for part in parts if part in found]
+    return (
+        len(pairs) == len(parts) > 1
+        and len({own.tensor for own, _ in pairs}) == 1
+        and all(
+            chain(own.view, found[part].operation) == other.view
+            for part, (own, other) in zip(parts, pairs, strict=True)
+        )
+        and source.specs[pairs[0][0].tensor].shape == target.specs[pairs[0][1].tensor].shape
     )
 
 

@@ -52,7 +52,17 @@ class SplitPlan:
     absent: frozenset[str] = frozenset()  # roles for which the other side has no tensor of this kind
 
 
-def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Part], list[Fusion]]:
+_Pieces = tuple[list[Part], list[Fusion]]
+
+
+def split_both(source: Sequence[Part], target: Sequence[Part]) -> tuple[_Pieces, _Pieces]:
+    """Split the fused tensors of two sides; what is split on one may show what else is to be split on the other."""
+    own = split_fused(source, target)
+    other = split_fused(target, own[0])
+    return split_fused(source, other[0]) if other[1] else own, other
+
+
+def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> _Pieces:
     """Split the tensors of one side that the other side holds as several.
 
     Words for roles, and order, tell which part is which. Tensors that the other side holds in the same shape and under
@@ -62,7 +72,8 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> tuple[list[Par
     unit_of = _possibly_fused(parts, held)
     if not unit_of:
         return list(parts), []
-    siblings = _Siblings(others, held, held - Counter(squeeze(part.shape) for part in parts))
+    lacking = held - Counter(squeeze(part.shape) for part in parts)
+    siblings = _Siblings(others, held, lacking, _whole(parts) - _whole(others))
     result: list[Part] = []
     fusions: list[Fusion] = []
     called = {  # what this side itself calls a role in a module, as in ``q_bias`` beside ``qkv.weight``
@@ -162,13 +173,30 @@ def _split(part: Part, plan: SplitPlan, paths: Sequence[Path]) -> list[Part]:
     return pieces
 
 
+def _whole(parts: Sequence[Part]) -> Counter[tuple[str, Sizes]]:
+    """Count the tensors of layers with a fused name, by the word for it and their shape."""
+    counts: Counter[tuple[str, Sizes]] = Counter()
+    for unit in units_of(parts):
+        for word in words(unit.path[-1]):
+            for _, index in unit.parts if word in FUSED else ():
+                counts[word, squeeze(parts[index].shape)] += parts[index].count
+    return counts
+
+
 class _Siblings:
     """What one side holds separately: groups of sibling tensors by role."""
 
-    def __init__(self, parts: Sequence[Part], held: Mapping[Sizes, int], spare: Mapping[Sizes, int]) -> None:
-        self.whole: Counter[tuple[str, Sizes]] = Counter()  # fused word and shape of tensors held whole
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        held: Mapping[Sizes, int],
+        lacking: Mapping[Sizes, int],
+        fused: Counter[tuple[str, Sizes]],
+    ) -> None:
+        self.whole = _whole(parts)
+        self.fused = fused  # those that only the other side has
         self.shapes = held
-        self.spare = spare  # those that the other side lacks
+        self.lacking = lacking  # those that only this side has
         self.inputs: dict[int, set[tuple[Sizes, tuple[str, ...], str]]] = {}  # rows -> columns and names of neighbours
         self.by_role: dict[tuple[tuple[str, ...], Sizes], set[Sizes]] = {}
         self.in_order: dict[Sizes, set[Sizes]] = {}  # rest of the shape -> sizes of neighbours of one shape
@@ -178,9 +206,6 @@ class _Siblings:
         for unit in (units[position] for position in units.ancestry.in_order):
             shapes = {values: squeeze(parts[index].shape) for values, index in unit.parts}
             children.setdefault(unit.path[:-1], []).append((unit.path[-1], shapes))
-            for word in words(unit.path[-1]):
-                if word in FUSED:
-                    self.whole.update((word, shape) for shape in shapes.values())
         for members in children.values():
             self._add_roles(members)
             self._add_neighbours(members)
@@ -236,7 +261,7 @@ class _Siblings:
             return None
         fused = [word for word in named if word in FUSED]
         for word in fused:
-            if (word, shape) in self.whole or (word, shape[::-1]) in self.whole:
+            if (self.whole[word, shape] or self.whole[word, shape[::-1]]) and not self.fused[word, shape]:
                 return None
             if plan := next(self._splits(word, shape), None):
                 return plan
@@ -256,7 +281,7 @@ class _Siblings:
                 return SplitPlan(0, sizes, roles, BY_ORDER if is_usual else UNCERTAIN_ORDER)
         for sizes, names, biased in sorted(self.inputs.get(shape[0], ())) if len(shape) == 2 else ():
             if sum(sizes) == shape[1] and all(
-                self.spare.get((shape[0], size), 0) >= sizes.count(size) for size in sizes
+                self.lacking.get((shape[0], size), 0) >= sizes.count(size) for size in sizes
             ):
                 return SplitPlan(1, sizes, names, UNCERTAIN_ORDER, biased=biased)
         return None

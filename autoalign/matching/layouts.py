@@ -15,7 +15,7 @@ from autoalign.matching.fusion import UNCERTAIN_ORDER, Fusion, SplitPlan
 from autoalign.matching.layers import Part, Path
 from autoalign.matching.names import kind, role_words, words
 from autoalign.matching.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
-from autoalign.matching.vocabulary import CONFIG_HEADS, GATE_FIRST, GROUPED, INTERLEAVED, MODULATION
+from autoalign.matching.vocabulary import CONFIG_HEADS, FUSED, GATE_FIRST, GROUPED, INTERLEAVED, MODULATION
 from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
 from autoalign.plan.specs import TensorSpec
@@ -37,6 +37,9 @@ _USUAL_HEAD_SIZES = (
     16,
 )  # the most frequent first
 _MAX_IMAGE_CHANNELS = 4
+_STATE = frozenset(
+    {"hh", *(role for roles in FUSED["hh"] for role in roles)}
+)  # what maps the state of a recurrent layer
 
 ROTARY = (
     "right shape, but rotary layouts differ between Meta's and Hugging Face's code: "
@@ -45,6 +48,7 @@ ROTARY = (
 BY_HEAD = "right shape, but one side may interleave query, key and value by head"
 _PATCHES = "right shape, but the pixels of a patch may be flattened in another order (channels first or last)"
 _GATES = "right shape, but Keras orders the gates of a GRU as update, reset, new, and torch as reset, update, new"
+_SUM = "right shape, but the source has two biases here, and that of the target may be their sum"
 _HALVES = "right shape, but one side may hold the gate first and the other what it gates"
 _SHIFT = "right shape, but scale and shift of an adaptive norm may be in the other order"
 
@@ -71,6 +75,7 @@ class Style:
     rows: int  # which the size of a head divides
     doubled: frozenset[Path]  # layers that hold a gate and what it gates, as the width of the layer after them tells
     gated: frozenset[Path]  # recurrent layers of three gates in Keras' order, which is not torch's
+    adds_biases: bool  # whether its recurrent layers have a bias for the state besides that for the input
 
 
 def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping[str, object]) -> Style:
@@ -91,6 +96,7 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
             for part in parts
             if part.path[-1] == "recurrent_kernel" and len(part.shape) == 2 and part.shape[0] == 3 * part.shape[1]
         ),
+        adds_biases=any(kind(part.path[-1])[0] == "bias" and _STATE & role_words(part.path) for part in parts),
     )
 
 
@@ -180,6 +186,9 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
         is_known = any({"ih", "hh"} & set(words(name)) for part in (source, target) for name in part.path[-2:])
         rows = source.shape[0] // 3
         return Doubt(_GATES, is_known=is_known, sizes=(rows,) * 3, blocks=((Copy(),) * 3,), order=(1, 0, 2))
+    is_bias = kind(source.path[-1])[0] == "bias"
+    if is_bias and styles[0].adds_biases > styles[1].adds_biases and "ih" in role_words(source.path):
+        return Doubt(_SUM)
     both_doubled = layers[0] in styles[0].doubled and layers[1] in styles[1].doubled
     if (
         both_doubled

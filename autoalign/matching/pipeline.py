@@ -35,7 +35,7 @@ from autoalign.matching.confidence import (
 )
 from autoalign.matching.conventions import with_literal_norms
 from autoalign.matching.features import namesakes, share_of, side_features
-from autoalign.matching.fusion import split_fused
+from autoalign.matching.fusion import split_both
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
 from autoalign.matching.names import kind, words
 from autoalign.matching.relation import equal_tensors
@@ -83,10 +83,9 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         kept.changed([part for part in kept if source.key(part) not in taken]),
         target.parts.changed([part for part in within(target.parts, other_scope) if target.key(part) not in pins]),
     )
-    split = split_fused(rest[0], rest[1]), split_fused(rest[1], rest[0])
     source, target = (
         replace(side, parts=own.changed((*pieces, *held)), fusions=tuple(fusions))
-        for side, own, (pieces, fusions), held in zip(sides, rest, split, fixed, strict=True)
+        for side, own, (pieces, fusions), held in zip(sides, rest, split_both(*rest), fixed, strict=True)
     )
     found, mismatched = _match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
     unlike: tuple[str, ...] = ()

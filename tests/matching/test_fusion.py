@@ -142,3 +142,38 @@ def test_the_gates_of_keras_are_put_in_the_order_of_torch(tmp_path: Path) -> Non
     gates = [match for match in into_torch.matches if "rnn" in match.target]
     assert all(match.confidence < 0.9 and "Keras orders the gates" in " ".join(match.warnings) for match in gates)
     assert str(into_torch.explain("rnn.bias_hh_l0")).count("filled from gru.gru_cell.bias [2, 24] float32 by") == 1
+
+
+def test_what_one_side_fuses_may_be_apart_elsewhere_and_the_other_way_round(tmp_path: Path) -> None:
+    """As in SigLIP, whose blocks and whose pooling are fused in one code or the other."""
+    first = linear("embed", _WIDTH, 3)
+    second = dict(first)
+    for place in ("blocks.0", "blocks.1", "pool"):
+        roles = {role: linear(role, _WIDTH, _WIDTH) for role in "qkv"}
+        apart = {
+            f"{role}_proj.{kind}": of[f"{role}.{kind}"] for role, of in roles.items() for kind in ("weight", "bias")
+        }
+        fused = {
+            f"qkv.{kind}": torch.cat([roles[role][f"{role}.{kind}"] for role in "qkv"]) for kind in ("weight", "bias")
+        }
+        halves = {f"q.{kind}": roles["q"][f"q.{kind}"] for kind in ("weight", "bias")}
+        halves |= {
+            f"kv.{kind}": torch.cat([roles[role][f"{role}.{kind}"] for role in "kv"]) for kind in ("weight", "bias")
+        }
+        rest = linear("out", _WIDTH, _WIDTH) | linear("up", _HIDDEN, _WIDTH) | linear("down", _WIDTH, _HIDDEN)
+        for side, parts in (
+            (first, fused if place == "pool" else apart),
+            (second, halves if place == "pool" else fused),
+        ):
+            side |= {f"{place}.attn.{key}": tensor for key, tensor in parts.items()}
+            side |= {f"{place}.{key}": tensor for key, tensor in rest.items()}
+    aligned_both_ways(first, second, tmp_path / "a.json")
+
+
+def test_tensors_that_both_sides_fuse_are_copied_where_others_are_split(tmp_path: Path) -> None:
+    shared = linear("embed", _WIDTH, 3) | {f"blocks.{block}.qkv.weight": torch.rand(24, _WIDTH) for block in range(2)}
+    shared |= {f"blocks.{block}.out.weight": torch.rand(_WIDTH, _WIDTH) for block in range(2)}
+    parts = [torch.rand(_WIDTH, _WIDTH) for _ in range(3)]
+    apart = shared | {f"last.{role}.weight": part for role, part in zip("qkv", parts, strict=True)}
+    into_apart, *_ = aligned_both_ways(shared | {"last.qkv.weight": torch.cat(parts)}, apart, tmp_path / "a.json")
+    assert {str(match.operation) for match in into_apart.matches if "blocks" in match.target} == {"copy"}

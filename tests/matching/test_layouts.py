@@ -65,3 +65,18 @@ def test_a_prefix_of_bare_parameters_leaves_no_doubt_of_their_halves() -> None:
     state_dict = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     alignment = align({f"net.{key}": tensor for key, tensor in state_dict.items()}, state_dict)
     assert alignment.mapping == {f"net.{key}": key for key in shapes}
+
+
+def test_one_bias_may_be_the_sum_of_two() -> None:
+    shapes = {"rnn.weight_ih_l0": (32, 5), "rnn.weight_hh_l0": (32, 8), "rnn.bias_ih_l0": (32,), "fc.weight": (3, 8)}
+    source = {key: torch.rand(shape) for key, shape in shapes.items()}
+    target = {
+        "lstm.kernel": torch.rand(5, 32),
+        "lstm.recurrent_kernel": torch.rand(8, 32),
+        "lstm.bias": torch.rand(32),
+        "dense.kernel": torch.rand(8, 3),
+    }
+    assert not align(source, target).missing_keys
+    (doubted,) = align(source | {"rnn.bias_hh_l0": torch.rand(32)}, target).ambiguous
+    assert doubted.target == "lstm.bias"
+    assert "may be their sum" in " ".join(doubted.warnings)
