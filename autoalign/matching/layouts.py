@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
-from math import gcd, prod
+from math import gcd, isqrt, prod
 
 from autoalign.matching.fusion import UNCERTAIN_ORDER, Fusion, SplitPlan
 from autoalign.matching.layers import Part, Path
 from autoalign.matching.names import kind, role_words, words
 from autoalign.matching.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
-from autoalign.matching.vocabulary import CONFIG_HEADS, FUSED, GATE_FIRST, GROUPED, INTERLEAVED, MODULATION
+from autoalign.matching.vocabulary import CONFIG_HEADS, FUSED, GATE_FIRST, GROUPED, INTERLEAVED, MODULATION, UNFOLDING
 from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
 from autoalign.plan.specs import TensorSpec
@@ -48,6 +48,8 @@ ROTARY = (
 BY_HEAD = "right shape, but one side may interleave query, key and value by head"
 _PATCHES = "right shape, but the pixels of a patch may be flattened in another order (channels first or last)"
 _GATES = "right shape, but Keras orders the gates of a GRU as update, reset, new, and torch as reset, update, new"
+_MERGED = "right shape, but one side merges patches by unfolding, with the channels first, and the other does not"
+_FLATTENED = "right shape, but one side may flatten images with the channels last and the other with the channels first"
 _SUM = "right shape, but the source has two biases here, and that of the target may be their sum"
 _HALVES = "right shape, but one side may hold the gate first and the other what it gates"
 _SHIFT = "right shape, but scale and shift of an adaptive norm may be in the other order"
@@ -76,6 +78,12 @@ class Style:
     doubled: frozenset[Path]  # layers that hold a gate and what it gates, as the width of the layer after them tells
     gated: frozenset[Path]  # recurrent layers of three gates in Keras' order, which is not torch's
     adds_biases: bool  # whether its recurrent layers have a bias for the state besides that for the input
+    channels_last: bool  # whether its code holds images with the channels last, as its kernels show
+    flattened: Mapping[
+        Path, Sequence[int]
+    ]  # layers whose input may be a flattened image -> its channels, likelier first
+    unfolds: bool  # whether its code merges patches by unfolding images
+    merging: frozenset[Path]  # layers of merged patches
 
 
 def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping[str, object]) -> Style:
@@ -97,7 +105,38 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
             if part.path[-1] == "recurrent_kernel" and len(part.shape) == 2 and part.shape[0] == 3 * part.shape[1]
         ),
         adds_biases=any(kind(part.path[-1])[0] == "bias" and _STATE & role_words(part.path) for part in parts),
+        channels_last=any(
+            isinstance(part.view, Permute) and len(part.view.dims) > 3 and part.view.dims[0] > 1 for part in parts
+        ),
+        flattened=_flattened(parts),
+        unfolds=any(not UNFOLDING.isdisjoint(part.path) for part in parts),
+        merging=_merging(parts),
     )
+
+
+def _flattened(parts: Sequence[Part]) -> dict[Path, list[int]]:
+    """Find the one or two layers with more columns than a layer before them has rows, a multiple of some channels."""
+    channels = {part.shape[0] for part in parts if len(part.shape) == 4}
+    matrices = [part for part in (parts if channels else ()) if len(part.shape) == 2]
+    known = channels.union(part.shape[0] for part in matrices)
+    found = {}
+    for part in matrices:
+        columns = part.shape[1]
+        fits = [size for size in channels if columns % size == 0]
+        if fits and columns not in known and kind(part.path[-1])[0] == "weight":
+            found[part.path[:-1]] = sorted(
+                fits, key=lambda size: (isqrt(columns // size) ** 2 < columns // size, -size)
+            )
+    return found if len(found) < 3 else {}
+
+
+def _merging(parts: Sequence[Part]) -> frozenset[Path]:
+    columns = {
+        part.path[:-2]: part.shape[1]
+        for part in parts
+        if len(part.shape) == 2 and part.shape[1] == 2 * part.shape[0] and "reduce" in words(_layer_name(part.path))
+    }
+    return frozenset(part.path[:-1] for part in parts if part.shape and part.shape[-1] == columns.get(part.path[:-2]))
 
 
 def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
@@ -189,6 +228,14 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
     is_bias = kind(source.path[-1])[0] == "bias"
     if is_bias and styles[0].adds_biases > styles[1].adds_biases and "ih" in role_words(source.path):
         return Doubt(_SUM)
+    if styles[0].unfolds != styles[1].unfolds and layers[0] in styles[0].merging:
+        sizes = (source.shape[-1] // 4, 2, 2) if styles[0].unfolds else (2, 2, source.shape[-1] // 4)
+        return Doubt(_MERGED, (_with_columns(source.shape, sizes, (2, 1, 0)),), is_known=True)
+    channels = styles[0].flattened.get(layers[0]) if styles[0].channels_last != styles[1].channels_last else None
+    if channels and len(source.shape) == 2:
+        grids = [(source.shape[1] // size, size) for size in channels]
+        ways = [grid if styles[0].channels_last else grid[::-1] for grid in grids]
+        return Doubt(_FLATTENED, tuple(_with_columns(source.shape, way, (1, 0)) for way in ways))
     both_doubled = layers[0] in styles[0].doubled and layers[1] in styles[1].doubled
     if (
         both_doubled
@@ -207,6 +254,13 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
     if {len(source.shape), len(target.shape)} in ({2, 4}, {2, 5}):
         return _patches(source.shape, target.shape)
     return None
+
+
+def _with_columns(shape: Shape, sizes: Shape, order: Shape) -> Operation:
+    """Split the last dimension into several of these sizes, put them into another order, and join them again."""
+    rest = range(len(shape) - 1)
+    apart = Permute((*rest, *(len(rest) + dim for dim in order)))
+    return chain(Reshape((*shape[:-1], *sizes)), apart, Reshape(shape))
 
 
 def _modulates(part: Part) -> bool:

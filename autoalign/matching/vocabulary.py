@@ -182,6 +182,9 @@ GATE_FIRST: frozenset[tuple[str, ...]] = frozenset({("linear", "in"), ("weight",
 # Names that fused tensors have in code that lays the roles out head by head.
 INTERLEAVED: frozenset[str] = frozenset({"query_key_value", "linear_qkv"})
 
+# Names in code that merges patches by torch's Unfold, which has the channels before the places of a patch.
+UNFOLDING: frozenset[str] = frozenset({"w_msa"})
+
 # Names that together tell Hugging Face's code.
 HUGGING_FACE_STYLE: frozenset[str] = frozenset({"self_attn", "input_layernorm"})
 

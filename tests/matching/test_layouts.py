@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from autoalign import align
+from tests.matching.round_trips import aligned_both_ways, is_named, linear, meta
 
 _WIDTH = 8
 
@@ -80,3 +83,45 @@ def test_one_bias_may_be_the_sum_of_two() -> None:
     (doubted,) = align(source | {"rnn.bias_hh_l0": torch.rand(32)}, target).ambiguous
     assert doubted.target == "lstm.bias"
     assert "may be their sum" in " ".join(doubted.warnings)
+
+
+def test_images_may_be_flattened_with_the_channels_first_or_last() -> None:
+    torchs = {
+        f"features.{place}.weight": torch.rand(shape) for place, shape in enumerate([(8, 3, 3, 3), (12, 8, 3, 3)])
+    }
+    torchs |= {f"features.{place}.bias": torch.rand(8 + 4 * place) for place in range(2)}
+    torchs |= linear("classifier.0", 20, 12 * 9) | linear("classifier.3", 5, 20)
+    names = {"features.0": "block1_conv", "features.1": "block2_conv", "classifier.0": "fc1", "classifier.3": "fc2"}
+    keras = {}
+    for key, tensor in torchs.items():
+        name, leaf = key.rsplit(".", 1)
+        image = (
+            tensor.reshape(20, 12, 3, 3).permute(0, 2, 3, 1).reshape(20, -1) if key == "classifier.0.weight" else tensor
+        )
+        turned = image.permute(2, 3, 1, 0) if image.dim() == 4 else image.T if image.dim() == 2 else image
+        keras[f"{names[name]}/{leaf.replace('weight', 'kernel')}"] = turned
+    for source, target in ((torchs, keras), (keras, torchs)):
+        (doubted,) = align(source, meta(target)).ambiguous
+        assert doubted.target in ("classifier.0.weight", "fc1/kernel")
+        assert "flatten images with the channels last" in " ".join(doubted.warnings)
+        assert is_named(source, target)
+
+
+def test_code_that_unfolds_images_merges_patches_in_another_order(tmp_path: Path) -> None:
+    """As Swin Transformers of OpenMMLab do, unlike all others."""
+    sliced, unfolded = linear("embed", 6, 3), linear("embed", 6, 3)
+    unfolded |= sliced
+    for stage in range(2):
+        rows = 6 * 2**stage
+        for name in ("q", "o"):
+            weight = torch.rand(rows, rows)
+            sliced[f"stages.{stage}.attn.{name}.weight"] = weight
+            unfolded[f"stages.{stage}.attn.w_msa.{name}.weight"] = weight
+        merge = f"stages.{stage}.downsample"
+        for key, shape in (("norm.weight", ()), ("norm.bias", ()), ("reduction.weight", (2 * rows,))):
+            tensor = torch.rand(*shape, rows, 2, 2)  # channels, rows and columns of a patch
+            unfolded[f"{merge}.{key}"] = tensor.reshape(*shape, -1)
+            sliced[f"{merge}.{key}"] = tensor.transpose(-1, -3).reshape(*shape, -1)
+    into_sliced, *_ = aligned_both_ways(unfolded, sliced, tmp_path / "a.json")
+    merged = [match for match in into_sliced.matches if "downsample" in match.target]
+    assert all(match.confidence < 0.9 and "unfolding" in " ".join(match.warnings) for match in merged)
