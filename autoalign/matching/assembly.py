@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from autoalign.matching.layouts import ROTARY, Doubt, Style, doubt_about, other_
 from autoalign.matching.names import kind, words
 from autoalign.plan.keys import common_module, components
 from autoalign.plan.matches import Candidate, Match, Mismatch
-from autoalign.plan.operations import Copy, InsertZeros, Operation, Shape, Split, chain, in_parallel
+from autoalign.plan.operations import Copy, InsertZeros, Operation, Shape, chain, in_parallel, output_shapes
 from autoalign.plan.regions import joined, place_of
 from autoalign.plan.specs import TensorSpec, tied_groups
 
@@ -144,7 +143,7 @@ def _match(
         if doubt and (known is None or doubt.reason == ROTARY):
             others[place] = (*others.get(place, ()), *(chain(own.view, way) for way in doubt.otherwise))
             warnings.add(doubt.reason)
-            apart = doubt.blocks and sum(doubt.sizes) == target.parts[part].shape[0]
+            apart = doubt.blocks and own.shape[:1] == target.parts[part].shape[:1]
             split |= {place: doubt} if apart else {}
             settled = doubt.is_known and (apart or not doubt.blocks)
             is_known, is_open = is_known or settled, is_open or not settled
@@ -212,12 +211,9 @@ def _by_blocks(
             filling.append(piece)
             taken.append(view)
             continue
-        doubt = doubts[place]
-        starts = list(accumulate(doubt.sizes, initial=0))
-        blocks = [Split(0, start, size) for start, size in zip(starts, doubt.sizes, strict=False)]
-        sources = [blocks[place] for place in doubt.order] or blocks
-        for block, own, step, size in zip(blocks, sources, doubt.blocks[turn], doubt.sizes, strict=True):
-            filling.append(_Piece(piece.key, chain(piece.view, own, step), (size, *piece.shape[1:])))
+        made, places = doubts[place].blocks[turn]
+        for block, steps in zip(places, made, strict=True):
+            filling.append(_Piece(piece.key, chain(piece.view, steps), output_shapes(block, [piece.shape])[0]))
             taken.append(chain(view, block))
     return filling, taken
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from math import gcd, isqrt, prod
+from typing import NamedTuple
 
-from autoalign.matching.fusion import UNCERTAIN_ORDER, Fusion, SplitPlan
+from autoalign.matching.fusion import UNCERTAIN_ORDER, Fusion
 from autoalign.matching.layers import Part, Path
 from autoalign.matching.names import kind, role_words, words
 from autoalign.matching.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
@@ -55,6 +56,13 @@ _HALVES = "right shape, but one side may hold the gate first and the other what 
 _SHIFT = "right shape, but scale and shift of an adaptive norm may be in the other order"
 
 
+class Blocks(NamedTuple):
+    """A layout by blocks of rows."""
+
+    made: tuple[Operation, ...]  # from the source's part to each block
+    places: tuple[Operation, ...]  # from the target's part to each block
+
+
 @dataclass(frozen=True, slots=True)
 class Doubt:
     """Why a part might be laid out otherwise, and what would turn one layout into the other."""
@@ -62,9 +70,7 @@ class Doubt:
     reason: str
     otherwise: tuple[Operation, ...] = ()  # from the source's part to the target's, the likeliest first
     is_known: bool = False  # whether the first of these is the right one by what else is known
-    sizes: tuple[int, ...] = ()  # rows of the blocks that are laid out by an operation each, one after another
-    blocks: tuple[tuple[Operation, ...], ...] = ()  # instead of `otherwise`: an operation for each of these blocks
-    order: tuple[int, ...] = ()  # of the source's blocks in the target, where it is another one
+    blocks: tuple[Blocks, ...] = ()  # instead of `otherwise`, where blocks of rows are laid out by an operation each
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +229,8 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
     layers = source.path[:-1], target.path[:-1]
     if (layers[0] in styles[0].gated) != (layers[1] in styles[1].gated):
         is_known = any({"ih", "hh"} & set(words(name)) for part in (source, target) for name in part.path[-2:])
-        rows = source.shape[0] // 3
-        return Doubt(_GATES, is_known=is_known, sizes=(rows,) * 3, blocks=((Copy(),) * 3,), order=(1, 0, 2))
+        first, second, last = gates = _splits((source.shape[0] // 3,) * 3)
+        return Doubt(_GATES, is_known=is_known, blocks=(Blocks((second, first, last), gates),))
     is_bias = kind(source.path[-1])[0] == "bias"
     if is_bias and styles[0].adds_biases > styles[1].adds_biases and "ih" in role_words(source.path):
         return Doubt(_SUM)
@@ -247,8 +253,13 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
         halves = (2, source.shape[0] // 2, *source.shape[1:])
         return Doubt(_HALVES, (chain(Reshape(halves), Flip(0), Reshape(source.shape)),))
     interleaved = interleaves(source.path)
-    if interleaved != interleaves(target.path) and "qkv" in role_words(source.path) & role_words(target.path):
-        return _by_head(source, interleaved, styles)
+    if "qkv" in role_words(source.path) & role_words(target.path):
+        roles, is_mixed = _blocks(source, weight), interleaved != interleaves(target.path)
+        has_other_name = interleaved and _layer_name(source.path) != _layer_name(target.path)
+        if len(set(roles)) > 1 and (is_mixed or has_other_name):
+            return _by_group(source.shape, roles, styles)
+        if is_mixed:
+            return _by_head(source, interleaved, styles)
     if len(source.shape) < 3 and (doubt := _rotary(source, target, styles, weight)):
         return doubt
     if {len(source.shape), len(target.shape)} in ({2, 4}, {2, 5}):
@@ -321,7 +332,9 @@ def _rotary(source: Part, target: Part, styles: tuple[Style, Style], weight: Sha
     ]
     is_known = are_known and known is not None and bool(ways)
     if role == "qkv":
-        return Doubt(ROTARY, is_known=is_known, sizes=sizes, blocks=tuple((*way, Copy()) for way in ways))
+        places = _splits(sizes)
+        made = (tuple(map(chain, places, (*way, Copy()))) for way in ways)
+        return Doubt(ROTARY, is_known=is_known, blocks=tuple(Blocks(each, places) for each in made))
     return Doubt(ROTARY, tuple(way for (way,) in ways), is_known)
 
 
@@ -349,6 +362,22 @@ def _by_head(source: Part, interleaved: bool, styles: tuple[Style, Style]) -> Do
         apart = (heads, 3, size, *rest) if interleaved else (3, heads, size, *rest)
         ways.append(chain(Reshape(apart), Permute((1, 0, 2, *range(3, len(apart)))), Reshape(source.shape)))
     return Doubt(BY_HEAD, tuple(ways))
+
+
+def _by_group(shape: Shape, sizes: Shape, styles: tuple[Style, Style]) -> Doubt:
+    """Doubt whether the queries of a group stand beside their key and value, on one side or the other."""
+    places, ways = _splits(sizes), list[Blocks]()
+    known = next((style.head_dim for style in styles if style.head_dim), None)
+    for size in _sizes(known, sizes[1]):
+        groups = sizes[1] // size
+        if groups > 1 and sizes[0] % (groups * size) == 0:
+            apart = _group_parts(shape, 0, sizes, groups, size)
+            ways += [Blocks(apart, places), Blocks(places, apart)]
+    return Doubt(BY_HEAD, blocks=tuple(ways))
+
+
+def _splits(sizes: Shape) -> tuple[Operation, ...]:
+    return tuple(Split(0, sum(sizes[:place]), size) for place, size in enumerate(sizes))
 
 
 def _patches(source: Shape, target: Shape) -> Doubt | None:
@@ -396,16 +425,21 @@ def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tu
         return "", []
     known = next((style.head_dim for style in styles if style.head_dim), None)
     sizes = [size for size in _sizes(known, least) if least > size]
-    heads = [_by_groups(fusion, plan, least // size, size) for size in sizes]
+    heads = [
+        tuple(
+            chain(fusion.base, part) for part in _group_parts(fusion.shape, plan.dim, plan.sizes, least // size, size)
+        )
+        for size in sizes
+    ]
     return (BY_HEAD if heads or known is None else ""), heads
 
 
-def _by_groups(fusion: Fusion, plan: SplitPlan, groups: int, size: int) -> tuple[Operation, ...]:
-    """Build the operations that take the parts out of a tensor which holds, group by group, the heads of each role."""
-    heads = [length // groups // size for length in plan.sizes]
-    before, after = fusion.shape[: plan.dim], fusion.shape[plan.dim + 1 :]
-    apart = chain(fusion.base, Reshape((*before, groups, sum(heads), size, *after)))
+def _group_parts(shape: Shape, dim: int, sizes: Shape, groups: int, size: int) -> tuple[Operation, ...]:
+    """Build what takes the parts out of a tensor which holds, group by group, the heads of each role."""
+    heads = [length // groups // size for length in sizes]
+    before, after = shape[:dim], shape[dim + 1 :]
+    apart = Reshape((*before, groups, sum(heads), size, *after))
     return tuple(
-        chain(apart, Split(plan.dim + 1, sum(heads[:role]), count), Reshape((*before, groups * count * size, *after)))
+        chain(apart, Split(dim + 1, sum(heads[:role]), count), Reshape((*before, groups * count * size, *after)))
         for role, count in enumerate(heads)
     )

@@ -125,3 +125,26 @@ def test_code_that_unfolds_images_merges_patches_in_another_order(tmp_path: Path
     into_sliced, *_ = aligned_both_ways(unfolded, sliced, tmp_path / "a.json")
     merged = [match for match in into_sliced.matches if "downsample" in match.target]
     assert all(match.confidence < 0.9 and "unfolding" in " ".join(match.warnings) for match in merged)
+
+
+@pytest.mark.parametrize(
+    ("own", "other"), [("query_key_value", "linear_qkv"), ("query_key_value", "qkv_proj"), ("linear_qkv", "qkv")]
+)
+@pytest.mark.parametrize("grouped", [True, False])
+def test_fused_projections_may_hold_blocks_or_groups(own: str, other: str, grouped: bool) -> None:
+    """GLM's code holds queries, keys and values one after another, Megatron's those of each group of heads."""
+    groups, per_group, size, width = 2, 2, 4, 16
+    source, target = linear("embed", width, 5), {}
+    for block in range(2):
+        for kind, rest in (("weight", (width,)), ("bias", ())):
+            parts = [torch.rand(groups, heads, size, *rest) for heads in (per_group, 1, 1)]
+            joined = torch.cat([part.reshape(-1, *rest) for part in parts])
+            apart = torch.cat(parts, dim=1).reshape(-1, *rest)
+            source[f"blocks.{block}.attn.{own}.{kind}"] = apart if grouped else joined
+            target[f"blocks.{block}.attn.{other}.{kind}"] = joined if grouped else apart
+        source |= linear(f"blocks.{block}.attn.dense", width, width) | linear(f"blocks.{block}.up", 40, width)
+    target |= {key: tensor for key, tensor in source.items() if own not in key}
+    for one, another in ((source, target), (target, source)):
+        alignment = align(one, meta(another))
+        assert {match.target for match in alignment.ambiguous} == {key for key in another if own in key or other in key}
+        assert is_named(one, another)
