@@ -23,6 +23,7 @@ Sizes = tuple[int, ...]
 _ROLE_LISTS = [roles for lists in FUSED.values() for roles in lists]
 _ROLES = frozenset(role for roles in _ROLE_LISTS for role in roles)
 _QKV = FUSED["qkv"][0]
+_NO_INPUT = _ROLES | {"o", "down"}  # words of layers that are not parts of one, each of another input
 BY_ORDER = "the parts are distinguished by their order alone"
 UNCERTAIN_ORDER = "only their order distinguishes the parts, and other code has another order"
 
@@ -234,7 +235,9 @@ class _Siblings:
         for first, second, third in zip(matrices, matrices[1:], matrices[2:], strict=False):
             if first == second == third:
                 self.in_order.setdefault(first[1:], set()).add((first[0],) * 3)
-        layers = [(name, of) for name, of in members if len(of.get("weight", ())) == 2]
+        layers = [
+            (name, of) for name, of in members if len(of.get("weight", ())) == 2 and _NO_INPUT.isdisjoint(words(name))
+        ]
         for count in (2, 3):
             for start in range(len(layers) - count + 1):
                 names, shapes = zip(*layers[start : start + count], strict=True)
