@@ -103,6 +103,8 @@ def _by_number(siblings: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 
 _WHOLE = Copy()
+_LEAF = re.compile(r"(.+?)_((?:moving|running)_[a-z]+|num_batches_tracked|[^_]+)")  # in "stage1_unit1_bn1_moving_mean"
+_MAX_SHARE_OF_LEAVES = 0.2  # of distinct names of tensors among all tensors; a norm has five tensors
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_")  # in "features_5_conv_2"
 
 
@@ -131,7 +133,7 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
     >>> parts_of([spec])[0].path
     ('conv2', 'block1', 'bn', 'gamma')
     """
-    paths = [components(spec.key) for spec in specs]
+    paths = _with_leaves([components(spec.key) for spec in specs])
     if len(tops := {path[0] for path in paths if len(path) > 1}) > 1 and tops <= COLLECTIONS:
         paths = [path[1:] if len(path) > 1 else path for path in paths]
     top = len(_top_module(paths))
@@ -143,6 +145,22 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
         Part(index, path, spec.shape, _numeric(spec.dtype), count=count)
         for index, (path, spec, count) in enumerate(zip(paths, specs, counts or repeat(1, len(specs)), strict=True))
     ]
+
+
+def _with_leaves(paths: list[Path]) -> list[Path]:
+    """Split names of layers and of their tensors where all are joined, as in ``arg:bn1_gamma``.
+
+    They are few beside the layers, and most say what they are.
+    """
+    if len({path[:-1] for path in paths}) != 1:
+        return paths
+    *above, _ = paths[0]
+    names = [name.partition(":")[2] if name.partition(":")[0] in COLLECTIONS else name for *_, name in paths]
+    found = [match.groups() if (match := _LEAF.fullmatch(name)) else (name,) for name in names]
+    are_known = [len(name) > 1 and kind(name[-1])[0] != "other" for name in found]
+    if 2 * sum(are_known) < len(paths) or len({name[-1] for name in found}) > len(paths) * _MAX_SHARE_OF_LEAVES:
+        return [(*above, name) for name in names]
+    return [(*above, *name) for name in found]
 
 
 def under_one_root(parts: Sequence[Part]) -> list[Part]:

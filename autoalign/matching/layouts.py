@@ -165,8 +165,9 @@ def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
 
 
 def _layer_name(path: Path) -> str:
-    """Return the name of the layer that holds a tensor; a tensor at the top of a model is its own layer."""
-    return path[-2] if len(path) > 1 else path[-1]
+    """Return the name of the layer that holds a tensor or its adapters; a tensor at the top is its own layer."""
+    names = [name for name in path[:-1] if "lora" not in words(name)]
+    return names[-1] if names else path[-1]
 
 
 def _order_of_halves(path: Path) -> tuple[str, ...]:

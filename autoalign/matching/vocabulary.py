@@ -294,8 +294,8 @@ AROUND_MLP = re.compile(r"(pre|post)_(mlp|feed_?forward|ffn|ffw)(?=_|$)")
 # How the names of matrices end that JAX, Keras and TensorFlow lay out as (in, out).
 KERNELS: tuple[str, ...] = ("kernel", "reverse_embeddings")
 
-# The collections in which Flax keeps what a module owns.
-COLLECTIONS: frozenset[str] = frozenset({"params", "batch_stats"})
+# The collections in which Flax, and MXNet, keep what a module owns.
+COLLECTIONS: frozenset[str] = frozenset({"params", "batch_stats", "arg", "aux"})
 
 # Whole names of values -> their kind, and what else they tell: a norm's statistics, and what Keras calls embeddings.
 WHOLE_NAMES: dict[str, tuple[str, str]] = {
@@ -305,6 +305,8 @@ WHOLE_NAMES: dict[str, tuple[str, str]] = {
     "moving_mean": ("mean", ""),
     "moving_var": ("var", ""),
     "moving_variance": ("var", ""),
+    "rm": ("mean", ""),
+    "riv": ("var", ""),
     "embeddings": ("weight", ""),
     "reverse_embeddings": ("weight", "reverse"),
 }

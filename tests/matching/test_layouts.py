@@ -148,3 +148,15 @@ def test_fused_projections_may_hold_blocks_or_groups(own: str, other: str, group
         alignment = align(one, meta(another))
         assert {match.target for match in alignment.ambiguous} == {key for key in another if own in key or other in key}
         assert is_named(one, another)
+
+
+def test_the_names_of_adapters_leave_no_doubt_of_the_halves_of_their_layer() -> None:
+    source, target = dict[str, Tensor](), dict[str, Tensor]()
+    for block in range(3):
+        for layer, rows, columns in (("net.0.proj", 64, _WIDTH), ("net.2", _WIDTH, 32)):
+            here, there = f"lora_blocks_{block}_ff_{layer.replace('.', '_')}", f"blocks.{block}.ff.{layer}"
+            for own, other, shape in (("down", "A", (4, columns)), ("up", "B", (rows, 4))):
+                source[f"{here}.lora_{own}.weight"] = torch.zeros(shape)
+                target[f"{there}.lora_{other}.weight"] = torch.zeros(shape)
+    alignment = align(source, target)
+    assert alignment.mapping == dict(zip(source, target, strict=True))

@@ -1,0 +1,54 @@
+"""Names of layers and of their tensors, joined in one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import autoalign
+
+_MXNET = {
+    "weight": "arg:{}_gamma",
+    "bias": "arg:{}_beta",
+    "running_mean": "aux:{}_moving_mean",
+    "running_var": "aux:{}_moving_var",
+}
+_CAFFE2 = {"weight": "{}_s", "bias": "{}_b", "running_mean": "{}_rm", "running_var": "{}_riv"}
+
+
+def _network() -> dict[str, Tensor]:
+    result = {"conv0.weight": torch.empty(16, 3, 3, 3), "fc.weight": torch.empty(10, 16), "fc.bias": torch.empty(10)}
+    for stage in (1, 2):
+        for block in (0, 1, 2):
+            for name in ("a", "b"):
+                result[f"layer{stage}.{block}.{name}.weight"] = torch.empty(16, 16, 3, 3)
+                norm = f"layer{stage}.{block}.{name}_bn"
+                result |= {f"{norm}.{kind}": torch.empty(16) for kind in _CAFFE2}
+    return result
+
+
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["in order", "sorted"])
+@pytest.mark.parametrize(
+    ("norm", "other"), [(_MXNET, "arg:{}_weight"), (_CAFFE2, "{}_w")], ids=["as in MXNet", "as in Caffe2"]
+)
+def test_tensors_whose_names_are_joined_to_those_of_their_layers(
+    norm: dict[str, str], other: str, is_sorted: bool
+) -> None:
+    target = _network()
+    names = dict[str, str]()
+    for key in target:
+        module, _, kind = key.rpartition(".")
+        form = (
+            norm[kind] if module.endswith("_bn") else other if kind == "weight" else norm[kind].replace("beta", "bias")
+        )
+        names[form.format(module.replace("layer", "res").replace(".", "_"))] = key
+    keys = sorted(names) if is_sorted else list(names)
+    assert autoalign.align({key: target[names[key]] for key in keys}, target).mapping == names
+
+
+def test_names_of_a_lone_layer_stay_whole() -> None:
+    model = torch.nn.LSTM(4, 8, num_layers=3, bidirectional=True)
+    assert autoalign.align(model, torch.nn.ModuleDict({"rnn": model})).mapping == {
+        key: f"rnn.{key}" for key in model.state_dict()
+    }
