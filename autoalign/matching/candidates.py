@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from autoalign.errors import InputError
 from autoalign.matching.layers import Part, Path, Unit, Units, units_of
 from autoalign.matching.names import kind, words
+from autoalign.matching.vocabulary import KNOWN
 from autoalign.plan.keys import numbers
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, chain
 
 _Value = TypeVar("_Value")
+_Label = TypeVar("_Label")
 Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and transposed of each part of a unit
+_Kind = tuple[Signature, frozenset[str]]  # of a unit; with words that tell it apart
 
 MAX_LAYER_PAIRS = 100_000_000  # of the one side times the other; the similarity of names takes four bytes for each
 MAX_COST = 40_000_000  # of the pairs that are compared; each unit of it takes some 15 bytes
@@ -231,21 +234,28 @@ def kinds_of(
 ) -> Kinds:
     """Sort the units of two sides by their shapes, and find which kinds fit."""
     transposed = transposed_parts(source_parts, target_parts)
-    members: tuple[dict[Signature, list[int]], dict[Signature, list[int]]] = ({}, {})
     sides = ((source_units, source_parts, transposed), (target_units, target_parts, frozenset[int]()))
-    for known, (units, parts, of_side) in zip(members, sides, strict=True):
-        for index, unit in enumerate(units):
-            known.setdefault(signature(unit, parts, of_side), []).append(index)
-    classes: dict[tuple[str, Shape], int] = {}
-    class_of = [[classes.setdefault(main_class(entry), len(classes)) for entry in known] for known in members]
-    by_size: dict[int, list[tuple[int, Signature]]] = {}  # elements of a tensor -> the target's kinds that have one
-    for kind_and_entry in enumerate(members[1]):
-        for size in {prod(shape) for _, shape, _, _ in kind_and_entry[1]}:
-            by_size.setdefault(size, []).append(kind_and_entry)
+    entries = [[signature(unit, parts, of_side) for unit in units] for units, parts, of_side in sides]
+    told = _told_words(
+        *((units, parts, list(map(main_class, of))) for (units, parts, _), of in zip(sides, entries, strict=True))
+    )
+    members: tuple[dict[_Kind, list[int]], dict[_Kind, list[int]]] = ({}, {})
+    for known, of_side, of_units in zip(members, entries, told, strict=True):
+        for index, kind_of in enumerate(zip(of_side, of_units, strict=True)):
+            known.setdefault(kind_of, []).append(index)
+    classes: dict[tuple[tuple[str, Shape], frozenset[str]], int] = {}
+    class_of = [
+        [classes.setdefault((main_class(entry), words_of), len(classes)) for entry, words_of in known]
+        for known in members
+    ]
+    by_size: dict[tuple[int, frozenset[str]], list[tuple[int, Signature]]] = {}  # elements -> the target's kinds
+    for other, (wanted, words_of) in enumerate(members[1]):
+        for size in {prod(shape) for _, shape, _, _ in wanted}:
+            by_size.setdefault((size, words_of), []).append((other, wanted))
     fits: dict[tuple[int, int], float] = {}
-    for own, entry in enumerate(members[0]):
+    for own, (entry, words_of) in enumerate(members[0]):
         sizes = {prod(shape) for _, shape, _, _ in entry}
-        for other, wanted in dict.fromkeys(known for size in sizes for known in by_size.get(size, ())):
+        for other, wanted in dict.fromkeys(known for size in sizes for known in by_size.get((size, words_of), ())):
             if fit := unit_fit(entry, wanted):
                 fits[own, other] = fit
     kinds = _numbered(members[0]), _numbered(members[1])
@@ -258,10 +268,42 @@ def kinds_of(
         fits,
         [
             1.0 if any(name == "mean" or len(shape) > 2 for name, shape, _, _ in entry) else _USUAL_ADJACENCY
-            for entry in members[1]
+            for entry, _ in members[1]
         ],
         transposed,
     )
+
+
+def _told_words(
+    *sides: tuple[Sequence[Unit], Sequence[Part], Sequence[tuple[str, Shape]]],
+) -> list[list[frozenset[str]]]:
+    """List, for each unit, its words without a known meaning that as many layers of each shape have on both sides.
+
+    So does ``ip`` in the names of adapters, beside the layers that they adapt.
+    """
+    all_words = [
+        [{word for name in unit.path for word in words(name)} - KNOWN for unit in units] for units, _, _ in sides
+    ]
+    contents = [_contents(of_side, side) for of_side, side in zip(all_words, sides, strict=True)]
+    told = {word for word, content in contents[0].items() if content == contents[1].get(word)}
+    everywhere = [set.intersection(*of_side) if of_side else set() for of_side in all_words]
+    told -= everywhere[0] & everywhere[1]
+    labels = [[frozenset(found & told) for found in of_side] for of_side in all_words]
+    joint = [
+        _contents([{of} - {frozenset()} for of in of_side], side) for of_side, side in zip(labels, sides, strict=True)
+    ]
+    return labels if joint[0] == joint[1] else [[frozenset()] * len(of_side) for of_side in labels]
+
+
+def _contents(
+    labels: Sequence[Collection[_Label]], side: tuple[Sequence[Unit], Sequence[Part], Sequence[tuple[str, Shape]]]
+) -> dict[_Label, Counter[tuple[str, Shape]]]:
+    """Count the layers of each shape that have a label."""
+    contents: dict[_Label, Counter[tuple[str, Shape]]] = {}
+    for found, unit, shapes in zip(labels, side[0], side[2], strict=True):
+        for label in found:
+            contents.setdefault(label, Counter())[shapes] += side[1][unit.parts[0][1]].count
+    return contents
 
 
 def candidates(kinds: Kinds, source: Units, target: Units, known: Sequence[tuple[int, int]] = ()) -> Candidates:
@@ -374,7 +416,7 @@ def _alike(
     return same_word, same_numbers
 
 
-def _numbered(members: Mapping[Signature, Sequence[int]]) -> NDArray[np.int64]:
+def _numbered(members: Mapping[_Kind, Sequence[int]]) -> NDArray[np.int64]:
     kinds = np.zeros(sum(map(len, members.values())), dtype=np.int64)
     for number, units in enumerate(members.values()):
         kinds[units] = number

@@ -192,6 +192,28 @@ def with_literal_norms(parts: Sequence[Part], others: Sequence[Part]) -> Sequenc
     ]
 
 
+def with_own_statistics(parts: Sequence[Part]) -> Sequence[Part]:
+    """Move the statistics of a norm that are in a module of their own, directly below it, to the norm.
+
+    >>> names = ("bn.weight", "bn.bias", "bn.stats.mean", "bn.stats.var")
+    >>> parts = [Part(k, (*name.split("."),), (8,), "float") for k, name in enumerate(names)]
+    >>> [".".join(part.path) for part in with_own_statistics(parts)]
+    ['bn.weight', 'bn.bias', 'bn.mean', 'bn.var']
+    """
+    kinds: dict[Path, set[str]] = defaultdict(set)
+    shapes: dict[Path, set[Shape]] = defaultdict(set)
+    for part in parts:
+        kinds[part.path[:-1]].add(kind(part.path[-1])[0])
+        shapes[part.path[:-1]].add(part.shape)
+    apart = {path for path, of in kinds.items() if path and "mean" in of and of <= {"mean", "var", "count"}}
+    apart = {
+        path for path in apart if shapes[path] & shapes.get(path[:-1], set()) and not kinds[path] & kinds[path[:-1]]
+    }
+    if not apart:
+        return parts
+    return [replace(part, path=(*part.path[:-2], part.path[-1])) if part.path[:-1] in apart else part for part in parts]
+
+
 def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     """Read a name as a mere number where a layer of its shapes beside it has the role's own name: `w1` beside `wg`.
 

@@ -121,3 +121,30 @@ def test_exclude_brings_layers_under_the_limit(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(autoalign.InputError, match="too many to be compared at once"):
         autoalign.align(source, target)
     assert autoalign.align(source, target, exclude=next(iter(source)).partition(".")[0]).excluded
+
+
+def _block(prefix: str, width: int) -> dict[str, torch.Tensor]:
+    shapes: dict[str, tuple[int, ...]] = {
+        f"attn1.{name}.weight": (width, width) for name in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    shapes |= {
+        "ff.net.0.proj.weight": (4 * width, width),
+        "ff.net.2.weight": (width, 4 * width),
+        "norm1.weight": (width,),
+    }
+    return {f"{prefix}.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["in order", "sorted"])
+def test_adapters_go_to_their_own_places_and_not_to_those_of_the_layers_beside_them(is_sorted: bool) -> None:
+    target, mapping = dict[str, torch.Tensor](), dict[str, str]()
+    for place in range(4):
+        width = 32 * (1 + place // 2)
+        target |= _block(f"down_blocks.{place}.attentions.0.transformer_blocks.0", width)
+        own = _block(f"down_blocks.{place}.motion_modules.0.transformer_blocks.0", width)
+        target |= own
+        for key in own:
+            source = key.replace("motion_modules.0.", "motion_modules.0.temporal_transformer.")
+            mapping[source.replace("attn1", "attention_blocks.0").replace("norm1", "norms.0")] = key
+    keys = sorted(mapping) if is_sorted else list(mapping)
+    assert autoalign.align({key: target[mapping[key]] for key in keys}, target).mapping == mapping

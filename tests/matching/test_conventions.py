@@ -193,3 +193,15 @@ def test_a_matrix_and_a_vector_may_be_a_layer(names: str, turned: bool, tmp_path
         for name, tensor in zip(names.split(), own.values(), strict=True):
             bare[f"blocks.{block}.{name}"] = tensor.T if turned and tensor.dim() > 1 else tensor
     aligned_both_ways(layers, bare, tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["in order", "sorted"])
+def test_statistics_in_a_module_below_their_norm_are_those_of_the_norm(is_sorted: bool) -> None:
+    target = {
+        key: torch.empty_like(value, device="meta") for key, value in torchvision.models.resnet18().state_dict().items()
+    }
+    statistics = re.compile(r"(bn\d|downsample\.1)\.(?=running|num)")
+    apart = {"net." + statistics.sub(r"\1.statistics.", key): key for key in target}
+    source = {key: target[apart[key]] for key in (sorted(apart) if is_sorted else apart)}
+    assert align(source, target).mapping == apart
+    assert align(target, source).mapping == {key: other for other, key in apart.items()}
