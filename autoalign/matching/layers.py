@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import repeat
+from itertools import pairwise, repeat
 
 import numpy as np
 import torch
@@ -104,6 +104,8 @@ def _by_number(siblings: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
 
 _WHOLE = Copy()
 _LEAF = re.compile(r"(.+?)_((?:moving|running)_[a-z]+|num_batches_tracked|[^_]+)")  # in "stage1_unit1_bn1_moving_mean"
+_GLUED = re.compile(r"(?<=[^_])(?:weight|bias|running_(?:mean|var)|num_batches_tracked)$")
+_PIECES = re.compile(rf"{_GLUED.pattern}|\d+|\D+?(?=\d|$|{_GLUED.pattern})")
 _MAX_SHARE_OF_LEAVES = 0.2  # of distinct names of tensors among all tensors; a norm has five tensors
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_")  # in "features_5_conv_2"
 
@@ -156,11 +158,30 @@ def _with_leaves(paths: list[Path]) -> list[Path]:
         return paths
     *above, _ = paths[0]
     names = [name.partition(":")[2] if name.partition(":")[0] in COLLECTIONS else name for *_, name in paths]
+    if 2 * sum(bool(_GLUED.search(name)) for name in names) > len(names):
+        return [(*above, *path) for path in _pulled_apart(names)]
     found = [match.groups() if (match := _LEAF.fullmatch(name)) else (name,) for name in names]
     are_known = [len(name) > 1 and kind(name[-1])[0] != "other" for name in found]
     if 2 * sum(are_known) < len(paths) or len({name[-1] for name in found}) > len(paths) * _MAX_SHARE_OF_LEAVES:
         return [(*above, name) for name in names]
     return [(*above, *name) for name in found]
+
+
+def _pulled_apart(names: Sequence[str]) -> Iterator[Path]:
+    """Yield the paths of names whose dots were left out, as ``blocks00conv1weight``.
+
+    Numbers of which one begins with zero are those of a module and of one of its children.
+
+    >>> list(_pulled_apart(["blocks00conv1weight", "blocks110bias", "decay"]))
+    [('blocks', '0', '0', 'conv', '1', 'weight'), ('blocks', '11', '0', 'bias'), ('decay',)]
+    """
+    pieces = [_PIECES.findall(name) for name in names]
+    pairs = {text for of in pieces for text, number in pairwise(of) if number[0] == "0" != number}
+    for of in pieces:
+        path = of[:1]
+        for text, piece in pairwise(of):
+            path += [piece[:-1], piece[-1]] if text in pairs and piece[:-1].isdigit() else [piece]
+        yield tuple(path)
 
 
 def under_one_root(parts: Sequence[Part]) -> list[Part]:

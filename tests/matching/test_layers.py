@@ -52,3 +52,14 @@ def test_names_of_a_lone_layer_stay_whole() -> None:
     assert autoalign.align(model, torch.nn.ModuleDict({"rnn": model})).mapping == {
         key: f"rnn.{key}" for key in model.state_dict()
     }
+
+
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["in order", "sorted"])
+def test_names_without_dots_are_pulled_apart(is_sorted: bool) -> None:
+    target = _network()
+    names = {f"model_ema.{key.replace('.', '')}": key for key in target}
+    source = {name: target[names[name]] for name in (sorted(names) if is_sorted else names)}
+    assert autoalign.align(source | {"model_ema.decay": torch.empty(())}, target).mapping == names
+    renamed = {key.replace("layer", "stages.").replace("_bn", ".norm"): tensor for key, tensor in target.items()}
+    found = autoalign.align(source, renamed).mapping
+    assert {key: name.replace("stages.", "layer").replace(".norm", "_bn") for key, name in found.items()} == names
