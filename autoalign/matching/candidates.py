@@ -148,8 +148,10 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
     only_as_is = {s for s in shapes[0] if s in shapes[1] and transposed_shape(s) not in shapes[1]}
     votes_to_transpose = sum(layers[0][shape] for shape in only_transposed if layers[1][transposed_shape(shape)])
     votes_to_copy = sum(part.shape in only_as_is and _is_layer(part) for part in matrices[0])
-    votes_to_transpose += sum(part.is_transposed for parts in (source, target) for part in parts)
+    split = [part.shape for parts in (source, target) for part in parts if part.is_transposed]
+    votes_to_transpose += sum(len(shape) == 2 for shape in split)
     layouts = _layout(source), _layout(target)
+    turned = {shape[0] for shape in split if len(shape) == 3}  # lengths of stacks whose parts show it
     most = layouts[0] != layouts[1] if all(layouts) else votes_to_transpose > votes_to_copy and votes_to_transpose > 1
     stacks = any(len(shape) == 3 for shape in only_transposed) and not any(len(shape) == 3 for shape in only_as_is)
 
@@ -157,7 +159,7 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
         if part.is_transposed or part.shape in only_transposed:
             return True
         if len(part.shape) == 3:
-            return stacks and part.shape[1] == part.shape[2]
+            return part.shape[0] in turned or (stacks and part.shape[1] == part.shape[2])
         return most and part.shape not in only_as_is and _is_layer(part)
 
     return frozenset(index for index, part in enumerate(source) if _is_matrix(part) and is_transposed(part))

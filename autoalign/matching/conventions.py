@@ -86,18 +86,14 @@ def _with_layers_of_pairs(parts: Sequence[Part]) -> Sequence[Part]:
             shapes = parts[a].shape, parts[b].shape
             if len(shapes[0]) == 2 and len(shapes[1]) == 1 and shapes[1][0] in shapes[0]:
                 pairs[own, other].append((a, b))
-    biases = {
-        (*part.path[:-1], rest): part.shape
-        for part in parts
-        for values, rest in [kind(part.path[-1])]
-        if values == "bias" and rest
-    }
-    result = [
-        replace(part, path=(*part.path, "weight"))
-        if len(bias := biases.get(part.path, ())) == 1 and bias[0] in part.shape and kind(part.path[-1])[0] == "other"
-        else part
-        for part in parts
-    ]
+    result = list(parts)
+    biases = {(*part.path[:-1], rest): k for k, part in enumerate(parts) for _, rest in [kind(part.path[-1])] if rest}
+    for place, part in enumerate(parts):
+        beside = biases.get(part.path, place) if kind(part.path[-1])[0] == "other" else place
+        bias = parts[beside].shape if kind(parts[beside].path[-1])[0] == "bias" else ()
+        if bias and bias[:-1] in ((), part.shape[:-2]) and bias[-1] in part.shape[len(bias) - 1 :]:
+            result[place] = replace(part, path=(*part.path, "weight"))
+            result[beside] = replace(parts[beside], path=(*part.path, "bias"))
     for found in pairs.values():
         for matrix, vector in found if len(found) >= _MIN_VOTES else ():
             for place, name in ((matrix, "weight"), (vector, "bias")):

@@ -25,6 +25,7 @@ _ROLES = frozenset(role for roles in _ROLE_LISTS for role in roles)
 _QKV = FUSED["qkv"][0]
 _NO_INPUT = _ROLES | {"o", "down"}  # words of layers that are not parts of one, each of another input
 BY_ORDER = "the parts are distinguished by their order alone"
+ALTERNATING = "right shape, but the rows of gate and up may alternate, as those of other experts with biases do"
 UNCERTAIN_ORDER = "only their order distinguishes the parts, and other code has another order"
 
 
@@ -50,6 +51,7 @@ class SplitPlan:
     doubt: str = ""  # why the parts might be laid out otherwise
     unnamed: bool = False  # only the sizes of its parts show that it is fused
     biased: str | None = None  # of a layer that is split along its input: the part with the bias, empty for none
+    turned: bool = False  # the tensor is transposed
     absent: frozenset[str] = frozenset()  # roles for which the other side has no tensor of this kind
 
 
@@ -100,7 +102,9 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> _Pieces:
         pieces = [replace(part, path=moved[index])] if index in moved else [part]
         if plan := plans.get(index):
             unit = unit_of[index]
-            leaf = part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0]
+            leaf = (
+                part.path[-1] if len(part.path) > len(unit.path) else kind(part.path[-1])[0].replace("other", "weight")
+            )
             own = {role: called.get((unit.path[:-1], role), role) for role in plan.roles}
             module = unit.path[:-1]
             several = fused[module] > 1 or any(alike[module, role] > 1 for role in plan.roles)
@@ -153,13 +157,17 @@ def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
 def _plan(index: int, unit: Unit, parts: Sequence[Part], siblings: _Siblings) -> SplitPlan | None:
     """Plan the split of a tensor; a bias follows its weight."""
     part, fused, kinds = parts[index], words(unit.path[-1]), dict(unit.parts)
-    plan = siblings.plan(part, fused)
     weight = kinds.get("weight")
-    if plan is None and weight is not None and kinds.get("bias") == index:
+    is_bias = weight is not None and kinds.get("bias") == index
+    is_stack = is_bias and len(part.shape) == 2  # of biases
+    plan = None if is_stack else siblings.plan(part, fused)
+    if plan is None and weight is not None and is_bias:
         plan = siblings.plan(parts[weight], fused)
-        if plan is None or plan.dim != 0 or part.shape != (sum(plan.sizes),):
+        if plan is None or (plan.dim > 0) != is_stack or part.shape[-1:] != (sum(plan.sizes),):
             return None
-    return plan
+        plan = replace(plan, dim=len(part.shape) - 1, turned=False)
+    alternates = plan and plan.dim > 0 and plan.roles == FUSED["gateup"][0] and "bias" in kinds
+    return replace(plan, doubt=ALTERNATING) if plan and alternates and len(part.shape) + is_bias == 3 else plan
 
 
 def _split(part: Part, plan: SplitPlan, paths: Sequence[Path]) -> list[Part]:
@@ -167,9 +175,7 @@ def _split(part: Part, plan: SplitPlan, paths: Sequence[Path]) -> list[Part]:
     for path, size in zip(paths, plan.sizes, strict=True):
         shape = (*part.shape[: plan.dim], size, *part.shape[plan.dim + 1 :])
         view = chain(part.view, Split(plan.dim, start, size))
-        pieces.append(
-            replace(part, path=path, shape=shape, view=view, is_transposed=plan.dim == 1 and plan.biased is None)
-        )
+        pieces.append(replace(part, path=path, shape=shape, view=view, is_transposed=plan.turned))
         start += size
     return pieces
 
@@ -199,7 +205,8 @@ class _Siblings:
         self.shapes = held
         self.lacking = lacking  # those that only this side has
         self.inputs: dict[int, set[tuple[Sizes, tuple[str, ...], str]]] = {}  # rows -> columns and names of neighbours
-        self.by_role: dict[tuple[tuple[str, ...], Sizes], set[Sizes]] = {}
+        # roles, rest of the shape and dimension -> sizes in that dimension
+        self.by_role: dict[tuple[tuple[str, ...], Sizes, int], set[Sizes]] = {}
         self.in_order: dict[Sizes, set[Sizes]] = {}  # rest of the shape -> sizes of neighbours of one shape
         self.beside: dict[Sizes, set[Sizes]] = {}  # rest -> sizes of q, k and v, and of the one such layer beside them
         children: dict[Path, list[tuple[str, dict[str, Sizes]]]] = {}
@@ -219,13 +226,15 @@ class _Siblings:
                 for name, shapes in members
                 for word in words(name)
                 if word in _ROLES and shapes.get(values) and "norm" not in words(name)
+                if values == "weight" or len(shapes[values]) == 1
             }
             for roles in _ROLE_LISTS if len(sizes) > 1 else ():
                 present = tuple(role for role in roles if role in sizes)
-                rests = {sizes[role][1:] for role in present}
-                if len(present) > 1 and len(rests) == 1:
-                    found = self.by_role.setdefault((present, rests.pop()), set())
-                    found.add(tuple(sizes[role][0] for role in present))
+                for dim in range(min(len(sizes[role]) for role in present) - 1 or 1) if len(present) > 1 else ():
+                    rests = {(*sizes[role][:dim], *sizes[role][dim + 1 :]) for role in present}
+                    if len(rests) == 1:  # of a stack, the rows are in the second dimension
+                        found = self.by_role.setdefault((present, rests.pop(), dim), set())
+                        found.add(tuple(sizes[role][dim] for role in present))
 
     def _add_neighbours(self, members: list[tuple[str, dict[str, Sizes]]]) -> None:
         matrices = [shapes["weight"] for _, shapes in members if len(shapes.get("weight", ())) > 1]
@@ -271,7 +280,7 @@ class _Siblings:
         if shape in self.shapes or shape[::-1] in self.shapes or len(shape) < 2:
             return None
         if not fused:
-            for sizes in sorted(self.by_role.get((_QKV, shape[1:]), ())):
+            for sizes in sorted(self.by_role.get((_QKV, shape[1:], 0), ())):
                 if len(set(sizes)) > 1 and sum(sizes) == shape[0]:
                     return SplitPlan(0, sizes, _QKV, unnamed=True)
             for sizes in sorted(self.beside.get(shape[1:], ())):
@@ -290,13 +299,15 @@ class _Siblings:
         return None
 
     def _splits(self, word: str, shape: Sizes) -> Iterator[SplitPlan]:
-        dims = range(len(shape) if len(shape) < 3 else 1)
-        for roles, dim in product(FUSED[word], dims):
+        for roles, dim in product(FUSED[word], range(min(len(shape), 3))):
             rest = (*shape[:dim], *shape[dim + 1 :])
-            for (present, other), found in self.by_role.items():
-                for sizes in sorted(found) if other == rest and set(present) <= set(roles) else ():
+            turned = dim == len(shape) - 1 > 0
+            for (present, other, rows), found in self.by_role.items():
+                if other != rest or rows != dim - turned or not set(present) <= set(roles):
+                    continue
+                for sizes in sorted(found):
                     if present == roles and sum(sizes) == shape[dim]:
-                        yield SplitPlan(dim, sizes, roles)
+                        yield SplitPlan(dim, sizes, roles, turned=turned)
                     elif len(set(sizes)) == 1 and sizes[0] * len(roles) == shape[dim]:
                         absent = frozenset(roles) - set(present)
-                        yield SplitPlan(dim, sizes[:1] * len(roles), roles, absent=absent)
+                        yield SplitPlan(dim, sizes[:1] * len(roles), roles, absent=absent, turned=turned)

@@ -12,13 +12,13 @@ from itertools import permutations
 from math import gcd, isqrt, prod
 from typing import NamedTuple
 
-from autoalign.matching.fusion import UNCERTAIN_ORDER, Fusion
+from autoalign.matching.fusion import ALTERNATING, UNCERTAIN_ORDER, Fusion
 from autoalign.matching.layers import Part, Path
 from autoalign.matching.names import kind, role_words, words
 from autoalign.matching.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
 from autoalign.matching.vocabulary import CONFIG_HEADS, FUSED, GATE_FIRST, GROUPED, INTERLEAVED, MODULATION, UNFOLDING
 from autoalign.plan.keys import numbers, stem
-from autoalign.plan.operations import Copy, Flip, Operation, Permute, Reshape, Shape, Split, Transpose, chain
+from autoalign.plan.operations import Copy, Flip, Operation, Permute, Reshape, Shape, Split, Transpose, Unstack, chain
 from autoalign.plan.specs import TensorSpec
 
 _USUAL_HEAD_SIZES = (
@@ -409,6 +409,10 @@ def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tu
         The reason to doubt, empty for none; and for each other layout, what takes each part out.
     """
     plan = fusion.plan
+    if plan.doubt == ALTERNATING:
+        pairs = Reshape((*fusion.shape[: plan.dim], plan.sizes[0], len(plan.sizes), *fusion.shape[plan.dim + 1 :]))
+        parts = tuple(chain(fusion.base, pairs, Unstack(plan.dim + 1, role)) for role in range(len(plan.sizes)))
+        return plan.doubt, [parts]
     if plan.doubt:
         is_open = plan.doubt == UNCERTAIN_ORDER or len(set(plan.sizes)) == 1
         orders = list(permutations(range(len(plan.sizes))))[1:] if is_open else []
