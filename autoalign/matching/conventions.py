@@ -87,13 +87,20 @@ def _with_layers_of_pairs(parts: Sequence[Part]) -> Sequence[Part]:
             if len(shapes[0]) == 2 and len(shapes[1]) == 1 and shapes[1][0] in shapes[0]:
                 pairs[own, other].append((a, b))
     result = list(parts)
-    biases = {(*part.path[:-1], rest): k for k, part in enumerate(parts) for _, rest in [kind(part.path[-1])] if rest}
-    for place, part in enumerate(parts):
-        beside = biases.get(part.path, place) if kind(part.path[-1])[0] == "other" else place
-        bias = parts[beside].shape if kind(parts[beside].path[-1])[0] == "bias" else ()
-        if bias and bias[:-1] in ((), part.shape[:-2]) and bias[-1] in part.shape[len(bias) - 1 :]:
-            result[place] = replace(part, path=(*part.path, "weight"))
-            result[beside] = replace(parts[beside], path=(*part.path, "bias"))
+    named = [(place, *kind(part.path[-1])) for place, part in enumerate(parts)]
+    biases = {(*parts[k].path[:-1], rest): k for k, values, rest in named if values == "bias" and rest}
+    for place, values, rest in named if biases else ():
+        layer = parts[place].path if values == "other" else (*parts[place].path[:-1], rest)
+        beside = biases.get(layer, place) if values in ("other", "weight") else place
+        shape, bias = parts[place].shape, parts[beside].shape
+        if (
+            beside != place
+            and (values == "other" or len(bias) > 1)
+            and bias[:-1] in ((), shape[:-2])
+            and set(bias[-1:]) & set(shape[len(bias) - 1 :])
+        ):
+            result[place] = replace(parts[place], path=(*layer, "weight"))
+            result[beside] = replace(parts[beside], path=(*layer, "bias"))
     for found in pairs.values():
         for matrix, vector in found if len(found) >= _MIN_VOTES else ():
             for place, name in ((matrix, "weight"), (vector, "bias")):

@@ -21,7 +21,7 @@ from autoalign.matching.names import kind
 from autoalign.matching.vocabulary import KERNELS
 from autoalign.plan.keys import components, natural, numbers, stem, template
 from autoalign.plan.matches import Candidate, Match, Mismatch
-from autoalign.plan.operations import Copy, Grouped, Operation, Shape, Unstack, chain, in_parallel
+from autoalign.plan.operations import Copy, Grouped, Operation, Shape, Transpose, Unstack, chain, in_parallel
 from autoalign.plan.regions import joined, place_of
 from autoalign.plan.specs import TensorSpec
 
@@ -67,6 +67,7 @@ class _Stack:
     other_dim: int | None  # that would do as well
     depth: int  # of the module in their paths whose tensors they are in each member
     around: Path  # the module that the members are in
+    turned: bool  # whether its matrices are those of the list transposed
 
 
 def unstacked(specs: Specs, others: Specs, pinned: Collection[str] = ()) -> tuple[Specs, Slices]:
@@ -102,15 +103,18 @@ def _sliced(specs: Specs, stack: _Stack, slices: dict[str, Slice]) -> Iterator[T
     for index in range(stack.like.count):
         for spec, whole in zip(members, wholes, strict=True):
             path, shape = components(spec.key), _without(spec.shape, stack.dim)
+            is_turned = stack.turned and len(shape) == 2 and weight != "kernel"  # those of kernels are turned anyway
             is_bare = len(squeeze(shape)) > 1 and kind(path[-1])[0] == "other"
             inner = (*path[stack.depth :], weight) if is_bare and not stack.like.bare else path[stack.depth :]
             name = ".".join((*stack.around, str(index), *inner))
             view, otherwise = (
-                None if dim is None else chain(whole.view, Unstack(dim % len(spec.shape), index))
+                None
+                if dim is None
+                else chain(whole.view, Unstack(dim % len(spec.shape), index), Transpose() if is_turned else Copy())
                 for dim in (stack.dim, stack.other_dim)
             )
             slices[name] = Slice(whole.key, view or Copy(), otherwise)
-            yield TensorSpec(name, shape, spec.dtype)
+            yield TensorSpec(name, shape[::-1] if is_turned else shape, spec.dtype)
 
 
 def _without(shape: Shape, dim: int) -> Shape:
@@ -168,8 +172,20 @@ def _stacks(specs: Specs, others: Specs, pinned: Collection[str]) -> Iterator[_S
             near = [of for of in alike if numel >= _MIN_SHARE * of.numel]
             is_exact = sum(held[place] for place in members) >= _MIN_EXACT * len(members)
             if near and is_exact:
-                yield _Stack(tuple(members), near[0], dim, other_dim, depth, _around(specs, members[0], depth, count))
+                around = _around(specs, members[0], depth, count)
+                turned = _is_turned([_without(specs[place].shape, dim) for place in members], near[0].shapes)
+                yield _Stack(tuple(members), near[0], dim, other_dim, depth, around, turned)
                 left.difference_update(members)
+
+
+def _is_turned(slices: Iterable[Shape], listed: Collection[Shape]) -> bool:
+    """True if more matrices fit the listed ones transposed only than as they are only; some hold several of these."""
+
+    def fits(shape: Shape) -> bool:
+        return any(len(of) == 2 and of[1] == shape[1] and _is_fused(of, shape) for of in listed)
+
+    votes = [fits(shape[::-1]) - fits(shape) for shape in slices if len(shape) == 2]
+    return sum(votes) > 0
 
 
 def _around(specs: Specs, member: int, depth: int, count: int) -> Path:

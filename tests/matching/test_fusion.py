@@ -177,3 +177,64 @@ def test_tensors_that_both_sides_fuse_are_copied_where_others_are_split(tmp_path
     apart = shared | {f"last.{role}.weight": part for role, part in zip("qkv", parts, strict=True)}
     into_apart, *_ = aligned_both_ways(shared | {"last.qkv.weight": torch.cat(parts)}, apart, tmp_path / "a.json")
     assert {str(match.operation) for match in into_apart.matches if "blocks" in match.target} == {"copy"}
+
+
+_EXPERTS = 4
+
+
+def _mixture(
+    *, fused: bool, turned: bool = False, biased: bool = False, alternating: bool = False
+) -> dict[str, Tensor]:
+    """Experts in stacks; gate and up are apart or fused, one after the other or in turn."""
+    torch.manual_seed(0)
+    tensors = linear("embed", _WIDTH, 3)
+    for layer in range(2):
+        tensors |= linear(f"layers.{layer}.attn.o_proj", _WIDTH, _WIDTH)
+        tensors[f"layers.{layer}.mlp.router.weight"] = torch.rand(_EXPERTS, _WIDTH)
+        here = f"layers.{layer}.mlp.experts"
+        for kind, rest in (("weight", (_WIDTH,)), ("bias", ()))[: 1 + biased]:
+            gate, up = torch.rand(_EXPERTS, _HIDDEN, *rest), torch.rand(_EXPERTS, _HIDDEN, *rest)
+            down = torch.rand(_EXPERTS, _WIDTH, *([_HIDDEN] if rest else []))
+            both = torch.stack([gate, up], 2).flatten(1, 2) if alternating else torch.cat([gate, up], dim=1)
+            if not fused:
+                tensors |= {f"{here}.gate.{kind}": gate, f"{here}.up.{kind}": up, f"{here}.down.{kind}": down}
+                continue
+            for name, tensor in (("gate_up_proj", both), ("down_proj", down)):
+                turn = turned and kind == "weight"
+                tensors[f"{here}.{name}" + "_bias" * (kind == "bias")] = tensor.transpose(1, 2) if turn else tensor
+    return tensors
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_stacks_of_experts_may_be_fused(turned: bool, tmp_path: Path) -> None:
+    """Here they are in transformers; in GGUF and MLX they are apart."""
+    aligned_both_ways(_mixture(fused=True, turned=turned), _mixture(fused=False), tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("alternating", [True, False])
+def test_the_rows_of_experts_with_biases_may_alternate(turned: bool, alternating: bool) -> None:
+    """As in gpt-oss."""
+    apart = _mixture(fused=False, biased=True)
+    fused = _mixture(fused=True, turned=turned, biased=True, alternating=alternating)
+    for source, target in ((apart, fused), (fused, apart)):
+        for own in (source, dict(sorted(source.items()))):
+            assert is_named(own, target)
+            doubted = {match.target.split("experts.")[1] for match in align(own, meta(target)).ambiguous}
+            assert doubted in (
+                {"gate.weight", "gate.bias", "up.weight", "up.bias"},
+                {"gate_up_proj", "gate_up_proj_bias"},
+            )
+
+
+def test_the_layout_of_experts_says_nothing_of_other_layers(tmp_path: Path) -> None:
+    listed, stacked = linear("embed", _WIDTH, 3), _mixture(fused=True, turned=True)
+    for key, tensor in stacked.items():
+        if "experts" not in key:
+            listed[key] = tensor
+            continue
+        for expert, matrix in enumerate(tensor.transpose(1, 2)):
+            names = ("gate", "up") if "gate_up" in key else ("down",)
+            for name, part in zip(names, matrix.chunk(len(names)), strict=True):
+                listed[key.rsplit(".", 1)[0] + f".{expert}.{name}.weight"] = part.clone()
+    aligned_both_ways(listed, stacked, tmp_path / "a.json")
