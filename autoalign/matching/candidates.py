@@ -125,6 +125,10 @@ def paired_parts(source: Unit, target: Unit) -> list[tuple[int, int]]:
 
 def _paired(own: Mapping[str, _Value], other: Mapping[str, _Value]) -> list[tuple[_Value, _Value]]:
     shared = [(own[name], other[name]) for name in own if name in other]
+    if not shared and own.keys() == {"other"} and other.keys() == {"weight", "bias"}:
+        return [(own["other"], other["weight"])]
+    if not shared and other.keys() == {"other"} and own.keys() == {"weight", "bias"}:
+        return [(own["weight"], other["other"])]
     if shared or len(own) > 1 or len(other) > 1:
         return shared
     kinds = {*own, *other}
@@ -192,7 +196,7 @@ def unit_fit(source: Signature, target: Signature) -> float:
     own, other = {entry[0]: entry for entry in source}, {entry[0]: entry for entry in target}
     pairs = _paired(own, other)
     bare = own.keys().isdisjoint(other)
-    if bare and "bias" in {*own, *other} and len(squeeze(source[0][1])) < 2:
+    if bare and "bias" in {*own, *other} and any(len(squeeze(entry[1])) < 2 for entry in source if entry[0] != "bias"):
         return 0.0  # the bias of a layer is no parameter of its own; a table of biases is
     fits, fitting = 0.0, 0
     for (_, shape, numeric, transposed), (_, wanted, wanted_numeric, _) in pairs:
@@ -209,6 +213,8 @@ def unit_fit(source: Signature, target: Signature) -> float:
         return 0.0
     vector = max(len(squeeze(entry[1])) for entry in source) < 2  # a norm with a bias is hardly a scale without one
     fit = _UNFIT_FACTOR ** (len(pairs) - fits) * (_BARE_FIT if bare and own.keys() != other.keys() else 1.0)
+    if bare and len(own) != len(other):
+        fit *= _MISSING_FACTOR
     for name in () if bare else {*own} ^ {*other}:
         fit *= _MISSING_KIND_FACTORS.get(name, _MISSING_FACTOR_OF_VECTORS if vector else _MISSING_FACTOR)
     return float(fit)

@@ -148,3 +148,13 @@ def test_adapters_go_to_their_own_places_and_not_to_those_of_the_layers_beside_t
             mapping[source.replace("attn1", "attention_blocks.0").replace("norm1", "norms.0")] = key
     keys = sorted(mapping) if is_sorted else list(mapping)
     assert autoalign.align({key: target[mapping[key]] for key in keys}, target).mapping == mapping
+
+
+def test_a_matrix_alone_may_be_the_weight_of_a_layer_with_a_bias() -> None:
+    """As CLIP's projections and timm's heads are."""
+    layers = {f"blocks.{block}.fc.weight": torch.rand(12, 12) for block in range(3)} | {"norm.weight": torch.rand(12)}
+    source = {f"visual.{key}": tensor for key, tensor in layers.items()} | {"visual.proj": torch.rand(12, 5)}
+    target = layers | {"head.weight": torch.empty(5, 12), "head.bias": torch.empty(5)}
+    alignment = autoalign.align(source, target)
+    assert alignment.missing_keys == ["head.bias"]
+    assert torch.equal(alignment.state_dict()["head.weight"], source["visual.proj"].T)
