@@ -155,7 +155,15 @@ def _stacks(specs: Specs, others: Specs, pinned: Collection[str]) -> Iterator[_S
     if not surplus or not lacking:
         return
     left = {k for k, spec in enumerate(specs) if _size(spec.shape) in surplus and spec.key not in pinned}
-    lengths = {size for place in left for size in specs[place].shape}
+    numels = {prod(size) for size in lacking}
+    lengths = {  # that lists may have by the sizes of what they hold
+        length
+        for shape in {specs[place].shape for place in left}
+        for length in shape
+        if any(1 / _MAX_FUSED <= prod(shape) / max(length * numel, 1) <= _MAX_FUSED for numel in numels)
+    }
+    if not lengths:
+        return
     lists: dict[int, list[_List]] = {}
     for known_list in _lists(others, lacking):
         if known_list.count in lengths:
