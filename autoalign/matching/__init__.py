@@ -15,6 +15,7 @@ and ``checkpoints``):
 - ``list_order``, ``swaps``, ``symmetries``: what could be swapped, reordered or replaced without a change of shape
 - ``rotary``, ``layouts``, ``assembly``: rows in an order that no shape shows; parts put back together to tensors
 - ``relation``: of unlike networks, the tensors of equal names and shapes, and the sizes that differ
+- ``stacks``: tensors that hold what the other side lists, matched by their slices
 - ``repeats``, ``pipeline``: what needs no search; the stages in order
 - ``positions``, ``adapt``, ``match``: matches that change values; from options to a ``Plan``
 

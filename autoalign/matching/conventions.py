@@ -2,7 +2,8 @@
 
 What unknown names of parameters mean shows in their company: of a matrix and a vector of its length, one is the weight
 and the other the bias; two vectors are the gain and the bias of a norm, and with two more, its mean and variance. What
-a name means in one layer it means in all. Kernels of JAX, Keras and TensorFlow are viewed as torch's weights.
+a name means in one layer it means in all. Kernels of JAX, Keras and TensorFlow are viewed as torch's weights, and
+projections that keep the heads of attention apart as matrices.
 """
 
 from __future__ import annotations

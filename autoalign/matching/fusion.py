@@ -1,7 +1,8 @@
 """Fused tensors: split those that the other side holds as several.
 
 A fused tensor (``qkv``) is a group of siblings on the other side (``query``, ``key``, ``value``). It is split into
-virtual parts that carry the roles' names, so that the matcher pairs one part with one tensor.
+virtual parts that carry the roles' names, so that the matcher pairs one part with one tensor. Stacks of such tensors,
+as of experts, are split likewise; and layers of joined inputs, along these.
 """
 
 from __future__ import annotations
