@@ -211,8 +211,8 @@ def _by_blocks(
             filling.append(piece)
             taken.append(view)
             continue
-        made, places = doubts[place].blocks[turn]
-        for block, steps in zip(places, made, strict=True):
+        way = doubts[place].blocks[turn]
+        for block, steps in zip(way.places, way.made, strict=True):
             filling.append(_Piece(piece.key, chain(piece.view, steps), output_shapes(block, [piece.shape])[0]))
             taken.append(chain(view, block))
     return filling, taken

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from math import gcd, isqrt, prod
-from typing import NamedTuple
 
 from autoalign.matching.fusion import ALTERNATING, UNCERTAIN_ORDER, Fusion
 from autoalign.matching.layers import Part, Path
@@ -56,7 +55,8 @@ _HALVES = "right shape, but one side may hold the gate first and the other what 
 _SHIFT = "right shape, but scale and shift of an adaptive norm may be in the other order"
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Blocks:
     """A layout by blocks of rows."""
 
     made: tuple[Operation, ...]  # from the source's part to each block
