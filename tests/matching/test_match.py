@@ -241,7 +241,7 @@ def test_unusable_options_are_refused() -> None:
         ({"a.scale": (1, 4), "qkv": (4,)}, {"weight.x": (4, 1)}),
         ({"n": (), "v.x": (1,)}, {"module. ": ()}),
         ({"k.0.kernel:0": (4, 8), "k.1.kernel:0": (4, 8)}, {"k.x.kernel:0": (4, 8)}),  # stored transposed
-        ({"a.in_proj_weight": (4, 12, 2), "gate.weight": (4, 12, 2)}, {"net.gate.weight": (4, 12, 2)}),
+        ({"a.in_proj_weight": (4, 12, 2), "gate.y": (4, 12, 2)}, {"net.gate.z": (4, 12, 2)}),
         (
             {"original0": (3, 16, 12), "weight": (16, 4), "h.0.1": (4, 8)},
             {"_orig_mod.weight": (16, 4), "_orig_mod.h.4.1": (4, 8), "_orig_mod.original0": (3, 16, 12)},
