@@ -166,14 +166,17 @@ def _match(
         confidence *= SPLIT_BY_ORDER_FACTOR
     if warnings - {BY_ORDER, _NO_BIAS}:
         confidence = min(confidence, INFERRED if is_known and not is_open else AMBIGUOUS)
-    (sources, operation), *rest = [_put_together(*way, whole.shape) for way in ways]
+    (sources, operation), *rest = dict.fromkeys(_put_together(*way, whole.shape) for way in ways)
     alternatives = [Candidate(sources, operation, 0.0) for sources, operation in rest]
     if len(parts) == 1 and least.rival is not None and not alternatives:
         rival = source.parts[least.rival]
         shape = target.parts[parts[0]].shape
-        is_alike = rival.shape == source.parts[least.source].shape
+        chosen = source.parts[least.source]
+        is_alike = rival.shape == chosen.shape
         other = least.operation if is_alike else operation_between(rival.shape, shape)
-        if other is not None:
+        storage = source.specs[rival.tensor].storage
+        is_same = storage is not None and storage == source.specs[chosen.tensor].storage and rival.view == chosen.view
+        if other is not None and not is_same:
             otherwise = [_Piece(source.key(rival), chain(rival.view, other), shape)]
             alternatives.append(Candidate(*_put_together(otherwise, views, whole.shape), 0.0))
     return Match(
@@ -232,6 +235,11 @@ def _put_together(
     steps = [piece.view for piece in ordered if piece.key is not None]
     sources = tuple(piece.key for piece in ordered if piece.key is not None)
     return sources, chain(in_parallel(steps), *zeros, join)
+
+
+def operation_on_whole(key: str, own: Part, operation: Operation, wanted: Part, shape: Shape) -> Operation:
+    """Return the operation from a source tensor to a target tensor of this shape, each of which is one part."""
+    return _put_together([_Piece(key, chain(own.view, operation), wanted.shape)], [wanted.view], shape)[1]
 
 
 def tie_warning(others: Sequence[Candidate]) -> str:

@@ -251,14 +251,14 @@ def _by_repeats(
 
 
 def _check_rules(rules: Sequence[tuple[str, str]], source: Specs, target: Specs, matches: Sequence[Match]) -> None:
-    """Refuse a rule that names two tensors of irreconcilable shapes, unless one was adapted to the other."""
+    """Refuse a rule that names two tensors of irreconcilable shapes, unless one is made of the other all the same."""
     if not rules:
         return
-    adapted_keys = {(key, match.target) for match in matches if match.operation.adapts for key in match.sources}
+    made = {(key, match.target) for match in matches for key in match.sources}
     shapes = {spec.key: spec.shape for spec in source}, {spec.key: spec.shape for spec in target}
     for first, second in rules:
         shape, wanted = shapes[0].get(first), shapes[1].get(second)
-        if shape is None or wanted is None or (first, second) in adapted_keys:
+        if shape is None or wanted is None or (first, second) in made:
             continue
         if not any(operation_between(shape, wanted, transposed=way) for way in (False, True)):
             raise PatternError(

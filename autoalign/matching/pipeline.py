@@ -6,7 +6,7 @@ the joint optimisation, symmetries, confidence, parameters that are left over, a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from autoalign.matching.assembly import (
     SideParts,
     assembled,
     mismatched_units,
+    operation_on_whole,
     unmatched_parameter_pairs,
     with_ties,
 )
@@ -84,7 +85,7 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         target.parts.changed([part for part in within(target.parts, other_scope) if target.key(part) not in pins]),
     )
     source, target = (
-        replace(side, parts=own.changed((*pieces, *held)), fusions=tuple(fusions))
+        _with_held(replace(side, parts=own.changed(pieces), fusions=tuple(fusions)), held)
         for side, own, (pieces, fusions), held in zip(sides, rest, split_both(*rest), fixed, strict=True)
     )
     found, mismatched = _match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
@@ -110,6 +111,22 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         own, other = units_of(source.parts), units_of(target.parts)
         named = _mismatches(source, target, own, other, namesakes(own.paths, other.paths))
     return matches, _without_matched(matches, mismatched, named, refused), notes
+
+
+def _with_held(side: SideParts, held: Sequence[Part]) -> SideParts:
+    """Put what rules fix among the parts of a side, where its tensors stand: their order is evidence."""
+    parts = [*side.parts, *held]
+    order = sorted(range(len(parts)), key=lambda index: parts[index].tensor)
+    place = {index: place for place, index in enumerate(order)}
+    fusions = [
+        replace(
+            fusion,
+            parts=tuple([place[part] for part in fusion.parts]),
+            absent=frozenset([place[part] for part in fusion.absent]),
+        )
+        for fusion in side.fusions
+    ]
+    return replace(_with(side, [parts[index] for index in order]), fusions=tuple(fusions)) if held else side
 
 
 def _with(side: SideParts, parts: Sequence[Part]) -> SideParts:
@@ -147,18 +164,32 @@ def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
 
 def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:
     """Return the matches that rules fix; pairs whose shapes no operation reconciles are mismatches."""
-    transposed = {source.key(source.parts[index]) for index in transposed_parts(source.parts, target.parts)}
+    operation_of = operations_of_rules(source, target)
     shapes = [{spec.key: spec.shape for spec in side.specs} for side in (source, target)]
     matches, mismatched = [], []
     for other, own in pins.items():
-        shape, wanted = shapes[0][own], shapes[1][other]
-        ways = (own in transposed, own not in transposed)
-        operation = next((op for way in ways if (op := operation_between(shape, wanted, transposed=way))), None)
-        if operation is None:
-            mismatched.append(Mismatch(other, own, wanted, shape))
+        if (operation := operation_of(own, other)) is None:
+            mismatched.append(Mismatch(other, own, shapes[1][other], shapes[0][own]))
         else:
             matches.append(Match(other, (own,), operation, evidence={"rule": 1.0}))
     return matches, mismatched
+
+
+def operations_of_rules(source: SideParts, target: SideParts) -> Callable[[str, str], Operation | None]:
+    """Return what gives the operation of a rule, from a source key to a target key; None where their shapes differ."""
+    transposed = transposed_parts(source.parts, target.parts)
+    place_of = {source.key(part): index for index, part in enumerate(source.parts)}
+    part_of = {target.key(part): part for part in target.parts}
+
+    def operation_of(own: str, other: str) -> Operation | None:
+        place, wanted = place_of[own], part_of[other]
+        part, shape = source.parts[place], target.specs[wanted.tensor].shape
+        for way in (place in transposed, place not in transposed):
+            if operation := operation_between(part.shape, wanted.shape, transposed=way):
+                return operation_on_whole(own, part, operation, wanted, shape)
+        return operation_between(source.specs[part.tensor].shape, shape)
+
+    return operation_of
 
 
 def _match_parts(

@@ -180,7 +180,7 @@ def pair_count(source: Specs, target: Specs) -> int:
 def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned: Iterable[str] = ()) -> Runs:
     """Find the runs of more than ``KEPT`` equal blocks.
 
-    Lists of a length that must stay whole are left out, and those around a pinned key, and those with gaps.
+    Lists of a length that must stay whole are left out, and those with gaps; a member around a pinned key is in no run.
 
     >>> import torch
     >>> specs = [TensorSpec(f"h.{n}.weight", (2, 2), torch.float32) for n in range(6)]
@@ -195,7 +195,8 @@ def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned:
     if max(map(len, children.values()), default=0) <= KEPT:
         return Runs(specs, {}, specs, [1] * len(specs))
     contents = _contents(specs, tensors, children)
-    whole = {module for key in pinned for module in _above(key)}
+    around = {module for key in pinned for module in _above(key)}
+    contents.update((module, -1 - place) for place, module in enumerate(around))  # equal to no other
     spans: set[int] = set()
     run_of: dict[str, _Members] = {}
     kept: dict[int, int] = {}  # place -> how many it stands for
@@ -204,7 +205,7 @@ def runs_of(specs: Specs, lengths_to_keep: frozenset[int] = frozenset(), pinned:
         module, count = visited.pop()
         kept.update(dict.fromkeys(tensors.get(module, ()), count))
         below = dict.fromkeys(children.get(module, ()), count)
-        if len(below) > KEPT and module not in whole:
+        if len(below) > KEPT:
             for run in _runs(list(below), contents, lengths_to_keep, spans):
                 run_of.update(dict.fromkeys(run[:KEPT], run))
                 for member in run[KEPT:]:

@@ -95,6 +95,13 @@ def test_equal_blocks_are_one_run_and_others_end_it() -> None:
     assert sum(runs.counts) == len(shapes)
 
 
+def test_a_pinned_key_keeps_the_member_around_it_whole_and_no_other() -> None:
+    shapes = {f"h.{n}.weight": (4, 4) for n in range(12)} | {"h.12.weight": (4, 4), "h.12.head": (9, 4)}
+    specs = specs_of({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+    assert repeats.runs_of(specs, pinned=["h.12.head"]).run_of["h.0"] == tuple(f"h.{n}" for n in range(12))
+    assert repeats.runs_of(specs, pinned=["h.6.weight"]).run_of["h.7"] == tuple(f"h.{n}" for n in range(7, 12))
+
+
 def test_mismatches_and_alternatives_go_on_in_later_blocks() -> None:
     own = repeats.runs_of(specs_of(state({f"h.{index}.{name}": (4, 4) for index in range(9) for name in "ab"})))
     other = repeats.runs_of(specs_of(state({f"g.{index}.{name}": (4, 4) for index in range(9) for name in "ab"})))

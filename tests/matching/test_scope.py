@@ -12,6 +12,8 @@ from torch import Tensor
 import autoalign
 from autoalign.matching.scope import PatternLike
 from autoalign.plan.matches import Caution
+from autoalign.plan.operations import Permute, Transpose
+from benchmarks.cases.gold import read
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -181,3 +183,42 @@ def test_a_key_that_a_rule_fills_is_filled_once() -> None:
     target = {"net.a.weight": torch.ones(3, 2), "net.down": torch.ones(()), "net.c.weight": torch.ones(4, 3)}
     alignment = autoalign.align(source, target, rules={"down": "net.down"})
     assert sorted(match.target for match in alignment.matches) == sorted(target)
+
+
+@pytest.mark.parametrize("name", ["blinkdl.rwkv4->hf.rwkv", "x-transformers.llama-like->hf.llama"])
+def test_a_rule_leaves_alone_what_it_does_not_concern(name: str) -> None:
+    """What rules name keeps its place among the rest, whose order is evidence."""
+    case = read(name)
+    rules = {
+        "blinkdl.rwkv4->hf.rwkv": [("blocks.0.ln0.weight", "rwkv.blocks.0.pre_ln.weight")],
+        "x-transformers.llama-like->hf.llama": [
+            (f"attn_layers.layers.{2 * i}.1.to_q.weight", f"model.layers.{i}.self_attn.q_proj.weight") for i in range(3)
+        ],
+    }
+    before = autoalign.align(case.source, case.target)
+    after = autoalign.align(case.source, case.target, rules=rules[name])
+    loaded = {match.target: match.sources for match in after.matches}
+    assert {match.target: match.sources for match in before.matches}.items() <= loaded.items()
+    others = [match for match in after.matches if "rule" not in match.evidence and match.target in case.expressions]
+    assert all(case.is_right(match.target, match) for match in others)
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_a_rule_lays_out_a_square_kernel_as_its_kind_does(is_reversed: bool) -> None:
+    shapes: Shapes = {"0.weight": (8, 4), "0.bias": (8,), "1.weight": (8, 8), "1.bias": (8,), "2.weight": (3, 8)}
+    ours = state({f"net.{key}": shape for key, shape in shapes.items()})
+    theirs = state({f"Dense_{key}".replace("weight", "kernel"): shape[::-1] for key, shape in shapes.items()})
+    sides, rule = (ours, theirs), ("net.1.weight", "Dense_1.kernel")
+    if is_reversed:
+        sides, rule = sides[::-1], rule[::-1]
+    alignment = autoalign.align(*sides, rules=[rule])
+    assert {match.target: match.operation for match in alignment.matches}[rule[1]] == Transpose()
+
+
+def test_a_rule_permutes_a_kernel_of_another_library() -> None:
+    source, target = (
+        state({"c.kernel": (3, 3, 4, 8), "c.bias": (8,)}),
+        state({"d.weight": (8, 4, 3, 3), "d.bias": (8,)}),
+    )
+    alignment = autoalign.align(source, target, rules=[("c.kernel", "d.weight")])
+    assert {match.target: match.operation for match in alignment.matches}["d.weight"] == Permute((3, 2, 0, 1))
