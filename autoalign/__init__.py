@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.plan.matches import Candidate as Candidate
     from autoalign.plan.matches import Match as Match
     from autoalign.plan.matches import Mismatch as Mismatch
+    from autoalign.reports.choices import Choice as Choice
+    from autoalign.reports.choices import Option as Option
     from autoalign.reports.explain import Explanation as Explanation
     from autoalign.rules.rule import Rule as Rule
     from autoalign.rules.rules import Rules as Rules
@@ -56,6 +58,7 @@ _MODULES = {
         *("RulesError", "UnsafeCheckpointError", "ValueWarning"),
     ),
     "plan.matches": ("Candidate", "Match", "Mismatch"),
+    "reports.choices": ("Choice", "Option"),
     "reports.explain": ("Explanation",),
     "rules.rule": ("Rule",),
     "rules.rules": ("Rules",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError, NothingLoadedError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from autoalign.checkpoints.checkpoint import Side
+    from autoalign.reports.choices import Choice, Option
     from autoalign.reports.explain import Explanation
     from autoalign.rules.rules import Rules
 
@@ -45,6 +47,40 @@ class Alignment(Plan):
         q.weight = split(dim 0, 0:2); k.weight = split(dim 0, 2:4); v.weight = split(dim 0, 4:6)
         """
         return inverted(self)
+
+    @cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        r"""What is ambiguous, as choices that a person can make: one for each undecided move, in the target's order.
+
+        A move concerns layers that could be exchanged, a list that may be in another order, or tensors whose layout is
+        open, in all blocks at once. Each target key that is ambiguous is in one choice. Its options are the proposal
+        and all else that leaves alone what is loaded, each with the ``rules`` that make it.
+
+        >>> import torch, autoalign
+        >>> def norms(*names):
+        ...     return {f"h.{i}.{name}.weight": torch.ones(4) for i in range(3) for name in names}
+        >>> (choice,) = autoalign.align(norms("a", "b"), norms("one", "two")).choices
+        >>> for option in choice.options:
+        ...     print(*option.rules)
+        ('^h\\.(\\d+)\\.a\\.', 'h.\\1.one.') ('^h\\.(\\d+)\\.b\\.', 'h.\\1.two.')
+        ('^h\\.(\\d+)\\.b\\.', 'h.\\1.one.') ('^h\\.(\\d+)\\.a\\.', 'h.\\1.two.')
+        """
+        from autoalign.reports.choices import choices_of
+
+        return choices_of(self)
+
+    def decided(self, *options: Option) -> Alignment:
+        """Return the alignment with some of its choices decided, for ``load(model, checkpoint, alignment=...)``.
+
+        It decides what rules cannot say, such as a layout, and leaves all else as it is. Options are those of
+        ``choices``, one of each at most.
+
+        Raises:
+            InputError: What an option fills is not ambiguous.
+        """
+        from autoalign.reports.choices import decided
+
+        return decided(self, options)
 
     def explain(self, key: str) -> Explanation:
         r"""Explain why a key of either side is filled from what it is, or is not, and what would change it.

@@ -103,7 +103,7 @@ def _show_alignment(alignment: Alignment, options: argparse.Namespace, verdict: 
         lines = [f"{markdown_code(escaped(source))} → {markdown_code(escaped(target))}", "", render_markdown(alignment)]
     else:
         limit = None if options.all else SCREEN
-        report = render_text(alignment, width=width(), limit=limit, everything="--all")
+        report = render_text(alignment, width=width(), limit=limit, everything="--all", for_shell=True)
         lines = [f"{escaped(source)} -> {escaped(target)}", "", report]
     show("\n".join(lines + (["", verdict] if verdict else [])), plain=options.format == "markdown")
 

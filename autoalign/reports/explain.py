@@ -8,17 +8,16 @@ from functools import partial
 from math import floor
 from typing import Literal
 
-from autoalign.checkpoints.config import ROTARY_SETTINGS
 from autoalign.errors import InputError
 from autoalign.matching.adapt import adapted
 from autoalign.matching.assignment import WEIGHTS
 from autoalign.matching.candidates import operation_between
-from autoalign.matching.layouts import BY_HEAD, ROTARY
 from autoalign.matching.positions import AdaptableSide
 from autoalign.matching.scope import pattern_for
 from autoalign.plan.adaptations import ADAPTS
 from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, Status
 from autoalign.plan.specs import TensorSpec
+from autoalign.reports.choices import Choice, answers, choices_of
 from autoalign.reports.rows import escaped
 from autoalign.reports.text import counterparts, difference, nearest, reason
 
@@ -32,7 +31,7 @@ _WITHOUT_PATTERN = "align without that pattern"
 class Cue:
     """How much one kind of evidence supports a match."""
 
-    name: str  # name, structure, pattern, order, place, shape; or rule, outputs
+    name: str  # name, structure, pattern, order, place, shape; or rule, choice, outputs
     value: float  # in [0, 1]
     weight: float | None  # in the score of matching; None for a cue that decides alone
 
@@ -51,6 +50,7 @@ class Explanation:
     rivals: tuple[Candidate, ...] = ()  # best first
     warnings: tuple[str, ...] = ()
     remedies: tuple[str, ...] = ()  # what would change the decision, a line each
+    choice: Choice | None = None  # of those of the alignment, where it is ambiguous
 
     def __str__(self) -> str:
         lines = [f"{escaped(self.key)} ({self.side}): {self.status}", f"  {self.what}"]
@@ -120,12 +120,21 @@ def _of_match(
         terms = ", ".join(f"{cue.name} {cue.value:.2f} x {cue.weight:g}" for cue in weighed)
         most = sum(WEIGHTS[cue.name] for cue in weighed)
         why.append(f"of its cues (value x weight): {terms}; together {total:.2f} of {most:.2f}")
-    texts = {"rule": "a rule says so", "outputs": "with it both models compute the same"}
+    texts = {"rule": "a rule says so", "choice": "it was chosen", "outputs": "with it both models compute the same"}
     why += [texts.get(cue.name, f"{cue.name}: {cue.value:.2f}") for cue in cues if cue.weight is None]
     rivals = match.alternatives
     scores = [rival.score for rival in rivals if rival.score]
     margin = f", {total - max(scores):+.2f} ahead of the best rival" if scores and total else ""
     why.append(f"its confidence is {match.confidence:.2f}{margin if rivals else ', and it has no rival'}")
+    grounds = tuple(cues), match.confidence, rivals, match.warnings
+    if status == "ambiguous":
+        places = enumerate(choices_of(alignment))
+        place, choice = next((place, choice) for place, choice in places if spec.key in choice.targets)
+        if len(choice.targets) > 1:
+            why.append(f"one choice decides it with {len(choice.targets) - 1:,} others: alignment.choices[{place}]")
+        loading = f"min_confidence={floor(100 * match.confidence) / 100:g} or less loads it as proposed"
+        remedies = (*answers(choice, place), loading)
+        return Explanation(spec.key, "target", status, what, tuple(why), *grounds, remedies, choice)
     for rival in rivals[:_MAX_SHOWN]:
         same = rival.sources == match.sources
         other = f"by '{rival.operation}'" if same else f"from {' + '.join(rival.sources)} by '{rival.operation}'"
@@ -133,35 +142,21 @@ def _of_match(
         why.append(f"the next best would be {other}{score}" if not same else f"it might be made {other}{score}")
     if len(rivals) > _MAX_SHOWN:
         why.append(f"there are {len(rivals) - _MAX_SHOWN} more such alternatives")
-    remedies = tuple(_remedies(alignment, match, status))
-    grounds = tuple(why), tuple(cues), match.confidence, rivals, match.warnings
-    return Explanation(spec.key, "target", status, what, *grounds, remedies)
+    remedies = tuple(_remedies(alignment, match))
+    return Explanation(spec.key, "target", status, what, tuple(why), *grounds, remedies)
 
 
-def _remedies(alignment: Plan, match: Match, status: Status) -> list[str]:
-    """List what would settle a proposal, or change a match."""
-    remedies = []
-    one = len(match.sources) == 1 and not match.operation.takes_part
+def _remedies(alignment: Plan, match: Match) -> list[str]:
+    """List what would change a match that is loaded."""
     others = [rival for rival in match.alternatives if rival.sources != match.sources and len(rival.sources) == 1]
-    layouts = [rival for rival in match.alternatives if sorted(rival.sources) == sorted(match.sources)]
-    if status == "ambiguous":
-        if ROTARY in match.warnings:
-            remedies += [note for note in alignment.notes if ROTARY_SETTINGS[0] in note]
-        if BY_HEAD in match.warnings:
-            remedies.append("a model or checkpoint whose config has the size of its heads")
-        if one and not layouts:
-            remedies.append(f"rules=[({match.sources[0]!r}, {match.target!r})] takes it")
-        remedies.append(f"min_confidence={floor(100 * match.confidence) / 100:g} or less loads it as proposed")
-    remedies += [f"rules=[({rival.sources[0]!r}, {match.target!r})] takes the rival" for rival in others[:_MAX_SHOWN]]
-    if layouts or status == "ambiguous":
+    remedies = [f"rules=[({rival.sources[0]!r}, {match.target!r})] takes the rival" for rival in others[:_MAX_SHOWN]]
+    if any(sorted(rival.sources) == sorted(match.sources) for rival in match.alternatives):
         remedies.append(
             "autoalign.verify(source_model, model, inputs) tries the alternatives, where both can be called"
         )
-    if status != "ambiguous":
-        if match.operation.adapts:
-            remedies.append("align without adapt= leaves it missing")
-        remedies.append(f"{_excluding(match.target, alignment)} leaves it out")
-    return remedies
+    if match.operation.adapts:
+        remedies.append("align without adapt= leaves it missing")
+    return [*remedies, f"{_excluding(match.target, alignment)} leaves it out"]
 
 
 def _of_mismatch(alignment: Plan, mismatch: Mismatch) -> Explanation:

@@ -23,6 +23,7 @@ from autoalign.plan.keys import NUMBER
 from autoalign.plan.matches import FILLED, Match, Plan, Status
 from autoalign.plan.operations import Copy, Operation
 from autoalign.plan.specs import TensorSpec
+from autoalign.reports.choices import answers, choices_of
 from autoalign.reports.module_tree import Leaf, Tree, build_tree
 from autoalign.reports.rows import Row, escaped
 from autoalign.reports.text import (
@@ -32,6 +33,7 @@ from autoalign.reports.text import (
     difference,
     elements,
     nearest,
+    notes_of,
     percent,
     reason,
     render_text,
@@ -97,11 +99,15 @@ def page_data(alignment: Plan) -> dict[str, Any]:
     tables = _Tables()
     source, target = _side_of(alignment, "source", links), _side_of(alignment, "target", links)
     return {
-        "notes": [escaped(note) for note in alignment.notes],
+        "notes": [escaped(note) for note in notes_of(alignment)],
+        "choices": [answers(choice, place) for place, choice in enumerate(choices_of(alignment))],
         "statuses": list(LINKS),
         "source": _side_columns(source, target, tables),
         "target": _side_columns(target, source, tables),
-        "links": _link_columns(links, source.places, target.places, tables),
+        "links": {
+            **_link_columns(links, source.places, target.places, tables),
+            "choice": _choice_column(alignment, links),
+        },
         "names": list(tables["names"]),
         "shapes": [list(shape) for shape in tables["shapes"]],
         "dtypes": list(tables["dtypes"]),
@@ -233,6 +239,12 @@ def _link_columns(
     }
 
 
+def _choice_column(alignment: Plan, links: Sequence[_Link]) -> list[int]:
+    """List the place of each link's choice, -1 where there is none."""
+    places = {target: place for place, choice in enumerate(choices_of(alignment)) for target in choice.targets}
+    return [places.get(link.match.target, -1) if link.status == "ambiguous" else -1 for link in links]
+
+
 def _kinds(operation: str) -> str:
     """Name the kinds of operations, without their numbers.
 
@@ -256,7 +268,7 @@ def document(alignment: Plan, *, title: str = TITLE) -> str:
     """
     found = totals_of(alignment)
     style, script = _asset("report.css"), _script()
-    notes = "".join(f"<li>{escape(escaped(note))}</li>" for note in alignment.notes)
+    notes = "".join(f"<li>{escape(escaped(note))}</li>" for note in notes_of(alignment))
     return _fill(
         _asset("report.html"),
         {
@@ -369,7 +381,7 @@ def notebook_html(alignment: Plan) -> str:
         f"<div><strong>{escape(repr(alignment))}</strong></div>",
         f"<div>{escape(found.lead)}</div>",
         _totals(found),
-        *(f"<div>Note: {escape(escaped(note))}</div>" for note in alignment.notes),
+        *(f"<div>Note: {escape(escaped(note))}</div>" for note in notes_of(alignment)),
         *(
             _section(title, rows, opened=len(sections) == 1 or not title.startswith("Matched"))
             for title, rows in sections.items()
@@ -412,6 +424,7 @@ def _row(row: Row) -> str:
     if not others:
         cells[0] = cells[0].replace("<td ", '<td colspan="2" ', 1)
     warnings = "".join(f"<div>⚠ {escape(warning)}</div>" for warning in row.warnings)
+    warnings += "".join(f"<div>{escape(line)}</div>" for line in row.advice)
     *cells_before, verdict = (escape(cell) for cell in row.cells)
     facts = "".join(f'<td style="{_CELL};{_PALE};white-space:nowrap">{cell}</td>' for cell in cells_before)
     facts += f'<td style="{_CELL};{_PALE}">{verdict}{warnings}</td>'

@@ -226,6 +226,9 @@ class Row:
     warnings: tuple[str, ...] = ()
     indent: str = "  "
     heading: str = ""  # a line above the first row of a group
+    advice: tuple[str, ...] = ()  # what to do, a line each, which may be longer than others
+    choice: int = -1  # the place of the choice that the row is of; rows of one stay together
+    more: int = 0  # tensors of the same choice that have no row
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -246,14 +249,23 @@ def escaped(text: str) -> str:
     )
 
 
-def under_headings(rows: Sequence[Row]) -> list[Row]:
-    """Write what the keys of a block have in common once, above the first of its rows."""
-    blocks: dict[tuple[str, ...], list[Row]] = {}
+def by_blocks(rows: Sequence[Row]) -> list[Row]:
+    """Sort rows so that those come one after another which ``under_headings`` writes together."""
+    return [row for members in _blocks(rows).values() for row in members]
+
+
+def _blocks(rows: Sequence[Row]) -> dict[tuple[int, tuple[str, ...]], list[Row]]:
+    blocks: dict[tuple[int, tuple[str, ...]], list[Row]] = {}
     for position, row in enumerate(rows):
         start = tuple(_block(key) for key in row.keys)
-        blocks.setdefault(start if all(start) else (str(position),), []).append(row)
+        blocks.setdefault((row.choice, start if all(start) else (str(position),)), []).append(row)
+    return blocks
+
+
+def under_headings(rows: Sequence[Row]) -> list[Row]:
+    """Write what the keys of a block have in common once, above the first of its rows."""
     grouped = []
-    for start, members in blocks.items():
+    for (_, start), members in _blocks(rows).items():
         if len(members) == 1:
             grouped += members
             continue
@@ -310,6 +322,15 @@ def _write(row: Row, facts: str, column: int, width: int) -> list[str]:
         lines += [_clip(key, width), *_wrapped(f"{facts.lstrip()}  {verdict}", width, " " * 6)]
     for warning in row.warnings:
         lines += _wrapped(warning, width, "    ! ")
+    for text in row.advice:
+        lines += textwrap.wrap(
+            text,
+            width,
+            initial_indent=" " * 4,
+            subsequent_indent=" " * 6,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return lines
 
 
@@ -351,15 +372,24 @@ def share_out(sizes: Sequence[int], lines: int) -> list[int]:
 
 
 def cut(rows: Sequence[Row], table: Sequence[list[str]], budget: int, everything: str) -> list[str]:
-    """Return the lines of as many rows as fit, at least one, and a line on those that are left out."""
+    """Return the lines of as many rows as fit, at least one, and a line on those that are left out.
+
+    Of the rows of a choice all are there, or none.
+    """
     if sum(map(len, table)) <= budget:
         return [line for lines in table for line in lines]
-    kept = list(table[0])
-    count = 1
-    while count < len(table) and len(kept) + len(table[count]) < budget:
-        kept += table[count]
-        count += 1
-    left = sum(row.tensors for row in rows[count:])
+    units: dict[tuple[int, int], list[int]] = {}
+    for place, row in enumerate(rows):
+        units.setdefault((row.choice, place if row.choice < 0 else 0), []).append(place)
+    kept: list[str] = []
+    count = 0
+    for places in units.values():
+        lines = [line for place in places for line in table[place]]
+        if count and len(kept) + len(lines) >= budget:
+            break
+        kept += lines
+        count += len(places)
+    left = sum(row.tensors + row.more for row in rows[count:])
     if left:
         kept.append(f"  ... and {len(rows) - count:,} more rows, of {left:,} tensors: {everything}")
     return kept

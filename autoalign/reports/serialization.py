@@ -32,6 +32,7 @@ from autoalign.plan.serialization import (
     to_plain,
 )
 from autoalign.plan.specs import TensorSpec, tied_groups
+from autoalign.reports.choices import Choice, choices_of
 
 FORMAT = "autoalign.alignment"
 VERSION = 1  # fields may be added without a new version: unknown ones are ignored
@@ -54,6 +55,7 @@ def alignment_to_plain(alignment: Plan) -> Plain:
         "target": _side_to_plain(alignment.target_specs),
         "matches": [_match_to_plain(match) for match in alignment.matches],
         "ambiguous": [_match_to_plain(match) for match in alignment.ambiguous],
+        "choices": [_choice_to_plain(choice) for choice in choices_of(alignment)],  # not read again
         "mismatched": [[mismatch.key, mismatch.source_key] for mismatch in alignment.mismatched],
         "excluded": sorted(alignment.excluded),
         "notes": list(alignment.notes),
@@ -77,6 +79,25 @@ def _match_to_plain(match: Match) -> Plain:
             for other in match.alternatives
         ]
     return data | ({"warnings": list(match.warnings)} if match.warnings else {})
+
+
+def _choice_to_plain(choice: Choice) -> Plain:
+    options = [
+        {
+            "fills": [
+                {"target": match.target, "sources": list(match.sources), "operation": to_plain(match.operation)}
+                for match in option.matches
+            ],
+            "rules": [list(pair) for pair in option.rules],
+        }
+        for option in choice.options
+    ]
+    return {
+        "targets": list(choice.targets),
+        "why": list(choice.why),
+        "options": options,
+        "settled_by": list(choice.settled_by),
+    }
 
 
 def alignment_from_plain(data: Mapping[str, Any]) -> Plan:

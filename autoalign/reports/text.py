@@ -15,10 +15,12 @@ from autoalign.plan.matches import FILLED, Match, Plan, Status
 from autoalign.plan.operations import Shape
 from autoalign.plan.quantised import ADVICE, Members
 from autoalign.plan.specs import TensorSpec
-from autoalign.reports.rows import Row, cut, escaped, fold, lay_out, share_out, under_headings
+from autoalign.reports.choices import answers, choices_of, reasons
+from autoalign.reports.rows import Row, by_blocks, cut, escaped, fold, lay_out, share_out, under_headings
 
 SCREEN = 40  # lines
 STATUSES: tuple[Status, ...] = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # as of the sections
+_MAX_ROWS_OF_CHOICE = 4
 _FIRST_KEYS = 5  # of each side where nothing is matched
 _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 _MIN_SIMILARITY = 40.0  # of 100; names that are less similar say nothing about each other
@@ -102,6 +104,7 @@ def render_text(
     width: int = 100,
     limit: int | None = SCREEN,
     everything: str = "print(alignment.render(limit=None))",
+    for_shell: bool = False,
 ) -> str:
     """Write an alignment as plain text; see ``Alignment.render``. Control characters in keys are escaped.
 
@@ -110,11 +113,13 @@ def render_text(
         width: Characters of a line; a key that is longer is shortened in its middle.
         limit: Lines to aim at; sections that are too long for it are cut, and say so. None writes every row.
         everything: How to get every row, for the lines that say that some are left out.
+        for_shell: Whether rules are written as options of the command line.
     """
-    sections = {title: under_headings(rows) for title, rows in rows_of(alignment).items() if rows}
+    found = rows_of(alignment, most=None if limit is None else _MAX_ROWS_OF_CHOICE, for_shell=for_shell)
+    sections = {title: under_headings(rows) for title, rows in found.items() if rows}
     tables = {title: lay_out(rows, width) for title, rows in sections.items()}
     lines = _totals(alignment)
-    for note in alignment.notes:
+    for note in notes_of(alignment):
         lines += textwrap.wrap(f"Note: {escaped(note)}", width, subsequent_indent="  ")
     sizes = [sum(map(len, table)) for table in tables.values()]
     budgets = sizes if limit is None else share_out(sizes, limit - len(lines) - 2 * len(tables))
@@ -137,15 +142,26 @@ def _totals(alignment: Plan) -> list[str]:
     return lines
 
 
-def rows_of(alignment: Plan) -> dict[str, list[Row]]:
-    """List the folded rows of each section of a report, by its title; a section may have none."""
+def notes_of(alignment: Plan) -> list[str]:
+    """List the notes, but for those that stand with a choice."""
+    said = {text for choice in choices_of(alignment) for text in choice.settled_by}
+    return [note for note in alignment.notes if note not in said]
+
+
+def rows_of(
+    alignment: Plan, *, most: int | None = _MAX_ROWS_OF_CHOICE, for_shell: bool = False
+) -> dict[str, list[Row]]:
+    """List the folded rows of each section of a report, by its title; a section may have none.
+
+    Of a choice there are ``most`` rows; with ``for_shell``, its rules are options of the command line.
+    """
     copied = [match for match in alignment.matches if not match.operation.adapts]
     adapted = [match for match in alignment.matches if match.operation.adapts]
     return {
         "Matched: source -> target, tensors x shape, lowest confidence, operation": _matched_rows(alignment, copied),
         "Adapted: filled with changed values, as adapt allows": _matched_rows(alignment, adapted),
         "Mismatched: the counterpart has another shape": _mismatched_rows(alignment),
-        "Ambiguous: proposed, but not loaded": _ambiguous_rows(alignment),
+        "Ambiguous: proposed, but not loaded; to choose": _ambiguous_rows(alignment, most=most, for_shell=for_shell),
         "Missing: not filled": _missing_rows(alignment),
         "Unexpected: in the source and not used": _unexpected_rows(alignment),
     }
@@ -165,26 +181,32 @@ def _matched_rows(alignment: Plan, filled: Sequence[Match]) -> list[Row]:
     return rows
 
 
-def _ambiguous_rows(alignment: Plan, *, both: bool = False) -> list[Row]:
-    """Write the proposals that were not loaded, with ``both`` the shapes of all sources too."""
+def _ambiguous_rows(
+    alignment: Plan, *, most: int | None = _MAX_ROWS_OF_CHOICE, both: bool = False, for_shell: bool = False
+) -> list[Row]:
+    """Write the proposals that were not loaded, choice by choice, ``most`` rows of each; with ``both`` all shapes."""
     specs = _specs(alignment)
-    entries = []
-    for match in alignment.ambiguous:
-        rivals = [_folded(rival.sources) for rival in match.alternatives[:1] if rival.sources != match.sources]
-        entries.append(((escaped(match.target), _folded(match.sources), *rivals), _agreeing(match, *specs)))
-    rows = []
-    for row in fold(entries):
-        matches = [alignment.ambiguous[member] for member in row.members]
-        (target, sources, *rivals), (shape, operation) = row.texts, _described(matches[0], *specs)
-        lowest = min(match.confidence for match in matches)
-        others = [str(other.operation) for other in matches[0].alternatives[:1]]
-        if both:
-            operation = str(matches[0].operation) + _of_shapes(matches[0].sources, specs[0])
-            rivals = [f"{rivals[0]}{_of_shapes(matches[0].alternatives[0].sources, specs[0])}"] if rivals else []
-        why = f"rival: {rivals[0]}" if rivals else f"or {others[0]}" if others else "below min_confidence"
-        facts = (shape, f"{operation}, confidence {lowest:.2f}, {why}")
-        rows.append(Row((sources, target), facts, len(matches), tuple(map(escaped, matches[0].warnings))))
-    return rows
+    by_target = {match.target: match for match in alignment.ambiguous}
+    result = []
+    for place, choice in enumerate(choices_of(alignment)):
+        proposed = [by_target[target] for target in choice.targets]
+        entries = [((escaped(m.target), _folded(m.sources)), _agreeing(m, *specs)) for m in proposed]
+        rows = []
+        for row in fold(entries):
+            matches = [proposed[member] for member in row.members]
+            (target, sources), (shape, operation) = row.texts, _described(matches[0], *specs)
+            if both:
+                operation = str(matches[0].operation) + _of_shapes(matches[0].sources, specs[0])
+            lowest = min(match.confidence for match in matches)
+            facts = (shape, f"{operation}, confidence {lowest:.2f}")
+            rows.append(Row((sources, target), facts, len(matches), choice=place))
+        *first, last = by_blocks(rows)[:most]
+        how = answers(choice, place, for_shell=for_shell)
+        if more := len(choice.targets) - sum(row.tensors for row in (*first, last)):
+            how.insert(0, f"and {more:,} more: alignment.choices[{place}].targets")
+        why = tuple(map(escaped, reasons(choice)))
+        result += [*first, replace(last, warnings=why, advice=tuple(how), more=more)]
+    return result
 
 
 def _mismatched_rows(alignment: Plan) -> list[Row]:
@@ -249,8 +271,7 @@ def _specs(alignment: Plan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec
 def _agreeing(match: Match, source: dict[str, TensorSpec], target: dict[str, TensorSpec]) -> Hashable:
     """Collect what must agree for two matches to be folded."""
     spec, origin = target[match.target], source[match.sources[0]]
-    rivals = tuple(rival.operation for rival in match.alternatives[:1] if rival.sources == match.sources)
-    return spec.shape, spec.dtype, origin.shape, origin.dtype, match.operation, rivals, match.warnings
+    return spec.shape, spec.dtype, origin.shape, origin.dtype, match.operation, match.warnings
 
 
 def _described(match: Match, source: dict[str, TensorSpec], target: dict[str, TensorSpec]) -> tuple[str, str]:
@@ -392,13 +413,13 @@ def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: boo
 
 def ambiguous_message(alignment: Plan) -> str:
     """Write which target keys have no clear source, with the proposals, and the next step."""
-    count, first = len(alignment.ambiguous), alignment.ambiguous[0]
+    count = len(alignment.ambiguous)
     have = "has" if count == 1 else "have"
     return "\n".join(
         [
             f"{count} of {len(alignment.target_specs)} target tensors {have} no clear source.",
             *_listed(_ambiguous_rows(alignment, both=True)),
-            f"They are not loaded. Name the sources, as in rules=[({first.sources[0]!r}, {first.target!r})].",
+            "They are not loaded. Pass rules of what you choose, or load with the alignment that decided returns.",
         ]
     )
 
@@ -415,9 +436,9 @@ def nothing_message(alignment: Plan) -> str:
 
 def render_markdown(alignment: Plan) -> str:
     """Write an alignment as Markdown: totals, notes, and a table of the folded rows of each kind."""
-    head, _, _ = render_text(replace(alignment, notes=())).partition("\n\n")
-    lines = ["```text", *head.split("\n"), "```", *(f"- {escape_markdown(escaped(note))}" for note in alignment.notes)]
-    for title, rows in rows_of(alignment).items():
+    notes = [f"- {escape_markdown(escaped(note))}" for note in notes_of(alignment)]
+    lines = ["```text", *_totals(alignment), "```", *notes]
+    for title, rows in rows_of(alignment, most=None).items():
         if not rows:
             continue
         name, _, meaning = title.partition(": ")
@@ -432,6 +453,7 @@ def markdown_table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         cells = [" → ".join(map(markdown_code, row.keys)), *map(escape_markdown, row.cells)]
         cells[-1] += "".join(f"<br>⚠ {escape_markdown(warning)}" for warning in row.warnings)
+        cells[-1] += "".join(f"<br>{escape_markdown(line)}" for line in row.advice)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

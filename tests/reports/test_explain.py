@@ -58,7 +58,9 @@ def test_the_explanation_of_a_layout_in_doubt(rotary: Alignment) -> None:
     assert explanation.rivals == rotary.ambiguous[2].alternatives
     text = str(explanation)
     assert "is proposed but not loaded, from layers.1.attention.wq.weight [32, 32] float32 by 'copy'" in text
-    assert "it might be made by 'reshape[4, 4, 2, 32] + permute[0, 2, 1, 3] + reshape[32, 32]'" in text
+    assert explanation.choice == rotary.choices[0]
+    assert "one choice decides it with 5 others: alignment.choices[0]" in text
+    assert "or in one of 5 other layouts" in text
     assert "! right shape, but rotary layouts differ" in text
     assert "'config': {'rotary_interleaved': False, 'head_dim': 64}} for the model" in text
     assert "autoalign.verify(source_model, model, inputs)" in text
@@ -127,9 +129,8 @@ def test_the_adaptation_that_is_named_fills_a_mismatch() -> None:
 @pytest.mark.parametrize(
     ("key", "status", "text"),
     [
-        ("one.weight", "ambiguous", "the next best would be from twin2.weight by 'copy', score 1.00"),
-        ("one.weight", "ambiguous", "rules=[('twin1.weight', 'one.weight')] takes it"),
-        ("one.weight", "ambiguous", "rules=[('twin2.weight', 'one.weight')] takes the rival"),
+        ("one.weight", "ambiguous", 'to change it: as proposed: rules=[("twin1.weight", "one.weight")]'),
+        ("one.weight", "ambiguous", 'to change it: or: rules=[("twin2.weight", "one.weight")]'),
         ("head.weight", "mismatched", "its counterpart is fc.weight [1000, 16]"),
         ("extra.weight", "missing", "all 6 source tensors of this shape have other counterparts"),
         ("pooler.weight", "excluded", "left out by include or exclude"),

@@ -1,4 +1,4 @@
-// The evidence of what was clicked: its matches, each with its operation, cues, alternatives and warnings.
+// The evidence of what was clicked: its matches, each with its operation, cues, alternatives or choice, and warnings.
 
 const CUES = {
   name: "how alike the names are", shape: "how well the shapes fit", structure: "what matched tensors nearby say of the modules",
@@ -174,7 +174,10 @@ function matchParts(link) {
       el("dd", {}, meter(value, "", value.toFixed(3).replace(/0$/, ""), cue)),
     ])));
   }
-  if (links.alternatives[link]) {
+  if (links.choice[link] >= 0) {
+    parts.push(el("h3", {}, "To choose"), el("ul", { class: "choice" },
+      ...data.choices[links.choice[link]].map((line) => el("li", {}, line))));
+  } else if (links.alternatives[link]) {
     parts.push(el("h3", {}, "Alternatives, best first"), el("ol", { class: "alternatives" },
       ...links.alternatives[link].map(([sources, other]) => el("li", {},
         tensorList(source, typeof sources === "number" ? [sources] : sources, "source"),

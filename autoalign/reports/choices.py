@@ -1,0 +1,366 @@
+"""Choices: what is ambiguous, as questions that a person can answer, with their answers.
+
+A choice is one undecided move: layers that could be exchanged, in every block at once, a list that may be in another
+order, tensors of one layout. All of it follows from the ambiguous matches of a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from shlex import quote
+from typing import NamedTuple
+
+from autoalign.checkpoints.config import ROTARY_SETTINGS
+from autoalign.errors import InputError
+from autoalign.matching.assembly import SideParts
+from autoalign.matching.features import is_alphabetical
+from autoalign.matching.layouts import BY_HEAD, ROTARY
+from autoalign.matching.pipeline import operations_of_rules
+from autoalign.plan.keys import components, template
+from autoalign.plan.matches import Match, Plan, PlanT
+from autoalign.plan.operations import Operation, Shape
+from autoalign.plan.specs import tied_groups
+from autoalign.rules.renaming_pairs import Pair, Renamer
+
+_MAX_OPTIONS = 32
+_MAX_PAIRS = 4  # of an option that are shown
+_MAX_WARNINGS = 2
+_CHOSEN = {"choice": 1.0}  # the evidence of what an option fills
+_CLOSE = "its confidence is below min_confidence, and something else of this shape may fit as well"
+_WEAK = "its confidence is below min_confidence, though nothing that is left over fits better"
+_ORDER_OF_SOURCE = (
+    "the order of registration, which sorted keys have lost: align the model that was saved, or its torch file"
+)
+_ORDER_OF_TARGET = "the order of registration, which the target's sorted keys have lost: align the model itself"
+_HEAD_SIZE = "the size of a head, in a config of the checkpoint or the model"
+_CALL = "autoalign.verify(source, model, inputs)"
+_CODE = "the code of the checkpoint's model, by autoalign.verify(source_model, model, inputs)"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One answer to a choice: what would fill its targets.
+
+    ``rules``, given to ``align`` or ``load``, make it. They name tensors and no operations: where an option takes the
+    same tensors in another layout, or joins or splits some, they are empty. ``Alignment.decided`` makes every option.
+    """
+
+    matches: tuple[Match, ...]  # in the order of the choice's targets
+    rules: tuple[Pair, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One undecided move, with the ways to decide it."""
+
+    targets: tuple[str, ...]  # the keys that it concerns, in the target's order
+    why: tuple[str, ...]  # why it is undecided
+    options: tuple[Option, ...]  # the proposal first
+    confidence: float  # in the proposal, the lowest
+    settled_by: tuple[str, ...] = ()  # what would decide it without a person
+
+
+def choices_of(plan: Plan) -> tuple[Choice, ...]:
+    """Group the ambiguous matches of a plan into choices, once; see ``Alignment.choices``."""
+    known = vars(plan)
+    if "choices" not in known:
+        known["choices"] = tuple(_choices(plan)) if plan.ambiguous else ()
+    choices: tuple[Choice, ...] = known["choices"]
+    return choices
+
+
+def answers(choice: Choice, place: int, *, for_shell: bool = False) -> list[str]:
+    """Write how to decide a choice, a line for each way; ``place`` is its place among the choices.
+
+    With ``for_shell``, rules are written as options of the command line, else as Python.
+    """
+    name = f"alignment.choices[{place}].options"
+    lines, others = [], []
+    for number, option in enumerate(choice.options):
+        label = "or" if number else "as proposed"
+        if option.rules and len(option.rules) <= _MAX_PAIRS:
+            pairs = " ".join(f"--rule {quote(f'{a}={b}')}" for a, b in option.rules)
+            lines.append(f"{label}: {pairs if for_shell else f'rules=[{_listed(option.rules)}]'}")
+        elif option.rules:
+            lines.append(f"{label}: rules={name}[{number}].rules, {len(option.rules)} pairs")
+        elif number:
+            others.append(number)
+        else:
+            lines.append(f"{label}: alignment.decided({name}[0])")
+    if len(others) == 1:
+        proposal, option = choice.options[0], choice.options[others[0]]
+        pairs_of = zip(proposal.matches, option.matches, strict=True)
+        first = next(new for old, new in pairs_of if (old.sources, old.operation) != (new.sources, new.operation))
+        lines.append(
+            f"or by '{first.operation}' of {' + '.join(first.sources)}: alignment.decided({name}[{others[0]}])"
+        )
+    elif others:
+        lines.append(
+            f"or in one of {len(others)} other layouts: alignment.decided({name}[{others[0]}]) to [{others[-1]}]"
+        )
+    settling = [text if text.startswith("To settle") else f"settled by {text}" for text in choice.settled_by]
+    return list(map(_printable, [*lines, *settling]))
+
+
+def reasons(choice: Choice) -> tuple[str, ...]:
+    """Shorten the reasons of a choice to a few."""
+    more = len(choice.why) - _MAX_WARNINGS
+    return (*choice.why[:_MAX_WARNINGS], *([f"and {more} more of this kind"] if more > 0 else []))
+
+
+def _listed(pairs: Sequence[Pair]) -> str:
+    return ", ".join(f"({_literal(own)}, {_literal(other)})" for own, other in pairs)
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _literal(text: str) -> str:
+    """Write a text as Python, raw if it has backslashes."""
+    if not text.isprintable() or '"' in text or text.endswith("\\"):
+        return repr(text)
+    return f'r"{text}"' if "\\" in text else f'"{text}"'
+
+
+class _Way(NamedTuple):
+    """What may fill a target."""
+
+    sources: tuple[str, ...]
+    operation: Operation
+
+
+class _Exchange(NamedTuple):
+    """What else may fill a target, which its present owner, if there is one, would give away."""
+
+    place: int  # of the match
+    way: _Way
+    owner: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rivals:
+    """How one ambiguous match could be otherwise without a change of what is loaded."""
+
+    layouts: Sequence[_Way]  # of the same sources
+    exchanges: Sequence[_Exchange]
+
+
+def _choices(plan: Plan) -> Iterator[Choice]:
+    sides, shapes = _Sides.of(plan), {spec.key: spec.shape for spec in plan.source_specs}
+    groups = {key: keys for keys in tied_groups(plan.target_specs) for key in keys}
+    copies: dict[tuple[str, ...], list[Match]] = {}  # of tied targets, which are filled as one
+    for match in plan.ambiguous:
+        copies.setdefault(groups.get(match.target, (match.target,)), []).append(match)
+    matches = [of[0] for of in copies.values()]
+    tied = {of[0].target: [match.target for match in of] for of in copies.values()}
+    rivals = _rivals(plan, matches)
+    for places in _groups(matches, rivals):
+        options = [
+            sides.option(
+                {matches[place].target: ways.get(place) or _proposed(matches[place]) for place in places}, tied
+            )
+            for ways in _ways(places, matches, rivals, shapes)
+        ]
+        warnings = dict.fromkeys(warning for place in places for warning in matches[place].warnings)
+        is_close = any(rivals[place].exchanges for place in places)
+        yield Choice(
+            tuple(match.target for match in options[0].matches),
+            tuple(warnings) or ((_CLOSE if is_close else _WEAK),),
+            tuple(options),
+            min(matches[place].confidence for place in places),
+            tuple(_settling(plan, warnings, by_order=is_close)),
+        )
+
+
+def decided(plan: PlanT, options: Iterable[Option]) -> PlanT:
+    """Fill the targets of some options as these say; see ``Alignment.decided``."""
+    made = {match.target: match for option in options for match in option.matches}
+    open_keys = {match.target for match in plan.ambiguous}
+    if unknown := made.keys() - open_keys:
+        raise InputError(
+            f"{min(unknown)!r} is not ambiguous. Nothing was decided. Give options of choices of this alignment."
+        )
+    order = {spec.key: place for place, spec in enumerate(plan.target_specs)}
+    return replace(
+        plan,
+        matches=tuple(sorted((*plan.matches, *made.values()), key=lambda match: order[match.target])),
+        ambiguous=tuple(match for match in plan.ambiguous if match.target not in made),
+    )
+
+
+def _proposed(match: Match) -> _Way:
+    return _Way(match.sources, match.operation)
+
+
+def _rivals(plan: Plan, matches: Sequence[Match]) -> list[_Rivals]:
+    """Find, for each match, its other layouts, and what else may fill it without taking what is loaded."""
+    first_of = {key: keys[0] for keys in tied_groups(plan.source_specs) for key in keys}
+
+    def tensors(sources: Iterable[str]) -> tuple[str, ...]:
+        return tuple([first_of.get(key, key) for key in sources])
+
+    loaded = {key for match in plan.matches for key in tensors(match.sources)}
+    owners: dict[str, set[int]] = {}
+    for place, match in enumerate(matches):
+        for key in tensors(match.sources):
+            owners.setdefault(key, set()).add(place)
+    result = []
+    for place, match in enumerate(matches):
+        layouts: list[_Way] = []
+        exchanges: list[_Exchange] = []
+        proposal = _Way(tensors(match.sources), match.operation)
+        for way in dict.fromkeys(_Way(tensors(other.sources), other.operation) for other in match.alternatives):
+            of = set[int]().union(*(owners.get(key, ()) for key in way.sources))
+            if set(way.sources) == set(proposal.sources):
+                layouts += [way] if way != proposal else []
+            elif loaded.isdisjoint(way.sources) and (
+                not of or (len(of) == 1 and place not in of and tensors(matches[min(of)].sources) == way.sources)
+            ):
+                exchanges.append(_Exchange(place, way, min(of, default=None)))
+        result.append(_Rivals(layouts, exchanges))
+    return result
+
+
+def _groups(matches: Sequence[Match], rivals: Sequence[_Rivals]) -> list[list[int]]:
+    """Group matches that are decided together, by their places: exchanges, and what is alike in all blocks."""
+    first: dict[Hashable, int] = {}
+    above = list(range(len(matches)))
+
+    def root(place: int) -> int:
+        while above[place] != place:
+            above[place] = place = above[above[place]]
+        return place
+
+    for place, match in enumerate(matches):
+        for sign in _signs(match, rivals[place], matches):
+            one, two = sorted((root(place), root(first.setdefault(sign, place))))
+            above[two] = one
+        for exchange in rivals[place].exchanges:
+            if exchange.owner is not None:
+                one, two = sorted((root(place), root(exchange.owner)))
+                above[two] = one
+    groups: dict[int, list[int]] = {}
+    for place in range(len(matches)):
+        groups.setdefault(root(place), []).append(place)
+    return list(groups.values())
+
+
+def _signs(match: Match, rivals: _Rivals, matches: Sequence[Match]) -> Iterator[Hashable]:
+    """Yield what matches of one move have in common: a doubt of layout, the modules that differ, or templates."""
+    path = components(match.target)
+    if rivals.layouts:
+        yield match.warnings or template(path), len(rivals.layouts)
+        return
+    for exchange in rivals.exchanges:
+        if exchange.owner is None:
+            yield (
+                match.warnings,
+                *(template(components(key)[:-1]) for key in (match.target, *match.sources, *exchange.way.sources)),
+            )
+        else:
+            yield _parting(path, components(matches[exchange.owner].target))
+    if not rivals.exchanges:
+        yield match.warnings, template(path[:-1]), template(components(match.sources[0])[:-1])
+
+
+def _parting(first: Sequence[str], second: Sequence[str]) -> Hashable:
+    """Return the template of what two paths have in common, and the two names at which they part."""
+    for depth, names in enumerate(zip(first, second, strict=False)):
+        if names[0] != names[1]:
+            return template(first[:depth]), frozenset(names)
+    return tuple(first), tuple(second)
+
+
+def _ways(
+    places: Sequence[int], matches: Sequence[Match], rivals: Sequence[_Rivals], shapes: Mapping[str, Shape]
+) -> list[dict[int, _Way]]:
+    """List the ways to decide a group: for each what fills the matches that are not as proposed; the first is empty."""
+    result: list[dict[int, _Way]] = [{}]
+    turns = range(max(len(rivals[place].layouts) for place in places))
+    result += [{p: rivals[p].layouts[turn] for p in places if turn < len(rivals[p].layouts)} for turn in turns]
+    left = [exchange for place in places for exchange in rivals[place].exchanges]
+    while left and len(result) < _MAX_OPTIONS:
+        ways: dict[int, _Way] = {}
+        for place, way, _ in left:
+            ways.setdefault(place, way)
+        if not _is_one_to_one(ways, places, matches):
+            ways = _exchanged(left, matches, shapes)
+        left = [exchange for exchange in left if ways.get(exchange.place) != exchange.way]
+        if not ways:
+            break
+        result.append(ways)
+    return result
+
+
+def _is_one_to_one(ways: Mapping[int, _Way], places: Sequence[int], matches: Sequence[Match]) -> bool:
+    used = [ways.get(place) or _proposed(matches[place]) for place in places]
+    return len(set(used)) == len(used)
+
+
+def _exchanged(
+    exchanges: Iterable[_Exchange], matches: Sequence[Match], shapes: Mapping[str, Shape]
+) -> dict[int, _Way]:
+    """Make as many of some exchanges as can be made together: each match takes part in one."""
+    ways: dict[int, _Way] = {}
+    for place, way, owner in exchanges:
+        if place in ways or owner in ways or any(way.sources == other.sources for other in ways.values()):
+            continue
+        if owner is not None:
+            given = matches[place].sources
+            if [shapes[key] for key in given] != [shapes[key] for key in way.sources]:
+                continue
+            ways[owner] = _Way(given, matches[owner].operation)
+        ways[place] = way
+    return ways
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """What is known of both sides for writing rules."""
+
+    operation_of: Callable[[str, str], Operation | None]  # of a rule for two keys
+    order: Mapping[str, int]  # of the target's keys
+    renamer: Renamer
+
+    @staticmethod
+    def of(plan: Plan) -> _Sides:
+        own, other = (
+            [spec for spec in side if spec.key not in plan.excluded] for side in (plan.source_specs, plan.target_specs)
+        )
+        operation_of = operations_of_rules(SideParts.of(own, {}), SideParts.of(other, {}))
+        loaded = {match.target: match for match in plan.matches}
+
+        def may_name(source: str, target: str) -> bool:
+            """True if a rule for these keys makes what is loaded anyway."""
+            match = loaded.get(target)
+            return match is not None and match.sources == (source,) and match.operation == operation_of(source, target)
+
+        renamer = Renamer.of([spec.key for spec in own], [spec.key for spec in other], may_name)
+        return _Sides(operation_of, {spec.key: place for place, spec in enumerate(plan.target_specs)}, renamer)
+
+    def option(self, ways: Mapping[str, _Way], tied: Mapping[str, Sequence[str]]) -> Option:
+        """Make an option of what fills some targets, each of which may be tied to others."""
+        named = {
+            way.sources[0]: target
+            for target, way in ways.items()
+            if len(way.sources) == 1 and self.operation_of(way.sources[0], target) == way.operation
+        }
+        rules = self.renamer.pairs(named) if len(named) == len(ways) else ()
+        matches = [Match(key, *way, evidence=_CHOSEN) for target, way in ways.items() for key in tied[target]]
+        return Option(tuple(sorted(matches, key=lambda match: self.order[match.target])), rules)
+
+
+def _settling(plan: Plan, warnings: Collection[str], *, by_order: bool) -> Iterator[str]:
+    """Yield what would settle a choice without a person."""
+    if by_order and is_alphabetical([spec.key for spec in plan.source_specs]):
+        yield _ORDER_OF_SOURCE
+    if by_order and is_alphabetical([spec.key for spec in plan.target_specs]):
+        yield _ORDER_OF_TARGET
+    if ROTARY in warnings:
+        yield from (note for note in plan.notes if ROTARY_SETTINGS[0] in note)
+    if BY_HEAD in warnings:
+        yield _HEAD_SIZE
+    at_hand = [getattr(side, "module", None) for side in (plan.tensors, plan.target_tensors)]
+    yield _CODE if None in at_hand else _CALL
