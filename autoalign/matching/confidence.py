@@ -23,7 +23,7 @@ from autoalign.matching.assignment import Assignment
 from autoalign.matching.features import Floats
 from autoalign.matching.layers import Part, Path, Unit, Units, counts_of, units_of
 from autoalign.matching.names import similar_words, words
-from autoalign.matching.vocabulary import LAYER_TYPES
+from autoalign.matching.vocabulary import EMBEDDING_WORDS, LAYER_TYPES, NO_VOCABULARY
 from autoalign.plan.keys import numbers, template
 
 CALIBRATION_FILE = "calibration.json"
@@ -41,6 +41,8 @@ _MIN_LIKELY = 0.3  # the confidence from which a pair counts for the relation of
 _MIN_SOUND_FIT = 0.5  # the fit of shapes from which a pair is more than elements of equal number
 _MIN_MEAN_FIT = 0.35  # of likely pairs; below it, layers have little but one tensor each in common
 _MIN_PARTNERED_SHARE = 0.3  # of either side's layers
+_MAX_INPUT_CHANNELS = 4  # of images
+_MIN_ROWS_PER_COLUMN = 4  # of a table of words
 _MIN_FILLED_OF_ONE_SIDE = 0.92  # share of one side's blocks that settles the relation alone
 _MIN_FILLED_PRODUCT = 0.6  # of both sides' shares, which settles it together
 _MIN_ISLAND_SHARE = 0.6  # product of both sides' matched shares from which modules correspond as a whole
@@ -89,6 +91,8 @@ def related(
     source: _Side,
     target: _Side,
     whole: tuple[Sequence[Part], Sequence[Part]],
+    *,
+    ordered: bool,
 ) -> bool:
     """True if two networks have enough in common for any of it to be believed.
 
@@ -96,7 +100,7 @@ def related(
     unrelated networks shapes agree here and there, and blocks are filled in part. So the blocks that are touched at all
     must be filled nearly completely, on one side or, to a lesser degree, on both. And the networks must not begin with
     layers of different kinds: one that starts with a table of words is not one that starts with a convolution. That is
-    seen in the parts of the whole sides, in scope or not.
+    seen in the parts of the whole sides, in scope or not: by shapes, and in the order of keys if they are ``ordered``.
     """
     likely = confidence > _MIN_LIKELY
     counts = counts_of(*source), counts_of(*target)
@@ -118,7 +122,8 @@ def related(
     ]
     tops = [{part.path[:1] for parts in of for part in parts} for of in pairs]
     sides = [(units_of(parts), parts) for parts in whole]
-    for own, other in (map(_first_layer, sides), map(_first_layer, sides, tops)):
+    firsts = (map(_first_layer, sides), map(_first_layer, sides, tops)) if ordered else ()
+    for own, other in (map(_input_layer, whole), *firsts):
         if own is None or other is None or len(own.shape) == len(other.shape):
             continue
         # they are matched to one another, however they fit, or one of them to one that fits well
@@ -166,6 +171,25 @@ def _first_layer(side: _Side, tops: Collection[Path] | None = None) -> Part | No
             if is_matrix and (tops is None or part.path[:1] in tops):
                 return part
     return None
+
+
+def _input_layer(parts: Sequence[Part]) -> Part | None:
+    """Find the layer that takes images, sound or words, by its shape and its name."""
+    kernels = [part for part in parts if len(part.shape) > 2 and part.path[-1] == "weight" and max(part.shape[2:]) > 1]
+    few = [part for part in kernels if 1 < part.shape[1] <= _MAX_INPUT_CHANNELS]
+    single = [part for part in kernels if part.shape[1] == 1 and part.count == 1]  # several are depthwise
+    found = few[:1] or (single if len(single) == 1 else [])
+    tables = [
+        part
+        for part in parts
+        if len(part.shape) == 2 and part.shape[0] >= _MIN_ROWS_PER_COLUMN * part.shape[1] and _names_words(part)
+    ]
+    return next(iter(found or tables), None)
+
+
+def _names_words(part: Part) -> bool:
+    found = {word for name in part.path[-2:] for word in words(name)}
+    return not found.isdisjoint(EMBEDDING_WORDS) and found.isdisjoint(NO_VOCABULARY)
 
 
 def _filled(units: Units, used: NDArray[np.bool_], counts: NDArray[np.int64]) -> float:

@@ -232,7 +232,9 @@ def _match_parts(
         confidence = np.where(is_known | np.isin(assignment.target, special), confidence, AMBIGUOUS * confidence)
         chosen = set(assignment.target.tolist())
         by_name = share_of([(i, j) for i, j in same if j in chosen], counts) >= _MIN_SHARE_TO_RELATE
-    if not (pins or by_name) and not related(assignment, confidence, (own, named[0]), (other, named[1]), whole):
+    units = (own, named[0]), (other, named[1])
+    ordered = source.ordered and target.ordered
+    if not (pins or by_name) and not related(assignment, confidence, *units, whole, ordered=ordered):
         return None, _mismatches(source, target, own, other, same)
     lists = reversible_lists(assignment, (own, source.parts), (other, target.parts))
     has_duplicate = unused_duplicates(assignment, (own, source.parts))
