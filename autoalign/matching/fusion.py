@@ -24,6 +24,7 @@ Sizes = tuple[int, ...]
 _ROLE_LISTS = [roles for lists in FUSED.values() for roles in lists]
 _ROLES = frozenset(role for roles in _ROLE_LISTS for role in roles)
 _QKV = FUSED["qkv"][0]
+_BESIDE_ROLES = frozenset({"proj", "linear", "to"})  # words in names of projections to a role, unlike `pool_q`
 _NO_INPUT = _ROLES | {"o", "down"}  # words of layers that are not parts of one, each of another input
 BY_ORDER = "the parts are distinguished by their order alone"
 ALTERNATING = "right shape, but the rows of gate and up may alternate, as those of other experts with biases do"
@@ -83,9 +84,8 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> _Pieces:
     called = {  # what this side itself calls a role in a module, as in ``q_bias`` beside ``qkv.weight``
         (unit.path[:-1], word): unit.path[-1]
         for unit in units_of(parts)
-        if "norm" not in (found := words(unit.path[-1]))
-        for word in found
-        if word in _ROLES
+        for word in words(unit.path[-1])
+        if word in _ROLES and _BESIDE_ROLES.issuperset({*words(unit.path[-1])} - {word})
     }
     fused = Counter(unit.path[:-1] for unit in set(unit_of.values()) if _has_fused_name(unit))
     plans = {index: _plan(index, unit, parts, siblings) for index, unit in unit_of.items()}
@@ -224,7 +224,7 @@ class _Siblings:
         for values in ("weight", "bias"):
             sizes = {
                 word: shapes[values]
-                for name, shapes in members
+                for name, shapes in sorted(members, key=lambda member: -len(words(member[0])))  # `q` before `pool_q`
                 for word in words(name)
                 if word in _ROLES and shapes.get(values) and "norm" not in words(name)
                 if values == "weight" or len(shapes[values]) == 1

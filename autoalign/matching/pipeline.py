@@ -39,7 +39,7 @@ from autoalign.matching.features import namesakes, share_of, side_features
 from autoalign.matching.fusion import split_both
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
 from autoalign.matching.names import kind, words
-from autoalign.matching.relation import equal_tensors
+from autoalign.matching.relation import equal_layers, equal_tensors
 from autoalign.matching.repeats import is_renamed
 from autoalign.matching.scope import Scope, pattern_for, scope_of, within
 from autoalign.matching.symmetries import REVERSIBLE, resolve_symmetries, reversible_lists
@@ -232,6 +232,7 @@ def _match_parts(
         confidence = np.where(is_known | np.isin(assignment.target, special), confidence, AMBIGUOUS * confidence)
         chosen = set(assignment.target.tolist())
         by_name = share_of([(i, j) for i, j in same if j in chosen], counts) >= _MIN_SHARE_TO_RELATE
+    by_name |= share_of(equal_layers(same, (own, source.parts), (other, target.parts)), counts) >= _MIN_SHARE_TO_RELATE
     units = (own, named[0]), (other, named[1])
     ordered = source.ordered and target.ordered
     if not (pins or by_name) and not related(assignment, confidence, *units, whole, ordered=ordered):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 
@@ -11,7 +11,7 @@ from autoalign.matching.assembly import Found, SideParts
 from autoalign.matching.candidates import paired_parts
 from autoalign.matching.confidence import INFERRED
 from autoalign.matching.features import namesakes, share_of
-from autoalign.matching.layers import Part, counts_of, units_of
+from autoalign.matching.layers import Part, Units, counts_of, units_of
 from autoalign.plan.operations import Copy, Shape
 
 _MIN_SHARE_OF_EQUALS = 0.5  # of the smaller side's layers; then that they are equal is no coincidence
@@ -35,11 +35,7 @@ def equal_tensors(source: SideParts, target: SideParts) -> tuple[dict[int, Found
     own, other = units_of(source.parts), units_of(target.parts)
     counts = counts_of(own, source.parts), counts_of(other, target.parts)
     same = {(i, j): paired_parts(own[i], other[j]) for i, j in namesakes(own.paths, other.paths, counts)}
-    equal = [
-        (i, j)
-        for (i, j), pairs in same.items()
-        if own[i].kinds == other[j].kinds and all(_are_equal(source.parts[a], target.parts[b]) for a, b in pairs)
-    ]
+    equal = equal_layers(same, (own, source.parts), (other, target.parts))
     sizes = _size_changes([(source.parts[a], target.parts[b]) for pairs in same.values() for a, b in pairs])
     if share_of(equal, counts) >= _MIN_SHARE_OF_EQUALS:
         found = {b: Found(a, Copy(), INFERRED, _EVIDENCE, None) for pair in equal for a, b in same[pair]}
@@ -50,8 +46,15 @@ def equal_tensors(source: SideParts, target: SideParts) -> tuple[dict[int, Found
     return {}, f"{_NAMES_AGREE}{sizes}. Nothing was matched." if sizes else _UNLIKE
 
 
-def _are_equal(own: Part, other: Part) -> bool:
-    return (own.shape, own.numeric) == (other.shape, other.numeric)
+def equal_layers(
+    same: Iterable[tuple[int, int]], source: tuple[Units, Sequence[Part]], target: tuple[Units, Sequence[Part]]
+) -> list[tuple[int, int]]:
+    """List those of some pairs of layers that hold tensors of equal kinds and shapes."""
+    contents = [
+        [[(name, parts[part].shape, parts[part].numeric) for name, part in unit.parts] for unit in units]
+        for units, parts in (source, target)
+    ]
+    return [(i, j) for i, j in same if contents[0][i] == contents[1][j]]
 
 
 def _size_changes(pairs: Sequence[tuple[Part, Part]]) -> str:

@@ -238,3 +238,19 @@ def test_the_layout_of_experts_says_nothing_of_other_layers(tmp_path: Path) -> N
             for name, part in zip(names, matrix.chunk(len(names)), strict=True):
                 listed[key.rsplit(".", 1)[0] + f".{expert}.{name}.weight"] = part.clone()
     aligned_both_ways(listed, stacked, tmp_path / "a.json")
+
+
+def test_layers_that_pool_queries_and_keys_are_not_taken_for_these(tmp_path: Path) -> None:
+    shared = linear("embed", _WIDTH, 3)
+    fused, apart = dict(shared), dict(shared)
+    for block in range(3):
+        roles = {role: linear(f"blocks.{block}.attn.{role}", _WIDTH, _WIDTH) for role in "qkv"}
+        rest = {f"blocks.{block}.attn.pool_{role}.weight": torch.rand(_WIDTH, 1, 3, 3) for role in "qkv"}
+        rest |= linear(f"blocks.{block}.proj", _WIDTH, _WIDTH) | linear(f"blocks.{block}.fc", _HIDDEN, _WIDTH)
+        for kind in ("weight", "bias"):
+            parts = [roles[role][f"blocks.{block}.attn.{role}.{kind}"] for role in "qkv"]
+            fused[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
+        for parts_of_role in roles.values():
+            apart |= parts_of_role
+        fused, apart = fused | rest, apart | rest
+    aligned_both_ways(fused, apart, tmp_path / "a.json")
