@@ -16,7 +16,7 @@ SYNONYMS: dict[str, str] = {
     "norm": "normalization layernorm ln lnorm bn batchnorm batchnorm2d bnorm gn groupnorm rmsnorm nrm",
     "proj": "projection projector",
     "linear": "lin dense",
-    "embed": "embedding embeddings embeds emb embedder",
+    "embed": "embedding embeddings embeds emb",
     # attention
     "attn": "attention att mha msa multiheadattention multiheaddotproductattention",
     "self attn": "sa selfattn selfattention",
@@ -57,7 +57,7 @@ SYNONYMS: dict[str, str] = {
     "block": "blocks blk layer layers resblock resblocks h unit units",
     "stage": "stages",
     "shortcut": "downsample skip residual identity",
-    "stem": "embedder",
+    "stem embed": "embedder",
     "head": "heads classifier logits",
     "scale": "gamma ls lambda layerscale g",
     "bias": "beta shift offset b biases",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from random import Random
 
 import numpy as np
+import pytest
 from rapidfuzz import fuzz
 
-from autoalign.matching.names import similar_words, word_similarity
+from autoalign.matching.names import likeness, similar_words, word_similarity, words
 from autoalign.matching.vocabulary import RELATED_PAIRS, RIVAL_PAIRS
 
 WORDS = sorted({word for pair in (*RELATED_PAIRS, *RIVAL_PAIRS) for word in pair})
@@ -38,3 +39,9 @@ def test_words_are_as_alike_as_one_by_one() -> None:
 def test_of_many_words_those_alike_alone_are_listed() -> None:
     words = [f"{chr(97 + k % 26)}{chr(97 + k // 26 % 26)}{chr(97 + k // 676)}" for k in range(3_000)]
     assert similar_words(words, words) == {(k, k): 1.0 for k in range(3_000)}
+
+
+@pytest.mark.parametrize("other", ["embed_tokens", "embeddings", "stem"])
+def test_an_embedder_may_be_a_table_or_a_stem(other: str) -> None:
+    """As in Gemma's own code, and in transformers' ResNet."""
+    assert likeness(words("embedder"), words(other)) >= 0.5
