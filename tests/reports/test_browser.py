@@ -68,8 +68,9 @@ def test_a_click_shows_the_evidence(browser: Browser) -> None:
     assert not browser.run("return document.getElementById('panel').checkVisibility()")
     browser.click("#target .row", "one.weight")
     panel = browser.text("#panel")
-    for said in ("not loaded", "twin1.weight", "twin2.weight", "[7, 16] float32", "0.50", "Alternatives"):
+    for said in ("not loaded", "twin1.weight", "[7, 16] float32", "0.50", "To choose"):
         assert said in panel
+    assert 'or: rules=[("twin2.weight", "one.weight")]' in browser.texts(".choice li")
     browser.click("#target .row", "patch.weight")
     assert [browser.texts(".cues dt")[0][:4], *browser.texts(".cues .value")] == ["name", "0.10", "1.00"]
     assert "No alternative was close" in browser.text("#panel")
