@@ -288,6 +288,7 @@ def restacked(matches: Iterable[Match], own: Slices, other: Slices, targets: Spe
     shapes = {spec.key: spec.shape for spec in targets}
     members: dict[str, list[Match]] = {}
     slices: dict[str, list[Slice]] = {}
+    turns = (False, True) if any(known.otherwise for known in own.values()) else (False,)
     result = []
     for match in matches:
         if match.target not in other and own.keys().isdisjoint(
@@ -303,14 +304,14 @@ def restacked(matches: Iterable[Match], own: Slices, other: Slices, targets: Spe
         if all(known.otherwise for known in slices[key]):
             views.append([known.otherwise or known.view for known in slices[key]])
         proposals = list(zip(*map(_proposals, parts), strict=False))
-        ways = [_whole(proposals[0], of, own, shapes[key], turned=turned) for of in views for turned in (False, True)]
+        ways = [_whole(proposals[0], of, own, shapes[key], turned=turned) for of in views for turned in turns]
         ways += [_whole(each, views[0], own, shapes[key]) for each in proposals[1:]]
         (first, *rest) = dict.fromkeys(ways)
         if first is None:
             continue
         least = min(parts, key=lambda match: match.confidence)
         warnings = [text for match in parts for text in match.warnings]
-        is_open = len(set(ways[: 2 * len(views)])) > 1
+        is_open = len({*ways[: len(turns) * len(views)]} - {None}) > 1
         result.append(
             replace(
                 least,
