@@ -6,22 +6,23 @@ of each, and what is found for them is put back together.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 from math import prod
 
 from autoalign.matching.candidates import squeeze
 from autoalign.matching.confidence import AMBIGUOUS
 from autoalign.matching.features import is_alphabetical
 from autoalign.matching.layers import Path
-from autoalign.matching.names import kind
-from autoalign.matching.vocabulary import KERNELS
+from autoalign.matching.names import kind, words
+from autoalign.matching.vocabulary import FUSED, KERNELS, ROLES
 from autoalign.plan.keys import components, natural, numbers, stem, template
 from autoalign.plan.matches import Candidate, Match, Mismatch
-from autoalign.plan.operations import Copy, Grouped, Operation, Shape, Transpose, Unstack, chain, in_parallel
+from autoalign.plan.operations import Copy, Grouped, Operation, Shape, Split, Transpose, Unstack, chain, in_parallel
 from autoalign.plan.regions import joined, place_of
 from autoalign.plan.specs import TensorSpec
 
@@ -29,6 +30,7 @@ _DIMS = (0, 1, -1, 2, -2)  # along which code stacks, the most frequent first
 _MIN_SHARE, _MAX_SHARE = 0.5, 1.5  # of the elements in a member of the list, that the slices of one number hold
 _MAX_FUSED = 4  # tensors of the list that one of the stack may hold, or the other way round
 _MIN_EXACT = 0.5  # share of the tensors of a stack whose slices are in the list as they are
+_HEAD = re.compile(r"heads?[._]?\d")  # a member of a list of heads
 _OTHER_DIM = "right shape, but the layers may be stacked along another dimension of this size"
 
 Specs = Sequence[TensorSpec]
@@ -55,6 +57,7 @@ class _List:
     shapes: frozenset[Shape]  # that the other side lacks
     numel: int  # of the tensors of these shapes in one member
     bare: bool  # whether its matrices have names of their own, not those of a layer's
+    is_heads: bool  # whether its name says that its members are heads of attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ class _Stack:
     other_dim: int | None  # that would do as well
     depth: int  # of the module in their paths whose tensors they are in each member
     around: Path  # the module that the members are in
-    turned: bool  # whether its matrices are those of the list transposed
+    turned: bool = False  # whether its matrices are those of the list transposed
+    roles: tuple[str, ...] = ()  # that each tensor holds, one after the other, where the list has a layer for each
 
 
 def unstacked(specs: Specs, others: Specs, pinned: Collection[str] = ()) -> tuple[Specs, Slices]:
@@ -101,19 +105,25 @@ def _sliced(specs: Specs, stack: _Stack, slices: dict[str, Slice]) -> Iterator[T
     wholes = [slices.pop(spec.key, Slice(spec.key, Copy())) for spec in members]
     weight = "kernel" if any(spec.key.endswith(KERNELS) for spec in specs) else "weight"
     for index in range(stack.like.count):
-        for spec, whole in zip(members, wholes, strict=True):
-            path, shape = components(spec.key), _without(spec.shape, stack.dim)
+        for (spec, whole), (number, role) in product(
+            zip(members, wholes, strict=True), enumerate(stack.roles or ("",))
+        ):
+            path, rows = components(spec.key), spec.shape[stack.dim] // stack.like.count // max(len(stack.roles), 1)
+            is_split = spec.shape[stack.dim] > stack.like.count  # along its rows, into heads
+            shape = (rows, *spec.shape[1:]) if is_split else _without(spec.shape, stack.dim)
             is_turned = stack.turned and len(shape) == 2 and weight != "kernel"  # those of kernels are turned anyway
             is_bare = len(squeeze(shape)) > 1 and kind(path[-1])[0] == "other"
             inner = (*path[stack.depth :], weight) if is_bare and not stack.like.bare else path[stack.depth :]
+            inner = (role, kind(path[-1])[0]) if role else inner
             name = ".".join((*stack.around, str(index), *inner))
-            view, otherwise = (
-                None
-                if dim is None
-                else chain(whole.view, Unstack(dim % len(spec.shape), index), Transpose() if is_turned else Copy())
+            start = (number * stack.like.count + index) * rows
+            ways = (
+                Split(dim, start, rows) if is_split else Unstack(dim % len(spec.shape), index)
                 for dim in (stack.dim, stack.other_dim)
+                if dim is not None
             )
-            slices[name] = Slice(whole.key, view or Copy(), otherwise)
+            view, *otherwise = (chain(whole.view, way, Transpose() if is_turned else Copy()) for way in ways)
+            slices[name] = Slice(whole.key, view, *otherwise)
             yield TensorSpec(name, shape[::-1] if is_turned else shape, spec.dtype)
 
 
@@ -152,6 +162,8 @@ def _stacks(specs: Specs, others: Specs, pinned: Collection[str]) -> Iterator[_S
             known[_size(shape)] += number
     surplus = {size for size, number in sizes[0].items() if number > 2 * sizes[1][size]}
     lacking = {size for size, number in sizes[1].items() if number > sizes[0][size]}
+    if lacking and any("head" in spec.key and _HEAD.search(spec.key) for spec in others):
+        yield from _split_by_head(specs, [of for of in _lists(others, lacking) if of.is_heads], pinned)
     if not surplus or not lacking:
         return
     left = {k for k, spec in enumerate(specs) if _size(spec.shape) in surplus and spec.key not in pinned}
@@ -184,6 +196,25 @@ def _stacks(specs: Specs, others: Specs, pinned: Collection[str]) -> Iterator[_S
                 turned = _is_turned([_without(specs[place].shape, dim) for place in members], near[0].shapes)
                 yield _Stack(tuple(members), near[0], dim, other_dim, depth, around, turned)
                 left.difference_update(members)
+
+
+def _split_by_head(specs: Specs, lists: Iterable[_List], pinned: Collection[str]) -> Iterator[_Stack]:
+    """Find the projections to queries, keys and values of all heads, which the other side lists head by head."""
+    modules: dict[Path, dict[str, list[int]]] = {}
+    for place, spec in enumerate(specs):
+        path = components(spec.key)
+        rest = kind(path[-1])[1]
+        layer = (*path[:-1], rest) if rest else path[:-1]
+        for role in (ROLES | {"qkv"}).intersection(words(layer[-1])) if layer and spec.key not in pinned else ():
+            modules.setdefault(layer[:-1], {}).setdefault(role, []).append(place)
+    for module, found in modules.items():
+        members = tuple(sorted(place for places in found.values() for place in places))
+        roles = FUSED["qkv"][0] if found.keys() == {"qkv"} else ()
+        for of in lists if roles or found.keys() == ROLES else ():
+            shapes = {(shape[0] * of.count * max(len(roles), 1), *shape[1:]) for shape in of.shapes if shape}
+            if shapes.issuperset(specs[place].shape for place in members):
+                yield _Stack(members, of, 0, None, len(module), module, roles=roles)
+                break
 
 
 def _is_turned(slices: Iterable[Shape], listed: Collection[Shape]) -> bool:
@@ -236,7 +267,7 @@ def _lists(specs: Specs, lacking: Collection[Shape]) -> Iterator[_List]:
                 place = template(path[:depth]), stem(name)
                 if first.setdefault(place, path[:depth]) == path[:depth]:
                     lists.setdefault(place, {}).setdefault(name, []).append(spec)
-    for (above, _), members in lists.items():
+    for (above, name), members in lists.items():
         contents = {tuple(sorted(spec.shape for spec in listed)) for listed in members.values()}
         if len(members) > 1 and len(contents) == 1:
             listed = next(iter(members.values()))
@@ -249,7 +280,9 @@ def _lists(specs: Specs, lacking: Collection[Shape]) -> Iterator[_List]:
             is_bare = any(
                 len(squeeze(spec.shape)) > 1 and kind(components(spec.key)[-1])[0] == "other" for spec in listed
             )
-            yield _List(len(members), frozenset(shapes), sum(spec.numel for spec in listed), is_bare)
+            is_heads = "head" in {*words(name), *(words(above[-1]) if above else ())}
+            numel = sum(spec.numel for spec in listed)
+            yield _List(len(members), frozenset(shapes), numel, is_bare, is_heads)
 
 
 def _grouped(specs: Specs, chosen: Sequence[int], count: int, most: int) -> Iterator[tuple[list[int], int]]:

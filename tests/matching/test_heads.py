@@ -67,3 +67,21 @@ def test_heads_that_are_kept_apart_may_be_fused(tmp_path: Path) -> None:
         elif not {"k", "v"} & set(key.split(".")):
             fused[key] = tensor
     aligned_both_ways(fused, _apart(joined, "hwd"), tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_heads_may_be_modules(fused: bool, tmp_path: Path) -> None:
+    """As in the lectures that build a GPT from scratch."""
+    joined = _joined()
+    apart, whole = {}, {}
+    for key, tensor in joined.items():
+        *module, name, leaf = key.split(".")
+        if name not in _ROLES:
+            apart[key] = whole[key] = tensor
+            continue
+        for head, rows in enumerate(tensor.chunk(_HEADS)):
+            role = {"q": "query", "k": "key", "v": "value"}[name]
+            apart[f"{'.'.join(module)}.heads.{head}.{role}.{leaf}"] = rows.clone()
+        fusing = torch.cat([joined[f"{'.'.join(module)}.{role}.{leaf}"] for role in _ROLES])
+        whole |= {f"{'.'.join(module)}.c_attn.{leaf}": fusing} if fused else {key: tensor}
+    aligned_both_ways(whole, apart, tmp_path / "a.json")
