@@ -76,6 +76,7 @@ def answers(choice: Choice, place: int, *, for_shell: bool = False) -> list[str]
     With ``for_shell``, rules are written as options of the command line, else as Python.
     """
     name = f"alignment.choices[{place}].options"
+    python = "in Python " if for_shell else ""
     lines, others = [], []
     for number, option in enumerate(choice.options):
         label = "or" if number else "as proposed"
@@ -83,21 +84,22 @@ def answers(choice: Choice, place: int, *, for_shell: bool = False) -> list[str]
             pairs = " ".join(f"--rule {quote(f'{a}={b}')}" for a, b in option.rules)
             lines.append(f"{label}: {pairs if for_shell else f'rules=[{_listed(option.rules)}]'}")
         elif option.rules:
-            lines.append(f"{label}: rules={name}[{number}].rules, {len(option.rules)} pairs")
+            where = "of --rule, which --format json has" if for_shell else f"in rules={name}[{number}].rules"
+            lines.append(f"{label}: {len(option.rules)} pairs {where}")
         elif number:
             others.append(number)
         else:
-            lines.append(f"{label}: alignment.decided({name}[0])")
+            lines.append(f"{label}: {python}alignment.decided({name}[0])")
     if len(others) == 1:
         proposal, option = choice.options[0], choice.options[others[0]]
         pairs_of = zip(proposal.matches, option.matches, strict=True)
         first = next(new for old, new in pairs_of if (old.sources, old.operation) != (new.sources, new.operation))
         lines.append(
-            f"or by '{first.operation}' of {' + '.join(first.sources)}: alignment.decided({name}[{others[0]}])"
+            f"or by '{first.operation}' of {' + '.join(first.sources)}: {python}alignment.decided({name}[{others[0]}])"
         )
     elif others:
         lines.append(
-            f"or in one of {len(others)} other layouts: alignment.decided({name}[{others[0]}]) to [{others[-1]}]"
+            f"or one of {len(others)} other layouts: {python}alignment.decided({name}[{others[0]}]), to [{others[-1]}]"
         )
     settling = [text if text.startswith("To settle") else f"settled by {text}" for text in choice.settled_by]
     return list(map(_printable, [*lines, *settling]))

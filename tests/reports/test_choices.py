@@ -204,10 +204,9 @@ def test_rules_are_written_for_a_shell_too() -> None:
 
 
 def test_many_pairs_are_named_by_where_they_are() -> None:
-    option = Option((), tuple((f"a{n}", f"b{n}") for n in range(9)))
-    assert answers(Choice((), (), (option,), 0.4), 3) == [
-        "as proposed: rules=alignment.choices[3].options[0].rules, 9 pairs"
-    ]
+    choice = Choice((), (), (Option((), tuple((f"a{n}", f"b{n}") for n in range(9))),), 0.4)
+    assert answers(choice, 3)[0] == "as proposed: 9 pairs in rules=alignment.choices[3].options[0].rules"
+    assert answers(choice, 3, for_shell=True)[0] == "as proposed: 9 pairs of --rule, which --format json has"
 
 
 def test_a_report_shows_choices_whole_or_not_at_all() -> None:

@@ -60,7 +60,7 @@ def test_the_explanation_of_a_layout_in_doubt(rotary: Alignment) -> None:
     assert "is proposed but not loaded, from layers.1.attention.wq.weight [32, 32] float32 by 'copy'" in text
     assert explanation.choice == rotary.choices[0]
     assert "one choice decides it with 5 others: alignment.choices[0]" in text
-    assert "or in one of 5 other layouts" in text
+    assert "or one of 5 other layouts" in text
     assert "! right shape, but rotary layouts differ" in text
     assert "'config': {'rotary_interleaved': False, 'head_dim': 64}} for the model" in text
     assert "autoalign.verify(source_model, model, inputs)" in text
