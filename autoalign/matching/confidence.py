@@ -124,7 +124,7 @@ def related(
     sides = [(units_of(parts), parts) for parts in whole]
     firsts = (map(_first_layer, sides), map(_first_layer, sides, tops)) if ordered else ()
     for own, other in (map(_input_layer, whole), *firsts):
-        if own is None or other is None or len(own.shape) == len(other.shape):
+        if own is None or other is None or _input_kind(own) == _input_kind(other):
             continue
         # they are matched to one another, however they fit, or one of them to one that fits well
         has_own, has_other = (
@@ -178,13 +178,19 @@ def _input_layer(parts: Sequence[Part]) -> Part | None:
     kernels = [part for part in parts if len(part.shape) > 2 and part.path[-1] == "weight" and max(part.shape[2:]) > 1]
     few = [part for part in kernels if 1 < part.shape[1] <= _MAX_INPUT_CHANNELS]
     single = [part for part in kernels if part.shape[1] == 1 and part.count == 1]  # several are depthwise
-    found = few[:1] or (single if len(single) == 1 else [])
+    made = {part.shape[0] for part in parts if len(part.shape) > 1}
+    found = few or (single if len(single) == 1 else []) or [part for part in kernels if part.shape[1] not in {1, *made}]
     tables = [
         part
         for part in parts
         if len(part.shape) == 2 and part.shape[0] >= _MIN_ROWS_PER_COLUMN * part.shape[1] and _names_words(part)
     ]
     return next(iter(found or tables), None)
+
+
+def _input_kind(part: Part) -> tuple[int, bool]:
+    """Return how many dimensions a first layer has, and whether it takes a wave rather than a spectrogram."""
+    return len(part.shape), len(part.shape) == 3 and part.shape[1] == 1
 
 
 def _names_words(part: Part) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import autoalign
 from autoalign.errors import NothingLoadedError
+from benchmarks.accuracy import unlike
 
 State = dict[str, Tensor]
 
@@ -181,6 +182,14 @@ def test_nothing_is_aligned_between_unrelated_networks(source: str, target: str,
     alignment = autoalign.align(dict(sorted(own.items())) if is_sorted else own, other)
     assert alignment.matches == ()
     assert set(alignment.unexpected_keys) == own.keys()
+
+
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["in order", "sorted"])
+def test_nothing_is_loaded_between_networks_for_words_for_waves_and_for_spectrograms(is_sorted: bool) -> None:
+    networks = {name: builder for name, builder in unlike.builders().items() if name in ("bert", "whisper", "wav2vec2")}
+    pairs = list(unlike.loaded(networks, with_sorted_keys=is_sorted))
+    assert len(pairs) == 6
+    assert not [pair for pair in pairs if pair.count]
 
 
 @pytest.mark.parametrize(("source", "target"), UNRELATED, ids=IDS)
