@@ -12,14 +12,15 @@ and ``checkpoints``):
 - ``scope``, ``fusion``: what takes part; fused tensors split as the other side holds them
 - ``assignment``: the joint optimisation, exact at its end
 - ``confidence``: from score and margin to a calibrated probability; are two networks related
-- ``list_order``, ``swaps``, ``symmetries``: what could be swapped, reordered or replaced without a change of shape
+- ``moves``, ``cues``, ``list_order``: what could be exchanged as well; what speaks for and against it; lists that may
+  run in reverse
 - ``rotary``, ``layouts``, ``assembly``: rows in an order that no shape shows; parts put back together to tensors
 - ``relation``: of unlike networks, the tensors of equal names and shapes, and the sizes that differ
 - ``stacks``: tensors that hold what the other side lists, matched by their slices
 - ``repeats``, ``pipeline``: what needs no search; the stages in order
 - ``positions``, ``adapt``, ``match``: matches that change values; from options to a ``Plan``
 
-A new word is a row of ``vocabulary``, a new cue a function of ``features`` with a weight in ``assignment``; a new
+A new word is a row of ``vocabulary``, a new cue a row of ``cues``, a new kind of move a function of ``moves``; a new
 layout belongs to ``conventions`` or ``layouts``. A special case needs a test that fails without it.
 
 .. include:: limits.md

@@ -107,6 +107,7 @@ _LEAF = re.compile(r"(.+?)_((?:moving|running)_[a-z]+|num_batches_tracked|[^_]+)
 _GLUED = re.compile(r"(?<=[^_])(?:weight|bias|running_(?:mean|var)|num_batches_tracked)$")
 _PIECES = re.compile(rf"{_GLUED.pattern}|\d+|\D+?(?=\d|$|{_GLUED.pattern})")
 _MAX_SHARE_OF_LEAVES = 0.2  # of distinct names of tensors among all tensors; a norm has five tensors
+_MAX_NAMED_SIBLINGS = 3  # siblings that differ in a number and are no list of blocks
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_")  # in "features_5_conv_2"
 
 
@@ -182,6 +183,39 @@ def _pulled_apart(names: Sequence[str]) -> Iterator[Path]:
         for text, piece in pairwise(of):
             path += [piece[:-1], piece[-1]] if text in pairs and piece[:-1].isdigit() else [piece]
         yield tuple(path)
+
+
+def lists_of(paths: Sequence[Path]) -> dict[tuple[Path, str], dict[Path, list[int]]]:
+    """Group the members of each list, of modules and of layers, and the places of the layers in each.
+
+    >>> lists_of([("h", "0", "fc"), ("h", "1", "fc")])
+    {(('h',), '#'): {('h', '0'): [0], ('h', '1'): [1]}}
+    """
+    lists: dict[tuple[Path, str], dict[Path, list[int]]] = {}
+    for place, path in enumerate(paths):
+        for depth, name in enumerate(path):
+            if numbers(name):
+                members = lists.setdefault((path[:depth], stem(name)), {})
+                members.setdefault(path[: depth + 1], []).append(place)
+    return lists
+
+
+def slots_of(paths: Sequence[Path]) -> list[str]:
+    """Write the names of layers without the numbers of their lists; numbers of a few siblings stay.
+
+    >>> slots_of([("h", str(n), f"norm{k}") for n in range(2) for k in (1, 2)])
+    ['h.#.norm1', 'h.#.norm2', 'h.#.norm1', 'h.#.norm2']
+    """
+    long = {
+        member
+        for (_, name), members in lists_of(paths).items()
+        if name == "#" or len(members) > _MAX_NAMED_SIBLINGS
+        for member in members
+    }
+    return [  # the root has no name
+        ".".join([stem(name) if path[: depth + 1] in long else name for depth, name in enumerate(path) if name])
+        for path in paths
+    ]
 
 
 def under_one_root(parts: Sequence[Part]) -> list[Part]:

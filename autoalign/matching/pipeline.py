@@ -1,7 +1,7 @@
 """The matching pipeline: the stages from the tensors of two sides to matches and mismatches, in order.
 
 Consistent renamings need no search. Otherwise: pairs that rules fix, scope, fused tensors, candidates and features,
-the joint optimisation, symmetries, confidence, parameters that are left over, assembly, mismatches.
+the joint optimisation, moves, confidence, parameters that are left over, assembly, mismatches.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from autoalign.matching.confidence import (
     unused_duplicates,
 )
 from autoalign.matching.conventions import with_literal_norms
+from autoalign.matching.cues import settled
 from autoalign.matching.features import namesakes, share_of, side_features
 from autoalign.matching.fusion import split_both
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
+from autoalign.matching.list_order import REVERSIBLE, reversible_lists
 from autoalign.matching.names import kind, words
 from autoalign.matching.relation import equal_layers, equal_tensors
 from autoalign.matching.repeats import is_renamed
 from autoalign.matching.scope import Scope, pattern_for, scope_of, within
-from autoalign.matching.symmetries import REVERSIBLE, resolve_symmetries, reversible_lists
 from autoalign.matching.vocabulary import EMBEDDING_WORDS, KNOWN, NO_VOCABULARY, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
 from autoalign.plan.keys import components
 from autoalign.plan.matches import Caution, Match, Mismatch
@@ -88,7 +89,7 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         _with_held(replace(side, parts=own.changed(pieces), fusions=tuple(fusions)), held)
         for side, own, (pieces, fusions), held in zip(sides, rest, split_both(*rest), fixed, strict=True)
     )
-    found, mismatched = _match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
+    found, mismatched = match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
     unlike: tuple[str, ...] = ()
     if found is None:
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
@@ -192,7 +193,7 @@ def operations_of_rules(source: SideParts, target: SideParts) -> Callable[[str, 
     return operation_of
 
 
-def _match_parts(
+def match_parts(
     source: SideParts,
     target: SideParts,
     pins: Mapping[str, str],
@@ -217,9 +218,7 @@ def _match_parts(
         )
     ]
     known_units = {j for _, j in fixed}
-    outcome = resolve_symmetries(
-        match_units(sides[0], sides[1], pairs), sides[0], sides[1], (kinds.source, kinds.target), held[1]
-    )
+    outcome = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], (kinds.source, kinds.target), held[1])
     assignment = outcome.assignment
     confidence = confidence_of(assignment)
     confidence = calibrated(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1))

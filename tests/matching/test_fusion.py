@@ -68,7 +68,18 @@ def test_several_fused_layers_of_one_module_stay_apart() -> None:
                 joined |= {f"{own}.{kind}": parts[f"{name}.{kind}"] for kind in ("weight", "bias")}
             apart |= {f"{here}.{key}": parts.pop(key) for key in list(parts) if key.startswith(("up", "down"))}
             apart |= {f"transformer_blocks.{block}.attn.{key}": tensor for key, tensor in parts.items()}
-    _aligned(joined, apart)
+    alignment = align(joined, apart)
+    assert alignment.missing_keys == [match.target for match in alignment.ambiguous]
+    loaded = alignment.state_dict()
+    assert all(torch.equal(tensor, apart[key]) for key, tensor in loaded.items())
+    # the module around the query is called like the other stream's output: that is said, and the right one is proposed
+    assert {key.rpartition(".")[0][-10:] for key in apart.keys() - loaded.keys()} <= {
+        "to_add_out",
+        *(f"add_{role}_proj" for role in "qkv"),
+    }
+    for match in alignment.ambiguous:
+        (tensor,) = match.operation.apply([joined[key] for key in match.sources])
+        assert torch.equal(tensor, apart[match.target])
 
 
 def test_fused_layers_of_one_module_that_nothing_names_are_kept_apart() -> None:

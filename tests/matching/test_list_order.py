@@ -1,114 +1,88 @@
-"""Lists are matched in the order of their numbers, and member by member."""
+"""Short lists that one side may number the other way round are not loaded where nothing tells."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import autoalign
-from autoalign.matching.assignment import Assignment
-from autoalign.matching.list_order import Repair, blocks_of, disordered, misnumbered, out_of_step
+from autoalign.matching.list_order import REVERSIBLE
+
+WIDTHS = (8, 12, 16, 24)
 
 
-def assignment(pairs: Mapping[str, str]) -> tuple[Assignment, list[tuple[str, ...]], list[tuple[str, ...]]]:
-    source, target = sorted(pairs.values()), list(pairs)
-    size = len(pairs)
-    chosen = Assignment(
-        source=np.asarray([source.index(pairs[key]) for key in target]),
-        target=np.arange(size),
-        score=np.ones(size, np.float32),
-        margin=np.ones(size, np.float32),
-        runner_up=np.full(size, -1),
-        names=np.zeros((size, size), np.float32),
-        cues={},
-    )
-    return chosen, [tuple(key.split(".")) for key in source], [tuple(key.split(".")) for key in target]
+class Pyramid(nn.Module):
+    """A backbone of four levels, and a decoder from the last to the first, which may be listed in either direction."""
+
+    def __init__(self, names: Sequence[str], *, reverse: bool, levels: int = 4) -> None:
+        super().__init__()
+        self.names, self.reverse, self.levels = names, reverse, levels
+        self.stem = nn.Conv2d(3, WIDTHS[0], 3, padding=1)
+        stage, lateral, fusion = names
+        for level in range(levels):
+            before = WIDTHS[max(level - 1, 0)]
+            self.add_module(stage.format(level, level + 1), nn.Conv2d(before, WIDTHS[level], 3, padding=1))
+        for level in range(levels):
+            self.add_module(lateral.format(level, level + 1), nn.Conv2d(WIDTHS[level], 10, 1))
+        for level in range(levels):
+            block = nn.Sequential(nn.Conv2d(10, 10, 3, padding=1), nn.ReLU(), nn.Conv2d(10, 10, 1))
+            self.add_module(fusion.format(level, level + 1), block)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        parts = [[self.get_submodule(name.format(k, k + 1)) for k in range(self.levels)] for name in self.names]
+        stages, laterals, fusions = parts
+        features = [x := torch.relu(stage(x)) for stage in stages]
+        result = torch.zeros(())
+        for level in reversed(range(self.levels)):
+            place = self.levels - 1 - level if self.reverse else level
+            result = torch.as_tensor(fusions[place](laterals[level](features[level]) + result))
+        return result
 
 
-def repaired(pairs: Mapping[str, str], repairs: Callable[..., Iterable[Repair]]) -> dict[str, str]:
-    chosen, source, target = assignment(pairs)
-    moved = dict(pairs)
-    for repair in repairs(blocks_of(chosen, source, target, [0] * len(pairs))):
-        moved.update({".".join(target[place]): ".".join(own) for place, own in repair.items()})
-    return moved
+FROM_ONE = ("stage{1}", "lateral{1}", "refine{1}")
+FROM_NOUGHT = ("stage_{0}", "convs_{0}", "fusion_{0}")
+
+
+def test_a_list_of_levels_that_are_numbered_otherwise_is_not_loaded() -> None:
+    source, target = Pyramid(FROM_ONE, reverse=False), Pyramid(FROM_NOUGHT, reverse=True)
+    alignment = autoalign.align(source.state_dict(), target.state_dict())
+    proposed = {match.target: match for match in alignment.ambiguous}
+    assert set(proposed) == {key for key in target.state_dict() if key.startswith("fusion")}
+    match = proposed["fusion_0.2.bias"]
+    assert match.sources == ("refine1.2.bias",)
+    assert [other.sources for other in match.alternatives] == [("refine4.2.bias",)]
+    assert match.warnings == (REVERSIBLE,)
+    assert len(alignment.matches) + len(proposed) == len(target.state_dict())
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_list_that_is_matched_in_no_direction_is_put_in_order(reverse: bool) -> None:
-    blocks = [f"{outer}.g.{inner}" for outer in range(3) for inner in range(2)]
-    right = {
-        f"h.{place}.{part}": f"{block}.{part}"
-        for place, block in enumerate(reversed(blocks) if reverse else blocks)
-        for part in "ab"
+def test_a_call_of_both_tells_the_direction(reverse: bool) -> None:
+    torch.manual_seed(0)
+    source, target = Pyramid(FROM_ONE, reverse=False), Pyramid(FROM_NOUGHT, reverse=reverse)
+    alignment = autoalign.align(source.state_dict(), target.state_dict())
+    assert alignment.ambiguous
+    verification = autoalign.verify(source, target, torch.rand(1, 3, 8, 8), alignment=alignment)
+    assert verification.alignment is not None
+    matches = {match.target: match.sources[0] for match in verification.alignment.matches}
+    assert matches["fusion_0.0.weight"] == ("refine4.0.weight" if reverse else "refine1.0.weight")
+    assert len(matches) == len(target.state_dict())
+
+
+def test_equal_numbers_tell() -> None:
+    source, target = Pyramid(FROM_NOUGHT, reverse=False), Pyramid(("s{0}", "l{0}", "f{0}"), reverse=False)
+    alignment = autoalign.align(source.state_dict(), target.state_dict())
+    assert len(alignment.matches) == len(target.state_dict())
+    assert all(match.confidence >= 0.9 for match in alignment.matches)
+
+
+def test_two_members_are_no_levels() -> None:
+    source, target = Pyramid(FROM_ONE, reverse=False, levels=2), Pyramid(FROM_NOUGHT, reverse=False, levels=2)
+    alignment = autoalign.align(source.state_dict(), target.state_dict())
+    assert len(alignment.matches) == len(target.state_dict())
+    assert {match.target for match in alignment.matches if match.confidence < 0.9} == {
+        key for key in target.state_dict() if key.startswith("fusion")
     }
-    assert repaired(right, disordered) == right
-    wrong = dict(right)
-    for part in "ab":
-        wrong |= {f"h.0.{part}": right[f"h.2.{part}"], f"h.2.{part}": right[f"h.0.{part}"]}
-    assert repaired(wrong, disordered) == right
-
-
-def test_equal_numbers_mean_the_same_member() -> None:
-    by_numbers = partial(misnumbered, source=[("s", str(place), part) for place in range(5) for part in "ab"])
-    right = {f"h.{place}.{part}": f"s.{place}.{part}" for place in range(5) for part in "ab"}
-    wrong = {key: f"s.{(int(key[2]) - 1) % 5}.{key[-1]}" for key in right}
-    assert repaired(wrong, by_numbers) == right
-    assert repaired(right, by_numbers) == right
-    reverse = {key: f"s.{4 - int(key[2])}.{key[-1]}" for key in right}
-    assert repaired(reverse, by_numbers) == reverse
-
-
-@pytest.mark.parametrize("gap", [1, 3])
-def test_a_list_with_a_gap_keeps_its_numbers(gap: int) -> None:
-    source = {f"layers.{n}.{part}.weight": torch.empty(6, 6) for n in range(6) for part in ("up", "down")}
-    target = {key.replace("layers", "h"): tensor for key, tensor in source.items() if f".{gap}." not in key}
-    alignment = autoalign.align(source, target)
-    assert {match.target: match.sources[0] for match in alignment.matches} == {
-        key: key.replace("h.", "layers.") for key in target
-    }
-
-
-def test_numbers_that_are_shifted_are_told_by_the_member_of_another_shape() -> None:
-    shapes = {"w0": (12, 8), "w1": (12, 8), "w2": (8, 12)}
-    source = {f"h.{block}.{name}.weight": torch.empty(shape) for block in range(3) for name, shape in shapes.items()}
-    target = {re.sub(r"w(\d)", lambda found: f"w{int(found[1]) + 1}", key): tensor for key, tensor in source.items()}
-    alignment = autoalign.align(source, {key.replace("h.", "units."): tensor for key, tensor in target.items()})
-    wanted = dict(zip((key.replace("h.", "units.") for key in target), source, strict=True))
-    assert {match.target: match.sources[0] for match in alignment.matches} == wanted
-
-
-@pytest.mark.parametrize(
-    ("pairs", "expected"),
-    [
-        ({"units.0.a": "cells.3.a", "units.1.a": "cells.4.a", "units.2.a": "cells.5.a"}, set()),
-        ({"units.0.a": "cells.5.a", "units.1.a": "cells.4.a", "units.2.a": "cells.3.a"}, set()),
-        ({"units.0.a": "cells.4.a", "units.1.a": "cells.5.a", "units.2.a": "cells.3.a"}, {0, 1, 2}),
-        # what only one member has tells where the rest of it belongs
-        (
-            {"units.0.p": "cells.0.p", "units.0.a": "cells.1.a", "units.1.a": "cells.0.a", "units.1.q": "cells.1.q"},
-            {1, 2},
-        ),
-        (
-            {"units.0.a": "cells.0.a", "units.0.p": "cells.1.p", "units.1.a": "cells.1.a", "units.1.q": "cells.2.q"},
-            set(),
-        ),
-        # the first member of the list fills what comes before the other list, the last one what comes after
-        ({"stem.x.a": "cells.0.a", "units.0.a": "cells.1.a", "units.1.a": "cells.2.a"}, set()),
-        ({"stem.x.a": "cells.2.a", "units.0.a": "cells.0.a", "units.1.a": "cells.1.a"}, {0, 1, 2}),
-        # a member filled from elsewhere, and elsewhere by a member
-        (
-            {"units.0.a": "middle.a", "units.1.a": "cells.0.a", "units.2.a": "cells.1.a", "mid.x.a": "cells.2.a"},
-            {1, 2, 3},
-        ),
-    ],
-)
-def test_lists_matched_as_no_network_has_them_are_found(pairs: Mapping[str, str], expected: set[int]) -> None:
-    chosen, source, target = assignment(pairs)
-    kinds = {path: "apq".index(path[-1]) for path in source}
-    blocks = blocks_of(chosen, source, target, [kinds[tuple(own.split("."))] for own in pairs.values()])
-    assert out_of_step(blocks, kinds, target, ordered=True) == expected

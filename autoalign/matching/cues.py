@@ -1,0 +1,389 @@
+"""Cues: what speaks for an assignment against a move, weighed together; and the assignment that they leave.
+
+Every cue is a row of ``CUES``: how much more it speaks for what is than for an exchange. Their weighted sum is the
+logit of the probability that what is is right and not the move, as in a comparison of pairs (Bradley and Terry, "Rank
+analysis of incomplete block designs", 1952). ``python -m benchmarks.fit`` fits the weights, in ``weights.json``, to
+cases of known truth. A move that is more probable than what is is made; the most probable one that is left limits the
+confidence of the pairs that it concerns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from itertools import chain, combinations, pairwise
+from math import copysign, exp, log1p
+
+import numpy as np
+
+from autoalign.matching.assignment import Assignment, with_sources
+from autoalign.matching.confidence import AMBIGUOUS, INFERRED
+from autoalign.matching.features import Floats, Ints, SideFeatures
+from autoalign.matching.layers import Path, slots_of
+from autoalign.matching.moves import Exchange, State, cut_apart, exchanges_of
+from autoalign.matching.names import likeness, ordinal, words
+from autoalign.plan.keys import common_prefix, numbers, stem, template
+
+WEIGHTS_FILE = "weights.json"
+CERTAIN = 0.999  # the probability from which a move limits nothing
+SURE = 0.97  # from which the confidence is the probability
+LIKELY = 0.866  # from which a match is loaded: just below what the order of registration tells alone
+_MAX_ROUNDS = 8  # of moves; each may make others better
+_NAMES_SCALE, _MODULES_SCALE = 0.1, 0.2  # of a difference of similarities that counts half
+_ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
+_MODULE_NAME_WEIGHT = 0.5  # of the own names of modules beside those of their layers, to tell exchanges apart
+_FIRST_LATE_ORDINAL = (9,)  # from which on a layer is one of the last of its block
+_LETTERS = frozenset("abcdefg")  # that count members; q, k and v are roles
+
+_Numbers = tuple[int, ...]  # of the name of a member of a list
+_Pairs = Iterable[tuple[int, int]]  # of a unit of the source and one of the target
+
+
+@dataclass(frozen=True, slots=True)
+class Cue:
+    """A row of the table of cues."""
+
+    name: str
+    why: str  # in words, of what it speaks for
+    of: Callable[[State, Exchange], float]  # positive if it speaks for what is, negative if for the exchange
+    pooled: Callable[[Sequence[float]], float]  # over all exchanges of a move
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """All exchanges of one kind, as in every block, with the value of each cue."""
+
+    exchanges: tuple[Exchange, ...]
+    cues: Mapping[str, float]
+
+    @property
+    def before(self) -> Iterator[tuple[int, int]]:
+        """The pairs of units that would be given up."""
+        return chain.from_iterable(one.before for one in self.exchanges)
+
+    @property
+    def after(self) -> Iterator[tuple[int, int]]:
+        """Those that would be made instead, in the same order."""
+        return chain.from_iterable(one.after for one in self.exchanges)
+
+    @property
+    def probability(self) -> float:
+        """How probable it is that what is is right, and not the move."""
+        weight = weights()
+        logit = weight["bias"] + sum(weight[name] * value for name, value in self.cues.items())
+        return 1 / (1 + exp(-logit))
+
+    @property
+    def places(self) -> int:
+        """How many pairs it changes."""
+        return sum(len(one.before) for one in self.exchanges)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """An assignment in which all moves that are better are made."""
+
+    assignment: Assignment
+    caps: Floats  # the confidence that each of its pairs cannot exceed
+    doubts: Mapping[int, str]  # place of a pair that is about as good another way -> why; its runner-up is that way
+
+
+def settled(
+    assignment: Assignment,
+    source: SideFeatures,
+    target: SideFeatures,
+    kinds: tuple[Ints, Ints],
+    fixed: Collection[int] = (),
+) -> Settled:
+    """Make the moves that are better, and cap the confidence of pairs by the best one that is left.
+
+    ``kinds`` are, for the units of each side, equal where all tensors have the same kinds and shapes; the matches of
+    the ``fixed`` target units do not change.
+    """
+    held, slots = set(fixed), (slots_of(source.paths), slots_of(target.paths))
+    for _ in range(_MAX_ROUNDS):
+        found = [
+            move
+            for move in moves_of(State(assignment, source, target, kinds, slots))
+            if held.isdisjoint(other for _, other in chain(move.before, move.after))
+        ]
+        better = sorted([move for move in found if move.probability < 0.5], key=lambda one: one.probability)
+        before, assignment = assignment, _made(assignment, better)
+        if assignment is before:
+            break
+    caps = np.ones(len(assignment.target), dtype=np.float32)
+    rival, doubts = assignment.runner_up.copy(), dict[int, str]()
+    place_of = {unit: place for place, unit in enumerate(assignment.target.tolist())}
+    for move in sorted(found, key=lambda one: one.probability):
+        cap = _cap(move.probability)
+        for (_, other), (own, new) in zip(move.before, move.after, strict=True):
+            place = place_of[other]
+            caps[place] = min(caps[place], cap)
+            if cap <= AMBIGUOUS and place not in doubts:
+                doubts[place] = _doubt(move, slots)
+                rival[place] = own if new == other else rival[place]
+    return Settled(replace(assignment, runner_up=rival), caps, doubts)
+
+
+def moves_of(state: State) -> list[Move]:
+    """Find all moves: exchanges of the same modules, in every block, are one if their cues speak for the same."""
+    found = exchanges_of(state)
+    if not found:
+        return []
+    values = {cue.name: [cue.of(state, one) for one in found] for cue in CUES}
+    together: Counter[tuple[str, str]] = Counter()
+    for other, own in state.own_of.items():
+        together[state.slots[0][own], state.slots[1][other]] += 1
+    groups: dict[object, list[int]] = {}
+    for index, one in enumerate(found):
+        key: object = one.modules if one.is_alone else tuple([template(p) for p in (*one.modules[:2], *one.ends[:2])])
+        usual = [min(together[way] for way in _ways(state, pairs)) for pairs in (one.before, one.after)]
+        names = values["names"][index] + _MODULE_NAME_WEIGHT * values["modules"][index]
+        signs = names < 0, usual[1] > usual[0], _sign(values["run"][index]), _sign(one.anchors), len(one.modules) > 2
+        groups.setdefault((key, *signs), []).append(index)
+    result = []
+    for indices in groups.values():
+        exchanges = tuple([found[index] for index in indices])
+        cues = {cue.name: cue.pooled([values[cue.name][index] for index in indices]) for cue in CUES}
+        result.append(Move(exchanges, {**cues, ELSEWHERE: _elsewhere(state, exchanges, together)}))
+    return result
+
+
+@cache
+def weights() -> Mapping[str, float]:
+    """Read the fitted weight of each cue, and the bias towards what is."""
+    text = files("autoalign.matching").joinpath(WEIGHTS_FILE).read_text(encoding="utf-8")
+    return dict(json.loads(text)["weights"])
+
+
+def _cap(probability: float) -> float:
+    if probability >= SURE:
+        return 1.0 if probability >= CERTAIN else probability
+    return INFERRED if probability >= LIKELY else AMBIGUOUS
+
+
+def _doubt(move: Move, slots: tuple[Sequence[str], Sequence[str]]) -> str:
+    """Describe what could be exchanged, and what speaks for and against it."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    for name, why in WHYS.items():
+        value = move.cues[name] * weights()[name]
+        if abs(value) > _MIN_TOLD:
+            sides[value > 0].append(why)
+    one = move.exchanges[0]
+    _, first = one.before[0]
+    second = next((other for source, other in one.before if source == one.after[0][0]), None)
+    if second is None:
+        return LEFT_OVER
+    names = slots[1][first], slots[1][second]
+    if not any(sides):
+        return NOTHING_TELLS.format(*names)
+    what = f"{names[0]} and {names[1]}" if names[0] != names[1] else f"members of the list of {names[0]}"
+    told = "; ".join(f"{for_what}: {', '.join(cues)}" for for_what, cues in zip(_SIDES, sides, strict=True) if cues)
+    return MAY_BE_EXCHANGED.format(what, told)
+
+
+def _made(assignment: Assignment, moves: Iterable[Move]) -> Assignment:
+    """Make moves, each unit at most once; the same assignment if none can be made."""
+    own_of = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
+    used, moved = set(own_of.values()), set[tuple[bool, int]]()
+    straight = set[tuple[Path, ...]]()  # modules that are of one piece now; another way to that would undo it
+    for one in (exchange for move in moves for exchange in move.exchanges):
+        pairs = *one.before, *one.after
+        units = {(False, own) for own, _ in pairs} | {(True, other) for _, other in pairs}
+        given_up, taken = {own for own, _ in one.before}, {own for own, _ in one.after}
+        fits = used.isdisjoint(taken - given_up) and own_of.keys() >= {other for _, other in one.after}
+        is_straight = one.anchors < 0 and one.modules in straight
+        if fits and moved.isdisjoint(units) and not is_straight:
+            moved |= units
+            straight.add(one.modules)
+            used = (used - given_up) | taken
+            own_of.update((other, own) for own, other in one.after)
+    if not moved:
+        return assignment
+    return with_sources(assignment, np.asarray([own_of[other] for other in assignment.target.tolist()], dtype=np.int64))
+
+
+def _ways(state: State, pairs: _Pairs) -> set[tuple[str, str]]:
+    return {(state.slots[0][own], state.slots[1][other]) for own, other in pairs}
+
+
+def _elsewhere(state: State, exchanges: Sequence[Exchange], together: Mapping[tuple[str, str], int]) -> float:
+    """Compare how often the same layers, as their names say, are matched as here and as after the move."""
+    before = {pair for one in exchanges for pair in one.before}
+    inside = Counter([(state.slots[0][own], state.slots[1][other]) for own, other in before])
+    beside = min(together[way] - count for way, count in inside.items())
+    against = min(together[way] - inside[way] for way in _ways(state, (p for one in exchanges for p in one.after)))
+    held = min(inside.values()) if against > 0 else 0
+    return (beside + held - against) / max(beside + held + against, 1)
+
+
+def _gains(one: Exchange) -> Iterator[tuple[int, int, int, int]]:
+    """Yield, for each module, the places of it and its end as it is, and of both after the exchange."""
+    if one.takes == (-1,):  # its end goes to an unused module
+        yield 0, 0, 1, 0
+        return
+    for place, new in enumerate(one.takes):
+        yield place, place, place, new
+
+
+def _names(state: State, one: Exchange) -> float:
+    similar = state.assignment.names
+    before, after = (np.asarray(pairs).T for pairs in (one.before, one.after))
+    gain = 2 * float((similar[before[0], before[1]] - similar[after[0], after[1]]).mean())
+    roles = sum(map(state.has_role, one.before)) - sum(map(state.has_role, one.after))
+    return gain + _ROLE_GAIN * roles / len(one.before)
+
+
+def _modules(_: State, one: Exchange) -> float:
+    modules, ends = (
+        [tuple([word for name in path[len(common_prefix(side)) :] for word in words(name)]) for path in side]
+        if len(side) > 1
+        else [words(side[0][-1]) if side[0] else ()]
+        for side in (one.modules, one.ends)
+    )
+    gains = [likeness(ends[b], modules[a]) - likeness(ends[d], modules[c]) for a, b, c, d in _gains(one)]
+    return 2 * sum(gains) / len(gains)
+
+
+def _numbers(_: State, one: Exchange) -> float:
+    for read in (_own_numbers, _all_numbers):
+        modules, ends = list(map(read, one.modules)), list(map(read, one.ends))
+        sets = set(modules), set(ends)
+        are_apart = min(map(len, sets)) == min(len(modules), len(ends))
+        if all(modules) and all(ends) and are_apart and (sets[0] <= sets[1] or sets[1] <= sets[0]):
+            return sum((ends[b] == modules[a]) - (ends[d] == modules[c]) for a, b, c, d in _gains(one))
+    return 0
+
+
+def _own_numbers(path: Path) -> _Numbers:
+    return numbers(path[-1]) if path else ()
+
+
+def _all_numbers(path: Path) -> _Numbers:
+    return tuple([number for name in path for number in numbers(name)])
+
+
+def _ordinals(_: State, one: Exchange) -> float:
+    """Compare ordinal words on one side with words, numbers or letters on the other."""
+    if len(one.modules) != 2 or len(one.ends) != 2 or all(map(_own_numbers, (*one.ends, *one.modules))):
+        return 0
+    sides = []
+    for paths in (one.ends, one.modules):
+        first, second = cut_apart(*paths) or paths
+        places = [ordinal(first[-1]), ordinal(second[-1])]
+        places = [place or ((0,) if max(places) >= _FIRST_LATE_ORDINAL else ()) for place in places]
+        sides.append(places if _differ(places) else list(map(_counted, paths)))
+    own, other = sides
+    if not (_differ(own) and _differ(other)):
+        return 0
+    return 1 if (own[0] < own[1]) == (other[0] < other[1]) else -1
+
+
+def _counted(path: Path) -> _Numbers:
+    """Read a place off the numbers of a name, or off a letter at its end, as in ``norm_a``."""
+    *_, last = words(path[-1]) or ("",)
+    return numbers(path[-1]) or ((ord(last),) if last in _LETTERS else ())
+
+
+def _differ(places: Sequence[_Numbers]) -> bool:
+    return all(places) and places[0] != places[1]
+
+
+def _order(state: State, one: Exchange) -> float:
+    if not (state.source.ordered and state.target.ordered) or _is_list(one):
+        return 0
+    own, other = state.source.ancestry.order, state.target.ancestry.order
+    steps = 0
+    for p, q in one.ordered:
+        (a, x), (b, y), (c, _), (d, _) = one.before[p], one.before[q], one.after[p], one.after[q]
+        rising = other[x] < other[y]
+        steps += int((own[a] < own[b]) == rising) - int((own[c] < own[d]) == rising)
+    return steps / max(len(one.ordered), 1)
+
+
+def _list_order(_: State, one: Exchange) -> float:
+    if not _is_list(one):
+        return 0
+    members = sorted(range(len(one.modules)), key=lambda place: numbers(one.modules[place][-1]))
+    ways = members, [one.takes[place] for place in members]
+    rising, after = (_steps([numbers(one.ends[place][-1]) for place in way]) for way in ways)
+    return (rising - after) / max(2 * (len(members) - 1), 1)
+
+
+def _is_list(one: Exchange) -> bool:
+    return all(
+        len(paths) > 1 and all(numbers(path[-1]) for path in paths) and len({template(path) for path in paths}) == 1
+        for paths in (one.modules, one.ends)
+    )
+
+
+def _steps(places: Sequence[_Numbers]) -> int:
+    return sum((a < b) - (a > b) for a, b in pairwise(places))
+
+
+def _run(state: State, one: Exchange) -> float:
+    own, other = one.before[0]
+    after = {unit: own for own, unit in one.after}
+    gain = 0
+    for is_target, paths, path in (
+        (False, one.ends, state.source.paths[own]),
+        (True, one.modules, state.target.paths[other]),
+    ):
+        depth = len(common_prefix(paths))
+        if len(paths) > 1 and depth < len(path) and all(len(each) > depth and numbers(each[depth]) for each in paths):
+            key = is_target, path[:depth], stem(path[depth]), path[depth + 1 :]
+            units = state.sequences.get(key, [])
+            fills = [state.own_of[unit] for unit in units]
+            changed = [after.get(unit, own) for unit, own in zip(units, fills, strict=True)]
+            rank = state.ranks[0].__getitem__
+            gain += _directed(list(map(rank, fills))) - _directed(list(map(rank, changed)))
+    return gain
+
+
+def _directed(places: Sequence[int]) -> int:
+    return abs(sum((a < b) - (a > b) for a, b in combinations(places, 2)))
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values))
+
+
+def _sign_of_sum(values: Sequence[float]) -> float:
+    return float(_sign(sum(values)))
+
+
+def _half_at(scale: float) -> Callable[[Sequence[float]], float]:
+    """Return the mean of values on a scale from -1 to 1 on which this one is a half."""
+    return lambda values: _mean(values) / (scale + abs(_mean(values)))
+
+
+CUES = (
+    Cue("names", "the names in them", _names, _half_at(_NAMES_SCALE)),
+    Cue("modules", "their own names", _modules, _half_at(_MODULES_SCALE)),
+    Cue("numbers", "their numbers", _numbers, _sign_of_sum),
+    Cue("ordinals", "words for a place", _ordinals, _sign_of_sum),
+    Cue("order", "the order of registration", _order, _mean),
+    Cue("list order", "the numbers of the list", _list_order, lambda values: sum(values) / (1 + abs(sum(values)))),
+    Cue("run", "the direction of the list", _run, _sign_of_sum),
+    Cue(
+        "whole",
+        "what stands beside them",
+        lambda _, one: one.anchors,
+        lambda values: copysign(log1p(abs(sum(values))), sum(values)),
+    ),
+)
+ELSEWHERE = "elsewhere"  # the name of the cue of a whole move
+WHYS = {cue.name: cue.why for cue in CUES} | {ELSEWHERE: "how their like are matched elsewhere"}
+LEFT_OVER = "right shape, but a module of the same content is left over, and nothing tells which of them it is"
+MAY_BE_EXCHANGED = "right shape, but {} may be exchanged ({})"
+_SIDES = "for that", "for what is proposed"
+NOTHING_TELLS = "right shape, but nothing tells {} from {}"
+_MIN_TOLD = 0.3  # of a cue's part of the logit that is told

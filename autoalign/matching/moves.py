@@ -1,0 +1,473 @@
+"""Moves: other assignments that shapes allow as well as the one that was found.
+
+A score measures a pair against its rivals one at a time. Where two modules have the same shapes below them, all of
+their layers could change places at once, and where they stand in every block, in every block at once: then structure
+and pooled evidence would say the same as before. A move is such a change: modules that exchange what fills them,
+members of a list in another order, parts of blocks that are matched across, an unused module instead of a used one.
+Each kind is found by a function of ``FINDERS``; ``cues`` judges them all alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, combinations, pairwise, product
+
+from autoalign.matching.assignment import Assignment
+from autoalign.matching.features import Ints, SideFeatures
+from autoalign.matching.layers import Path, block_around
+from autoalign.matching.names import words
+from autoalign.matching.vocabulary import ROLES
+from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
+
+_MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no counterpart in the other
+_MAX_UNPAIRED_SHARE_OF_BRANCHES = 0.9  # the same for layers of the same names in members of one list
+_MAX_LIST_COMPARED = 6  # members of a list that are all compared: they may be branches rather than blocks
+_MAX_SIBLINGS_COMPARED = 12  # siblings of unlike content that are compared; of twice as many, neighbours only
+_MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its margin
+
+_STEP = re.compile(r"(?<=\d)_(?=\d)")  # in "branch2_0": a branch, and a step of it
+
+_Numbers = tuple[int, ...]  # of the name of a member of a list
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One change: some modules of the target, or layers, take what fills others of them, or what is unused."""
+
+    modules: tuple[Path, ...]
+    ends: tuple[Path, ...]  # the modules of the source that fill them, and unused ones
+    takes: tuple[int, ...]  # of each module: which of the ends it would have instead
+    before: tuple[tuple[int, int], ...]  # pairs of units that would be given up
+    after: tuple[tuple[int, int], ...]  # those that would be made instead
+    ordered: tuple[tuple[int, int], ...] = ()  # pairs of places in both, whose order the change concerns
+    is_alone: bool = False  # it is no exchange of the same modules in every block
+    anchors: int = 0  # layers beside these that fill the same modules: how many more than after the change
+
+
+@dataclass(frozen=True)
+class State:
+    """An assignment, and what its moves are found and judged by."""
+
+    assignment: Assignment
+    source: SideFeatures
+    target: SideFeatures
+    kinds: tuple[Ints, Ints]  # of the units of each side, equal where all shapes are
+    slots: tuple[Sequence[str], Sequence[str]]  # the names of each side's units without the numbers of their lists
+
+    @cached_property
+    def own_of(self) -> dict[int, int]:
+        """The source unit of each matched target unit."""
+        return dict(zip(self.assignment.target.tolist(), self.assignment.source.tolist(), strict=True))
+
+    @cached_property
+    def alike(self) -> dict[int, int]:
+        """Equal for matched target units whose layers have the same shapes on both sides."""
+        width = int(self.kinds[1].max(initial=0)) + 1
+        ids = self.kinds[0][self.assignment.source] * width + self.kinds[1][self.assignment.target]
+        return dict(zip(self.assignment.target.tolist(), ids.tolist(), strict=True))
+
+    @cached_property
+    def below(self) -> dict[Path, list[int]]:
+        """The matched target units in each module, and each layer itself."""
+        below: dict[Path, list[int]] = {}
+        for unit in self.assignment.target.tolist():
+            path = self.target.paths[unit]
+            for depth in range(1, len(path) + 1):
+                below.setdefault(path[:depth], []).append(unit)
+        return below
+
+    @cached_property
+    def ranks(self) -> tuple[list[int], list[int]]:
+        """The place of each unit of the source and of the target, where lists are in the order of their numbers."""
+        return _ranks(self.source), _ranks(self.target)
+
+    @cached_property
+    def sequences(self) -> dict[tuple[bool, Path, str, Path], list[int]]:
+        """The matched target units, in order, that differ in the number of a list's member alone.
+
+        Those of lists of the target (True), or of the source, where the order of what the other side has tells.
+        """
+        found: dict[tuple[bool, Path, str, Path], list[int]] = {}
+        for unit in sorted(self.own_of, key=self.ranks[1].__getitem__):
+            for is_target, path in ((False, self.end(unit)), (True, self.target.paths[unit])):
+                for depth, name in enumerate(path):
+                    if numbers(name):
+                        found.setdefault((is_target, path[:depth], stem(name), path[depth + 1 :]), []).append(unit)
+        return {key: units for key, units in found.items() if len(units) > 1 and self._is_ordered(key[0], units)}
+
+    def _is_ordered(self, is_target: bool, units: Sequence[int]) -> bool:
+        """True if what the other side has for some units is in order: it is registered, or a list."""
+        if (self.source if is_target else self.target).ordered:
+            return True
+        return len({template(self.end(unit) if is_target else self.target.paths[unit]) for unit in units}) == 1
+
+    @cached_property
+    def roles(self) -> tuple[list[frozenset[str]], list[frozenset[str]]]:
+        """The words for a query, a key or a value in the own name of each unit of either side."""
+        own, other = ([ROLES.intersection(words(path[-1])) for path in s.paths] for s in (self.source, self.target))
+        return own, other
+
+    def has_role(self, pair: tuple[int, int]) -> bool:
+        """True if both units of a pair are queries, keys or values alike."""
+        return not self.roles[0][pair[0]].isdisjoint(self.roles[1][pair[1]])
+
+    def end(self, unit: int) -> Path:
+        """Return the source layer that fills a target unit."""
+        return self.source.paths[self.own_of[unit]]
+
+
+def exchanges_of(state: State) -> list[Exchange]:
+    """Find all exchanges that shapes allow."""
+    return [one for find in FINDERS for one in find(state)]
+
+
+def _ranks(side: SideFeatures) -> list[int]:
+    """Rank units by registration, and members of a list that was registered in another order by their numbers."""
+    first: dict[Path, int] = {}
+    lists: dict[Path, list[_Numbers]] = {}
+    for unit in side.ancestry.in_order.tolist():
+        path = side.paths[unit]
+        for depth, name in enumerate(path):
+            if (member := path[: depth + 1]) not in first:
+                first[member] = len(first)
+                lists.setdefault((*path[:depth], stem(name)), []).append(numbers(name))
+    disordered = {of for of, members in lists.items() if members != sorted(members)}
+    start: dict[Path, int] = {}
+
+    def key(path: Path) -> tuple[tuple[int, _Numbers], ...]:
+        places = []
+        for depth, name in enumerate(path):
+            of = (*path[:depth], stem(name))
+            place = first[path[: depth + 1]]
+            places.append((start.setdefault(of, place), numbers(name)) if of in disordered else (place, ()))
+        return tuple(places)
+
+    ranks = [0] * len(side.paths)
+    for rank, unit in enumerate(sorted(range(len(side.paths)), key=lambda unit: key(side.paths[unit]))):
+        ranks[unit] = rank
+    return ranks
+
+
+def _swapped(state: State) -> Iterator[Exchange]:
+    """Find pairs of target modules that share most shapes below, and of layers of one block that have the same."""
+    below, alike, paths = state.below, state.alike, state.target.paths
+    layers: dict[tuple[Path, int], list[Path]] = {}
+    for unit in state.own_of:
+        layers.setdefault((block_around(paths[unit]), alike[unit]), []).append(paths[unit])
+    siblings: dict[Path, list[Path]] = {}
+    for module in below:
+        siblings.setdefault(module[:-1], []).append(module)
+    kinds = {module: {alike[unit] for unit in units} for module, units in below.items()}
+    unit_at = {paths[unit]: unit for unit in state.own_of}
+
+    def content(module: Path) -> object:
+        return tuple(sorted([alike[unit] for unit in below[module]]))
+
+    for modules in siblings.values():
+        for first, second in _compared(modules, content) if len(modules) > 1 else ():
+            if kinds[first].isdisjoint(kinds[second]):
+                continue
+            pairs, rest = _counterparts(state, first, second)
+            if len(rest) > _MAX_UNPAIRED_SHARE * (len(rest) + 2 * len(pairs)):
+                named = [(a, b) for a, b in pairs if paths[a][len(first) :] == paths[b][len(second) :]]
+                rest += [unit for pair in pairs if pair not in named for unit in pair]
+                pairs = named if stem(first[-1]) == stem(second[-1]) else []
+            if pairs and len(rest) <= _MAX_UNPAIRED_SHARE_OF_BRANCHES * (len(rest) + 2 * len(pairs)):
+                yield from _exchanged(state, (first, second), pairs, rest)
+    for within in layers.values():
+        for first, second in _compared(within, len) if len(within) > 1 else ():
+            if first[:-1] != second[:-1]:  # siblings were compared already
+                tops = cut_apart(first, second) or (first, second)
+                pair = unit_at[first], unit_at[second]
+                rest = [unit for top in tops for unit in below[top] if unit not in pair]
+                yield from _exchanged(state, (first, second), [pair], rest, tops[0])
+
+
+def _exchanged(
+    state: State,
+    modules: tuple[Path, Path],
+    pairs: Sequence[tuple[int, int]],
+    rest: Sequence[int],
+    top: Path | None = None,
+) -> Iterator[Exchange]:
+    """Yield the exchanges of the sources of pairs of target units, one for each pair of modules that these are in."""
+    by_ends: dict[tuple[Path, Path], list[tuple[int, int]]] = {}  # some may be exchanged and others not
+    top = top or modules[0]
+    for a, b in pairs:
+        ends = cut_apart(state.end(a), state.end(b))
+        if ends is not None:
+            by_ends.setdefault(ends, []).append((a, b))
+    for ends, chosen in by_ends.items():
+        anchors = 0
+        for unit in rest:
+            inside = _inside(state.end(unit), ends)
+            anchors += (inside[0] - inside[1]) * (1 if state.target.paths[unit][: len(top)] == top else -1)
+        own = state.own_of
+        yield Exchange(
+            modules,
+            ends,
+            (1, 0),
+            tuple([(own[unit], unit) for pair in chosen for unit in pair]),
+            tuple([(own[other], unit) for a, b in chosen for unit, other in ((a, b), (b, a))]),
+            tuple([(2 * place, 2 * place + 1) for place in range(len(chosen))]),
+            anchors=anchors,
+        )
+
+
+def _straightened(state: State) -> Iterator[Exchange]:
+    """Find layers of two blocks that are filled across, so that an exchange leaves both more of one piece."""
+    spread: dict[tuple[Path, Path], list[Path]] = {}  # names around, and what all that fills a block is in
+    for block, units in state.below.items():
+        if len(units) > 1:
+            ends = [state.end(unit) for unit in units]
+            end = common_module(ends)
+            if max(map(len, ends)) > len(end) + 1:
+                spread.setdefault((template(block[:-1]), end), []).append(block)
+    for (_, end), modules in spread.items():
+        for first, second in combinations(modules, 2) if len(modules) <= _MAX_SIBLINGS_COMPARED else pairwise(modules):
+            if first != second[: len(first)] and second != first[: len(second)]:
+                yield from _crossed(state, first, second, len(end))
+
+
+def _crossed(state: State, first: Path, second: Path, depth: int) -> Iterator[Exchange]:
+    fills: list[dict[str, list[int]]] = [{}, {}]
+    for of, module in zip(fills, (first, second), strict=True):
+        for unit in state.below[module]:
+            of.setdefault(state.end(unit)[depth], []).append(unit)
+    shared = [name for name in fills[0] if name in fills[1]]
+    for x, y in combinations(shared, 2):
+        around = state.end(fills[0][x][0])[:depth]
+        ends = (*around, x), (*around, y)
+        is_alike = len({name.isdecimal() for name in (first[-1], second[-1], x, y)}) == 1
+        for own, other in ((x, y), (y, x)):  # the first block would be of ``own``, the second of ``other``
+            pairs = _paired(state, fills[0][other], fills[1][own], len(first), len(second))
+            if not (is_alike or all(state.end(a)[depth + 1 :] == state.end(b)[depth + 1 :] for a, b in pairs)):
+                continue  # the target might be a list of blocks, and the source one list for each of their parts
+            if not pairs:
+                continue
+            moved = {unit for pair in pairs for unit in pair}
+            rest = [unit for of in fills for name in (x, y) for unit in of[name] if unit not in moved]
+            ends = (*around, other), (*around, own)
+            anchors = 0
+            for unit in rest:
+                sign = 1 if state.target.paths[unit][: len(first)] == first else -1
+                anchors += sign * (1 if state.end(unit)[depth] == other else -1)
+            if anchors < 0:
+                yield Exchange(
+                    (first, second),
+                    ends,
+                    (1, 0),
+                    tuple([(state.own_of[unit], unit) for pair in pairs for unit in pair]),
+                    tuple([(state.own_of[b], a) for p, q in pairs for a, b in ((p, q), (q, p))]),
+                    tuple([(2 * place, 2 * place + 1) for place in range(len(pairs))]),
+                    True,
+                    anchors,
+                )
+
+
+def _paired(state: State, first: Sequence[int], second: Sequence[int], *depths: int) -> list[tuple[int, int]]:
+    """Pair target units of the same shapes, by their names below these depths, or else by their order."""
+    paths, alike = state.target.paths, state.alike
+    other = {paths[unit][depths[1] :]: unit for unit in second}
+    pairs = []
+    for unit in first:
+        same = other.get(paths[unit][depths[0] :])
+        if same is not None and alike[same] == alike[unit]:
+            pairs.append((unit, same))
+    done = {unit for pair in pairs for unit in pair}
+    queues: dict[int, list[int]] = {}
+    for unit in second:
+        if unit not in done:
+            queues.setdefault(alike[unit], []).append(unit)
+    left = (unit for unit in first if unit not in done)
+    return pairs + [(unit, queues[alike[unit]].pop(0)) for unit in left if queues.get(alike[unit])]
+
+
+def _counterparts(state: State, first: Path, second: Path) -> tuple[list[tuple[int, int]], list[int]]:
+    """Pair the layers of two modules that have equal shapes, and list those that are left."""
+    below = state.below
+    pairs = _paired(state, below[first], below[second], len(first), len(second))
+    done = {unit for pair in pairs for unit in pair}
+    return pairs, [unit for unit in (*below[first], *below[second]) if unit not in done]
+
+
+def _compared(modules: Sequence[Path], content: Callable[[Path], object]) -> Iterable[tuple[Path, Path]]:
+    """List the siblings that may be swapped; of many only those of one content, of a list those that follow."""
+    is_list = all(numbers(module[-1]) for module in modules) and len({stem(module[-1]) for module in modules}) == 1
+    if len(modules) <= (_MAX_LIST_COMPARED if is_list else _MAX_SIBLINGS_COMPARED):
+        return combinations(modules, 2)
+    by_content: dict[object, list[Path]] = {}
+    for module in sorted(modules, key=lambda module: numbers(module[-1])) if is_list else modules:
+        by_content.setdefault(content(module), []).append(module)
+    return chain.from_iterable(
+        pairwise(members) if is_list or len(members) > 2 * _MAX_SIBLINGS_COMPARED else combinations(members, 2)
+        for members in by_content.values()
+    )
+
+
+def _reordered(state: State) -> Iterator[Exchange]:
+    """Find lists of equal members that could be filled in order, in reverse, or by their numbers."""
+    lists: dict[tuple[Path, str], dict[Path, list[int]]] = {}
+    for module, units in state.below.items():
+        if numbers(module[-1]):
+            lists.setdefault((module[:-1], stem(module[-1])), {})[module] = units
+    for members in lists.values():
+        if len(members) < 3:
+            continue
+        alike: dict[object, list[tuple[Path, Path]]] = {}
+        for module, units in members.items():
+            ends = [state.end(unit) for unit in units]
+            end = ends[0] if state.target.paths[units[0]] == module else common_module(ends)
+            content = frozenset(
+                [
+                    (state.target.paths[u][len(module) :], path[len(end) :], state.alike[u])
+                    for u, path in zip(units, ends, strict=True)
+                ]
+            )
+            alike.setdefault((template(end), content), []).append((module, end))
+        for same in alike.values():
+            if len(same) > 2:
+                yield from _permuted(state, sorted(same, key=lambda pair: numbers(pair[0][-1])))
+
+
+def _permuted(state: State, members: Sequence[tuple[Path, Path]]) -> Iterator[Exchange]:
+    modules, ends = zip(*members, strict=True)
+    places = [tuple([number for name in end for number in numbers(name)]) for end in ends]
+    if len(set(places)) < len(places):
+        return
+    depth = len(common_prefix(ends)) + 1  # so far they differ
+    rising = sorted(range(len(places)), key=places.__getitem__)
+    by_number = {numbers(end[depth - 1]): place for place, end in enumerate(ends) if len(end) >= depth}
+    ways = [rising, rising[::-1]]
+    if len(by_number) == len(ends) and by_number.keys() == {numbers(module[-1]) for module in modules}:
+        ways.append([by_number[numbers(module[-1])] for module in modules])
+    rows = [sorted(state.below[module], key=lambda unit: state.end(unit)[len(end) :]) for module, end in members]
+    own, seen = state.own_of, [list(range(len(places)))]
+    for way in ways:
+        if way in seen:
+            continue
+        seen.append(way)
+        moved = [place for place, new in enumerate(way) if new != place]
+        before = [(own[unit], unit) for place in moved for unit in rows[place]]
+        after = [
+            (own[given], unit) for place in moved for unit, given in zip(rows[place], rows[way[place]], strict=True)
+        ]
+        width = len(rows[0])
+        yield Exchange(
+            tuple([modules[place] for place in moved]),
+            tuple([ends[place][:depth] for place in moved]),
+            tuple([moved.index(way[place]) for place in moved]),
+            tuple(before),
+            tuple(after),
+            tuple([(k * width, (k + 1) * width) for k in range(len(moved) - 1)]),
+        )
+
+
+def _sequenced(state: State) -> Iterator[Exchange]:
+    """Find layers in the members of one list that could be filled in the order of the other side."""
+    found: dict[tuple[bool, Path, str, tuple[int, ...]], list[list[int]]] = {}
+    own = state.own_of
+    for (is_target, parent, name, _), sequence in state.sequences.items():
+        alike: dict[int, list[int]] = {}
+        for unit in sequence:
+            alike.setdefault(state.alike[unit], []).append(unit)
+        for units in alike.values():
+            run = [state.ranks[0][own[unit]] for unit in units]
+            if run not in (in_order := sorted(run), in_order[::-1]) and len(set(run)) == len(run):
+                way = tuple(sorted(range(len(run)), key=run.__getitem__))
+                found.setdefault((is_target, parent, name, way), []).append(units)
+    for (*_, way), rows in found.items():
+        moved = [place for place, new in enumerate(way) if new != place]
+        ends = [[state.end(units[place]) for units in rows] for place in moved]
+        places = [[state.target.paths[units[place]] for units in rows] for place in moved]
+        yield Exchange(
+            _tops(places),
+            _tops(ends),
+            tuple([moved.index(way[place]) for place in moved]),
+            tuple([(own[units[place]], units[place]) for place in moved for units in rows]),
+            tuple([(own[units[way[place]]], units[place]) for place in moved for units in rows]),
+            tuple([(k * len(rows), (k + 1) * len(rows)) for k in range(len(moved) - 1)]),
+        )
+
+
+def _tops(groups: Sequence[Sequence[Path]]) -> tuple[Path, ...]:
+    """Return the modules that hold some groups of layers, cut where they are told apart."""
+    modules = [common_prefix(paths) for paths in groups]
+    depth = len(common_prefix(modules)) + 1
+    return tuple([module[:depth] for module in modules])
+
+
+def _unused(state: State) -> Iterator[Exchange]:
+    """Find modules with an unused sibling of identical names and shapes, on either side."""
+    matched = set(state.own_of.values()), set(state.own_of)
+    own_of, other_of = state.own_of, {own: other for other, own in state.own_of.items()}
+    for taken, units, unused, free in _unused_siblings(state.source.paths, state.kinds[0], matched[0]):
+        others = [other_of[unit] for unit in units]
+        ends = common_module([state.target.paths[unit] for unit in others])
+        yield Exchange(
+            (ends,),
+            (taken, unused),
+            (1,),
+            tuple(zip(units, others, strict=True)),
+            tuple(zip(free, others, strict=True)),
+        )
+    for taken, units, unused, free in _unused_siblings(state.target.paths, state.kinds[1], matched[1]):
+        owns = [own_of[unit] for unit in units]
+        end = common_module([state.source.paths[unit] for unit in owns])
+        yield Exchange(
+            (taken, unused), (end,), (-1,), tuple(zip(owns, units, strict=True)), tuple(zip(owns, free, strict=True))
+        )
+
+
+def _unused_siblings(
+    paths: Sequence[Path], kinds: Ints, matched: set[int]
+) -> Iterator[tuple[Path, list[int], Path, list[int]]]:
+    if len(paths) - len(matched) < _MIN_LAYERS_OF_UNUSED:
+        return
+    below: dict[Path, list[int]] = {}
+    for unit, path in enumerate(paths):
+        for depth in range(1, len(path)):
+            below.setdefault(path[:depth], []).append(unit)
+    siblings: dict[Path, tuple[list[Path], list[Path]]] = {}
+    for module, units in below.items():
+        if len(units) >= _MIN_LAYERS_OF_UNUSED and len({unit in matched for unit in units}) == 1:
+            siblings.setdefault(module[:-1], ([], []))[units[0] in matched].append(module)
+    content = {
+        module: {paths[unit][len(module) :]: int(kinds[unit]) for unit in below[module]}
+        for of in siblings.values()
+        if all(of)
+        for module in chain(*of)
+    }
+    for unused, taken in siblings.values():
+        for first, second in product(taken, unused):
+            is_numbered = numbers(first[-1]) and stem(first[-1]) == stem(second[-1])
+            if not is_numbered and content[first] == content[second]:
+                rows = [sorted(below[module], key=lambda unit: paths[unit]) for module in (first, second)]
+                yield first, rows[0], second, rows[1]
+
+
+def cut_apart(first: Path, second: Path) -> tuple[Path, Path] | None:
+    """Cut two paths after the first component in which they differ."""
+    depth = len(common_prefix((first, second)))
+    return None if depth == min(len(first), len(second)) else (first[: depth + 1], second[: depth + 1])
+
+
+def _inside(path: Path, ends: tuple[Path, Path]) -> tuple[bool, bool]:
+    """For each of two siblings, True if a layer is in it or in another step of the branch that it is a step of.
+
+    >>> _inside(("mixed", "branch2_1", "conv"), (("mixed", "branch1_0"), ("mixed", "branch2_0")))
+    (False, True)
+    """
+    *around, _ = ends[0]
+    depth = len(around)
+    if path[:depth] != tuple(around) or len(path) == depth:
+        return False, False
+    name, first, second = path[depth], ends[0][-1], ends[1][-1]
+    branch, own, other = (_STEP.split(each)[0] for each in (name, first, second))
+    return (branch == own, branch == other) if own != other else (name == first, name == second)
+
+
+FINDERS = (_swapped, _straightened, _reordered, _sequenced, _unused)

@@ -1,0 +1,235 @@
+"""Fit the weights of the matcher's cues: ``python -m benchmarks.fit [--write]``.
+
+The examples are all moves that the matcher considers on the gold cases, in both orders of their keys, and on
+perturbations: before and after it made the better ones. Of each it is known whether what is or the move gives more
+right tensors. A logistic regression gives the weights.
+
+``--leave-out`` scores every gold case with weights that were fitted without the cases of its libraries, and prints a
+line for each library: a figure for code that the fit has not seen. The words and the rules of the matcher have seen it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import autoalign
+from autoalign.matching import candidates, cues, pipeline
+from autoalign.matching.candidates import paired_parts
+from autoalign.matching.layers import slots_of
+from autoalign.matching.moves import State
+from benchmarks.cases import perturbations
+from benchmarks.cases.gold import names, read
+from benchmarks.cases.gold.expressions import source_keys
+from benchmarks.gold import Score, report, scored
+
+SEED = 4242  # of the perturbations; figures are measured with others
+_MAX_TENSORS = 1200  # of a case's target, to save time
+_RIDGE = 1e-3
+_CASE_EXPONENT = 0.75  # a case with n moves counts as n ** 0.25: they are no independent witnesses
+
+_Truth = Mapping[str, frozenset[str]]  # of each target key that counts: the source keys that it is made of
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One move, in one case."""
+
+    case: str
+    libraries: frozenset[str]
+    values: tuple[float, ...]  # of the cues, in the order of ``cue_names``
+    is_right: bool  # what is gives more right tensors than the move
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fit, print and, if asked to, write the weights or score what was left out."""
+    options = _parser().parse_args(arguments)
+    examples = list(collected(options.only, options.perturbations, options.processes))
+    weights = fitted(examples)
+    print(json.dumps(weights, indent=1))
+    print(f"{len(examples)} moves, what is was right in {sum(one.is_right for one in examples)}")
+    if options.write:
+        text = json.dumps({"made by": "python -m benchmarks.fit --write", "weights": weights}, indent=1) + "\n"
+        (Path(autoalign.__file__).parent / "matching" / cues.WEIGHTS_FILE).write_text(text, encoding="utf-8")
+    if options.leave_out:
+        for is_sorted in (False, True):
+            print(f"\nkeys of the sources {'sorted' if is_sorted else 'in the order of registration'}")
+            scores = left_out(examples, names(options.only), with_sorted_keys=is_sorted, processes=options.processes)
+            print("\n".join(report(list(scores), by_library=True)))
+    return 0
+
+
+def cue_names() -> tuple[str, ...]:
+    """Name what is weighed."""
+    return ("bias", *(cue.name for cue in cues.CUES), cues.ELSEWHERE)
+
+
+def fitted(examples: Sequence[Example]) -> dict[str, float]:
+    """Fit the weights: the most probable ones, by a logistic regression.
+
+    Raises:
+        ValueError: There are no examples.
+
+    >>> more = [Example("a", frozenset("a"), (1.0, *[1.0] * (len(cue_names()) - 1)), True)] * 9
+    >>> fitted([*more, Example("b", frozenset("b"), (1.0, *[-1.0] * (len(cue_names()) - 1)), False)])["names"] > 0
+    True
+    """
+    if not examples:
+        raise ValueError("There are no moves to fit the weights to.")
+    counts = Counter(one.case for one in examples)
+    share = torch.tensor([counts[one.case] ** -_CASE_EXPONENT for one in examples], dtype=torch.float64)
+    values = torch.tensor([one.values for one in examples], dtype=torch.float64)
+    wanted = torch.tensor([one.is_right for one in examples], dtype=torch.float64)
+    weights = torch.zeros(values.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = values @ weights
+        total = torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted, share, reduction="sum")
+        result = total / share.sum() + _RIDGE * weights.square().mean()
+        result.backward()  # type: ignore[no-untyped-call]
+        return result
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return dict(zip(cue_names(), [round(value, 3) for value in weights.tolist()], strict=True))
+
+
+def collected(only: str, perturbed: int, processes: int) -> Iterator[Example]:
+    """List the moves of the gold cases whose names contain a text, in both orders, and of some perturbations."""
+    jobs: list[Callable[[], list[Example]]] = [
+        partial(_of_gold, name, with_sorted_keys=is_sorted) for name in names(only) for is_sorted in (False, True)
+    ]
+    jobs += [partial(_of_perturbation, index) for index in range(perturbed)]
+    with _pool(processes) as pool:
+        for found in pool.map(_called, jobs, chunksize=4):
+            yield from found
+
+
+def left_out(
+    examples: Sequence[Example], chosen: Iterable[str], *, with_sorted_keys: bool, processes: int
+) -> Iterator[Score]:
+    """Score gold cases, each with weights fitted without the cases that have a library in common with it."""
+    known: dict[frozenset[str], dict[str, float]] = {}
+    jobs = []
+    for name in chosen:
+        libraries = _libraries(name)
+        if libraries not in known:
+            known[libraries] = fitted([one for one in examples if libraries.isdisjoint(one.libraries)])
+        jobs.append(partial(_scored, name, known[libraries], with_sorted_keys=with_sorted_keys))
+    with _pool(processes) as pool:
+        yield from pool.map(_called, jobs)
+
+
+def _libraries(name: str) -> frozenset[str]:
+    return frozenset(side.split(".")[0] for side in name.split("->"))
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _called(job: Callable[[], Any]) -> Any:
+    torch.set_num_threads(1)  # there is nothing to share between threads that wait for one another
+    return job()
+
+
+def _scored(name: str, weights: Mapping[str, float], *, with_sorted_keys: bool) -> Score:
+    with patch.object(cues, "weights", lambda: weights):
+        return scored(read(name, with_sorted_keys=with_sorted_keys))
+
+
+def _of_gold(name: str, *, with_sorted_keys: bool) -> list[Example]:
+    case = read(name, with_sorted_keys=with_sorted_keys)
+    if len(case.target) > _MAX_TENSORS:
+        return []
+    first = dict(case.first_of)
+    truth = {
+        key: frozenset(first.get(source, source) for source in source_keys(expression)) if expression else frozenset()
+        for key, expression in case.expressions.items()
+    }
+    found = _moves(case.source, case.target, truth, first)
+    return [Example(f"{name} {with_sorted_keys}", _libraries(name), *one) for one in found]
+
+
+def _of_perturbation(index: int) -> list[Example]:
+    case = perturbations.case(index, SEED)
+    truth = {key: frozenset([source] if source else []) for key, source in case.truth.items()}
+    found = _moves(perturbations.on_meta(case.source), perturbations.on_meta(case.target), truth, {})
+    return [Example(case.name, frozenset([case.name]), *one) for one in found]
+
+
+def _moves(
+    source: Mapping[str, Tensor], target: Mapping[str, Tensor], truth: _Truth, first_of: Mapping[str, str]
+) -> list[tuple[tuple[float, ...], bool]]:
+    """Align two sides; list the cues of each move that was considered, and whether what is was right."""
+    sides: list[Any] = []
+    units: list[Any] = []
+    result: list[tuple[tuple[float, ...], bool]] = []
+
+    def match_parts(*arguments: Any) -> Any:
+        sides[:] = arguments[:2]
+        return match_all(*arguments)
+
+    def kinds_of(*arguments: Any) -> Any:
+        units[:] = arguments
+        return all_kinds(*arguments)
+
+    def right(own: int, other: int) -> tuple[int, frozenset[tuple[str, str]]]:
+        """Count the right tensors of a pair of units, and list what it pairs."""
+        (own_units, own_parts, other_units, other_parts), (own_side, other_side) = units, sides
+        pairs = [
+            (own_side.key(own_parts[a]), other_side.key(other_parts[b]))
+            for a, b in paired_parts(own_units[own], other_units[other])
+        ]
+        pairs = [(first_of.get(a, a), b) for a, b in pairs if b in truth]
+        return sum(a in truth[b] for a, b in pairs), frozenset(pairs)
+
+    def settled(assignment: Any, own: Any, other: Any, kinds: Any, fixed: Collection[int] = ()) -> Any:
+        outcome = settle(assignment, own, other, kinds, fixed)
+        slots = slots_of(own.paths), slots_of(other.paths)
+        for stage in (assignment, outcome.assignment):
+            for move in cues.moves_of(State(stage, own, other, kinds, slots)):
+                before, after = ([right(*pair) for pair in way] for way in (move.before, move.after))
+                gain = sum(a[0] - b[0] for a, b in zip(before, after, strict=True) if a[1] != b[1])
+                if gain and not {unit for _, unit in move.before} & set(fixed):
+                    values = (1.0, *(move.cues[name] for name in cue_names()[1:]))
+                    result.append((tuple(map(float, np.round(values, 4))), gain > 0))
+        return outcome
+
+    match_all, all_kinds, settle = pipeline.match_parts, candidates.kinds_of, cues.settled
+    with patch.multiple(pipeline, match_parts=match_parts, kinds_of=kinds_of, settled=settled):
+        autoalign.align(source, target)
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the cases whose name contains this")
+    parser.add_argument("--perturbations", type=int, default=150, metavar="N", help="how many")
+    parser.add_argument("--processes", type=int, default=1, metavar="N")
+    parser.add_argument("--write", action="store_true", help="write the weights into the package")
+    parser.add_argument(
+        "--leave-out", action="store_true", help="score every library with weights that have not seen it"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
