@@ -24,4 +24,5 @@ A new word is a row of ``vocabulary``, a new cue a row of ``cues``, a new kind o
 layout belongs to ``conventions`` or ``layouts``. A special case needs a test that fails without it.
 
 .. include:: limits.md
+.. include:: accuracy.md
 """
