@@ -122,7 +122,7 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
 
 def _flattened(parts: Sequence[Part]) -> dict[Path, list[int]]:
     """Find the one or two layers with more columns than a layer before them has rows, a multiple of some channels."""
-    channels = {part.shape[0] for part in parts if len(part.shape) == 4}
+    channels = {part.shape[0] for part in parts if len(part.shape) == 4} - {0}
     matrices = [part for part in (parts if channels else ()) if len(part.shape) == 2]
     known = channels.union(part.shape[0] for part in matrices)
     found = {}

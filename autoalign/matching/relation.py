@@ -93,7 +93,7 @@ def _matrices(parts: Sequence[Part]) -> Counter[Shape]:
 
 def _resized(shape: Shape, own: int, other: int) -> Iterator[Shape]:
     """Yield a shape with all, then some, of its sizes changed as one width is to the other."""
-    ways = [[size * other // own, size] if size * other % own == 0 else [size] for size in shape]
+    ways = [[size * other // own, size] if own and size * other % own == 0 else [size] for size in shape]
     yield from product(*ways)
 
 

@@ -19,6 +19,7 @@ Pair = tuple[str, str]  # a key or a regular expression, and a key or what ``re.
 _SPECIAL = re.compile(r"([.^$*+?{}\[\]\\|()])")
 _ANY, _DOT = r"(\d+)", r"\."
 _GROUP = re.compile(r"(?<!\\)\([^)]*\)")
+_MAX_LETTERS = 1000  # of keys that patterns are sought for; longer ones are named as they are
 _MAX_VARYING = 4  # numbers in a key of which all selections are tried
 
 
@@ -49,7 +50,8 @@ class Renamer:
         while left:
             key, new = next(iter(left.items()))
             best, covered = (key, new), {key}
-            for renaming in _renamings(key, new, slots[_texts(key), _texts(new)]):
+            known = slots[_texts(key), _texts(new)] if max(len(key), len(new)) <= _MAX_LETTERS else None
+            for renaming in _renamings(key, new, known) if known is not None else ():
                 pair, done = renaming.pair, self._made(renaming, wanted)
                 if done is None and (narrow := renaming.narrowed(left)):
                     pair, done = narrow.pair, self._made(narrow, wanted)
