@@ -77,11 +77,6 @@ class Move:
         logit = weight["bias"] + sum(weight[name] * value for name, value in self.cues.items())
         return 1 / (1 + exp(-logit))
 
-    @property
-    def places(self) -> int:
-        """How many pairs it changes."""
-        return sum(len(one.before) for one in self.exchanges)
-
 
 @dataclass(frozen=True, slots=True)
 class Settled:
@@ -105,27 +100,32 @@ def settled(
     the ``fixed`` target units do not change.
     """
     held, slots = set(fixed), (slots_of(source.paths), slots_of(target.paths))
+
+    def moves(assignment: Assignment) -> list[Move]:
+        state = State(assignment, source, target, kinds, slots)
+        found = [move for move in moves_of(state) if held.isdisjoint(j for _, j in chain(move.before, move.after))]
+        return sorted(found, key=lambda move: move.probability)
+
+    found = moves(assignment)
     for _ in range(_MAX_ROUNDS):
-        found = [
-            move
-            for move in moves_of(State(assignment, source, target, kinds, slots))
-            if held.isdisjoint(other for _, other in chain(move.before, move.after))
-        ]
-        better = sorted([move for move in found if move.probability < 0.5], key=lambda one: one.probability)
-        before, assignment = assignment, _made(assignment, better)
+        before, assignment = assignment, _made(assignment, [move for move in found if move.probability < 0.5])
         if assignment is before:
             break
+        earlier, found = found, moves(assignment)
+    else:
+        found += earlier  # each change made others better: what was doubtful before the last one still is
     caps = np.ones(len(assignment.target), dtype=np.float32)
     rival, doubts = assignment.runner_up.copy(), dict[int, str]()
     place_of = {unit: place for place, unit in enumerate(assignment.target.tolist())}
-    for move in sorted(found, key=lambda one: one.probability):
+    for move in found:
         cap = _cap(move.probability)
+        doubt = _doubt(move, slots) if cap <= AMBIGUOUS else ""
         for (_, other), (own, new) in zip(move.before, move.after, strict=True):
             place = place_of[other]
             caps[place] = min(caps[place], cap)
-            if cap <= AMBIGUOUS and place not in doubts:
-                doubts[place] = _doubt(move, slots)
-                rival[place] = own if new == other else rival[place]
+            if doubt and place not in doubts:
+                doubts[place] = doubt
+                rival[place] = own if new == other and own != assignment.source[place] else rival[place]
     return Settled(replace(assignment, runner_up=rival), caps, doubts)
 
 
@@ -339,7 +339,7 @@ def _run(state: State, one: Exchange) -> float:
             units = state.sequences.get(key, [])
             fills = [state.own_of[unit] for unit in units]
             changed = [after.get(unit, own) for unit, own in zip(units, fills, strict=True)]
-            rank = state.ranks[0].__getitem__
+            rank = state.source.places_in_order.__getitem__
             gain += _directed(list(map(rank, fills))) - _directed(list(map(rank, changed)))
     return gain
 

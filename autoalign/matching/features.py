@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from autoalign.matching.layers import Ancestry, Path
 from autoalign.matching.names import similar_words, word_similarity, words
+from autoalign.matching.vocabulary import ROLES
 from autoalign.plan.keys import numbers, stem, template
 
 Ints = NDArray[np.int64]
@@ -51,6 +52,8 @@ class SideFeatures:
     place: Ints  # [units]: place in the innermost list of equal modules; -1 outside lists
     length: Ints  # [units]: of that list
     templates: Ints  # [TEMPLATES, units]: id of the unit's template
+    places_in_order: tuple[int, ...]  # of the units, where lists are in the order of their numbers
+    roles: tuple[frozenset[str], ...]  # of the units: words for a query, a key or a value in their own names
 
 
 def side_features(
@@ -73,6 +76,8 @@ def side_features(
         following,
         *_places(paths, classes),
         _template_ids(paths),
+        _places_in_order(paths, ancestry.in_order.tolist()),
+        tuple([ROLES.intersection(words(path[-1])) for path in paths]),
     )
 
 
@@ -149,6 +154,33 @@ def _sparse_scores(source: _WordWeights, target: _WordWeights) -> Floats:
     for rows in (slice(start, start + step) for start in range(0, len(scores), step)):
         scores[rows] = (similar[rows] @ second.T).toarray() / (np.outer(norms[0][rows], norms[1]) + _NORM_OFFSET)
     return scores
+
+
+def _places_in_order(paths: Sequence[Path], in_order: Sequence[int]) -> tuple[int, ...]:
+    """Rank units by registration, and members of a list that was registered in another order by their numbers."""
+    first: dict[Path, int] = {}
+    lists: dict[Path, list[tuple[int, ...]]] = {}
+    for unit in in_order:
+        path = paths[unit]
+        for depth, name in enumerate(path):
+            if (member := path[: depth + 1]) not in first:
+                first[member] = len(first)
+                lists.setdefault((*path[:depth], stem(name)), []).append(numbers(name))
+    disordered = {of for of, members in lists.items() if members != sorted(members)}
+    start: dict[Path, int] = {}
+
+    def key(path: Path) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        found = []
+        for depth, name in enumerate(path):
+            of = (*path[:depth], stem(name))
+            place = first[path[: depth + 1]]
+            found.append((start.setdefault(of, place), numbers(name)) if of in disordered else (place, ()))
+        return tuple(found)
+
+    places = [0] * len(paths)
+    for rank, unit in enumerate(sorted(range(len(paths)), key=lambda unit: key(paths[unit]))):
+        places[unit] = rank
+    return tuple(places)
 
 
 def _template_ids(paths: Sequence[Path]) -> Ints:

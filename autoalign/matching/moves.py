@@ -18,8 +18,6 @@ from itertools import chain, combinations, pairwise, product
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.features import Ints, SideFeatures
 from autoalign.matching.layers import Path, block_around
-from autoalign.matching.names import words
-from autoalign.matching.vocabulary import ROLES
 from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 
 _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no counterpart in the other
@@ -80,18 +78,13 @@ class State:
         return below
 
     @cached_property
-    def ranks(self) -> tuple[list[int], list[int]]:
-        """The place of each unit of the source and of the target, where lists are in the order of their numbers."""
-        return _ranks(self.source), _ranks(self.target)
-
-    @cached_property
     def sequences(self) -> dict[tuple[bool, Path, str, Path], list[int]]:
         """The matched target units, in order, that differ in the number of a list's member alone.
 
         Those of lists of the target (True), or of the source, where the order of what the other side has tells.
         """
         found: dict[tuple[bool, Path, str, Path], list[int]] = {}
-        for unit in sorted(self.own_of, key=self.ranks[1].__getitem__):
+        for unit in sorted(self.own_of, key=self.target.places_in_order.__getitem__):
             for is_target, path in ((False, self.end(unit)), (True, self.target.paths[unit])):
                 for depth, name in enumerate(path):
                     if numbers(name):
@@ -104,15 +97,9 @@ class State:
             return True
         return len({template(self.end(unit) if is_target else self.target.paths[unit]) for unit in units}) == 1
 
-    @cached_property
-    def roles(self) -> tuple[list[frozenset[str]], list[frozenset[str]]]:
-        """The words for a query, a key or a value in the own name of each unit of either side."""
-        own, other = ([ROLES.intersection(words(path[-1])) for path in s.paths] for s in (self.source, self.target))
-        return own, other
-
     def has_role(self, pair: tuple[int, int]) -> bool:
         """True if both units of a pair are queries, keys or values alike."""
-        return not self.roles[0][pair[0]].isdisjoint(self.roles[1][pair[1]])
+        return not self.source.roles[pair[0]].isdisjoint(self.target.roles[pair[1]])
 
     def end(self, unit: int) -> Path:
         """Return the source layer that fills a target unit."""
@@ -122,33 +109,6 @@ class State:
 def exchanges_of(state: State) -> list[Exchange]:
     """Find all exchanges that shapes allow."""
     return [one for find in FINDERS for one in find(state)]
-
-
-def _ranks(side: SideFeatures) -> list[int]:
-    """Rank units by registration, and members of a list that was registered in another order by their numbers."""
-    first: dict[Path, int] = {}
-    lists: dict[Path, list[_Numbers]] = {}
-    for unit in side.ancestry.in_order.tolist():
-        path = side.paths[unit]
-        for depth, name in enumerate(path):
-            if (member := path[: depth + 1]) not in first:
-                first[member] = len(first)
-                lists.setdefault((*path[:depth], stem(name)), []).append(numbers(name))
-    disordered = {of for of, members in lists.items() if members != sorted(members)}
-    start: dict[Path, int] = {}
-
-    def key(path: Path) -> tuple[tuple[int, _Numbers], ...]:
-        places = []
-        for depth, name in enumerate(path):
-            of = (*path[:depth], stem(name))
-            place = first[path[: depth + 1]]
-            places.append((start.setdefault(of, place), numbers(name)) if of in disordered else (place, ()))
-        return tuple(places)
-
-    ranks = [0] * len(side.paths)
-    for rank, unit in enumerate(sorted(range(len(side.paths)), key=lambda unit: key(side.paths[unit]))):
-        ranks[unit] = rank
-    return ranks
 
 
 def _swapped(state: State) -> Iterator[Exchange]:
@@ -240,7 +200,6 @@ def _crossed(state: State, first: Path, second: Path, depth: int) -> Iterator[Ex
     shared = [name for name in fills[0] if name in fills[1]]
     for x, y in combinations(shared, 2):
         around = state.end(fills[0][x][0])[:depth]
-        ends = (*around, x), (*around, y)
         is_alike = len({name.isdecimal() for name in (first[-1], second[-1], x, y)}) == 1
         for own, other in ((x, y), (y, x)):  # the first block would be of ``own``, the second of ``other``
             pairs = _paired(state, fills[0][other], fills[1][own], len(first), len(second))
@@ -375,7 +334,7 @@ def _sequenced(state: State) -> Iterator[Exchange]:
         for unit in sequence:
             alike.setdefault(state.alike[unit], []).append(unit)
         for units in alike.values():
-            run = [state.ranks[0][own[unit]] for unit in units]
+            run = [state.source.places_in_order[own[unit]] for unit in units]
             if run not in (in_order := sorted(run), in_order[::-1]) and len(set(run)) == len(run):
                 way = tuple(sorted(range(len(run)), key=run.__getitem__))
                 found.setdefault((is_target, parent, name, way), []).append(units)
