@@ -20,7 +20,7 @@ from autoalign.plan.adaptations import Adapt
 
 if TYPE_CHECKING:
     from autoalign.loading.convert import Format
-    from autoalign.loading.prepare import Progress
+    from autoalign.loading.fill import Progress
     from autoalign.verification.verify import Verification
 
 _MIN_SIMILARITY = 60  # of 100, of the names of options; a less similar one is not proposed

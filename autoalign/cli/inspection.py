@@ -14,7 +14,7 @@ from autoalign.checkpoints.formats.detection import format_of
 from autoalign.cli.options import COMPLETE, INCOMPLETE
 from autoalign.cli.targets import side_of
 from autoalign.cli.terminal import complain, progress, show, show_json, width
-from autoalign.loading.diff import Changed, Differences, differences
+from autoalign.loading.values import Changed, Differences, differences
 from autoalign.plan.quantised import describe_schemes
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text

@@ -3,15 +3,14 @@
 In order of use, from the bottom up:
 
 * ``mapped``: reads the values of memory-mapped tensors from their files, so that a file which is cut ends no process.
-* ``value_checks``: NaN in a checkpoint, and what a cast to the model's dtype would lose.
+* ``values``: NaN in a checkpoint, what a cast to the model's dtype would lose, two checkpoints compared key by key.
 * ``transaction``: a model as it was if anything fails, and a lock on it; which copies cannot fail.
-* ``conflicts``: what a checkpoint holds and the model has no place for; tied keys are filled from one tensor.
+* ``fill``: reads the sources, copies them in place (on threads where that is faster), or makes new tensors of them;
+  the progress bar.
 * ``prepare``: what is decided and said before data moves, for ``load`` and ``convert`` alike: what comes from where,
-  lazy modules, BatchNorm counters, extra states, versions; warnings and the progress bar.
-* ``fill``: reads the sources, copies them in place (on threads where that is faster), or makes new tensors of them.
-* ``ranks`` and ``sharded``: how the processes of a sharded model agree, and which parts each of them reads.
+  lazy modules, conflicts, BatchNorm counters, extra states, versions; warnings.
+* ``sharded``: how the processes of a sharded model agree, and which parts each of them reads.
 * ``load`` and ``convert``: fill a model, all or nothing; write a checkpoint anew, tensor by tensor.
-* ``diff``: two checkpoints compared under the same keys.
 
 It may import ``errors``, ``plan``, ``checkpoints``, ``rules``, ``matching``, ``reports`` and ``alignment``. A new check
 of values is one of ``Findings``; new state of modules beside tensors goes to ``prepare``; a new output format is

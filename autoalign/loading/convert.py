@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -30,8 +30,8 @@ from autoalign.checkpoints.formats.detection import index_of
 from autoalign.checkpoints.formats.safetensors import dense, header, in_file_order, write_safetensors
 from autoalign.checkpoints.stored import named_dtype
 from autoalign.errors import CheckpointError, InputError, OutputError
-from autoalign.loading.fill import require_shape
-from autoalign.loading.prepare import Progress, prepared, warn_of_choices, warn_of_unfilled
+from autoalign.loading.fill import Progress, require_shape, require_values
+from autoalign.loading.prepare import prepared, warn_of_choices, warn_of_unfilled
 from autoalign.matching.match import match_tensors
 from autoalign.plan.matches import Match
 from autoalign.plan.specs import TensorSpec
@@ -67,7 +67,10 @@ def convert_checkpoint(
     """Write a checkpoint anew; see ``autoalign.convert``. ``align_options`` are those of ``match_tensors``."""
     if format not in FORMATS:
         raise InputError(f"format={format!r} cannot be written. {_UNDONE} Choose {', '.join(FORMATS)}.")
-    cast, limit = _floating_dtype(dtype), shard_size(max_shard_size)
+    cast = named_dtype(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(cast, torch.dtype) and cast.is_floating_point):
+        raise InputError(f"dtype={dtype!r} is not a floating-point dtype, such as 'bfloat16'. {_UNDONE}")
+    limit = shard_size(max_shard_size)
     if progress is not None and not callable(progress):
         raise InputError(f"progress= takes a function, not {type(progress).__name__}. {_UNDONE}")
     is_folder = format == "dcp"
@@ -107,7 +110,19 @@ def convert_checkpoint(
     warn_of_choices(f"Writing {ready.summary}", alignment)
     warn_of_unfilled(f"Writing {ready.summary}", alignment, "are not in the output")
     source.require_unchanged()
-    read = _reader(source, alignment, progress)
+    matches = {match.target: match for match in alignment.matches}
+    done = 0
+
+    def read(spec: TensorSpec) -> torch.Tensor:
+        nonlocal done
+        tensor = read_match(alignment, matches[spec.key], spec.shape)
+        done += 1
+        if done == len(matches):
+            source.require_unchanged(_UNDONE)  # while it was read
+        if progress is not None:
+            progress(done, len(matches))
+        return tensor
+
     if is_folder:
         _write_folder(specs, read, folder)
     else:
@@ -121,9 +136,6 @@ def shard_size(size: int | str) -> int:
 
     >>> shard_size("5GB"), shard_size("1.5 GiB"), shard_size(100)
     (5000000000, 1610612736, 100)
-
-    Raises:
-        InputError: It is not a positive number of bytes.
     """
     found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if found:
@@ -152,13 +164,6 @@ def shards_of(specs: Sequence[TensorSpec], limit: int) -> list[list[TensorSpec]]
         shards[-1].append(spec)
         left -= size
     return [in_file_order(shard) for shard in shards]
-
-
-def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = named_dtype(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise InputError(f"dtype={dtype!r} is not a floating-point dtype, such as 'bfloat16'. {_UNDONE}")
-    return found
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:
@@ -197,10 +202,10 @@ def _older(folder: Path, stem: str) -> dict[str, bool]:
     except OSError as error:
         raise OutputError(f"{str(folder)!r} cannot be written to: {error}. {_UNDONE}") from error
     index = f"{stem}{_SUFFIX}.index.json"
+    left_over: Collection[str] = ()
     with suppress(CheckpointError):  # of an index that leads nowhere
         left_over = unfinished(names, index_of(folder / index).values() if index in names else ())
-        return {name: name in left_over for name in names if ours.fullmatch(name)}
-    return {name: False for name in names if ours.fullmatch(name)}
+    return {name: name in left_over for name in names if ours.fullmatch(name)}
 
 
 def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[TensorSpec]:
@@ -225,40 +230,11 @@ def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dic
 
 
 def read_match(alignment: Alignment, match: Match, shape: tuple[int, ...]) -> torch.Tensor:
-    """Read the tensor of a match; its values are there and it has the shape of the target.
-
-    Raises:
-        InputError: The source, or a target of which values are kept, is on the meta device.
-        CheckpointError: The file holds another shape than it announced.
-    """
+    """Read the tensor of a match; its values are there and it has the shape of the target."""
     tensor = alignment.tensor(match)
-    if tensor.is_meta:
-        raise InputError(
-            f"{', '.join(match.sources)} of the checkpoint is on the meta device and has no values. "
-            f"{_UNDONE} Give a checkpoint with values."
-        )
+    require_values(match, tensor, _UNDONE)
     require_shape(match, tensor.shape, shape, _UNDONE)
     return tensor
-
-
-def _reader(
-    source: Checkpoint, alignment: Alignment, progress: Progress | None
-) -> Callable[[TensorSpec], torch.Tensor]:
-    """Return a function that reads the tensor of each output, once, and reports it."""
-    matches = {match.target: match for match in alignment.matches}
-    done = 0
-
-    def read(spec: TensorSpec) -> torch.Tensor:
-        nonlocal done
-        tensor = read_match(alignment, matches[spec.key], spec.shape)
-        done += 1
-        if done == len(matches):
-            source.require_unchanged(_UNDONE)  # while it was read
-        if progress is not None:
-            progress(done, len(matches))
-        return tensor
-
-    return read
 
 
 def _write_folder(specs: Sequence[TensorSpec], read: Callable[[TensorSpec], torch.Tensor], folder: Path) -> None:
@@ -294,23 +270,14 @@ def _write(
         names = [f"{start}-{number:05}-of-{len(shards):05}{_SUFFIX}" for number in range(1, len(shards) + 1)]
         names.append(f"{stem}{_SUFFIX}.index.json")
     with staged(folder, names, older, output_pattern(stem)) as paths:
-        for shard, path in zip(shards, paths, strict=False):  # the index is not a shard
+        for place, path in enumerate(paths):
             with path.open("xb") as stream:
-                write_safetensors(stream, shard, read, metadata)
-                _flush(stream)
-        if len(shards) > 1:
-            with paths[-1].open("xb") as stream:
-                stream.write(_index(shards, names).encode())
-                _flush(stream)
-
-
-def _flush(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _index(shards: Sequence[Sequence[TensorSpec]], names: Sequence[str]) -> str:
-    """Write the index as Hugging Face's libraries do."""
-    files = {spec.key: name for shard, name in zip(shards, names, strict=False) for spec in shard}
-    total = sum(spec.numel * spec.dtype.itemsize for shard in shards for spec in shard)
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=2, sort_keys=True) + "\n"
+                if place < len(shards):
+                    write_safetensors(stream, shards[place], read, metadata)
+                else:  # the index, as Hugging Face's libraries write it
+                    files = {spec.key: name for shard, name in zip(shards, names, strict=False) for spec in shard}
+                    total = sum(spec.numel * spec.dtype.itemsize for shard in shards for spec in shard)
+                    index = {"metadata": {"total_size": total}, "weight_map": files}
+                    stream.write(json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
+                stream.flush()
+                os.fsync(stream.fileno())

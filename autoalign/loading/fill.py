@@ -1,10 +1,13 @@
-"""Filling: read the sources of a plan's matches, and copy them into a model's tensors or make new ones of them."""
+"""Filling: read the sources of a plan's matches, copy them into a model's tensors or make new ones; the progress."""
 
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
@@ -18,14 +21,15 @@ from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.errors import CheckpointError, InputError, NotInvertibleError
 from autoalign.loading.mapped import MappedFiles
-from autoalign.loading.prepare import Step
 from autoalign.loading.transaction import is_sharded, memory_of
-from autoalign.loading.value_checks import Findings
+from autoalign.loading.values import Findings
 from autoalign.plan.adaptations import needs_target
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy, Operation
 
 Sources = tuple[Match, list[Tensor]]  # a match, and the tensors that it is made of
+Progress = Callable[[int, int], object]  # called with the tensors that are done and all of them
+Step = Callable[[int, int], object]  # called with the tensors that are done, and their bytes
 
 _UNCHANGED = "The model was not changed."
 _MAX_READ_AHEAD_BYTES = 2**22  # read into memory before anything is changed; for more, pages must be made first
@@ -33,6 +37,7 @@ _MAX_SMALL_BYTES = 2**16  # of a tensor whose read of its own would take longer 
 _BATCH_BYTES = 2**24  # that a thread copies at a time
 _MIN_PARALLEL_BYTES = 2**26  # from which on threads are worth their start
 _MAX_THREADS = 4  # more do not copy faster, and these read ahead of each other from a disk
+_SECONDS_WITHOUT_BAR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +72,24 @@ def require_shape(match: Match, found: Sequence[int], announced: Sequence[int], 
         )
 
 
-def read_sources(source: Checkpoint, alignment: Alignment) -> Iterator[Sources]:
-    """Read the sources of each match, each once if that takes memory.
+def require_values(match: Match, tensor: Tensor, undone: str = _UNCHANGED) -> None:
+    """Raise InputError if what was read for a match is on the meta device."""
+    if tensor.is_meta:
+        raise InputError(
+            f"{', '.join(match.sources)} of the checkpoint is on the meta device and has no values. "
+            f"{undone} Give a checkpoint with values."
+        )
 
-    Raises:
-        InputError: The checkpoint has no values.
-    """
+
+def read_sources(source: Checkpoint, alignment: Alignment) -> Iterator[Sources]:
+    """Read the sources of each match, each once if that takes memory."""
     uses = Counter(key for match in alignment.matches for key in match.sources)
     kept: dict[str, Tensor] = {}
     for match in alignment.matches:
         tensors = []
         for key in match.sources:
             tensor = kept[key] if key in kept else source[key]
-            if tensor.is_meta:
-                raise InputError(
-                    f"{', '.join(match.sources)} of the checkpoint is on the meta device and has no values. "
-                    f"{_UNCHANGED} Give a checkpoint with values."
-                )
+            require_values(match, tensor)
             uses[key] -= 1
             if not source.is_resident:
                 kept[key] = tensor
@@ -96,11 +102,7 @@ def read_sources(source: Checkpoint, alignment: Alignment) -> Iterator[Sources]:
 
 
 def _gathered(key: str, tensor: Any) -> Tensor:
-    """Gather a tensor that is spread over several processes, which all must ask for it.
-
-    Raises:
-        InputError: The processes are not there, as where it was read from a file of one of them.
-    """
+    """Gather a tensor that is spread over several processes, which all must ask for it."""
     try:
         return tensor.to_local() if tensor.device_mesh.size() == 1 else tensor.full_tensor()  # type: ignore[no-any-return]
     except Exception as error:  # torch raises whatever the missing group led to
@@ -116,9 +118,6 @@ def read_ahead(given: Sequence[Sources], files: MappedFiles) -> tuple[list[Sourc
 
     Returns:
         The same with the tensors that were read in their places; and whether all were.
-
-    Raises:
-        CutError: A file has become shorter.
     """
     files.find()
     tensors = [tensor for _, sources in given for tensor in sources]
@@ -153,10 +152,6 @@ def fills_of(
 
     ``findings`` receives what is found of the values. With ``postpone`` they are left to be examined when they are
     copied and in memory anyway, as those of a mapped file are not yet.
-
-    Raises:
-        InputError: The checkpoint has no values.
-        CheckpointError: A tensor has another shape than announced, or cannot be read.
     """
     memories = _memories(targets)
     fills, size = [], 0
@@ -215,7 +210,7 @@ def tensors_of(
     dtype: torch.dtype | None,
     device: torch.device | None,
 ) -> dict[str, Tensor]:
-    """Compute the tensors that ``load_state_dict`` is given; what it raises is as with ``fills_of``.
+    """Compute the tensors that ``load_state_dict`` is given.
 
     With ``assign``, these are to take the places of the targets: they get their devices and dtypes, or else ``device``
     and, for floating-point ones, ``dtype``.
@@ -227,7 +222,7 @@ def tensors_of(
     for done, (match, sources) in enumerate(given, start=1):
         target = targets[match.target]
         wanted = dtype if dtype is not None and target.dtype.is_floating_point else target.dtype
-        if isinstance(match.operation, Copy):
+        if isinstance(match.operation, Copy) and not is_lazy(target):
             sources = [_in_layout_of(target, tensor) for tensor in sources]
         findings.examine(match, sources, wanted)
         tensor = alignment.tensor(match, sources)
@@ -255,7 +250,7 @@ def _memories(targets: Mapping[str, Tensor]) -> set[int | None]:
 
 def _in_layout_of(target: Tensor, tensor: Tensor) -> Tensor:
     """Convert a tensor to the layout of another, since torch does not copy between layouts."""
-    if is_lazy(target) or tensor.layout == target.layout:
+    if tensor.layout == target.layout:
         return tensor
     dense = tensor.to_dense()
     return dense if target.layout == torch.strided else dense.to_sparse(layout=target.layout)
@@ -371,3 +366,60 @@ def _batches(fills: Iterable[Fill]) -> Iterator[list[Fill]]:
             batch = []
     if batch:
         yield batch
+
+
+@contextmanager
+def progress_of(progress: Progress | bool | None, tensors: int, size: int, since: float) -> Iterator[Step]:
+    """Report how far a load has come, for as long as the block runs.
+
+    ``progress`` is that of ``autoalign.load``; ``tensors`` of ``size`` bytes are loaded ``since`` a ``perf_counter``.
+    """
+    if callable(progress):
+        call = progress
+        yield lambda done, _size: call(done, tensors)
+        return
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield lambda _done, _size: None
+        return
+    bar: Any = None
+    failed = False
+
+    def step(done: int, done_size: int) -> None:
+        nonlocal bar, failed
+        if failed:
+            return
+        try:
+            if bar is None and (progress or time.perf_counter() - since > _SECONDS_WITHOUT_BAR):
+                bar = _bar(transient=progress is None)
+                bar.start()
+                bar.add_task("Loading", total=size, tensors=tensors, done=done)
+            if bar is not None:
+                bar.update(0, completed=done_size, done=done)
+        except Exception:  # stderr may be closed, or no thread be left: no reason not to load
+            failed = True
+
+    try:
+        yield step
+    finally:
+        if bar is not None:
+            with suppress(Exception):
+                bar.stop()
+
+
+def _bar(*, transient: bool) -> Any:
+    from rich.console import Console  # late, as all that a load without a bar does not need
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
+        TimeRemainingColumn(),
+    )
+
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:  # rich would close stdout and end the process
+            self.quiet = True
+
+    return Progress(*columns, console=Screen(stderr=True), transient=transient)

@@ -21,24 +21,30 @@ from autoalign.checkpoints.atomic import interrupts_held
 from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.config import ROTARY_SETTINGS
 from autoalign.checkpoints.stored import named_dtype
-from autoalign.errors import AlignmentError, CheckpointError, InputError, ValueWarning
-from autoalign.loading.fill import check_devices, copy_all, fills_of, read_ahead, read_sources, tensors_of
+from autoalign.errors import AlignmentError, CheckpointError, InputError, ValueWarning, listed
+from autoalign.loading import sharded
+from autoalign.loading.fill import (
+    Progress,
+    Step,
+    check_devices,
+    copy_all,
+    fills_of,
+    progress_of,
+    read_ahead,
+    read_sources,
+    tensors_of,
+)
 from autoalign.loading.mapped import CutError, MappedFiles, mapped_files
 from autoalign.loading.prepare import (
     Prepared,
-    Progress,
-    Step,
     aligned,
     extra_states,
     prepared,
-    progress_of,
     state_metadata,
     warn,
     warn_of_choices,
     warn_of_unfilled,
 )
-from autoalign.loading.ranks import Ranks, announced_unsharded, digests, ranks_of, require_same, wait_for_ranks
-from autoalign.loading.sharded import ShardPlan, fill_parts, needs_no_rollback, plan_of, register
 from autoalign.loading.transaction import (
     can_copy_in_place,
     cannot_fail,
@@ -47,7 +53,7 @@ from autoalign.loading.transaction import (
     supports_plain_copy,
     transaction,
 )
-from autoalign.loading.value_checks import Findings, in_one
+from autoalign.loading.values import Findings, in_one
 from autoalign.matching.layouts import ROTARY
 
 logger = logging.getLogger(__name__)
@@ -87,7 +93,7 @@ def load_checkpoint(
     call = _Call(model, assign, progress, *_conversion(dtype, device), since, isinstance(checkpoint, str | os.PathLike))
     is_converted = not (call.dtype is None and call.device is None)
     with ExitStack() as announced, model_lock(model):
-        ranks = ranks_of(model)
+        ranks = sharded.ranks_of(model)
 
         def prepare() -> Prepared:
             if ranks is not None and is_converted:
@@ -98,13 +104,10 @@ def load_checkpoint(
 
         if ranks is not None:
             return _load_sharded(call, prepare, ranks)
-        announced.enter_context(announced_unsharded(model))
+        announced.enter_context(sharded.announced_unsharded(model))
         ready = prepare()
-        if call.dtype is not None:  # what it is about to be
-            _refuse_codes(ready.alignment)
-            specs = ready.alignment.target_specs
-            specs = tuple(replace(spec, dtype=call.dtype) if spec.dtype.is_floating_point else spec for spec in specs)
-            ready = replace(ready, alignment=replace(ready.alignment, target_specs=specs))
+        if call.dtype is not None:
+            ready = replace(ready, alignment=_with_dtype(ready.alignment, call.dtype))
         if not is_converted:
             return _fill(call, ready)
         with transaction(model, keep_values=False, keep_memory=True):
@@ -116,14 +119,16 @@ def load_checkpoint(
         return replace(filled, target_tensors=checkpoint_of(model))
 
 
-def _refuse_codes(alignment: Alignment) -> None:
-    """Raise InputError if a conversion to another dtype would change codes of quantised tensors."""
+def _with_dtype(alignment: Alignment, dtype: torch.dtype) -> Alignment:
+    """Return an alignment with the specs that the target is about to have."""
     members = alignment.quantised[1].values()
     if codes := [member for member in members if member.role == "codes" and member.spec.dtype.is_floating_point]:
         raise InputError(
             f"dtype= would change the codes of the model's quantised tensors, such as {codes[0].spec.key} "
             f"({codes[0].group.scheme}). Nothing was loaded. Leave it out."
         )
+    specs = (replace(spec, dtype=dtype) if spec.dtype.is_floating_point else spec for spec in alignment.target_specs)
+    return replace(alignment, target_specs=tuple(specs))
 
 
 def _conversion(
@@ -234,8 +239,8 @@ def _require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mappi
     gone = [match.target for match in alignment.matches if now.get(match.target) is not targets[match.target]]
     if gone:
         raise AlignmentError(
-            f"The model changed while it was loaded: it has other tensors now for {', '.join(gone[:3])}"
-            f"{', ...' if len(gone) > 3 else ''}. Nothing was loaded. Load when nothing else changes the model.",
+            f"The model changed while it was loaded: it has other tensors now for {listed(gone)}. Nothing was loaded. "
+            "Load when nothing else changes the model.",
             alignment,
         )
 
@@ -267,7 +272,7 @@ def _load_state_dict(
             )
 
 
-def _load_sharded(call: _Call, prepare: Callable[[], Prepared], ranks: Ranks) -> Alignment:
+def _load_sharded(call: _Call, prepare: Callable[[], Prepared], ranks: sharded.Ranks) -> Alignment:
     """Load the parts of a model that this and other processes hold, on all or on none; the first of them reports."""
     model, assign, findings = call.model, call.assign, Findings()
     reported = call.progress if ranks.is_first else False
@@ -277,23 +282,23 @@ def _load_sharded(call: _Call, prepare: Callable[[], Prepared], ranks: Ranks) ->
         targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
         check_devices(ready.alignment, targets, assign=assign)
         files = reading.enter_context(mapped_files(_mapped_paths(call, ready.source)))
-        return (ready, targets, files), digests(ready.source, ready.alignment, files)
+        return (ready, targets, files), sharded.digests(ready.source, ready.alignment, files)
 
-    def plan() -> tuple[ShardPlan, tuple[bool, bool]]:
+    def plan() -> tuple[sharded.ShardPlan, tuple[bool, bool]]:
         with _cut_explained():
-            parts = plan_of(source, alignment, targets, files, assign=assign)
+            parts = sharded.plan_of(source, alignment, targets, files, assign=assign)
         if ranks.is_first:  # before a change, since a warning may be turned into an error
             warn_of_choices(f"Loading {ready.summary}", alignment)
             _warn_of_keys(ready, targets)
-        surely = needs_no_rollback(model, source, alignment, targets, assign=assign) and not callable(reported)
+        surely = sharded.needs_no_rollback(model, source, alignment, targets, assign=assign) and not callable(reported)
         return parts, (surely, ranks.is_first and _may_raise(ValueWarning))
 
     def fill() -> tuple[None, Findings]:
         found = Findings(pieces=files.pieces)
         with _cut_explained(is_kept=not is_changed):
-            fill_parts(parts, found, step)
+            sharded.fill_parts(parts, found, step)
         source.require_unchanged(_changed_advice(is_kept=not is_changed))
-        register(model, parts, targets, assign=assign)
+        sharded.register(model, parts, targets, assign=assign)
         return None, replace(found, pieces=in_one)  # which other processes can be given
 
     def warn_of_values() -> tuple[None, None]:
@@ -303,10 +308,10 @@ def _load_sharded(call: _Call, prepare: Callable[[], Prepared], ranks: Ranks) ->
 
     with ExitStack() as reading, ExitStack() as held:
         held.enter_context(interrupts_held())
-        wait_for_ranks(model, ranks.group)
+        sharded.wait_for_ranks(model, ranks.group)
         (ready, targets, files), given = ranks.each(prepare_part, held)
         source, alignment = ready.source, ready.alignment
-        require_same(given, alignment)
+        sharded.require_same(given, alignment)
         parts, votes = ranks.each(plan, held)
         may_raise_late = any(may_raise for _, may_raise in votes)
         is_kept = may_raise_late or not all(surely for surely, _ in votes)
@@ -373,14 +378,10 @@ def _may_raise(category: type[Warning]) -> bool:
 def _warn_of_keys(ready: Prepared, targets: Mapping[str, Tensor]) -> None:
     on_meta = any(targets[key].is_meta for key in ready.alignment.missing_keys)
     fate = "stay on meta, without values" if on_meta else "keep their values"
-    warn_of_unfilled(f"Loading {ready.summary}", ready.alignment, fate, _rotary_note(ready.alignment))
-
-
-def _rotary_note(alignment: Alignment) -> str:
-    """Repeat the note that says how to settle rotated queries and keys, if any are ambiguous."""
-    if not any(ROTARY in match.warnings for match in alignment.ambiguous):
-        return ""
-    return "".join(f" {note}" for note in alignment.notes if ROTARY_SETTINGS[0] in note)
+    advice = ""
+    if any(ROTARY in match.warnings for match in ready.alignment.ambiguous):
+        advice = "".join(f" {note}" for note in ready.alignment.notes if ROTARY_SETTINGS[0] in note)
+    warn_of_unfilled(f"Loading {ready.summary}", ready.alignment, fate, advice)
 
 
 def _warn_of_values(ready: Prepared, findings: Findings) -> None:

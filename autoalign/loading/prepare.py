@@ -1,14 +1,17 @@
-"""Preparing: what is decided and said before anything is loaded or written, and what a module has beside tensors."""
+"""Preparing: what is decided and said before anything is loaded or written, and what a module has beside tensors.
+
+Conflicts are what a checkpoint holds and the model has no place for, so that the model computes something else: two
+tensors for one that the model ties, biases of layers that have none in the model, and classifiers whose background is
+another one of their classes. Values are compared, which ``align`` does not do; a note on each says what was taken.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,25 +26,24 @@ from autoalign.errors import (
     IncompatibleTensorsError,
     NothingLoadedError,
     PartialLoadWarning,
+    listed,
 )
-from autoalign.loading.conflicts import settled
+from autoalign.matching.assembly import tie_warning
 from autoalign.matching.match import match_tensors
-from autoalign.plan.keys import LEVELS
-from autoalign.plan.matches import FILLED, Caution
+from autoalign.matching.names import kind
+from autoalign.plan.keys import LEVELS, split_key
+from autoalign.plan.matches import FILLED, Caution, Match
 from autoalign.plan.operations import Copy
-from autoalign.plan.specs import TensorSpec
+from autoalign.plan.specs import TensorSpec, tied_groups
 
-Progress = Callable[[int, int], object]  # called with the tensors that are done and all of them
-Step = Callable[[int, int], object]  # called with the tensors that are done, and their bytes
-
-_MAX_LISTED = 4  # keys that a warning names
-_SECONDS_WITHOUT_BAR = 2.0
 _REASONS = {
     "missing": "{} without a source",
     "mismatched": "{} of another shape",
     "ambiguous": "{} ambiguous",
     "excluded": "{} excluded",
 }
+_BOX_SIZE = 4  # numbers of a box
+_MAX_NAMED = 4  # keys that a warning names
 
 
 def aligned(model: nn.Module, source: Checkpoint, options: Mapping[str, Any]) -> Alignment:
@@ -62,14 +64,11 @@ def aligned(model: nn.Module, source: Checkpoint, options: Mapping[str, Any]) ->
         unknown = len(lazy) - len(known)
         notes += (f"{len(known)} tensors of lazy modules have the shapes of those with their names in the checkpoint.",)
         notes += (f"{unknown} tensors of lazy modules stay without a shape.",) if unknown else ()
-    if not left_out:
-        return replace(alignment, notes=(*alignment.notes, *notes))
-    order = {key: place for place, key in enumerate(model.state_dict(keep_vars=True))}
-    return replace(
-        alignment,
-        target_specs=tuple(sorted((*alignment.target_specs, *left_out), key=lambda spec: order[spec.key])),
-        notes=(*alignment.notes, *notes),
-    )
+    specs = alignment.target_specs
+    if left_out:
+        order = {key: place for place, key in enumerate(model.state_dict(keep_vars=True))}
+        specs = tuple(sorted((*specs, *left_out), key=lambda spec: order[spec.key]))
+    return replace(alignment, target_specs=specs, notes=(*alignment.notes, *notes))
 
 
 def _shaped(model: nn.Module, lazy: Mapping[str, Tensor], known: Mapping[str, TensorSpec]) -> Checkpoint:
@@ -138,18 +137,8 @@ def prepared(
 ) -> Prepared:
     """Settle what an alignment leaves open, and refuse one that is empty, or incomplete if it is to be complete.
 
-    Args:
-        alignment: What is loaded from where.
-        module: The target, if it is a module.
-        target: Its name in texts, such as ``"ResNet"``.
-        strict: Whether every target key needs a source.
-        verb: Of what is done with the tensors, such as ``"load"``.
-        undone: A sentence on what was not done if this fails.
-        counters_fate: What becomes of BatchNorm counters that a checkpoint is too old to have.
-
-    Raises:
-        NothingLoadedError: Nothing matches.
-        IncompatibleTensorsError: Target keys get nothing, with ``strict``.
+    Texts name the ``target``, as ``"ResNet"``, and say by a ``verb`` what is done, as ``"load"``, by a sentence what is
+    ``undone`` if this fails, and what becomes of BatchNorm counters that a checkpoint is too old to have.
     """
     source = alignment.tensors  # perhaps of another container than was asked for
     assert isinstance(source, Checkpoint)
@@ -287,68 +276,6 @@ def state_metadata(
     return metadata
 
 
-@contextmanager
-def progress_of(progress: Progress | bool | None, tensors: int, size: int, since: float) -> Iterator[Step]:
-    """Report how far a load has come, for as long as the block runs.
-
-    Args:
-        progress: True for a bar on stderr, None for one if stderr is a terminal and the load takes more than two
-            seconds, False for none, or a function of the tensors that are done and of all.
-        tensors: How many tensors are loaded.
-        size: How many bytes they have.
-        since: When the load began, by ``time.perf_counter``.
-    """
-    if callable(progress):
-        call = progress
-        yield lambda done, _size: call(done, tensors)
-        return
-    if progress is False or (progress is None and not sys.stderr.isatty()):
-        yield lambda _done, _size: None
-        return
-    bar: Any = None
-    failed = False
-
-    def step(done: int, done_size: int) -> None:
-        nonlocal bar, failed
-        if failed:
-            return
-        try:
-            if bar is None and (progress or time.perf_counter() - since > _SECONDS_WITHOUT_BAR):
-                bar = _bar(transient=progress is None)
-                bar.start()
-                bar.add_task("Loading", total=size, tensors=tensors, done=done)
-            if bar is not None:
-                bar.update(0, completed=done_size, done=done)
-        except Exception:  # stderr may be closed, or no thread be left: no reason not to load
-            failed = True
-
-    try:
-        yield step
-    finally:
-        if bar is not None:
-            with suppress(Exception):
-                bar.stop()
-
-
-def _bar(*, transient: bool) -> Any:
-    from rich.console import Console  # late, as all that a load without a bar does not need
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
-        TimeRemainingColumn(),
-    )
-
-    class Screen(Console):
-        def on_broken_pipe(self) -> None:  # rich would close stdout and end the process
-            self.quiet = True
-
-    return Progress(*columns, console=Screen(stderr=True), transient=transient)
-
-
 def warn_of_choices(doing: str, alignment: Alignment) -> None:
     """Warn of what could as well have been taken."""
     for note in alignment.notes:
@@ -367,10 +294,9 @@ def warn_of_unfilled(doing: str, alignment: Alignment, fate: str, advice: str = 
         return
     counts = Counter("excluded" if key in alignment.excluded else status[key] for key in status)
     reasons = ", ".join(text.format(counts[reason]) for reason, text in _REASONS.items() if counts[reason])
-    more = ", ..." if len(named) > _MAX_LISTED else ""
     left_out = f" Left out: {', '.join(alignment.unused_schemes)}." if alignment.unused_schemes else ""
     warn(
-        f"{doing}. {len(status)} {fate}: {', '.join(named[:_MAX_LISTED])}{more} ({reasons}).{left_out} "
+        f"{doing}. {len(status)} {fate}: {listed(named, _MAX_NAMED)} ({reasons}).{left_out} "
         f"print(alignment) shows all.{advice}",
         PartialLoadWarning,
     )
@@ -382,3 +308,127 @@ def warn(text: str, category: type[Warning]) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "autoalign":
         level, frame = level + 1, frame.f_back
     warnings.warn(text, category, stacklevel=level)
+
+
+def settled(alignment: Alignment) -> Alignment:
+    """Fill tied keys from one tensor, unless theirs have equal values, and note what is lost of the checkpoint."""
+    fills = {match.target: match for match in alignment.matches}
+    notes = []
+    for keys in tied_groups(alignment.target_specs):
+        claims = _claims([fills[key] for key in keys if key in fills], alignment)
+        others = [match for match in claims[1:] if not _are_equal(alignment, claims[0], match)]
+        if len(claims) > 1:
+            given = claims[:1] if others else claims
+            fills |= {
+                key: replace(given[min(place, len(given) - 1)], target=key, alternatives=())
+                for place, key in enumerate(keys)
+                if key in fills
+            }
+        lost = [" + ".join(match.sources) for match in others] + list(_of_other_shapes(alignment, keys, fills))
+        if lost:
+            notes.append(
+                f"{' and '.join(keys)} are one tensor in the model, and differ in the checkpoint: "
+                f"{' + '.join(claims[0].sources)} was taken, not {', '.join(lost)}."
+            )
+    matches = tuple(fills[match.target] for match in alignment.matches)
+    found = replace(alignment, matches=matches) if matches != alignment.matches else alignment
+    if biases := _lost_biases(found):
+        notes.append(
+            f"{len(biases)} biases have no place in the model, where their layers have none, and were dropped: "
+            f"{listed(biases)}. Unless they are added elsewhere, it computes something else."
+        )
+    notes += _row_orders(found)
+    return replace(found, notes=(*found.notes, *map(Caution, notes))) if notes else found
+
+
+def _row_orders(alignment: Alignment) -> Iterator[str]:
+    """Note the classifiers whose rows may have another order, as the boxes that belong to them show.
+
+    Some code has a box of four numbers for each class and none for the background, which is its last class; other code
+    has one for the background too, which is its first.
+    """
+    weights = [match for match in alignment.matches if kind(split_key(match.target)[1])[0] == "weight"]
+    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
+    for item in alignment.mismatched:
+        rows = sorted(shape[0] for shape in (item.shape, item.source_shape) if len(shape) > 1)
+        if len(rows) < 2 or rows[1] % _BOX_SIZE or rows[1] - rows[0] != _BOX_SIZE:
+            continue
+        classes, around = rows[1] // _BOX_SIZE, _around(item.key)
+        for match in weights:
+            if shapes[match.target][:1] == (classes,) and _around(match.target) == around:
+                yield (
+                    f"The rows of {match.target} may be in another order: of its {classes:,} classes one is the "
+                    f"background, for which {item.key} {list(item.shape)} and {item.source_key} "
+                    f"{list(item.source_shape)} do not both have a box; it may be first on one side and last on "
+                    f"the other. If so, exclude {match.target!r}."
+                )
+
+
+def _around(key: str) -> str:
+    """Return the module around the layer of a tensor."""
+    return split_key(split_key(key)[0])[0]
+
+
+def _claims(matches: Sequence[Match], alignment: Alignment) -> list[Match]:
+    """List the fills of tied keys, the surest first, each tensor of the source once."""
+    storages = {spec.key: spec.storage for spec in alignment.source_specs if spec.storage is not None}
+    found: dict[object, Match] = {}
+    for match in sorted(matches, key=lambda match: -match.confidence):
+        rivals = match.alternatives
+        count = next((n for n in range(1, len(rivals) + 1) if tie_warning(rivals[:n]) in match.warnings), 0)
+        others = [replace(match, sources=rival.sources, operation=rival.operation) for rival in rivals[:count]]
+        for claim in (match, *others):
+            if not claim.operation.adapts:
+                found.setdefault(tuple(storages.get(key, key) for key in claim.sources), claim)
+    return list(found.values())
+
+
+def _are_equal(alignment: Alignment, match: Match, other: Match) -> bool:
+    first, second = alignment.tensor(match), alignment.tensor(other)
+    if first.shape != second.shape:
+        return False
+    if first.is_meta or second.is_meta:
+        return True  # without values, nothing differs
+    return torch.equal(first, second.to(device=first.device, dtype=first.dtype))
+
+
+def _of_other_shapes(alignment: Alignment, keys: Sequence[str], fills: Mapping[str, Match]) -> Iterator[str]:
+    """Name the unused tensors of other shapes that are called as a tied key is, up to the prefix that its match has."""
+    shapes = {spec.key: spec.shape for spec in alignment.source_specs}
+    unused = set(alignment.unexpected_keys) - alignment.excluded
+    matches = [fills[key] for key in keys if key in fills]
+    for match in matches:
+        for own in match.sources if len(match.sources) == 1 else ():
+            for prefix in ("", own.removesuffix(match.target)) if own.endswith(match.target) else ():
+                for key in keys:
+                    name = f"{prefix}{key}"
+                    if name in unused and shapes[name] != shapes[own]:
+                        unused.discard(name)
+                        yield f"{name} {list(shapes[name])}"
+
+
+def _lost_biases(alignment: Alignment) -> list[str]:
+    """List the unused biases that are not zero, of layers whose weights are used where the model has no bias."""
+    unused = [key for key in alignment.unexpected_keys if key not in alignment.excluded and _is_bias(key)]
+    if not unused:
+        return []
+    targets = {split_key(spec.key)[0] for spec in alignment.target_specs if _is_bias(spec.key)}
+    layers = {
+        split_key(key)[0]: split_key(match.target)[0]
+        for match in alignment.matches
+        for key in match.sources
+        if len(match.sources) == 1 and kind(split_key(key)[1])[0] == "weight" and not match.operation.takes_part
+    }
+    found = []
+    for key in unused:
+        layer = split_key(key)[0]
+        if layer not in layers or layers[layer] in targets:
+            continue
+        tensor = alignment.tensors[key]
+        if not tensor.is_meta and bool(tensor.any()):
+            found.append(key)
+    return found
+
+
+def _is_bias(key: str) -> bool:
+    return kind(split_key(key)[1])[0] == "bias"

@@ -59,10 +59,18 @@ def snapshot(model: nn.Module, *, keep_values: bool, keep_memory: bool = False) 
         if isinstance(registry, dict)  # a compiled TorchScript module shows a view of its own
     ]
     for _, entries in registries:  # what is materialised in place cannot be put back, but its like can
-        entries.update((name, _like_lazy(tensor)) for name, tensor in entries.items() if is_lazy(tensor))
+        for name, tensor in entries.items():
+            if is_lazy(tensor):
+                kind: Any = type(tensor)
+                entries[name] = kind(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
     memories = [_aliases(tensor) for tensor in tensors_of_module(model)] if keep_memory else []
     values = _values(model) if keep_values else []
-    extra_states = _extra_states(model) if keep_values else []
+    extra_states = [
+        (module, copy.deepcopy(module.get_extra_state()))
+        for module in (model.modules() if keep_values else ())
+        if type(module).set_extra_state is not nn.Module.set_extra_state
+        and type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
 
     def restore() -> None:
         with interrupts_held(), torch.no_grad():
@@ -126,15 +134,10 @@ def _has_own_loading_code(module: nn.Module) -> bool:
     """Return True if a module has methods or hooks of loading that are not torch's own."""
     methods = (getattr(module, name) for name in _LOADING_METHODS)
     hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
-    return any(not _only_reshards(hook) for hook in hooks) or any(
-        method.__module__.partition(".")[0] != "torch" for method in methods
-    )
-
-
-def _only_reshards(hook: object) -> bool:
-    """Return True for a hook of FSDP2, which frees whole parameters as its hook of ``state_dict`` does too."""
-    function = getattr(hook, "hook", hook)  # torch wraps some
-    return str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp.")
+    functions = (getattr(hook, "hook", hook) for hook in hooks)  # torch wraps some
+    return any(  # those of FSDP2 free whole parameters, as its hook of `state_dict` does too
+        not str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp.") for function in functions
+    ) or any(method.__module__.partition(".")[0] != "torch" for method in methods)
 
 
 def can_copy_in_place(tensor: Tensor, target: Tensor) -> bool:
@@ -159,12 +162,6 @@ def _is_writable(tensor: Tensor) -> bool:
 def tensors_of_module(model: nn.Module) -> list[Tensor]:
     """List the parameters and buffers of a module that have a shape."""
     return [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_lazy(tensor)]
-
-
-def _like_lazy(tensor: Any) -> Tensor:
-    """Make another tensor without a shape, of the same kind."""
-    made: Tensor = type(tensor)(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
-    return made
 
 
 def _aliases(tensor: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -209,15 +206,6 @@ def local_part(tensor: Tensor) -> Tensor:
     return part.to_local() if is_sharded(part) else part  # type: ignore[no-any-return]
 
 
-def _extra_states(model: nn.Module) -> list[tuple[nn.Module, object]]:
-    return [
-        (module, copy.deepcopy(module.get_extra_state()))
-        for module in model.modules()
-        if type(module).set_extra_state is not nn.Module.set_extra_state
-        and type(module).get_extra_state is not nn.Module.get_extra_state
-    ]
-
-
 _Owner = tuple[int, int]  # a process, since a fork copies what is noted here, and a thread of it
 
 _owners: dict[tuple[str, int], _Owner] = {}  # who has locked which module or memory
@@ -239,7 +227,7 @@ def model_lock(model: nn.Module) -> Iterator[None]:
     locked: set[tuple[str, int]] = set()
     try:
         with _released:
-            _released.wait_for(lambda: all(_can_lock(part, me) for part in parts))
+            _released.wait_for(lambda: all(_owners.get(part, me) == me or _owners[part][0] != me[0] for part in parts))
             locked = {part for part in parts if _owners.get(part) != me}
             _owners.update(dict.fromkeys(locked, me))
         yield
@@ -248,8 +236,3 @@ def model_lock(model: nn.Module) -> Iterator[None]:
             for part in locked:
                 _owners.pop(part, None)
             _released.notify_all()
-
-
-def _can_lock(part: tuple[str, int], me: _Owner) -> bool:
-    owner = _owners.get(part, me)
-    return owner == me or owner[0] != me[0]

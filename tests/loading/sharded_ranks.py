@@ -178,7 +178,7 @@ def reads_its_part(rank: int, world: int, path: str) -> None:
         raise AssertionError(f"{key} was read as a whole")
 
     model = fully_sharded(world, filled(1))
-    sample = mock.patch("autoalign.loading.load.digests", return_value=("", ""))
+    sample = mock.patch("autoalign.loading.sharded.digests", return_value=("", ""))
     with sample, mock.patch("autoalign.loading.sharded._read_largest"):
         autoalign.load(model, replace(source, read=never, read_region=region), strict=True)
     assert_loaded(model, filled())
@@ -199,7 +199,7 @@ def keeps_no_old_values(rank: int, world: int, path: str) -> None:
         return sound.region(key, asked)
 
     kept = mock.patch("autoalign.loading.transaction._values", side_effect=AssertionError("old values are kept"))
-    with kept, mock.patch("autoalign.loading.load.digests", return_value=("", "")):  # else the interrupt comes there
+    with kept, mock.patch("autoalign.loading.sharded.digests", return_value=("", "")):  # else the interrupt comes there
         if rank == 0:
             with pytest.raises(KeyboardInterrupt):
                 autoalign.load(model, replace(sound, read_region=region), strict=True)
@@ -211,7 +211,7 @@ def keeps_no_old_values(rank: int, world: int, path: str) -> None:
     model = fully_sharded(world, filled(1))
     interrupted.clear()
     unheld = replace(sound, read_region=region, is_resident=False)
-    with mock.patch("autoalign.loading.load.digests", return_value=("", "")):
+    with mock.patch("autoalign.loading.sharded.digests", return_value=("", "")):
         kind = KeyboardInterrupt if rank == 0 else AlignmentError
         expect(kind, "^$" if rank == 0 else "Rank 0 failed", model, unheld)
     assert len(interrupted) == (rank == 0)
@@ -282,7 +282,7 @@ def fails_together(rank: int, world: int, path: str) -> None:
             raise errors[0]
         return sound.region(key, region)
 
-    unsampled = mock.patch("autoalign.loading.load.digests", return_value=("", ""))  # for which it is read too
+    unsampled = mock.patch("autoalign.loading.sharded.digests", return_value=("", ""))  # for which it is read too
     largest = WIDTH * WIDTH  # a rank has more of the weights of an MLP, and no more of any other
 
     errors: list[BaseException] = [OSError("the disk is gone"), MemoryError("no memory"), KeyboardInterrupt("now")]
@@ -331,14 +331,14 @@ def meets_an_unsharded_rank(rank: int, world: int, path: str) -> None:
     assert_loaded(model, filled())
     model = fully_sharded(world, filled(1))
     distributed.barrier()
-    with mock.patch("autoalign.loading.ranks._PATIENCE_SECONDS", 0.3):  # it takes longer, and is waited for
+    with mock.patch("autoalign.loading.sharded._PATIENCE_SECONDS", 0.3):  # it takes longer, and is waited for
         if rank == 1:
             autoalign.load(filled(1), path, progress=lambda *_: time.sleep(0.05))
         autoalign.load(model, path, strict=True)
     assert_loaded(model, filled())
     model = fully_sharded(world, filled(1))
     distributed.barrier()
-    with mock.patch("autoalign.loading.ranks._PATIENCE_SECONDS", 0.2):
+    with mock.patch("autoalign.loading.sharded._PATIENCE_SECONDS", 0.2):
         if rank == 0:
             expect(AlignmentError, "Rank 1 has not come .* after it loaded .* that is not sharded", model, path)
         distributed.barrier()
@@ -367,7 +367,7 @@ def meets_a_cut_file(rank: int, world: int, path: str) -> None:
             fill_parts(*arguments)
 
         text = "[Tt]he model was not changed" if fails else "may have changed in part: load it anew: CheckpointError"
-        with mock.patch("autoalign.loading.load.fill_parts", cutting), warnings.catch_warnings():
+        with mock.patch("autoalign.loading.sharded.fill_parts", cutting), warnings.catch_warnings():
             if fails:
                 warnings.simplefilter("error", ValueWarning)
             with pytest.raises((AlignmentError, CheckpointError), match=text):

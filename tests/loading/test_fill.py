@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import io
 import itertools
+import sys
 import threading
+import time
 from math import prod
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from autoalign.api import load
 from autoalign.loading import fill as copying
-from autoalign.loading.fill import Fill, copies_in_place, copy_all
+from autoalign.loading.fill import Fill, Progress, copies_in_place, copy_all, progress_of
 from autoalign.loading.transaction import memory_of
 from autoalign.plan.operations import Operation
 from tests.plan.test_regions import CASES, Shape, tensors
@@ -172,3 +176,71 @@ def test_copies_of_other_dtypes_are_casts() -> None:
 def test_a_fill_knows_its_size() -> None:
     tensor: Tensor = torch.zeros(2, 3, dtype=torch.bfloat16)
     assert Fill(tensor, ()).size == 2 * prod(tensor.shape)
+
+
+class Screen(io.StringIO):
+    def __init__(self, *, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def shown(
+    monkeypatch: pytest.MonkeyPatch, progress: Progress | bool | None, *, terminal: bool, seconds: float = 0
+) -> str:
+    screen = Screen(terminal=terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    with progress_of(progress, 3, 3000, time.perf_counter() - seconds) as step:
+        for done in (1, 2, 3):
+            step(done, 1000 * done)
+    return screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("progress", "terminal", "seconds", "expected"),
+    [
+        (None, True, 0.0, False),
+        (None, True, 3.0, True),
+        (None, False, 3.0, False),
+        (False, True, 3.0, False),
+        (True, False, 0.0, True),
+        (True, True, 0.0, True),
+    ],
+)
+def test_when_there_is_a_bar(
+    monkeypatch: pytest.MonkeyPatch, progress: bool | None, terminal: bool, seconds: float, expected: bool
+) -> None:
+    text = shown(monkeypatch, progress, terminal=terminal, seconds=seconds)
+    assert ("Loading" in text and "3/3 tensors" in text) is expected
+    assert bool(text) is expected
+
+
+def test_a_bar_of_a_load_is_on_stderr_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    load(nn.Linear(2, 2), nn.Linear(2, 2), progress=True)
+    captured = capsys.readouterr()
+    assert "2/2 tensors" in captured.err
+    assert captured.out == ""
+
+
+def test_a_bar_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[str] = []
+    made = copying._bar(transient=True)
+    monkeypatch.setattr(made, "stop", lambda: stopped.append("stopped"))
+    monkeypatch.setattr(copying, "_bar", lambda **_: made)
+    with pytest.raises(ValueError, match="now"), progress_of(True, 1, 1, 0.0) as step:  # noqa: PT012
+        step(0, 0)
+        raise ValueError("now")
+    assert stopped == ["stopped"]
+
+
+def test_a_bar_that_fails_does_not_fail_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Screen):
+        def write(self, _text: str) -> int:
+            raise BrokenPipeError("nobody reads it")
+
+    monkeypatch.setattr(sys, "stderr", Broken(terminal=True))
+    model, source = nn.Linear(2, 1), nn.Linear(2, 1)
+    load(model, source.state_dict(), progress=True)
+    assert torch.equal(model.weight, source.weight)

@@ -688,7 +688,7 @@ def test_values_that_cannot_be_looked_at_are_loaded_and_named(source: Network, m
         raise MemoryError
 
     model = scrambled(Renamed())
-    monkeypatch.setattr("autoalign.loading.value_checks.nan_count", exhausted)
+    monkeypatch.setattr("autoalign.loading.values.nan_count", exhausted)
     with pytest.warns(ValueWarning, match=r"14 tensors could not be checked for NaN: \w+"):
         alignment = load(model, source.state_dict())
     assert any("could not be checked" in note for note in alignment.notes)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.loading import fill as copying
-from autoalign.loading import mapped, value_checks
+from autoalign.loading import mapped, values
 from autoalign.loading.mapped import mapped_files
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
@@ -40,7 +40,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have small tensors read as large ones are, in threads, and list how many bytes each call reads."""
     monkeypatch.setattr(copying, "_MIN_PARALLEL_BYTES", 1)
     monkeypatch.setattr(copying, "_MAX_READ_AHEAD_BYTES", 0)
-    monkeypatch.setattr(value_checks, "nan_count", lambda *_: 0)  # which reads too
+    monkeypatch.setattr(values, "nan_count", lambda *_: 0)  # which reads too
     monkeypatch.setattr(mapped, "_CHUNK_BYTES", 5000)
     found: list[int] = []
     real = os.preadv

@@ -1,28 +1,24 @@
-"""What is decided and shown around a load: corresponding modules, extra states, versions, counters, progress."""
+"""What is decided around a load: corresponding modules, extra states, versions, counters; and what is in conflict."""
 
 from __future__ import annotations
 
-import io
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+import autoalign
 from autoalign.alignment import Alignment
 from autoalign.api import load
 from autoalign.checkpoints.checkpoint import checkpoint_of
-from autoalign.errors import AlignmentError
-from autoalign.loading import prepare as module
+from autoalign.errors import AlignmentError, ChoiceWarning, IncompatibleTensorsError, PartialLoadWarning
 from autoalign.loading.prepare import (
-    Progress,
     absent_counters,
     extra_states,
-    progress_of,
     source_modules,
     state_metadata,
 )
@@ -115,63 +111,6 @@ def test_counter_that_was_there_and_not_aligned_is_not_absent() -> None:
     assert absent_counters(model, checkpoint_of(source), alignment, source_modules(alignment)) == frozenset()
 
 
-class Screen(io.StringIO):
-    def __init__(self, *, terminal: bool) -> None:
-        super().__init__()
-        self.terminal = terminal
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-
-def shown(
-    monkeypatch: pytest.MonkeyPatch, progress: Progress | bool | None, *, terminal: bool, seconds: float = 0
-) -> str:
-    screen = Screen(terminal=terminal)
-    monkeypatch.setattr(sys, "stderr", screen)
-    with progress_of(progress, 3, 3000, time.perf_counter() - seconds) as step:
-        for done in (1, 2, 3):
-            step(done, 1000 * done)
-    return screen.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("progress", "terminal", "seconds", "expected"),
-    [
-        (None, True, 0.0, False),
-        (None, True, 3.0, True),
-        (None, False, 3.0, False),
-        (False, True, 3.0, False),
-        (True, False, 0.0, True),
-        (True, True, 0.0, True),
-    ],
-)
-def test_when_there_is_a_bar(
-    monkeypatch: pytest.MonkeyPatch, progress: bool | None, terminal: bool, seconds: float, expected: bool
-) -> None:
-    text = shown(monkeypatch, progress, terminal=terminal, seconds=seconds)
-    assert ("Loading" in text and "3/3 tensors" in text) is expected
-    assert bool(text) is expected
-
-
-def test_a_bar_of_a_load_is_on_stderr_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    load(nn.Linear(2, 2), nn.Linear(2, 2), progress=True)
-    captured = capsys.readouterr()
-    assert "2/2 tensors" in captured.err
-    assert captured.out == ""
-
-
-def test_a_bar_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped: list[str] = []
-    made = module._bar(transient=True)
-    monkeypatch.setattr(made, "stop", lambda: stopped.append("stopped"))
-    monkeypatch.setattr(module, "_bar", lambda **_: made)
-    with pytest.raises(ValueError, match="now"), progress_of(True, 1, 1, 0.0) as step:  # noqa: PT012
-        step(0, 0)
-        raise ValueError("now")
-    assert stopped == ["stopped"]
-
-
 def test_a_model_that_changes_while_it_is_read_is_not_filled(tmp_path: Path) -> None:
     model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
     arrays: Any = {f"x.{key}": np.ones(tensor.shape, np.float32) for key, tensor in model.state_dict().items()}
@@ -206,12 +145,95 @@ def test_a_model_that_changes_while_it_is_loaded_is_put_back() -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-def test_a_bar_that_fails_does_not_fail_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(Screen):
-        def write(self, _text: str) -> int:
-            raise BrokenPipeError("nobody reads it")
+class Tied(nn.Module):
+    """A language model in small, whose output layer is its embedding."""
 
-    monkeypatch.setattr(sys, "stderr", Broken(terminal=True))
-    model, source = nn.Linear(2, 1), nn.Linear(2, 1)
-    load(model, source.state_dict(), progress=True)
-    assert torch.equal(model.weight, source.weight)
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.fc, self.head = nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
+        self.head.weight = self.emb.weight
+
+
+NAMES = [("", "emb", "head"), ("net.", "emb", "head"), ("net.", "wte", "lm_out")]
+
+
+def saved(prefix: str, first: str, second: str, value: float = 2.0, rows: int = 10) -> dict[str, Tensor]:
+    return {
+        f"{prefix}{first}.weight": torch.ones(10, 4),
+        f"{prefix}fc.weight": torch.ones(4, 4),
+        f"{prefix}fc.bias": torch.ones(4),
+        f"{prefix}{second}.weight": torch.full((rows, 4), value),
+    }
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("names", NAMES)
+def test_different_tensors_for_a_tied_one_are_said(tmp_path: Path, names: tuple[str, str, str], as_file: bool) -> None:
+    checkpoint = saved(*names)
+    if as_file:
+        save_file(checkpoint, tmp_path / "saved.safetensors")
+    given = tmp_path / "saved.safetensors" if as_file else checkpoint
+    model = Tied()
+    prefix, first, second = names
+    taken, other = f"{prefix}{first}.weight", f"{prefix}{second}.weight"
+    said = f"emb.weight and head.weight are one tensor in the model, and differ in the checkpoint: {taken} was taken"
+    with pytest.warns(ChoiceWarning, match=f"{said}, not {other}"):
+        alignment = autoalign.load(model, given)
+    assert (model.emb.weight == 1).all()
+    assert (alignment.missing_keys, alignment.unexpected_keys) == ([], [other])
+    with pytest.raises(IncompatibleTensorsError, match=other):
+        autoalign.load(Tied(), given, strict=True)
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_equal_tensors_for_a_tied_one_are_no_conflict(names: tuple[str, str, str]) -> None:
+    model = Tied()
+    alignment = autoalign.load(model, saved(*names, value=1.0), strict=True)
+    assert (model.emb.weight == 1).all()
+    assert alignment.unexpected_keys == []
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_a_tensor_of_another_shape_for_a_tied_one_is_said(prefix: str) -> None:
+    checkpoint = saved(prefix, "emb", "head", rows=12)
+    with pytest.warns(ChoiceWarning, match=rf"{prefix}emb.weight was taken, not {prefix}head.weight \[12, 4\]"):
+        alignment = autoalign.load(Tied(), checkpoint)
+    assert alignment.unexpected_keys == [f"{prefix}head.weight"]
+
+
+def test_a_conversion_says_and_settles_what_differs_for_a_tied_tensor(tmp_path: Path) -> None:
+    with pytest.warns(ChoiceWarning, match="emb.weight was taken, not head.weight"):
+        autoalign.convert(saved(*NAMES[0]), Tied(), tmp_path / "out.safetensors")
+    written = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(written["head.weight"], written["emb.weight"])
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_dropped_bias_is_said_if_it_is_not_zero(value: float) -> None:
+    source = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+    target = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5))
+    with torch.no_grad():
+        source.get_parameter("0.bias").fill_(value)
+    if not value:
+        assert autoalign.load(target, source).unexpected_keys == ["0.bias"]
+        return
+    with pytest.warns(ChoiceWarning, match=r"1 biases have no place in the model.*: 0\.bias\. Unless they are added"):
+        assert autoalign.load(target, source).unexpected_keys == ["0.bias"]
+    assert autoalign.load(target, source, exclude=r"re:^0\.bias$").missing_keys == []
+
+
+class Detector(nn.Module):
+    """The end of a detector, with a box for each class, or for each but the background."""
+
+    def __init__(self, boxes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 64))
+        self.predictor = nn.ModuleDict({"cls_score": nn.Linear(64, 81), "bbox_pred": nn.Linear(64, 4 * boxes)})
+
+
+def test_rows_whose_order_the_boxes_give_away_are_said() -> None:
+    said = "predictor.cls_score.weight may be in another order: of its 81 classes one is the background"
+    with pytest.warns(ChoiceWarning, match=said), pytest.warns(PartialLoadWarning):
+        autoalign.load(Detector(81), Detector(80).state_dict())
+    same = autoalign.load(Detector(80), Detector(80).state_dict(), strict=True)
+    assert same.notes == ()

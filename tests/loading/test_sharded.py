@@ -17,7 +17,7 @@ from autoalign.api import load
 from autoalign.checkpoints.checkpoint import open_checkpoint
 from autoalign.errors import InputError
 from autoalign.loading.mapped import MappedFiles
-from autoalign.loading.ranks import digests, ranks_of
+from autoalign.loading.sharded import digests, ranks_of
 from tests.loading import sharded_ranks as ranks
 
 

@@ -1,22 +1,26 @@
-"""Values that the caller should know of before they are in a model: NaN, and what a cast to another dtype loses."""
+"""Values: what the caller should know of those that are loaded, NaN and losses of a cast; and how two sides differ."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 import torch
 from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
+from autoalign.checkpoints.checkpoint import Checkpoint
+from autoalign.checkpoints.formats.safetensors import blocks
+from autoalign.errors import InputError, listed
 from autoalign.loading.mapped import CutError
 from autoalign.plan.matches import Match
+from autoalign.plan.specs import TensorSpec
 from autoalign.reports.rows import escaped
 
 Pieces = Callable[[Tensor], Iterable[Tensor]]  # from a tensor to its values, piece by piece
 
 _SAMPLE_LENGTH = 2**10  # elements in a row that are examined, at three places of a tensor
-_MAX_LISTED = 3
 
 
 def in_one(tensor: Tensor) -> tuple[Tensor]:
@@ -111,22 +115,18 @@ def loss_of_range(tensor: Tensor, target: torch.dtype, pieces: Pieces = in_one) 
         return None if fits else f"values up to {largest:.1g} become infinite"
     if source == torch.bool or target == torch.bool:
         return None
-    exact = _exact_integers(target)
-    if exact is None or (source.itemsize < 8 and exact[1] >= 2 ** (8 * source.itemsize) and exact[0] < 0):
+    if target.is_complex:  # which is rare
+        return None
+    if target.is_floating_point:
+        last = round(2 / torch.finfo(target).eps)
+        first = -last
+    else:
+        first, last = torch.iinfo(target).min, torch.iinfo(target).max
+    if source.itemsize < 8 and last >= 2 ** (8 * source.itemsize) and first < 0:
         return None
     found = [torch.aminmax(piece.long()) for piece in pieces(tensor)]
     low, high = min(int(each.min) for each in found), max(int(each.max) for each in found)
-    return None if exact[0] <= low and high <= exact[1] else f"values from {low} to {high} do not fit"
-
-
-def _exact_integers(dtype: torch.dtype) -> tuple[int, int] | None:
-    """Return the bounds within which a dtype holds every integer; None for a complex one, which is rare."""
-    if dtype.is_complex:
-        return None
-    if not dtype.is_floating_point:
-        return torch.iinfo(dtype).min, torch.iinfo(dtype).max
-    bound = round(2 / torch.finfo(dtype).eps)
-    return -bound, bound
+    return None if first <= low and high <= last else f"values from {low} to {high} do not fit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +171,13 @@ class Findings:
         """Describe what was found, in a line for each kind."""
         lines = []
         if self.losses:
-            listed = _listed([f"{escaped(key)} ({loss})" for key, loss in self.losses.items()])
-            lines.append(f"{len(self.losses)} tensors of the model have a dtype that cannot hold the values: {listed}.")
+            named = listed([f"{escaped(key)} ({loss})" for key, loss in self.losses.items()])
+            lines.append(f"{len(self.losses)} tensors of the model have a dtype that cannot hold the values: {named}.")
         if self.nan:
-            listed = _listed([f"{escaped(key)} ({count:,} of {size:,})" for key, (count, size) in self.nan.items()])
-            lines.append(f"{len(self.nan)} tensors of the checkpoint have NaN: {listed}.")
+            named = listed([f"{escaped(key)} ({count:,} of {size:,})" for key, (count, size) in self.nan.items()])
+            lines.append(f"{len(self.nan)} tensors of the checkpoint have NaN: {named}.")
         if self.unexamined:
-            lines.append(f"{len(self.unexamined)} tensors could not be checked for NaN: {_listed(self.unexamined)}.")
+            lines.append(f"{len(self.unexamined)} tensors could not be checked for NaN: {listed(self.unexamined)}.")
         return lines
 
     def noted(self, alignment: Alignment) -> Alignment:
@@ -193,5 +193,106 @@ class Findings:
         return replace(alignment, matches=matches, notes=(*alignment.notes, *self.statements()))
 
 
-def _listed(items: Sequence[str]) -> str:
-    return ", ".join(items[:_MAX_LISTED]) + (", ..." if len(items) > _MAX_LISTED else "")
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A tensor that is not the same in both checkpoints."""
+
+    first: TensorSpec
+    second: TensorSpec
+    difference: float | None  # the largest of the values; infinite where one is NaN; None if the shapes differ
+    magnitude: float | None  # the largest of the first one's values
+
+    @property
+    def key(self) -> str:
+        """The key that both have."""
+        return self.first.key
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """What two checkpoints differ in."""
+
+    only_first: tuple[TensorSpec, ...]
+    only_second: tuple[TensorSpec, ...]
+    changed: tuple[Changed, ...]  # in the first one's order
+    equal: int  # tensors of which shape, dtype and all values are equal
+
+    @property
+    def none(self) -> bool:
+        """True if both hold the same."""
+        return not (self.only_first or self.only_second or self.changed)
+
+
+def differences(
+    first: Checkpoint, second: Checkpoint, progress: Callable[[int, int], object] | None = None
+) -> Differences:
+    """Compare two checkpoints key by key, with no more than two tensors in memory.
+
+    Values count as equal if they compare equal or are both NaN, whatever the dtypes; another dtype alone is a
+    difference too.
+
+    >>> from autoalign.checkpoints.checkpoint import checkpoint_of
+    >>> one, other = ({"a": torch.tensor([1.0, value]), "b": torch.ones(2)} for value in (2.0, 2.5))
+    >>> found = differences(checkpoint_of(one), checkpoint_of(other))
+    >>> found.equal, [(item.key, item.difference) for item in found.changed]
+    (1, [('a', 0.5)])
+
+    Args:
+        first: A checkpoint with values.
+        second: Another.
+        progress: Called with the number of keys compared and of all.
+
+    Raises:
+        InputError: A tensor is on the meta device.
+    """
+    others = {spec.key: spec for spec in second.specs}
+    common = [(spec, others[spec.key]) for spec in first.specs if spec.key in others]
+    changed, equal = [], 0
+    for done, (spec, other) in enumerate(common, start=1):
+        difference: float | None = None
+        magnitude: float | None = None
+        if spec.shape == other.shape:
+            difference, magnitude = _compared(spec.key, first[spec.key], second[spec.key])
+        if difference == 0 and spec.dtype == other.dtype:
+            equal += 1
+        else:
+            changed.append(Changed(spec, other, difference, magnitude))
+        if progress is not None:
+            progress(done, len(common))
+    return Differences(
+        only_first=tuple(spec for spec in first.specs if spec.key not in others),
+        only_second=tuple(spec for spec in second.specs if spec.key not in first),
+        changed=tuple(changed),
+        equal=equal,
+    )
+
+
+def _compared(key: str, one: Tensor, other: Tensor) -> tuple[float, float]:
+    """Find the largest difference of two tensors' values and the largest magnitude of the first one's."""
+    if one.is_meta or other.is_meta:
+        raise InputError(f"{key} is on the meta device and has no values to compare. Give checkpoints with values.")
+    one, other = (side.detach().to_dense().cpu().contiguous() for side in (one, other))
+    difference = 0.0
+    for first, second in zip(blocks(one), blocks(other), strict=True):
+        if first.dtype != second.dtype or not torch.equal(_bits(first), _bits(second)):
+            difference = max(difference, _largest_difference(first, second))
+    magnitudes = (_wide_values(block).abs().nan_to_num(nan=0.0, posinf=inf).max() for block in blocks(one))
+    return difference, float(max(magnitudes)) if difference else 0.0
+
+
+def _largest_difference(first: Tensor, second: Tensor) -> float:
+    values = _wide_values(first), _wide_values(second)
+    apart = (values[0] - values[1]).abs()
+    apart[(values[0] == values[1]) | (values[0].isnan() & values[1].isnan())] = 0  # of infinities, it is NaN
+    largest = float(apart.nan_to_num(nan=inf, posinf=inf).max()) if apart.numel() else 0.0
+    whole = first.dtype == second.dtype and not (first.is_floating_point() or first.is_complex())
+    return max(largest, 1.0) if whole else largest  # large integers are rounded, and their bits are not equal
+
+
+def _bits(flat: Tensor) -> Tensor:
+    strided = flat.stride() == (1,)  # else it is one element of another stride
+    return (flat if strided else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
+
+
+def _wide_values(block: Tensor) -> Tensor:
+    return block.to(torch.complex128 if block.is_complex() else torch.float64)
