@@ -309,7 +309,7 @@ class Alignment(Plan):
         Args:
             proposals: True to add edges for what is ``ambiguous``, and so not loaded; their relation is ``proposed``.
         """
-        from autoalign.reports.graph import correspondence_graph
+        from autoalign.reports.serialization import correspondence_graph
 
         return correspondence_graph(self, proposals=proposals)
 

@@ -2,19 +2,18 @@
 
 In order of use:
 
-* ``options``: the parser with the options of every command, and the exit codes.
-* ``terminal``: results on stdout, in colours on a terminal; progress and messages on stderr.
-* ``app``: the program: which command is run, and what is printed of errors. Up to here torch is not imported.
+* ``terminal``: results on stdout, in colours on a terminal; progress and messages on stderr; exit codes.
 * ``targets``: models that are named as arguments, as ``timm:resnet50(num_classes=10)``.
-* ``demo``: the models and the comparison of ``autoalign demo``.
 * ``inspection``: ``inspect`` and ``diff``, which only look at checkpoints.
 * ``commands``: all other commands, and the table of all of them.
+* ``app``: the program: the parser with the options of every command, which command is run, and what is printed of
+  errors. It imports torch only to run a command.
 
-It may import everything. A new command is a function of ``options``, which adds its parser, and a row of
+It may import everything. A new command is a function of ``app``, which adds its parser, and a row of
 ``commands.COMMANDS``.
 """
 
 from autoalign.cli.app import main
-from autoalign.cli.options import COMPLETE, ERROR, INCOMPLETE
+from autoalign.cli.terminal import COMPLETE, ERROR, INCOMPLETE
 
 __all__ = ["COMPLETE", "ERROR", "INCOMPLETE", "main"]

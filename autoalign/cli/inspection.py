@@ -11,9 +11,8 @@ from pathlib import Path
 
 from autoalign.checkpoints.checkpoint import Checkpoint, checkpoint_of
 from autoalign.checkpoints.formats.detection import format_of
-from autoalign.cli.options import COMPLETE, INCOMPLETE
 from autoalign.cli.targets import side_of
-from autoalign.cli.terminal import complain, progress, show, show_json, width
+from autoalign.cli.terminal import COMPLETE, INCOMPLETE, complain, progress, show, show_json, width
 from autoalign.loading.values import Changed, Differences, differences
 from autoalign.plan.quantised import describe_schemes
 from autoalign.plan.specs import TensorSpec

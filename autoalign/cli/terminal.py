@@ -1,4 +1,4 @@
-"""What is written where: results on stdout, in colours on a terminal; progress and messages on stderr."""
+"""What is written where: results on stdout, in colours on a terminal; progress and messages on stderr; exit codes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+from autoalign.reports.rows import printable
+
+COMPLETE, INCOMPLETE, ERROR = 0, 1, 2  # exit codes
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells report a process that SIGINT or SIGPIPE ended
 
 _STYLES = {
     r"^(Matched|Equal):?.*$": "bold green",
@@ -31,20 +36,6 @@ _OPTIONS = {  # what messages call arguments, and what they are called here
     "as rules=": "as --rule",
     "leave this kind out of adapt": "leave this kind out of --adapt",
 }
-
-
-def printable(text: str) -> str:
-    r"""Escape what could break or disguise the lines of a terminal: all that is not printable but newlines.
-
-    Keys in reports are escaped already, by ``autoalign.reports.rows.escaped``; this is for text of any origin.
-
-    >>> print(printable("a\x1b[31m\nb\u202e"))
-    a\x1b[31m
-    b\u202e
-    """
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 def has_colours(stream: TextIO) -> bool:
@@ -80,7 +71,8 @@ def complain(message: str) -> None:
     """Write a message on stderr, in the words of the command line."""
     for argument, option in _OPTIONS.items():
         message = message.replace(argument, option)
-    print(f"autoalign: {printable(message)}", file=sys.stderr)
+    shown = printable(message, kept="\n")  # text of any origin; keys in reports are escaped already
+    print(f"autoalign: {shown}", file=sys.stderr)
 
 
 @contextmanager

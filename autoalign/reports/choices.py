@@ -21,6 +21,7 @@ from autoalign.plan.keys import components, template
 from autoalign.plan.matches import Match, Plan, PlanT
 from autoalign.plan.operations import Operation, Shape
 from autoalign.plan.specs import tied_groups
+from autoalign.reports.rows import printable
 from autoalign.rules.renaming_pairs import Pair, Renamer
 
 _MAX_OPTIONS = 32
@@ -81,8 +82,9 @@ def answers(choice: Choice, place: int, *, for_shell: bool = False) -> list[str]
     for number, option in enumerate(choice.options):
         label = "or" if number else "as proposed"
         if option.rules and len(option.rules) <= _MAX_PAIRS:
+            rules = f"rules=[{', '.join(f'({_literal(a)}, {_literal(b)})' for a, b in option.rules)}]"
             pairs = " ".join(f"--rule {quote(f'{a}={b}')}" for a, b in option.rules)
-            lines.append(f"{label}: {pairs if for_shell else f'rules=[{_listed(option.rules)}]'}")
+            lines.append(f"{label}: {pairs if for_shell else rules}")
         elif option.rules:
             where = "of --rule, which --format json has" if for_shell else f"in rules={name}[{number}].rules"
             lines.append(f"{label}: {len(option.rules)} pairs {where}")
@@ -102,21 +104,13 @@ def answers(choice: Choice, place: int, *, for_shell: bool = False) -> list[str]
             f"or one of {len(others)} other layouts: {python}alignment.decided({name}[{others[0]}]), to [{others[-1]}]"
         )
     settling = [text if text.startswith("To settle") else f"settled by {text}" for text in choice.settled_by]
-    return list(map(_printable, [*lines, *settling]))
+    return list(map(printable, [*lines, *settling]))
 
 
 def reasons(choice: Choice) -> tuple[str, ...]:
     """Shorten the reasons of a choice to a few."""
     more = len(choice.why) - _MAX_WARNINGS
     return (*choice.why[:_MAX_WARNINGS], *([f"and {more} more of this kind"] if more > 0 else []))
-
-
-def _listed(pairs: Sequence[Pair]) -> str:
-    return ", ".join(f"({_literal(own)}, {_literal(other)})" for own, other in pairs)
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _literal(text: str) -> str:
@@ -227,26 +221,18 @@ def _rivals(plan: Plan, matches: Sequence[Match]) -> list[_Rivals]:
 
 def _groups(matches: Sequence[Match], rivals: Sequence[_Rivals]) -> list[list[int]]:
     """Group matches that are decided together, by their places: exchanges, and what is alike in all blocks."""
+    import networkx as nx
+
     first: dict[Hashable, int] = {}
-    above = list(range(len(matches)))
-
-    def root(place: int) -> int:
-        while above[place] != place:
-            above[place] = place = above[above[place]]
-        return place
-
+    together: nx.Graph[int] = nx.Graph()
+    together.add_nodes_from(range(len(matches)))
     for place, match in enumerate(matches):
-        for sign in _signs(match, rivals[place], matches):
-            one, two = sorted((root(place), root(first.setdefault(sign, place))))
-            above[two] = one
-        for exchange in rivals[place].exchanges:
-            if exchange.owner is not None:
-                one, two = sorted((root(place), root(exchange.owner)))
-                above[two] = one
-    groups: dict[int, list[int]] = {}
-    for place in range(len(matches)):
-        groups.setdefault(root(place), []).append(place)
-    return list(groups.values())
+        together.add_edges_from(
+            (first.setdefault(sign, place), place) for sign in _signs(match, rivals[place], matches)
+        )
+        owners = (exchange.owner for exchange in rivals[place].exchanges)
+        together.add_edges_from((owner, place) for owner in owners if owner is not None)
+    return list(map(sorted, nx.connected_components(together)))
 
 
 def _signs(match: Match, rivals: _Rivals, matches: Sequence[Match]) -> Iterator[Hashable]:
@@ -287,18 +273,14 @@ def _ways(
         ways: dict[int, _Way] = {}
         for place, way, _ in left:
             ways.setdefault(place, way)
-        if not _is_one_to_one(ways, places, matches):
+        used = [ways.get(place) or _proposed(matches[place]) for place in places]
+        if len(set(used)) < len(used):  # two would take the same
             ways = _exchanged(left, matches, shapes)
         left = [exchange for exchange in left if ways.get(exchange.place) != exchange.way]
         if not ways:
             break
         result.append(ways)
     return result
-
-
-def _is_one_to_one(ways: Mapping[int, _Way], places: Sequence[int], matches: Sequence[Match]) -> bool:
-    used = [ways.get(place) or _proposed(matches[place]) for place in places]
-    return len(set(used)) == len(used)
 
 
 def _exchanged(

@@ -38,7 +38,6 @@ from autoalign.reports.text import (
     reason,
     render_text,
     rows_of,
-    tensors,
     totals_of,
 )
 
@@ -95,9 +94,12 @@ def page_data(alignment: Plan) -> dict[str, Any]:
     Keys are written as on a screen, with characters that cannot be seen as their escapes. Tensors are numbered on
     each side in the order of its tree, and everything that occurs many times stands in a table once.
     """
-    links = _links(alignment)
+    links = [_link("adapted" if m.operation.adapts else "matched", m) for m in alignment.matches]
+    links += [_link("ambiguous", match) for match in alignment.ambiguous]
+    links += [_link("mismatched", Match(item.key, (item.source_key,))) for item in alignment.mismatched]
     tables = _Tables()
     source, target = _side_of(alignment, "source", links), _side_of(alignment, "target", links)
+    choice_of = {key: place for place, choice in enumerate(choices_of(alignment)) for key in choice.targets}
     return {
         "notes": [escaped(note) for note in notes_of(alignment)],
         "choices": [answers(choice, place) for place, choice in enumerate(choices_of(alignment))],
@@ -106,7 +108,7 @@ def page_data(alignment: Plan) -> dict[str, Any]:
         "target": _side_columns(target, source, tables),
         "links": {
             **_link_columns(links, source.places, target.places, tables),
-            "choice": _choice_column(alignment, links),
+            "choice": [choice_of.get(link.match.target, -1) if link.status == "ambiguous" else -1 for link in links],
         },
         "names": list(tables["names"]),
         "shapes": [list(shape) for shape in tables["shapes"]],
@@ -117,26 +119,30 @@ def page_data(alignment: Plan) -> dict[str, Any]:
     }
 
 
-def _links(alignment: Plan) -> list[_Link]:
-    links = [_link("adapted" if m.operation.adapts else "matched", m) for m in alignment.matches]
-    links += [_link("ambiguous", match) for match in alignment.ambiguous]
-    links += [_link("mismatched", Match(item.key, (item.source_key,))) for item in alignment.mismatched]
-    return links
-
-
 def _link(status: Status, match: Match) -> _Link:
     operation, numbers = _split_numbers(str(match.operation))
     return _Link(status, match, (status, operation, match.warnings), tuple(numbers))
 
 
 def _side_of(alignment: Plan, side: Literal["source", "target"], links: Sequence[_Link]) -> _Side:
+    uses: dict[str, list[_Use]] = {}
+    others: Counterparts | None = None
     if side == "source":
-        specs, uses, left = alignment.source_specs, _uses_of_sources(links), alignment.unexpected_keys
-        others = counterparts(alignment, "target") if left else None
+        specs, left = alignment.source_specs, alignment.unexpected_keys
+        if left:
+            others = counterparts(alignment, "target")
+        for link in links:
+            text, found = _split_numbers(link.match.target)
+            for place, key in enumerate(link.match.sources):
+                uses.setdefault(key, []).append(((text, *link.signature), (*found, *link.numbers, place)))
     else:
-        specs, uses = alignment.target_specs, _uses_of_targets(links)
-        left = [key for key, status in alignment.status.items() if status == "missing"]
-        others = counterparts(alignment, "source") if left else None
+        specs, left = alignment.target_specs, [key for key, of in alignment.status.items() if of == "missing"]
+        if left:
+            others = counterparts(alignment, "source")
+        for link in links:
+            texts, several = zip(*map(_split_numbers, link.match.sources), strict=True)
+            use = (*texts, *link.signature), (*chain.from_iterable(several), *link.numbers)
+            uses[link.match.target] = [use]
     by_key = {spec.key: spec for spec in specs}
     reasons = {key: reason(by_key[key], others) for key in left} if others else {}
     leaves = []
@@ -149,23 +155,6 @@ def _side_of(alignment: Plan, side: Literal["source", "target"], links: Sequence
     tree = build_tree(leaves)
     ordered = tuple(specs[tensor] for tensor in tree.tensors if tensor >= 0)
     return _Side(ordered, tree, {spec.key: place for place, spec in enumerate(ordered)}, reasons, others)
-
-
-def _uses_of_targets(links: Sequence[_Link]) -> dict[str, list[_Use]]:
-    uses: dict[str, list[_Use]] = {}
-    for link in links:
-        texts, numbers = zip(*map(_split_numbers, link.match.sources), strict=True)
-        uses[link.match.target] = [((*texts, *link.signature), (*chain.from_iterable(numbers), *link.numbers))]
-    return uses
-
-
-def _uses_of_sources(links: Sequence[_Link]) -> dict[str, list[_Use]]:
-    uses: dict[str, list[_Use]] = {}
-    for link in links:
-        text, numbers = _split_numbers(link.match.target)
-        for place, key in enumerate(link.match.sources):
-            uses.setdefault(key, []).append(((text, *link.signature), (*numbers, *link.numbers, place)))
-    return uses
 
 
 def _split_numbers(text: str) -> tuple[str, list[int]]:
@@ -239,12 +228,6 @@ def _link_columns(
     }
 
 
-def _choice_column(alignment: Plan, links: Sequence[_Link]) -> list[int]:
-    """List the place of each link's choice, -1 where there is none."""
-    places = {target: place for place, choice in enumerate(choices_of(alignment)) for target in choice.targets}
-    return [places.get(link.match.target, -1) if link.status == "ambiguous" else -1 for link in links]
-
-
 def _kinds(operation: str) -> str:
     """Name the kinds of operations, without their numbers.
 
@@ -267,7 +250,8 @@ def document(alignment: Plan, *, title: str = TITLE) -> str:
     Its policy allows the style and the script that it holds and nothing more; keys are data to it and never markup.
     """
     found = totals_of(alignment)
-    style, script = _asset("report.css"), _script()
+    style, script = _asset("report.css"), "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
+    script = f'"use strict";\n(() => {{\n{script}}})();\n'
     notes = "".join(f"<li>{escape(escaped(note))}</li>" for note in notes_of(alignment))
     return _fill(
         _asset("report.html"),
@@ -277,11 +261,9 @@ def document(alignment: Plan, *, title: str = TITLE) -> str:
             "version": escape(version("autoalign")),
             "title": escape(escaped(title)),
             "lead": escape(found.lead),
-            "totals": _total(
-                "Target tensors filled", [(s.status, s.tensors) for s in found.target], tensors(found.target)
-            )
-            + _total("Elements filled", [(s.status, s.elements) for s in found.target], elements(found.target))
-            + _total("Source tensors used", [(s.status, s.tensors) for s in found.source], tensors(found.source)),
+            "totals": _total("Target tensors filled", {share.status: share.tensors for share in found.target})
+            + _total("Elements filled", {share.status: share.elements for share in found.target})
+            + _total("Source tensors used", {share.status: share.tensors for share in found.source}),
             "notes": f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else "",
             "text": escape(render_text(alignment, width=120)),
             "data": script_safe(page_data(alignment)),
@@ -292,11 +274,7 @@ def document(alignment: Plan, *, title: str = TITLE) -> str:
 
 
 def write(alignment: Plan, path: str | os.PathLike[str], *, title: str = TITLE) -> None:
-    """Write the document to a file, which is replaced as a whole or left as it was.
-
-    Raises:
-        InputError: The file cannot be written there.
-    """
+    """Write the document to a file, which is replaced as a whole or left as it was."""
     text = document(alignment, title=title)
     try:
         replace_text(Path(path), text)
@@ -317,14 +295,15 @@ def script_safe(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _total(name: str, parts: Sequence[tuple[str, int]], whole: int) -> str:
-    good = sum(count for status, count in parts if status in FILLED or status == "used")
+def _total(name: str, parts: Mapping[str, int]) -> str:
+    whole = sum(parts.values())
+    good = sum(count for status, count in parts.items() if status in FILLED or status == "used")
     rects, x = "", 0.0
-    for status, count in parts:
+    for status, count in parts.items():
         width = 100 * count / whole if whole else 0
         rects += f'<rect class="k-{_COLOUR.get(status, status)}" x="{x:.3f}" width="{width:.3f}" height="10"/>'
         x += width
-    described = ", ".join(f"{status} {count:,}" for status, count in parts)
+    described = ", ".join(f"{status} {count:,}" for status, count in parts.items())
     return (
         f'<div class="total"><div class="figures"><strong>{escape(percent(good, whole))}</strong>'
         f'<span class="name">{name}: {_short(good, whole)} of {_short(whole)}</span></div>'
@@ -362,12 +341,6 @@ def _digest(text: str) -> str:
 @cache
 def _asset(name: str) -> str:
     return files("autoalign.reports").joinpath("page", name).read_text(encoding="utf-8")
-
-
-@cache
-def _script() -> str:
-    parts = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
-    return f'"use strict";\n(() => {{\n{parts}}})();\n'
 
 
 def notebook_html(alignment: Plan) -> str:

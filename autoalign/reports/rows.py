@@ -236,17 +236,27 @@ class Row:
         return (f"{self.tensors:,} x" if self.tensors > 1 else "", *self.facts)
 
 
+def printable(text: str, *, kept: str = "") -> str:
+    r"""Escape what could break or disguise a line: all that is not printable, but for what is to be kept.
+
+    >>> print(printable("a\x1b[31m\nb\u202e", kept="\n"))
+    a\x1b[31m
+    b\u202e
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in kept else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def escaped(text: str) -> str:
-    r"""Escape characters that would break or disguise a line; different texts stay different.
+    r"""Escape what is not printable, and backslashes, so that different texts stay different.
 
     >>> print(escaped("weight\n"))
     weight\n
     """
-    if text.isprintable() and "\\" not in text:
-        return text
-    return "".join(
-        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode() for char in text
-    )
+    return printable(text.replace("\\", r"\\"))
 
 
 def by_blocks(rows: Sequence[Row]) -> list[Row]:

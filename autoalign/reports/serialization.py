@@ -1,4 +1,8 @@
-"""Alignments as JSON, the one form of ``to_dict``, of saved files and of ``--format json``; what is read is checked."""
+"""Alignments as data: JSON, and graphs of networkx.
+
+JSON has one form, for ``to_dict``, saved files and ``--format json``; what is read is checked. In graphs, nodes are
+texts and all attributes plain, so that the functions of ``networkx.readwrite`` write them as they are.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from autoalign.checkpoints.atomic import replace_text
-from autoalign.checkpoints.checkpoint import Side, checkpoint_of
+from autoalign.checkpoints.checkpoint import Side, checkpoint_of, module_graph
 from autoalign.errors import InputError, OutputError, PairMismatchError
 from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, PlanT
 from autoalign.plan.operations import Copy, Operation, Shape, output_shapes
@@ -33,6 +37,10 @@ from autoalign.plan.serialization import (
 )
 from autoalign.plan.specs import TensorSpec, tied_groups
 from autoalign.reports.choices import Choice, choices_of
+
+if TYPE_CHECKING:
+    import networkx as nx
+
 
 FORMAT = "autoalign.alignment"
 VERSION = 1  # fields may be added without a new version: unknown ones are ignored
@@ -67,6 +75,10 @@ def _side_to_plain(specs: Sequence[TensorSpec]) -> Plain:
     return {"tensors": tensors, "tied": [list(keys) for keys in tied_groups(specs)]}
 
 
+def _way_to_plain(way: Match | Candidate) -> Plain:
+    return {"sources": list(way.sources), "operation": to_plain(way.operation)}
+
+
 def _match_to_plain(match: Match) -> Plain:
     data: Plain = {"target": match.target, "sources": list(match.sources), "confidence": match.confidence}
     if match.operation != Copy():
@@ -74,38 +86,24 @@ def _match_to_plain(match: Match) -> Plain:
     if match.evidence:
         data["evidence"] = dict(match.evidence)
     if match.alternatives:
-        data["alternatives"] = [
-            {"sources": list(other.sources), "operation": to_plain(other.operation), "score": other.score}
-            for other in match.alternatives
-        ]
+        data["alternatives"] = [_way_to_plain(other) | {"score": other.score} for other in match.alternatives]
     return data | ({"warnings": list(match.warnings)} if match.warnings else {})
 
 
 def _choice_to_plain(choice: Choice) -> Plain:
     options = [
         {
-            "fills": [
-                {"target": match.target, "sources": list(match.sources), "operation": to_plain(match.operation)}
-                for match in option.matches
-            ],
+            "fills": [{"target": match.target} | _way_to_plain(match) for match in option.matches],
             "rules": [list(pair) for pair in option.rules],
         }
         for option in choice.options
     ]
-    return {
-        "targets": list(choice.targets),
-        "why": list(choice.why),
-        "options": options,
-        "settled_by": list(choice.settled_by),
-    }
+    lists = {"targets": choice.targets, "why": choice.why, "options": options, "settled_by": choice.settled_by}
+    return {name: list(values) for name, values in lists.items()}
 
 
 def alignment_from_plain(data: Mapping[str, Any]) -> Plan:
-    """Read an alignment from plain data.
-
-    Raises:
-        InputError: The data is not an alignment, is one of another version, or a field is not of its type and range.
-    """
+    """Read an alignment from plain data."""
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
         raise InputError("This is not a saved alignment. Nothing was read.")
     version = data.get("version")
@@ -129,7 +127,9 @@ def _plan_from_plain(data: Mapping[str, Any]) -> Plan:
     plan = Plan(
         matches=tuple(_match_from_plain(match, *shapes) for match in items(data["matches"])),
         ambiguous=tuple(_match_from_plain(match, *shapes) for match in items(data["ambiguous"])),
-        mismatched=tuple(_mismatch_from_plain(pair, *shapes) for pair in items(data["mismatched"])),
+        mismatched=tuple(
+            Mismatch(key, own, shapes[1][key], shapes[0][own]) for key, own in map(texts, items(data["mismatched"]))
+        ),
         source_specs=source,
         target_specs=target,
         excluded=frozenset(texts(data["excluded"])),
@@ -197,11 +197,6 @@ def _makes(operation: Operation, given: tuple[Shape, ...], shape: Shape) -> bool
         return output_shapes(operation, given) == [shape]
     except (RuntimeError, IndexError, TypeError, ValueError, OverflowError):  # by torch, for sizes that do not fit
         return False
-
-
-def _mismatch_from_plain(pair: object, source: Mapping[str, Shape], target: Mapping[str, Shape]) -> Mismatch:
-    key, own = texts(pair)
-    return Mismatch(key, own, target[key], source[own])
 
 
 def save(alignment: Plan, path: str | os.PathLike[str]) -> None:
@@ -275,3 +270,27 @@ def _differences(side: str, saved: Sequence[TensorSpec], given: Sequence[TensorS
     for spec in given:
         if spec.key not in known:
             yield f"  {side} has {spec.key} {list(spec.shape)} too"
+
+
+def correspondence_graph(plan: Plan, *, proposals: bool = False) -> nx.DiGraph:
+    """Build the graph of both module trees and of the matches between them; see ``Alignment.to_networkx``."""
+    import networkx as nx
+
+    unexpected = set(plan.unexpected_keys)
+    used = {spec.key: "unexpected" if spec.key in unexpected else "used" for spec in plan.source_specs}
+    trees = module_graph(plan.source_specs, used), module_graph(plan.target_specs, plan.status)
+    for side, tree in zip(("source", "target"), trees, strict=True):
+        nx.set_node_attributes(tree, side, "side")
+    graph = nx.union(*trees, rename=("source:", "target:"))
+    for relation, matches in (("fills", plan.matches), ("proposed", plan.ambiguous if proposals else ())):
+        for match in matches:
+            for key in dict.fromkeys(match.sources):
+                graph.add_edge(
+                    f"source:tensor:{key}",
+                    f"target:tensor:{match.target}",
+                    relation=relation,
+                    operation=str(match.operation),
+                    confidence=float(match.confidence),
+                    inputs=", ".join(str(place) for place, other in enumerate(match.sources) if other == key),
+                )
+    return graph

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import floor
 from typing import Literal
@@ -49,10 +49,8 @@ class Totals:
         """A sentence on what is filled from what."""
         filled = sum(share.tensors for share in self.target if share.status in FILLED)
         used = sum(share.tensors for share in self.source if share.status == "used")
-        return (
-            f"{filled:,} of {tensors(self.target):,} target tensors are filled from "
-            f"{used:,} of {tensors(self.source):,} source tensors."
-        )
+        target, source = (sum(share.tensors for share in shares) for shares in (self.target, self.source))
+        return f"{filled:,} of {target:,} target tensors are filled from {used:,} of {source:,} source tensors."
 
     @property
     def lead(self) -> str:
@@ -70,11 +68,6 @@ def totals_of(alignment: Plan) -> Totals:
     for spec in alignment.source_specs:
         source.setdefault("unexpected" if spec.key in unexpected else "used", []).append(spec.numel)
     return Totals(_shares(STATUSES, target), _shares(("used", "unexpected"), source), len(alignment.excluded))
-
-
-def tensors(shares: Iterable[Share]) -> int:
-    """Count the tensors of all statuses."""
-    return sum(share.tensors for share in shares)
 
 
 def elements(shares: Iterable[Share]) -> int:
@@ -108,12 +101,8 @@ def render_text(
 ) -> str:
     """Write an alignment as plain text; see ``Alignment.render``. Control characters in keys are escaped.
 
-    Args:
-        alignment: What to report.
-        width: Characters of a line; a key that is longer is shortened in its middle.
-        limit: Lines to aim at; sections that are too long for it are cut, and say so. None writes every row.
-        everything: How to get every row, for the lines that say that some are left out.
-        for_shell: Whether rules are written as options of the command line.
+    Lines that say that some rows are left out tell how to get ``everything``; with ``for_shell``, rules are written as
+    options of the command line.
     """
     found = rows_of(alignment, most=None if limit is None else _MAX_ROWS_OF_CHOICE, for_shell=for_shell)
     sections = {title: under_headings(rows) for title, rows in found.items() if rows}
@@ -168,15 +157,10 @@ def rows_of(
 
 
 def _matched_rows(alignment: Plan, filled: Sequence[Match]) -> list[Row]:
-    specs = _specs(alignment)
-    entries = [((escaped(m.target), _folded(m.sources)), _agreeing(m, *specs)) for m in filled]
     rows = []
-    for row in fold(entries):
-        matches = [filled[member] for member in row.members]
-        (target, sources), (shape, operation) = row.texts, _described(matches[0], *specs)
+    for target, sources, matches, (shape, operation) in _folded_matches(filled, *_specs(alignment)):
         keys = (target,) if sources == target else (sources, target)
-        lowest = min(match.confidence for match in matches)
-        facts = (shape, f"{lowest:.2f}", operation)
+        facts = (shape, f"{_lowest(matches):.2f}", operation)
         rows.append(Row(keys, facts, len(matches), tuple(map(escaped, matches[0].warnings))))
     return rows
 
@@ -190,15 +174,12 @@ def _ambiguous_rows(
     result = []
     for place, choice in enumerate(choices_of(alignment)):
         proposed = [by_target[target] for target in choice.targets]
-        entries = [((escaped(m.target), _folded(m.sources)), _agreeing(m, *specs)) for m in proposed]
         rows = []
-        for row in fold(entries):
-            matches = [proposed[member] for member in row.members]
-            (target, sources), (shape, operation) = row.texts, _described(matches[0], *specs)
+        for target, sources, matches, (shape, operation) in _folded_matches(proposed, *specs):
             if both:
-                operation = str(matches[0].operation) + _of_shapes(matches[0].sources, specs[0])
-            lowest = min(match.confidence for match in matches)
-            facts = (shape, f"{operation}, confidence {lowest:.2f}")
+                shapes = dict.fromkeys(str(list(specs[0][key].shape)) for key in matches[0].sources)
+                operation = f"{matches[0].operation} of {', '.join(shapes)}"
+            facts = (shape, f"{operation}, confidence {_lowest(matches):.2f}")
             rows.append(Row((sources, target), facts, len(matches), choice=place))
         *first, last = by_blocks(rows)[:most]
         how = answers(choice, place, for_shell=for_shell)
@@ -268,26 +249,29 @@ def _specs(alignment: Plan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec
     return source, {spec.key: spec for spec in alignment.target_specs}
 
 
-def _agreeing(match: Match, source: dict[str, TensorSpec], target: dict[str, TensorSpec]) -> Hashable:
-    """Collect what must agree for two matches to be folded."""
-    spec, origin = target[match.target], source[match.sources[0]]
-    return spec.shape, spec.dtype, origin.shape, origin.dtype, match.operation, match.warnings
+def _folded_matches(
+    matches: Sequence[Match], source: dict[str, TensorSpec], target: dict[str, TensorSpec]
+) -> Iterator[tuple[str, str, list[Match], tuple[str, str]]]:
+    """Yield the folded targets and sources of matches, these matches, and their shape and operation in words."""
+    entries = []
+    for match in matches:
+        spec, origin = target[match.target], source[match.sources[0]]
+        agreeing = spec.shape, spec.dtype, origin.shape, origin.dtype, match.operation, match.warnings
+        entries.append(((escaped(match.target), _folded(match.sources)), agreeing))
+    for row in fold(entries):
+        first = matches[row.members[0]]
+        spec, origin = target[first.target], source[first.sources[0]]
+        operation = str(first.operation)
+        if len(first.sources) == 1 and origin.shape != spec.shape:
+            operation += f" of {list(origin.shape)}"
+        if origin.dtype != spec.dtype:
+            operation += f", {origin.dtype_name} to {spec.dtype_name}"
+        keys, sources = row.texts
+        yield keys, sources, [matches[member] for member in row.members], (str(list(spec.shape)), operation)
 
 
-def _described(match: Match, source: dict[str, TensorSpec], target: dict[str, TensorSpec]) -> tuple[str, str]:
-    """Write the shape that a match fills, and by what operation from what."""
-    spec, origin = target[match.target], source[match.sources[0]]
-    operation = str(match.operation)
-    if len(match.sources) == 1 and origin.shape != spec.shape:
-        operation += f" of {list(origin.shape)}"
-    if origin.dtype != spec.dtype:
-        operation += f", {origin.dtype_name} to {spec.dtype_name}"
-    return str(list(spec.shape)), operation
-
-
-def _of_shapes(keys: Sequence[str], specs: dict[str, TensorSpec]) -> str:
-    """Write the shapes of some tensors, each once."""
-    return " of " + ", ".join(dict.fromkeys(str(list(specs[key].shape)) for key in keys))
+def _lowest(matches: Sequence[Match]) -> float:
+    return min(match.confidence for match in matches)
 
 
 def _folded(sources: Sequence[str]) -> str:
@@ -414,14 +398,12 @@ def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: boo
 def ambiguous_message(alignment: Plan) -> str:
     """Write which target keys have no clear source, with the proposals, and the next step."""
     count = len(alignment.ambiguous)
-    have = "has" if count == 1 else "have"
-    return "\n".join(
-        [
-            f"{count} of {len(alignment.target_specs)} target tensors {have} no clear source.",
-            *_listed(_ambiguous_rows(alignment, both=True)),
-            "They are not loaded. Pass rules of what you choose, or load with the alignment that decided returns.",
-        ]
-    )
+    lines = [
+        f"{count} of {len(alignment.target_specs)} target tensors {'has' if count == 1 else 'have'} no clear source."
+    ]
+    lines += _listed(_ambiguous_rows(alignment, both=True))
+    lines.append("They are not loaded. Pass rules of what you choose, or load with the alignment that decided returns.")
+    return "\n".join(lines)
 
 
 def nothing_message(alignment: Plan) -> str:

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 import autoalign
 from autoalign import cli
-from autoalign.cli import options
+from autoalign.cli import app
 from autoalign.cli.commands import COMMANDS
-from autoalign.cli.options import BROKEN_PIPE, INTERRUPTED
+from autoalign.cli.terminal import BROKEN_PIPE, INTERRUPTED
 from autoalign.plan.adaptations import ADAPTS
 from tests.cli.factories import Network
 
@@ -179,10 +179,10 @@ def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("shell", options.SHELLS)
+@pytest.mark.parametrize("shell", app.SHELLS)
 def test_the_script_is_one_of_its_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(shell, capsys)
-    for word in ("load-check", "convert", "overwrite", *options.ADAPTS):
+    for word in ("load-check", "convert", "overwrite", *app.ADAPTS):
         assert word in text
     program = shutil.which(shell)
     if program is None:
@@ -219,4 +219,4 @@ def test_bash_completes(
 
 
 def test_the_choices_are_the_packages_own() -> None:
-    assert set(options.ADAPTS) == set(ADAPTS)
+    assert set(app.ADAPTS) == set(ADAPTS)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 import autoalign
@@ -18,6 +21,7 @@ from tests.cli.factories import RENAMED, Network
 
 WIDER = "tests.cli.factories:Network(classes=9, renamed=True)"
 HOSTILE = ["a\x1b[2J.weight", "\u202eevil.weight", "[red]x[/red].weight", "new\nline.weight", "b|`c.weight"]
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -276,3 +280,53 @@ def test_conversions_of_transformers_are_written_as_python() -> None:
     joined, turned = converter.operations
     assert (joined.dim, turned.dim0, turned.dim1) == (1, 0, 1)
     assert conversions_source(names["conversions"]) == source
+
+
+def comparable(report: str) -> str:
+    """Leave out what may differ from machine to machine: confidences and the difference of the outputs."""
+    return re.sub(r"  [01]\.\d\d  |(?<=outputs: )\S+", "", report)
+
+
+def test_the_demonstration_loads_everything_and_computes_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    random_state = torch.get_rng_state()
+    assert cli.main(["demo"]) == cli.COMPLETE
+    assert torch.equal(torch.get_rng_state(), random_state)
+    report, errors = capsys.readouterr()
+    assert errors == ""
+    assert re.search(r"^matched +384 +[\d,]+  100\.0 % of the target$", report, re.MULTILINE)
+    assert "trunk_output.block1 -> s1" in report
+    (ending,) = re.findall(r"ends in `([^`]*)`", README)
+    assert comparable(ending) in comparable(report)
+    difference = re.search(r"^Largest relative difference of the outputs: (\S+) \(equal", report, re.MULTILINE)
+    assert difference
+    assert float(difference[1]) <= 1e-3
+
+
+@pytest.mark.parametrize("other", ["s2.b1.conv2.bn.running_var", "nan"])
+def test_the_demonstration_notices_a_tensor_in_the_wrong_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    def load_wrongly(model: nn.Module, path: object) -> Alignment:
+        alignment = autoalign.load(model, path)  # type: ignore[arg-type]
+        state_dict = model.state_dict()
+        wrong = torch.full((), torch.nan) if other == "nan" else state_dict[other]
+        state_dict["s2.b1.conv1.bn.running_var"].copy_(wrong)
+        return alignment
+
+    monkeypatch.setattr(commands, "load", load_wrongly)
+    assert cli.main(["demo"]) == cli.INCOMPLETE
+    assert "(NOT equal, at a tolerance of 1e-03)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["timm", "torchvision"])
+def test_the_demonstration_says_what_to_install(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert cli.main(["demo"]) == cli.ERROR
+    report, errors = capsys.readouterr()
+    assert report == ""
+    assert errors == (
+        f"autoalign: error: The demonstration needs timm and torchvision, and {missing} is not installed. "
+        "Nothing was loaded. Install them with: pip install timm torchvision\n"
+    )

@@ -4,10 +4,8 @@ import io
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from autoalign.cli.terminal import complain, printable, progress, show, width
+from autoalign.cli.terminal import complain, progress, show, width
 
 REPORT = "Matched: source -> target\n  a.weight -> b.weight  [64, 3]  [bold]0.99[/bold]\nMissing: not filled"
 
@@ -23,14 +21,6 @@ def terminal_stdout(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     return stream
-
-
-@settings(max_examples=50)
-@given(st.text(max_size=50))
-def test_text_is_printable_and_keeps_its_lines(text: str) -> None:
-    made = printable(text)
-    assert made.count("\n") == text.count("\n")
-    assert all(line.isprintable() for line in made.split("\n"))
 
 
 def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:

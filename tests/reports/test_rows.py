@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import re
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoalign.reports.rows import fold
+from autoalign.reports.rows import fold, printable
 
 
 def folded(*rows: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -122,3 +122,11 @@ def test_each_row_is_a_member_of_one_fold_that_stands_for_it(partners: dict[str,
             keys, fields = rows[member]
             assert fields == row.fields
             assert all(stands_for(text, key) for text, key in zip(row.texts, keys, strict=True))
+
+
+@settings(max_examples=50)
+@given(st.text(max_size=50))
+def test_text_is_printable_and_keeps_its_lines(text: str) -> None:
+    made = printable(text, kept="\n")
+    assert made.count("\n") == text.count("\n")
+    assert all(line.isprintable() for line in made.split("\n"))
