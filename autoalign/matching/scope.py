@@ -18,9 +18,8 @@ from autoalign.errors import InputError, PatternError
 from autoalign.matching.candidates import squeeze
 from autoalign.matching.layers import Part, Path, units_of
 from autoalign.matching.vocabulary import MOMENTUM_PAIR
-from autoalign.plan.keys import common_module, components
+from autoalign.plan.keys import TimeLimit, common_module, compiled, components
 from autoalign.plan.operations import Shape
-from autoalign.plan.patterns import TimeLimit, compiled
 
 if TYPE_CHECKING:
     import regex

@@ -3,13 +3,12 @@
 Nothing here reads a file or searches for a match. This folder imports ``errors`` alone; every other one builds on it.
 In order of use:
 
-* ``keys``: the syntax of keys, their components, numbers, stems and order
+* ``keys``: the syntax of keys, their components, numbers, stems and order; regular expressions with a time limit
 * ``specs``: ``TensorSpec``, the name, shape, dtype and ties of a tensor
 * ``operations``: copies, reshapes, splits, concatenations and their compositions, each with its inverse (``trace``)
 * ``adaptations``: the operations that change values, for ``adapt=``
 * ``regions``: what puts the parts of a tensor together, and any region of a result from the least of its sources
 * ``serialization``: the one JSON form of operations, checked field by field
-* ``patterns``: regular expressions with a time limit
 * ``quantised``: groups of tensors that are values only together, such as integer codes and their scales
 * ``matches``: ``Match``, ``Plan`` with its statuses, missing and unexpected keys, and the inverse of a plan
 

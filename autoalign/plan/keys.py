@@ -1,11 +1,23 @@
-"""The syntax of keys: components, numbers, stems, common prefixes and natural order."""
+"""The syntax of keys: components, numbers, stems, common prefixes and natural order; patterns of callers and files.
+
+Patterns have the syntax of ``re`` and a time limit: ``re`` cannot be interrupted, and some patterns never end, such as
+``(a|a)*$`` over a key of 60 letters. ``regex`` can be.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from functools import lru_cache
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable
+from functools import lru_cache, partial
+from math import prod
+from time import thread_time
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from autoalign.errors import InputError, PatternError
+
+if TYPE_CHECKING:
+    import regex
+
 
 LEVELS = 64  # components that are told apart in a key
 # A longer number, or one with a leading zero, is text: it could not be written back from its value.
@@ -15,6 +27,22 @@ _OUTPUT = re.compile(r":\d+$")  # of a TensorFlow variable, as in "kernel:0"
 _DIGITS = re.compile(r"\d{1,18}")
 
 _KeyT = TypeVar("_KeyT", str, tuple[str, ...])
+_SECONDS_PER_CALL = 3.0  # of matching, and
+_SECONDS_PER_KEY = 1e-4  # in addition
+_MAX_PARTS = 100_000  # of a pattern, with each repetition written out, as ``regex`` does
+_MAX_SHOWN = 100  # characters of a pattern or key in an error
+_COUNT = re.compile(r"\{([0-9]+)")
+_TOKEN = re.compile(
+    r"(?P<whole>\\N\{[^}]*\}|\\x..|\\u.{4}|\\U.{8}|\\[0-9]{1,3}|\\.|\(\?P=\w+\)|\(\?#[^)]*\)|\(\?[a-zA-Z]+\))"
+    r"|(?P<open>\((?:\?(?:P<\w+>|\(\w+\)|<?[=!]|>|[a-zA-Z]*(?:-[a-zA-Z]+)?:))?)"
+    r"|(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])"
+    r"|(?P<count>\{(?:(?P<least>[0-9]+)(?:,[0-9]*)?|,[0-9]*)\}|[*+?])"
+    r"|(?P<other>.)",
+    re.DOTALL,
+)
+_MAX_RUN = 64  # parts in a row: ``regex`` builds tables of long text in cubic time, which no limit interrupts
+_SEPARATOR = r"(?<=[\s\S]|\A)"  # always holds
+_FLAGS = ("ASCII", "IGNORECASE", "MULTILINE", "DOTALL", "VERBOSE")
 
 
 def natural(key: str) -> list[tuple[int, str]]:
@@ -102,3 +130,126 @@ def common_module(paths: Collection[tuple[str, ...]]) -> tuple[str, ...]:
     ('net',)
     """
     return common_prefix(path[:-1] for path in paths) if paths else ()
+
+
+def compiled(pattern: str | re.Pattern[str]) -> regex.Pattern[str]:
+    r"""Compile a pattern for a ``TimeLimit``; what it matches is what it matches with ``re``.
+
+    >>> compiled(r"^layers\.(\d+)\.").match("layers.3.weight")[1]
+    '3'
+
+    Raises:
+        PatternError: It is malformed, or too long with its repetitions.
+        InputError: It is over bytes.
+    """
+    if isinstance(pattern, str):
+        return _compiled(pattern, 0)
+    if not isinstance(pattern.pattern, str):
+        raise InputError(f"{pattern.pattern!r} is a regular expression over bytes, not text.")
+    return _compiled(pattern.pattern, pattern.flags & ~re.DEBUG)
+
+
+@lru_cache(maxsize=4096)
+def _compiled(text: str, flags: int) -> regex.Pattern[str]:
+    import regex
+
+    shown = _short(text)
+    try:
+        known = re.compile(text, flags)
+        if prod(max(int(count), 1) for count in _COUNT.findall(text)) > _MAX_PARTS and _length(text) > _MAX_PARTS + len(
+            text
+        ):
+            raise PatternError(
+                f"The regular expression {shown} repeats parts in each other more than {_MAX_PARTS:,} times."
+            )
+        written = text if known.flags & re.VERBOSE else _rewritten(text)
+        return regex.compile(written, sum(getattr(regex, flag) for flag in _FLAGS if flags & getattr(re, flag)))
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise PatternError(f"{shown} is not a valid regular expression: {error}.") from error
+
+
+def _length(text: str) -> int:
+    """Count the parts of a pattern with its repetitions written out."""
+    lengths, last = [0], 0
+    for token in _TOKEN.finditer(text):
+        if token["open"]:
+            lengths.append(0)
+        elif token["other"] == ")" and len(lengths) > 1:
+            last = lengths.pop()
+            lengths[-1] += last
+        elif token["least"]:
+            lengths[-1] += last * (int(token["least"]) - 1)
+            last *= int(token["least"])
+        elif not token["count"]:
+            last = 1
+            lengths[-1] += last
+    return sum(lengths)
+
+
+def _rewritten(text: str) -> str:
+    """Rewrite a pattern so that ``regex`` reads it as ``re`` does: braces that are no counts, and brackets in a set."""
+    tokens = list(_TOKEN.finditer(text))
+    parts, run = [], 0
+    for place, token in enumerate(tokens):
+        part = token[0]
+        if token["set"]:
+            part = "[" + re.sub(r"(\\.)|\[", lambda found: found[1] or r"\[", part[1:], flags=re.DOTALL)
+        parts.append(r"\{" if part == "{" else part)
+        run += 1
+        follows = tokens[place + 1]["count"] if place + 1 < len(tokens) else "end"
+        if run >= _MAX_RUN and not follows and not token["open"] and token["other"] not in ("|", "^"):
+            parts.append(_SEPARATOR)
+            run = 0
+    return "".join(parts)
+
+
+class TimeLimit:
+    """A limit on the time that all matching of one call takes.
+
+    Args:
+        keys: How many are matched in the call.
+        undone: What was not done, for the text of errors.
+        seconds: The limit, instead of one by the number of keys.
+    """
+
+    def __init__(self, keys: int, undone: str, *, seconds: float | None = None) -> None:
+        self._left = _SECONDS_PER_CALL + _SECONDS_PER_KEY * keys if seconds is None else seconds
+        self._undone = undone
+
+    def search(self, pattern: regex.Pattern[str], text: str) -> regex.Match[str] | None:
+        """Search as ``re`` does, or raise a PatternError when the time is over."""
+        return self._timed(pattern.search, pattern, text)
+
+    def match(self, pattern: regex.Pattern[str], text: str) -> regex.Match[str] | None:
+        """Match at the start as ``re`` does, or raise a PatternError when the time is over."""
+        return self._timed(pattern.match, pattern, text)
+
+    def subn(self, pattern: regex.Pattern[str], replacement: str, text: str) -> tuple[str, int]:
+        """Replace as ``re`` does, or raise a PatternError when the time is over or the replacement does not fit."""
+        import regex
+
+        try:
+            changed: tuple[str, int] = self._timed(partial(pattern.subn, replacement), pattern, text)
+        except (regex.error, IndexError) as error:
+            raise PatternError(
+                f"The replacement {_short(replacement)} does not fit {_short(pattern.pattern)}: {error}. {self._undone}"
+            ) from error
+        return changed
+
+    def _timed(self, call: Callable[..., Any], pattern: regex.Pattern[str], text: str) -> Any:
+        since = thread_time()
+        try:
+            if self._left > 0:
+                return call(text, timeout=self._left)
+        except (TimeoutError, MemoryError):
+            pass
+        finally:
+            self._left -= thread_time() - since
+        raise PatternError(
+            f"The regular expression {_short(pattern.pattern)} takes too long on {_short(text)}. {self._undone} "
+            "Write it without repetitions of what can match in several ways, such as (a|a)*."
+        )
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]!r}..."

@@ -162,7 +162,9 @@ def evaluated(operation: Operation, inputs: Sequence[Regional]) -> list[Regional
         case Split(dim, start, length):
             return [_split(given, dim % len(given.shape), start, length) for given in inputs]
         case Unstack(dim, index):
-            return [_unstacked(given, dim % len(given.shape), index) for given in inputs]
+            at = dim % len(inputs[0].shape)
+            rows = [_split(given, at, index % given.shape[at], 1) for given in inputs]
+            return [_reshaped(row, (*row.shape[:at], *row.shape[at + 1 :])) for row in rows]
         case Flip(dim):
             return [_flipped(given, dim % len(given.shape)) for given in inputs]
         case Concatenate(dim):
@@ -194,13 +196,6 @@ def _split(given: Regional, dim: int, start: int, length: int) -> Regional:
         return given.read((*region[:dim], (start + first, count), *region[dim + 1 :]))
 
     return Regional((*given.shape[:dim], length, *given.shape[dim + 1 :]), given.dtype, read)
-
-
-def _unstacked(given: Regional, dim: int, index: int) -> Regional:
-    def read(region: Region) -> Tensor:
-        return given.read((*region[:dim], (index % given.shape[dim], 1), *region[dim:])).squeeze(dim)
-
-    return Regional((*given.shape[:dim], *given.shape[dim + 1 :]), given.dtype, read)
 
 
 def _flipped(given: Regional, dim: int) -> Regional:

@@ -24,8 +24,7 @@ from autoalign.plan.operations import (
     steps_of,
 )
 from autoalign.plan.serialization import check_operation
-from autoalign.rules.replacement import SLICE, Arithmetic, tokens_of
-from autoalign.rules.rule import Rule
+from autoalign.rules.rule import SLICE, Arithmetic, Rule, tokens_of
 from autoalign.rules.size_free import Each, Pick, Portion, Regroup, Sized, ZerosLike
 
 _WIDTH = 88  # of a line, as formatters have it by default

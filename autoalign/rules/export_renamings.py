@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from autoalign.errors import DependencyError, RulesError
 from autoalign.plan.operations import Concatenate, Grouped, Operation, Permute, Split, Stack, Transpose, steps_of
-from autoalign.rules.replacement import groups_of, literal, tokens_of
-from autoalign.rules.rule import Rule, equal_parts
+from autoalign.rules.rule import Rule, equal_parts, groups_of, literal, tokens_of
 from autoalign.rules.size_free import Sized
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from autoalign.plan.adaptations import needs_target
 from autoalign.plan.keys import NUMBER
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Copy, Operation, Split, Stack, Unstack, chain, steps_of
-from autoalign.rules.replacement import (
+from autoalign.rules.rule import (
     REFERENCE,
     SLICE,
     Rows,

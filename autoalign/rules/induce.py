@@ -16,8 +16,7 @@ from autoalign.plan.keys import LEVELS
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Shape
 from autoalign.rules.generalise import Draft, Move, Parts, drafts_of, moves_of, spelled_out
-from autoalign.rules.replacement import REFERENCE, reference
-from autoalign.rules.rule import Rule
+from autoalign.rules.rule import REFERENCE, Rule, reference
 from autoalign.rules.rules import Rules
 
 _END = "$"  # stands for the end of a key in the tree

@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from autoalign.errors import InputError, PatternError, RulesError
+from autoalign.plan.keys import TimeLimit, compiled
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy, Shape
-from autoalign.plan.patterns import TimeLimit, compiled
 from autoalign.plan.quantised import ADVICE, groups_of
 from autoalign.plan.serialization import integer, items, parsed, texts
 from autoalign.plan.specs import specs_of
-from autoalign.rules.replacement import SLICE, number_of
-from autoalign.rules.rule import KeyGroup, Rule, check_rule, matches_of, rule_from_plain, rule_to_plain
+from autoalign.rules.rule import (
+    SLICE,
+    KeyGroup,
+    Rule,
+    check_rule,
+    matches_of,
+    number_of,
+    rule_from_plain,
+    rule_to_plain,
+)
 
 if TYPE_CHECKING:
     import regex

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import autoalign
 from autoalign import InputError, PatternError, Rule, Rules
-from autoalign.plan import patterns as expressions
-from autoalign.plan.patterns import TimeLimit, compiled
+from autoalign.plan import keys as expressions
+from autoalign.plan.keys import TimeLimit, compiled
 
 ENDLESS = "(a|a)*$"
 KEY = "a" * 60 + "!"
