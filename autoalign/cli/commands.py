@@ -1,4 +1,4 @@
-"""What the commands do: align, load-check, convert, rules, verify and demo; ``inspection`` has those that only look."""
+"""What the commands do: align, load-check, convert, rules, verify and demo; inspect and diff, which only look."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import re
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from inspect import signature
+from math import isfinite
 from pathlib import Path
 from pprint import pformat
 from typing import Any
@@ -17,18 +19,24 @@ from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
 from autoalign.api import MatchOptions, align, convert, load, verify
+from autoalign.checkpoints.checkpoint import Checkpoint, checkpoint_of
+from autoalign.checkpoints.formats.detection import format_of
 from autoalign.checkpoints.stored import named_dtype
-from autoalign.cli.inspection import run_diff, run_inspect
 from autoalign.cli.targets import model_of, side_of
 from autoalign.cli.terminal import COMPLETE, INCOMPLETE, complain, progress, show, show_json, width
 from autoalign.errors import DependencyError, InputError, PatternError, ValueWarning
-from autoalign.reports.rows import escaped
-from autoalign.reports.text import SCREEN, markdown_code, render_markdown, render_text
+from autoalign.loading.values import Changed, Differences, differences
+from autoalign.plan.quantised import describe_schemes
+from autoalign.plan.specs import TensorSpec
+from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text
+from autoalign.reports.rows import Row, escaped, fold, lay_out
+from autoalign.reports.text import SCREEN, escape_markdown, markdown_code, markdown_table, render_markdown, render_text
 from autoalign.rules.rules import Rules
 
 _DEMO_SOURCE = "torchvision.models.regnet_y_400mf"
 _DEMO_TARGET = "timm.create_model('regnety_004')"
 _DEMO_TOLERANCE = 1e-3  # of the largest relative difference of two outputs that are called equal
+_MAX_METADATA_CHARACTERS = 60  # of an entry
 
 
 def run_align(options: argparse.Namespace) -> int:
@@ -290,6 +298,156 @@ def match_options(options: argparse.Namespace) -> MatchOptions:
         "adapt": options.adapt,
         "min_confidence": options.min_confidence,
         "container": options.container,
+    }
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    """Show what a checkpoint holds."""
+    checkpoint = checkpoint_of(side_of(options.checkpoint), container=options.container)
+    facts = _facts_of(checkpoint)
+    if options.format == "json":
+        listed = [_tensor_json(spec) for spec in checkpoint.specs]
+        show_json({"checkpoint": options.checkpoint, **facts, "tensors": listed})
+        return COMPLETE
+    tree = render_tree(checkpoint.specs, dtype=next(iter(facts["dtypes"]), ""), depth=options.depth)
+    lines = _fact_lines(facts)
+    if options.format == "markdown":
+        head = [markdown_code(escaped(options.checkpoint)), "", *(f"- {escape_markdown(line)}" for line in lines)]
+        show("\n".join([*head, "", "```text", *tree, "```"]))
+    else:
+        show("\n".join([escaped(options.checkpoint), *(f"  {line}" for line in lines), "", *tree]))
+    return COMPLETE
+
+
+def _facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Collect what there is to say of a checkpoint as a whole; of its dtypes the most frequent first."""
+    path = Path(checkpoint.path) if checkpoint.path else None
+    prefix, count = prefix_of(checkpoint.specs)
+    return {
+        "kind": "model" if path is None else "folder" if path.is_dir() else format_of(path) or "index of shards",
+        "elements": sum(spec.numel for spec in checkpoint.specs),
+        "bytes": sum(spec.numel * spec.dtype.itemsize for spec in checkpoint.specs),
+        "dtypes": dict(Counter(spec.dtype_name for spec in checkpoint.specs).most_common()),
+        "container": checkpoint.container,
+        "containers": checkpoint.containers,
+        "prefix": prefix,
+        "tensors_with_prefix": count,
+        "copies": copies_of(checkpoint.specs),
+        "metadata": dict(checkpoint.metadata),
+        "notes": (*checkpoint.notes, *(f"{what}." for what in describe_schemes(checkpoint.quantised))),
+    }
+
+
+def _fact_lines(facts: dict[str, Any]) -> list[str]:
+    dtypes, containers, prefix = facts["dtypes"], facts["containers"], facts["prefix"]
+    count = sum(dtypes.values())
+    counted = [f"{times:,} {dtype}" for dtype, times in dtypes.items()] if len(dtypes) > 1 else dtypes
+    size = f"{facts['elements']:,} elements, {size_text(facts['bytes'])}"
+    lines = [f"{facts['kind']}: {count:,} tensors, {size}, {', '.join(counted)}"]
+    if len(containers) > 1 or facts["container"]:
+        names = {name: escaped(name) or "the top level" for name in (facts["container"], *containers)}
+        taken = names.pop(facts["container"])
+        lines.append(f"container: {taken}" + (f"; others: {', '.join(names.values())}" if names else ""))
+    if prefix:
+        some = facts["tensors_with_prefix"]
+        lines.append(f"prefix: {escaped(prefix)} of {'all keys' if some == count else f'{some:,} of {count:,} keys'}")
+    if facts["copies"]:
+        lines.append(f"copies of one network: {', '.join(map(escaped, facts['copies']))}")
+    entries = []
+    for key, value in facts["metadata"].items():
+        text = escaped(value)
+        more = "..." if len(text) > _MAX_METADATA_CHARACTERS else ""
+        entries.append(f"{escaped(key)}={text[:_MAX_METADATA_CHARACTERS]}{more}")
+    if entries:
+        lines.append(f"metadata: {', '.join(entries)}")
+    return lines + [f"Note: {escaped(note)}" for note in facts["notes"]]
+
+
+def _tensor_json(spec: TensorSpec) -> dict[str, object]:
+    return {"key": spec.key, "shape": list(spec.shape), "dtype": spec.dtype_name}
+
+
+def run_diff(options: argparse.Namespace) -> int:
+    """Show in what two checkpoints differ under the same keys."""
+    first = checkpoint_of(side_of(options.first, values=True), container=options.container)
+    second = checkpoint_of(side_of(options.second, values=True), container=options.other_container)
+    with progress("Comparing") as report:
+        found = differences(first, second, report)
+    if not set(first) & set(second):
+        complain("note: the two have no key in common; autoalign align shows which of them correspond")
+    if options.format == "json":
+        show_json({"first": options.first, "second": options.second, **_differences_json(found)})
+    else:
+        show("\n".join(_difference_lines(found, options.first, options.second, markdown=options.format == "markdown")))
+    return COMPLETE if found.none else INCOMPLETE
+
+
+def _difference_lines(found: Differences, first: str, second: str, *, markdown: bool) -> list[str]:
+    same_kind = [item for item in found.changed if item.first.kind == item.second.kind]
+    other_kind = [item for item in found.changed if item.first.kind != item.second.kind]
+    sections = {
+        f"Only in {escaped(first)}": _rows_of_one_side(found.only_first),
+        f"Only in {escaped(second)}": _rows_of_one_side(found.only_second),
+        "Other shapes or dtypes, and the largest difference of the values": _changed_rows(other_kind),
+        "Values that differ, the largest difference, and its share of the largest value": _changed_rows(same_kind),
+    }
+    lines = [f"Equal: {found.equal:,} tensors"]
+    for title, rows in sections.items():
+        if not rows:
+            continue
+        count = sum(row.tensors for row in rows)
+        if markdown:
+            lines += ["", f"### {escape_markdown(title)} ({count:,})", "", *markdown_table(rows)]
+        else:
+            lines += ["", f"{title}: {count:,}"]
+            lines += [line.rstrip() for row_lines in lay_out(rows, width()) for line in row_lines]
+    return lines
+
+
+def _rows_of_one_side(specs: Sequence[TensorSpec]) -> list[Row]:
+    folds = fold([((escaped(spec.key),), spec.kind) for spec in specs])
+    return [Row(row.texts, (row.fields,), len(row.members)) for row in folds]
+
+
+def _changed_rows(items: Sequence[Changed]) -> list[Row]:
+    rows = []
+    entries = []
+    for item in items:
+        kinds = " -> ".join(dict.fromkeys((item.first.kind, item.second.kind)))
+        entries.append(((escaped(item.key),), (kinds, item.difference is None)))
+    for row in fold(entries):
+        members = [items[member] for member in row.members]
+        most = max(members, key=lambda item: item.difference or 0.0)
+        if most.difference is None:
+            values = ""
+        elif not most.difference:
+            values = "equal values"
+        else:
+            share = f" ({most.difference / most.magnitude:.2g})" if most.magnitude else ""
+            where = f" in {escaped(most.key)}" if len(members) > 1 else ""
+            values = f"{most.difference:.3g}{share}{where}"
+        rows.append(Row(row.texts, (row.fields[0], values), len(members)))
+    return rows
+
+
+def _differences_json(found: Differences) -> dict[str, object]:
+    def number(value: float | None) -> float | str | None:  # JSON has no infinity
+        return value if value is None or isfinite(value) else str(value)
+
+    return {
+        "equal": found.equal,
+        "only_first": [_tensor_json(spec) for spec in found.only_first],
+        "only_second": [_tensor_json(spec) for spec in found.only_second],
+        "changed": [
+            {
+                "key": item.key,
+                "first": _tensor_json(item.first),
+                "second": _tensor_json(item.second),
+                "difference": number(item.difference),
+                "magnitude": number(item.magnitude),
+            }
+            for item in found.changed
+        ],
     }
 
 
