@@ -35,6 +35,7 @@ class MatchOptions(TypedDict, total=False):
     adapt: Adapt | Iterable[Adapt]
     min_confidence: float
     container: str | None
+    dequantise: bool
 
 
 class AlignOptions(MatchOptions, TypedDict, total=False):
@@ -90,6 +91,7 @@ def align(
     adapt: Adapt | Iterable[Adapt] = (),
     min_confidence: float = 0.5,
     container: str | None = None,
+    dequantise: bool = True,
     example_inputs: object = None,
     **unknown: Unpack[NoOptions],
 ) -> Alignment:
@@ -122,6 +124,9 @@ def align(
             side; without one they are assumed to be square, and nothing is adapted where they cannot be.
         min_confidence: Matches below it, in [0, 1], are listed as ambiguous and not loaded.
         container: Which of several state dicts in the checkpoint to use, such as ``"ema"``.
+        dequantise: Fill plain tensors from quantised ones, whose values are computed in float32: the operation
+            ``dequantise``, of the codes with their scales. A model that is quantised by the same scheme gets them as
+            they are. With False, and where a scheme is not known, they are left out, with a note.
         example_inputs: What to call a module with, as ``execution_order`` takes it: the order in which a call uses the
             tensors then stands for that in which they are registered. Each side that is a module is called once and
             left as it was.
@@ -145,6 +150,7 @@ def align(
         adapt=adapt,
         min_confidence=min_confidence,
         container=container,
+        dequantise=dequantise,
         order_of_use=_order_of_use(example_inputs),
     )
     return Alignment.of(plan)
@@ -208,8 +214,8 @@ def load(
             are undone, for which the old tensors are kept meanwhile.
         alignment: One that was made before for the same keys and shapes, such as from ``Alignment.read``. It is
             applied as it is, and nothing is matched.
-        **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``, and
-            ``adapt``, by which values are changed where a counterpart has another shape.
+        **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``,
+            ``dequantise``, and ``adapt``, by which values are changed where a counterpart has another shape.
 
     Returns:
         The alignment. It unpacks, as in ``missing_keys, unexpected_keys = load(...)``, and ``print`` shows all of it.
@@ -283,7 +289,7 @@ def convert(
         format: ``"safetensors"``, or ``"dcp"`` for a folder of ``torch.distributed.checkpoint``, which must be new or
             empty, and has neither a limit of size nor metadata.
         dtype: What floating-point tensors are converted to, such as ``torch.float16`` or ``"bfloat16"``; by default all
-            keep the dtype that they have in the checkpoint.
+            keep the dtype that they have in the checkpoint, and dequantised ones are float32.
         max_shard_size: Bytes of data in a file, or a text such as ``"5GB"`` or ``"4GiB"``. What is larger is written
             as ``NAME-00001-of-00002.safetensors`` and so on, with the index ``NAME.safetensors.index.json``; a tensor
             that is larger has a file of its own. Shards that replace an output have a mark in their names, such as
@@ -293,7 +299,7 @@ def convert(
         overwrite: Replace an output that is there, with its index and shards.
         progress: Called with the number of tensors written and of all, while they are written.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``,
-            and ``adapt``.
+            ``dequantise``, and ``adapt``.
 
     Returns:
         The alignment; its ``matches`` are what was written.

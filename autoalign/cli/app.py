@@ -271,6 +271,9 @@ def _add_matching(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--container", metavar="NAME", help="which of several state dicts in the checkpoint to take, such as ema"
     )
+    group.add_argument(
+        "--no-dequantise", dest="dequantise", action="store_false", help="leave quantised tensors out, named"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

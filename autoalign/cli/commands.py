@@ -298,6 +298,7 @@ def match_options(options: argparse.Namespace) -> MatchOptions:
         "adapt": options.adapt,
         "min_confidence": options.min_confidence,
         "container": options.container,
+        "dequantise": options.dequantise,
     }
 
 

@@ -10,7 +10,6 @@ import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,6 +32,7 @@ from autoalign.errors import CheckpointError, InputError, OutputError
 from autoalign.loading.fill import Progress, require_shape, require_values
 from autoalign.loading.prepare import prepared, warn_of_choices, warn_of_unfilled
 from autoalign.matching.match import match_tensors
+from autoalign.plan.dequantise import is_dequantised, result_dtype
 from autoalign.plan.matches import Match
 from autoalign.plan.specs import TensorSpec
 
@@ -213,8 +213,9 @@ def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[Tensor
     dtypes = {spec.key: spec.dtype for spec in alignment.source_specs}
     specs = []
     for match in alignment.matches:
-        dtype = reduce(torch.promote_types, [dtypes[key] for key in match.sources])
-        is_value = dtype.is_floating_point and not any(key in alignment.quantised[0] for key in match.sources)
+        dtype = result_dtype(match.operation, [dtypes[key] for key in match.sources])
+        is_copy = any(key in alignment.quantised[0] for key in match.sources) and not is_dequantised(match.operation)
+        is_value = dtype.is_floating_point and not is_copy
         specs.append(TensorSpec(match.target, shapes[match.target], cast if cast and is_value else dtype))
     return specs
 

@@ -8,7 +8,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -24,6 +25,7 @@ from autoalign.loading.mapped import MappedFiles
 from autoalign.loading.transaction import is_sharded, memory_of
 from autoalign.loading.values import Findings
 from autoalign.plan.adaptations import needs_target
+from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy, Operation
 
@@ -33,6 +35,7 @@ Step = Callable[[int, int], object]  # called with the tensors that are done, an
 
 _UNCHANGED = "The model was not changed."
 _MAX_READ_AHEAD_BYTES = 2**22  # read into memory before anything is changed; for more, pages must be made first
+_MAX_COMPUTED_BYTES = 2**24  # of what is computed before it is copied, and kept until then
 _MAX_SMALL_BYTES = 2**16  # of a tensor whose read of its own would take longer than its values
 _BATCH_BYTES = 2**24  # that a thread copies at a time
 _MIN_PARALLEL_BYTES = 2**26  # from which on threads are worth their start
@@ -46,6 +49,7 @@ class Fill:
 
     target: Tensor  # without gradient
     copies: tuple[tuple[Tensor, Tensor], ...]  # of target and source, of equal shapes
+    compute: Callable[[], Tensor] | None = None  # the source, which is on meta here
 
     @property
     def size(self) -> int:
@@ -148,30 +152,45 @@ def fills_of(
     postpone: bool,
     files: MappedFiles,
 ) -> list[Fill]:
-    """List the copies that fill the tensors of a model's state dict; what takes more than copies is computed here.
+    """List the copies that fill the tensors of a model's state dict.
+
+    What takes more than copies is computed here, so that it cannot fail later; what takes much memory is dropped and
+    computed once more when it is copied.
 
     ``findings`` receives what is found of the values. With ``postpone`` they are left to be examined when they are
     copied and in memory anyway, as those of a mapped file are not yet.
     """
     memories = _memories(targets)
+    room = _MAX_COMPUTED_BYTES
     fills, size = [], 0
     for done, (match, sources) in enumerate(given, start=1):
         target = targets[match.target].detach()
-        if postpone and all(memory_of(tensor) not in memories for tensor in sources):
+        is_own = any(memory_of(tensor) in memories for tensor in sources)
+        if postpone and not is_own and not is_dequantised(match.operation):
             findings.postponed.append((match, sources, target.dtype))
         else:
             findings.examine(match, sources, target.dtype)
         fill = None if needs_target(match.operation) else copies_in_place(match.operation, sources, target)
         if fill is None:
-            tensor = alignment.tensor(match, files.read_together(sources))
+            compute = partial(_computed, alignment, match, sources, files)
+            tensor = compute()
             require_shape(match, tensor.shape, target.shape)
-            fill = Fill(target, ((target, tensor),))
+            findings.examine_result(match, tensor, target.dtype)
+            room -= tensor.nbytes
+            if room < 0 and not is_own and not needs_target(match.operation):
+                fill = Fill(target, ((target, torch.empty_like(tensor, device="meta")),), compute)
+            else:
+                fill = Fill(target, ((target, tensor),))
         # the model's own values may change before they are copied
         copies = [(part, new.clone() if memory_of(new) in memories else new) for part, new in fill.copies]
-        fills.append(Fill(target, tuple(copies)))
+        fills.append(replace(fill, copies=tuple(copies)))
         size += fill.size
         step(done, size)
     return fills
+
+
+def _computed(alignment: Alignment, match: Match, sources: Sequence[Tensor], files: MappedFiles) -> Tensor:
+    return alignment.tensor(match, files.read_together(sources))
 
 
 def copies_in_place(operation: Operation, sources: Sequence[Tensor], target: Tensor) -> Fill | None:
@@ -226,6 +245,7 @@ def tensors_of(
             sources = [_in_layout_of(target, tensor) for tensor in sources]
         findings.examine(match, sources, wanted)
         tensor = alignment.tensor(match, sources)
+        findings.examine_result(match, tensor, wanted)
         if not is_lazy(target):
             require_shape(match, tensor.shape, target.shape)
         if assign:
@@ -291,7 +311,9 @@ def copy_all(fills: Sequence[Fill], step: Step, files: MappedFiles | None = None
             with torch.no_grad():  # which is each thread's own
                 for fill in batch:
                     for part, given in fill.copies:
-                        if files is None or not files.read(given, part):
+                        if fill.compute is not None:
+                            _copy_values(part, fill.compute())
+                        elif files is None or not files.read(given, part):
                             _copy_values(part, given)
         except BaseException as error:  # raised again in the thread that waits for it
             if isinstance(error, CheckpointError):  # what is left of the file is not to be touched

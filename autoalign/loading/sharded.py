@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -446,10 +446,12 @@ def _part(plan: ShardPlan, match: Match, region: Region, findings: Findings, dty
 
     def read(key: str, inner: Region) -> Tensor:
         (tensor,) = plan.files.read_together([plan.source.region(key, inner)])
-        findings.examine(Match(match.target, (key,)), [tensor], dtype)
+        findings.examine(replace(match, sources=(key,)), [tensor], dtype)
         return tensor
 
-    return _evaluated(plan.source, match, plan.wholes, read).read(region)
+    result = _evaluated(plan.source, match, plan.wholes, read).read(region)
+    findings.examine_result(match, result, dtype)
+    return result
 
 
 def _evaluated(

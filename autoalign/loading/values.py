@@ -14,6 +14,7 @@ from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.checkpoints.formats.safetensors import blocks
 from autoalign.errors import InputError, listed
 from autoalign.loading.mapped import CutError
+from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.matches import Match
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.rows import escaped
@@ -151,11 +152,20 @@ class Findings:
         del self.postponed[:count]
 
     def examine(self, match: Match, sources: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Examine what a match loads into a tensor of some dtype."""
-        for key, tensor in zip(match.sources, sources, strict=True):
+        """Examine what a match loads into a tensor of some dtype; codes of quantised tensors are no values."""
+        if not is_dequantised(match.operation):
+            self._examine(match.target, match.sources, sources, dtype)
+
+    def examine_result(self, match: Match, tensor: Tensor, dtype: torch.dtype) -> None:
+        """Examine the values of quantised tensors."""
+        if is_dequantised(match.operation):
+            self._examine(match.target, match.sources[:1], [tensor], dtype)
+
+    def _examine(self, target: str, keys: Sequence[str], tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        for key, tensor in zip(keys, tensors, strict=True):
             loss = loss_of_kind(tensor.dtype, dtype) or loss_of_range(tensor, dtype, self.pieces)
-            if loss and match.target not in self.losses:
-                self.losses[match.target] = f"{tensor.dtype} to {dtype}: {loss}".replace("torch.", "")
+            if loss and target not in self.losses:
+                self.losses[target] = f"{tensor.dtype} to {dtype}: {loss}".replace("torch.", "")
             if key not in self.nan and (count := nan_count(tensor, self.pieces)):
                 self.nan[key] = count, tensor.numel()
 

@@ -34,10 +34,11 @@ from autoalign.matching.rotary import rotary_settling
 from autoalign.matching.scope import PatternLike, RuleLike, checked_rules, excluded_keys, pinned_pairs
 from autoalign.matching.stacks import restacked, unstacked, whole_mismatches
 from autoalign.plan.adaptations import Adapt
+from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.keys import common_module, components
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Copy
-from autoalign.plan.quantised import ADVICE, Members, can_fill, describe_schemes, hidden_keys
+from autoalign.plan.quantised import ADVICE, Members, Values, as_values, can_fill, describe_schemes, hidden_keys
 
 OrderOfUse = Callable[[nn.Module], Sequence[str]]
 
@@ -76,6 +77,7 @@ def match_tensors(
     adapt: Adapt | Iterable[Adapt] = (),
     min_confidence: float = 0.5,
     container: str | None = None,
+    dequantise: bool = True,
     order_of_use: OrderOfUse | None = None,
 ) -> Plan:
     """Match the tensors of two sides; see ``autoalign.align`` for the options.
@@ -98,18 +100,23 @@ def match_tensors(
         sides = _in_order_of_use(own, sides[0], order_of_use), _in_order_of_use(other, sides[1], order_of_use)
     rules = checked_rules(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
+    values = Values(tuple(sides[0]), {}, own.quantised)
     if own.quantised or other.quantised:
-        pins = _without_codes(pins, rules, own, other)
-        hidden = hidden_keys(own.quantised, other.quantised), hidden_keys(other.quantised, own.quantised)
+        if dequantise:
+            values = as_values(sides[0], own.quantised, other.quantised)
+        codes = values.members, other.quantised
+        pins = _without_codes(pins, rules, values, own.quantised, other.quantised)
+        hidden = hidden_keys(*codes), hidden_keys(*reversed(codes))
         sides = (
-            tuple(spec for spec in sides[0] if spec.key not in hidden[0]),
+            tuple(spec for spec in values.specs if spec.key not in hidden[0]),
             tuple(spec for spec in sides[1] if spec.key not in hidden[1]),
         )
     same = None if pins else with_same_names(*sides)
     matches, mismatched, notes = (same, [], ()) if same else _by_slices(*sides, (own.config, other.config), pins)
     if allowed and (matches or pins):
-        views = AdaptableSide(own.specs, own.module, own.config), AdaptableSide(other.specs, other.module, other.config)
-        changed, unable = adapted(matches, mismatched, *views, allowed, pins)
+        given = (own, values.specs), (other, other.specs)
+        views = [AdaptableSide(specs, side.module, side.config) for side, specs in given]
+        changed, unable = adapted(matches, mismatched, views[0], views[1], allowed, pins)
         taken = {match.target for match in changed}
         matches = with_ties(*sides, [*(match for match in matches if match.target not in taken), *changed])
         taken = {match.target for match in matches}
@@ -119,11 +126,13 @@ def match_tensors(
     if mismatched:
         matches = with_stranded_biases(matches, mismatched)
     if own.quantised or other.quantised:
-        matches = _without_misused_codes(matches, own.quantised, other.quantised)
-        codes = own.quantised.keys(), other.quantised.keys()
+        matches = _without_misused_codes(matches, values.members, other.quantised)
+        codes = values.members, other.quantised
         mismatched = [item for item in mismatched if item.source_key not in codes[0] and item.key not in codes[1]]
         if own.quantised and not matches:  # that is why, whatever else was found
             notes = ()
+        matches = [_of_members(match, values) for match in matches]
+        mismatched = [replace(item, source_key=values.codes_of(item.source_key)) for item in mismatched]
         notes = (*notes, *_notes_of_codes(own, other, matches, out))
     if not own.is_decided:
         matches = [replace(match, confidence=min(match.confidence, AMBIGUOUS)) for match in matches]
@@ -147,25 +156,37 @@ def match_tensors(
 
 
 def _without_codes(
-    pins: Mapping[str, str], rules: Sequence[tuple[str, str]], own: Checkpoint, other: Checkpoint
+    pins: Mapping[str, str], rules: Sequence[tuple[str, str]], values: Values, own: Members, other: Members
 ) -> dict[str, str]:
-    """Leave out pinned pairs that would take codes for values.
+    """Return pinned pairs with values in place of their codes, without those that would take codes for values.
 
     Raises:
         PatternError: A rule names such a pair.
     """
-    kept = {
-        key: source for key, source in pins.items() if can_fill((source,), key, Copy(), own.quantised, other.quantised)
-    }
+    known, of_codes = {spec.key for spec in values.specs}, values.keys_of_codes
+    kept = {}
     for key, source in pins.items():
-        if key not in kept and [source, key] in map(list, rules):
-            coded = source if source in own.quantised else key
-            scheme = (own if coded == source else other).quantised[coded].group.scheme
+        taken = of_codes.get(source, source)
+        if taken in known and can_fill((taken,), key, Copy(), values.members, other):
+            kept[key] = taken
+        elif [source, key] in map(list, rules):
+            coded = source if source in own else key
+            scheme = (own if coded == source else other)[coded].group.scheme
             raise PatternError(
                 f"The rules fill {key!r} from {source!r}, but {coded!r} is quantised as {scheme} and its elements are "
                 "codes, not values. Nothing was aligned; leave the rule out, or dequantise first."
             )
     return kept
+
+
+def _of_members(match: Match, values: Values) -> Match:
+    """Return a match of values as one of the tensors that they are computed from."""
+    sources, operation = values.from_members(match.sources, match.operation)
+    rivals = []
+    for rival in match.alternatives:
+        own, step = values.from_members(rival.sources, rival.operation)
+        rivals.append(replace(rival, sources=own, operation=step))
+    return replace(match, sources=sources, operation=operation, alternatives=tuple(rivals))
 
 
 def _notes_of_codes(
@@ -175,7 +196,9 @@ def _notes_of_codes(
     packed = {spec.key for spec in (*own.left_out, *other.left_out)}
     used = {key for match in matches for key in match.sources}
     filled = {match.target for match in matches}
+    read = {key for match in matches if is_dequantised(match.operation) for key in match.sources}
     return [
+        *(f"Dequantised to float32: {what}." for what in describe_schemes(own.quantised, own.quantised.keys() - read)),
         *(
             f"Left out: {what}. Their elements are codes, not values. {ADVICE}"
             for what in describe_schemes(own.quantised, used | packed | set(excluded))

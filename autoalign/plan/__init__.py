@@ -9,10 +9,11 @@ In order of use:
 * ``adaptations``: the operations that change values, for ``adapt=``
 * ``regions``: what puts the parts of a tensor together, and any region of a result from the least of its sources
 * ``serialization``: the one JSON form of operations, checked field by field
+* ``dequantise``: the formats of quantised tensors that are known, and the operation that computes their values
 * ``quantised``: groups of tensors that are values only together, such as integer codes and their scales
 * ``matches``: ``Match``, ``Plan`` with its statuses, missing and unexpected keys, and the inverse of a plan
 
 A new operation is a class in ``operations`` (or ``adaptations``), which registers itself for JSON; ``regions``
-evaluates it as a whole unless it has a case there. A new scheme of quantisation needs at most words in the tables of
-``quantised``.
+evaluates it as a whole unless it has a case there. A new scheme of quantisation is a row and a function of
+``dequantise``, and words in the tables of ``quantised``.
 """

@@ -10,6 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from autoalign.errors import NotInvertibleError
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,11 @@ class Operation(ABC):
     def parts(self) -> tuple[Operation, ...]:
         """The operations that this one is made of."""
         return ()
+
+    @property
+    def arity(self) -> int:
+        """How many inputs become one result beside others in ``Parallel``."""
+        return 1
 
     @property
     def takes_part(self) -> bool:
@@ -283,7 +291,7 @@ class Grouped(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Parallel(Operation):
-    """An operation of its own for each input."""
+    """An operation of its own for each input, or for as many as it takes."""
 
     operations: tuple[Operation, ...]
 
@@ -292,14 +300,21 @@ class Parallel(Operation):
         return self.operations
 
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip(self.operations, tensors, strict=True)
-        return [result for operation, tensor in pairs for result in operation.apply([tensor])]
+        return [result for operation, own in self.runs(tensors) for result in operation.apply(own)]
+
+    def runs(self, inputs: Sequence[T]) -> list[tuple[Operation, Sequence[T]]]:
+        """Pair each operation with its own inputs."""
+        ends = list(accumulate(operation.arity for operation in self.operations))
+        if ends[-1] != len(inputs):
+            raise ValueError(f"'{self}' takes {ends[-1]} inputs, not {len(inputs)}")
+        starts = zip(self.operations, ends, strict=True)
+        return [(operation, inputs[end - operation.arity : end]) for operation, end in starts]
 
     def __str__(self) -> str:
         return "(" + ", ".join(str(operation) for operation in self.operations) + ")"
 
     def trace(self, shapes: Sequence[Shape]) -> list[Trace]:
-        return _numbered([step.trace([shape]) for step, shape in zip(self.operations, shapes, strict=True)])
+        return _numbered([step.trace(own) for step, own in self.runs(shapes)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Quantised tensors: integers or small floats that are values only together with a scale, zero point or table.
 
 No library is recognised by its name: ``groups_of`` finds, from names, shapes and dtypes alone, a tensor of codes with
-companions beside it whose names say what they are for and whose shapes fit. ``can_fill`` allows codes to be copied only
-where the other side has them in the same scheme.
+companions beside it whose names say what they are for and whose shapes fit. ``as_values`` puts the tensor of its values
+in place of each group that ``dequantise`` can compute; all others are left out, for ``can_fill`` allows codes to be
+copied only where the other side has them in the same scheme.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
 import torch
 
+from autoalign.plan.adaptations import needs_target
+from autoalign.plan.dequantise import OF_CALLS, SCHEMES, Dequantise, is_dequantised
 from autoalign.plan.keys import common_prefix, split_key
-from autoalign.plan.operations import Copy, Operation
+from autoalign.plan.operations import Copy, Operation, chain, in_parallel, output_shapes
 from autoalign.plan.specs import TensorSpec
 
 ADVICE = "Load the checkpoint from before it was quantised, or dequantise it first."
+VALUES = torch.float32  # what quantised tensors are dequantised to
 
 
 def _dtypes(names: str) -> frozenset[torch.dtype]:
@@ -39,11 +43,12 @@ _ROLES = {
     "scale": "scale scales wscale wscales wtscale wcscales scaling scb absmax amax",
     "zero": "zero zeros qzeros zp biases shift offset",
     "table": "codebook codebooks lut map centroids palette",
-    "layout": "shape format idx perm state bits nbits",
+    "index": "idx perm",
+    "format": "format",
+    "layout": "shape state bits nbits",
 }
 _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words.split()}
-_OF_CALLS = frozenset({"input", "output", "act", "activation"})  # scales of a layer's inputs or outputs
-_QUALIFIERS = _OF_CALLS | {"global", "nested"}
+_QUALIFIERS = OF_CALLS | {"global", "nested"}
 _FILLERS = frozenset({"inv", "inverse", "point", "quant", "factor", "group", "g"})
 _PAYLOADS = frozenset(
     {"weight", "weights", "kernel", "embedding", "w", "q", "qweight"}
@@ -63,6 +68,7 @@ class Quantised:
     scheme: str  # such as "FP8 in blocks"
     codes: TensorSpec
     companions: tuple[TensorSpec, ...]
+    roles: tuple[str, ...]  # of the codes and of each companion, such as "scale" or "scale global"
     names: str  # of both within their module, such as "weight with weight_scale_inv"
     is_packed: bool  # True if the codes have another shape than the values
 
@@ -70,6 +76,19 @@ class Quantised:
     def kind(self) -> tuple[str, torch.dtype]:
         """What two must have in common for one to be a copy of the other."""
         return self.scheme, self.codes.dtype
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The codes and the companions."""
+        return self.codes, *self.companions
+
+    def dequantise(self) -> Dequantise | None:
+        """Return the operation that computes the values; None where that is not known."""
+        scheme = SCHEMES.get(self.scheme)
+        if scheme is None or not scheme.takes(self.roles):
+            return None
+        shapes = {role: spec.shape for role, spec in zip(self.roles, self.specs, strict=True)}
+        return None if scheme.shape(shapes) is None else Dequantise(self.scheme, self.roles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +102,7 @@ class Member:
     @property
     def is_needed(self) -> bool:
         """True if the values cannot be computed without it."""
-        return " " not in self.role or _OF_CALLS.isdisjoint(self.role.split())
+        return " " not in self.role or OF_CALLS.isdisjoint(self.role.split())
 
 
 Members = Mapping[str, Member]  # by key
@@ -140,6 +159,7 @@ def _groups_of(specs: tuple[TensorSpec, ...]) -> Members:
             scheme=_scheme(spec, companions),
             codes=spec,
             companions=tuple(other for _, other, _ in companions),
+            roles=("codes", *(role for _, _, role in companions)),
             names=_names(name, [own for own, _, _ in companions], is_shared=bool(stem)),
             is_packed=spec.dtype not in _UNPACKED or any(role.startswith("table") for _, _, role in companions),
         )
@@ -168,7 +188,7 @@ def _companions(
     is_known = codes.dtype in _TORCH or any(role.startswith(("scale", "table")) for _, _, role in found)
     for name, spec in beside:
         role, _, is_named = _read(name)
-        if role.startswith("layout") or codes.dtype in _TORCH:
+        if role.startswith(("layout", "index", "format")) or codes.dtype in _TORCH:
             found.append((name, spec, role))
         elif prod(spec.shape) <= codes.numel if role.startswith("table") else _is_for_parts(spec.shape, codes.shape):
             found.append((name, spec, role))
@@ -253,7 +273,7 @@ def _scheme(codes: TensorSpec, companions: Sequence[_Companion]) -> str:
     if dtype in _FLOAT8:
         return f"FP8{reach}"
     if dtype == torch.int8:
-        return f"INT8{reach}"
+        return "LLM.int8" if any(name.endswith("SCB") for name, _, _ in companions) else f"INT8{reach}"
     if any(name.endswith("shape") for name, _, _ in companions):
         return "compressed-tensors"
     if scale is not None and zero is not None:
@@ -270,6 +290,66 @@ def _reach(codes: Sequence[int], scale: Sequence[int]) -> str:
     return " by row" if sum(size > 1 for size in scale) == 1 and prod(scale) in codes else " in blocks"
 
 
+@dataclass(frozen=True, slots=True)
+class Values:
+    """One side with a tensor of values in place of each group that is dequantised."""
+
+    specs: tuple[TensorSpec, ...]
+    groups: Mapping[str, tuple[Quantised, Dequantise]]  # by the key of the values
+    members: Members  # of all other groups
+
+    @property
+    def keys_of_codes(self) -> dict[str, str]:
+        """The key of the values for each key of codes."""
+        return {group.codes.key: key for key, (group, _) in self.groups.items()}
+
+    def codes_of(self, key: str) -> str:
+        """Return the key of the codes of values, or the key itself where it is of no values."""
+        return self.groups[key][0].codes.key if key in self.groups else key
+
+    def from_members(self, sources: Sequence[str], operation: Operation) -> tuple[tuple[str, ...], Operation]:
+        """Return an operation on values as one on the tensors that they are computed from."""
+        if self.groups.keys().isdisjoint(sources):
+            return tuple(sources), operation
+        members: list[str] = []
+        steps: list[Operation] = [Copy()] if needs_target(operation) else []
+        for key in reversed(sources):
+            group, step = self.groups.get(key, (None, Copy()))
+            members[:0] = [key] if group is None else [spec.key for spec in group.specs]
+            steps.insert(0, step)
+        return tuple(members), chain(in_parallel(steps), operation)
+
+
+def as_values(specs: Sequence[TensorSpec], own: Members, other: Members) -> Values:
+    """Put values in place of quantised tensors, but for those of schemes that the other side has too.
+
+    >>> specs = [TensorSpec("fc.weight", (2, 8), torch.int8), TensorSpec("fc.SCB", (2,), torch.float32)]
+    >>> print(*as_values(specs, groups_of(specs), {}).specs)
+    fc.weight [2, 8] float32
+    """
+    shared = {member.group.kind for member in other.values()}
+    given = {spec.key for spec in specs}
+    groups: dict[str, tuple[Quantised, Dequantise]] = {}
+    for key, member in own.items():
+        group = member.group
+        if member.role == "codes" and group.kind not in shared and given.issuperset(spec.key for spec in group.specs):
+            step = group.dequantise()
+            if step is not None:
+                groups[key] = group, step
+    of_values = {
+        group.codes.key: replace(
+            group.codes, key=key, shape=output_shapes(step, [spec.shape for spec in group.specs])[0], dtype=VALUES
+        )
+        for key, (group, step) in groups.items()
+    }
+    taken = {spec.key for group, _ in groups.values() for spec in group.specs}
+    return Values(
+        tuple(of_values.get(spec.key, spec) for spec in specs if spec.key in of_values or spec.key not in taken),
+        groups,
+        {key: member for key, member in own.items() if key not in taken},
+    )
+
+
 def hidden_keys(own: Members, other: Members) -> frozenset[str]:
     """List the keys of one side that take no part in the matching, since the other side has none of their scheme.
 
@@ -284,10 +364,10 @@ def hidden_keys(own: Members, other: Members) -> frozenset[str]:
 
 
 def can_fill(sources: Sequence[str], target: str, operation: Operation, own: Members, other: Members) -> bool:
-    """True if tensors may fill another by an operation: codes fill only the same codes, unchanged."""
+    """True if tensors may fill another by an operation: codes only the same codes, or by way of their values."""
     wanted = other.get(target)
     if wanted is None:
-        return own.keys().isdisjoint(sources)
+        return own.keys().isdisjoint(sources) != is_dequantised(operation)
     first = own.get(sources[0]) if len(sources) == 1 else None
     if first is None or first.role != wanted.role or first.group.kind != wanted.group.kind or operation != Copy():
         return False
@@ -300,7 +380,7 @@ def describe_schemes(members: Members, used: Iterable[str] = ()) -> list[str]:
 
     >>> weight = TensorSpec("fc.weight", (2, 8), torch.int8)
     >>> describe_schemes(groups_of([weight, TensorSpec("fc.SCB", (2,), torch.float32)]))
-    ['1 tensors quantised as INT8 by row (weight with SCB)']
+    ['1 tensors quantised as LLM.int8 (weight with SCB)']
     """
     done = set(used)
     schemes: dict[str, list[Quantised]] = defaultdict(list)

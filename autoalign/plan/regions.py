@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from autoalign.plan.dequantise import Dequantise
 from autoalign.plan.operations import (
     Chain,
     Concatenate,
@@ -149,9 +150,8 @@ def evaluated(operation: Operation, inputs: Sequence[Regional]) -> list[Regional
             for step in steps:
                 results = evaluated(step, results)
             return results
-        case Parallel(steps):
-            pairs = zip(steps, inputs, strict=True)
-            return [result for step, given in pairs for result in evaluated(step, [given])]
+        case Parallel():
+            return [result for step, given in operation.runs(inputs) for result in evaluated(step, given)]
         case Grouped(size, step):
             starts = range(0, len(inputs), size)
             return [result for start in starts for result in evaluated(step, inputs[start : start + size])]
@@ -330,4 +330,5 @@ def _evaluated_whole(operation: Operation, inputs: Sequence[Regional]) -> list[R
     def reader(place: int) -> Callable[[Region], Tensor]:
         return lambda region: narrowed(operation.apply([given.whole() for given in inputs])[place], region)
 
-    return [Regional(shape, inputs[0].dtype, reader(place)) for place, shape in enumerate(shapes)]
+    dtype = torch.float32 if isinstance(operation, Dequantise) else inputs[0].dtype
+    return [Regional(shape, dtype, reader(place)) for place, shape in enumerate(shapes)]

@@ -148,6 +148,8 @@ def _fits(value: object, hint: Any, numbers: tuple[int, int], depth: int) -> boo
     """True if a value is of a type that the fields of operations have, and its numbers are in range."""
     if hint is int or hint is bool:
         return type(value) is hint and (hint is bool or numbers[0] <= value <= numbers[1])
+    if hint is str:
+        return type(value) is str
     if hint is Operation:
         check_operation(value, depth + 1)
         return True

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from autoalign.errors import InputError, PatternError, RulesError
+from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.keys import TimeLimit, compiled
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy, Shape
@@ -204,7 +205,13 @@ class Rules:
         codes = groups_of(specs)
         result = {}
         for match in self.plan({spec.key: spec.shape for spec in specs}):
-            if match.operation != Copy() and (coded := [codes[key] for key in match.sources if key in codes]):
+            coded = [codes[key] for key in match.sources if key in codes]
+            if is_dequantised(match.operation) and not coded:
+                raise RulesError(
+                    f"{', '.join(match.sources)} are not quantised, which '{match.operation}' is for. Nothing was "
+                    "converted. Align this pair itself."
+                )
+            if coded and match.operation != Copy() and not is_dequantised(match.operation):
                 raise RulesError(
                     f"{coded[0].spec} is quantised as {coded[0].group.scheme}: its elements are codes, not values, and "
                     f"{match.operation} would mix them up. Nothing was converted. {ADVICE}"

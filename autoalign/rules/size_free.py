@@ -200,7 +200,7 @@ def _rebuilt(samples: Sequence[Sample], rebuild: Callable[[Sequence[Sample]], Op
             starts = range(0, len(samples[0][1]), first.size)
             inner = [(operation, own[start : start + first.size]) for operation, own in inner for start in starts]
         elif isinstance(first, Parallel):
-            inner = [(operation, own[place : place + 1]) for operation, own in inner]
+            inner = [(operation, tuple(first.runs(own)[place][1])) for operation, own in inner]
         found = _rebuilt(inner, rebuild)
         if found is None:
             return None

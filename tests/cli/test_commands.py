@@ -59,7 +59,7 @@ def test_align_takes_the_options_of_the_call(
 
     monkeypatch.setattr(commands, "align", align)
     flags = ["--rule", "(?<=a)b=c", "--rule", "x=y", "--include", "i", "--exclude", "e1", "--exclude", "e2"]
-    flags += ["--adapt", "head", "--adapt", "vocab", "--min-confidence", "0.9", "--container", "ema"]
+    flags += ["--adapt", "head", "--adapt", "vocab", "--min-confidence", "0.9", "--container", "ema", "--no-dequantise"]
     assert cli.main(["align", checkpoint, checkpoint, *flags]) == cli.COMPLETE
     capsys.readouterr()
     assert seen == {
@@ -71,6 +71,7 @@ def test_align_takes_the_options_of_the_call(
         "adapt": ["head", "vocab"],
         "min_confidence": 0.9,
         "container": "ema",
+        "dequantise": False,
     }
 
 

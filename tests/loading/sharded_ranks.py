@@ -396,6 +396,17 @@ def adapts(_rank: int, world: int, path: str) -> None:
     assert torch.equal(found[9:], own.embed.weight[9:])
 
 
+def dequantises(_rank: int, world: int, path: str) -> None:
+    source = dict(open_checkpoint(path))
+    scale = source["wte.weight"].abs().amax(1, keepdim=True) / 127
+    codes = (source["wte.weight"] / scale).round().to(torch.int8)
+    source |= {"wte.weight": codes, "wte.weight_scale": scale}
+    model = fully_sharded(world, filled(1).half())
+    alignment = autoalign.load(model, source, strict=True)
+    assert torch.equal(whole(model.embed.weight), (codes * scale).half())
+    assert not [note for note in alignment.notes if "cannot hold" in note]
+
+
 def loads_sharded_tensors(rank: int, world: int, path: str) -> None:
     """Tensors that are spread over the ranks fill a plain model on each, and are refused for a sharded one."""
     source = fully_sharded(world, filled())

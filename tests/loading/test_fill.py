@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import io
 import itertools
+import subprocess
 import sys
 import threading
 import time
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoalign.api import load
@@ -244,3 +247,45 @@ def test_a_bar_that_fails_does_not_fail_the_load(monkeypatch: pytest.MonkeyPatch
     model, source = nn.Linear(2, 1), nn.Linear(2, 1)
     load(model, source.state_dict(), progress=True)
     assert torch.equal(model.weight, source.weight)
+
+
+_PEAK = """
+import sys, threading, time, torch
+from torch import nn
+from autoalign import load
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, resident())
+        time.sleep(0.001)
+
+model = nn.ModuleDict({f"layer{number}": nn.Linear(2048, 2048, bias=False) for number in range(16)})
+load(model, sys.argv[1])  # imports what it needs
+nn.init.zeros_(model["layer0"].weight)
+peak, done = 0, False
+before = resident()
+thread = threading.Thread(target=watch)
+thread.start()
+load(model, sys.argv[1], strict=True)
+done = True
+thread.join()
+print(peak - before, all(bool((layer.weight == 0.5).all()) for layer in model.values()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_dequantised_tensors_are_not_all_in_memory_beside_the_model(tmp_path: Path) -> None:
+    tensors = {}
+    for number in range(16):
+        tensors[f"layer{number}.weight"] = torch.full((2048, 2048), 2.0).to(torch.float8_e4m3fn)
+        tensors[f"layer{number}.weight_scale_inv"] = torch.full((16, 16), 0.25)
+    save_file(tensors, tmp_path / "a.safetensors")
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "a.safetensors")]
+    peak, is_right = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert is_right == "True"
+    assert int(peak) < 2**24 + 2**26  # the largest of sixteen, and 64 MiB

@@ -51,7 +51,9 @@ def paths(tmp_path: Path, file: str) -> dict[str, str]:
 def test_two_ranks(tmp_path: Path, paths: dict[str, str]) -> None:
     """Starting processes takes longer than what they do, so that they do it one after the other."""
     works: list[Any] = [(ranks.loads_from, (paths, "fsdp")), (ranks.loads_from, (paths, "tensor parallel"))]
-    works += [(work, (paths["file"],)) for work in (ranks.reads_its_part, ranks.reports_once, ranks.adapts)]
+    works += [
+        (work, (paths["file"],)) for work in (ranks.reads_its_part, ranks.reports_once, ranks.adapts, ranks.dequantises)
+    ]
     works += [(work, (paths["file"],)) for work in (ranks.keeps_no_old_values, ranks.loads_sharded_tensors)]
     works += [(work, (paths["file"],)) for work in (ranks.fails_together, ranks.meets_an_unsharded_rank)]
     works += [(ranks.meets_a_cut_file, (paths["file"],))]

@@ -199,7 +199,7 @@ SCHEMES: dict[Layout, str] = {
     fp8_by_row: "FP8 by row (weight with weight_scale)",
     fp8_by_tensor: "FP8 by tensor (weight with input_scale, weight_scale)",
     fp8_scale_first: "FP8 by tensor (weight with scale_weight)",
-    int8_of_bitsandbytes: "INT8 by row (weight with SCB, weight_format)",
+    int8_of_bitsandbytes: "LLM.int8 (weight with SCB, weight_format)",
     int8_by_row: "INT8 by row (weight with weight_scale)",
     four_bits_of_bitsandbytes("nf4"): "NF4 (weight with absmax, nested_absmax, nested_quant_map, quant_map, "
     "quant_state.bitsandbytes__nf4)",
@@ -273,7 +273,7 @@ def test_codes_are_left_out_everywhere_and_named_with_their_scheme(
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     text = f"8 tensors quantised as {scheme}"
     with pytest.warns(PartialLoadWarning, match=r"8 keep their values: .*" + re.escape(f"Left out: {text}.")):
-        alignment = autoalign.load(model, source)
+        alignment = autoalign.load(model, source, dequantise=False)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key] if "proj" in key else source[key])
     assert set(alignment.unexpected_keys) == quantised
@@ -283,20 +283,20 @@ def test_codes_are_left_out_everywhere_and_named_with_their_scheme(
     assert f"quantised as {name}, and its elements are not values" in " ".join(str(alignment).split())
     assert any(f"quantised as {name}" in line for line in alignment.explain(min(quantised)).why)
     with pytest.raises(IncompatibleTensorsError, match=re.escape(f"Left out: {text}. Load the checkpoint from before")):
-        autoalign.load(model, source, strict=True)
+        autoalign.load(model, source, strict=True, dequantise=False)
 
     save_file(source, tmp_path / "a.safetensors")
-    aligned = autoalign.align(tmp_path / "a.safetensors", model)
+    aligned = autoalign.align(tmp_path / "a.safetensors", model, dequantise=False)
     assert set(aligned.unexpected_keys) == quantised
     assert not aligned.ambiguous
     assert not [key for key in aligned.rules().apply(source) if "proj" in key and key in before]
     with pytest.warns(PartialLoadWarning, match=re.escape(f"Left out: {text}.")):
-        autoalign.convert(tmp_path / "a.safetensors", model, tmp_path / "b.safetensors")
+        autoalign.convert(tmp_path / "a.safetensors", model, tmp_path / "b.safetensors", dequantise=False)
     assert load_file(tmp_path / "b.safetensors").keys() == {key for key in before if "proj" not in key}
     main(["inspect", str(tmp_path / "a.safetensors")])
     assert f"Note: {text}." in " ".join(capsys.readouterr().out.split())
     save_file(before, tmp_path / "model.safetensors")
-    main(["align", str(tmp_path / "a.safetensors"), str(tmp_path / "model.safetensors")])
+    main(["align", "--no-dequantise", str(tmp_path / "a.safetensors"), str(tmp_path / "model.safetensors")])
     assert f"Left out: {text}" in " ".join(capsys.readouterr().out.split())
 
 
@@ -307,7 +307,7 @@ def test_under_other_names_no_code_is_loaded_and_what_is_loaded_is_right(layout:
     model = Network()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.warns(PartialLoadWarning, match=rf"Left out: 8 tensors quantised as {re.escape(scheme)}"):
-        alignment = autoalign.load(model, source)
+        alignment = autoalign.load(model, source, dequantise=False)
     loaded = {match.target for match in alignment.matches}
     assert loaded == {key for key in before if "proj" not in key}
     for key, tensor in model.state_dict().items():
@@ -323,10 +323,10 @@ def test_a_wholly_quantised_checkpoint_is_refused_by_its_scheme(layout: Layout, 
     with pytest.raises(
         NothingLoadedError, match=message + r"Load the checkpoint from before .* dequantise it first"
     ) as caught:
-        autoalign.load(model, source)
+        autoalign.load(model, source, dequantise=False)
     assert "unrelated" not in str(caught.value)
     with pytest.raises(NothingLoadedError, match=re.escape(f"quantised as {scheme}")):
-        autoalign.align(source, model).raise_if_nothing_matched()
+        autoalign.align(source, model, dequantise=False).raise_if_nothing_matched()
 
 
 @every_scheme
@@ -436,12 +436,15 @@ def test_rules_make_no_values_of_codes() -> None:
     model = Network()
     given = {f"old.{key}": tensor for key, tensor in source.items()}
     with pytest.warns(PartialLoadWarning, match=r"8 keep their values"):
-        autoalign.load(model, given, rules={r"^old\.": ""})
+        autoalign.load(model, given, rules={r"^old\.": ""}, dequantise=False)
     key = "layers.0.q_proj.weight"
     with pytest.raises(
         PatternError, match=rf"fill '{key}' from 'old.{key}', but 'old.{key}' is quantised as FP8 in blocks"
     ):
-        autoalign.load(model, given, rules=[(f"old.{key}", key)])
+        autoalign.load(model, given, rules=[(f"old.{key}", key)], dequantise=False)
+    with pytest.raises(PatternError, match=r"'old.layers.0.q_proj.weight_scale_inv' is quantised as FP8 in blocks"):
+        autoalign.load(model, given, rules=[(f"old.{key}_scale_inv", key)])
+    assert autoalign.load(model, given, rules=[(f"old.{key}", key)]).explain(key).status == "matched"
     fused = {"q.weight": torch.rand(128, 256), "k.weight": torch.rand(128, 256), "v.weight": torch.rand(128, 256)}
     rules = autoalign.align(fused, {"qkv.weight": torch.empty(384, 256)}).rules()
     coded = {f"{name}{part}": value for name in "qkv" for part, value in fp8_in_blocks(128, 256).items()}
