@@ -1,7 +1,7 @@
 """Memory-mapped files: read the values of a mapped tensor from its file instead of touching the mapping.
 
-A process that touches a mapping whose file was cut by another one is killed, while a read of the file only gives an
-error. Reading is no slower: pages of a mapping must be brought in bit by bit, and taken out again in the end. Linux
+A process that touches a mapping whose file was cut by another one is killed, while a read of the file only gives a
+CutError. Reading is no slower: pages of a mapping must be brought in bit by bit, and taken out again in the end. Linux
 tells which file is mapped where. Elsewhere, and where it does not tell, the mapping is used.
 """
 
@@ -61,9 +61,6 @@ class MappedFiles:
         """Read the values of a mapped tensor into another, without gradient; False if they are to be copied instead.
 
         The target is of the same shape, on any device and of any dtype. Nobody has written to the mapping.
-
-        Raises:
-            CutError: The file has become shorter.
         """
         found = self._found(source)
         if found is None:
@@ -86,9 +83,6 @@ class MappedFiles:
         """Yield the values of a mapped tensor piece by piece, in some order and in memory; any other as it is.
 
         A piece holds until the next one is asked for. What cannot be read is given as it is mapped.
-
-        Raises:
-            CutError: The file has become shorter.
         """
         found = self._found(tensor)
         if found is None:
@@ -105,18 +99,7 @@ class MappedFiles:
         """Read mapped tensors into memory, with one read for what lies side by side.
 
         Others are returned as they are, and all are where there is no memory or one cannot be read.
-
-        Raises:
-            CutError: A file has become shorter.
         """
-        try:
-            return self._read_together(tensors)
-        except CutError:
-            raise
-        except (OSError, RuntimeError, MemoryError):
-            return list(tensors)
-
-    def _read_together(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         result = list(tensors)
         runs: list[tuple[int, int, int, list[tuple[int, int]]]] = []  # file, start, end, and what is in it where
         found = [(place, index) for index, tensor in enumerate(tensors) if (place := self._found(tensor)) is not None]
@@ -128,11 +111,16 @@ class MappedFiles:
                 members.append((offset, index))
             else:
                 runs.append((file, offset - offset % _ALIGNMENT, end, [(offset, index)]))
-        for file, start, end, members in runs:
-            memory = torch.empty(end - start, dtype=torch.uint8, device="cpu")
-            _read(file, start, memory.numpy().data)
-            for offset, index in members:
-                result[index] = _as_in_file(memory[offset - start :], tensors[index])
+        try:
+            for file, start, end, members in runs:
+                memory = torch.empty(end - start, dtype=torch.uint8, device="cpu")
+                _read(file, start, memory.numpy().data)
+                for offset, index in members:
+                    result[index] = _as_in_file(memory[offset - start :], tensors[index])
+        except CutError:
+            raise
+        except (OSError, RuntimeError, MemoryError):
+            return list(tensors)
         return result
 
     def _found(self, tensor: Tensor) -> tuple[int, int] | None:
@@ -231,12 +219,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _read(descriptor: int, offset: int, rest: memoryview) -> None:
-    """Fill a buffer from a file.
-
-    Raises:
-        CutError: The file has become shorter.
-        OSError: It cannot be read.
-    """
+    """Fill a buffer from a file."""
     while rest:
         count = os.preadv(descriptor, [rest], offset)
         if count == 0:

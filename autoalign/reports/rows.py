@@ -46,13 +46,8 @@ class _Box(NamedTuple):
 def fold(rows: Sequence[tuple[tuple[str, ...], _Fields]]) -> list[Fold[_Fields]]:
     """Fold rows of keys, without losing which key belongs to which.
 
-    Only rows with equal fields are folded. The result is in the order of first members.
-
-    Args:
-        rows: For each row its keys, the first of which no other row has, and whatever else must agree.
-
-    Returns:
-        The folded rows; each row is a member of exactly one.
+    Only rows with equal fields are folded. A row has its keys, the first of which no other row has, and whatever else
+    must agree. Each is a member of exactly one of the folded rows, which are in the order of first members.
 
     >>> rows = [((f"h.{i}.{leaf}", f"layers.{i + 1}.{leaf}"), None) for i in range(12) for leaf in ("weight", "bias")]
     >>> [row.texts for row in fold(rows)]
@@ -333,14 +328,7 @@ def _write(row: Row, facts: str, column: int, width: int) -> list[str]:
     for warning in row.warnings:
         lines += _wrapped(warning, width, "    ! ")
     for text in row.advice:
-        lines += textwrap.wrap(
-            text,
-            width,
-            initial_indent=" " * 4,
-            subsequent_indent=" " * 6,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        lines += _filled(text, width, " " * 4)
     return lines
 
 
@@ -350,10 +338,13 @@ def _aligned(key: str, rest: str, column: int, width: int) -> str:
 
 def _wrapped(text: str, width: int, mark: str) -> list[str]:
     whole = re.sub(r"(?<=,) (?=[0-9])| (?=\[)", "\N{NO-BREAK SPACE}", text)  # a shape stays whole, with its key
-    lines = textwrap.wrap(
-        whole, width, initial_indent=mark, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+    return [_clip(line.replace("\N{NO-BREAK SPACE}", " "), width) for line in _filled(whole, width, mark)]
+
+
+def _filled(text: str, width: int, mark: str) -> list[str]:
+    return textwrap.wrap(
+        text, width, initial_indent=mark, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
     )
-    return [_clip(line.replace("\N{NO-BREAK SPACE}", " "), width) for line in lines]
 
 
 def _clip(text: str, width: int) -> str:

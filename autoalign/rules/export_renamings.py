@@ -357,8 +357,7 @@ def _turn(step: Operation) -> tuple[int, int]:
 
 def _uneven(operations: Sequence[Operation]) -> int:
     """Return the dimension that is split into consecutive parts of the model's sizes."""
-    end = 0
-    dims = set()
+    end, dims = 0, set()
     for operation in operations:
         if not isinstance(operation, Sized) or not isinstance(operation.operation, Split):
             raise _InexpressibleError(f"'{operation}' has no counterpart")

@@ -108,7 +108,9 @@ def moves_of(plan: Plan) -> tuple[list[Move], list[Match]]:
         tied = len(matches) > 1 and len(storages) == 1 and None not in storages
         names = [match.target for match in matches]
         operations = [operation for operation, _ in samples]
-        sources, numbers = (_listed(keys) if _is_list(operations, keys) else None) or _aligned(keys)
+        is_stacked = any(isinstance(step, Stack) for operation in operations for step in steps_of(operation))
+        is_list = len(keys) > 1 and (is_stacked or len(keys) >= _MIN_LIST)
+        sources, numbers = (_listed(keys) if is_list else None) or _aligned(keys)
         spread = _spread(names, operations) if len(keys) == 1 else None
         targets, results = spread or _columns([_parts(name) for name in names])
         moves.append(
@@ -161,11 +163,6 @@ def _without(texts: Texts, numbers: Numbers, kept: Sequence[int]) -> Texts:
         else:
             result[-1] += f"{number}{text}"
     return tuple(result)
-
-
-def _is_list(operations: Sequence[Operation], keys: Sequence[str]) -> bool:
-    stacked = any(isinstance(step, Stack) for operation in operations for step in steps_of(operation))
-    return len(keys) > 1 and (stacked or len(keys) >= _MIN_LIST)
 
 
 def _listed(keys: Sequence[str]) -> tuple[tuple[Texts, ...], Numbers] | None:
@@ -233,16 +230,13 @@ def _functions(moves: Sequence[Move]) -> _Functions:
         For the texts before a number of a source and before one of a target: the numbers of the source up to there, and
         the number of the target that followed. None where that is no function.
     """
-    found: dict[tuple[Texts, Texts], dict[Numbers, int] | None] = {}
+    found: dict[tuple[Texts, Texts], list[tuple[Numbers, int]]] = {}
     for move in moves:
-        texts = move.sources[0]
-        for i in range(len(move.numbers)):
+        for i in range(1, len(move.numbers) + 1):
             for other, results in zip(move.targets, move.results, strict=True):
-                for j in range(len(results)):
-                    rows = found.setdefault((texts[: i + 1], other[: j + 1]), {})
-                    if rows is not None and rows.setdefault(move.numbers[: i + 1], results[j]) != results[j]:
-                        found[texts[: i + 1], other[: j + 1]] = None
-    return found
+                for j, result in enumerate(results, start=1):
+                    found.setdefault((move.sources[0][:i], other[:j]), []).append((move.numbers[:i], result))
+    return {texts: function_of(rows) for texts, rows in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from autoalign.errors import listed
 from autoalign.plan.keys import LEVELS
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Shape
@@ -38,7 +39,7 @@ def induced(plan: Plan) -> Rules:
     moves, kept = moves_of(plan)
     notes: tuple[str, ...] = ()
     if kept:
-        names = ", ".join(match.target for match in kept[:3]) + (", ..." if len(kept) > 3 else "")
+        names = listed([match.target for match in kept])
         notes = (f"Left out, since they keep values of the model: {len(kept)} ({names}).",)
     drafts = [_shallow(draft) for draft in drafts_of(moves)]
     shapes = {spec.key: spec.shape for spec in plan.source_specs}
@@ -197,17 +198,10 @@ def _ways(node: _Node) -> list[_Way]:
         rest = plain[node.depth :]
         head = target[: len(target) - len(rest)]
         fits = len(rest) <= len(target) and target[len(head) :] == rest and (rest or below is node)
-        if fits and _refers(head) <= _groups(below.leaf.sources[0][: node.depth]):
+        captured = sum(part.count("(") - part.count(r"\(") for part in below.leaf.sources[0][: node.depth])
+        if fits and max(map(int, REFERENCE.findall(".".join(head))), default=0) <= captured:
             ways[node.depth, head] = None
     return list(ways)
-
-
-def _refers(parts: Parts) -> int:
-    return max(map(int, REFERENCE.findall(".".join(parts))), default=0)
-
-
-def _groups(parts: Parts) -> int:
-    return sum(part.count("(") - part.count(r"\(") for part in parts)
 
 
 def _right(way: _Way, draft: Draft) -> bool:

@@ -360,12 +360,12 @@ def matches_of(rule: Rule, group: KeyGroup, shapes: Mapping[str, Shape]) -> list
         first, *rest = steps_of(operation) or (operation,)
         if isinstance(first, Pick):
             picked, operation = tuple(sources[place] for place in first.places), chain(*rest)
-        own = [shapes[key] for key in picked]
+        own = tuple(shapes[key] for key in picked)
         count = slice_count(operation, own)
         for index in [None] if count is None else range(count):
             sliced = operation if index is None else at(operation, index)
             name = expand(target, group.captured, index) + group.rest
-            result.append(Match(name, picked, _checked(exact(sliced, own), tuple(own))))
+            result.append(Match(name, picked, _checked(exact(sliced, own), own)))
     return result
 
 

@@ -212,17 +212,14 @@ def _rebuilt(samples: Sequence[Sample], rebuild: Callable[[Sequence[Sample]], Op
     return Parallel(tuple(parts)) if isinstance(first, Parallel) else chain(*parts)
 
 
-def exact(operation: Operation, shapes: Sequence[Shape]) -> Operation:
+@lru_cache(maxsize=4096)
+def exact(operation: Operation, shapes: tuple[Shape, ...]) -> Operation:
     """Return what an operation does to inputs of the given shapes, with absolute sizes.
 
-    >>> exact(Portion(0, 2, 1, 3), [(6, 5)])
+    >>> exact(Portion(0, 2, 1, 3), ((6, 5),))
     Split(dim=0, start=4, length=2)
     """
-    return _exact(operation, tuple(shapes))
 
-
-@lru_cache(maxsize=4096)
-def _exact(operation: Operation, shapes: tuple[Shape, ...]) -> Operation:
     def absolute(samples: Sequence[Sample]) -> Operation:
         ways = {own.exact(given) if isinstance(own, Relative) else own for own, given in samples}
         if len(ways) > 1:
@@ -243,7 +240,7 @@ def at(operation: Operation, index: int) -> Operation:
     return chain(*(Unstack(step.dim, index) if isinstance(step, Each) else step for step in steps_of(operation)))
 
 
-def slice_count(operation: Operation, shapes: Sequence[Shape]) -> int | None:
+def slice_count(operation: Operation, shapes: tuple[Shape, ...]) -> int | None:
     """Count the slices that ``Each`` takes of inputs of the given shapes; None for an operation without it."""
     steps = steps_of(operation)
     for place, step in enumerate(steps):
@@ -265,13 +262,8 @@ def size_free(samples: Sequence[Sample], *, even: bool = False, spread: bool = F
     >>> print(size_free([(Split(0, 4, 1), ((6, 4),))]))
     split(dim 0, 4:5) of [6, 4] only
 
-    Args:
-        samples: At least one.
-        even: Parts are known to be equal; else they are only taken as such where several sizes agree.
-        spread: Slices by ``Unstack`` stand for each slice in turn.
-
-    Returns:
-        The operation, or None if there is no single one.
+    None if there is no single one. Parts are known to be equal if ``even``; else they are only taken as such where
+    several sizes agree. With ``spread``, slices by ``Unstack`` stand for each slice in turn.
     """
     if len({skeleton(operation) for operation, _ in samples}) > 1:
         return None
