@@ -280,11 +280,7 @@ def _with_random_norms(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def match_options(options: argparse.Namespace) -> MatchOptions:
-    """Return the parsed options of matching as arguments of ``autoalign.align``.
-
-    Raises:
-        PatternError: A rule is not of the form A=B.
-    """
+    """Return the parsed options of matching as arguments of ``autoalign.align``."""
     rules = []
     for rule in options.rule:
         first, equals, second = rule.rpartition("=")  # a regex may contain equals signs

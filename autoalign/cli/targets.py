@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -27,23 +28,13 @@ _Make = Callable[[], object]
 def side_of(text: str, *, values: bool = False) -> Side:
     """Return an argument as one side of an alignment: a path if there is such a file or folder, else a model.
 
-    Args:
-        text: The argument.
-        values: Build a model with its initial values, and not on the meta device.
-
-    Raises:
-        InputError: There is no such path, and no such model.
+    With ``values``, a model is built with its initial values, and not on the meta device.
     """
     return text if os.path.lexists(text) else build(text, values=values)
 
 
 def model_of(text: str) -> nn.Module:
-    """Build a model with its initial values.
-
-    Raises:
-        InputError: It cannot be built, or is not a module.
-        DependencyError: The library that it is from is not installed.
-    """
+    """Build a model with its initial values."""
     model = None if os.path.lexists(text) else build(text, values=True)
     if not isinstance(model, nn.Module):
         what = "a path" if model is None else f"a {type(model).__name__}"
@@ -52,12 +43,7 @@ def model_of(text: str) -> nn.Module:
 
 
 def build(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
-    """Build what is named, on the meta device if no values are asked for and its code needs none.
-
-    Raises:
-        InputError: It cannot be built, or is not a module or a state dict.
-        DependencyError: The library that it is from is not installed.
-    """
+    """Build what is named, on the meta device if no values are asked for and its code needs none."""
     found = _SPEC.fullmatch(text)
     if not found:
         raise InputError(
@@ -110,15 +96,10 @@ def _make_on_meta(make: _Make) -> object:
         return make()
 
 
-def _timm(name: str, options: Mapping[str, Any]) -> _Make:
-    timm = _library("timm")
-    return lambda: timm.create_model(name, **options)
-
-
 def _torchvision(name: str, options: Mapping[str, Any]) -> _Make:
     builder = _library("torchvision").models.get_model_builder(name)
     downloads = {"weights", "weights_backbone"} & signature(builder).parameters.keys()
-    return lambda: builder(**{**dict.fromkeys(downloads), **options})
+    return partial(builder, **{**dict.fromkeys(downloads), **options})
 
 
 def _transformers(name: str, options: Mapping[str, Any]) -> _Make:
@@ -160,7 +141,7 @@ def _library(name: str) -> Any:
 
 
 _MAKERS: dict[str, Callable[[str, Mapping[str, Any]], _Make]] = {
-    "timm": _timm,
+    "timm": lambda name, options: partial(_library("timm").create_model, name, **options),
     "torchvision": _torchvision,
     "transformers": _transformers,
 }

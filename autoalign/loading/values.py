@@ -236,7 +236,7 @@ class Differences:
 def differences(
     first: Checkpoint, second: Checkpoint, progress: Callable[[int, int], object] | None = None
 ) -> Differences:
-    """Compare two checkpoints key by key, with no more than two tensors in memory.
+    """Compare two checkpoints with values key by key, with no more than two tensors in memory.
 
     Values count as equal if they compare equal or are both NaN, whatever the dtypes; another dtype alone is a
     difference too.
@@ -246,14 +246,6 @@ def differences(
     >>> found = differences(checkpoint_of(one), checkpoint_of(other))
     >>> found.equal, [(item.key, item.difference) for item in found.changed]
     (1, [('a', 0.5)])
-
-    Args:
-        first: A checkpoint with values.
-        second: Another.
-        progress: Called with the number of keys compared and of all.
-
-    Raises:
-        InputError: A tensor is on the meta device.
     """
     others = {spec.key: spec for spec in second.specs}
     common = [(spec, others[spec.key]) for spec in first.specs if spec.key in others]

@@ -137,10 +137,6 @@ def compiled(pattern: str | re.Pattern[str]) -> regex.Pattern[str]:
 
     >>> compiled(r"^layers\.(\d+)\.").match("layers.3.weight")[1]
     '3'
-
-    Raises:
-        PatternError: It is malformed, or too long with its repetitions.
-        InputError: It is over bytes.
     """
     if isinstance(pattern, str):
         return _compiled(pattern, 0)
@@ -204,13 +200,7 @@ def _rewritten(text: str) -> str:
 
 
 class TimeLimit:
-    """A limit on the time that all matching of one call takes.
-
-    Args:
-        keys: How many are matched in the call.
-        undone: What was not done, for the text of errors.
-        seconds: The limit, instead of one by the number of keys.
-    """
+    """A limit on the time that all matching of one call takes, by the number of keys; errors say what is undone."""
 
     def __init__(self, keys: int, undone: str, *, seconds: float | None = None) -> None:
         self._left = _SECONDS_PER_CALL + _SECONDS_PER_KEY * keys if seconds is None else seconds

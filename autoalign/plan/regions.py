@@ -49,7 +49,9 @@ def narrowed(tensor: Tensor, region: Region) -> Tensor:
 
 
 def joined(shape: Shape, views: Sequence[Operation]) -> Operation | None:
-    """Find the operation that puts the parts of a tensor together again.
+    """Find the operation that puts the parts of a tensor together again; None if they overlap or leave something out.
+
+    ``views`` took them out of the whole, which has this shape, in the order of ``place_of``.
 
     >>> from autoalign.plan.operations import Transpose
     >>> print(joined((6, 2), [Split(0, 0, 4), Split(0, 4, 2)]))
@@ -59,12 +61,6 @@ def joined(shape: Shape, views: Sequence[Operation]) -> Operation | None:
     >>> joined((6, 2), [Split(0, 0, 4)]) is None
     True
 
-    Args:
-        shape: Of the whole tensor.
-        views: What took each part out of it, in the order of ``place_of``.
-
-    Returns:
-        From the parts, in this order, to the tensor; None if they overlap or leave something out.
     """
     steps = [steps_of(view) for view in views]
     if len(views) == 1 and not steps[0]:

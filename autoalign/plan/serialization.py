@@ -31,13 +31,13 @@ _RANGES = {
 
 
 def parsed(text: str | bytes) -> Any:
-    """Read JSON; what Python's reader accepts beyond JSON, and what is too deep for it, is refused.
+    """Read JSON, or raise a ValueError; what Python's reader accepts beyond JSON, and what is too deep, is refused."""
 
-    Raises:
-        ValueError: It is not JSON.
-    """
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=refuse)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -59,9 +59,6 @@ def from_plain(data: object) -> Operation:
 
     >>> from_plain({"kind": "Reshape", "shape": [2, 3]})
     Reshape(shape=(2, 3))
-
-    Raises:
-        InputError: It is not an operation that this version knows, or a field has a wrong type or range.
     """
     try:
         operation = _operation(data, 0)
@@ -72,11 +69,7 @@ def from_plain(data: object) -> Operation:
 
 
 def check_operation(operation: object, depth: int = 0) -> None:
-    """Check the types and ranges of the fields of an operation and of those in it.
-
-    Raises:
-        TypeError: A field has a wrong type or range, or the operation is of no kind that this version knows.
-    """
+    """Raise a TypeError unless an operation is of a known kind, and all its fields of their types and ranges."""
     kind = type(operation)
     if _known(kind.__name__) is not kind:
         raise TypeError(f"{kind.__name__} is not a known kind")
@@ -185,7 +178,3 @@ def _short(value: object) -> str:
     except (RecursionError, ValueError):  # too deep, or a number of more digits than Python writes
         return f"this {type(value).__name__}"
     return written if len(written) <= _MAX_SHOWN else f"{written[:_MAX_SHOWN]}..."
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

@@ -25,6 +25,7 @@ _MAX_SUGGESTIONS = 3  # keys that an unknown one may have meant
 _MIN_SIMILARITY = 50  # of 100, of an unknown key and one that it may have meant
 _MAX_SHOWN = 3  # rivals, and other uses
 _WITHOUT_PATTERN = "align without that pattern"
+_GROUNDS = {"rule": "a rule says so", "choice": "it was chosen", "outputs": "with it both models compute the same"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,13 @@ def _of_target(alignment: Plan, spec: TensorSpec, sources: dict[str, TensorSpec]
     for match in (*alignment.matches, *alignment.ambiguous):
         if match.target == spec.key:
             return _of_match(alignment, match, status, spec, sources)
-    for mismatch in alignment.mismatched:
-        if mismatch.key == spec.key:
-            return _of_mismatch(alignment, mismatch)
+    for item in alignment.mismatched:
+        if item.key == spec.key:
+            shape, own = list(item.shape), list(item.source_shape)
+            what = f"{shape} is not filled: its counterpart is {item.source_key} {own}"
+            why = [f"no operation makes one shape of the other{difference(item.source_shape, item.shape)}"]
+            remedies = [*_adapting(alignment, item), f"{_excluding(spec.key, alignment)}, if it is to be trained anew"]
+            return Explanation(spec.key, "target", "mismatched", what, tuple(why), remedies=tuple(remedies))
     others = counterparts(alignment, "source")
     near, remedies = nearest(spec, others), []
     what = f"{spec.kind} is not filled and keeps its values"
@@ -120,8 +125,7 @@ def _of_match(
         terms = ", ".join(f"{cue.name} {cue.value:.2f} x {cue.weight:g}" for cue in weighed)
         most = sum(WEIGHTS[cue.name] for cue in weighed)
         why.append(f"of its cues (value x weight): {terms}; together {total:.2f} of {most:.2f}")
-    texts = {"rule": "a rule says so", "choice": "it was chosen", "outputs": "with it both models compute the same"}
-    why += [texts.get(cue.name, f"{cue.name}: {cue.value:.2f}") for cue in cues if cue.weight is None]
+    why += [_GROUNDS.get(cue.name, f"{cue.name}: {cue.value:.2f}") for cue in cues if cue.weight is None]
     rivals = match.alternatives
     scores = [rival.score for rival in rivals if rival.score]
     margin = f", {total - max(scores):+.2f} ahead of the best rival" if scores and total else ""
@@ -157,15 +161,6 @@ def _remedies(alignment: Plan, match: Match) -> list[str]:
     if match.operation.adapts:
         remedies.append("align without adapt= leaves it missing")
     return [*remedies, f"{_excluding(match.target, alignment)} leaves it out"]
-
-
-def _of_mismatch(alignment: Plan, mismatch: Mismatch) -> Explanation:
-    what = (
-        f"{list(mismatch.shape)} is not filled: its counterpart is {mismatch.source_key} {list(mismatch.source_shape)}"
-    )
-    why = f"no operation makes one shape of the other{difference(mismatch.source_shape, mismatch.shape)}"
-    remedies = [*_adapting(alignment, mismatch), f"{_excluding(mismatch.key, alignment)}, if it is to be trained anew"]
-    return Explanation(mismatch.key, "target", "mismatched", what, (why,), remedies=tuple(remedies))
 
 
 def _adapting(alignment: Plan, mismatch: Mismatch) -> list[str]:

@@ -66,15 +66,13 @@ class Tree:
 def build_tree(leaves: Sequence[Leaf], *, apart: bool = False) -> Tree:
     """Arrange the tensors of a side as a tree.
 
+    By default the siblings of a run are adjacent, no number falls from one to the next, and the same numbers grow at
+    each step. If they may stand ``apart``, they may be in any order and have others between them.
+
     >>> leaves = [Leaf(f"h.{i}.{name}", name, (i,)) for i in range(12) for name in ("weight", "bias")]
     >>> tree = build_tree([*leaves, Leaf("norm", None)])
     >>> tree.names[:5], [len(run) for run in tree.runs.values()]
     (['h', '0', 'weight', 'bias', '1'], [12])
-
-    Args:
-        leaves: The tensors, in order.
-        apart: True if the siblings of a run may be in any order and have others between them. By default they are
-            adjacent, no number falls from one to the next, and the same numbers grow at each step.
     """
     root: dict[tuple[str, bool], Any] = {}  # a tensor and a module may have one name
     for position, leaf in enumerate(leaves):
@@ -155,15 +153,12 @@ def _runs_of(
 def render_tree(specs: Sequence[TensorSpec], *, dtype: str = "", depth: int | None = None) -> list[str]:
     """Write tensors as the lines of their tree: modules with the number and size of their tensors, layers with shapes.
 
+    The usual ``dtype`` is not written, and no more levels of modules than ``depth``.
+
     >>> import torch
     >>> keys = [f"h.{i}.fc.{leaf}" for i in range(3) for leaf in ("weight", "bias")]
     >>> print(*render_tree([TensorSpec(key, (4,), torch.float32) for key in keys], dtype="float32"))
     h.{0...2}.fc  3 x  32 B  {weight,bias} [4]
-
-    Args:
-        specs: The tensors, in order.
-        dtype: The usual one, which is not written.
-        depth: Levels of modules to write; None for all.
     """
     leaves = [Leaf(escaped(spec.key), spec.kind.removesuffix(f" {dtype}")) for spec in specs]
     tree = build_tree(leaves, apart=True)
@@ -297,11 +292,8 @@ def copies_of(specs: Sequence[TensorSpec]) -> tuple[str, ...]:
             below.setdefault(".".join(parts[:depth]), set()).add((".".join(parts[depth:]), spec.shape))
     groups: dict[Hashable, list[str]] = {}
     for path, tensors in below.items():
-        if (
-            len(tensors) > 1
-            and len(tensors) >= _MIN_SHARE_OF_COPY * len(specs)
-            and not path.rpartition(".")[2].isdecimal()
-        ):
+        is_large = len(tensors) > 1 and len(tensors) >= _MIN_SHARE_OF_COPY * len(specs)
+        if is_large and not path.rpartition(".")[2].isdecimal():
             groups.setdefault(frozenset(tensors), []).append(path)
     for paths in groups.values():  # outer modules come first
         outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
