@@ -93,7 +93,11 @@ def load_checkpoint(
     call = _Call(model, assign, progress, *_conversion(dtype, device), since, isinstance(checkpoint, str | os.PathLike))
     is_converted = not (call.dtype is None and call.device is None)
     with ExitStack() as announced, model_lock(model):
-        ranks = sharded.ranks_of(model)
+        ranks = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = sharded.ranks_of(model)
+            if ranks is None:
+                announced.enter_context(sharded.announced_unsharded(model))
 
         def prepare() -> Prepared:
             if ranks is not None and is_converted:
@@ -104,7 +108,6 @@ def load_checkpoint(
 
         if ranks is not None:
             return _load_sharded(call, prepare, ranks)
-        announced.enter_context(sharded.announced_unsharded(model))
         ready = prepare()
         if call.dtype is not None:
             ready = replace(ready, alignment=_with_dtype(ready.alignment, call.dtype))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -138,20 +137,17 @@ def ranks_of(model: nn.Module) -> Ranks | None:
 @contextmanager
 def announced_unsharded(model: nn.Module) -> Iterator[None]:
     """Let other ranks know that this one loads a model that is not sharded; without effect where there are none."""
-    _announce(model, "unsharded")
+
+    def announce(what: str) -> None:
+        if torch.distributed.get_world_size() > 1 and (store := _store()) is not None:
+            with suppress(RuntimeError):  # the process that keeps it may have ended
+                store.add(f"{_name(model)}/{what}/{torch.distributed.get_rank()}", 1)
+
+    announce("unsharded")
     try:
         yield
     finally:
-        _announce(model, "finished")
-
-
-def _announce(model: nn.Module, what: str) -> None:
-    distributed: Any = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return
-    if distributed.get_world_size() > 1 and (store := _store()) is not None:
-        with suppress(RuntimeError):  # the process that keeps it may have ended
-            store.add(f"{_name(model)}/{what}/{distributed.get_rank()}", 1)
+        announce("finished")
 
 
 def wait_for_ranks(model: nn.Module, group: Any) -> None:
