@@ -103,7 +103,7 @@ def match_tensors(
     values = Values(tuple(sides[0]), {}, own.quantised)
     if own.quantised or other.quantised:
         if dequantise:
-            values = as_values(sides[0], own.quantised, other.quantised)
+            values = as_values(sides[0], own.quantised, other.quantised, own, own.config)
         codes = values.members, other.quantised
         pins = _without_codes(pins, rules, values, own.quantised, other.quantised)
         hidden = hidden_keys(*codes), hidden_keys(*reversed(codes))

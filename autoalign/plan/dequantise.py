@@ -6,15 +6,17 @@ that an operation means the same wherever its tensors come from.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from autoalign.errors import InputError
+from autoalign.errors import CheckpointError, InputError
 from autoalign.plan.operations import Operation, Shape
 
 Inputs = Mapping[str, Tensor]  # by role: "codes", and those of companions, see ``plan.quantised``
@@ -31,6 +33,7 @@ class Scheme:
     shape: Callable[[Shapes], Shape | None]  # of the values; None for inputs of shapes that do not belong together
     needs: str  # roles of the companions that it must have
     allows: str = ""  # and of those that it may have
+    stored: tuple[str, Callable[[Tensor, Shapes], Shape | None]] | None = None  # what tells the shape, and how
 
     def takes(self, roles: Sequence[str]) -> bool:
         """True if these are the roles of all that the values are computed from."""
@@ -66,14 +69,21 @@ class Dequantise(Operation):
 
     def _values(self, tensors: Sequence[Tensor]) -> Tensor:
         scheme, shapes = SCHEMES[self.scheme], [tuple(tensor.shape) for tensor in tensors]
-        known = len(shapes) == self.arity
-        shape = self.shape or (scheme.shape(dict(zip(self.roles, shapes, strict=True))) if known else None)
+        shape = None
+        if len(shapes) == self.arity:
+            shape = self.shape or scheme.shape(dict(zip(self.roles, shapes, strict=True)))
         if shape is None:
             listed = ", ".join(str(list(own)) for own in shapes)
             raise InputError(f"'{self}' does not fit tensors of shapes {listed}. Nothing was converted.")
         if tensors[0].is_meta:
             return torch.empty(shape, dtype=torch.float32, device="meta")
-        return scheme.values(dict(zip(self.roles, tensors, strict=True)), shape)
+        try:
+            return scheme.values(dict(zip(self.roles, tensors, strict=True)), shape)
+        except (RuntimeError, IndexError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"'{self}' of a tensor of shape {list(shape)} failed: {error}. Nothing was converted. Its scales, zero "
+                "points or indices are not those of its codes; compare the file with the original."
+            ) from error
 
     def __str__(self) -> str:
         return f"dequantise({self.scheme})"
@@ -159,10 +169,7 @@ def _int8_of_bitsandbytes(inputs: Inputs, shape: Shape) -> Tensor:
     """Return what LLM.int8 stores by rows: codes times the largest value of each row / 127."""
     layout = inputs.get("format")
     if layout is not None and layout.numel() and int(layout.reshape(-1)[0]) != 0:
-        raise InputError(
-            "weight_format is not 0: these int8 codes are in an order of some GPU. Nothing was dequantised. Save the "
-            "model again with a current bitsandbytes."
-        )
+        raise ValueError("weight_format is not 0, so that the codes are in an order of some GPU")
     scale = inputs["scale"].to(torch.float32).reshape(-1, 1)
     return inputs["codes"].to(torch.float32).mul_(scale).mul_(1 / 127).reshape(shape)
 
@@ -172,7 +179,226 @@ def _rows(shapes: Shapes) -> Shape | None:
     return codes if len(codes) == 2 and scale in ((codes[0],), (codes[0], 1)) else None
 
 
+# Codes of less than a byte, or in words of several
+
+
+def _spread(codes: Tensor, bits: int, table: Tensor | None = None) -> Tensor:
+    """Return the numbers that are packed in the last dimension, the lowest bits first, in float32.
+
+    Args:
+        codes: Of any integers; a number may reach from one into the next.
+        bits: Of each number.
+        table: From numbers to values; by default themselves.
+    """
+    codes = codes.contiguous().view(torch.uint8)
+    if table is None:
+        table = torch.arange(1 << bits, dtype=torch.float32, device=codes.device)
+    step = bits if 8 % bits else 1  # bytes that hold whole numbers
+    count = 8 * step // bits
+    shifts = torch.arange(0, 8 * step, bits, device=codes.device)
+    if step == 1:
+        whole = (torch.arange(256, device=codes.device)[:, None] >> shifts) & ((1 << bits) - 1)
+        by_byte = table[whole]  # all numbers of a byte at once
+    source = codes.reshape(-1, step)
+    result = torch.empty(len(source), count, dtype=torch.float32, device=codes.device)
+    powers = 256 ** torch.arange(step, device=codes.device)
+    for part, into in zip(torch.split(source, _CHUNK), torch.split(result, _CHUNK), strict=True):
+        if step == 1:
+            torch.index_select(by_byte, 0, part[:, 0].int(), out=into)
+        else:
+            numbers = (part.long() * powers).sum(1, keepdim=True)
+            into.copy_(table[(numbers >> shifts) & ((1 << bits) - 1)])
+    return result.reshape(*codes.shape[:-1], codes.shape[-1] * 8 // bits)
+
+
+def _bits(codes: Shape, values: Shape) -> int:
+    """Return the bits of a number in codes of 32-bit words."""
+    return 32 * prod(codes) // prod(values)
+
+
+def _four_bits_of_bitsandbytes(inputs: Inputs, shape: Shape) -> Tensor:
+    """Return what Linear4bit stores: places in a table, times the largest value of each block, which may be codes."""
+    state = _quant_state(inputs["layout"])
+    scale = inputs["scale"]
+    if "scale nested" in inputs:
+        largest = inputs["table nested"].to(torch.float32)[scale.long()]
+        for part, own in zip(torch.split(largest, state["nested_blocksize"]), inputs["scale nested"], strict=True):
+            part.mul_(own)
+        scale = largest.add_(state["nested_offset"])
+    codes = inputs["codes"].reshape(-1).view(torch.uint8)
+    table = inputs["table"].to(torch.float32)
+    swapped = (codes >> 4) | (codes << 4)  # the first of two is in the upper bits
+    values = _spread(swapped, 4, table)[: prod(shape)]
+    size = state["blocksize"]
+    whole = len(values) // size
+    values[: whole * size].view(-1, size).mul_(scale[:whole, None])
+    values[whole * size :].mul_(scale[whole:])
+    return values.reshape(shape)
+
+
+def _quant_state(tensor: Tensor) -> dict[str, Any]:
+    state = json.loads(bytes(tensor.reshape(-1).tolist()))
+    if not isinstance(state, dict):
+        raise ValueError("its state is not a mapping")
+    return state
+
+
+def _shape_of_state(tensor: Tensor, shapes: Shapes) -> Shape | None:
+    state = _quant_state(tensor)
+    shape = tuple(int(size) for size in state["shape"])
+    width = -(-prod(shape) // 2) / max(prod(shapes["codes"]), 1)  # of the dtype that the codes are kept in, in bytes
+    fits = width in (1, 2, 4) and prod(shapes["scale"]) == -(-prod(shape) // state["blocksize"])
+    is_nested = {"nested_blocksize", "nested_offset"} <= state.keys()
+    return shape if fits and is_nested == ("scale nested" in shapes) == ("table nested" in shapes) else None
+
+
+def _gptq(inputs: Inputs, shape: Shape, *, offset: int) -> Tensor:
+    """Return what GPTQ stores by columns: (codes - zero point) * scale of the group of each input.
+
+    Zero points are stored less one, which the format's second version does not. Where all of them are the middle of
+    the range, the codes are symmetric and this shows which version it is.
+    """
+    codes, groups = inputs["codes"], inputs["scale"].T.to(torch.float32)
+    bits = _bits(tuple(codes.shape), shape)
+    zeros = _spread(inputs["zero"], bits).T
+    if not (zeros == 2 ** (bits - 1)).all():
+        zeros = (zeros + offset) % 2**bits
+    size = -(-shape[1] // groups.shape[1])
+    index = inputs["index"].long() if "index" in inputs else torch.arange(shape[1], device=codes.device) // size
+    values = _spread(codes.T, bits)
+    for rows in range(0, shape[0], step := max(_CHUNK // shape[1], 1)):
+        part = slice(rows, rows + step)
+        values[part].sub_(zeros[part][:, index]).mul_(groups[part][:, index])
+    return values
+
+
+def _gptq_shape(shapes: Shapes) -> Shape | None:
+    codes, scale, zero = shapes["codes"], shapes["scale"], shapes["zero"]
+    if not (len(codes) == len(scale) == len(zero) == 2) or (scale[1], zero[0]) != (codes[1], scale[0]):
+        return None
+    bits = 32 * zero[1] / codes[1]
+    columns = 32 * codes[0] / bits if bits else 0
+    if bits not in (2, 3, 4, 8) or columns % 1 or shapes.get("index", (columns,)) != (columns,):
+        return None
+    return (codes[1], int(columns)) if "index" in shapes or columns % scale[0] == 0 else None
+
+
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight numbers of a word, where the columns stand
+
+
+def _awq(inputs: Inputs, _: Shape) -> Tensor:
+    """Return what AWQ stores by rows of inputs: (codes - zero point) * scale of the group of each."""
+
+    def ordered(codes: Tensor) -> Tensor:
+        return _spread(codes, 4).reshape(len(codes), -1, 8)[..., _AWQ_ORDER].flatten(1)
+
+    codes, zeros, scale = inputs["codes"], ordered(inputs["zero"]), inputs["scale"].to(torch.float32)
+    values = torch.empty(len(codes), scale.shape[1], dtype=torch.float32, device=codes.device)
+    size = len(codes) // len(scale)
+    for into, part, zero, own in zip(torch.split(values, size), torch.split(codes, size), zeros, scale, strict=True):
+        into.copy_(ordered(part)).sub_(zero).mul_(own)
+    return values.T
+
+
+def _awq_shape(shapes: Shapes) -> Shape | None:
+    codes, scale, zero = shapes["codes"], shapes["scale"], shapes["zero"]
+    fits = len(codes) == len(scale) == 2 and zero == (scale[0], codes[1]) and 8 * codes[1] == scale[1]
+    return (scale[1], codes[0]) if fits and scale[0] and codes[0] % scale[0] == 0 else None
+
+
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def _fp4(inputs: Inputs, shape: Shape) -> Tensor:
+    """Return floats of four bits times a scale for each block of 32 (MXFP4) or 16 (NVFP4).
+
+    NVFP4 has one scale more for all of them, by which ModelOpt multiplies and compressed-tensors divides.
+    """
+    table = torch.tensor(_FP4, device=inputs["codes"].device)
+    scale = inputs["scale"]
+    blocks = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).to(torch.float32)
+    if "scale 2" in inputs:
+        blocks = blocks * inputs["scale 2"].to(torch.float32)
+    if "scale global" in inputs:
+        blocks = blocks / inputs["scale global"].to(torch.float32)
+    values = _spread(inputs["codes"], 4, table)
+    return values.view(*scale.shape, -1).mul_(blocks[..., None]).reshape(shape)
+
+
+def _fp4_shape(size: int) -> Callable[[Shapes], Shape | None]:
+    def shape(shapes: Shapes) -> Shape | None:
+        codes, scale = shapes["codes"], shapes["scale"]
+        if not scale or sum(role in shapes for role in ("scale 2", "scale global")) != (size == 16):
+            return None
+        columns = scale[-1] * size
+        halves = (*scale[:-1], columns // 2), (*scale, size // 2), (*scale[:-1], columns // 8)  # bytes or words
+        return (*scale[:-1], columns) if codes in halves else None
+
+    return shape
+
+
+def _mlx(inputs: Inputs, shape: Shape) -> Tensor:
+    """Return what MLX stores: codes * scale + bias of each group of inputs."""
+    values = _spread(inputs["codes"], _bits(tuple(inputs["codes"].shape), shape))
+    groups = values.view(*inputs["scale"].shape, -1)
+    groups.mul_(inputs["scale"].to(torch.float32)[..., None]).add_(inputs["zero"].to(torch.float32)[..., None])
+    return values
+
+
+def mlx_shape(shapes: Shapes, group: int) -> Shape | None:
+    """Return the shape of the values in groups of some size, which the shapes of the inputs leave open."""
+    codes, scale = shapes["codes"], shapes["scale"]
+    if not scale or codes[:-1] != scale[:-1] or shapes["zero"] != scale or not scale[-1]:
+        return None
+    bits = 32 * codes[-1] / (group * scale[-1])
+    return (*scale[:-1], scale[-1] * group) if bits in (2, 3, 4, 5, 6, 8) else None
+
+
+def _packed(inputs: Inputs, shape: Shape) -> Tensor:
+    """Return what compressed-tensors packs: (codes - the zero point, or the middle of their range) * scale."""
+    codes, scale = inputs["codes"], inputs["scale"].to(torch.float32)
+    (bits,) = _bits_of_words(shape[1], codes.shape[1])
+    values = _spread(codes, bits)[:, : shape[1]]
+    zeros = torch.full_like(scale, 2 ** (bits - 1))
+    if "zero" in inputs:
+        zeros = _spread(inputs["zero"].T, bits).T[: len(scale)]
+    size = shape[1] // scale.shape[1]
+    index = torch.arange(shape[1], device=codes.device) // size
+    if "index" in inputs and not (inputs["index"] == -1).all():
+        index = inputs["index"].long()
+    for rows in range(0, shape[0], step := max(_CHUNK // shape[1], 1)):
+        part = slice(rows, rows + step)
+        values[part].sub_(zeros[part][:, index]).mul_(scale[part][:, index])
+    return values
+
+
+def _bits_of_words(count: int, words: int) -> list[int]:
+    """List how many bits each of some numbers may have in so many words, of which the last may not be full."""
+    return [bits for bits in (1, 2, 4, 8) if -(-count * bits // 32) == words]
+
+
+def _packed_shape(tensor: Tensor, shapes: Shapes) -> Shape | None:
+    shape = tuple(int(size) for size in tensor.tolist())
+    codes, scale = shapes["codes"], shapes["scale"]
+    if not len(shape) == len(codes) == len(scale) == 2 or not codes[0] == scale[0] == shape[0] or not scale[1]:
+        return None
+    bits = _bits_of_words(shape[1], codes[1])
+    if len(bits) != 1 or shape[1] % scale[1]:
+        return None
+    zeros = -(-shape[0] * bits[0] // 32), scale[1]
+    fits = shapes.get("zero", zeros) == zeros and shapes.get("index", shape[1:]) == shape[1:]
+    return shape if fits else None
+
+
+_CHUNK = 2**18  # numbers that are worked on at a time
 _PLAIN = Scheme(_scaled, _same_shape, needs="scale")
+_BITSANDBYTES = Scheme(
+    _four_bits_of_bitsandbytes,
+    lambda _: None,
+    needs="scale, table, layout",
+    allows="scale nested, table nested",
+    stored=("layout", _shape_of_state),
+)
 _WITH_ZEROS = Scheme(_scaled, _same_shape, needs="scale", allows="zero")
 SCHEMES: dict[str, Scheme] = {
     "FP8 by tensor": _PLAIN,
@@ -183,4 +409,19 @@ SCHEMES: dict[str, Scheme] = {
     "INT8 by row": _WITH_ZEROS,
     "INT8 in blocks": _WITH_ZEROS,
     "LLM.int8": Scheme(_int8_of_bitsandbytes, _rows, needs="scale", allows="format"),
+    "NF4": _BITSANDBYTES,
+    "FP4": _BITSANDBYTES,
+    "GPTQ": Scheme(partial(_gptq, offset=1), _gptq_shape, needs="scale, zero", allows="index"),
+    "GPTQ v2": Scheme(partial(_gptq, offset=0), _gptq_shape, needs="scale, zero", allows="index"),
+    "AWQ": Scheme(_awq, _awq_shape, needs="scale, zero"),
+    "MXFP4": Scheme(_fp4, _fp4_shape(32), needs="scale"),
+    "NVFP4": Scheme(_fp4, _fp4_shape(16), needs="scale", allows="scale 2, scale global"),
+    "MLX": Scheme(_mlx, partial(mlx_shape, group=64), needs="scale, zero"),
+    "compressed-tensors": Scheme(
+        _packed,
+        lambda _: None,
+        needs="scale, layout",
+        allows="zero, index",
+        stored=("layout", _packed_shape),
+    ),
 }

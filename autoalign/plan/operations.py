@@ -331,6 +331,10 @@ class Chain(Operation):
     def parts(self) -> tuple[Operation, ...]:
         return self.steps
 
+    @property
+    def arity(self) -> int:
+        return self.steps[0].arity
+
     def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         results = list(tensors)
         for step in self.steps:

@@ -16,11 +16,12 @@ from functools import lru_cache
 from math import prod
 
 import torch
+from torch import Tensor
 
 from autoalign.plan.adaptations import needs_target
-from autoalign.plan.dequantise import OF_CALLS, SCHEMES, Dequantise, is_dequantised
+from autoalign.plan.dequantise import OF_CALLS, SCHEMES, Dequantise, is_dequantised, mlx_shape
 from autoalign.plan.keys import common_prefix, split_key
-from autoalign.plan.operations import Copy, Operation, chain, in_parallel, output_shapes
+from autoalign.plan.operations import Copy, Operation, Permute, chain, in_parallel, output_shapes
 from autoalign.plan.specs import TensorSpec
 
 ADVICE = "Load the checkpoint from before it was quantised, or dequantise it first."
@@ -57,7 +58,12 @@ _PAYLOADS = frozenset(
 _PAIR = ("scale", "zero_point")  # of what a layer that torch quantised gives
 _MAX_PACKED = 32  # codes in an element
 
+_MAX_STATE = 2**16  # bytes of JSON
+_STATEMENTS = ("quantization_config", "quantization")  # of Hugging Face's configurations, and of MLX's
+
+_OF_CODES = re.compile(r"[._](packed|blocks)$|^_data$|^blocks$")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+")
+_STATE = ".quant_state.bitsandbytes__"
 _NAMED = re.compile(r"bitsandbytes__([a-z0-9]+)$")
 
 
@@ -71,6 +77,7 @@ class Quantised:
     roles: tuple[str, ...]  # of the codes and of each companion, such as "scale" or "scale global"
     names: str  # of both within their module, such as "weight with weight_scale_inv"
     is_packed: bool  # True if the codes have another shape than the values
+    is_whole: bool  # True if all that is named as a companion has a shape that fits
 
     @property
     def kind(self) -> tuple[str, torch.dtype]:
@@ -82,13 +89,44 @@ class Quantised:
         """The codes and the companions."""
         return self.codes, *self.companions
 
-    def dequantise(self) -> Dequantise | None:
-        """Return the operation that computes the values; None where that is not known."""
-        scheme = SCHEMES.get(self.scheme)
-        if scheme is None or not scheme.takes(self.roles):
+    @property
+    def key_of_values(self) -> str:
+        """The key that the tensor has before it is quantised."""
+        module, name = split_key(self.codes.key)
+        name = "weight" if name == "qweight" else _OF_CODES.sub("", name)
+        return f"{module}.{name}".strip(".")
+
+    def dequantise(self, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> Operation | None:
+        """Return the operation that computes the values; None where that is not known.
+
+        Args:
+            tensors: From which the companion is read that holds the shape, in formats that have one.
+            config: What its makers wrote down of the network, which tells variants of a format apart.
+        """
+        stated = next((each for name in _STATEMENTS if isinstance(each := config.get(name), Mapping)), {})
+        is_second = self.scheme == "GPTQ" and stated.get("checkpoint_format") == "gptq_v2"
+        name = "GPTQ v2" if is_second else self.scheme
+        scheme = SCHEMES.get(name)
+        if scheme is None or not self.is_whole or not scheme.takes(self.roles):
             return None
         shapes = {role: spec.shape for role, spec in zip(self.roles, self.specs, strict=True)}
-        return None if scheme.shape(shapes) is None else Dequantise(self.scheme, self.roles)
+        shape = known = scheme.shape(shapes)
+        if scheme.stored is not None:
+            role, read = scheme.stored
+            tensor = tensors[self.specs[self.roles.index(role)].key]
+            try:
+                shape = None if tensor.is_meta or tensor.numel() > _MAX_STATE else read(tensor, shapes)
+            except (ValueError, KeyError, TypeError):  # it says something else
+                return None
+        elif name == "MLX":
+            own = stated.get(split_key(self.codes.key)[0])
+            group = (own if isinstance(own, Mapping) else stated).get("group_size")
+            shape = mlx_shape(shapes, group) if isinstance(group, int) and group > 0 else known
+        if shape is None:
+            return None
+        step = Dequantise(name, self.roles, () if shape == known else shape)
+        is_turned = self.codes.key.endswith("_blocks") and len(shape) == 3  # transformers' experts, [in, out] each
+        return chain(step, Permute((0, 2, 1))) if is_turned else step
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +159,8 @@ def groups_of(specs: Sequence[TensorSpec]) -> Members:
 
 @lru_cache(maxsize=4)  # an alignment asks again for what its sides have
 def _groups_of(specs: tuple[TensorSpec, ...]) -> Members:
-    codes = {spec.key: spec for spec in specs if spec.dtype in _CODES and spec.numel > 1}
+    stated = {spec.key.partition(_STATE)[0] for spec in specs if _STATE in spec.key}  # codes that may be kept as floats
+    codes = {spec.key: spec for spec in specs if (spec.dtype in _CODES or spec.key in stated) and spec.numel > 1}
     modules = {split_key(key)[0] for key in codes}
     outer = {module: split_key(module) for module in modules}
     modules |= {module for module, _ in outer.values()}
@@ -162,6 +201,7 @@ def _groups_of(specs: tuple[TensorSpec, ...]) -> Members:
             roles=("codes", *(role for _, _, role in companions)),
             names=_names(name, [own for own, _, _ in companions], is_shared=bool(stem)),
             is_packed=spec.dtype not in _UNPACKED or any(role.startswith("table") for _, _, role in companions),
+            is_whole=len(companions) == len(inside.get(key, [])) + len(near),
         )
         found[key] = Member(group, spec, "codes")
         for _, other, role in companions:
@@ -295,7 +335,7 @@ class Values:
     """One side with a tensor of values in place of each group that is dequantised."""
 
     specs: tuple[TensorSpec, ...]
-    groups: Mapping[str, tuple[Quantised, Dequantise]]  # by the key of the values
+    groups: Mapping[str, tuple[Quantised, Operation]]  # by the key of the values
     members: Members  # of all other groups
 
     @property
@@ -320,22 +360,37 @@ class Values:
         return tuple(members), chain(in_parallel(steps), operation)
 
 
-def as_values(specs: Sequence[TensorSpec], own: Members, other: Members) -> Values:
+def as_values(
+    specs: Sequence[TensorSpec],
+    own: Members,
+    other: Members,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, object],
+) -> Values:
     """Put values in place of quantised tensors, but for those of schemes that the other side has too.
 
     >>> specs = [TensorSpec("fc.weight", (2, 8), torch.int8), TensorSpec("fc.SCB", (2,), torch.float32)]
-    >>> print(*as_values(specs, groups_of(specs), {}).specs)
+    >>> print(*as_values(specs, groups_of(specs), {}, {}, {}).specs)
     fc.weight [2, 8] float32
+
+    Args:
+        specs: Of one side.
+        own: The quantised tensors in it.
+        other: Those of the other side.
+        tensors: As for ``Quantised.dequantise``.
+        config: As well.
     """
     shared = {member.group.kind for member in other.values()}
     given = {spec.key for spec in specs}
-    groups: dict[str, tuple[Quantised, Dequantise]] = {}
+    groups: dict[str, tuple[Quantised, Operation]] = {}
     for key, member in own.items():
         group = member.group
         if member.role == "codes" and group.kind not in shared and given.issuperset(spec.key for spec in group.specs):
-            step = group.dequantise()
+            step = group.dequantise(tensors, config)
+            named = group.key_of_values
+            named = key if named in given or named in groups else named
             if step is not None:
-                groups[key] = group, step
+                groups[named] = group, step
     of_values = {
         group.codes.key: replace(
             group.codes, key=key, shape=output_shapes(step, [spec.shape for spec in group.specs])[0], dtype=VALUES

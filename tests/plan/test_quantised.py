@@ -329,6 +329,14 @@ def test_a_wholly_quantised_checkpoint_is_refused_by_its_scheme(layout: Layout, 
         autoalign.align(source, model, dequantise=False).raise_if_nothing_matched()
 
 
+@pytest.mark.parametrize("layout", [hqq, aqlm])
+def test_a_scheme_whose_values_are_not_known_is_left_out(layout: Layout) -> None:
+    source, quantised = state_dict(layout)
+    alignment = autoalign.align(source, Network())
+    assert set(alignment.unexpected_keys) == quantised
+    assert any(f"Left out: 8 tensors quantised as {SCHEMES[layout]}" in note for note in alignment.notes)
+
+
 @every_scheme
 def test_into_the_same_scheme_all_is_copied_as_it_is(layout: Layout, scheme: str, tmp_path: Path) -> None:
     source, _ = state_dict(layout)
