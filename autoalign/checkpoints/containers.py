@@ -218,7 +218,7 @@ def _is_numeric(array: np.ndarray) -> bool:
 
 def _spec(key: str, value: Tensor | StoredTensor | np.ndarray, *, held: bool) -> TensorSpec:
     if isinstance(value, StoredTensor):
-        return TensorSpec(key, value.shape, value.dtype)
+        return TensorSpec(key, value.shape, value.dtype, encoding=value.encoding)
     if isinstance(value, np.ndarray):
         dtype = torch_dtype(value.dtype)
         if dtype is None:

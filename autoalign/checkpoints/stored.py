@@ -54,6 +54,7 @@ class StoredTensor:
     read: Callable[[], Tensor] = field(repr=False)
     is_mapped: bool = False  # the file is mapped into memory: reading allocates nothing and cannot fail
     read_region: Callable[[Region], Tensor] | None = field(default=None, repr=False)  # where that reads less
+    encoding: str = ""  # as of ``TensorSpec``
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class Scheme:
     def takes(self, roles: Sequence[str]) -> bool:
         """True if these are the roles of all that the values are computed from."""
         own = [role for role in roles[1:] if OF_CALLS.isdisjoint(role.split())]
-        needs, allows = set(self.needs.split(", ")), set(self.allows.split(", "))
+        needs, allows = set(filter(None, self.needs.split(", "))), set(self.allows.split(", "))
         return len(own) == len(set(own)) and needs <= set(own) <= needs | allows
 
 
@@ -94,9 +94,15 @@ def result_dtype(operation: Operation, dtypes: Iterable[torch.dtype]) -> torch.d
     return torch.float32 if is_dequantised(operation) else reduce(torch.promote_types, dtypes)
 
 
+def schemes_of(operation: Operation) -> frozenset[str]:
+    """List the schemes of the quantised tensors that an operation takes for their values, without their versions."""
+    own = {operation.scheme.partition(" v")[0]} if isinstance(operation, Dequantise) else set()
+    return frozenset(own).union(*map(schemes_of, operation.parts))
+
+
 def is_dequantised(operation: Operation) -> bool:
     """True if an operation takes quantised tensors for their values."""
-    return isinstance(operation, Dequantise) or any(map(is_dequantised, operation.parts))
+    return bool(schemes_of(operation))
 
 
 # Codes of the shape of the values, with scales for all, for each row or for blocks
@@ -390,6 +396,29 @@ def _packed_shape(tensor: Tensor, shapes: Shapes) -> Shape | None:
     return shape if fits else None
 
 
+# Blocks of bytes, each with its own scale
+
+
+def _gguf(inputs: Inputs, shape: Shape, *, name: str) -> Tensor:
+    """Return what llama.cpp stores, by the package gguf, which works through some rows at a time."""
+    from gguf import GGMLQuantizationType, quants
+
+    rows = inputs["codes"].cpu().numpy()
+    return torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType[name])).reshape(shape)
+
+
+def _gguf_shape(shapes: Shapes, *, name: str) -> Shape | None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    *rows, count = shapes["codes"] or (1,)
+    return (*rows, count // size * block) if count % size == 0 else None
+
+
+_GGUF = (
+    "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 MXFP4 IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S "
+    "IQ1_M IQ4_NL IQ4_XS"
+)
 _CHUNK = 2**18  # numbers that are worked on at a time
 _PLAIN = Scheme(_scaled, _same_shape, needs="scale")
 _BITSANDBYTES = Scheme(
@@ -401,6 +430,9 @@ _BITSANDBYTES = Scheme(
 )
 _WITH_ZEROS = Scheme(_scaled, _same_shape, needs="scale", allows="zero")
 SCHEMES: dict[str, Scheme] = {
+    f"GGUF {name}": Scheme(partial(_gguf, name=name), partial(_gguf_shape, name=name), needs="")
+    for name in _GGUF.split()
+} | {
     "FP8 by tensor": _PLAIN,
     "FP8 by row": _PLAIN,
     "FP8 in blocks": _PLAIN,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from autoalign.plan.adaptations import needs_target
-from autoalign.plan.dequantise import OF_CALLS, SCHEMES, Dequantise, is_dequantised, mlx_shape
+from autoalign.plan.dequantise import OF_CALLS, SCHEMES, Dequantise, is_dequantised, mlx_shape, schemes_of
 from autoalign.plan.keys import common_prefix, split_key
 from autoalign.plan.operations import Copy, Operation, Permute, chain, in_parallel, output_shapes
 from autoalign.plan.specs import TensorSpec
@@ -186,7 +186,7 @@ def _groups_of(specs: tuple[TensorSpec, ...]) -> Members:
         role, stem, _ = _read(name)
         if key in found or (role and spec.dtype not in _TORCH):
             continue
-        near = beside.get((module, stem), [])
+        near = [] if spec.encoding else beside.get((module, stem), [])
         if spec.dtype in _TORCH and not near and key not in inside:
             around = beside.get((split_key(module)[0], frozenset()), [])
             near = [item for item in around if item[0] in _PAIR]  # a packed layer's, beside the layer's module
@@ -225,7 +225,11 @@ def _companions(
         tied: Their names share more words than those for weights and roles.
     """
     found = [(name, spec, _read(name.rpartition(".")[2])[0] or "layout") for name, spec in inside]
-    is_known = codes.dtype in _TORCH or any(role.startswith(("scale", "table")) for _, _, role in found)
+    is_known = (
+        codes.dtype in _TORCH
+        or bool(codes.encoding)
+        or any(role.startswith(("scale", "table")) for _, _, role in found)
+    )
     for name, spec in beside:
         role, _, is_named = _read(name)
         if role.startswith(("layout", "index", "format")) or codes.dtype in _TORCH:
@@ -295,6 +299,8 @@ def _divides(count: int, size: int) -> bool:
 
 def _scheme(codes: TensorSpec, companions: Sequence[_Companion]) -> str:
     """Name a scheme as its makers do where its parts identify it, else by its dtype and the reach of a scale."""
+    if codes.encoding:
+        return codes.encoding
     dtype = codes.dtype
     parts = {role: spec for _, spec, role in reversed(companions)}
     scale, zero = parts.get("scale"), parts.get("zero")
@@ -385,7 +391,8 @@ def as_values(
     groups: dict[str, tuple[Quantised, Operation]] = {}
     for key, member in own.items():
         group = member.group
-        if member.role == "codes" and group.kind not in shared and given.issuperset(spec.key for spec in group.specs):
+        is_free = group.kind not in shared or bool(group.codes.encoding)  # which no other file would keep
+        if member.role == "codes" and is_free and given.issuperset(spec.key for spec in group.specs):
             step = group.dequantise(tensors, config)
             named = group.key_of_values
             named = key if named in given or named in groups else named
@@ -422,7 +429,8 @@ def can_fill(sources: Sequence[str], target: str, operation: Operation, own: Mem
     """True if tensors may fill another by an operation: codes only the same codes, or by way of their values."""
     wanted = other.get(target)
     if wanted is None:
-        return own.keys().isdisjoint(sources) != is_dequantised(operation)
+        known = {own[key].group.scheme for key in sources if key in own}
+        return bool(known) == is_dequantised(operation) and schemes_of(operation) <= known
     first = own.get(sources[0]) if len(sources) == 1 else None
     if first is None or first.role != wanted.role or first.group.kind != wanted.group.kind or operation != Copy():
         return False

@@ -19,6 +19,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     storage: int | None = None  # equal for keys that share one storage; None where that is unknown
+    encoding: str = ""  # the format of bytes that hold other values than their own, such as "GGUF Q4_K"
 
     @property
     def numel(self) -> int:
@@ -27,8 +28,8 @@ class TensorSpec:
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as people write it, without ``torch.``."""
-        return str(self.dtype).removeprefix("torch.")
+        """The encoding, or the dtype as people write it, without ``torch.``."""
+        return self.encoding or str(self.dtype).removeprefix("torch.")
 
     @property
     def kind(self) -> str:

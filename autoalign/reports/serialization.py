@@ -147,11 +147,13 @@ def _side_from_plain(data: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     for tensor in items(data["tensors"]):
         key, shape, name = items(tensor)
         sizes = tuple(integer(size) for size in items(shape))
-        if text(name) not in _DTYPES:
+        encoding = text(name) if name.startswith("GGUF ") else ""
+        if not encoding and name not in _DTYPES:
             raise TypeError(f"{text(key)!r} has the unknown dtype {name!r}")
         if key in specs or prod(sizes) > MAX_INTEGER:
             raise ValueError(f"{text(key)!r} is listed twice, or larger than a tensor can be")
-        specs[key] = TensorSpec(text(key), sizes, _DTYPES[name], group.get(key))
+        dtype = torch.uint8 if encoding else _DTYPES[name]
+        specs[key] = TensorSpec(text(key), sizes, dtype, group.get(key), encoding)
     if unknown := group.keys() - specs.keys():
         raise KeyError(min(unknown))
     return tuple(specs.values())

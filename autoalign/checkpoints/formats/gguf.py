@@ -1,12 +1,11 @@
-"""GGUF files, as of llama.cpp: tensors that are not quantised, through the package ``gguf``.
+"""GGUF files, as of llama.cpp, through the package ``gguf``.
 
-Its shapes are in the order of torch here. Quantised tensors are blocks of packed bytes and are left out, with a note.
+Its shapes are in the order of torch here. Quantised tensors are their bytes, in rows, under the name of their encoding.
 """
 
 from __future__ import annotations
 
 import struct
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.stored import DTYPES, Contents, StoredTensor, as_tensor, left_out_notes, reading
+from autoalign.checkpoints.stored import DTYPES, Contents, StoredTensor, as_tensor, reading
 from autoalign.errors import DependencyError
 
 _MAX_HEADER_VALUES = 2**22  # a vocabulary has some hundred thousand
@@ -30,7 +29,7 @@ def open_gguf(file: Path) -> Contents:
     """Read the header of a GGUF file. Its entries, such as ``llama.attention.head_count``, are the configuration.
 
     Raises:
-        CheckpointError: The file is damaged, or has only quantised tensors.
+        CheckpointError: The file is damaged.
         DependencyError: The package ``gguf`` is not installed.
     """
     try:
@@ -82,15 +81,8 @@ def open_gguf(file: Path) -> Contents:
         root = {
             str(tensor.name): _stored(tensor, is_big_endian=reader.endianess == GGUFEndian.BIG)
             for tensor in reader.tensors
-            if tensor.tensor_type.name in DTYPES
         }
-    quantised = Counter(tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type.name not in DTYPES)
-    if not quantised:
-        return Contents(root, "GGUF file", config=config)
-    counts = ", ".join(f"{count} of {name}" for name, count in sorted(quantised.items()))
-    what = f"{quantised.total()} quantised tensors ({counts}), which no model of torch takes as they are,"
-    advice = "Use the file of F16, BF16 or F32, or convert it with llama-quantize."
-    return Contents(root, "GGUF file", config=config, notes=left_out_notes(file, root, what, advice))
+    return Contents(root, "GGUF file", config=config)
 
 
 def _value(field: Any) -> object:
@@ -102,12 +94,16 @@ def _value(field: Any) -> object:
 
 
 def _stored(tensor: Any, *, is_big_endian: bool) -> StoredTensor:
-    dtype = DTYPES[tensor.tensor_type.name]
+    name = tensor.tensor_type.name
     data: np.ndarray = tensor.data  # mapped into memory
-    if dtype == torch.bfloat16:  # which is bytes to numpy
+    dtype, encoding = DTYPES.get(name, torch.uint8), ""
+    shape = tuple(reversed([int(size) for size in tensor.shape]))
+    if name not in DTYPES:
+        shape, encoding = data.shape, f"GGUF {name}" + (" in big endian" if is_big_endian else "")
+    elif dtype == torch.bfloat16:  # which is bytes to numpy
         data = data.view(">u2" if is_big_endian else "<u2")
 
     def read() -> Tensor:
         return as_tensor(np.asarray(data), dtype)
 
-    return StoredTensor(tuple(reversed([int(size) for size in tensor.shape])), dtype, read, is_mapped=not is_big_endian)
+    return StoredTensor(shape, dtype, read, is_mapped=not is_big_endian, encoding=encoding)

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import autoalign
 from autoalign.checkpoints.checkpoint import open_checkpoint
 from autoalign.checkpoints.formats.detection import format_of
-from autoalign.errors import CheckpointError, DependencyError
+from autoalign.errors import CheckpointError, DependencyError, PairMismatchError
+from autoalign.plan.dequantise import _GGUF
 
 gguf: Any = pytest.importorskip("gguf")
 
@@ -57,15 +60,48 @@ def test_bfloat16_is_read(tmp_path: Path) -> None:
     assert torch.equal(checkpoint["a.weight"], values)
 
 
-def test_quantised_tensors_are_left_out_by_name(tmp_path: Path) -> None:
-    packed = gguf.quants.quantize(np.ones((2, 64), np.float32), gguf.GGMLQuantizationType.Q8_0)
-    write(tmp_path / "a.gguf", {"a.weight": (packed, "Q8_0"), "norm.weight": (np.ones(64, np.float32), None)})
-    checkpoint = open_checkpoint(tmp_path / "a.gguf")
-    assert list(checkpoint) == ["norm.weight"]
-    assert checkpoint.notes[0].startswith("1 quantised tensors (1 of Q8_0), which no model")
-    write(tmp_path / "b.gguf", {"a.weight": (packed, "Q8_0")})
-    with pytest.raises(CheckpointError, match=r"b.gguf' holds nothing but 1 quantised tensors \(1 of Q8_0\)"):
-        open_checkpoint(tmp_path / "b.gguf")
+def test_quantised_tensors_are_loaded_as_their_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64, bias=False))
+    tensors: dict[str, tuple[np.ndarray, str | None]] = {}
+    wanted = {}
+    for (key, tensor), name in zip(model.state_dict().items(), ("Q8_0", None, "Q4_0"), strict=True):
+        values = tensor.numpy()
+        if name is not None:
+            kind = gguf.GGMLQuantizationType[name]
+            values = gguf.quants.quantize(values, kind)
+            wanted[key] = torch.from_numpy(gguf.quants.dequantize(values, kind))
+        tensors[key] = values, name
+    write(tmp_path / "a.gguf", tensors)
+    alignment = autoalign.load(model, tmp_path / "a.gguf", strict=True)
+    for key, tensor in wanted.items():
+        assert torch.equal(model.state_dict()[key], tensor)
+    assert "dequantise(GGUF Q8_0) of [96, 68], GGUF Q8_0 to float32" in str(alignment)
+    alignment.save(tmp_path / "a.json")
+    assert autoalign.Alignment.read(tmp_path / "a.json").applied_to(tmp_path / "a.gguf", model) == alignment
+    assert torch.equal(alignment.rules().apply(open_checkpoint(tmp_path / "a.gguf"))["0.weight"], wanted["0.weight"])
+    left_out = autoalign.align(tmp_path / "a.gguf", model, dequantise=False)
+    assert left_out.missing_keys == ["0.weight", "1.weight"]
+    text = (tmp_path / "a.json").read_text().replace("GGUF Q4_0", "GGUF IQ4_NL")  # whose blocks are as long
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(PairMismatchError, match=r"takes codes for values"):
+        autoalign.Alignment.read(tmp_path / "a.json").applied_to(tmp_path / "a.gguf", model)
+
+
+@pytest.mark.parametrize("name", [*_GGUF.split(), "Q8_1"])
+def test_every_encoding_has_the_values_of_its_package_or_is_left_out(tmp_path: Path, name: str) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = np.random.default_rng(0).integers(0, 64, (3, 2 * size), dtype=np.uint8)
+    write(tmp_path / "a.gguf", {"fc.weight": (rows, name), "norm.weight": (np.ones(64, np.float32), None)})
+    target = {"fc.weight": torch.empty(3, 2 * block), "norm.weight": torch.empty(64)}
+    alignment = autoalign.align(tmp_path / "a.gguf", target)
+    if name == "Q8_1":
+        assert alignment.missing_keys == ["fc.weight"]
+        assert "Left out: 1 tensors quantised as GGUF Q8_1 (weight)" in " ".join(alignment.notes)
+    else:
+        wanted = torch.from_numpy(gguf.quants.dequantize(rows, kind))
+        torch.testing.assert_close(alignment.state_dict()["fc.weight"], wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("kept", [6, 30, 0.5, 0.99])
