@@ -81,7 +81,7 @@ def test_quantised_tensors_are_loaded_as_their_values(tmp_path: Path) -> None:
     assert autoalign.Alignment.read(tmp_path / "a.json").applied_to(tmp_path / "a.gguf", model) == alignment
     assert torch.equal(alignment.rules().apply(open_checkpoint(tmp_path / "a.gguf"))["0.weight"], wanted["0.weight"])
     left_out = autoalign.align(tmp_path / "a.gguf", model, dequantise=False)
-    assert left_out.missing_keys == ["0.weight", "1.weight"]
+    assert wanted.keys() <= set(left_out.missing_keys)
     text = (tmp_path / "a.json").read_text().replace("GGUF Q4_0", "GGUF IQ4_NL")  # whose blocks are as long
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(PairMismatchError, match=r"takes codes for values"):
