@@ -347,19 +347,25 @@ def verify(
 ) -> Verification:
     """Call both models on equal inputs, compare all that they compute, and name where they first differ.
 
-    Equal means that the outputs are, and all that paired modules compute on the way, each by its own size: a signal
-    may fade, and hardly show in the outputs. Modules are paired by the tensors that the alignment pairs, and compared
-    in the order in which the target calls them: the first whose output differs although its inputs agree, or the place
-    between two modules where a difference arises, is the first divergence. Its cause is one of ``weights`` (other
-    values than the source's, or in another layout), ``missing`` (tensors that got nothing), ``configuration`` (the same
-    weights and another setting, which is named), ``code`` and ``precision``.
+    Equal means that the outputs are, and all that paired modules compute on the way, each channel by its own size, and
+    that twice: with the models' own values, and with fresh ones of the source that the alignment carries into the
+    target. On these no signal fades and no two tensors are alike, as with initial values they may be. Then single
+    tensors are changed, to measure ``coverage``: the share of the loaded ones of which a change would have been
+    noticed. Two models are not called equal if the call uses a parameter and a change of it would not have been;
+    what the call does not use, such as a head for training, is listed as not covered. ``alignment.verified`` of the
+    returned alignment has all that, and is saved with it.
+
+    Modules are paired by the tensors that the alignment pairs, and compared in the order in which the target calls
+    them: the first whose output differs although its inputs agree, or the place between two modules where a difference
+    arises, is the first divergence. Its cause is one of ``weights`` (other values than the source's, or in another
+    layout), ``missing`` (tensors that got nothing), ``configuration`` (the same weights and another setting, which is
+    named), ``code`` and ``precision``.
 
     The target is called with its own values if these show that it was loaded; else with those of the alignment, in
-    place of its own and without changing it. If an ``alignment`` is given, its values are checked, and those of the
-    target too if it was loaded. If the models differ, other ways to fill the target are tried where they first do:
-    what is ambiguous and all ``alternatives``, tensors of equal shape exchanged, square matrices transposed, parts of
-    fused tensors in another order; first in all layers at once. The alignment that makes them equal is returned;
-    nothing is loaded:
+    place of its own and without changing it. If the alignment does not make the models equal, other ways to fill the
+    target are tried where they first differ: what is ambiguous and all ``alternatives``, tensors of equal shape
+    exchanged, square matrices transposed, parts of fused tensors in another order; first in all layers at once. The
+    alignment that makes them equal is returned; nothing is loaded:
 
         verification = autoalign.verify(source, target, inputs)
         if verification.equal:
@@ -390,8 +396,8 @@ def verify(
         target_inputs: The same for the target, where it is called in another way.
         alignment: What to check; by default that of the two models.
         tolerance: The largest difference that is called equal, of an output or of what a module computes, as a share of
-            the largest value of each; by default 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16 and 1e-6 for
-            float64.
+            the largest value of each channel; by default 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16 and 1e-6
+            for float64.
         trials: How many calls of the target may be made to try alternatives; 0 for none.
         seconds: For how long alternatives may be tried; no limit by default.
         **align_options: As for ``align``, where no alignment is given.

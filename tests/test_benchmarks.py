@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import autoalign
 from autoalign.plan.specs import TensorSpec
 from benchmarks.__main__ import SMOKE, main
-from benchmarks.accuracy import contest_partial, reliability
+from benchmarks.accuracy import contest_partial, proofs, reliability
 from benchmarks.accuracy.contest import Attempt, TimeLimitError, attempt_on_keys, tallied, time_limit
 from benchmarks.cases import moe, perturbations
 from benchmarks.cases.architectures import Architecture, Choice, few_architectures
@@ -331,6 +332,26 @@ def test_the_command_writes_tables_figures_and_plots(tmp_path: Path, capsys: pyt
     assert easy["right"] == easy["gold"] > 0
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
     assert "autoalign" in (tmp_path / "figures.md").read_text()
+
+
+def test_wrong_loads_are_not_called_equal_and_right_ones_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert proofs.main(["--only", "timm.test", "--wrong", "8", "--right", "2", "--pairs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (wrong,) = (line for line in lines if line.startswith("| all wrong |"))
+    assert wrong.startswith("| all wrong |  | 32 | 0 | 100.0% |")
+    (right,) = (line for line in lines if line.startswith("| all right |"))
+    assert right.startswith("| all right |  | 9 | 9 |  | 100.0% |")
+
+
+@pytest.mark.parametrize("way", proofs.WAYS)
+def test_a_load_is_spoilt_where_the_network_has_a_place_for_it(way: proofs.Way) -> None:
+    source = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    alignment = autoalign.align(source, nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))))
+    used = list(source.state_dict())
+    wrong, changed = proofs.spoilt(alignment, used, way, Random(0))
+    own, other = alignment.state_dict(), wrong.state_dict()
+    assert changed == [key for key in used if not torch.equal(own[key], other[key])] != []
+    assert proofs.spoilt(autoalign.align(nn.Linear(3, 2), nn.Linear(3, 2)), ["weight"], way, Random(0))[1] == []
 
 
 def test_an_attempt_is_perfect_if_all_is_found_and_nothing_is_wrong() -> None:

@@ -195,7 +195,8 @@ def run_verify(options: argparse.Namespace) -> int:
         names = ("source_module", "target_module", "difference", "cause")
         first = divergence and {name: getattr(divergence, name) for name in names}
         result = {"equal": found.equal, "max_difference": found.max_difference, "first_divergence": first}
-        show_json({"source": options.source, "target": options.target, **result})
+        covered = {"coverage": found.coverage, "uncovered": list(found.uncovered)}
+        show_json({"source": options.source, "target": options.target, **result, **covered})
     else:
         show(str(found))
     return COMPLETE if found.equal else INCOMPLETE

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from math import floor
 from typing import Any, Literal, Self, TypeVar
 
 from torch import Tensor
 
 from autoalign.errors import InputError, NotInvertibleError
 from autoalign.plan.adaptations import needs_target
+from autoalign.plan.keys import components
 from autoalign.plan.operations import Copy, Operation, Shape, chain, in_parallel
 from autoalign.plan.quantised import Members, describe_schemes, groups_of
 from autoalign.plan.regions import joined, place_of
 from autoalign.plan.specs import TensorSpec, tied_groups
 
 Status = Literal["matched", "adapted", "ambiguous", "mismatched", "missing"]
+_MAX_LISTED = 6  # modules whose tensors are not covered
 FILLED: frozenset[Status] = frozenset({"matched", "adapted"})
 
 
@@ -61,6 +65,36 @@ class Mismatch:
         return f"{self.key} {list(self.shape)}  nearest: {self.source_key} {list(self.source_shape)}"
 
 
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What ``verify`` found of a plan."""
+
+    equal: bool
+    max_difference: float  # of the outputs, as in ``Verification``
+    coverage: float = 0.0  # share of the tensors of which a change would have been noticed
+    uncovered: tuple[str, ...] = ()  # the target's keys of the others
+
+    def describe(self, keys: Iterable[str]) -> str:
+        """Write it as a text, where ``keys`` are all those that are filled.
+
+        >>> Verified(True, 0.0, 0.5, ("aux.weight", "aux.bias")).describe(["fc.weight", "aux.weight", "aux.bias"])
+        'equal; 50.0 % of the tensors are covered; not covered: aux (2)'
+        """
+        if not self.coverage:
+            return f"NOT equal; the outputs differ by {self.max_difference:.1e}"
+        paths = [components(key) for key in {*keys} - {*self.uncovered}]
+        shared = {path[:depth] for path in paths for depth in range(len(path))}
+        names: Counter[str] = Counter()
+        for path in map(components, self.uncovered):
+            depths = range(1, len(path) + 1)
+            names[".".join(next((path[:depth] for depth in depths if path[:depth] not in shared), path))] += 1
+        listed = [f"{name} ({count})" if count > 1 else name for name, count in names.most_common(_MAX_LISTED)]
+        more = [f"and {len(names) - _MAX_LISTED} more"] if len(names) > _MAX_LISTED else []
+        parts = ["equal" if self.equal else "NOT proven equal"]
+        parts.append(f"{floor(1000 * self.coverage) / 10:.1f} % of the tensors are covered")
+        return "; ".join([*parts, f"not covered: {', '.join([*listed, *more])}"] if names else parts)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What is loaded into each target key, from where, and what is not.
@@ -78,6 +112,7 @@ class Plan:
     notes: tuple[str, ...] = ()  # on the whole, such as the choice of a container
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # the source's, read lazily
     target_tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)  # as they are now
+    verified: Verified | None = None  # None until `verify` returns it, and again where it is changed
 
     @cached_property
     def status(self) -> dict[str, Status]:
@@ -180,7 +215,7 @@ class Plan:
         return hash(self._identity())
 
     def _identity(self) -> tuple[Hashable, ...]:
-        """Return all that ``save`` keeps of a plan, by which plans are compared."""
+        """Return all that was decided, by which plans are compared."""
         sides = (
             (tuple((spec.key, spec.shape, spec.dtype) for spec in specs), tied_groups(specs))
             for specs in (self.source_specs, self.target_specs)
@@ -247,6 +282,7 @@ def inverted(plan: PlanT) -> PlanT:
         source_specs=plan.target_specs,
         target_specs=plan.source_specs,
         notes=notes,
+        verified=None,
         tensors=plan.target_tensors,
         target_tensors=plan.tensors,
     )

@@ -16,6 +16,7 @@ from autoalign.plan.operations import KINDS, Operation
 Plain = dict[str, Any]  # what JSON holds: strings, numbers, booleans, lists, and further ones
 
 MAX_INTEGER = 2**63 - 1  # the largest that torch takes
+MAX_NUMBER = 1e30  # of a finite number
 _MAX_DEPTH = 16  # of operations in each other
 _MAX_PLAIN_DEPTH = 3 * _MAX_DEPTH  # of lists and operations in each other
 _MAX_SHOWN = 80  # characters of what is malformed
@@ -107,7 +108,7 @@ def integer(value: object, low: int = 0, high: int = MAX_INTEGER) -> int:
     return value
 
 
-def number(value: object, low: float = -1e30, high: float = 1e30) -> float:
+def number(value: object, low: float = -MAX_NUMBER, high: float = MAX_NUMBER) -> float:
     """Return a finite number in a range, or raise a TypeError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # nor is NaN
         raise TypeError(f"{_short(value)} is not a number from {low:g} to {high:g}")

@@ -183,6 +183,7 @@ def decided(plan: PlanT, options: Iterable[Option]) -> PlanT:
         plan,
         matches=tuple(sorted((*plan.matches, *made.values()), key=lambda match: order[match.target])),
         ambiguous=tuple(match for match in plan.ambiguous if match.target not in made),
+        verified=None,
     )
 
 

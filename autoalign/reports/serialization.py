@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,12 @@ import torch
 from autoalign.checkpoints.atomic import replace_text
 from autoalign.checkpoints.checkpoint import Side, checkpoint_of, module_graph
 from autoalign.errors import InputError, OutputError, PairMismatchError
-from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, PlanT
+from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, PlanT, Verified
 from autoalign.plan.operations import Copy, Operation, Shape, output_shapes
 from autoalign.plan.quantised import ADVICE, can_fill
 from autoalign.plan.serialization import (
     MAX_INTEGER,
+    MAX_NUMBER,
     Plain,
     from_plain,
     integer,
@@ -67,7 +68,32 @@ def alignment_to_plain(alignment: Plan) -> Plain:
         "mismatched": [[mismatch.key, mismatch.source_key] for mismatch in alignment.mismatched],
         "excluded": sorted(alignment.excluded),
         "notes": list(alignment.notes),
+        **({} if alignment.verified is None else {"verified": _verified_to_plain(alignment.verified)}),
     }
+
+
+def _verified_to_plain(verified: Verified) -> Plain:
+    largest = verified.max_difference
+    return {
+        "equal": verified.equal,
+        "max_difference": largest if largest < MAX_NUMBER else None,
+        "coverage": verified.coverage,
+        "uncovered": list(verified.uncovered),
+    }
+
+
+def _verified_from_plain(data: Mapping[str, Any] | None) -> Verified | None:
+    if data is None:
+        return None
+    if not isinstance(data["equal"], bool):
+        raise TypeError(f"{data['equal']!r} says neither that it is equal nor that it is not")
+    largest = data["max_difference"]
+    return Verified(
+        data["equal"],
+        inf if largest is None else number(largest, 0),
+        number(data["coverage"], 0, 1),
+        texts(data["uncovered"]),
+    )
 
 
 def _side_to_plain(specs: Sequence[TensorSpec]) -> Plain:
@@ -134,6 +160,7 @@ def _plan_from_plain(data: Mapping[str, Any]) -> Plan:
         target_specs=target,
         excluded=frozenset(texts(data["excluded"])),
         notes=texts(data["notes"]),
+        verified=_verified_from_plain(data.get("verified")),
     )
     targets = Counter(match.target for match in (*plan.matches, *plan.ambiguous))
     if repeated := [key for key, count in targets.items() if count > 1]:

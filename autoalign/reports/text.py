@@ -132,9 +132,11 @@ def _totals(alignment: Plan) -> list[str]:
 
 
 def notes_of(alignment: Plan) -> list[str]:
-    """List the notes, but for those that stand with a choice."""
+    """List what was verified, and the notes but for those that stand with a choice."""
     said = {text for choice in choices_of(alignment) for text in choice.settled_by}
-    return [note for note in alignment.notes if note not in said]
+    verified = alignment.verified
+    found = [] if verified is None else [f"Verified: {verified.describe(match.target for match in alignment.matches)}."]
+    return found + [note for note in alignment.notes if note not in said]
 
 
 def rows_of(

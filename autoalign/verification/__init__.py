@@ -2,10 +2,12 @@
 
 In order of use, from the bottom up:
 
+* ``differences``: how far two tensors are apart, as a share of the size of what was wanted.
 * ``run``: calls a model and leaves it, and every source of chance, as they were; records its modules; order of use.
-* ``compare``: which modules and outputs belong together, how far they are apart, and the first that differs.
+* ``compare``: which modules belong together, what they compute, and the first that differs.
 * ``causes``: why it differs: weights, settings of modules, other functions, or rounding.
 * ``session``: two models, one call of the source, and calls of the target with other values in place of its own.
+* ``proof``: values on which every layer passes its signal on; of which tensors a change would have been noticed.
 * ``search``: other ways to fill the target, tried until the outputs are equal.
 * ``verify``: the verdict, with the first divergence and what had to be filled otherwise.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoalign.plan.matches import Match
-from autoalign.plan.operations import Copy
+from autoalign.plan.operations import Copy, Reshape
 from autoalign.verification.compare import ACTIVATIONS, Compared, Finding
 from autoalign.verification.run import Call, Recording
 
@@ -142,13 +142,29 @@ class Scene:
         """Return the target's module of a key; that of the whole if unknown."""
         return self.compared.owners.get(key, ("", True))[0]
 
+    def is_from(self, key: str, source: str) -> bool:
+        """Return True if a key is filled from tensors of a module of the source, or of one inside it."""
+        return not source or any(name.startswith(f"{source}.") for name in self.matches[key].sources)
+
     def partner(self, module: str, finding: Finding) -> str:
         """Return the source's module that does what one of the target does, or else that of the finding."""
         return self.compared.pairs[module].source if module in self.compared.pairs else finding.source
 
 
 def diverged(scene: Scene, finding: Finding) -> Divergence:
-    """Find the cause of a difference: weights first, then configuration, then code."""
+    """Find the cause of a difference: weights first, then configuration, then code.
+
+    If it is the weights of a module, those of one that is called before it may be wrong too, and show in nothing.
+    """
+    divergence = _diverged(scene, finding)
+    if not any(key in scene.wrong for key in divergence.keys):
+        return divergence
+    used = scene.compared.target.first_use
+    first = scene.owner(min(scene.wrong, key=lambda key: used.get(key, finding.until[1])))
+    return _of_weights(scene, finding, first, [key for key in scene.wrong if scene.owner(key) == first])
+
+
+def _diverged(scene: Scene, finding: Finding) -> Divergence:
     module = finding.call.module
     pair = scene.compared.pairs.get(module)
     own = [key for key in scene.compared.owners if scene.owner(key) == module]
@@ -161,6 +177,8 @@ def diverged(scene: Scene, finding: Finding) -> Divergence:
         return found("precision", "The difference grew little by little: rounding, or many small differences.")
     if finding.kind in ("own", "inside", "mispaired") and wrong:
         return _of_weights(scene, finding, module, wrong)
+    if finding.kind == "mispaired" and finding.source in finding.elsewhere:
+        return _of_order(scene, finding) or _before(scene, finding)
     if finding.kind == "mispaired":
         filled = pair.match if pair else scene.matches[own[0]]
         others = ", ".join(finding.elsewhere[:2]) or "another module"
@@ -173,10 +191,11 @@ def diverged(scene: Scene, finding: Finding) -> Divergence:
         return _before(scene, finding)
     if missing := [key for key in own if key in scene.unfilled]:
         return found("missing", f"{_listed(missing)} got nothing from the source.", missing)
-    if pair and pair.is_mixed:
-        fills = _listed([f"{key} from {' + '.join(scene.matches[key].sources)}" for key in pair.mixed])
+    mixed = [key for key in own if key in scene.matches and not scene.is_from(key, finding.source)]
+    if pair and (mixed := [*pair.mixed] if pair.is_mixed else mixed):
+        fills = _listed([f"{key} from {' + '.join(scene.matches[key].sources)}" for key in mixed])
         text = f"Its tensors come from several modules: {fills}, the rest from {finding.source}."
-        return found("weights", text, pair.mixed)
+        return found("weights", text, mixed)
     modules = [model.get_submodule(n) for model, n in zip(scene.models, (finding.source, module), strict=True)]
     if settings := setting_differences(*modules):
         return found("configuration", f"{_listed(settings)} (source / target).")
@@ -194,6 +213,18 @@ def diverged(scene: Scene, finding: Finding) -> Divergence:
 def _of_weights(scene: Scene, finding: Finding, module: str, keys: Sequence[str]) -> Divergence:
     text = "; ".join(f"{key} {scene.wrong[key]}" for key in keys[:_MAX_LISTED]) + "."
     return Divergence(scene.partner(module, finding), module, finding.difference, "weights", text, tuple(keys))
+
+
+def _of_order(scene: Scene, finding: Finding) -> Divergence | None:
+    """Find what made the features that a module is given come in another order than in the source."""
+    used, end = scene.compared.target.first_use, finding.until[1]
+    before = sorted((key for key in scene.matches if used.get(key, end) < end), key=lambda key: -used[key])
+    for key in before:
+        if not isinstance(operation := scene.matches[key].operation, Copy | Reshape):
+            module, taker = scene.owner(key), finding.call.module or "the output"
+            text = f"{key} is made by '{operation}', and {taker} takes the features that it gives in another order."
+            return Divergence(scene.partner(module, finding), module, finding.difference, "weights", text, (key,))
+    return None
 
 
 def _before(scene: Scene, finding: Finding) -> Divergence:
@@ -236,6 +267,8 @@ def _before(scene: Scene, finding: Finding) -> Divergence:
         )
         source = scene.partner(holder, finding)
         return Divergence(source, holder, finding.difference, "weights", text, suspects, between)
+    if (order := _of_order(scene, finding)) is not None:
+        return order
     text = f"{_listed(suspects)} may be filled wrongly" if suspects else "tensors used before it may be exchanged"
     return found("code", f", which call the same functions: {text}, or settings differ that no module shows.", suspects)
 

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoalign.matching.candidates import squeeze
 from autoalign.matching.names import kind
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy, Operation, Reshape, Shape
-from autoalign.verification.run import Call, Recording, Sums
-
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of outputs
+from autoalign.verification.differences import Sums, relative_difference
+from autoalign.verification.run import Call, Recording
 
 _MAX_TRACED_ELEMENTS = 2**26  # of a tensor whose rows are followed through an operation
 _MODULE_STRICTNESS = 30  # the tolerance of modules is that many times smaller than of outputs, since errors grow
@@ -31,77 +29,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(functional, 
 ACTIVATIONS["gelu (tanh)"] = partial(functional.gelu, approximate="tanh")
 
 Kind = Literal["own", "mispaired", "before", "inside", "gradual"]
-
-
-@dataclass(frozen=True, slots=True)
-class OutputDifference:
-    """Two outputs that belong together."""
-
-    source: str  # the path in what the source model returns; "" where that is a tensor
-    target: str
-    difference: float
-
-
-def relative_difference(got: Tensor, want: Tensor) -> float | None:
-    """Compute the largest difference of two tensors as a share of the largest value that is wanted.
-
-    Tensors of other shapes with as many elements are compared as sets of values: one may have channels last, or a
-    grid flattened. Two that are both not a number, or equally infinite, are equal.
-
-    >>> relative_difference(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0]))
-    0.25
-    >>> relative_difference(torch.arange(6.0).reshape(2, 3), torch.arange(6.0).reshape(2, 3).T)
-    0.0
-
-    Returns:
-        The difference; infinite where nothing but zeros was wanted; None where the numbers of elements differ.
-    """
-    if got.numel() != want.numel() or got.is_meta or want.is_meta:
-        return None
-    if not got.numel():
-        return 0.0
-    first, second = _comparable(got).to(want.device), _comparable(want)
-    if first.dtype != second.dtype:
-        first, second = first.double(), second.double()
-    if squeeze(first.shape) != squeeze(second.shape):
-        first, second = first.flatten().sort().values, second.flatten().sort().values
-    first, second = first.flatten(), second.flatten()
-    same = (first == second) | (first.isnan() & second.isnan())
-    if bool(same.all()):
-        return 0.0
-    largest = float((first - second).abs().masked_fill(same, 0).max())
-    scale = float(second.abs().masked_fill(~second.isfinite(), 0).max())
-    return largest / scale if largest == largest and scale else inf
-
-
-def _comparable(tensor: Tensor) -> Tensor:
-    tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    return tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor.double()
-
-
-def tolerance_of(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
-    """Choose a tolerance by the least precise floating point type among outputs."""
-    dtypes = {tensor.dtype for tensor in (*tensors.values(), *others.values())}
-    return max((TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0) or TOLERANCES[torch.float32]
-
-
-def output_differences(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> list[OutputDifference]:
-    """Pair the outputs of two models and compare them: by name first, the others in order, where they have one size.
-
-    >>> output_differences({"logits": torch.ones(2)}, {"": torch.ones(2), "1": torch.ones(3)})
-    [OutputDifference(source='', target='logits', difference=0.0)]
-    """
-    pairs = [(name, name) for name in want if name in got and got[name].numel() == want[name].numel()]
-    free = [name for name in got if name not in dict(pairs)]
-    for name in want:
-        if name not in dict(pairs):
-            sizes = [other for other in free if got[other].numel() == want[name].numel()]
-            alike = [other for other in sizes if squeeze(got[other].shape) == squeeze(want[name].shape)]
-            for other in (alike or sizes)[:1]:
-                pairs.append((name, other))
-                free.remove(other)
-    found = [(first, second, relative_difference(got[second], want[first])) for first, second in pairs]
-    return [OutputDifference(first, second, apart) for first, second, apart in found if apart is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,15 +153,20 @@ def _followed(rows: Tensor, source: Sequence[Shape], offsets: Sequence[int], cou
     return place[:, 0] if bool((place == place[:, :1]).all()) else None
 
 
-def _feature_rows(call: Call, count: int, last: bool) -> Tensor | None:
+def _feature_rows(outputs: Sequence[Tensor], count: int, last: bool) -> Tensor | None:
     """Rearrange the first output of a layer as [features, all else]; ``last`` if these are in the last dimension."""
-    if not call.gave:
-        return None
-    output = call.gave[0]
-    for dim in [output.dim() - 1, 1] if last else [1, output.dim() - 1]:
-        if 0 <= dim < output.dim() and output.shape[dim] == count:
-            return output.movedim(dim, 0).reshape(count, -1)
+    if outputs:
+        output = outputs[0]
+        for dim in [output.dim() - 1, 1] if last else [1, output.dim() - 1]:
+            if 0 <= dim < output.dim() and output.shape[dim] == count:
+                return output.movedim(dim, 0).reshape(count, -1)
     return None
+
+
+def _joined(parts: Sequence[Tensor | None], count: int, places: Tensor) -> Tensor | None:
+    """Join the features of all parts and take those at the given places; None if a part is missing."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known)[places.to(known[0].device)] if len(known) == count else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +240,9 @@ def compare(compared: Compared) -> Compared:
         partner = partners.get((pair.source, call.index)) if pair else None
         if pair is None or partner is None:
             continue
-        given = relative_difference(call.given[0], partner.given[0]) if call.given and partner.given else None
+        given = None
+        if call.given and partner.given:
+            given = relative_difference(call.given[0], partner.given[0], _first(partner.given_sizes))
         events.append(Event(False, call, partner, pair, given))
         if call.end >= 0 and partner.end >= 0:
             gave = _output_difference(compared, pair, call, partner, alike=given is not None and pair.whole)
@@ -318,6 +252,10 @@ def compare(compared: Compared) -> Compared:
                 gave = inf if pair.is_mixed or _given_the_same(compared, call) else None
             events.append(Event(True, call, partner, pair, gave))
     return replace(compared, events=tuple(sorted(events, key=lambda event: event.times[1])))
+
+
+def _first(tensors: Sequence[Tensor]) -> Tensor | None:
+    return tensors[0] if tensors else None
 
 
 def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
@@ -336,7 +274,9 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
                 by_size.setdefault(sums.numel, []).append(sums)
 
     def computed(sums: Sums | None) -> bool:
-        return sums is not None and any(sums.like(other) for other in by_size.get(sums.numel, ()))
+        if sums is None or not any(sums.absolute):  # zeros are no evidence
+            return False
+        return any(sums.like(other) for other in by_size.get(sums.numel, ()))
 
     noise, since = 0.0, (-1, -1)
     gradual: Finding | None = None
@@ -427,7 +367,7 @@ def _output_difference(compared: Compared, pair: Pair, call: Call, partner: Call
         return None
     match = pair.match
     if not pair.whole or (len(match.sources) == 1 and isinstance(match.operation, Copy)):
-        apart = relative_difference(call.gave[0], partner.gave[0])
+        apart = relative_difference(call.gave[0], partner.gave[0], _first(partner.gave_sizes))
         return inf if apart is None and alike else apart
     output = call.gave[0]
     last = f"target:{call.module}" in compared.last
@@ -437,18 +377,21 @@ def _output_difference(compared: Compared, pair: Pair, call: Call, partner: Call
         if followed is None:
             continue
         places, counted = followed
-        rows = _feature_rows(call, count, last)
         calls = {source.module: source for source in compared.source.calls if source.index == call.index}
-        others = [
-            _feature_rows(calls[name], shape[counted], f"source:{name}" in compared.last)
-            for name, shape in zip(pair.sources, shapes, strict=True)
-            if name in calls
-        ]
-        if rows is None or len(others) != len(shapes) or any(other is None for other in others):
+        gave: list[Tensor | None] = []
+        sizes: list[Tensor | None] = []
+        for name, shape in zip(pair.sources, shapes, strict=True):
+            if name in calls:
+                is_last = f"source:{name}" in compared.last
+                gave.append(_feature_rows(calls[name].gave, shape[counted], is_last))
+                sizes.append(_feature_rows(calls[name].gave_sizes, shape[counted], is_last))
+        rows, wanted = _feature_rows(call.gave, count, last), _joined(gave, len(shapes), places)
+        if rows is None or wanted is None:
             return None
-        joined = torch.cat([other for other in others if other is not None])
-        return relative_difference(rows, joined[places.to(joined.device)])
-    return relative_difference(output, partner.gave[0]) if len(match.sources) == 1 else None
+        return relative_difference(rows, wanted, _joined(sizes, len(shapes), places))
+    if len(match.sources) > 1:
+        return None
+    return relative_difference(output, partner.gave[0], _first(partner.gave_sizes))
 
 
 def _containers(recording: Recording) -> set[int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 from autoalign.errors import InputError
 from autoalign.loading.transaction import snapshot
+from autoalign.verification.differences import Sums, sums_of
 
 NEVER = 2**62  # a time after all others
 
 _VALUE_ATTRIBUTES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})  # of a tensor, that hold its values
 _MAX_NESTING = 8  # levels of lists and mappings in an output
-_ROUNDINGS = 100  # by which the sums of equal tensors may differ, within these bounds
-_MIN_PRECISION, _MAX_PRECISION = 1e-5, 1e-2
+_CHANGED_ROUNDINGS = 32  # by which values are changed to measure how precise others are
 
 
 @contextmanager
@@ -260,26 +260,6 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(item)
 
 
-@dataclass(frozen=True, slots=True)
-class Sums:
-    """Sums of the powers of a tensor's values, which recognise them in any order and so in any layout."""
-
-    numel: int
-    signed: tuple[float, ...]  # of the values and of their cubes
-    absolute: tuple[float, ...]  # of the absolute values to the power of 1, 2, 3 and 4
-    precision: float  # relative difference up to which sums count as equal
-
-    def like(self, other: Sums) -> bool:
-        """Return True if two tensors have the same values, in any order, as far as sums tell."""
-        allowed = max(self.precision, other.precision)
-        scales = [max(pair) for pair in zip(self.absolute, other.absolute, strict=True)]
-        sums = [*zip(self.absolute, other.absolute, strict=True), *zip(self.signed, other.signed, strict=True)]
-        return self.numel == other.numel and all(
-            abs(own - theirs) <= allowed * scale or (own == theirs)
-            for (own, theirs), scale in zip(sums, [*scales, scales[0], scales[2]], strict=True)
-        )
-
-
 @dataclass(slots=True)
 class Call:
     """One call of a module."""
@@ -290,6 +270,8 @@ class Call:
     end: int = -1  # -1 where it did not end
     given: list[Tensor] = field(default_factory=list)  # copies of its inputs; empty where none were wanted
     gave: list[Tensor] = field(default_factory=list)  # copies of its outputs
+    given_sizes: list[Tensor] = field(default_factory=list)  # of each value, as `with_sizes` measures them
+    gave_sizes: list[Tensor] = field(default_factory=list)
     given_sums: Sums | None = None  # of the first floating point tensor
     gave_sums: Sums | None = None
 
@@ -302,6 +284,7 @@ class Recording:
     outputs: dict[str, Tensor]  # of the network; the names are paths in what it returns
     first_use: dict[str, int]  # when each key of its state dict was used first
     functions: tuple[tuple[int, str], ...]  # what functions of torch were called and when
+    sizes: dict[str, Tensor] = field(default_factory=dict)  # of the outputs' values
 
 
 def record(
@@ -363,6 +346,42 @@ def record(
     return Recording(tuple(calls), outputs, tracer.first_use, tuple(tracer.functions))
 
 
+def with_sizes(recording: Recording, model: nn.Module, inputs: object, values: Mapping[str, Tensor]) -> Recording:
+    """Measure how precisely each value of a recording can be computed, and note it as its size.
+
+    The model is called again with ``values``, those of the recording, rounded a little differently. The size of a value
+    is its absolute, or by how much it changes as a share of how much they did: what is left of large values that cancel
+    each other is as imprecise as they are. A recording whose calls are other ones then is returned as it is.
+    """
+    eps = max((torch.finfo(v.dtype).eps for v in values.values() if v.is_floating_point()), default=0.0)
+    generator, rounded = torch.Generator().manual_seed(0), dict[int, Tensor]()
+    for value in values.values():
+        if id(value) not in rounded and value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            changed = value.detach() * (1 + _CHANGED_ROUNDINGS * eps * noise)
+            rounded[id(value)] = nn.Parameter(changed, False) if isinstance(value, nn.Parameter) else changed
+    keep = {call.module for call in recording.calls if call.given or call.gave}
+    try:
+        other = record(model, inputs, keep, {key: rounded.get(id(value), value) for key, value in values.items()})
+    except InputError:  # compiled code, which takes no values in place of its own
+        return recording
+    if [(c.module, c.index) for c in other.calls] != [(c.module, c.index) for c in recording.calls]:
+        return recording
+
+    def sizes(own: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+        if not eps or [tensor.shape for tensor in own] != [tensor.shape for tensor in others]:
+            return []
+        pairs = [(one.double(), two.double()) for one, two in zip(own, others, strict=True)]
+        return [torch.maximum(a.abs(), (b - a).abs() / (_CHANGED_ROUNDINGS * eps)).nan_to_num() for a, b in pairs]
+
+    calls = tuple(
+        replace(own, given_sizes=sizes(own.given, two.given), gave_sizes=sizes(own.gave, two.gave))
+        for own, two in zip(recording.calls, other.calls, strict=True)
+    )
+    found = dict(zip(recording.outputs, sizes([*recording.outputs.values()], [*other.outputs.values()]), strict=False))
+    return replace(recording, calls=calls, sizes=found)
+
+
 def flat_tensors(value: Any, name: str = "", depth: int = 0) -> dict[str, Tensor]:
     """Collect the tensors in nested lists, mappings and dataclasses, by their paths.
 
@@ -385,19 +404,3 @@ def flat_tensors(value: Any, name: str = "", depth: int = 0) -> dict[str, Tensor
         for key, item in items:
             found |= flat_tensors(item, f"{name}.{key}" if name else str(key), depth + 1)
     return found
-
-
-def sums_of(tensor: Tensor) -> Sums:
-    """Sum up the powers of a tensor's values in double precision.
-
-    >>> sums = sums_of(torch.tensor([1.0, -2.0]))
-    >>> sums.signed, sums.absolute, sums.like(sums_of(torch.tensor([[-2.0], [1.0]])))
-    ((-1.0, -7.0), (3.0, 5.0, 9.0, 17.0), True)
-    """
-    values = tensor.detach().double().flatten()
-    squares, sizes = values.square(), values.abs()
-    cubes = squares * sizes
-    absolute = tuple(float(power.sum()) for power in (sizes, squares, cubes, squares.square()))
-    signed = float(values.sum()), float((squares * values).sum())
-    precision = min(max(_ROUNDINGS * torch.finfo(tensor.dtype).eps, _MIN_PRECISION), _MAX_PRECISION)
-    return Sums(values.numel(), signed, absolute, precision)

@@ -8,7 +8,7 @@ order. Options are tried against the networks' outputs, and only what makes them
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations, product
 from math import inf
@@ -213,7 +213,7 @@ class State:
     """How the target is filled, and what comes of it."""
 
     matches: dict[str, Match]
-    values: dict[str, Tensor]  # in place of the target's own, by key
+    values: Mapping[str, Tensor]  # in place of the target's own, by key
     outcome: Outcome
     found: tuple[str, ...] = ()  # the keys whose filling was changed for the better
 
@@ -222,7 +222,7 @@ class State:
         return tuple(match for key, match in self.matches.items() if matches.get(key) != match)
 
 
-def search(session: Session, base: State, wrong: Collection[str], budget: Budget, *, listed_only: bool) -> State:
+def search(session: Session, base: State, budget: Budget, *, listed_only: bool) -> State:
     """Try other ways to fill the target, one step at a time, for as long as both agree for longer.
 
     Nothing but what the alignment lists is tried with ``listed_only``.
@@ -231,17 +231,17 @@ def search(session: Session, base: State, wrong: Collection[str], budget: Budget
     first = {key: session.value(m) for key, m in session.proposed.items() if key in session.own}
     if first and budget.take():
         values = {**state.values, **first}
-        outcome = session.call(state.matches, session.tied(values), wrong)
+        outcome = session.call(state.matches, values)
         state = State(state.matches, values, outcome, tuple(first) if outcome.equal else ())
     while not state.outcome.equal:
-        better = _step(session, state, wrong, budget, listed_only=listed_only)
+        better = _step(session, state, budget, listed_only=listed_only)
         if better is None:
             break
         state = better
     return state
 
 
-def _step(session: Session, state: State, wrong: Collection[str], budget: Budget, *, listed_only: bool) -> State | None:
+def _step(session: Session, state: State, budget: Budget, *, listed_only: bool) -> State | None:
     """Find an option that makes the networks agree for longer, and for equal outputs if one does."""
     best: State | None = None
     options = Options(state.matches, session.target_shapes, session.shapes)
@@ -258,7 +258,7 @@ def _step(session: Session, state: State, wrong: Collection[str], budget: Budget
         if any(tensor.shape != session.own[key].shape for key, tensor in new.items()):
             return False
         matches, values = {**state.matches, **changes}, {**state.values, **new}
-        outcome = session.call(matches, session.tied(values), wrong)
+        outcome = session.call(matches, values)
         if outcome.position <= (best or state).outcome.position:
             return False
         best = State(matches, values, outcome, tuple(dict.fromkeys((*state.found, *changes))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -14,21 +14,23 @@ from autoalign.plan.matches import Match
 from autoalign.verification.compare import (
     Compared,
     Finding,
-    OutputDifference,
     compare,
     features_last,
     first_finding,
     module_tolerance,
-    output_differences,
     owners,
     paired_modules,
+)
+from autoalign.verification.differences import (
+    OutputDifference,
+    output_differences,
     relative_difference,
     tolerance_of,
 )
-from autoalign.verification.run import record
+from autoalign.verification.run import record, with_sizes
 
 _MIN_LOADED = 0.5  # share of the tensors with values of their own that a loaded target holds
-_EXACT = 1e-6  # relative difference of values that count as equal
+_EXACT = 1e-6  # relative difference of each value of two tensors that count as equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Outcome:
 
 
 class Session:
-    """Two models, a call of the source, and what is known of the target's values.
+    """Two models, a call of the source, and calls of the target with values that the alignment gives.
 
     Args:
         source: The model whose outputs are right.
@@ -53,13 +55,13 @@ class Session:
         inputs: What each is called with.
         alignment: What is verified.
         tolerance: Of outputs; None for that of their dtypes.
+        values: Of the source in place of its own, by key.
 
     Attributes:
         matches: What the alignment fills the target with, by key.
         proposed: What it proposes beyond that.
+        known: Both.
         own: The target's parameters and buffers.
-        wrong: The target's keys that hold other values than the alignment gives, and what they hold, in words.
-        is_loaded: Whether the target holds most of the alignment's values.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class Session:
         inputs: tuple[object, object],
         alignment: Alignment,
         tolerance: float | None,
+        values: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.models = (source, target)
-        self.inputs, self.alignment, self.wanted_tolerance = inputs[1], alignment, tolerance
+        self.inputs, self.wanted_tolerance = inputs[1], tolerance
+        self.take(alignment)
         self.shapes = {spec.key: spec.shape for spec in alignment.source_specs}
         self.target_shapes = {spec.key: spec.shape for spec in alignment.target_specs}
         self.sizes = {spec.key: spec.numel for spec in alignment.target_specs}
@@ -80,7 +84,9 @@ class Session:
         for keep, modules in zip(self.keep, names, strict=True):  # of a module with several names, the first is used
             shared = {id(modules[name]) for name in keep if name in modules}
             keep |= {name for name, module in modules.items() if id(module) in shared}
-        self.source = record(source, inputs[0], self.keep[0])
+        used = {**tensors_of(source), **(values or {})}
+        self.values = {k: t for k, t in source.state_dict(keep_vars=True).items() if isinstance(t, Tensor)} | used
+        self.source = with_sizes(record(source, inputs[0], self.keep[0], values), source, inputs[0], used)
         self.last = {
             f"{side}:{name}"
             for side, model in zip(("source", "target"), self.models, strict=True)
@@ -88,14 +94,21 @@ class Session:
         }
         called = {call.module for call in self.source.calls}
         self.source_owner = owners(source, self.shapes, called)
-        self.own: dict[str, Tensor] = dict(target.named_buffers(remove_duplicate=False))
-        self.own |= dict(target.named_parameters(remove_duplicate=False))
+        self.own = tensors_of(target)
+
+    def take(self, alignment: Alignment) -> None:
+        """Go on with another alignment of the two models."""
+        self.alignment = alignment
         self.matches = {match.target: match for match in alignment.matches}
         self.proposed = {match.target: match for match in alignment.ambiguous}
-        self.wrong, self.is_loaded = self._compared_values()
+        self.known = {**self.proposed, **self.matches}
 
-    def _compared_values(self) -> tuple[dict[str, str], bool]:
-        """Find the target's tensors that are not what the alignment gives, and whether it was loaded at all."""
+    def compared_values(self) -> tuple[dict[str, str], bool]:
+        """Find the target's keys that hold other values than the alignment gives, and what they hold, in words.
+
+        Returns:
+            These, and whether the target holds most of the alignment's values, and so was loaded.
+        """
         tensors = {key: self.value(match) for key, match in self.matches.items() if key in self.own}
         agreeing = {key for key, tensor in tensors.items() if _agree(self.own[key].detach(), tensor)}
         sizes = {self.own[key].numel() for key in tensors.keys() - agreeing} - {1}
@@ -127,20 +140,23 @@ class Session:
 
     def value(self, match: Match) -> Tensor:
         """Compute the tensor of a match, as a load would give it to the target."""
-        tensor, own = self.alignment.tensor(match).detach(), self.own[match.target]
-        return tensor.to(device=own.device, dtype=own.dtype)
+        own = self.own[match.target]
+        tensor = self.alignment.tensor(match, [self.values[key].detach() for key in match.sources])
+        return tensor.detach().to(device=own.device, dtype=own.dtype)
 
-    def call(
-        self, matches: Mapping[str, Match], values: Mapping[str, Tensor] | None, wrong: Collection[str]
-    ) -> Outcome:
+    def fills(self, matches: Iterable[Match]) -> dict[str, Tensor]:
+        """Compute the tensors of several matches, by the target's keys."""
+        return {match.target: self.value(match) for match in matches if match.target in self.own}
+
+    def call(self, matches: Mapping[str, Match], values: Mapping[str, Tensor], wrong: Collection[str] = ()) -> Outcome:
         """Call the target and compare.
 
         Args:
             matches: Those by which modules are paired, by target key.
-            values: Tensors to use in place of the target's own, as ``tied`` returns them.
+            values: Tensors to use in place of the target's own, by key.
             wrong: Target keys whose modules are not excused.
         """
-        target = record(self.models[1], self.inputs, self.keep[1], values)
+        target = record(self.models[1], self.inputs, self.keep[1], self.tied(values) or None)
         target_owner = owners(self.models[1], self.target_shapes, {call.module for call in target.calls})
         tolerance = self.wanted_tolerance or tolerance_of(self.source.outputs, target.outputs)
         finer = module_tolerance(tolerance, (self.source, target))
@@ -157,7 +173,7 @@ class Session:
                 max(tolerance, finer),
             )
         )
-        differences = output_differences(target.outputs, self.source.outputs)
+        differences = output_differences(target.outputs, self.source.outputs, self.source.sizes)
         largest = max((item.difference for item in differences), default=inf)
         guilty = {target_owner[key][0] for key in wrong if key in target_owner}
         outputs_equal = largest <= tolerance  # although values on the way may differ: a signal may fade
@@ -177,8 +193,17 @@ class Session:
         return {key: first[id(self.own[key])] for key in fills}
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model by all of their names."""
+    found: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    return found | dict(model.named_parameters(remove_duplicate=False))
+
+
 def _agree(own: Tensor, tensor: Tensor) -> bool:
-    return torch.equal(own, tensor) or (relative_difference(own, tensor) or 0.0) <= _EXACT
+    """Return True if each value is the other's but for rounding."""
+    if torch.equal(own, tensor) or not own.is_floating_point():
+        return torch.equal(own, tensor)
+    return torch.allclose(own, tensor, rtol=_EXACT, atol=0, equal_nan=True)
 
 
 def _fingerprint(tensor: Tensor) -> tuple[int, float]:

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from autoalign.alignment import Alignment
 from autoalign.errors import InputError
 from autoalign.matching.match import match_tensors
-from autoalign.matching.names import kind
-from autoalign.plan.matches import Match
+from autoalign.plan.matches import Match, Verified
 from autoalign.verification.causes import Divergence, Scene, diverged
-from autoalign.verification.compare import Finding, OutputDifference, last_agreement, worst_finding
+from autoalign.verification.compare import Finding, last_agreement, worst_finding
+from autoalign.verification.differences import OutputDifference
+from autoalign.verification.proof import fresh_values, is_countable, is_decisive, noticed
 from autoalign.verification.run import NEVER, preserved
 from autoalign.verification.search import Budget, State, search
 from autoalign.verification.session import Outcome, Session
 
-_MAX_LISTED = 6  # matches
+_MAX_LISTED = 6  # matches or keys
+_COVERAGE_SECONDS = 60.0  # for which it is measured, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +40,25 @@ class Verification:
     compared: int = 0  # modules' inputs and outputs that were compared
     trials: int = 0  # calls of the target that were made to try alternatives
     notes: tuple[str, ...] = ()
+    coverage: float = 0.0  # share of the tensors of which a change would have been noticed; 0 if not all agrees
+    uncovered: tuple[str, ...] = ()  # the target's keys of the others
+    unproven: tuple[str, ...] = ()  # those of them that the call uses
 
     def __str__(self) -> str:
         how = "as it is" if self.as_it_is else "with the alignment's values"
         verdict = "NOT equal" if self.max_difference > self.tolerance else "equal"
         if verdict == "equal" and not self.equal:
-            verdict = "equal, but NOT what modules compute on the way"
+            verdict += ", but NOT proven to be" if self.unproven else ", but NOT what modules compute on the way"
         lines = [
             f"The outputs are {verdict}: largest relative difference {self.max_difference:.1e}, "
             f"tolerance {self.tolerance:.0e}; {self.compared} inputs and outputs of modules compared, "
             f"the target called {how}."
         ]
+        if self.coverage and self.alignment.verified is not None:
+            found = self.alignment.verified.describe(match.target for match in self.alignment.matches)
+            lines.append(f"Verified: {found}.")
+        if self.unproven:
+            lines.append(f"A change in {', '.join(self.unproven[:_MAX_LISTED])} would not have been noticed.")
         if self.first_divergence is not None:
             lines.append(f"First divergence: {self.first_divergence}")
         if self.taken:
@@ -96,39 +106,84 @@ def verify_models(
     _check(alignment, source_model, target_model)
     inputs = (example_inputs, example_inputs if target_inputs is None else target_inputs)
     with preserved(source_model, target_model):
-        session = Session(source_model, target_model, inputs, alignment, tolerance)
-        budget = Budget(trials, seconds)
-        if not session.is_loaded:
-            return _verified(session, as_it_is=False, budget=budget)
-        found = _verified(session, as_it_is=True, budget=budget)
-        if found.max_difference > found.tolerance or found.taken or not (given or found.first_divergence):
-            return found
-        by_alignment = _verified(session, as_it_is=False, budget=budget)
-        if by_alignment.equal and by_alignment.first_divergence is None:
-            return found
-        if given:
-            return by_alignment
-        if by_alignment.equal and by_alignment.taken and not found.equal:  # the alignment paired its modules wrongly
-            session = Session(source_model, target_model, inputs, by_alignment.alignment, tolerance)
-            found = _verified(session, as_it_is=True, budget=Budget(0, None))
-        return _otherwise_right(found, by_alignment) if found.equal else found
+        own = Session(source_model, target_model, inputs, alignment, tolerance)
+        sources = [match.sources for match in own.known.values()]
+        sources += [candidate.sources for match in own.known.values() for candidate in match.alternatives]
+        values = fresh_values(source_model, inputs[0], {key for keys in sources for key in keys})
+        fresh = own if values is None else Session(source_model, target_model, inputs, alignment, tolerance, values)
+        return _verified(own, fresh, Budget(trials, seconds), given=given)
 
 
-def _otherwise_right(found: Verification, by_alignment: Verification) -> Verification:
-    """Note that a target is right as it is, and that the alignment would fill it otherwise."""
-    better = by_alignment if by_alignment.equal else found
-    note = "The target is right as it is. The alignment of the two models alone is not: " + (
-        f"{len(better.taken)} of its matches had to be taken otherwise."
-        if by_alignment.equal
-        else f"{by_alignment.first_divergence}"
+def _verified(own: Session, fresh: Session, budget: Budget, *, given: bool) -> Verification:
+    """Verify the models on their own values, and the alignment, which is corrected if that helps, on fresh ones."""
+    wrong, as_it_is = own.compared_values()
+    wrong = wrong if as_it_is else {}
+    base = own.call(own.known, {} if as_it_is else own.fills(own.matches.values()), wrong)
+    fills = fresh.fills(own.matches.values())
+    proof = fresh.call(own.known, fills, ())
+    divergence, of_alignment = _divergence(own, base, wrong), _divergence(fresh, proof, {})
+    state = State(own.known, fills, proof)
+    notes = [] if base.differences else [_incomparable(own, base)]
+    if own is fresh:
+        notes.append("The source gives no finite outputs on fresh values, so that only its own were compared.")
+    if not proof.equal and proof.differences:
+        state = search(fresh, state, budget, listed_only=_is_explained(of_alignment))
+        if state.outcome.position > proof.position and not state.outcome.equal:
+            moved = ", ".join(match.target for match in state.changed(own.known)[:3])
+            notes.append(f"With {moved} filled otherwise, both agree for longer, and then differ too.")
+        elif base.equal and not state.outcome.equal:
+            notes.append("With the models' own values they are equal, but not with others, which show more.")
+    blames_values = divergence is not None and any(key in wrong for key in divergence.keys)
+    if of_alignment is not None and (not blames_values or (given and base.largest <= base.tolerance)):
+        divergence = _located(fresh, of_alignment, state, proof)
+    taken = state.changed(own.matches) if state.outcome.equal and not proof.equal else ()
+    if taken:
+        own.take(_with(own.alignment, taken))
+        wrong, holds_most = own.compared_values()
+        if holds_most and not given and not any(map(is_countable, wrong)):
+            as_it_is, divergence, base = True, None, own.call(own.known, {}, ())
+            notes.append(
+                "The target is right as it is. The alignment of the two models alone is not: "
+                f"{len(taken)} of its matches had to be taken otherwise."
+            )
+        else:
+            as_it_is = as_it_is and base.largest > base.tolerance
+            wrong = {key: wrong[key] for key in wrong if as_it_is and key not in {match.target for match in taken}}
+            base = own.call(own.known, own.fills(taken if as_it_is else own.matches.values()), wrong)
+    agrees = base.equal and state.outcome.equal and not any(map(is_countable, wrong))
+    covered = noticed(fresh, state.outcome, state.values, _COVERAGE_SECONDS) if agrees else set()
+    loaded = [key for key in state.values if is_countable(key)] if agrees else []
+    uncovered = tuple(key for key in loaded if key not in covered)
+    used = state.outcome.compared.target.first_use
+    unproven = tuple(key for key in uncovered if key in used and is_decisive(key, own.own[key]))
+    coverage = len(covered) / max(len(loaded), 1)
+    equal = agrees and bool(coverage) and not unproven
+    return Verification(
+        equal,
+        base.largest,
+        divergence,
+        replace(own.alignment, verified=Verified(equal, base.largest, coverage, uncovered)),
+        taken,
+        as_it_is,
+        base.differences,
+        base.tolerance,
+        sum(event.difference is not None for event in base.compared.events),
+        budget.made,
+        tuple(notes),
+        coverage,
+        uncovered,
+        unproven,
     )
-    return replace(
-        found,
-        first_divergence=None,
-        alignment=better.alignment,
-        taken=better.taken,
-        trials=by_alignment.trials,
-        notes=(*found.notes, note),
+
+
+def _incomparable(session: Session, outcome: Outcome) -> str:
+    source, target = (
+        {name: list(tensor.shape) for name, tensor in recording.outputs.items()}
+        for recording in (session.source, outcome.compared.target)
+    )
+    return (
+        f"No outputs have the same size: {source} of the source, {target} of the target. "
+        "Wrap one of them, so that both give the same."
     )
 
 
@@ -152,50 +207,9 @@ def _check_options(tolerance: object, trials: object, seconds: object) -> None:
         raise InputError(f"trials= takes a whole number that is not negative, not {trials!r}. Nothing was verified.")
 
 
-def _verified(session: Session, *, as_it_is: bool, budget: Budget) -> Verification:
-    """Verify the target by its own values or by the alignment's."""
-    wrong = session.wrong if as_it_is else {}
-    fills = {} if as_it_is else {key: session.value(m) for key, m in session.matches.items() if key in session.own}
-    known = {**session.proposed, **session.matches}
-    base = session.call(known, session.tied(fills) or None, wrong)
+def _divergence(session: Session, outcome: Outcome, wrong: Mapping[str, str]) -> Divergence | None:
     unfilled = [key for key in session.target_shapes if key not in session.matches]
-    scene = Scene(session.models, base.compared, known, wrong, unfilled)
-    divergence = _divergence(session, base, scene)
-    notes = []
-    if not base.differences:
-        sides = [{name: list(t.shape) for name, t in r.outputs.items()} for r in (session.source, base.compared.target)]
-        notes.append(
-            f"No outputs have the same size: {sides[0]} of the source, {sides[1]} of the target. "
-            "Wrap one of them, so that both give the same."
-        )
-    state = State(known, fills, base)
-    explained = divergence is not None and any(key in wrong for key in divergence.keys)
-    if not base.equal and not explained and base.differences:
-        state = search(session, state, wrong, budget, listed_only=_is_explained(divergence))
-        divergence = _located(session, divergence, state, base)
-    elif base.equal and wrong and divergence is None:
-        notes.append(f"{len(wrong)} tensors hold other values than the alignment gives: {', '.join(list(wrong)[:3])}.")
-    best = state.outcome if state.outcome.equal else base
-    taken = state.changed(session.matches) if best.equal and not base.equal else ()
-    if state.outcome.position > base.position and not best.equal:
-        moved = ", ".join(match.target for match in state.changed(session.matches)[:3])
-        notes.append(f"With {moved} filled otherwise, both agree for longer, and then differ too.")
-    return Verification(
-        best.equal,
-        best.largest,
-        divergence,
-        _with(session.alignment, taken),
-        taken,
-        as_it_is,
-        best.differences,
-        base.tolerance,
-        sum(event.difference is not None for event in best.compared.events),
-        budget.made,
-        tuple(notes),
-    )
-
-
-def _divergence(session: Session, outcome: Outcome, scene: Scene) -> Divergence | None:
+    scene = Scene(session.models, outcome.compared, session.known, wrong, unfilled)
     if outcome.equal:
         return _unseen(session, scene)
     if (finding := outcome.finding or worst_finding(outcome.compared)) is not None:
@@ -210,26 +224,24 @@ def _divergence(session: Session, outcome: Outcome, scene: Scene) -> Divergence 
 def _unseen(session: Session, scene: Scene) -> Divergence | None:
     """Find tensors that are wrong although nothing in this call shows it, such as counters."""
     used = scene.compared.target.first_use
-    wrong = sorted(scene.wrong, key=lambda key: used.get(key, NEVER))
-    if wrong:
-        module = scene.owner(wrong[0])
-        text = f"{wrong[0]} {scene.wrong[wrong[0]]}. It does not show in the outputs of this call."
-        source = session.source_owner[session.matches[wrong[0]].sources[0]][0]
-        return Divergence(source, module, 0.0, "weights", text, (wrong[0],))
     for key in sorted(session.matches, key=lambda key: used.get(key, NEVER)):
-        pair = scene.compared.pairs.get(scene.owner(key))
-        if pair and key in pair.mixed and kind(key.rpartition(".")[2])[0] in ("mean", "var", "count"):
-            text = (
-                f"{key} comes from {' + '.join(session.matches[key].sources)}, the rest of the module from "
-                f"{pair.source}. It does not show in the outputs of this call."
-            )
-            return Divergence(pair.source, pair.target, 0.0, "weights", text, (key,))
+        module, sources = scene.owner(key), session.matches[key].sources
+        pair = scene.compared.pairs.get(module)
+        source = pair.source if pair else session.source_owner[sources[0]][0]
+        if key in scene.wrong:
+            text = f"{key} {scene.wrong[key]}"
+        elif pair and key in pair.mixed and not is_countable(key):
+            text = f"{key} comes from {' + '.join(sources)}, the rest of the module from {source}"
+        else:
+            continue
+        text += ". It does not show in the outputs of this call."
+        return Divergence(source, module, 0.0, "weights", text, (key,))
     return None
 
 
-def _located(session: Session, divergence: Divergence | None, state: State, base: Outcome) -> Divergence | None:
+def _located(session: Session, divergence: Divergence, state: State, base: Outcome) -> Divergence:
     """Name the layer at fault, if trials found it: only equal outputs prove that what was tried is right."""
-    if divergence is None or not state.found or not state.outcome.equal:
+    if not state.found or not state.outcome.equal:
         return divergence
     used = base.compared.target.first_use
     keys = sorted(state.found, key=lambda key: used.get(key, NEVER))

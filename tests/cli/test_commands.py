@@ -256,8 +256,10 @@ def test_rules_need_a_name_of_a_function(checkpoint: str, capsys: pytest.Capture
 def test_verify_runs_both_models(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["verify", "tests.cli.factories:Network", RENAMED, "--input", "7,2"]
     assert cli.main(command) == cli.COMPLETE
-    assert cli.main([*command, "--format", "json"]) == cli.COMPLETE
     capsys.readouterr()
+    assert cli.main([*command, "--format", "json"]) == cli.COMPLETE
+    found = json.loads(capsys.readouterr().out)
+    assert (found["equal"], found["coverage"], found["uncovered"]) == (True, 1.0, [])
     assert cli.main(["verify", "tests.cli.factories:Network", WIDER, "--input", "7,2"]) == cli.INCOMPLETE
 
 

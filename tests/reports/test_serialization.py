@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import autoalign
 from autoalign import Alignment, InputError, PairMismatchError
 from autoalign.checkpoints.atomic import replace_text
 from autoalign.checkpoints.checkpoint import module_graph
-from autoalign.plan.matches import Candidate, Match, Mismatch
+from autoalign.plan.matches import Candidate, Match, Mismatch, Verified
 from autoalign.plan.operations import Concatenate, Split
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.serialization import alignment_from_plain
@@ -66,6 +67,21 @@ def test_everything_that_an_alignment_says_is_kept(tmp_path: Path) -> None:
     assert read.missing_keys == alignment.missing_keys
     assert read.unexpected_keys == alignment.unexpected_keys  # which knows that q.weight is tied
     assert str(read) == str(alignment)
+
+
+@pytest.mark.parametrize("difference", [2e-7, float("inf")])
+def test_what_was_verified_is_kept(difference: float, tmp_path: Path) -> None:
+    plain = autoalign.align({"x.weight": torch.ones(2, 2), "x.bias": torch.ones(2)}, nn.Linear(2, 2))
+    verified = Verified(difference < 1, difference, 0.5, ("bias",))
+    replace(plain, verified=verified).save(tmp_path / "a.json")
+    read = Alignment.read(tmp_path / "a.json")
+    assert read.verified == verified
+    assert read.to_dict() == json.loads((tmp_path / "a.json").read_text())
+    applied = read.applied_to({"x.weight": torch.ones(2, 2), "x.bias": torch.ones(2)}, nn.Linear(2, 2))
+    assert applied.verified == verified  # it holds for any values
+    plain.save(tmp_path / "b.json")
+    assert "verified" not in json.loads((tmp_path / "b.json").read_text())
+    assert Alignment.read(tmp_path / "b.json").verified is None
 
 
 def test_what_follows_from_an_alignment_is_written_too_and_not_read() -> None:
@@ -189,6 +205,12 @@ OTHER = {"sources": ["x.weight"], "operation": {"kind": "Copy"}, "score": 1}
         (("matches", 0, "operation"), {"kind": "Flip", "dim": 9}),
         (("matches", 0, "operation"), {"kind": "Permute", "dims": [0, 0]}),
         (("matches", 0, "operation"), ZEROS),
+        (("verified",), [1]),
+        (("verified",), {"equal": 1, "max_difference": 0, "coverage": 1, "uncovered": []}),
+        (("verified",), {"equal": True, "max_difference": -1, "coverage": 1, "uncovered": []}),
+        (("verified",), {"equal": True, "max_difference": 0, "coverage": 2, "uncovered": []}),
+        (("verified",), {"equal": True, "max_difference": 0, "coverage": 1, "uncovered": "bias"}),
+        (("verified",), {"equal": True, "max_difference": 0, "coverage": 1}),
     ],
 )
 def test_every_field_is_checked_on_reading(path: tuple[object, ...], value: object, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import autoalign
 from autoalign.alignment import Alignment
 from autoalign.api import verify
 from autoalign.errors import InputError
+from autoalign.plan.matches import Verified
 from autoalign.plan.operations import Operation, Transpose, chain
 from benchmarks.accuracy.localisation import SUBJECTS, Way, measure
 from benchmarks.accuracy.localisation import randomise as with_values
@@ -177,9 +178,7 @@ def test_another_activation_is_named_whatever_the_values(
     target = nn.Sequential(OrderedDict(fc1=nn.Linear(3, 3), act=other(), fc2=nn.Linear(3, 3)))
     target.load_state_dict(dict(zip(target.state_dict(), source.state_dict().values(), strict=True)))
     verification = verify(source, target, torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) - 0.5)
-    if verification.max_difference < 1e-6:  # large and positive values pass through both alike
-        assert verification.equal
-        return
+    assert not verification.equal  # although large and positive values pass through both alike
     divergence = verification.first_divergence
     assert divergence is not None
     assert (divergence.target_module, divergence.between, divergence.cause) == ("fc2", ("fc1", "fc2"), "configuration")
@@ -395,6 +394,133 @@ def test_the_initial_weights_of_a_deep_network_are_told_apart() -> None:
     assert not verification.equal
     assert verification.first_divergence is not None
     assert verification.first_divergence.keys == ("Mixed_5b.branch5x5_2.conv.weight",)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Mixed_5b.branch5x5_2.conv.weight", "Mixed_5d.branch5x5_2.conv.weight"),
+        ("Mixed_5c.branch3x3dbl_2.bn.weight", "Mixed_5c.branch3x3dbl_3.bn.weight"),  # both are all ones
+        ("Mixed_6c.branch7x7_1.bn.running_var", "Mixed_6c.branch7x7dbl_1.bn.running_var"),
+    ],
+)
+def test_a_load_and_its_own_alignment_are_no_proof(first: str, second: str) -> None:
+    """All values are those of the alignment, and the outputs are equal, since no signal reaches them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        source, target = (tv("inception_v3", init_weights=False)().eval() for _ in range(2))
+    right = autoalign.align(source, target)
+    fills = {match.target: (match.sources, match.operation) for match in right.matches}
+    wrong = spoilt(right, {first: fills[second], second: fills[first]})
+    target.load_state_dict(wrong.state_dict())
+    images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    verification = verify(source, target, images, alignment=wrong, trials=0)
+    assert verification.max_difference < verification.tolerance
+    assert not verification.equal
+    assert verification.first_divergence is not None
+    assert verification.first_divergence.keys[0] in (first, second)
+    assert verification.alignment.verified == Verified(False, verification.max_difference)
+    found = verify(source, target, images, alignment=wrong)
+    assert found.equal
+    assert {match.target for match in found.taken} == {first, second}
+
+
+class Beside(nn.Module):
+    """A head of small values beside one of large ones."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.large, self.small, self.factor = nn.Linear(6, 9), nn.Linear(6, 9), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([1e3 * self.large(x), self.factor * self.small(x)], 1)
+
+
+def test_a_small_channel_counts_beside_a_large_one() -> None:
+    source, target = with_values(Beside(1.0), 1), Beside(1.01)
+    target.load_state_dict(source.state_dict())
+    rows = torch.randn(9, 6)
+    verification = verify(source, target, rows)
+    with torch.no_grad():
+        want, got = source(rows), target(rows)
+    assert float((want - got).abs().max()) < 1e-4 * float(want.abs().max())
+    assert not verification.equal
+    assert verification.max_difference == pytest.approx(0.01, rel=0.01)
+    target.factor = 1.0
+    assert verify(source, target, rows).equal
+
+
+class Auxiliary(nn.Module):
+    """A head for training beside that for use, a bias without effect, and counters."""
+
+    def __init__(self, *, shifted: bool = False) -> None:
+        super().__init__()
+        self.norm, self.head, self.aux = nn.BatchNorm1d(6), nn.Linear(6, 3), nn.Sequential(nn.Linear(6, 3))
+        self.shift = nn.Parameter(torch.ones(1)) if shifted else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = x if self.shift is None else (x + self.shift).softmax(-1)
+        result: Tensor = self.aux(x) if self.training else self.head(x)
+        return result
+
+
+def test_what_the_call_does_not_use_is_not_covered() -> None:
+    source, target = with_values(Auxiliary(), 1), Auxiliary()
+    alignment = autoalign.load(target, source)
+    assert alignment.verified is None
+    verification = verify(source, target, ROWS, alignment=alignment)
+    assert verification.equal
+    assert (verification.coverage, verification.uncovered) == (6 / 8, ("aux.0.weight", "aux.0.bias"))
+    text = "Verified: equal; 75.0 % of the tensors are covered; not covered: aux (2)."
+    assert str(verification).splitlines()[1] == text
+    assert verification.alignment.verified == Verified(True, 0.0, 6 / 8, verification.uncovered)
+    assert f"Note: {text}" in str(verification.alignment)
+    assert verification.alignment == alignment
+    assert verification.alignment.inverse().verified is None
+    _exchange(target, "aux.0.bias", "head.bias")
+    target.head.load_state_dict(source.get_submodule("head").state_dict())
+    verification = verify(source, target, ROWS, alignment=alignment)
+    assert not verification.equal  # it is known to be wrong, although it does not show
+    assert verification.first_divergence is not None
+    assert verification.first_divergence.keys == ("aux.0.bias",)
+
+
+def test_a_tensor_that_is_used_without_effect_leaves_equality_unproven() -> None:
+    source, target = with_values(Auxiliary(shifted=True), 1), Auxiliary(shifted=True)
+    autoalign.load(target, source)
+    verification = verify(source, target, ROWS)
+    assert not verification.equal
+    assert (verification.max_difference, verification.unproven) == (0.0, ("shift",))
+    text = str(verification)
+    assert text.startswith("The outputs are equal, but NOT proven to be: ")
+    assert "Verified: NOT proven equal; 66.6 % of the tensors are covered; not covered: aux (2), shift." in text
+    assert "A change in shift would not have been noticed." in text
+
+
+class Logarithm(nn.Module):
+    """A network that gives no finite outputs on values that may be negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(x.abs()).log()
+        return result
+
+
+def test_models_that_fail_on_fresh_values_are_verified_by_their_own() -> None:
+    source, target = Logarithm(), Logarithm()
+    with torch.no_grad():
+        source.layer.weight.abs_()
+        source.layer.bias.abs_()
+    autoalign.load(target, source)
+    verification = verify(source, target, ROWS)
+    assert (verification.equal, verification.coverage) == (True, 1.0)
+    assert verification.notes == (
+        "The source gives no finite outputs on fresh values, so that only its own were compared.",
+    )
 
 
 class ActiveNorm(nn.LayerNorm):
