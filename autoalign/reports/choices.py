@@ -135,16 +135,15 @@ class _Exchange(NamedTuple):
     owner: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Rivals:
+class _Rivals(NamedTuple):
     """How one ambiguous match could be otherwise without a change of what is loaded."""
 
-    layouts: Sequence[_Way]  # of the same sources
-    exchanges: Sequence[_Exchange]
+    layouts: list[_Way]  # of the same sources
+    exchanges: list[_Exchange]
 
 
 def _choices(plan: Plan) -> Iterator[Choice]:
-    sides, shapes = _Sides.of(plan), {spec.key: spec.shape for spec in plan.source_specs}
+    option, shapes = _option_of(plan), {spec.key: spec.shape for spec in plan.source_specs}
     groups = {key: keys for keys in tied_groups(plan.target_specs) for key in keys}
     copies: dict[tuple[str, ...], list[Match]] = {}  # of tied targets, which are filled as one
     for match in plan.ambiguous:
@@ -154,9 +153,7 @@ def _choices(plan: Plan) -> Iterator[Choice]:
     rivals = _rivals(plan, matches)
     for places in _groups(matches, rivals):
         options = [
-            sides.option(
-                {matches[place].target: ways.get(place) or _proposed(matches[place]) for place in places}, tied
-            )
+            option({matches[place].target: ways.get(place) or _proposed(matches[place]) for place in places}, tied)
             for ways in _ways(places, matches, rivals, shapes)
         ]
         warnings = dict.fromkeys(warning for place in places for warning in matches[place].warnings)
@@ -205,18 +202,17 @@ def _rivals(plan: Plan, matches: Sequence[Match]) -> list[_Rivals]:
             owners.setdefault(key, set()).add(place)
     result = []
     for place, match in enumerate(matches):
-        layouts: list[_Way] = []
-        exchanges: list[_Exchange] = []
+        rivals = _Rivals([], [])
         proposal = _Way(tensors(match.sources), match.operation)
         for way in dict.fromkeys(_Way(tensors(other.sources), other.operation) for other in match.alternatives):
             of = set[int]().union(*(owners.get(key, ()) for key in way.sources))
             if set(way.sources) == set(proposal.sources):
-                layouts += [way] if way != proposal else []
+                rivals.layouts.extend([way] if way != proposal else [])
             elif loaded.isdisjoint(way.sources) and (
                 not of or (len(of) == 1 and place not in of and tensors(matches[min(of)].sources) == way.sources)
             ):
-                exchanges.append(_Exchange(place, way, min(of, default=None)))
-        result.append(_Rivals(layouts, exchanges))
+                rivals.exchanges.append(_Exchange(place, way, min(of, default=None)))
+        result.append(rivals)
     return result
 
 
@@ -301,40 +297,33 @@ def _exchanged(
     return ways
 
 
-@dataclass(frozen=True, slots=True)
-class _Sides:
-    """What is known of both sides for writing rules."""
+def _option_of(plan: Plan) -> Callable[[Mapping[str, _Way], Mapping[str, Sequence[str]]], Option]:
+    """Return a function that makes an option of what fills some targets, each of which may be tied to others."""
+    own, other = (
+        [spec for spec in side if spec.key not in plan.excluded] for side in (plan.source_specs, plan.target_specs)
+    )
+    operation_of = operations_of_rules(SideParts.of(own, {}), SideParts.of(other, {}))
+    loaded = {match.target: match for match in plan.matches}
+    order = {spec.key: place for place, spec in enumerate(plan.target_specs)}
 
-    operation_of: Callable[[str, str], Operation | None]  # of a rule for two keys
-    order: Mapping[str, int]  # of the target's keys
-    renamer: Renamer
+    def may_name(source: str, target: str) -> bool:
+        """True if a rule for these keys makes what is loaded anyway."""
+        match = loaded.get(target)
+        return match is not None and match.sources == (source,) and match.operation == operation_of(source, target)
 
-    @staticmethod
-    def of(plan: Plan) -> _Sides:
-        own, other = (
-            [spec for spec in side if spec.key not in plan.excluded] for side in (plan.source_specs, plan.target_specs)
-        )
-        operation_of = operations_of_rules(SideParts.of(own, {}), SideParts.of(other, {}))
-        loaded = {match.target: match for match in plan.matches}
+    renamer = Renamer.of([spec.key for spec in own], [spec.key for spec in other], may_name)
 
-        def may_name(source: str, target: str) -> bool:
-            """True if a rule for these keys makes what is loaded anyway."""
-            match = loaded.get(target)
-            return match is not None and match.sources == (source,) and match.operation == operation_of(source, target)
-
-        renamer = Renamer.of([spec.key for spec in own], [spec.key for spec in other], may_name)
-        return _Sides(operation_of, {spec.key: place for place, spec in enumerate(plan.target_specs)}, renamer)
-
-    def option(self, ways: Mapping[str, _Way], tied: Mapping[str, Sequence[str]]) -> Option:
-        """Make an option of what fills some targets, each of which may be tied to others."""
+    def option(ways: Mapping[str, _Way], tied: Mapping[str, Sequence[str]]) -> Option:
         named = {
             way.sources[0]: target
             for target, way in ways.items()
-            if len(way.sources) == 1 and self.operation_of(way.sources[0], target) == way.operation
+            if len(way.sources) == 1 and operation_of(way.sources[0], target) == way.operation
         }
-        rules = self.renamer.pairs(named) if len(named) == len(ways) else ()
+        rules = renamer.pairs(named) if len(named) == len(ways) else ()
         matches = [Match(key, *way, evidence=_CHOSEN) for target, way in ways.items() for key in tied[target]]
-        return Option(tuple(sorted(matches, key=lambda match: self.order[match.target])), rules)
+        return Option(tuple(sorted(matches, key=lambda match: order[match.target])), rules)
+
+    return option
 
 
 def _settling(plan: Plan, warnings: Collection[str], *, by_order: bool) -> Iterator[str]:

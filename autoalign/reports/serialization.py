@@ -20,22 +20,11 @@ import torch
 from autoalign.checkpoints.atomic import replace_text
 from autoalign.checkpoints.checkpoint import Side, checkpoint_of, module_graph
 from autoalign.errors import InputError, OutputError, PairMismatchError
+from autoalign.plan import serialization as plain
 from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, PlanT, Verified
 from autoalign.plan.operations import Copy, Operation, Shape, output_shapes
 from autoalign.plan.quantised import ADVICE, can_fill
-from autoalign.plan.serialization import (
-    MAX_INTEGER,
-    MAX_NUMBER,
-    Plain,
-    from_plain,
-    integer,
-    items,
-    number,
-    parsed,
-    text,
-    texts,
-    to_plain,
-)
+from autoalign.plan.serialization import MAX_INTEGER, MAX_NUMBER, Plain, from_plain, to_plain
 from autoalign.plan.specs import TensorSpec, tied_groups
 from autoalign.reports.choices import Choice, choices_of
 
@@ -90,9 +79,9 @@ def _verified_from_plain(data: Mapping[str, Any] | None) -> Verified | None:
     largest = data["max_difference"]
     return Verified(
         data["equal"],
-        inf if largest is None else number(largest, 0),
-        number(data["coverage"], 0, 1),
-        texts(data["uncovered"]),
+        inf if largest is None else plain.number(largest, 0),
+        plain.number(data["coverage"], 0, 1),
+        plain.texts(data["uncovered"]),
     )
 
 
@@ -151,15 +140,16 @@ def _plan_from_plain(data: Mapping[str, Any]) -> Plan:
     source, target = _side_from_plain(data["source"]), _side_from_plain(data["target"])
     shapes = {spec.key: spec.shape for spec in source}, {spec.key: spec.shape for spec in target}
     plan = Plan(
-        matches=tuple(_match_from_plain(match, *shapes) for match in items(data["matches"])),
-        ambiguous=tuple(_match_from_plain(match, *shapes) for match in items(data["ambiguous"])),
+        matches=tuple(_match_from_plain(match, *shapes) for match in plain.items(data["matches"])),
+        ambiguous=tuple(_match_from_plain(match, *shapes) for match in plain.items(data["ambiguous"])),
         mismatched=tuple(
-            Mismatch(key, own, shapes[1][key], shapes[0][own]) for key, own in map(texts, items(data["mismatched"]))
+            Mismatch(key, own, shapes[1][key], shapes[0][own])
+            for key, own in map(plain.texts, plain.items(data["mismatched"]))
         ),
         source_specs=source,
         target_specs=target,
-        excluded=frozenset(texts(data["excluded"])),
-        notes=texts(data["notes"]),
+        excluded=frozenset(plain.texts(data["excluded"])),
+        notes=plain.texts(data["notes"]),
         verified=_verified_from_plain(data.get("verified")),
     )
     targets = Counter(match.target for match in (*plan.matches, *plan.ambiguous))
@@ -169,44 +159,44 @@ def _plan_from_plain(data: Mapping[str, Any]) -> Plan:
 
 
 def _side_from_plain(data: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
-    group = {key: number for number, keys in enumerate(items(data["tied"])) for key in texts(keys)}
+    group = {key: number for number, keys in enumerate(plain.items(data["tied"])) for key in plain.texts(keys)}
     specs: dict[str, TensorSpec] = {}
-    for tensor in items(data["tensors"]):
-        key, shape, name = items(tensor)
-        sizes = tuple(integer(size) for size in items(shape))
-        encoding = text(name) if name.startswith("GGUF ") else ""
+    for tensor in plain.items(data["tensors"]):
+        key, shape, name = plain.items(tensor)
+        sizes = tuple(plain.integer(size) for size in plain.items(shape))
+        encoding = plain.text(name) if name.startswith("GGUF ") else ""
         if not encoding and name not in _DTYPES:
-            raise TypeError(f"{text(key)!r} has the unknown dtype {name!r}")
+            raise TypeError(f"{plain.text(key)!r} has the unknown dtype {name!r}")
         if key in specs or prod(sizes) > MAX_INTEGER:
-            raise ValueError(f"{text(key)!r} is listed twice, or larger than a tensor can be")
+            raise ValueError(f"{plain.text(key)!r} is listed twice, or larger than a tensor can be")
         dtype = torch.uint8 if encoding else _DTYPES[name]
-        specs[key] = TensorSpec(text(key), sizes, dtype, group.get(key), encoding)
+        specs[key] = TensorSpec(plain.text(key), sizes, dtype, group.get(key), encoding)
     if unknown := group.keys() - specs.keys():
         raise KeyError(min(unknown))
     return tuple(specs.values())
 
 
 def _match_from_plain(data: Mapping[str, Any], source: Mapping[str, Shape], target: Mapping[str, Shape]) -> Match:
-    key = text(data["target"])
+    key = plain.text(data["target"])
     shape = target[key]
-    sources = texts(data["sources"])
+    sources = plain.texts(data["sources"])
     operation = _operation_from_plain(data.get("operation"), sources, source, shape)
     evidence = data.get("evidence", {})
     if not isinstance(evidence, Mapping):
         raise TypeError(f"the evidence of {key!r} is not a mapping")
     alternatives = []
-    for other in items(data.get("alternatives", [])):
-        others = texts(other["sources"])
+    for other in plain.items(data.get("alternatives", [])):
+        others = plain.texts(other["sources"])
         alternative = _operation_from_plain(other["operation"], others, source, shape)
-        alternatives.append(Candidate(others, alternative, number(other["score"])))
+        alternatives.append(Candidate(others, alternative, plain.number(other["score"])))
     return Match(
         key,
         sources,
         operation,
-        number(data["confidence"], 0, 1),
-        {cue: number(value) for cue, value in evidence.items()},
+        plain.number(data["confidence"], 0, 1),
+        {cue: plain.number(value) for cue, value in evidence.items()},
         tuple(alternatives),
-        texts(data.get("warnings", [])),
+        plain.texts(data.get("warnings", [])),
     )
 
 
@@ -244,7 +234,7 @@ def save(alignment: Plan, path: str | os.PathLike[str]) -> None:
 def read(path: str | os.PathLike[str]) -> Plan:
     """Read an alignment from a file; see ``Alignment.read``."""
     try:
-        data = parsed(Path(path).read_text(encoding="utf-8"))
+        data = plain.parsed(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{str(path)!r} cannot be read as a saved alignment: {error}") from error
     return alignment_from_plain(data)

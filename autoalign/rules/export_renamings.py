@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from itertools import product, zip_longest
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -79,9 +80,8 @@ def _step_of(rule: Rule) -> _Step:
 
 def _in_order(steps: Sequence[_Step], write: Callable[[_Step, str], list[Renaming]]) -> list[Renaming]:
     """Write steps as renamings to be applied one after another, so that each key is taken by one step alone."""
-    taken = [_taken(step.source) for step in steps]
+    taken, given = zip(*map(_beginnings, steps), strict=True) if steps else ((), ())
     kept = [place for place, step in enumerate(steps) if step.target is not None]
-    given = {place: _given(steps[place]) for place in kept}
     marked = [p for p in kept if any(later > p and _may_meet(given[p], taken[later]) for later in kept)]
     result: list[Renaming] = []
     for place in kept:
@@ -188,25 +188,18 @@ def _may_meet(first: Collection[str], second: Collection[str]) -> bool:
     return any(one.startswith(other) or other.startswith(one) for one in first for other in second)
 
 
-def _taken(source: str) -> frozenset[str]:
-    """List the beginnings of the keys that a pattern takes, with # for numbers; the empty text where they are open."""
-    try:
-        _, texts, groups = _taken_apart(source)
-    except _InexpressibleError:
-        return frozenset({""})
-    texts = [*texts[:-1], texts[-1].removesuffix("$") + "\n"] if texts[-1].endswith("$") else texts
-    plain = [re.sub(r"\\(.)", r"\1", text) for text in texts]
-    return _filled(plain, groups) if not any(map(_SPECIAL.search, texts)) else frozenset({""})
-
-
-def _given(step: _Step) -> frozenset[str]:
-    """List the beginnings of the keys that a step makes."""
-    try:
+def _beginnings(step: _Step) -> tuple[frozenset[str], frozenset[str]]:
+    """List how the keys begin that a step takes, and those that it makes: # for numbers, empty where that is open."""
+    taken = given = frozenset({""})
+    with suppress(_InexpressibleError):
         _, texts, groups = _taken_apart(step.source)
+        end = "\n" if texts[-1].endswith("$") else ""
+        texts[-1] = texts[-1].removesuffix("$") + end
+        if not any(map(_SPECIAL.search, texts)):
+            taken = _filled([re.sub(r"\\(.)", r"\1", text) for text in texts], groups)
         others = _texts_of(step.target or "", len(groups))
-    except _InexpressibleError:
-        return frozenset({""})
-    return _filled([*others[:-1], others[-1] + ("\n" if texts[-1].endswith("$") else "")], groups)
+        given = _filled([*others[:-1], others[-1] + end], groups)
+    return taken, given
 
 
 def _filled(texts: Sequence[str], groups: Sequence[str]) -> frozenset[str]:
