@@ -169,7 +169,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
     archives, npz files, GGUF and msgpack files (which need ``autoalign[formats]``), sharded checkpoints with or without
     an index, folders as Hugging Face, PEFT and training scripts leave them, and ``torch.distributed.checkpoint``.
 
-    No code of a file ever runs: pickles are read with ``weights_only=True``, or less. Tensors are mapped into memory or
+    No code of a file ever runs: pickles are read with ``weights_only=True``, or, where that refuses a class or function,
+    without looking it up: tensors are kept, also those of whole modules, and a note says what was ignored. Tensors are mapped into memory or
     read one by one; only msgpack files and older ones of torch are read as a whole. Mapping is what makes this fast,
     and its price is that a file that another process cuts while a tensor of it is used ends this one; put a new file in
     its place instead of writing to it, as ``convert`` does.
@@ -186,7 +187,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
             the folder.
         InputError: It is not a path.
         DependencyError: The package that reads the format is not installed.
-        UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
+        UnsafeCheckpointError: The file is of a class that only code of others can read.
     """
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"Expected a path, not {type(path).__name__}. Nothing was read.")

@@ -14,9 +14,10 @@ from typing import IO, Any, BinaryIO
 
 import torch
 
+from autoalign.checkpoints.formats.records import Reading, read_legacy, read_zipped
 from autoalign.checkpoints.formats.unpickler import check_cost, count_of
 from autoalign.checkpoints.stored import MAX_MEMBERS, Budget, Contents, TooCostlyError
-from autoalign.errors import CheckpointError, DependencyError, UnsafeCheckpointError
+from autoalign.errors import CheckpointError, DependencyError, UnsafeCheckpointError, listed
 
 _MAX_PICKLE_BYTES = 2**27  # of one beside the data of its tensors; a second is enough for two million of them
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first value of a file from before torch 1.6, which has five
@@ -37,7 +38,7 @@ def open_pickled(file: Path) -> Contents:
 
     Raises:
         CheckpointError: The file is damaged, or does not hold a mapping.
-        UnsafeCheckpointError: The file asks for code that ``weights_only=True`` refuses to run.
+        UnsafeCheckpointError: It is of a class that only code of others can read.
     """
     if _may_run_code(torch.__version__):
         raise DependencyError(
@@ -63,8 +64,33 @@ def open_pickled(file: Path) -> Contents:
         ) from error
     except Warning:  # torch's own, which a filter of the caller's turns into an error; filters are the whole process's
         raise
+    except pickle.UnpicklingError as error:  # what weights_only=True does not take, or a damaged file
+        return _without_code(file, error, zipped=zipped)
     except Exception as error:  # zipfile, torch and damaged pickles raise whatever they were led to
         raise _read_error(file, error) from error
+    return _contents(file, loaded)
+
+
+def _without_code(file: Path, refusal: pickle.UnpicklingError, *, zipped: bool) -> Contents:
+    """Read a file that names classes or functions of others: its tensors and plain data, with stubs for all else.
+
+    Raises:
+        CheckpointError: It is damaged, or holds nothing but such values.
+    """
+    try:
+        found, places = read_zipped(file) if zipped else read_legacy(file)
+        values = Reading(places)
+        loaded = values.value(found)
+    except Exception as error:
+        raise _read_error(file, refusal) from error
+    if not isinstance(loaded, Mapping):
+        raise _read_error(file, refusal) from refusal
+    kinds = list(dict.fromkeys(f"{name} in {where!r}" for name, where in values.ignored))
+    note = f"The file names code of others, and none of it was run; ignored: {listed(kinds)}." if kinds else ""
+    return _contents(file, loaded, *([note] if note else []))
+
+
+def _contents(file: Path, loaded: object, *notes: str) -> Contents:
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
             f"{str(file)!r} holds a {type(loaded).__name__}, not a mapping of tensors. Nothing was aligned. "
@@ -75,7 +101,7 @@ def open_pickled(file: Path) -> Contents:
             f"{str(file)!r} is a part of a checkpoint of DeepSpeed's ZeRO, whose tensors are spread over many files. "
             "Nothing was aligned. Merge them with the zero_to_fp32.py that lies beside them."
         )
-    return Contents(loaded)
+    return Contents(loaded, notes=notes)
 
 
 def _may_run_code(version: str) -> bool:

@@ -270,9 +270,11 @@ class _CostReader:
         self.hash_keys(made[::2], made)
         return made
 
-    def stored(self, identity: Any) -> _Storage:
+    def stored(self, identity: Any) -> object:
         """Count a storage, by what a reader is told of it."""
         self.walk(identity)
+        if isinstance(identity, tuple) and identity[:1] == ("module",) and len(identity) > 1:  # with its source code
+            return identity[1]
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] not in ("storage", b"storage"):
             raise ValueError("a reference to something that is not a storage")
         key, numel = identity[2], identity[4]

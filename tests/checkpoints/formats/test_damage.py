@@ -13,6 +13,8 @@ import resource
 import time
 import warnings
 import zipfile
+from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,17 @@ def write_zip(folder: Path) -> Path:
 
 def write_legacy(folder: Path) -> Path:
     torch.save(nn.BatchNorm1d(2).state_dict(), folder / "a", _use_new_zipfile_serialization=False)
+    return folder / "a"
+
+
+def write_with_objects(folder: Path) -> Path:
+    saved = {"args": Namespace(depth=2, path=Path("a")), "mean": np.arange(3.0), "best": np.float64(0.5)}
+    torch.save(saved | {"model": state_dict(), "log": defaultdict(list, {"loss": [1.0]})}, folder / "a")
+    return folder / "a"
+
+
+def write_module(folder: Path) -> Path:
+    torch.save(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), folder / "a", _use_new_zipfile_serialization=False)
     return folder / "a"
 
 
@@ -117,6 +130,8 @@ WRITERS = (
     write_safetensors,
     write_zip,
     write_legacy,
+    write_with_objects,
+    write_module,
     write_script,
     write_npz,
     write_compressed,
