@@ -11,8 +11,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TextIO
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from autoalign import __version__
 from autoalign.cli.terminal import BROKEN_PIPE, COMPLETE, ERROR, INCOMPLETE, INTERRUPTED, complain
@@ -277,10 +277,7 @@ def _add_matching(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        arguments: Without the program's name; by default the process's own.
+    """Run a command, by default that of the process's own arguments.
 
     Returns:
         The exit code, as ``--help`` explains them; 130 after a Ctrl-C, and 141 where the reader of the output has gone.
@@ -301,7 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 code = COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:
-        _discard(sys.stdout)
+        with suppress(OSError, ValueError):  # what is still written, above all at the end of the process, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt:
         complain("interrupted")
@@ -327,17 +325,6 @@ def _warnings_shown() -> Iterator[None]:
             warnings.simplefilter("ignore", category)  # the report says all of it
         warnings.showwarning = show
         yield
-
-
-def _discard(stream: TextIO) -> None:
-    """Send what is still written to a stream that nobody reads to nowhere, above all at the end of the process."""
-    try:
-        descriptor = stream.fileno()
-    except (OSError, ValueError):
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
 
 
 def _print_completion(parser: argparse.ArgumentParser, shell: str) -> None:

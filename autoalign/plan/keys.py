@@ -6,6 +6,7 @@ Patterns have the syntax of ``re`` and a time limit: ``re`` cannot be interrupte
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache, partial
@@ -106,12 +107,9 @@ def common_prefix(names: Iterable[_KeyT]) -> _KeyT:
     >>> common_prefix(["blocks.0.fc1", "blocks.0.fc2"]), common_prefix([("layer", "0"), ("layer", "1")])
     ('blocks.0.fc', ('layer',))
     """
-    known = list(names)
-    first, last = min(known), max(known)  # what these have in common, all have
-    for place, (own, other) in enumerate(zip(first, last, strict=False)):
-        if own != other:
-            return first[:place]
-    return first
+    known: Any = list(names)
+    prefix: _KeyT = os.path.commonprefix(known)  # noqa: RUF071, of texts, not of paths
+    return prefix
 
 
 def template(path: Iterable[str]) -> tuple[str, ...]:

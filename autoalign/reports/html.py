@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -253,24 +254,22 @@ def document(alignment: Plan, *, title: str = TITLE) -> str:
     style, script = _asset("report.css"), "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
     script = f'"use strict";\n(() => {{\n{script}}})();\n'
     notes = "".join(f"<li>{escape(escaped(note))}</li>" for note in notes_of(alignment))
-    return _fill(
-        _asset("report.html"),
-        {
-            "policy": "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-            f"style-src '{_digest(style)}'; script-src '{_digest(script)}'",
-            "version": escape(version("autoalign")),
-            "title": escape(escaped(title)),
-            "lead": escape(found.lead),
-            "totals": _total("Target tensors filled", {share.status: share.tensors for share in found.target})
-            + _total("Elements filled", {share.status: share.elements for share in found.target})
-            + _total("Source tensors used", {share.status: share.tensors for share in found.source}),
-            "notes": f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else "",
-            "text": escape(render_text(alignment, width=120)),
-            "data": script_safe(page_data(alignment)),
-            "css": style,
-            "script": script,
-        },
-    )
+    values = {
+        "policy": "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"style-src '{_digest(style)}'; script-src '{_digest(script)}'",
+        "version": escape(version("autoalign")),
+        "title": escape(escaped(title)),
+        "lead": escape(found.lead),
+        "totals": _total("Target tensors filled", {share.status: share.tensors for share in found.target})
+        + _total("Elements filled", {share.status: share.elements for share in found.target})
+        + _total("Source tensors used", {share.status: share.tensors for share in found.source}),
+        "notes": f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else "",
+        "text": escape(render_text(alignment, width=120)),
+        "data": script_safe(page_data(alignment)),
+        "css": style,
+        "script": script,
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], _asset("report.html"))
 
 
 def write(alignment: Plan, path: str | os.PathLike[str], *, title: str = TITLE) -> None:
@@ -322,16 +321,6 @@ def _short(count: int, of: int = 0) -> str:
         if count >= unit:
             return f"{count // (unit // 10) / 10:,}" + ("" if of // unit in range(1, 1000) else f" {name}")
     return f"{count:,}"
-
-
-def _fill(template: str, values: dict[str, str]) -> str:
-    """Insert values into a template; braces in a value are left alone."""
-    start, *parts = template.split("{{")
-    filled = [start]
-    for part in parts:
-        name, rest = part.split("}}", 1)
-        filled += [values[name], rest]
-    return "".join(filled)
 
 
 def _digest(text: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -261,14 +262,8 @@ def prefix_of(specs: Sequence[TensorSpec]) -> tuple[str, int]:
     Returns:
         The prefix, '' if there is none, and how many tensors have it.
     """
-    counts: dict[str, int] = {}
-    for spec in specs:
-        end = spec.key.find(".") + 1
-        for _ in range(LEVELS):
-            if not end:
-                break
-            counts[spec.key[:end]] = counts.get(spec.key[:end], 0) + 1
-            end = spec.key.find(".", end) + 1
+    paths = (accumulate(f"{name}." for name in spec.key.split(".", LEVELS)[:-1]) for spec in specs)
+    counts = Counter(chain.from_iterable(paths))
     prefix, count = "", len(specs)
     for name, inner in sorted(counts.items(), key=lambda item: item[0].count(".")):
         enough = inner == count if prefix else inner >= _MIN_SHARE_WITH_PREFIX * count

@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import prod
 from typing import Generic, NamedTuple, TypeVar
 
@@ -165,12 +165,8 @@ def write_range(values: list[int]) -> str:
     steps = {after - before for before, after in pairwise(values)}
     if len(values) > 3 and len(steps) == 1 and steps != {1}:
         return f"{{{values[0]},{values[1]},...,{values[-1]}}}"
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1].append(value)
-        else:
-            runs.append([value])
+    grouped = groupby(enumerate(values), lambda pair: pair[1] - pair[0])  # which stays the same within a run
+    runs = [[value for _, value in run] for _, run in grouped]
     parts = [part for run in runs for part in ([f"{run[0]}...{run[-1]}"] if len(run) > 2 else map(str, run))]
     if len(parts) > _MAX_PARTS:
         parts[_MAX_PARTS - 1 : -1] = ["..."]

@@ -162,7 +162,8 @@ def _matched_rows(alignment: Plan, filled: Sequence[Match]) -> list[Row]:
     rows = []
     for target, sources, matches, (shape, operation) in _folded_matches(filled, *_specs(alignment)):
         keys = (target,) if sources == target else (sources, target)
-        facts = (shape, f"{_lowest(matches):.2f}", operation)
+        lowest = min(match.confidence for match in matches)
+        facts = (shape, f"{lowest:.2f}", operation)
         rows.append(Row(keys, facts, len(matches), tuple(map(escaped, matches[0].warnings))))
     return rows
 
@@ -181,7 +182,8 @@ def _ambiguous_rows(
             if both:
                 shapes = dict.fromkeys(str(list(specs[0][key].shape)) for key in matches[0].sources)
                 operation = f"{matches[0].operation} of {', '.join(shapes)}"
-            facts = (shape, f"{operation}, confidence {_lowest(matches):.2f}")
+            lowest = min(match.confidence for match in matches)
+            facts = (shape, f"{operation}, confidence {lowest:.2f}")
             rows.append(Row((sources, target), facts, len(matches), choice=place))
         *first, last = by_blocks(rows)[:most]
         how = answers(choice, place, for_shell=for_shell)
@@ -270,10 +272,6 @@ def _folded_matches(
             operation += f", {origin.dtype_name} to {spec.dtype_name}"
         keys, sources = row.texts
         yield keys, sources, [matches[member] for member in row.members], (str(list(spec.shape)), operation)
-
-
-def _lowest(matches: Sequence[Match]) -> float:
-    return min(match.confidence for match in matches)
 
 
 def _folded(sources: Sequence[str]) -> str:

@@ -106,7 +106,7 @@ def _rule(rule: Rule, number: int) -> tuple[list[str], list[str]]:
 
 
 def _matched(source: str) -> list[str]:
-    return [*_call("match = re.match(", [_text(source, raw=True), "key"]), "if match:"]
+    return [_OPEN.join(["match = re.match(", _text(source, raw=True), "key"]), "if match:"]
 
 
 def _alone(rule: Rule) -> list[str]:
@@ -145,7 +145,7 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
             case Stack(dim):
                 return [f"{variable} = [torch.stack({variable}, dim={dim})]"]
             case InsertZeros(index, shape):
-                return [f"{variable}.insert({index}, {variable}[0].new_zeros({_tuple(shape)}))"]
+                return [f"{variable}.insert({index}, {variable}[0].new_zeros({tuple(shape)}))"]
             case ZerosLike(index, like):
                 return [f"{variable}.insert({index}, {variable}[0].new_zeros({variable}[{like}].shape))"]
             case Pick(places):
@@ -154,7 +154,7 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
                 each = (_steps(steps_of(own), f"{variable}[{place}]") for place, own in enumerate(operations))
                 return [line for lines in each for line in lines]
             case Sized(shapes, operation):
-                wanted = f"[{', '.join(map(_tuple, shapes))}]"
+                wanted = f"[{', '.join(str(tuple(shape)) for shape in shapes)}]"
                 refusal = _refusal(f"[tuple(x.shape) for x in {variable}] != {wanted}")
                 return [*refusal, *_steps(steps_of(operation), variable, several=True)]
             case Grouped(size, operation):
@@ -174,11 +174,11 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
         case Transpose():
             return [f"{x} = {x}.transpose(0, 1)"]
         case Permute(dims):
-            return [f"{x} = {x}.permute{_tuple(dims)}"]
+            return [f"{x} = {x}.permute{tuple(dims)}"]
         case Flip(dim):
             return [f"{x} = {x}.flip({dim})"]
         case Reshape(shape):
-            return [f"{x} = {x}.reshape({_tuple(shape)})"]
+            return [f"{x} = {x}.reshape({tuple(shape)})"]
         case Split(dim, start, length):
             return [f"{x} = {x}.narrow({dim}, {start}, {length})"]
         case Unstack(dim, index):
@@ -192,9 +192,9 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
             sizes = [
                 str(dim) if isinstance(dim, int) else " * ".join(f"{x}.shape[{d}]" for d in dim) or "1" for dim in dims
             ]
-            return _call(f"{x} = {x}.reshape(", sizes or ["()"])
+            return [_OPEN.join([f"{x} = {x}.reshape(", *(sizes or ["()"])])]
         case Sized((shape,), operation):
-            return [*_refusal(f"tuple({x}.shape) != {_tuple(shape)}"), *_steps(steps_of(operation), x)]
+            return [*_refusal(f"tuple({x}.shape) != {tuple(shape)}"), *_steps(steps_of(operation), x)]
     raise _NoShortFormError
 
 
@@ -251,15 +251,7 @@ def _text(text: str, *, raw: bool = False) -> str:
     return f'"{written[1:-1]}"' if written[0] == "'" and '"' not in text else written
 
 
-def _tuple(values: Sequence[int]) -> str:
-    return repr(tuple(values))
-
-
 _OPEN = "\0"  # begins a line that may be broken: its parts follow, to be laid out when its indent is known
-
-
-def _call(start: str, arguments: Sequence[str]) -> list[str]:
-    return [_OPEN.join([start, *arguments])]
 
 
 def _laid_out(line: str) -> Iterator[str]:

@@ -20,6 +20,7 @@ from autoalign.rules.generalise import Draft, Move, Parts, drafts_of, moves_of, 
 from autoalign.rules.rule import REFERENCE, Rule, reference
 from autoalign.rules.rules import Rules
 
+_DOT = r"\."
 _END = "$"  # stands for the end of a key in the tree
 _MAX_CORRECTIONS = 4
 _IMPOSSIBLE = 1_000_000  # rules
@@ -101,15 +102,11 @@ def _corrected(
 
 def _rule(draft: Draft) -> Rule:
     return Rule(
-        tuple(f"^{_pattern(source)}$" for source in draft.sources),
+        tuple(rf"^{_DOT.join(source)}$" for source in draft.sources),
         tuple(".".join(target) for target in draft.targets),
         draft.operations,
         tied=draft.tied,
     )
-
-
-def _pattern(parts: Parts) -> str:
-    return r"\.".join(parts)
 
 
 @dataclass(slots=True)
@@ -179,7 +176,7 @@ def _shortened(draft: Draft) -> tuple[Rule, Parts]:
         count += 1
     if not count:
         return _rule(draft), (*first, _END)
-    sources = tuple(f"^{_pattern(source[:-count])}\\." for source in draft.sources)
+    sources = tuple(f"^{_DOT.join(source[:-count])}{_DOT}" for source in draft.sources)
     targets = tuple(".".join(target[:-count]) + "." for target in draft.targets)
     return Rule(sources, targets, draft.operations, tied=draft.tied), first[:-count]
 
@@ -254,7 +251,7 @@ def _emitted(node: _Node, way: _Way, parts: Parts) -> list[Rule]:
     result += node.own
     if choice != way:
         complete = parts[-1:] == (_END,)
-        pattern = _pattern(parts[:-1]) + "$" if complete else "".join(f"{part}\\." for part in parts)
+        pattern = _DOT.join(parts[:-1]) + "$" if complete else "".join(part + _DOT for part in parts)
         targets: tuple[str, ...] = ()
         if choice is not None:
             head = ".".join(choice[1])

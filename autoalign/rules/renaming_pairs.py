@@ -10,9 +10,9 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, takewhile
+from itertools import combinations
 
-from autoalign.plan.keys import NUMBER, stem
+from autoalign.plan.keys import NUMBER, common_prefix, stem
 
 Pair = tuple[str, str]  # a key or a regular expression, and a key or what ``re.sub`` puts in its place
 
@@ -178,7 +178,7 @@ class _Renaming:
 def _renamings(key: str, new: str, slots: tuple[Sequence[int], Sequence[int]]) -> Iterator[_Renaming]:
     """Yield renamings for a pair of keys, from the most general to the most particular."""
     own, other = key.split("."), new.split(".")
-    shared = len(list(takewhile(lambda names: names[0] == names[1], zip(own[:0:-1], other[:0:-1], strict=False))))
+    shared = len(common_prefix([tuple(own[:0:-1]), tuple(other[:0:-1])]))
     varying, same = slots
     for count in range(shared, -1, -1):
         sides = ".".join(own[: len(own) - count]), ".".join(other[: len(other) - count])

@@ -306,9 +306,7 @@ class Rule:
     @property
     def renames(self) -> bool:
         """True if the rule only gives a tensor a new name, or drops it."""
-        return (
-            len(self.sources) == 1 and (len(self.targets) < 2 or self.tied) and not any(map(_changes, self.operations))
-        )
+        return len(self.sources) == 1 and (len(self.targets) < 2 or self.tied) and set(self.operations) <= {Copy()}
 
     @property
     def has_arithmetic(self) -> bool:
@@ -324,12 +322,12 @@ class Rule:
             return sources, "(dropped)"
         operations = [operation for _, operation in self.fills]
         if len(set(operations)) == 1:
-            note = f"   {operations[0]}" if _changes(operations[0]) else "   (tied)" if self.tied else ""
+            note = f"   {operations[0]}" if operations[0] != Copy() else "   (tied)" if self.tied else ""
             return sources, (_braced(self.targets) or '""') + note
         if parts := equal_parts(operations):
             return sources, f"{_braced(self.targets)}   {len(operations)} equal parts (dim {parts.dim})"
         return sources, ", ".join(
-            f"{target} = {operation}" if _changes(operation) else target for target, operation in self.fills
+            f"{target} = {operation}" if operation != Copy() else target for target, operation in self.fills
         )
 
     def __str__(self) -> str:
@@ -372,7 +370,7 @@ def matches_of(rule: Rule, group: KeyGroup, shapes: Mapping[str, Shape]) -> list
 @lru_cache(maxsize=4096)
 def _checked(operation: Operation, shapes: tuple[Shape, ...]) -> Operation:
     """Return an operation if it makes one tensor of those of these shapes; else torch raises the reason."""
-    if not _changes(operation) and len(shapes) == 1:
+    if operation == Copy() and len(shapes) == 1:
         return operation
     if _zeros(operation) > _MAX_ZEROS * sum(map(prod, shapes)):
         raise InputError(f"'{operation}' makes many times more zeros than there are elements")
@@ -453,7 +451,3 @@ def _braced(names: Sequence[str]) -> str:
     rests = [name[len(start) :] for name in names]
     end = common_prefix(rest[::-1] for rest in rests)[::-1]
     return f"{start}{{{', '.join(rest[: len(rest) - len(end)] for rest in rests)}}}{end}"
-
-
-def _changes(operation: Operation) -> bool:
-    return not isinstance(operation, Copy)
