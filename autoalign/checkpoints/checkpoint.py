@@ -169,11 +169,13 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
     archives, npz files, GGUF and msgpack files (which need ``autoalign[formats]``), sharded checkpoints with or without
     an index, folders as Hugging Face, PEFT and training scripts leave them, and ``torch.distributed.checkpoint``.
 
-    No code of a file ever runs: pickles are read with ``weights_only=True``, or, where that refuses a class or function,
-    without looking it up: tensors are kept, also those of whole modules, and a note says what was ignored. Tensors are mapped into memory or
-    read one by one; only msgpack files and older ones of torch are read as a whole. Mapping is what makes this fast,
-    and its price is that a file that another process cuts while a tensor of it is used ends this one; put a new file in
-    its place instead of writing to it, as ``convert`` does.
+    Zip and tar archives with such files in them are copied to a temporary folder first.
+
+    No code of a file ever runs: pickles are read with ``weights_only=True``, or, where that refuses a class or
+    function, without looking it up: tensors are kept, also those of whole modules, and a note says what was ignored.
+    Tensors are mapped into memory or read one by one; only msgpack files and older ones of torch are read as a whole.
+    Mapping is what makes this fast, and its price is that a file that another process cuts while a tensor of it is used
+    ends this one; put a new file in its place instead of writing to it, as ``convert`` does.
 
     Args:
         path: A file, the index of a sharded checkpoint, or a folder. Or an address: ``hf://owner/name``, optionally

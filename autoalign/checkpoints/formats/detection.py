@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autoalign.checkpoints.atomic import unfinished
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
+from autoalign.checkpoints.formats.archives import is_archive, open_archive
 from autoalign.checkpoints.formats.distributed import is_distributed, open_distributed
 from autoalign.checkpoints.formats.gguf import is_gguf, open_gguf
 from autoalign.checkpoints.formats.msgpack import is_msgpack, open_msgpack
@@ -22,13 +23,14 @@ from autoalign.checkpoints.stored import Contents, as_opened, reading, unique_na
 from autoalign.errors import CheckpointError, listed
 from autoalign.plan.keys import natural
 
-FORMATS = {
+FORMATS: dict[str, Callable[[Path], Contents]] = {
     "safetensors": open_safetensors,
     "torch": open_pickled,
     "TorchScript": open_torchscript,
     "npz": open_npz,
     "GGUF": open_gguf,
     "msgpack": open_msgpack,
+    "archive": lambda file: open_archive(file, _open_member),
 }  # the first is the first that is taken where a folder has several
 
 _HEAD_BYTES = 2**12  # of a file that are looked at
@@ -90,8 +92,18 @@ def format_of(file: Path) -> str | None:
     if is_npz(head):
         return "npz"
     if is_pickled(head):
-        return "TorchScript" if is_torchscript(_members(file)) else "torch"
+        names = _members(file)
+        is_torch = not names or any(name.lower().endswith("data.pkl") for name in names)
+        return "TorchScript" if is_torchscript(names) else "torch" if is_torch else "archive"
+    if is_archive(head):
+        return "archive"
     return "msgpack" if is_msgpack(head) else None
+
+
+def _open_member(file: Path) -> Contents:
+    if format_of(file) == "archive":
+        raise CheckpointError("It holds an archive in turn, which is not opened. Nothing was read. Unpack it.")
+    return open_file(file)
 
 
 def head_of(file: Path) -> bytes:

@@ -1,0 +1,129 @@
+"""Archives with checkpoints in them are opened as mappings of these, whatever else they hold."""
+
+from __future__ import annotations
+
+import gc
+import io
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import autoalign
+from autoalign.checkpoints.checkpoint import open_checkpoint
+from autoalign.errors import CheckpointError
+
+
+def policy() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"pi": nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8)), "value": nn.Linear(8, 1)})
+
+
+def saved(value: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def write_stable_baselines(path: Path) -> None:
+    """As its save_to_zip_file does."""
+    model = policy()
+    optimizer = torch.optim.Adam(model.parameters())
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", "{}")
+        archive.writestr("pytorch_variables.pth", saved({}))
+        archive.writestr("policy.pth", saved(model.state_dict()))
+        archive.writestr("policy.optimizer.pth", saved(optimizer.state_dict()))
+        archive.writestr("_stable_baselines3_version", "2.3.0")
+
+
+def write_nemo(path: Path, mode: str = "w:") -> None:
+    """As its SaveRestoreConnector does: paths that begin with a dot, in a tar archive that may be packed."""
+    files = {"./model_config.yaml": b"target: x", "./model_weights.ckpt": saved(policy().state_dict())}
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def write_packed_nemo(path: Path) -> None:
+    write_nemo(path, "w:gz")
+
+
+def write_zip_of_safetensors(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("run/model.safetensors", save(dict(policy().state_dict())))
+
+
+WRITERS = (write_stable_baselines, write_nemo, write_packed_nemo, write_zip_of_safetensors)
+
+
+def temporary() -> set[str]:
+    return {path.name for path in Path(tempfile.gettempdir()).glob("autoalign-*")}
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_the_model_in_an_archive_is_loaded(tmp_path: Path, write: object) -> None:
+    assert callable(write)
+    before = temporary()
+    write(tmp_path / "a")
+    model = policy()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    alignment = autoalign.load(model, tmp_path / "a", strict=True)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in policy().state_dict().items())
+    assert all(torch.equal(tensor, policy().state_dict()[key]) for key, tensor in alignment.state_dict().items())
+    assert len(temporary() - before) == 1
+    del alignment
+    gc.collect()
+    assert temporary() == before
+
+
+def test_an_archive_without_a_checkpoint_is_called_so(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr("model.weights.h5", b"x")
+    with pytest.raises(CheckpointError, match=r"an archive, and none of its 2 files .*'model.weights.h5'.* Unpack it"):
+        open_checkpoint(tmp_path / "a.keras")
+
+
+def test_an_archive_in_an_archive_is_not_opened(tmp_path: Path) -> None:
+    write_nemo(tmp_path / "a.nemo")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.write(tmp_path / "a.nemo", "model.ckpt")
+    with pytest.raises(CheckpointError, match="It holds an archive in turn"):
+        open_checkpoint(tmp_path / "b.zip")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_archive_that_grows_endlessly_is_refused(tmp_path: Path, kind: str) -> None:
+    before, size = temporary(), 2**28
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "a", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("model.ckpt", bytes(size))
+    else:
+        with tarfile.open(tmp_path / "a", "w:gz") as packed:
+            info = tarfile.TarInfo("model.ckpt")
+            info.size = size
+            packed.addfile(info, io.BytesIO(bytes(size)))
+    with pytest.raises(CheckpointError, match=r"times larger when it is unpacked"):
+        open_checkpoint(tmp_path / "a")
+    gc.collect()
+    assert temporary() == before
+
+
+def test_several_models_are_containers(tmp_path: Path) -> None:
+    def state(value: float) -> dict[str, Tensor]:
+        return {"fc.weight": torch.full((2, 2), value), "fc.bias": torch.zeros(2)}
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("one/model.pt", saved(state(1)))
+        archive.writestr("two/model.pt", saved(state(2)))
+    checkpoint = open_checkpoint(tmp_path / "a.zip", container="two/model.pt")
+    assert checkpoint["fc.weight"][0, 0] == 2
