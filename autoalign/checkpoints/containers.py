@@ -197,6 +197,8 @@ def _tree(mapping: Mapping[Any, object], depth: int, seen: Iterator[int]) -> _No
     for name, value in mapping.items():
         if not isinstance(name, str):  # an optimizer's state has integer keys
             continue
+        if isinstance(value, list) and _are_parameters(name, value):
+            value = {str(place): item for place, item in enumerate(value)}
         if name.endswith("_extra_state") and name.rpartition(".")[2] == "_extra_state":
             extras[name] = value
         elif isinstance(value, Tensor | StoredTensor) or (isinstance(value, np.ndarray) and _is_numeric(value)):
@@ -210,6 +212,12 @@ def _tree(mapping: Mapping[Any, object], depth: int, seen: Iterator[int]) -> _No
             else:
                 extras[name] = value
     return _Node(mapping, children, extras)
+
+
+def _are_parameters(name: str, items: Sequence[object]) -> bool:
+    """Return True for parameters that are saved in their order without names, as averages of them often are."""
+    are_tensors = bool(items) and all(isinstance(item, Tensor) for item in items)
+    return are_tensors and bool(name_words(name) & (_MODEL_WORDS | COPY_WORDS))
 
 
 def _is_numeric(array: np.ndarray) -> bool:

@@ -40,6 +40,9 @@ from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Copy
 from autoalign.plan.quantised import ADVICE, Members, Values, as_values, can_fill, describe_schemes, hidden_keys
 
+_LISTED = "The checkpoint lists parameters without names: they were paired with those of the model in its order."
+_SURENESS_OF_ORDER = 0.85  # of pairs that nothing but their order speaks for
+
 OrderOfUse = Callable[[nn.Module], Sequence[str]]
 
 
@@ -112,7 +115,12 @@ def match_tensors(
             tuple(spec for spec in sides[1] if spec.key not in hidden[1]),
         )
     same = None if pins else with_same_names(*sides)
-    matches, mismatched, notes = (same, [], ()) if same else _by_slices(*sides, (own.config, other.config), pins)
+    found: Result
+    if listed := None if pins else _as_listed(*sides, other.module):
+        found = listed, [], (_LISTED,)
+    else:
+        found = (same, [], ()) if same else _by_slices(*sides, (own.config, other.config), pins)
+    matches, mismatched, notes = found
     if allowed and (matches or pins):
         given = (own, values.specs), (other, other.specs)
         views = [AdaptableSide(specs, side.module, side.config) for side, specs in given]
@@ -153,6 +161,21 @@ def match_tensors(
         tensors=own,
         target_tensors=other,
     )
+
+
+def _as_listed(source: Specs, target: Specs, module: nn.Module | None) -> list[Match] | None:
+    """Match parameters that were saved as a list to those of a module, if they have the same shapes in its order."""
+    if module is None or [spec.key for spec in source] != [str(place) for place in range(len(source))]:
+        return None
+    known = {spec.key for spec in target}
+    held = [(key, each) for key, each in module.named_parameters() if key in known]
+    for wanted in (held, [(key, each) for key, each in held if each.requires_grad]):
+        if wanted and [tuple(each.shape) for _, each in wanted] == [spec.shape for spec in source]:
+            pairs = zip(wanted, source, strict=True)
+            evidence = {"order": 1.0}
+            found = [Match(key, (spec.key,), Copy(), _SURENESS_OF_ORDER, evidence) for (key, _), spec in pairs]
+            return with_ties(source, target, found)
+    return None
 
 
 def _without_codes(

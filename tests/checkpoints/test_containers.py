@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.checkpoints import containers
+from autoalign.checkpoints.checkpoint import checkpoint_of
 from autoalign.checkpoints.containers import containers_of, copies_of, named_container, preferred
-from autoalign.errors import CheckpointError, InputError
+from autoalign.errors import CheckpointError, InputError, PartialLoadWarning
 
 
 def weights(count: int = 3, prefix: str = "layers.") -> dict[str, Tensor]:
@@ -315,3 +316,27 @@ def test_a_path_that_two_mappings_have_is_not_chosen_from() -> None:
     nested = {"x": {"a": inner, "a.b": {"d": {"weight": torch.zeros(2)}}}, "epoch": 3}
     with pytest.raises(CheckpointError, match=r"Several containers match 'x\.a\.b'"):
         autoalign.align(nested, {"d.weight": torch.zeros(2)}, container="x.a.b")
+
+
+def test_a_list_of_parameters_fills_a_model_in_its_order() -> None:
+    """As torch_ema and others save their averages; a list of other tensors stays what it is."""
+    torch.manual_seed(0)
+    source, model = (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3)) for _ in range(2))
+    source[1].weight.requires_grad_(False)
+    saved = {
+        "decay": 0.9,
+        "shadow_params": [tensor.detach() for tensor in source.parameters()],
+        "seen": [torch.ones(2)],
+    }
+    assert checkpoint_of(saved).container == "shadow_params"
+    with pytest.warns(PartialLoadWarning, match=r"running_mean"):
+        alignment = autoalign.load(model, saved)
+    for (key, tensor), other in zip(model.named_parameters(), source.parameters(), strict=True):
+        assert torch.equal(tensor, other)
+        assert alignment.explain(key).status == "matched"
+    assert any("lists parameters without names" in note for note in alignment.notes)
+    assert {match.confidence for match in alignment.matches} == {0.85}
+    trained = [tensor.detach() for tensor in source.parameters() if tensor.requires_grad]
+    model[1].weight.requires_grad_(False)
+    assert set(autoalign.align({"ema": trained}, model).missing_keys) >= {"1.weight"}
+    assert not autoalign.align({"ema": trained[:-1]}, model).mapping
