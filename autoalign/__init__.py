@@ -30,11 +30,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.errors import PartialLoadWarning as PartialLoadWarning
     from autoalign.errors import PatternError as PatternError
     from autoalign.errors import RulesError as RulesError
+    from autoalign.errors import UnequalModelsError as UnequalModelsError
     from autoalign.errors import UnsafeCheckpointError as UnsafeCheckpointError
     from autoalign.errors import ValueWarning as ValueWarning
     from autoalign.plan.matches import Candidate as Candidate
     from autoalign.plan.matches import Match as Match
     from autoalign.plan.matches import Mismatch as Mismatch
+    from autoalign.plan.matches import Verified as Verified
     from autoalign.reports.choices import Choice as Choice
     from autoalign.reports.choices import Option as Option
     from autoalign.reports.explain import Explanation as Explanation
@@ -55,9 +57,9 @@ _MODULES = {
         *("ChoiceWarning", "DependencyError", "IncompatibleTensorsError", "InputError"),
         *("NothingLoadedError", "NotInvertibleError", "OutputError"),
         *("PairMismatchError", "PartialLoadWarning", "PatternError"),
-        *("RulesError", "UnsafeCheckpointError", "ValueWarning"),
+        *("RulesError", "UnequalModelsError", "UnsafeCheckpointError", "ValueWarning"),
     ),
-    "plan.matches": ("Candidate", "Match", "Mismatch"),
+    "plan.matches": ("Candidate", "Match", "Mismatch", "Verified"),
     "reports.choices": ("Choice", "Option"),
     "reports.explain": ("Explanation",),
     "rules.rule": ("Rule",),

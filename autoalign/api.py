@@ -166,6 +166,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | int | None = None,
     alignment: Alignment | None = None,
+    verify: object = None,
+    source_model: nn.Module | None = None,
     **align_options: Unpack[AlignOptions],
 ) -> Alignment:
     """Load every tensor of a checkpoint that can be aligned with the model, whatever it is called.
@@ -214,6 +216,11 @@ def load(
             are undone, for which the old tensors are kept meanwhile.
         alignment: One that was made before for the same keys and shapes, such as from ``Alignment.read``. It is
             applied as it is, and nothing is matched.
+        verify: What to call the model with, as the function ``verify`` takes it, which then proves the alignment
+            before it is loaded. Where the models would differ, other ways to fill this one are tried, and the one that
+            makes them equal is loaded; if there is none, the load raises.
+        source_model: For ``verify``: the checkpoint's own code, a module that all of it fits, which may be on the meta
+            device. A copy of it is filled. Not needed where the checkpoint is a module.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``,
             ``dequantise``, and ``adapt``, by which values are changed where a counterpart has another shape.
 
@@ -223,6 +230,7 @@ def load(
     Raises:
         NothingLoadedError: No tensor of the checkpoint could be aligned with the model.
         IncompatibleTensorsError: With ``strict``, some key is missing or unexpected.
+        UnequalModelsError: With ``verify``, the models would differ; the text names where they first do.
         AlignmentError: The model changed while it was loaded, or its ranks do not agree.
         InputError: The model or the checkpoint is of a kind that cannot be used, or one of them has no values on meta.
         CheckpointError: The checkpoint's file cannot be read, or was changed meanwhile.
@@ -236,19 +244,17 @@ def load(
             another floating-point type of 16 bits or more is not warned of.
     """
     _check_options(load, align_options, "Nothing was loaded.")
+    options: dict[str, Any] = {"strict": strict, "assign": assign, "progress": progress}
+    options |= {"dtype": dtype, "device": device, "alignment": alignment}
+    if verify is not None:
+        from autoalign.verification.verify import load_proved
+
+        return load_proved(model, checkpoint, _resolved(align_options), verify, source_model, **options)
+    if source_model is not None:
+        raise InputError("source_model= is called only with verify=, its inputs. Nothing was loaded.")
     from autoalign.loading.load import load_checkpoint
 
-    return load_checkpoint(
-        model,
-        checkpoint,
-        _resolved(align_options),
-        strict=strict,
-        assign=assign,
-        progress=progress,
-        dtype=dtype,
-        device=device,
-        alignment=alignment,
-    )
+    return load_checkpoint(model, checkpoint, _resolved(align_options), **options)
 
 
 def convert(

@@ -66,6 +66,18 @@ class NothingLoadedError(AlignmentError):
     """No tensor of the checkpoint could be aligned with the model."""
 
 
+class UnequalModelsError(AlignmentError):
+    """A model would not compute what the source does, whatever way of filling it was tried.
+
+    Attributes:
+        verification: The ``Verification``, with the first divergence.
+    """
+
+    def __init__(self, message: str, verification: Any) -> None:
+        super().__init__(message, verification.alignment)
+        self.verification = verification
+
+
 class PairMismatchError(AlignmentError):
     """A saved alignment was made for other keys or shapes than those it is applied to."""
 

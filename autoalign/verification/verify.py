@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -10,7 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
-from autoalign.errors import InputError
+from autoalign.checkpoints.checkpoint import Side
+from autoalign.errors import InputError, UnequalModelsError
+from autoalign.loading.load import load_checkpoint
 from autoalign.matching.match import match_tensors
 from autoalign.plan.matches import Match, Verified
 from autoalign.verification.causes import Divergence, Scene, diverged
@@ -21,6 +24,7 @@ from autoalign.verification.run import NEVER, preserved
 from autoalign.verification.search import Budget, State, search
 from autoalign.verification.session import Outcome, Session
 
+TRIALS = 200  # calls of the target that may be made to try alternatives
 _MAX_LISTED = 6  # matches or keys
 _COVERAGE_SECONDS = 60.0  # for which it is measured, at least
 
@@ -79,11 +83,11 @@ def verify_models(
     example_inputs: object,
     align_options: Mapping[str, Any],
     *,
-    target_inputs: object,
-    alignment: Alignment | None,
-    tolerance: float | None,
-    trials: int,
-    seconds: float | None,
+    target_inputs: object = None,
+    alignment: Alignment | None = None,
+    tolerance: float | None = None,
+    trials: int = TRIALS,
+    seconds: float | None = None,
 ) -> Verification:
     """Call both models and compare; see ``autoalign.verify``."""
     for model in (source_model, target_model):
@@ -112,6 +116,65 @@ def verify_models(
         values = fresh_values(source_model, inputs[0], {key for keys in sources for key in keys})
         fresh = own if values is None else Session(source_model, target_model, inputs, alignment, tolerance, values)
         return _verified(own, fresh, Budget(trials, seconds), given=given)
+
+
+def load_proved(
+    model: nn.Module,
+    checkpoint: Side,
+    align_options: Mapping[str, Any],
+    example_inputs: object,
+    source_model: nn.Module | None,
+    *,
+    alignment: Alignment | None,
+    **load_options: Any,
+) -> Alignment:
+    """Prove an alignment, corrected where that helps, and load by it; see ``autoalign.load``."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
+    options = {name: value for name, value in align_options.items() if name in ("container", "dequantise")}
+    source = _source_of(checkpoint, source_model, options)
+    planned = alignment or Alignment.of(match_tensors(checkpoint, model, **align_options))
+    is_same = source.state_dict(keep_vars=True).keys() >= {spec.key for spec in planned.source_specs}
+    found = verify_models(source, model, example_inputs, {}, alignment=planned if is_same else None)
+    if not found.equal:
+        raise UnequalModelsError(
+            f"{type(model).__name__} would not compute what {type(source).__name__} does, however it were filled "
+            f"({found.trials} ways were tried). {found}\nNothing was loaded.",
+            found,
+        )
+    filler, options = (checkpoint, options) if is_same else (source, {})
+    loaded = load_checkpoint(model, filler, options, alignment=found.alignment, **load_options)
+    return replace(loaded, verified=found.alignment.verified)
+
+
+def _source_of(checkpoint: Side, source_model: nn.Module | None, options: Mapping[str, Any]) -> nn.Module:
+    """Return a model with the values of a checkpoint: itself, or a copy of the model of its code that is filled."""
+    if source_model is None and isinstance(checkpoint, nn.Module):
+        return checkpoint
+    if not isinstance(source_model, nn.Module):
+        raise InputError(
+            "verify= needs the checkpoint's own code to compare with: source_model=, an nn.Module, which may be on the "
+            f"meta device, not {type(source_model).__name__}. Nothing was loaded."
+        )
+    source = copy.deepcopy(source_model)
+    alignment = Alignment.of(match_tensors(checkpoint, source, **options))
+    if missing := [key for key in alignment.missing_keys if is_countable(key)]:
+        raise InputError(
+            f"source_model= is not the code of this checkpoint: {len(missing)} tensors of {type(source).__name__} are "
+            f"not in it, such as {missing[0]}. Nothing was loaded."
+        )
+    load_checkpoint(
+        source,
+        checkpoint,
+        options,
+        strict=False,
+        assign=True,
+        progress=False,
+        dtype=None,
+        device=None,
+        alignment=alignment,
+    )
+    return source
 
 
 def _verified(own: Session, fresh: Session, budget: Budget, *, given: bool) -> Verification:

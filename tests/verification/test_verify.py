@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import autoalign
 from autoalign.alignment import Alignment
 from autoalign.api import verify
-from autoalign.errors import InputError
+from autoalign.errors import InputError, UnequalModelsError
 from autoalign.plan.matches import Verified
 from autoalign.plan.operations import Operation, Transpose, chain
 from benchmarks.accuracy.localisation import SUBJECTS, Way, measure
@@ -630,6 +630,67 @@ def test_a_target_that_was_loaded_in_part_is_completed() -> None:
     assert verification.first_divergence is not None
     assert verification.first_divergence.cause == "missing"
     assert len(verification.taken) == 4 * DEPTH  # weights and biases of two projections
+
+
+def halves() -> tuple[nn.Module, nn.Module]:
+    """A source and a target whose fused halves stand in another order, which nothing but a call shows."""
+    return with_values(GatedEncoder("net"), 1), with_values(GatedEncoder("w12"), 2)
+
+
+@pytest.mark.parametrize("form", ["module", "state dict", "meta", "prefixed"])
+def test_a_load_is_proved_and_corrected(form: str) -> None:
+    source, model = halves()
+    checkpoint: Any = source if form == "module" else source.state_dict()
+    if form == "prefixed":
+        checkpoint = {f"module.{key}": tensor for key, tensor in checkpoint.items()}
+    code = None if form == "module" else GatedEncoder("net").to("meta" if form == "meta" else "cpu")
+    alignment = autoalign.load(model, checkpoint, verify=TOKENS, source_model=code)
+    assert alignment.verified is not None
+    assert (alignment.verified.equal, alignment.verified.coverage) == (True, 1.0)
+    assert alignment.missing_keys == []
+    with torch.no_grad():
+        assert torch.allclose(model(*TOKENS), source(*TOKENS), atol=1e-5)
+
+
+def test_a_load_that_cannot_be_proved_is_not_carried_out() -> None:
+    source, model = halves()
+    before = [snapshot(model), [id(tensor) for tensor in model.parameters()]]
+    first = next(module for module in model.modules() if isinstance(module, nn.LayerNorm))
+    first.eps = 0.5
+    text = r"would not compute what .* does(.|\n)*eps.*0\.5(.|\n)*Nothing was loaded\."
+    with pytest.raises(UnequalModelsError, match=text) as error:
+        autoalign.load(model, source.state_dict(), verify=TOKENS, source_model=GatedEncoder("net"), dtype="float64")
+    assert error.value.verification.first_divergence.cause == "configuration"
+    assert_unchanged(model, before[0])
+    assert [id(tensor) for tensor in model.parameters()] == before[1]
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+
+
+def test_a_load_with_strict_is_complete_once_it_is_proved() -> None:
+    (pair,) = (p for p in DOUBTED_PAIRS if isinstance(p, Pair) and p.name == DOUBTS[4])
+    source, target = randomise(pair.source(), pair.inputs, seed=1), pair.target().eval()
+    with pytest.raises(autoalign.IncompatibleTensorsError, match="12 of 59 target tensors"):
+        autoalign.load(target, source, strict=True)
+    assert autoalign.load(target, source, strict=True, verify=pair.inputs).missing_keys == []
+    before = snapshot(target)
+    wider = nn.ModuleDict({"a": target, "b": nn.Linear(2, 2)})
+    wider.forward = target.forward
+    with pytest.raises(autoalign.IncompatibleTensorsError, match=r"b\.weight"):
+        autoalign.load(wider, source, strict=True, verify=pair.inputs)
+    assert_unchanged(target, before)
+
+
+def test_a_load_can_be_proved_only_with_the_code_of_its_checkpoint(pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    state = source.state_dict()
+    with pytest.raises(InputError, match="needs the checkpoint's own code to compare with"):
+        autoalign.load(target, state, verify=INPUTS)
+    with pytest.raises(InputError, match="is not the code of this checkpoint: 2 tensors of Sequential are not in it"):
+        autoalign.load(target, state, verify=INPUTS, source_model=nn.Sequential(network(), nn.Linear(9, 9)))
+    with pytest.raises(InputError, match="is called only with verify="):
+        autoalign.load(target, state, source_model=source)
+    with pytest.raises(InputError, match=r"Expected an nn\.Module to load into, not OrderedDict"):
+        autoalign.load(state, source, verify=INPUTS)
 
 
 def spoilt(alignment: Alignment, fills: Mapping[str, tuple[tuple[str, ...], Operation]]) -> Alignment:
