@@ -38,6 +38,7 @@ from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.keys import common_module, components
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Copy
+from autoalign.plan.parametrised import Parametrised, parametrised
 from autoalign.plan.quantised import ADVICE, Members, Values, as_values, can_fill, describe_schemes, hidden_keys
 
 _LISTED = "The checkpoint lists parameters without names: they were paired with those of the model in its order."
@@ -103,10 +104,11 @@ def match_tensors(
         sides = _in_order_of_use(own, sides[0], order_of_use), _in_order_of_use(other, sides[1], order_of_use)
     rules = checked_rules(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
-    values = Values(tuple(sides[0]), {}, own.quantised)
-    if own.quantised or other.quantised:
-        if dequantise:
-            values = as_values(sides[0], own.quantised, other.quantised, own, own.config)
+    combined = _combined(*sides, pins.values())
+    coded = own.quantised if dequantise else {}
+    values = as_values(sides[0], coded, other.quantised, own, own.config, combined)
+    if own.quantised or other.quantised or combined:
+        values = values if dequantise else replace(values, members=own.quantised)
         codes = values.members, other.quantised
         pins = _without_codes(pins, rules, values, own.quantised, other.quantised)
         hidden = hidden_keys(*codes), hidden_keys(*reversed(codes))
@@ -133,13 +135,14 @@ def match_tensors(
     _check_rules(rules, *sides, matches)
     if mismatched:
         matches = with_stranded_biases(matches, mismatched)
-    if own.quantised or other.quantised:
+    if own.quantised or other.quantised or combined:
         matches = _without_misused_codes(matches, values.members, other.quantised)
         codes = values.members, other.quantised
         mismatched = [item for item in mismatched if item.source_key not in codes[0] and item.key not in codes[1]]
         if own.quantised and not matches:  # that is why, whatever else was found
             notes = ()
         matches = [_of_members(match, values) for match in matches]
+        notes = (*notes, *_notes_of_combined(combined, matches))
         mismatched = [replace(item, source_key=values.codes_of(item.source_key)) for item in mismatched]
         notes = (*notes, *_notes_of_codes(own, other, matches, out))
     if not own.is_decided:
@@ -161,6 +164,19 @@ def match_tensors(
         tensors=own,
         target_tensors=other,
     )
+
+
+def _combined(source: Specs, target: Specs, pinned: Collection[str]) -> list[Parametrised]:
+    """List the parametrised weights of the source that the target, which knows none such, may have as plain ones."""
+    found = parametrised(source)
+    known = {each.scheme for each in parametrised(target)} if found else ()
+    return [each for each in found if each.scheme not in known and not {spec.key for spec in each.specs} & set(pinned)]
+
+
+def _notes_of_combined(combined: Sequence[Parametrised], matches: Sequence[Match]) -> list[str]:
+    used = {key for match in matches for key in match.sources}
+    counts = Counter(each.scheme for each in combined if each.codes.key in used)
+    return [f"Combined: {count} weights, from what {scheme} computes them of." for scheme, count in counts.items()]
 
 
 def _as_listed(source: Specs, target: Specs, module: nn.Module | None) -> list[Match] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
@@ -22,6 +22,7 @@ from autoalign.plan.adaptations import needs_target
 from autoalign.plan.dequantise import OF_CALLS, SCHEMES, Dequantise, is_dequantised, mlx_shape, schemes_of
 from autoalign.plan.keys import common_prefix, split_key
 from autoalign.plan.operations import Copy, Operation, Permute, chain, in_parallel, output_shapes
+from autoalign.plan.parametrised import Combine, Parametrised
 from autoalign.plan.specs import TensorSpec
 
 ADVICE = "Load the checkpoint from before it was quantised, or dequantise it first."
@@ -338,11 +339,11 @@ def _reach(codes: Sequence[int], scale: Sequence[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """One side with a tensor of values in place of each group that is dequantised."""
+    """One side with a tensor of values in place of each group that they are computed from."""
 
     specs: tuple[TensorSpec, ...]
-    groups: Mapping[str, tuple[Quantised, Operation]]  # by the key of the values
-    members: Members  # of all other groups
+    groups: Mapping[str, tuple[Quantised | Parametrised, Operation]]  # by the key of the values
+    members: Members  # of all other quantised tensors
 
     @property
     def keys_of_codes(self) -> dict[str, str]:
@@ -372,6 +373,7 @@ def as_values(
     other: Members,
     tensors: Mapping[str, Tensor],
     config: Mapping[str, object],
+    combined: Iterable[Parametrised] = (),
 ) -> Values:
     """Put values in place of quantised tensors, but for those of schemes that the other side has too.
 
@@ -385,10 +387,13 @@ def as_values(
         other: Those of the other side.
         tensors: As for ``Quantised.dequantise``.
         config: As well.
+        combined: Weights to put in place of what they are computed from, too.
     """
     shared = {member.group.kind for member in other.values()}
     given = {spec.key for spec in specs}
-    groups: dict[str, tuple[Quantised, Operation]] = {}
+    groups: dict[str, tuple[Quantised | Parametrised, Operation]] = {
+        each.key_of_values: (each, Combine(each.scheme)) for each in combined
+    }
     for key, member in own.items():
         group = member.group
         is_free = group.kind not in shared or bool(group.codes.encoding)  # which no other file would keep
@@ -398,12 +403,11 @@ def as_values(
             named = key if named in given or named in groups else named
             if step is not None:
                 groups[named] = group, step
-    of_values = {
-        group.codes.key: replace(
-            group.codes, key=key, shape=output_shapes(step, [spec.shape for spec in group.specs])[0], dtype=VALUES
-        )
-        for key, (group, step) in groups.items()
-    }
+    of_values = {}
+    for key, (whole, step) in groups.items():
+        (shape,) = output_shapes(step, [spec.shape for spec in whole.specs])
+        kind = (VALUES, whole.codes.storage) if isinstance(whole, Quantised) else (whole.codes.dtype, None)
+        of_values[whole.codes.key] = TensorSpec(key, shape, *kind)
     taken = {spec.key for group, _ in groups.values() for spec in group.specs}
     return Values(
         tuple(of_values.get(spec.key, spec) for spec in specs if spec.key in of_values or spec.key not in taken),

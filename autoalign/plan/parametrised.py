@@ -1,0 +1,153 @@
+"""Weights that are saved as what they are computed from: weight norm, spectral norm and pruning, by torch's own names.
+
+Each is a row of ``PARAMETRISATIONS`` and a function. A side that has plain weights gets the combined ones; where both
+sides have a parametrisation, its tensors are matched as any others are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from autoalign.errors import InputError
+from autoalign.plan.keys import split_key
+from autoalign.plan.operations import Operation, Shape
+from autoalign.plan.specs import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Parametrisation:
+    """One way to compute a weight."""
+
+    weight: Callable[[Sequence[Tensor]], Tensor]
+    fits: Callable[[Sequence[Shape]], bool]  # to the shapes of its tensors
+    endings: tuple[tuple[str, ...], ...]  # of the names of its tensors, the first in the shape of the weight
+
+
+@dataclass(frozen=True, slots=True)
+class Combine(Operation):
+    """The weight that is computed of every run of inputs that belong together, in their own dtype.
+
+    >>> Combine("mask").apply([torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])])
+    [tensor([0., 2.])]
+    """
+
+    scheme: str
+
+    def __post_init__(self) -> None:
+        if self.scheme not in PARAMETRISATIONS:
+            raise TypeError(f"{self.scheme!r} is not a known parametrisation")
+
+    @property
+    def arity(self) -> int:
+        return len(PARAMETRISATIONS[self.scheme].endings[0])
+
+    def apply(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [self._weight(tensors[start : start + self.arity]) for start in range(0, len(tensors), self.arity)]
+
+    def _weight(self, tensors: Sequence[Tensor]) -> Tensor:
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if len(tensors) != self.arity or not PARAMETRISATIONS[self.scheme].fits(shapes):
+            listed = ", ".join(str(list(shape)) for shape in shapes)
+            raise InputError(f"'{self}' does not fit tensors of shapes {listed}. Nothing was converted.")
+        return torch.empty_like(tensors[0]) if tensors[0].is_meta else PARAMETRISATIONS[self.scheme].weight(tensors)
+
+    def __str__(self) -> str:
+        return f"combine({self.scheme})"
+
+
+@dataclass(frozen=True, slots=True)
+class Parametrised:
+    """A weight with the tensors that it is computed from."""
+
+    key_of_values: str  # that the weight has where it is plain
+    scheme: str
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def codes(self) -> TensorSpec:
+        """The tensor that has the shape of the weight."""
+        return self.specs[0]
+
+
+def parametrised(specs: Iterable[TensorSpec]) -> list[Parametrised]:
+    """Find the parametrised weights of one side, but for those that are there as they are, too.
+
+    >>> specs = [TensorSpec("fc.weight_g", (3, 1), torch.float32), TensorSpec("fc.weight_v", (3, 2), torch.float32)]
+    >>> [(found.key_of_values, found.scheme) for found in parametrised(specs)]
+    [('fc.weight', 'weight norm')]
+    """
+    by_key: dict[str, TensorSpec] | None = None
+    found = []
+    for spec in specs:
+        if (ending := _ENDING.search(spec.key)) is None:
+            continue
+        by_key = by_key or {each.key: each for each in specs}
+        start = spec.key[: ending.start()]
+        key = start if ending[0].startswith("_") else _plain(start)
+        for name, kind in PARAMETRISATIONS.items():
+            for endings in kind.endings:
+                parts = tuple(part for end in endings if (part := by_key.get(start + end)) is not None)
+                whole = len(parts) == len(endings) and ending[0] == endings[0] and key not in by_key
+                if key and whole and kind.fits([part.shape for part in parts]):
+                    found.append(Parametrised(key, name, parts))
+    return found
+
+
+def _plain(path: str) -> str:
+    """Return the key of a weight whose parametrisation is at some path, such as fc.parametrizations.weight."""
+    module, name = split_key(path)
+    outer, parametrizations = split_key(module)
+    return f"{outer}.{name}".lstrip(".") if parametrizations == "parametrizations" else ""
+
+
+def _weight_norm(tensors: Sequence[Tensor]) -> Tensor:
+    direction, length = tensors
+    dim = next((dim for dim, size in enumerate(length.shape) if size > 1), 0 if length.dim() else -1)
+    return torch._weight_norm(direction, length, dim)
+
+
+def _is_weight_norm(shapes: Sequence[Shape]) -> bool:
+    direction, length = shapes
+    if not length:
+        return bool(direction)
+    sizes = [(size, own) for size, own in zip(length, direction, strict=False) if size > 1]
+    return len(length) == len(direction) and all(size == own for size, own in sizes) and len(sizes) < 2
+
+
+def _spectral_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a weight over its largest singular value, of which the vectors are saved.
+
+    They belong to the rows of the first or of the second dimension, which is the one that they fit better.
+    """
+    weight, first, second = tensors
+    values = []
+    for dim in range(min(2, weight.dim())):
+        rows = weight.movedim(dim, 0).flatten(1)
+        if rows.shape == (len(first), len(second)):
+            values.append(torch.dot(first, torch.mv(rows, second)))
+    return weight / max(values, key=lambda value: float(value.abs()))
+
+
+def _is_spectral_norm(shapes: Sequence[Shape]) -> bool:
+    weight, *vectors = shapes
+    ways = [((size,), (prod(weight) // max(size, 1),)) for size in weight[:2]]
+    return len(weight) > 1 and prod(weight) > 0 and tuple(vectors) in ways
+
+
+PARAMETRISATIONS: Mapping[str, Parametrisation] = {
+    "weight norm": Parametrisation(_weight_norm, _is_weight_norm, endings=(("_v", "_g"), (".original1", ".original0"))),
+    "spectral norm": Parametrisation(
+        _spectral_norm, _is_spectral_norm, endings=(("_orig", "_u", "_v"), (".original", ".0._u", ".0._v"))
+    ),
+    "mask": Parametrisation(
+        lambda tensors: tensors[0] * tensors[1], lambda shapes: shapes[0] == shapes[1], endings=(("_orig", "_mask"),)
+    ),
+}
+_FIRST = {endings[0] for kind in PARAMETRISATIONS.values() for endings in kind.endings}
+_ENDING = re.compile(f"(?:{'|'.join(map(re.escape, sorted(_FIRST)))})$")

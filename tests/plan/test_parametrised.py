@@ -1,0 +1,128 @@
+"""Weights that a parametrisation computes fill plain ones, with the values that torch's own code gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import autoalign
+from autoalign.errors import InputError
+from autoalign.plan.parametrised import Combine, parametrised
+from autoalign.plan.serialization import from_plain, to_plain
+from autoalign.plan.specs import specs_of
+
+old: Any = nn.utils
+made: Any = parametrizations.weight_norm
+
+
+def masked(layer: nn.Module) -> nn.Module:
+    pruned: nn.Module = prune.random_unstructured(layer, "weight", 0.5)  # type: ignore[no-untyped-call]
+    return pruned
+
+
+Wrap = Callable[..., nn.Module]
+WRAPS: dict[str, tuple[Wrap, str]] = {
+    "weight norm": (parametrizations.weight_norm, "weight norm"),
+    "weight norm of torch 1": (old.weight_norm, "weight norm"),
+    "weight norm of the whole": (partial(made, dim=None), "weight norm"),
+    "weight norm of columns": (partial(made, dim=1), "weight norm"),
+    "spectral norm": (parametrizations.spectral_norm, "spectral norm"),
+    "spectral norm of torch 1": (old.spectral_norm, "spectral norm"),
+    "mask": (masked, "mask"),
+}
+every_wrap = pytest.mark.parametrize("name", WRAPS)
+
+
+class Network(nn.Module):
+    def __init__(self, wrap: Wrap) -> None:
+        super().__init__()
+        self.first = wrap(nn.Conv1d(6, 8, 3))
+        self.blocks = nn.ModuleList(wrap(nn.Conv1d(8, 8, 5)) for _ in range(2))
+        self.up = wrap(nn.ConvTranspose1d(8, 8, 4))
+        self.head = wrap(nn.Linear(8, 5))
+        self.norm = nn.BatchNorm1d(8)
+
+
+def trained(wrap: Wrap) -> Network:
+    torch.manual_seed(0)
+    network = Network(wrap)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+    layers = (network.first, *network.blocks, network.up, network.head)
+    for _ in range(20):  # which the vectors of spectral norm are found by
+        for layer in layers:
+            layer(torch.randn(2, 8 if layer is not network.first else 6, *[9] * (layer is not network.head)))
+    return network.eval()
+
+
+def plain(layer: nn.Module) -> nn.Module:
+    return layer
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@every_wrap
+def test_a_plain_model_gets_the_weights_that_torch_computes(name: str, tmp_path: Path) -> None:
+    wrap, scheme = WRAPS[name]
+    source, model = trained(wrap), Network(plain)
+    alignment = autoalign.load(model, source.state_dict(), strict=True)
+    for path in ("first", "blocks.0", "blocks.1", "up", "head"):
+        layer: Any = source.get_submodule(path)
+        own: Any = model.get_submodule(path)
+        torch.testing.assert_close(own.weight, layer.weight, rtol=1e-6, atol=1e-6)
+        assert torch.equal(own.bias, layer.bias)
+    assert f"Combined: 5 weights, from what {scheme} computes them of." in alignment.notes
+    assert f"combine({scheme})" in str(alignment)
+    values = alignment.rules().apply(source.state_dict())
+    assert torch.equal(values["head.weight"], model.state_dict()["head.weight"])
+    alignment.save(tmp_path / "a.json")
+    again = autoalign.Alignment.read(tmp_path / "a.json").applied_to(source.state_dict(), model)
+    assert again == alignment
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@every_wrap
+def test_a_model_with_the_same_parametrisation_gets_its_tensors(name: str) -> None:
+    wrap, _ = WRAPS[name]
+    source = trained(wrap).state_dict()
+    alignment = autoalign.align({f"net.{key}": tensor for key, tensor in source.items()}, Network(wrap))
+    assert alignment.mapping == {f"net.{key}": key for key in source}
+    assert not alignment.notes
+
+
+def test_a_rule_that_names_a_part_takes_that_alone() -> None:
+    source = {"a.weight_g": torch.ones(3, 1), "a.weight_v": torch.rand(3, 2)}
+    target = {"fc.weight": torch.empty(3, 2)}
+    (match,) = autoalign.align(source, target, rules=[("a.weight_v", "fc.weight")]).matches
+    assert match.sources == ("a.weight_v",)
+
+
+def test_what_only_sounds_like_a_parametrisation_is_left_alone() -> None:
+    shapes = {
+        "image_v": (3, 2),
+        "image_g": (4, 1),
+        "weight_v": (3, 2),
+        "head.original": (3, 2),
+        "fc.weight_orig": (3, 2),
+        "fc.weight_mask": (2, 2),
+        "a.weight_v": (3, 2),
+        "a.weight_g": (3, 1),
+        "a.weight": (3, 2),
+        "b.parametrizations.weight.original1": (3, 2),
+    }
+    assert not parametrised(specs_of({key: torch.empty(shape) for key, shape in shapes.items()}))
+
+
+def test_operations_are_checked() -> None:
+    operation = Combine("weight norm")
+    assert from_plain(to_plain(operation)) == operation
+    with pytest.raises(InputError, match="is not a known parametrisation"):
+        from_plain({"kind": "Combine", "scheme": "weights"})
+    with pytest.raises(InputError, match=r"does not fit tensors of shapes \[3, 2\], \[2, 1\]"):
+        operation.apply([torch.ones(3, 2), torch.ones(2, 1)])
