@@ -189,11 +189,7 @@ def _place(path: Path) -> tuple[Path, str]:
 
 
 def _older(folder: Path, stem: str) -> dict[str, bool]:
-    """List the files in a folder that an output of this name would replace or be confused with.
-
-    Returns:
-        By name, whether each was left over by a process that was killed.
-    """
+    """List what an output of this name would replace or be confused with: by file, whether a killed process left it."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{str(folder)!r} exists and is not a folder. {_UNDONE}")
     ours = re.compile(output_pattern(stem), re.ASCII)

@@ -118,10 +118,9 @@ def _gathered(key: str, tensor: Any) -> Tensor:
 
 
 def read_ahead(given: Sequence[Sources], files: MappedFiles) -> tuple[list[Sources], bool]:
-    """Read mapped tensors into memory, all of them if they take little of it, and else the small ones.
+    """Read mapped tensors into memory in place of themselves, all if they take little of it, and else the small ones.
 
-    Returns:
-        The same with the tensors that were read in their places; and whether all were.
+    Returned is also whether all were read.
     """
     files.find()
     tensors = [tensor for _, sources in given for tensor in sources]

@@ -23,6 +23,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -271,13 +272,11 @@ def _spread(shape: Sequence[int], count: int) -> list[Region]:
         return [tuple((0, length) for length in shape)]
     *outer, last = shape
     length, rows = min(last, _ROW_LENGTH), prod(outer)
-    regions = []
+    regions: list[Region] = []
     for place in range(count):
-        row, region = place * (rows - 1) // (count - 1), [(place * (last - length) // (count - 1), length)]
-        for size in reversed(outer):
-            row, index = divmod(row, size)
-            region.insert(0, (index, 1))
-        regions.append(tuple(region))
+        indices = np.unravel_index(place * (rows - 1) // (count - 1), outer)
+        row = ((int(index), 1) for index in indices)
+        regions.append((*row, (place * (last - length) // (count - 1), length)))
     return list(dict.fromkeys(regions))
 
 

@@ -311,7 +311,7 @@ def _option_of(plan: Plan) -> Callable[[Mapping[str, _Way], Mapping[str, Sequenc
         match = loaded.get(target)
         return match is not None and match.sources == (source,) and match.operation == operation_of(source, target)
 
-    renamer = Renamer.of([spec.key for spec in own], [spec.key for spec in other], may_name)
+    renamer = Renamer((spec.key for spec in own), (spec.key for spec in other), may_name)
 
     def option(ways: Mapping[str, _Way], tied: Mapping[str, Sequence[str]]) -> Option:
         named = {

@@ -209,8 +209,7 @@ def _content(tree: Tree, leaves: Sequence[Leaf], module: int) -> tuple[dict[Hash
 def _joined(tree: Tree, run: Sequence[int]) -> tuple[str, int, int]:
     """Join modules that hold nothing but others with these, as ``encoder.layers``.
 
-    Returns:
-        The name, with the numbers of runs; how many modules it stands for; and the first of the innermost ones.
+    Returned are the name, with the numbers of runs; how many modules it stands for; and the first innermost one.
     """
     name = _run_name([tree.names[node] for node in run])
     children = list(tree.children(run[0]))
@@ -251,16 +250,13 @@ def size_text(count: int) -> str:
 
 
 def prefix_of(specs: Sequence[TensorSpec]) -> tuple[str, int]:
-    """Guess the prefix that a wrapper has put before the names.
+    """Guess the prefix that a wrapper has put before the names, '' for none, and count the tensors that have it.
 
     It is the module at the top that nearly all tensors are in, and what is between it and the first branching.
 
     >>> import torch
     >>> prefix_of([TensorSpec(f"module.net.{name}.weight", (), torch.float32) for name in "abc"])
     ('module.net.', 3)
-
-    Returns:
-        The prefix, '' if there is none, and how many tensors have it.
     """
     paths = (accumulate(f"{name}." for name in spec.key.split(".", LEVELS)[:-1]) for spec in specs)
     counts = Counter(chain.from_iterable(paths))

@@ -288,15 +288,13 @@ def _operations(rule: Rule) -> Iterator[ConversionOps]:
         yield from _joining(steps_of(operations[0]), _LIST in rule.sources[0], len(rule.sources))
         return
     if len(operations) == 1:
-        for step in steps_of(operations[0]):
-            yield theirs.Transpose(*_turn(step))
+        yield from (theirs.Transpose(*_turn(step)) for step in steps_of(operations[0]))
         return
     steps = [steps_of(operation) for operation in operations]
     shared = steps[0][:-1]
     if any(own[:-1] != shared for own in steps):
         raise _InexpressibleError("its parts are laid out in different ways")
-    for step in shared:
-        yield theirs.Transpose(*_turn(step))
+    yield from (theirs.Transpose(*_turn(step)) for step in shared)
     last = [own[-1] for own in steps]
     if parts := equal_parts(last):
         yield theirs.Chunk(parts.dim)
@@ -312,15 +310,12 @@ def _joining(steps: Sequence[Operation], listed: bool, count: int) -> Iterator[C
     from transformers import core_model_loading as theirs
 
     match list(steps):
-        case [Concatenate(dim)] if not listed or count == 1:
-            yield theirs.Concatenate(dim)
         case [Transpose(), Concatenate(dim)] if not listed:  # the other way around, since a turn takes one tensor
             yield theirs.Concatenate(1 - dim)
             yield theirs.Transpose(0, 1)
-        case [Concatenate(dim), *turns] if not listed:
+        case [Concatenate(dim), *turns] if not listed or (count == 1 and not turns):
             yield theirs.Concatenate(dim)
-            for step in turns:
-                yield theirs.Transpose(*_turn(step))
+            yield from (theirs.Transpose(*_turn(step)) for step in turns)
         case [Stack(dim)] if listed and count == 1:
             yield theirs.MergeModulelist(dim)
         case [Transpose(), Stack(0)] if listed and count == 1:

@@ -83,11 +83,7 @@ class Draft:
 
 
 def moves_of(plan: Plan) -> tuple[list[Move], list[Match]]:
-    """Split a plan into moves, in the source's order.
-
-    Returns:
-        The moves, and the matches that no rule can express, since they keep values of the target.
-    """
+    """Split a plan into moves, in the source's order, and matches that keep values of the target, as no rule can."""
     shapes = {spec.key: spec.shape for spec in plan.source_specs}
     storage = {spec.key: spec.storage for spec in plan.target_specs}
     kept = [match for match in plan.matches if needs_target(match.operation)]
@@ -224,11 +220,9 @@ _Functions = Mapping[tuple[Texts, Texts], dict[Numbers, int] | None]
 
 
 def _functions(moves: Sequence[Move]) -> _Functions:
-    """Collect the numbers of sources and those of targets, by the texts before them.
+    """Collect the numbers of sources up to some place and those of targets that follow, by the texts before them.
 
-    Returns:
-        For the texts before a number of a source and before one of a target: the numbers of the source up to there, and
-        the number of the target that followed. None where that is no function.
+    None stands for what is no function.
     """
     found: dict[tuple[Texts, Texts], list[tuple[Numbers, int]]] = {}
     for move in moves:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -23,25 +23,23 @@ _MAX_LETTERS = 1000  # of keys that patterns are sought for; longer ones are nam
 _MAX_VARYING = 4  # numbers in a key of which all selections are tried
 
 
-@dataclass(frozen=True, slots=True)
 class Renamer:
-    """What is known of two sides for renaming keys of one to keys of the other."""
+    """What is known of two sides for renaming keys of one to keys of the other.
 
-    source: Sequence[tuple[str, str]]  # keys, each after itself without its numbers, sorted
-    target: frozenset[str]
-    is_harmless: Callable[[str, str], bool]  # True for a source and a target key that may be paired in any case
+    ``is_harmless`` is True for a source and a target key that may be paired in any case.
+    """
 
-    @staticmethod
-    def of(source: Sequence[str], target: Sequence[str], is_harmless: Callable[[str, str], bool]) -> Renamer:
-        """Prepare for all keys of both sides."""
-        return Renamer(sorted((stem(key), key) for key in source), frozenset(target), is_harmless)
+    def __init__(self, source: Iterable[str], target: Iterable[str], is_harmless: Callable[[str, str], bool]) -> None:
+        self.source = sorted((stem(key), key) for key in source)
+        self.target = frozenset(target)
+        self.is_harmless = is_harmless
 
     def pairs(self, wanted: Mapping[str, str]) -> tuple[Pair, ...]:
         r"""Write as few pairs as are found that rename some keys, source -> target, and no others to a target key.
 
         >>> keys = {f"h.{i}.n{k}.{leaf}": f"layers.{i}.ln_{k}.{leaf}" for i in range(3) for k in "ab" for leaf in "wb"}
         >>> wanted = {key: new for key, new in keys.items() if "na" in key}
-        >>> print(*Renamer.of(list(keys), list(keys.values()), lambda *_: False).pairs(wanted))
+        >>> print(*Renamer(keys, keys.values(), lambda *_: False).pairs(wanted))
         ('^h\\.(\\d+)\\.na\\.', 'layers.\\1.ln_a.')
         """
         slots = _slots(wanted)
@@ -89,8 +87,7 @@ class Renamer:
     def _in_order(self, pairs: Sequence[Pair]) -> tuple[dict[str, str], list[Pair]]:
         """Rename keys by all pairs, one after another, until each is one of the target's, as ``align`` does.
 
-        Returns:
-            The keys that become one; and the pairs that make one of a key.
+        Returned are the keys that become one, and the pairs that make one of a key.
         """
         keys = {key for _, key in self.source}
         made = {own: other for own, other in pairs if own in keys}
@@ -125,11 +122,10 @@ def _texts(key: str) -> _Texts:
 
 
 def _slots(wanted: Mapping[str, str]) -> dict[tuple[_Texts, _Texts], tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Find which numbers vary, for pairs of keys that differ in numbers only.
+    """Find which numbers vary, for the texts of each kind of pairs of keys that differ in numbers only.
 
-    Returns:
-        For the texts of each kind of pair: the places of the source's numbers that vary; and for each number of the
-        target the place of the one of these that it is most often equal to, -1 if none varies.
+    These are the places of the source's numbers that vary; and for each number of the target the place of the one of
+    these that it is most often equal to, -1 if none varies.
     """
     groups: dict[tuple[_Texts, _Texts], list[tuple[list[str], list[str]]]] = {}
     for own, other in wanted.items():

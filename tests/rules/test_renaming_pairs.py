@@ -17,7 +17,7 @@ def never(_: str, __: str) -> bool:
 
 
 def renamer(source: list[str], target: list[str]) -> Renamer:
-    return Renamer.of(source, target, never)
+    return Renamer(source, target, never)
 
 
 BLOCKS = {
@@ -47,7 +47,7 @@ def test_a_pattern_names_the_blocks_where_others_must_not_be_named() -> None:
 
 def test_what_is_harmless_may_be_named_as_well() -> None:
     wanted = {"h.0.n1.weight": "layers.0.ln_a.weight", "h.1.n1.weight": "layers.1.ln_a.weight"}
-    known = Renamer.of(list(BLOCKS), list(BLOCKS.values()), lambda own, other: BLOCKS[own] == other)
+    known = Renamer(list(BLOCKS), list(BLOCKS.values()), lambda own, other: BLOCKS[own] == other)
     assert known.pairs(wanted) == ((r"^h\.(\d+)\.n1\.", r"layers.\1.ln_a."),)
 
 
