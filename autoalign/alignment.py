@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -78,9 +78,17 @@ class Alignment(Plan):
         Raises:
             InputError: What an option fills is not ambiguous.
         """
-        from autoalign.reports.choices import decided
-
-        return decided(self, options)
+        made = {match.target: match for option in options for match in option.matches}
+        if unknown := made.keys() - {match.target for match in self.ambiguous}:
+            raise InputError(
+                f"{min(unknown)!r} is not ambiguous. Nothing was decided. Give options of choices of this alignment."
+            )
+        order = {spec.key: place for place, spec in enumerate(self.target_specs)}
+        return replace(
+            self,
+            matches=tuple(sorted((*self.matches, *made.values()), key=lambda match: order[match.target])),
+            ambiguous=tuple(match for match in self.ambiguous if match.target not in made),
+        )
 
     def explain(self, key: str) -> Explanation:
         r"""Explain why a key of either side is filled from what it is, or is not, and what would change it.

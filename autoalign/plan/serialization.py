@@ -101,10 +101,10 @@ def texts(value: object) -> tuple[str, ...]:
     return tuple(map(text, items(value)))
 
 
-def integer(value: object, low: int = 0, high: int = MAX_INTEGER) -> int:
-    """Return a whole number in a range, or raise a TypeError."""
-    if type(value) is not int or not low <= value <= high:
-        raise TypeError(f"{_short(value)} is not a whole number from {low} to {high}")
+def integer(value: object) -> int:
+    """Return a whole number that is not negative, or raise a TypeError."""
+    if type(value) is not int or not 0 <= value <= MAX_INTEGER:
+        raise TypeError(f"{_short(value)} is not a whole number from 0 to {MAX_INTEGER}")
     return value
 
 

@@ -7,18 +7,17 @@ order, tensors of one layout. All of it follows from the ambiguous matches of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from shlex import quote
 from typing import NamedTuple
 
 from autoalign.checkpoints.config import ROTARY_SETTINGS
-from autoalign.errors import InputError
 from autoalign.matching.assembly import SideParts
 from autoalign.matching.features import is_alphabetical
 from autoalign.matching.layouts import BY_HEAD, ROTARY
 from autoalign.matching.pipeline import operations_of_rules
 from autoalign.plan.keys import components, template
-from autoalign.plan.matches import Match, Plan, PlanT
+from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Operation, Shape
 from autoalign.plan.specs import tied_groups
 from autoalign.reports.rows import printable
@@ -165,23 +164,6 @@ def _choices(plan: Plan) -> Iterator[Choice]:
             min(matches[place].confidence for place in places),
             tuple(_settling(plan, warnings, by_order=is_close)),
         )
-
-
-def decided(plan: PlanT, options: Iterable[Option]) -> PlanT:
-    """Fill the targets of some options as these say; see ``Alignment.decided``."""
-    made = {match.target: match for option in options for match in option.matches}
-    open_keys = {match.target for match in plan.ambiguous}
-    if unknown := made.keys() - open_keys:
-        raise InputError(
-            f"{min(unknown)!r} is not ambiguous. Nothing was decided. Give options of choices of this alignment."
-        )
-    order = {spec.key: place for place, spec in enumerate(plan.target_specs)}
-    return replace(
-        plan,
-        matches=tuple(sorted((*plan.matches, *made.values()), key=lambda match: order[match.target])),
-        ambiguous=tuple(match for match in plan.ambiguous if match.target not in made),
-        verified=None,
-    )
 
 
 def _proposed(match: Match) -> _Way:
