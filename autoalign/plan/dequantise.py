@@ -79,7 +79,7 @@ class Dequantise(Operation):
             return torch.empty(shape, dtype=torch.float32, device="meta")
         try:
             return scheme.values(dict(zip(self.roles, tensors, strict=True)), shape)
-        except (RuntimeError, IndexError, ValueError, KeyError, TypeError) as error:
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"'{self}' of a tensor of shape {list(shape)} failed: {error}. Nothing was converted. Its scales, zero "
                 "points or indices are not those of its codes; compare the file with the original."

@@ -117,7 +117,7 @@ class Quantised:
             tensor = tensors[self.specs[self.roles.index(role)].key]
             try:
                 shape = None if tensor.is_meta or tensor.numel() > _MAX_STATE else read(tensor, shapes)
-            except (ValueError, KeyError, TypeError):  # it says something else
+            except Exception:  # it may say anything
                 return None
         elif name == "MLX":
             own = stated.get(split_key(self.codes.key)[0])
@@ -235,8 +235,11 @@ def _companions(
         role, _, is_named = _read(name)
         if role.startswith(("layout", "index", "format")) or codes.dtype in _TORCH:
             found.append((name, spec, role))
+            is_known |= role == "format"
         elif prod(spec.shape) <= codes.numel if role.startswith("table") else _is_for_parts(spec.shape, codes.shape):
             found.append((name, spec, role))
+            is_known |= _is_evidence(codes, spec, tied=tied or is_named)
+        elif role == "scale":  # of another shape, which makes no values of codes
             is_known |= _is_evidence(codes, spec, tied=tied or is_named)
     return found if is_known else None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import autoalign
-from autoalign.errors import CheckpointError, InputError, PairMismatchError, RulesError
+from autoalign.errors import AutoAlignError, CheckpointError, InputError, PairMismatchError, RulesError
 from autoalign.plan.dequantise import Dequantise, is_dequantised
 from autoalign.plan.quantised import as_values, groups_of
 from autoalign.plan.regions import Regional, evaluated, narrowed
@@ -545,3 +547,53 @@ def test_rows_of_a_dequantised_head_are_adapted_to_the_target() -> None:
     target = {"body.weight": torch.empty(256, 256), "fc.weight": own}
     alignment = autoalign.align(source, target, adapt=("head", "vocab"), min_confidence=0)
     assert torch.equal(alignment.state_dict()["fc.weight"], torch.cat([saved.values, own[1000:]]))
+
+
+def spoiled(r: random.Random, tensor: Tensor) -> Tensor:
+    """Change a tensor of a format in a way that no writer would."""
+    match r.randrange(9):
+        case 0:
+            return tensor.reshape(-1)
+        case 1 if tensor.dim():
+            return tensor.narrow(r.randrange(tensor.dim()), 0, r.randrange(2))
+        case 2 if tensor.dim() > 1:
+            return tensor.transpose(0, 1).contiguous()
+        case 3:
+            return tensor[None]
+        case 4:
+            return tensor.to(r.choice((torch.float16, torch.int32, torch.int64, torch.uint8, torch.int8, torch.bool)))
+        case 5:
+            return torch.full_like(tensor.to(torch.float32), r.choice((float("nan"), float("inf"), -1.0, 1e30)))
+        case 6 if tensor.numel():
+            noise = torch.randint(0, 256, (tensor.nbytes,), dtype=torch.uint8)
+            return noise.view(tensor.dtype).reshape(tensor.shape)
+        case 7:
+            return tensor.to("meta")
+    return torch.cat([tensor.reshape(-1)] * 2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_spoiled_companions_raise_errors_of_ours_alone() -> None:
+    for seed in range(int(os.environ.get("AUTOALIGN_FUZZ", "300"))):
+        r = random.Random(seed)
+        torch.manual_seed(seed)
+        name = r.choice(list(WRITERS))
+        parts = WRITERS[name](torch.randn(256, 256)).parts
+        for key in r.sample(list(parts), min(len(parts), r.choice((1, 1, 2)))):
+            parts[key] = spoiled(r, parts[key])
+            if r.random() < 0.1:
+                del parts[key]
+        source = {f"fc.{key}": part for key, part in parts.items()} | {"norm.weight": torch.ones(256)}
+        model = nn.ModuleDict({"fc": nn.Linear(256, 256, bias=False), "norm": nn.RMSNorm(256)})
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        try:
+            alignment = autoalign.load(model, source, min_confidence=r.choice((0.0, 0.5)))
+            assert {match.target for match in alignment.matches} <= before.keys()
+            assert str(alignment)
+            raw = [m for m in alignment.matches if "fc.weight" in m.target and not is_dequantised(m.operation)]
+            are_values = all(source[match.sources[0]].is_floating_point() for match in raw)
+            assert are_values or len(parts) == 1, (seed, name)
+        except AutoAlignError:
+            assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), (seed, name)
+        except Exception as error:
+            raise AssertionError(f"{name} with seed {seed}: {type(error).__name__}: {error}") from error
