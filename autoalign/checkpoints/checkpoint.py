@@ -22,7 +22,7 @@ from autoalign.plan.keys import LEVELS
 from autoalign.plan.matches import Caution
 from autoalign.plan.quantised import Members, groups_of
 from autoalign.plan.regions import Region, narrowed
-from autoalign.plan.specs import TensorSpec, packing_of
+from autoalign.plan.specs import TensorSpec
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -296,10 +296,6 @@ def _of_mapping(root: Mapping[str, object], container: str | None, path: str | N
     if packed:
         chosen = replace(chosen, entries=tuple(entry for entry in chosen.entries if entry.spec not in packed))
     entries = {entry.spec.key: entry for entry in chosen.entries}
-    for key, value in chosen.extras.items():  # as torch's own quantised layers pack their weight with its bias
-        for tensor in value if isinstance(value, tuple) else ():
-            if isinstance(tensor, Tensor) and (kind := packing_of(tensor)):
-                packed[TensorSpec(key, tuple(tensor.shape), tensor.dtype)] = kind
     notes = []
     if packed:
         names = listed([f"{spec.key} ({kind})" for spec, kind in packed.items()])

@@ -30,6 +30,7 @@ COPY_WORDS = frozenset({"ema", "teacher", "momentum", "target", "swa", "average"
 TRAINING_WORDS = frozenset(
     {"optimizer", "optimizers", "optim", "opt", "scaler", "scheduler", "schedulers", "amp", "rng", "callbacks", "loops"}
 )
+_PACKED = "_packed_params._packed_params"  # the end of the key of what torch's own quantised layers pack
 _MIN_SHARED_SHAPES = 0.8  # share of the tensors of a state dict whose shapes a copy of it has
 _MAX_SIZE_RATIO = 10  # of the largest state dict to one that is preferred
 _MAX_DEPTH, _MAX_MAPPINGS = 64, 2**18  # mappings in each other, and in all
@@ -203,6 +204,8 @@ def _tree(mapping: Mapping[Any, object], depth: int, seen: Iterator[int]) -> _No
             extras[name] = value
         elif isinstance(value, Tensor | StoredTensor) or (isinstance(value, np.ndarray) and _is_numeric(value)):
             children[name] = Entry(_spec(name, value, held=isinstance(mapping, dict)), mapping, name)
+        elif isinstance(value, tuple) and name.endswith(_PACKED):
+            children.update(_unpacked(name, value))
         elif not isinstance(value, Mapping):
             extras[name] = value
         elif not name_words(name) & TRAINING_WORDS:
@@ -212,6 +215,15 @@ def _tree(mapping: Mapping[Any, object], depth: int, seen: Iterator[int]) -> _No
             else:
                 extras[name] = value
     return _Node(mapping, children, extras)
+
+
+def _unpacked(name: str, value: tuple[object, ...]) -> Iterator[tuple[str, Entry]]:
+    """Yield the weight and the bias of a layer that torch quantised, which are one value in its state dict."""
+    owner = {key: part for key, part in zip(("weight", "bias"), value, strict=False) if isinstance(part, Tensor)}
+    for part, tensor in owner.items():
+        key = name.removesuffix(_PACKED) + part
+        spec = spec_of(key, tensor)
+        yield key, Entry(spec if spec.encoding else replace(spec, encoding="torch's packed bias"), owner, part)
 
 
 def _are_parameters(name: str, items: Sequence[object]) -> bool:

@@ -415,12 +415,18 @@ def _gguf_shape(shapes: Shapes, *, name: str) -> Shape | None:
     return (*rows, count // size * block) if count % size == 0 else None
 
 
+def _of_torch(inputs: Inputs, _: Shape) -> Tensor:
+    """Return the values of torch's own quantised tensors, which hold their scales; those beside are of the outputs."""
+    return inputs["codes"].dequantize().to(torch.float32)
+
+
 _GGUF = (
     "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K TQ1_0 TQ2_0 MXFP4 IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S "
     "IQ1_M IQ4_NL IQ4_XS"
 )
 _CHUNK = 2**18  # numbers that are worked on at a time
 _PLAIN = Scheme(_scaled, _same_shape, needs="scale")
+_TORCH = Scheme(_of_torch, lambda shapes: shapes["codes"], needs="", allows="scale, zero")
 _BITSANDBYTES = Scheme(
     _four_bits_of_bitsandbytes,
     lambda _: None,
@@ -433,6 +439,7 @@ SCHEMES: dict[str, Scheme] = {
     f"GGUF {name}": Scheme(partial(_gguf, name=name), partial(_gguf_shape, name=name), needs="")
     for name in _GGUF.split()
 } | {
+    **dict.fromkeys(("torch's qint8", "torch's quint8", "torch's qint32", "torch's packed bias"), _TORCH),
     "FP8 by tensor": _PLAIN,
     "FP8 by row": _PLAIN,
     "FP8 in blocks": _PLAIN,

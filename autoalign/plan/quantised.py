@@ -56,7 +56,6 @@ _PAYLOADS = frozenset(
     {"weight", "weights", "kernel", "embedding", "w", "q", "qweight"}
     | {"packed", "blocks", "codes", "data", "qdata", "values", "indices", "idxs", "quantized"}
 )
-_PAIR = ("scale", "zero_point")  # of what a layer that torch quantised gives
 _MAX_PACKED = 32  # codes in an element
 
 _MAX_STATE = 2**16  # bytes of JSON
@@ -155,13 +154,17 @@ def groups_of(specs: Sequence[TensorSpec]) -> Members:
     >>> [(key, member.role, member.group.scheme) for key, member in found.items()]
     [('fc.weight', 'codes', 'FP8 in blocks'), ('fc.weight_scale_inv', 'scale', 'FP8 in blocks')]
     """
-    return _groups_of(tuple(specs)) if any(spec.dtype in _CODES for spec in specs) else {}
+    return _groups_of(tuple(specs)) if any(spec.encoding or spec.dtype in _CODES for spec in specs) else {}
 
 
 @lru_cache(maxsize=4)  # an alignment asks again for what its sides have
 def _groups_of(specs: tuple[TensorSpec, ...]) -> Members:
     stated = {spec.key.partition(_STATE)[0] for spec in specs if _STATE in spec.key}  # codes that may be kept as floats
-    codes = {spec.key: spec for spec in specs if (spec.dtype in _CODES or spec.key in stated) and spec.numel > 1}
+    codes = {
+        spec.key: spec
+        for spec in specs
+        if spec.encoding or ((spec.dtype in _CODES or spec.key in stated) and spec.numel > 1)
+    }
     modules = {split_key(key)[0] for key in codes}
     outer = {module: split_key(module) for module in modules}
     modules |= {module for module, _ in outer.values()}
@@ -187,11 +190,7 @@ def _groups_of(specs: tuple[TensorSpec, ...]) -> Members:
         role, stem, _ = _read(name)
         if key in found or (role and spec.dtype not in _TORCH):
             continue
-        near = [] if spec.encoding else beside.get((module, stem), [])
-        if spec.dtype in _TORCH and not near and key not in inside:
-            around = beside.get((split_key(module)[0], frozenset()), [])
-            near = [item for item in around if item[0] in _PAIR]  # a packed layer's, beside the layer's module
-            near = near if len(near) == len(_PAIR) else []
+        near = [] if spec.encoding and spec.dtype not in _TORCH else beside.get((module, stem), [])
         companions = _companions(spec, inside.get(key, []), near, tied=bool(stem))
         if companions is None:
             continue
@@ -311,8 +310,6 @@ def _scheme(codes: TensorSpec, companions: Sequence[_Companion]) -> str:
     for name, _, _ in companions:
         if known := _NAMED.search(name):
             return known[1].upper()
-    if dtype in _TORCH:
-        return f"torch's {codes.dtype_name}"
     if "table" in parts:
         return f"{codes.dtype_name} codes of a table"
     if scale is not None and scale.dtype in _POWERS:

@@ -57,7 +57,8 @@ def specs_of(state_dict: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
 def spec_of(key: str, tensor: Tensor) -> TensorSpec:
     """Describe one tensor."""
     shape = tuple(tensor.shape)
-    return TensorSpec(key, shape, tensor.dtype, _storage_id(tensor, shape))
+    encoding = f"torch's {str(tensor.dtype).removeprefix('torch.')}" if tensor.is_quantized else ""
+    return TensorSpec(key, shape, tensor.dtype, _storage_id(tensor, shape), encoding)
 
 
 def _storage_id(tensor: Tensor, shape: tuple[int, ...]) -> int | None:
@@ -71,14 +72,12 @@ def _storage_id(tensor: Tensor, shape: tuple[int, ...]) -> int | None:
 
 
 def packing_of(tensor: Tensor) -> str | None:
-    """Name the kind of a tensor whose elements are not its values, such as a quantised one; None for others.
+    """Name the class of a tensor whose elements are not its values and that no table of schemes has; else None.
 
     >>> packing_of(torch.zeros(2)) is None
     True
     """
     kind: type[object] = type(tensor)
-    if tensor.is_quantized:
-        return str(tensor.dtype).removeprefix("torch.")
     if kind.__module__.startswith("torch.distributed."):  # sharded ones hold plain tensors
         return None
     packed: object = tensor  # for type checkers, no tensor is of such a class

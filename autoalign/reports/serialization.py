@@ -86,7 +86,15 @@ def _verified_from_plain(data: Mapping[str, Any] | None) -> Verified | None:
 
 
 def _side_to_plain(specs: Sequence[TensorSpec]) -> Plain:
-    tensors = [[spec.key, list(spec.shape), spec.dtype_name] for spec in specs]
+    tensors = [
+        [
+            spec.key,
+            list(spec.shape),
+            str(spec.dtype).removeprefix("torch."),
+            *([spec.encoding] if spec.encoding else []),
+        ]
+        for spec in specs
+    ]
     return {"tensors": tensors, "tied": [list(keys) for keys in tied_groups(specs)]}
 
 
@@ -162,15 +170,13 @@ def _side_from_plain(data: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     group = {key: number for number, keys in enumerate(plain.items(data["tied"])) for key in plain.texts(keys)}
     specs: dict[str, TensorSpec] = {}
     for tensor in plain.items(data["tensors"]):
-        key, shape, name = plain.items(tensor)
+        key, shape, name, *encoding = plain.items(tensor)
         sizes = tuple(plain.integer(size) for size in plain.items(shape))
-        encoding = plain.text(name) if name.startswith("GGUF ") else ""
-        if not encoding and name not in _DTYPES:
+        if plain.text(name) not in _DTYPES:
             raise TypeError(f"{plain.text(key)!r} has the unknown dtype {name!r}")
         if key in specs or prod(sizes) > MAX_INTEGER:
             raise ValueError(f"{plain.text(key)!r} is listed twice, or larger than a tensor can be")
-        dtype = torch.uint8 if encoding else _DTYPES[name]
-        specs[key] = TensorSpec(plain.text(key), sizes, dtype, group.get(key), encoding)
+        specs[key] = TensorSpec(plain.text(key), sizes, _DTYPES[name], group.get(key), *plain.texts(encoding[:1]))
     if unknown := group.keys() - specs.keys():
         raise KeyError(min(unknown))
     return tuple(specs.values())

@@ -358,19 +358,20 @@ def quantised() -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*quantiz:UserWarning", "ignore:.*quantiz:DeprecationWarning")
-def test_quantised_tensors_are_left_out_with_a_reason() -> None:
+def test_quantised_tensors_of_torch_are_dequantised_or_left_out_with_a_reason() -> None:
     source = nn.Linear(4, 3).state_dict()
     source["weight"] = quantised()
     model = nn.Linear(4, 3)
     before = model.weight.detach().clone()
     with pytest.warns(PartialLoadWarning, match=r"1 keep their values: weight"):
-        alignment = load(model, source, min_confidence=0.3)  # a bias alone is not so sure
+        alignment = load(model, source, min_confidence=0.3, dequantise=False)  # a bias alone is not so sure
     assert torch.equal(model.weight, before)
     assert alignment.missing_keys == alignment.unexpected_keys == ["weight"]
-    assert any("1 tensors are quantised or packed in another way" in note for note in alignment.notes)
-    assert any("weight (qint8)" in note for note in alignment.notes)
+    assert any("Left out: 1 tensors quantised as torch's qint8" in note for note in alignment.notes)
     with pytest.raises(IncompatibleTensorsError, match=r"1 of 2 target tensors has no compatible source"):
-        load(model, source, strict=True, min_confidence=0.3)
+        load(model, source, strict=True, min_confidence=0.3, dequantise=False)
+    load(model, source, strict=True)
+    assert torch.equal(model.weight, quantised().dequantize())
 
 
 def test_a_wrapper_of_several_tensors_in_the_model_is_left_out_with_a_reason() -> None:

@@ -358,31 +358,36 @@ def test_into_the_same_scheme_all_is_copied_as_it_is(layout: Layout, scheme: str
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:UserWarning:torch")
-def test_layers_that_torch_quantised_are_left_out_with_their_scales(tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_layers_that_torch_quantised_are_dequantised_or_left_out(saved: bool, tmp_path: Path) -> None:
     from torch.ao.nn.quantized import Conv2d, Linear
 
-    conv: Any = Conv2d
-    fc: Any = Linear
-    source = nn.ModuleDict({"conv": conv(3, 8, 3), "fc": fc(8, 4)}).state_dict()
-    source["norm.weight"] = torch.rand(8)
+    conv: Any = Conv2d(3, 8, 3)  # type: ignore[no-untyped-call]
+    fc: Any = Linear(8, 4)  # type: ignore[no-untyped-call]
+    scales, zeros = torch.rand(8).double(), torch.zeros(8, dtype=torch.int64)
+    kernel = torch.quantize_per_channel(torch.randn(8, 3, 3, 3), scales, zeros, 0, torch.qint8)
+    conv.set_weight_bias(kernel, torch.rand(8))
+    fc.set_weight_bias(torch.quantize_per_tensor(torch.randn(4, 8), 0.02, 0, torch.qint8), torch.rand(4))
+    held = nn.ModuleDict({"conv": conv, "fc": fc}).state_dict()
+    held["norm.weight"] = torch.rand(8)
+    torch.save(held, tmp_path / "a.pt")
+    source: Any = tmp_path / "a.pt" if saved else held
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3), "fc": nn.Linear(8, 4), "norm": nn.RMSNorm(8)})
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.warns(PartialLoadWarning, match=r"Left out: 2 tensors quantised as torch's qint8"):
-        alignment = autoalign.load(model, source, min_confidence=0.3)
-    assert {"conv.scale", "conv.zero_point", "fc.scale", "fc.zero_point"} < set(alignment.unexpected_keys)
-    assert {"conv.weight", "fc._packed_params._packed_params"} < set(alignment.unexpected_keys)
+        left_out = autoalign.load(model, source, min_confidence=0, dequantise=False)
+    assert {"conv.scale", "conv.zero_point", "fc.scale", "fc.zero_point"} < set(left_out.unexpected_keys)
+    assert {"conv.weight", "fc.weight", "fc.bias"} < set(left_out.unexpected_keys)
     for key in ("conv.weight", "fc.weight", "fc.bias"):
         assert torch.equal(model.state_dict()[key], before[key])
-    report = " ".join(str(alignment).split())
-    assert "quantised as torch's qint8" in report
-    assert any("_packed_params (qint8)" in note for note in alignment.notes)
+    alignment = autoalign.load(model, source, strict=True)
+    wanted = {"conv.weight": conv.weight().dequantize(), "fc.weight": fc.weight().dequantize()}
+    wanted |= {"conv.bias": conv.bias(), "fc.bias": fc.bias(), "norm.weight": held["norm.weight"]}
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
     alignment.save(tmp_path / "a.json")
-    assert autoalign.Alignment.read(tmp_path / "a.json").applied_to(source, model).mapping == alignment.mapping
-    with pytest.raises(IncompatibleTensorsError, match=r"Left out: 2 tensors quantised as torch's qint8"):
-        autoalign.convert(source, model, tmp_path / "a.safetensors", strict=True, min_confidence=0.3)
-    only = {key: value for key, value in source.items() if key.startswith("fc.")}
-    with pytest.raises(NothingLoadedError, match=r"fc\._packed_params\._packed_params \(qint8\)"):
-        autoalign.load(model, only)
+    assert autoalign.Alignment.read(tmp_path / "a.json").applied_to(source, model) == alignment
+    into = autoalign.align(model, nn.ModuleDict({"conv": conv, "fc": fc}))
+    assert not {match.target for match in into.matches} & {"conv.weight", "fc.weight", "fc.bias"}
 
 
 # Stacks, other schemes, parts
