@@ -173,7 +173,7 @@ def _diverged(scene: Scene, finding: Finding) -> Divergence:
     def found(cause: Cause, text: str, keys: Sequence[str] = ()) -> Divergence:
         return Divergence(finding.source, module, finding.difference, cause, text, tuple(keys))
 
-    if finding.kind == "gradual":
+    if finding.kind == "grown":
         return found("precision", "The difference grew little by little: rounding, or many small differences.")
     if finding.kind in ("own", "inside", "mispaired") and wrong:
         return _of_weights(scene, finding, module, wrong)

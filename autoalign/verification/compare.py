@@ -23,12 +23,11 @@ _MAX_TRACED_ELEMENTS = 2**26  # of a tensor whose rows are followed through an o
 _MODULE_STRICTNESS = 30  # the tolerance of modules is that many times smaller than of outputs, since errors grow
 _ROUNDINGS = 16  # that a module's output may be off by
 _JUMP = 10  # how many times what came before a difference must be, to be no mere rounding that grew
-_GRADUAL = 2**30  # added to the positions of differences that grew, which come after all others
 _NAMES = ("relu", "relu6", "gelu", "silu", "elu", "leaky_relu", "tanh", "sigmoid", "hardswish", "mish")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(functional, name) for name in _NAMES}
 ACTIVATIONS["gelu (tanh)"] = partial(functional.gelu, approximate="tanh")
 
-Kind = Literal["own", "mispaired", "before", "inside", "gradual"]
+Kind = Literal["own", "mispaired", "before", "inside", "grown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +278,6 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
         return any(sums.like(other) for other in by_size.get(sums.numel, ()))
 
     noise, since = 0.0, (-1, -1)
-    gradual: Finding | None = None
     begun: dict[int, Event] = {}  # calls whose inputs differ, and that are judged when they end
     endings = {id(event.call): event for event in events if event.ending}
     for position, event in enumerate(events):
@@ -287,8 +285,8 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
             continue
         limit = max(compared.tolerance, _JUMP * noise)
         if event.difference <= limit:
-            if event.difference > compared.loose_tolerance and gradual is None:
-                gradual = _gradual(position, event)
+            if event.difference > compared.loose_tolerance:
+                return _grown(position, event)
             noise = max(noise, event.difference)
             since = event.times
             continue
@@ -328,18 +326,17 @@ def first_finding(compared: Compared, wrong: Collection[str]) -> Finding | None:
             event.times,
             _given_the_same(compared, event.call) if kind == "mispaired" else (),
         )
-    return gradual
+    return None
 
 
-def worst_finding(compared: Compared) -> Finding | None:
-    """Find the first module whose difference is too large although it grew little by little."""
-    events = enumerate(event for event in compared.events if event.difference is not None)
-    return next((_gradual(place, e) for place, e in events if (e.difference or 0.0) > compared.tolerance), None)
+def grown_finding(compared: Compared, difference: float) -> Finding | None:
+    """Find the first module that differs about as much as the outputs do, where no module does so at once."""
+    events = enumerate(compared.events)
+    return next((_grown(place, e) for place, e in events if _JUMP * (e.difference or 0.0) >= difference), None)
 
 
-def _gradual(position: int, event: Event) -> Finding:
-    difference = event.difference or 0.0
-    return Finding(_GRADUAL + position, "gradual", event.call, event.pair.source, difference, (-1, -1), event.times)
+def _grown(position: int, event: Event) -> Finding:
+    return Finding(position, "grown", event.call, event.pair.source, event.difference or 0.0, (-1, -1), event.times)
 
 
 def last_agreement(compared: Compared) -> tuple[int, int]:

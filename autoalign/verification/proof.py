@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from autoalign.errors import InputError
 from autoalign.matching.names import kind
 from autoalign.verification.differences import relative_difference
-from autoalign.verification.run import call, flat_tensors, seed_all
+from autoalign.verification.run import call, flat_tensors, restart, seed_all
 from autoalign.verification.session import Outcome, Session, tensors_of
 
 _SEED = 20_161  # of fresh values
@@ -189,6 +189,7 @@ def noticed(session: Session, outcome: Outcome, fills: Mapping[str, Tensor], sec
 def _outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
     arguments, options = copy.deepcopy(inputs)
     seed_all(0)
+    restart(module)
     return list(flat_tensors(module(*arguments, **options)).values())
 
 

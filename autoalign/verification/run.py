@@ -56,8 +56,15 @@ def preserved(*models: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         torch.backends.mha.set_fastpath_enabled(False)
         for model in models:
+            stack.callback(restart, model)
             model.eval()
         yield
+
+
+def restart(module: nn.Module) -> None:
+    """Leave evaluation mode and enter it again: modules then drop what they derived of their tensors and kept."""
+    module.train()
+    module.eval()
 
 
 def seed_all(seed: int) -> None:
@@ -161,6 +168,7 @@ def call(model: nn.Module, inputs: object, values: Mapping[str, Tensor] | None =
     device = next((t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta), None)
     placed = _copied(inputs, device)
     seed_all(0)
+    restart(model)
     try:
         arguments, options = _arguments(placed)
         if values is None:

@@ -17,7 +17,7 @@ from autoalign.loading.load import load_checkpoint
 from autoalign.matching.match import match_tensors
 from autoalign.plan.matches import Match, Verified
 from autoalign.verification.causes import Divergence, Scene, diverged
-from autoalign.verification.compare import Finding, last_agreement, worst_finding
+from autoalign.verification.compare import Finding, grown_finding, last_agreement
 from autoalign.verification.differences import OutputDifference
 from autoalign.verification.proof import fresh_values, is_countable, is_decisive, noticed
 from autoalign.verification.run import NEVER, preserved
@@ -275,7 +275,7 @@ def _divergence(session: Session, outcome: Outcome, wrong: Mapping[str, str]) ->
     scene = Scene(session.models, outcome.compared, session.known, wrong, unfilled)
     if outcome.equal:
         return _unseen(session, scene)
-    if (finding := outcome.finding or worst_finding(outcome.compared)) is not None:
+    if (finding := outcome.finding or grown_finding(outcome.compared, outcome.largest)) is not None:
         return diverged(scene, finding)
     # it shows in no module that could be compared
     root = next(call for call in outcome.compared.target.calls if call.module == "")

@@ -20,7 +20,7 @@ from autoalign.alignment import Alignment
 from autoalign.api import verify
 from autoalign.errors import InputError, UnequalModelsError
 from autoalign.plan.matches import Verified
-from autoalign.plan.operations import Operation, Transpose, chain
+from autoalign.plan.operations import Flip, Operation, Transpose, chain
 from benchmarks.accuracy.localisation import SUBJECTS, Way, measure
 from benchmarks.accuracy.localisation import randomise as with_values
 from tests.matching.test_operation_pairs import DOUBTED_PAIRS, LLAMA, PHI3, TOKENS, Pair, hf, randomise
@@ -308,6 +308,8 @@ def test_models_of_less_precision_are_compared_with_more_tolerance(pair: tuple[A
     assert 0 < verification.max_difference < verification.tolerance == 5e-2
     strict = verify(source, target, INPUTS, target_inputs=INPUTS.bfloat16(), tolerance=1e-6)
     assert not strict.equal
+    assert strict.first_divergence is not None
+    assert strict.first_divergence.cause == "precision"
 
 
 def test_a_difference_that_does_not_show_is_told(pair: tuple[Any, Any]) -> None:
@@ -425,6 +427,18 @@ def test_a_load_and_its_own_alignment_are_no_proof(first: str, second: str) -> N
     assert {match.target for match in found.taken} == {first, second}
 
 
+@pytest.mark.parametrize("layer", ["conv1", "fc"])
+def test_rows_in_another_order_are_blamed_on_the_layer_that_gives_them(layer: str, pair: tuple[Any, Any]) -> None:
+    source, target = pair
+    key, name = f"{layer}.weight", dict(zip(dict(source.named_children()), "abcdefgh", strict=True))[layer]
+    alignment = autoalign.align(source, target)
+    wrong = spoilt(alignment, {f"{name}.weight": ((key,), Flip(0))})
+    autoalign.load(target, source, alignment=wrong)
+    divergence = verify(source, target, INPUTS, alignment=wrong, trials=0).first_divergence
+    assert divergence is not None
+    assert (divergence.target_module, divergence.cause, divergence.keys) == (name, "weights", (f"{name}.weight",))
+
+
 class Beside(nn.Module):
     """A head of small values beside one of large ones."""
 
@@ -448,6 +462,36 @@ def test_a_small_channel_counts_beside_a_large_one() -> None:
     assert verification.max_difference == pytest.approx(0.01, rel=0.01)
     target.factor = 1.0
     assert verify(source, target, rows).equal
+
+
+class Caching(nn.Module):
+    """A module that keeps what it derived of a parameter for as long as it is in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(6, 6), nn.Parameter(torch.ones(6))
+        self.cache: list[Tensor] = []
+
+    def train(self, mode: bool = True) -> Caching:
+        self.cache = []
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.cache:
+            self.cache = [self.gain * 2]
+        result: Tensor = self.layer(x) * self.cache[0]
+        return result
+
+
+def test_what_a_module_keeps_of_its_tensors_is_neither_used_nor_left() -> None:
+    source, target = with_values(Caching(), 1), Caching().eval()
+    target(ROWS)  # keeps what was before the load
+    autoalign.load(target, source)
+    before = snapshot(target)
+    verification = verify(source, target, ROWS)
+    assert (verification.equal, verification.coverage) == (True, 1.0)
+    assert_unchanged(target, before)
+    assert torch.equal(target(ROWS), source(ROWS))
 
 
 class Auxiliary(nn.Module):
