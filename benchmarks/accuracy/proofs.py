@@ -137,7 +137,11 @@ def _options(
             if not torch.equal(values[one], values[other]):
                 yield {one: from_other(one, other), other: from_other(other, one)}
     for key in keys if way == "transposed" else []:
-        if values[key].dim() == 2 and values[key].shape[0] == values[key].shape[1] > 1:
+        if (
+            values[key].dim() == 2
+            and values[key].shape == values[key].T.shape
+            and bool((values[key] != values[key].T).any())
+        ):
             yield {key: rearranged(key, Transpose())}
     for key in keys if way == "interleaved" else []:
         shape = tuple(values[key].shape)
