@@ -379,7 +379,7 @@ def _may_raise(category: type[Warning]) -> bool:
 
 
 def _warn_of_keys(ready: Prepared, targets: Mapping[str, Tensor]) -> None:
-    on_meta = any(targets[key].is_meta for key in ready.alignment.missing_keys)
+    on_meta = any(key in targets and targets[key].is_meta for key in ready.alignment.missing_keys)
     fate = "stay on meta, without values" if on_meta else "keep their values"
     advice = ""
     if any(ROTARY in match.warnings for match in ready.alignment.ambiguous):
