@@ -28,6 +28,7 @@ from autoalign.errors import DependencyError, InputError, PatternError, ValueWar
 from autoalign.loading.values import Changed, Differences, differences
 from autoalign.plan.quantised import describe_schemes
 from autoalign.plan.specs import TensorSpec
+from autoalign.reports.html import document
 from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text
 from autoalign.reports.rows import Row, escaped, fold, lay_out
 from autoalign.reports.text import SCREEN, escape_markdown, markdown_code, markdown_table, render_markdown, render_text
@@ -104,10 +105,7 @@ def _show_alignment(alignment: Alignment, options: argparse.Namespace, verdict: 
         show_json(data | {"remarks": [verdict] if verdict else []})
         return
     if options.format == "html":
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "report.html")
-            alignment.to_html(path, title=f"{source} -> {target}")
-            show(path.read_text(encoding="utf-8"), plain=True)
+        show(document(alignment, title=f"{source} -> {target}"), plain=True)
         return
     if options.format == "markdown":
         lines = [f"{markdown_code(escaped(source))} → {markdown_code(escaped(target))}", "", render_markdown(alignment)]

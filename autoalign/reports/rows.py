@@ -250,12 +250,8 @@ def escaped(text: str) -> str:
     return printable(text.replace("\\", r"\\"))
 
 
-def by_blocks(rows: Sequence[Row]) -> list[Row]:
-    """Sort rows so that those come one after another which ``under_headings`` writes together."""
-    return [row for members in _blocks(rows).values() for row in members]
-
-
-def _blocks(rows: Sequence[Row]) -> dict[tuple[int, tuple[str, ...]], list[Row]]:
+def blocks_of(rows: Sequence[Row]) -> dict[tuple[int, tuple[str, ...]], list[Row]]:
+    """Group the rows which ``under_headings`` writes together, by what the keys of each group have in common."""
     blocks: dict[tuple[int, tuple[str, ...]], list[Row]] = {}
     for position, row in enumerate(rows):
         start = tuple(_block(key) for key in row.keys)
@@ -266,7 +262,7 @@ def _blocks(rows: Sequence[Row]) -> dict[tuple[int, tuple[str, ...]], list[Row]]
 def under_headings(rows: Sequence[Row]) -> list[Row]:
     """Write what the keys of a block have in common once, above the first of its rows."""
     grouped = []
-    for (_, start), members in _blocks(rows).items():
+    for (_, start), members in blocks_of(rows).items():
         if len(members) == 1:
             grouped += members
             continue

@@ -16,7 +16,7 @@ from autoalign.plan.operations import Shape
 from autoalign.plan.quantised import ADVICE, Members
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.choices import answers, choices_of, reasons
-from autoalign.reports.rows import Row, by_blocks, cut, escaped, fold, lay_out, share_out, under_headings
+from autoalign.reports.rows import Row, blocks_of, cut, escaped, fold, lay_out, share_out, under_headings
 
 SCREEN = 40  # lines
 STATUSES: tuple[Status, ...] = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # as of the sections
@@ -185,7 +185,7 @@ def _ambiguous_rows(
             lowest = min(match.confidence for match in matches)
             facts = (shape, f"{operation}, confidence {lowest:.2f}")
             rows.append(Row((sources, target), facts, len(matches), choice=place))
-        *first, last = by_blocks(rows)[:most]
+        *first, last = [row for members in blocks_of(rows).values() for row in members][:most]
         how = answers(choice, place, for_shell=for_shell)
         if more := len(choice.targets) - sum(row.tensors for row in (*first, last)):
             how.insert(0, f"and {more:,} more: alignment.choices[{place}].targets")
