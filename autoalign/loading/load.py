@@ -22,29 +22,8 @@ from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.config import ROTARY_SETTINGS
 from autoalign.checkpoints.stored import named_dtype
 from autoalign.errors import AlignmentError, CheckpointError, InputError, ValueWarning, listed
-from autoalign.loading import sharded
-from autoalign.loading.fill import (
-    Progress,
-    Step,
-    check_devices,
-    copy_all,
-    fills_of,
-    progress_of,
-    read_ahead,
-    read_sources,
-    tensors_of,
-)
+from autoalign.loading import fill, prepare, sharded
 from autoalign.loading.mapped import CutError, MappedFiles, mapped_files
-from autoalign.loading.prepare import (
-    Prepared,
-    aligned,
-    extra_states,
-    prepared,
-    state_metadata,
-    warn,
-    warn_of_choices,
-    warn_of_unfilled,
-)
 from autoalign.loading.transaction import (
     can_copy_in_place,
     cannot_fail,
@@ -67,7 +46,7 @@ class _Call:
 
     model: nn.Module
     assign: bool
-    progress: Progress | bool | None
+    progress: fill.Progress | bool | None
     dtype: torch.dtype | None  # that the model is to get, or None
     device: torch.device | None  # as well
     since: float  # when it began, by `time.perf_counter`
@@ -81,7 +60,7 @@ def load_checkpoint(
     *,
     strict: bool,
     assign: bool,
-    progress: Progress | bool | None,
+    progress: fill.Progress | bool | None,
     dtype: torch.dtype | str | None,
     device: torch.device | str | int | None,
     alignment: Alignment | None,
@@ -99,7 +78,7 @@ def load_checkpoint(
             if ranks is None:
                 announced.enter_context(sharded.announced_unsharded(model))
 
-        def prepare() -> Prepared:
+        def get_ready() -> prepare.Prepared:
             if ranks is not None and is_converted:
                 raise InputError(
                     "A sharded model is given its dtype and device when it is sharded. Nothing was loaded."
@@ -107,8 +86,8 @@ def load_checkpoint(
             return _prepared(model, checkpoint, align_options, alignment, strict=strict)
 
         if ranks is not None:
-            return _load_sharded(call, prepare, ranks)
-        ready = prepare()
+            return _load_sharded(call, get_ready, ranks)
+        ready = get_ready()
         if call.dtype is not None:
             ready = replace(ready, alignment=_with_dtype(ready.alignment, call.dtype))
         if not is_converted:
@@ -150,7 +129,7 @@ def _conversion(
 
 def _prepared(
     model: nn.Module, checkpoint: Side, options: Mapping[str, Any], made: Alignment | None, *, strict: bool
-) -> Prepared:
+) -> prepare.Prepared:
     if made is not None and not isinstance(made, Alignment):
         raise InputError(f"alignment= takes an Alignment, not {type(made).__name__}. Nothing was loaded.")
     source = checkpoint_of(checkpoint, container=options.get("container"))
@@ -158,8 +137,8 @@ def _prepared(
     if made is not None and rest:
         changes = ", ".join("example_inputs" if name == "order_of_use" else name for name in rest)
         raise InputError(f"An alignment is applied as it is, and {changes} would change it. Nothing was loaded.")
-    return prepared(
-        aligned(model, source, rest) if made is None else made.applied_to(source, model),
+    return prepare.prepared(
+        prepare.aligned(model, source, rest) if made is None else made.applied_to(source, model),
         model,
         type(model).__name__,
         strict=strict,
@@ -169,38 +148,38 @@ def _prepared(
     )
 
 
-def _fill(call: _Call, ready: Prepared) -> Alignment:
+def _fill(call: _Call, ready: prepare.Prepared) -> Alignment:
     """Move what is matched into a model that is this process's own, and report what was done."""
     model, source, alignment = call.model, ready.source, ready.alignment
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    check_devices(alignment, targets, assign=call.assign)
+    fill.check_devices(alignment, targets, assign=call.assign)
     source.require_unchanged()
     findings = Findings()
     opened = _mapped_paths(call, source)
     with (
-        progress_of(call.progress, len(alignment.matches), _size(alignment), call.since) as step,
+        fill.progress_of(call.progress, len(alignment.matches), _size(alignment), call.since) as step,
         mapped_files(opened) as files,
     ):
         fills, ahead, is_ahead = None, None, False
         if opened and not call.assign:
             with _cut_explained():
-                ahead, is_ahead = read_ahead(list(read_sources(source, alignment)), files)
+                ahead, is_ahead = fill.read_ahead(list(fill.read_sources(source, alignment)), files)
         if not call.assign and supports_plain_copy(model, [match.target for match in alignment.matches]):
             findings = Findings(pieces=files.pieces)
             postpone = source.is_resident and not is_ahead and not _may_raise(ValueWarning)
-            given = read_sources(source, alignment) if ahead is None else ahead
-            early: Step = (lambda _done, _size: None) if source.is_resident else step  # what takes no time
+            given = fill.read_sources(source, alignment) if ahead is None else ahead
+            early: fill.Step = (lambda _done, _size: None) if source.is_resident else step  # what takes no time
             with _cut_explained():
-                fills = fills_of(given, alignment, targets, findings, early, postpone=postpone, files=files)
-            if not all(can_copy_in_place(given, part) for fill in fills for part, given in fill.copies):
+                fills = fill.fills_of(given, alignment, targets, findings, early, postpone=postpone, files=files)
+            if not all(can_copy_in_place(given, part) for each in fills for part, given in each.copies):
                 fills, findings = None, Findings()
         if fills is None:
-            given = read_sources(source, alignment) if ahead is None else ahead
+            given = fill.read_sources(source, alignment) if ahead is None else ahead
             dtype, device = (call.dtype, call.device) if call.assign else (None, None)  # else as they are
-            tensors = tensors_of(
+            tensors = fill.tensors_of(
                 given, alignment, targets, findings, step, assign=call.assign, dtype=dtype, device=device
             )
-        warn_of_choices(f"Loading {ready.summary}", alignment)
+        prepare.warn_of_choices(f"Loading {ready.summary}", alignment)
         _warn_of_keys(ready, targets)  # before a change, since a warning may be turned into an error
         _warn_of_values(ready, findings)
         if fills is None:
@@ -224,7 +203,7 @@ def _fill(call: _Call, ready: Prepared) -> Alignment:
 
             with transaction(model, keep_values=is_cancellable):
                 try:
-                    copy_all(fills, stepped, files)
+                    fill.copy_all(fills, stepped, files)
                     if not is_ahead:
                         source.require_unchanged("")
                 except CheckpointError as error:
@@ -249,13 +228,13 @@ def _require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mappi
 
 
 def _load_state_dict(
-    call: _Call, ready: Prepared, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    call: _Call, ready: prepare.Prepared, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
     """Load by torch's own function, with what it passes on to modules beside tensors."""
     model, source, alignment, modules = call.model, ready.source, ready.alignment, ready.modules
     state_dict: OrderedDict[str, object] = OrderedDict(tensors)
-    state_dict.update(extra_states(source, targets, modules))
-    metadata = state_metadata(source, alignment, targets, modules, ready.counters)
+    state_dict.update(prepare.extra_states(source, targets, modules))
+    metadata = prepare.state_metadata(source, alignment, targets, modules, ready.counters)
     state_dict._metadata = metadata  # type: ignore[attr-defined]
     is_kept = not cannot_fail(model, targets, tensors)
     with transaction(model, keep_values=is_kept):
@@ -275,15 +254,15 @@ def _load_state_dict(
             )
 
 
-def _load_sharded(call: _Call, prepare: Callable[[], Prepared], ranks: sharded.Ranks) -> Alignment:
+def _load_sharded(call: _Call, get_ready: Callable[[], prepare.Prepared], ranks: sharded.Ranks) -> Alignment:
     """Load the parts of a model that this and other processes hold, on all or on none; the first of them reports."""
     model, assign, findings = call.model, call.assign, Findings()
     reported = call.progress if ranks.is_first else False
 
-    def prepare_part() -> tuple[tuple[Prepared, dict[str, Tensor], MappedFiles], tuple[str, str]]:
-        ready = prepare()
+    def prepare_part() -> tuple[tuple[prepare.Prepared, dict[str, Tensor], MappedFiles], tuple[str, str]]:
+        ready = get_ready()
         targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        check_devices(ready.alignment, targets, assign=assign)
+        fill.check_devices(ready.alignment, targets, assign=assign)
         files = reading.enter_context(mapped_files(_mapped_paths(call, ready.source)))
         return (ready, targets, files), sharded.digests(ready.source, ready.alignment, files)
 
@@ -291,12 +270,12 @@ def _load_sharded(call: _Call, prepare: Callable[[], Prepared], ranks: sharded.R
         with _cut_explained():
             parts = sharded.plan_of(source, alignment, targets, files, assign=assign)
         if ranks.is_first:  # before a change, since a warning may be turned into an error
-            warn_of_choices(f"Loading {ready.summary}", alignment)
+            prepare.warn_of_choices(f"Loading {ready.summary}", alignment)
             _warn_of_keys(ready, targets)
         surely = sharded.needs_no_rollback(model, source, alignment, targets, assign=assign) and not callable(reported)
         return parts, (surely, ranks.is_first and _may_raise(ValueWarning))
 
-    def fill() -> tuple[None, Findings]:
+    def fill_part() -> tuple[None, Findings]:
         found = Findings(pieces=files.pieces)
         with _cut_explained(is_kept=not is_changed):
             sharded.fill_parts(parts, found, step)
@@ -322,10 +301,10 @@ def _load_sharded(call: _Call, prepare: Callable[[], Prepared], ranks: sharded.R
         if is_changed := not is_kept and not assign:
             undone = "the model may have changed in part: load it anew"
         with (
-            progress_of(reported, len(alignment.matches), _size(alignment), call.since) as step,
+            fill.progress_of(reported, len(alignment.matches), _size(alignment), call.since) as step,
             transaction(model, keep_values=is_kept),
         ):
-            _, all_findings = ranks.each(fill, held, undone=undone, is_changed=is_changed, stops=is_kept)
+            _, all_findings = ranks.each(fill_part, held, undone=undone, is_changed=is_changed, stops=is_kept)
             for found in all_findings:
                 findings.merge(found)
             if may_raise_late:
@@ -335,7 +314,7 @@ def _load_sharded(call: _Call, prepare: Callable[[], Prepared], ranks: sharded.R
     return _reported(call, ready, findings, is_logged=ranks.is_first)
 
 
-def _reported(call: _Call, ready: Prepared, findings: Findings, *, is_logged: bool = True) -> Alignment:
+def _reported(call: _Call, ready: prepare.Prepared, findings: Findings, *, is_logged: bool = True) -> Alignment:
     """Log what was loaded, and return the alignment with what was found of the values."""
     alignment = ready.alignment
     if call.assign:  # the tensors that the model had are not the ones it has now
@@ -378,15 +357,15 @@ def _may_raise(category: type[Warning]) -> bool:
     return False
 
 
-def _warn_of_keys(ready: Prepared, targets: Mapping[str, Tensor]) -> None:
+def _warn_of_keys(ready: prepare.Prepared, targets: Mapping[str, Tensor]) -> None:
     on_meta = any(key in targets and targets[key].is_meta for key in ready.alignment.missing_keys)
     fate = "stay on meta, without values" if on_meta else "keep their values"
     advice = ""
     if any(ROTARY in match.warnings for match in ready.alignment.ambiguous):
         advice = "".join(f" {note}" for note in ready.alignment.notes if ROTARY_SETTINGS[0] in note)
-    warn_of_unfilled(f"Loading {ready.summary}", ready.alignment, fate, advice)
+    prepare.warn_of_unfilled(f"Loading {ready.summary}", ready.alignment, fate, advice)
 
 
-def _warn_of_values(ready: Prepared, findings: Findings) -> None:
+def _warn_of_values(ready: prepare.Prepared, findings: Findings) -> None:
     if statements := findings.statements():
-        warn(f"Loading {ready.summary}. {' '.join(statements)} They are loaded as they are.", ValueWarning)
+        prepare.warn(f"Loading {ready.summary}. {' '.join(statements)} They are loaded as they are.", ValueWarning)

@@ -239,32 +239,33 @@ def test_a_file_that_is_written_to_while_it_is_read_is_an_error(
 _CUT = """
 import os, sys, warnings
 import autoalign, torch
-from autoalign.loading import load as loading
+from autoalign.loading import fill, load
 from safetensors.torch import save_file
 from torch import nn
 
 def network(width, **options):
     return nn.Sequential(*(nn.Linear(width, width, **options) for _ in range(6)))
 
-def cut_at(name):
-    real = getattr(loading, name)
+def cut_at(module, name):
+    real = getattr(module, name)
 
     def cutting(*arguments, **options):
         os.truncate(path, 3000)
         return real(*arguments, **options)
 
-    setattr(loading, name, cutting)
-    return lambda: setattr(loading, name, real)
+    setattr(module, name, cutting)
+    return lambda: setattr(module, name, real)
 
 path = sys.argv[1]
 for width in (100, 600):  # of which one is read before anything is changed
     for save in (save_file, torch.save):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for step in ("_mapped_paths", "copy_all"):  # before anything is read, and when the model is being filled
+            # before anything is read, and when the model is being filled
+            for module, step in ((load, "_mapped_paths"), (fill, "copy_all")):
                 save({f"net.{key}": torch.ones_like(t) for key, t in network(width).state_dict().items()}, path)
                 model = network(width, dtype=dtype)
                 old = [parameter.detach().clone() for parameter in model.parameters()]
-                undo = cut_at(step)
+                undo = cut_at(module, step)
                 try:
                     autoalign.load(model, path)
                     found = "loaded"
