@@ -25,7 +25,7 @@ from autoalign.loading.mapped import MappedFiles
 from autoalign.loading.transaction import is_sharded, memory_of
 from autoalign.loading.values import Findings
 from autoalign.plan.adaptations import needs_target
-from autoalign.plan.dequantise import is_dequantised
+from autoalign.plan.dequantise import is_dequantised, is_sure
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy, Operation
 
@@ -154,13 +154,13 @@ def fills_of(
     """List the copies that fill the tensors of a model's state dict.
 
     What takes more than copies is computed here, so that it cannot fail later; what takes much memory is dropped and
-    computed once more when it is copied.
+    computed once more when it is copied, or only then, where no value can make it fail and a larger one was computed.
 
     ``findings`` receives what is found of the values. With ``postpone`` they are left to be examined when they are
     copied and in memory anyway, as those of a mapped file are not yet.
     """
     memories = _memories(targets)
-    room = _MAX_COMPUTED_BYTES
+    room, largest = _MAX_COMPUTED_BYTES, 0
     fills, size = [], 0
     for done, (match, sources) in enumerate(given, start=1):
         target = targets[match.target].detach()
@@ -171,12 +171,16 @@ def fills_of(
             findings.examine(match, sources, target.dtype)
         fill = None if needs_target(match.operation) else copies_in_place(match.operation, sources, target)
         if fill is None:
-            compute = partial(_computed, alignment, match, sources, files)
-            tensor = compute()
+            compute = partial(_computed, alignment, match, sources, files, findings, target.dtype)
+            is_late = postpone and not is_own and target.numel() <= largest and is_sure(match.operation)
+            tensor = alignment.tensor(match, [each.to("meta") for each in sources]) if is_late else compute()
             require_shape(match, tensor.shape, target.shape)
-            findings.examine_result(match, tensor, target.dtype)
-            room -= tensor.nbytes
-            if room < 0 and not is_own and not needs_target(match.operation):
+            if is_late:
+                findings.postponed.append((match, (), target.dtype))
+            else:
+                largest = max(largest, tensor.numel())
+                room -= tensor.nbytes
+            if is_late or (room < 0 and not is_own and not needs_target(match.operation)):
                 fill = Fill(target, ((target, torch.empty_like(tensor, device="meta")),), compute)
             else:
                 fill = Fill(target, ((target, tensor),))
@@ -188,8 +192,17 @@ def fills_of(
     return fills
 
 
-def _computed(alignment: Alignment, match: Match, sources: Sequence[Tensor], files: MappedFiles) -> Tensor:
-    return alignment.tensor(match, files.read_together(sources))
+def _computed(
+    alignment: Alignment,
+    match: Match,
+    sources: Sequence[Tensor],
+    files: MappedFiles,
+    findings: Findings,
+    dtype: torch.dtype,
+) -> Tensor:
+    tensor = alignment.tensor(match, files.read_together(sources))
+    findings.examine_result(match, tensor, dtype)
+    return tensor
 
 
 def copies_in_place(operation: Operation, sources: Sequence[Tensor], target: Tensor) -> Fill | None:

@@ -34,6 +34,7 @@ class Scheme:
     needs: str  # roles of the companions that it must have
     allows: str = ""  # and of those that it may have
     stored: tuple[str, Callable[[Tensor, Shapes], Shape | None]] | None = None  # what tells the shape, and how
+    is_sure: bool = True  # no value of the inputs can make it fail
 
     def takes(self, roles: Sequence[str]) -> bool:
         """True if these are the roles of all that the values are computed from."""
@@ -98,6 +99,12 @@ def schemes_of(operation: Operation) -> frozenset[str]:
     """List the schemes of the quantised tensors that an operation takes for their values, without their versions."""
     own = {operation.scheme.partition(" v")[0]} if isinstance(operation, Dequantise) else set()
     return frozenset(own).union(*map(schemes_of, operation.parts))
+
+
+def is_sure(operation: Operation) -> bool:
+    """True if an operation dequantises, by schemes of which no value can make it fail."""
+    names = schemes_of(operation)
+    return bool(names) and not operation.adapts and all(SCHEMES[name].is_sure for name in names)
 
 
 def is_dequantised(operation: Operation) -> bool:
@@ -433,6 +440,7 @@ _BITSANDBYTES = Scheme(
     needs="scale, table, layout",
     allows="scale nested, table nested",
     stored=("layout", _shape_of_state),
+    is_sure=False,
 )
 _WITH_ZEROS = Scheme(_scaled, _same_shape, needs="scale", allows="zero")
 SCHEMES: dict[str, Scheme] = {
@@ -447,11 +455,11 @@ SCHEMES: dict[str, Scheme] = {
     "INT8 by tensor": _WITH_ZEROS,
     "INT8 by row": _WITH_ZEROS,
     "INT8 in blocks": _WITH_ZEROS,
-    "LLM.int8": Scheme(_int8_of_bitsandbytes, _rows, needs="scale", allows="format"),
+    "LLM.int8": Scheme(_int8_of_bitsandbytes, _rows, needs="scale", allows="format", is_sure=False),
     "NF4": _BITSANDBYTES,
     "FP4": _BITSANDBYTES,
-    "GPTQ": Scheme(partial(_gptq, offset=1), _gptq_shape, needs="scale, zero", allows="index"),
-    "GPTQ v2": Scheme(partial(_gptq, offset=0), _gptq_shape, needs="scale, zero", allows="index"),
+    "GPTQ": Scheme(partial(_gptq, offset=1), _gptq_shape, needs="scale, zero", allows="index", is_sure=False),
+    "GPTQ v2": Scheme(partial(_gptq, offset=0), _gptq_shape, needs="scale, zero", allows="index", is_sure=False),
     "AWQ": Scheme(_awq, _awq_shape, needs="scale, zero"),
     "MXFP4": Scheme(_fp4, _fp4_shape(32), needs="scale"),
     "NVFP4": Scheme(_fp4, _fp4_shape(16), needs="scale", allows="scale 2, scale global"),
@@ -462,5 +470,6 @@ SCHEMES: dict[str, Scheme] = {
         needs="scale, layout",
         allows="zero, index",
         stored=("layout", _packed_shape),
+        is_sure=False,
     ),
 }

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from autoalign.api import load
 from autoalign.loading import fill as copying
 from autoalign.loading.fill import Fill, Progress, copies_in_place, copy_all, progress_of
 from autoalign.loading.transaction import memory_of
+from autoalign.plan.dequantise import Dequantise
 from autoalign.plan.operations import Operation
 from tests.plan.test_regions import CASES, Shape, tensors
 
@@ -289,3 +292,34 @@ def test_dequantised_tensors_are_not_all_in_memory_beside_the_model(tmp_path: Pa
     peak, is_right = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert is_right == "True"
     assert int(peak) < 3 * 2**24 + 2**26  # the largest of six, in float32, and 64 MiB
+
+
+@pytest.mark.parametrize(("name", "count"), [("weight_scale_inv", 1 + 4), ("SCB", 2 * 4)])
+def test_what_cannot_fail_is_dequantised_once(
+    name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of the largest is computed for trial, and values that may be found wrong are all looked at first."""
+    source = {}
+    for number in range(4):
+        codes = torch.randint(-100, 100, (2048, 2560))
+        scale = torch.rand(2048, 1 if name == "SCB" else 2560).reshape(2048, -1)[:, 0]
+        source[f"layer{number}.weight"] = codes.to(torch.int8 if name == "SCB" else torch.float8_e4m3fn)
+        source[f"layer{number}.{name}"] = scale if name == "SCB" else scale[:, None].clone()
+    source["layer2." + name][0] = torch.nan
+    save_file(source, tmp_path / "a.safetensors")
+    model = nn.ModuleDict({f"layer{number}": nn.Linear(2560, 2048, bias=False) for number in range(4)})
+    calls, apply = [], Dequantise.apply
+
+    def counted(self: Dequantise, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if not tensors[0].is_meta:
+            calls.append(self)
+        return apply(self, tensors)
+
+    monkeypatch.setattr(Dequantise, "apply", counted)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        load(model, tmp_path / "a.safetensors", strict=True)
+    assert len(calls) == count
+    assert "1 tensors of the checkpoint have NaN: layer2.weight" in str(found[-1].message)
+    wanted = source["layer3.weight"].float() * source[f"layer3.{name}"].reshape(-1, 1) / (127 if name == "SCB" else 1)
+    torch.testing.assert_close(model.state_dict()["layer3.weight"], wanted)
