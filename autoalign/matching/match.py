@@ -35,8 +35,8 @@ from autoalign.matching.scope import PatternLike, RuleLike, checked_rules, exclu
 from autoalign.matching.stacks import restacked, unstacked, whole_mismatches
 from autoalign.plan.adaptations import Adapt
 from autoalign.plan.dequantise import is_dequantised
-from autoalign.plan.keys import common_module, components
-from autoalign.plan.matches import Match, Plan
+from autoalign.plan.keys import common_module, components, split_key
+from autoalign.plan.matches import Caution, Match, Plan
 from autoalign.plan.operations import Copy
 from autoalign.plan.parametrised import Parametrised, parametrised
 from autoalign.plan.quantised import ADVICE, Members, Values, as_values, can_fill, describe_schemes, hidden_keys
@@ -150,6 +150,7 @@ def match_tensors(
     order = {spec.key: index for index, spec in enumerate(other.specs)}
     chosen = sorted(matches, key=lambda match: order[match.target])
     sure = {match.target for match in chosen if match.confidence >= min_confidence}
+    notes = (*notes, *_notes_of_folded_norms(*sides, [m for m in matches if m.target in sure]))
     rotated = [match for match in chosen if match.target not in sure and ROTARY in match.warnings]
     if rotated and (settling := rotary_settling((own, other), sized=all(len(m.alternatives) < 3 for m in rotated))):
         notes = (*notes, settling)
@@ -177,6 +178,24 @@ def _notes_of_combined(combined: Sequence[Parametrised], matches: Sequence[Match
     used = {key for match in matches for key in match.sources}
     counts = Counter(each.scheme for each in combined if each.codes.key in used)
     return [f"Combined: {count} weights, from what {scheme} computes them of." for scheme, count in counts.items()]
+
+
+def _notes_of_folded_norms(source: Specs, target: Specs, matches: Sequence[Match]) -> list[Caution]:
+    """Return a note if the model has batch norms folded into its convolutions, which the checkpoint has not."""
+    filled, used = {match.target for match in matches}, {key for match in matches for key in match.sources}
+    kernels = {split_key(spec.key)[0] for spec in target if len(spec.shape) > 2 and spec.key in filled}
+    lost = [spec for spec in target if spec.key not in filled and split_key(spec.key)[0] in kernels]
+    lost = [spec for spec in lost if split_key(spec.key)[1] == "bias"]
+    live = {split_key(key)[0] for key in used}
+    norms = [spec for spec in source if spec.key.endswith("running_var") and split_key(spec.key)[0] not in live]
+    if not lost or Counter(spec.shape for spec in lost) - Counter(spec.shape for spec in norms):
+        return []
+    text = (
+        f"{len(lost)} convolutions of the model have biases that the checkpoint lacks, and {len(norms)} batch norms of "
+        f"that are unused, such as {split_key(norms[0].key)[0]}: the model has folded them into those, whose "
+        "weights here are those from before. Fold them first, as by torch.nn.utils.fuse_conv_bn_weights."
+    )
+    return [Caution(text)]
 
 
 def _as_listed(source: Specs, target: Specs, module: nn.Module | None) -> list[Match] | None:

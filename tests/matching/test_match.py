@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import autoalign
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Checkpoint
+from autoalign.errors import ChoiceWarning, PartialLoadWarning
 from autoalign.plan.matches import Caution
 from autoalign.plan.operations import steps_of
 
@@ -484,3 +485,26 @@ def test_an_adapters_projections_do_not_overwrite_those_of_the_base() -> None:
     assert autoalign.align(adapter, base).matches == ()
     both = {f"unet.{key}": tensor for key, tensor in base.items()} | adapter
     assert autoalign.align(both, base).mapping == {f"unet.{key}": key for key in base}
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_batch_norms_that_the_model_has_folded_are_named(renamed: bool) -> None:
+    def network(*, folded: bool) -> nn.Module:
+        def block(inputs: int, outputs: int) -> nn.Module:
+            parts = {"conv": nn.Conv2d(inputs, outputs, 3, bias=folded)}
+            return nn.ModuleDict(parts if folded else {**parts, "bn": nn.BatchNorm2d(outputs)})
+
+        blocks = nn.ModuleList(block(16, 16) for _ in range(3))
+        return nn.ModuleDict({"stem": block(3, 16), "blocks": blocks, "fc": nn.Linear(16, 5)})
+
+    source = network(folded=False).state_dict()
+    source = {key.replace("stem", "first"): tensor for key, tensor in source.items()} if renamed else source
+    model = network(folded=True)
+    text = r"[34] convolutions of the model have biases that the checkpoint lacks, and 4 batch norms of that are"
+    with pytest.warns(ChoiceWarning, match=text), pytest.warns(PartialLoadWarning):
+        autoalign.load(model, source)
+    assert not [note for note in autoalign.align(source, network(folded=False)).notes if "convolutions" in note]
+    biases = {key: torch.zeros(16) for key in model.state_dict() if key.endswith("conv.bias")}
+    plain = {key: tensor for key, tensor in source.items() if "bn" not in key}
+    assert not [note for note in autoalign.align(plain, model).notes if "convolutions" in note]
+    assert not [note for note in autoalign.align(source | biases, model).notes if "convolutions" in note]
