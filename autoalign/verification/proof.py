@@ -48,11 +48,10 @@ def fresh_values(model: nn.Module, inputs: object, keys: Collection[str]) -> dic
             made[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
     values = {key: made[id(tensor)] for key, tensor in own.items()}
     biases = {id(value): (value, value.clone()) for key, value in values.items() if _role(key) == "bias"}
-    matrices = {id(value) for value in made.values() if value.squeeze().dim() > 1}
+    drawn = {id(value) for value in made.values()}
     with ExitStack() as hooks:
         for module in model.modules():
-            if not any(True for _ in module.children()):
-                hooks.callback(module.register_forward_hook(_scaler(matrices), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(_scaler(drawn), with_kwargs=True).remove)
         for bias, _ in biases.values():
             bias.zero_()  # a signal should not vanish beside it
         try:
@@ -92,21 +91,30 @@ def _fresh(key: str, own: Tensor, generator: torch.Generator) -> Tensor:
     return values / sqrt(own[0].numel())
 
 
-def _scaler(matrices: set[int]) -> Any:
-    """Return a hook that scales a layer's weight when it is first called, so that its output deviates by about one."""
+def _scaler(drawn: set[int]) -> Any:
+    """Return a hook that scales a layer when it is first called, so that its output deviates by about one.
+
+    It scales the statistics of a norm that has them, so that they are those of its input, and the weight of any other.
+    """
     is_done = False
 
     def hook(module: nn.Module, arguments: Any, options: Any, result: Any) -> Any:
         nonlocal is_done
-        weight = module._parameters.get("weight")
-        if is_done or weight is None or id(weight) not in matrices or not isinstance(result, Tensor):
+        own = {
+            n: t for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None and id(t) in drawn
+        }
+        if is_done or not own.keys() & {"weight", "running_var"} or not isinstance(result, Tensor):
             return None
         is_done = True
         deviation = float(result.float().std()) if result.numel() > 1 else 1.0
         low, high = _KEPT_DEVIATIONS
         if low < deviation < high or not 0 < deviation < inf:
             return None
-        weight.div_(deviation)
+        if {"running_mean", "running_var"} <= own.keys():
+            own["running_mean"].mul_(deviation)
+            own["running_var"].mul_(deviation**2)
+        elif "weight" in own:
+            own["weight"].div_(deviation)
         return module.forward(*arguments, **options)
 
     return hook

@@ -380,7 +380,9 @@ def with_sizes(recording: Recording, model: nn.Module, inputs: object, values: M
         if not eps or [tensor.shape for tensor in own] != [tensor.shape for tensor in others]:
             return []
         pairs = [(one.double(), two.double()) for one, two in zip(own, others, strict=True)]
-        return [torch.maximum(a.abs(), (b - a).abs() / (_CHANGED_ROUNDINGS * eps)).nan_to_num() for a, b in pairs]
+        return [
+            torch.maximum(a.abs(), (b - a).abs() / (_CHANGED_ROUNDINGS * eps)).nan_to_num().float() for a, b in pairs
+        ]
 
     calls = tuple(
         replace(own, given_sizes=sizes(own.given, two.given), gave_sizes=sizes(own.gave, two.gave))

@@ -21,7 +21,7 @@ IMAGES = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
 def deviations(model: nn.Module, values: dict[str, Tensor] | None) -> dict[str, float]:
     """The standard deviation of what each layer gives, by its name."""
-    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    layers = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.BatchNorm2d)}
     calls = record(model, IMAGES, layers, values).calls
     return {call.module: float(call.gave[0].std()) for call in calls if call.module in layers}
 
@@ -31,6 +31,7 @@ def deviations(model: nn.Module, values: dict[str, Tensor] | None) -> dict[str, 
     [
         lambda: torchvision.models.inception_v3(init_weights=False),
         lambda: torchvision.models.mobilenet_v2(),
+        lambda: timm.create_model("mobileone_s0"),  # whose branches add up in each block
         lambda: timm.create_model("convnext_atto"),
     ],
 )
@@ -42,7 +43,7 @@ def test_each_layer_passes_the_signal_on(build: Callable[[], Any]) -> None:
     with preserved(model):
         values = fresh_values(model, IMAGES, set(before))
         own, fresh = deviations(model, None), deviations(model, values)
-    assert min(own.values()) < 0.02
+    assert min(own.values()) < 0.02 or max(own.values()) > 1000
     assert 0.2 < min(fresh.values()) < max(fresh.values()) < 5
     after = model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
