@@ -10,6 +10,7 @@ import io
 import os
 import random
 import resource
+import tarfile
 import time
 import warnings
 import zipfile
@@ -62,6 +63,21 @@ def write_with_objects(folder: Path) -> Path:
 def write_module(folder: Path) -> Path:
     torch.save(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), folder / "a", _use_new_zipfile_serialization=False)
     return folder / "a"
+
+
+def write_zip_archive(folder: Path) -> Path:
+    file = write_zip(folder)
+    with zipfile.ZipFile(folder / "b", "w") as archive:
+        archive.write(file, "policy.pth")
+        archive.writestr("data", "{}")
+    return (folder / "b").replace(file)
+
+
+def write_tar_archive(folder: Path) -> Path:
+    file = write_with_objects(folder)
+    with tarfile.open(folder / "b", "w") as archive:
+        archive.add(file, "./model_weights.ckpt")
+    return (folder / "b").replace(file)
 
 
 def write_script(folder: Path) -> Path:
@@ -132,6 +148,8 @@ WRITERS = (
     write_legacy,
     write_with_objects,
     write_module,
+    write_zip_archive,
+    write_tar_archive,
     write_script,
     write_npz,
     write_compressed,
@@ -175,7 +193,7 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(packed, "w") as new:
         members = old.infolist()
-        small = [info.filename for info in members if info.filename.endswith((".pkl", ".npy"))]
+        small = [info.filename for info in members if info.filename.endswith((".pkl", ".npy", ".pth"))]
         chosen = chance.choice(small)
         for info in members:
             inner = old.read(info)
