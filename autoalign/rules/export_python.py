@@ -49,7 +49,7 @@ def source_of(rules: Sequence[Rule], name: str) -> str:
     if refused:
         raise RulesError(
             f"{len(refused)} of {len(rules)} rules hold operations that have no short form in Python, such as those of "
-            "adapt. Nothing was written. Use rules.apply instead.\n" + "\n".join(refused)
+            "adapt and of quantised tensors. Nothing was written. Use rules.apply instead.\n" + "\n".join(refused)
         )
     lines = [
         *(["import re", ""] if rules else []),
