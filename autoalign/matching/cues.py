@@ -31,7 +31,6 @@ from autoalign.plan.keys import common_prefix, numbers, stem, template
 WEIGHTS_FILE = "weights.json"
 CERTAIN = 0.999  # the probability from which a move limits nothing
 SURE = 0.97  # from which the confidence is the probability
-LIKELY = 0.866  # from which a match is loaded: just below what the order of registration tells alone
 _MAX_ROUNDS = 8  # of moves; each may make others better
 _NAMES_SCALE, _MODULES_SCALE = 0.1, 0.2  # of a difference of similarities that counts half
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
@@ -138,6 +137,8 @@ def moves_of(state: State) -> list[Move]:
     together: Counter[tuple[str, str]] = Counter()
     for other, own in state.own_of.items():
         together[state.slots[0][own], state.slots[1][other]] += 1
+    open_units = {other for one in found for _, other in one.before}
+    decided = _Decided(state, [(own, other) for other, own in state.own_of.items() if other not in open_units])
     groups: dict[object, list[int]] = {}
     for index, one in enumerate(found):
         key: object = one.modules if one.is_alone else tuple([template(p) for p in (*one.modules[:2], *one.ends[:2])])
@@ -149,8 +150,53 @@ def moves_of(state: State) -> list[Move]:
     for indices in groups.values():
         exchanges = tuple([found[index] for index in indices])
         cues = {cue.name: cue.pooled([values[cue.name][index] for index in indices]) for cue in CUES}
-        result.append(Move(exchanges, {**cues, ELSEWHERE: _elsewhere(state, exchanges, together)}))
+        result.append(Move(exchanges, {**cues, ELSEWHERE: decided(exchanges)}))
     return result
+
+
+class _Decided:
+    """How layers are matched where nothing can be exchanged, in modules of the same content."""
+
+    def __init__(self, state: State, pairs: Sequence[tuple[int, int]]) -> None:
+        self._paths = state.source.paths, state.target.paths
+        self._contents = tuple(map(_contents, self._paths))
+        self._pairs = pairs
+        self._counts: dict[tuple[int, int], Counter[object]] = {}
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> float:
+        """Compare how often layers of these names are matched as here and as after the exchanges."""
+        if len(exchanges[0].ends) < 2 or len(exchanges[0].modules) < 2:
+            return 0
+        before, after = (
+            sum(self._count(one, pair) for one in exchanges for pair in of(one))
+            for of in (lambda one: one.before, lambda one: one.after)
+        )
+        return (before - after) / (before + after + 1)
+
+    def _count(self, one: Exchange, pair: tuple[int, int]) -> int:
+        around = len(common_prefix(one.ends)), len(common_prefix(one.modules))
+        below = len(self._paths[0][pair[0]]) - around[0], len(self._paths[1][pair[1]]) - around[1]
+        if below not in self._counts:
+            self._counts[below] = Counter(self._way(other, *below) for other in self._pairs)
+        return self._counts[below][self._way(pair, *below)]
+
+    def _way(self, pair: tuple[int, int], *below: int) -> object:
+        """Name both layers from some modules on, with what these contain."""
+        way: list[object] = []
+        for unit, paths, contents, depth in zip(pair, self._paths, self._contents, below, strict=True):
+            path = paths[unit]
+            cut = max(len(path) - depth, 0)
+            way += path[cut:], contents[path[:cut]]
+        return tuple(way)
+
+
+def _contents(paths: Sequence[Path]) -> dict[Path, int]:
+    """Return, for each module, what is equal where the same layers are below it."""
+    below: dict[Path, list[Path]] = {}
+    for path in paths:
+        for depth in range(len(path)):
+            below.setdefault(path[:depth], []).append(path[depth:])
+    return {module: hash(frozenset(names)) for module, names in below.items()}
 
 
 @cache
@@ -160,10 +206,16 @@ def weights() -> Mapping[str, float]:
     return dict(json.loads(text)["weights"])
 
 
+@cache
+def likely() -> float:
+    """Return the probability from which a match is loaded: what the order of registration tells alone, by a hair."""
+    return 0.99 / (1 + exp(-weights()["bias"] - weights()["order"]))
+
+
 def _cap(probability: float) -> float:
     if probability >= SURE:
         return 1.0 if probability >= CERTAIN else probability
-    return INFERRED if probability >= LIKELY else AMBIGUOUS
+    return INFERRED if probability >= likely() else AMBIGUOUS
 
 
 def _doubt(move: Move, slots: tuple[Sequence[str], Sequence[str]]) -> str:
@@ -209,16 +261,6 @@ def _made(assignment: Assignment, moves: Iterable[Move]) -> Assignment:
 
 def _ways(state: State, pairs: _Pairs) -> set[tuple[str, str]]:
     return {(state.slots[0][own], state.slots[1][other]) for own, other in pairs}
-
-
-def _elsewhere(state: State, exchanges: Sequence[Exchange], together: Mapping[tuple[str, str], int]) -> float:
-    """Compare how often the same layers, as their names say, are matched as here and as after the move."""
-    before = {pair for one in exchanges for pair in one.before}
-    inside = Counter([(state.slots[0][own], state.slots[1][other]) for own, other in before])
-    beside = min(together[way] - count for way, count in inside.items())
-    against = min(together[way] - inside[way] for way in _ways(state, (p for one in exchanges for p in one.after)))
-    held = min(inside.values()) if against > 0 else 0
-    return (beside + held - against) / max(beside + held + against, 1)
 
 
 def _gains(one: Exchange) -> Iterator[tuple[int, int, int, int]]:
@@ -381,7 +423,7 @@ CUES = (
     ),
 )
 ELSEWHERE = "elsewhere"  # the name of the cue of a whole move
-WHYS = {cue.name: cue.why for cue in CUES} | {ELSEWHERE: "how their like are matched elsewhere"}
+WHYS = {cue.name: cue.why for cue in CUES} | {ELSEWHERE: "how their like are matched where shapes decide"}
 LEFT_OVER = "right shape, but a module of the same content is left over, and nothing tells which of them it is"
 MAY_BE_EXCHANGED = "right shape, but {} may be exchanged ({})"
 _SIDES = "for that", "for what is proposed"
