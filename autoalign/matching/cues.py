@@ -25,7 +25,7 @@ from autoalign.matching.confidence import AMBIGUOUS, INFERRED
 from autoalign.matching.features import Floats, Ints, SideFeatures
 from autoalign.matching.layers import Path, slots_of
 from autoalign.matching.moves import Exchange, State, cut_apart, exchanges_of
-from autoalign.matching.names import likeness, ordinal, words
+from autoalign.matching.names import counts, likeness, ordinal, words
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
 WEIGHTS_FILE = "weights.json"
@@ -35,7 +35,7 @@ _MAX_ROUNDS = 8  # of moves; each may make others better
 _NAMES_SCALE, _MODULES_SCALE = 0.1, 0.2  # of a difference of similarities that counts half
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
 _MODULE_NAME_WEIGHT = 0.5  # of the own names of modules beside those of their layers, to tell exchanges apart
-_FIRST_LATE_ORDINAL = (9,)  # from which on a layer is one of the last of its block
+_EARLY, _LATE = (2,), (9,)  # ordinals up to and from which a layer comes before or after those without any
 _LETTERS = frozenset("abcdefg")  # that count members; q, k and v are roles
 
 _Numbers = tuple[int, ...]  # of the name of a member of a list
@@ -302,11 +302,11 @@ def _numbers(_: State, one: Exchange) -> float:
 
 
 def _own_numbers(path: Path) -> _Numbers:
-    return numbers(path[-1]) if path else ()
+    return counts(path[-1]) if path else ()
 
 
 def _all_numbers(path: Path) -> _Numbers:
-    return tuple([number for name in path for number in numbers(name)])
+    return tuple([number for name in path for number in counts(name)])
 
 
 def _ordinals(_: State, one: Exchange) -> float:
@@ -317,18 +317,20 @@ def _ordinals(_: State, one: Exchange) -> float:
     for paths in (one.ends, one.modules):
         first, second = cut_apart(*paths) or paths
         places = [ordinal(first[-1]), ordinal(second[-1])]
-        places = [place or ((0,) if max(places) >= _FIRST_LATE_ORDINAL else ()) for place in places]
-        sides.append(places if _differ(places) else list(map(_counted, paths)))
+        known = max(places)
+        beside = (0,) if known >= _LATE else _LATE if known and known <= _EARLY else ()
+        places = [place or beside for place in places]
+        sides.append(places if _differ(places) else [_counted(first[-1]), _counted(second[-1])])
     own, other = sides
     if not (_differ(own) and _differ(other)):
         return 0
     return 1 if (own[0] < own[1]) == (other[0] < other[1]) else -1
 
 
-def _counted(path: Path) -> _Numbers:
+def _counted(name: str) -> _Numbers:
     """Read a place off the numbers of a name, or off a letter at its end, as in ``norm_a``."""
-    *_, last = words(path[-1]) or ("",)
-    return numbers(path[-1]) or ((ord(last),) if last in _LETTERS else ())
+    *_, last = words(name) or ("",)
+    return counts(name) or ((ord(last),) if last in _LETTERS else ())
 
 
 def _differ(places: Sequence[_Numbers]) -> bool:

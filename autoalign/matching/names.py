@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.matching.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, WHOLE_NAMES, WRAPPERS
+from autoalign.plan.keys import numbers
 
 _PARAMETER_PREFIXES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}
 _MAX_OF_OTHER_WORDS = 0.9  # similarity of names that are not the same words in the same order
@@ -19,6 +20,7 @@ _MIN_SPELLING_RATIO = 80  # percent, see rapidfuzz
 _MAX_PAIRS_AT_ONCE = 2**22  # of words whose spelling is compared
 _PREFIX_SIMILARITY = 0.8  # of words of which one begins the other
 _RIVAL_SIMILARITY = -0.8
+_SIZES = re.compile(r"\d+(x\d+)+|(?<=[a-z])[123]d(?![a-z])", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _KNOWN: dict[str, dict[str, float]] = {}  # word -> the words that the vocabulary relates to it -> similarity
 for _related in (RELATED_PAIRS, dict.fromkeys(RIVAL_PAIRS, _RIVAL_SIMILARITY)):
@@ -77,6 +79,16 @@ def ordinal(component: str) -> tuple[int, ...]:
     if not stages:
         return (1 if beside < 0 else 2 * max(ORDINALS.values()),) if beside else ()
     return (2 * max(stages) + beside,)
+
+
+@lru_cache(maxsize=65536)
+def counts(component: str) -> tuple[int, ...]:
+    """List the numbers of a component that may tell a place: not the sizes of kernels, nor how many dimensions.
+
+    >>> counts("conv2_3x3"), counts("conv1d_4"), counts("layer1")
+    ((2,), (4,), (1,))
+    """
+    return numbers(_SIZES.sub("", component))
 
 
 @lru_cache(maxsize=65536)

@@ -38,7 +38,7 @@ SYNONYMS: dict[str, str] = {
     "gateup": "w12 w13 wg1",
     "in": "intermediate fc1 lin1 linear1 dense1 wi densehto4h",
     "out": "fc2 lin2 linear2 dense2 output outputs dense4htoh",
-    "expand": "expansion excite excitation",
+    "expand": "expansion exp excite excitation",
     "reduce": "reduction squeeze",
     "depthwise": "dw dwconv",
     "pointwise": "pw",
@@ -72,12 +72,15 @@ SYNONYMS: dict[str, str] = {
     "pre": "before prior",
     "post": "after",
     "last": "final",
+    "reverse": "reversed backward",
     "lora": "",
 }
 
 # Words that tell the place of a layer among those that are alike, in the order of a block.
 ORDINALS: dict[str, int] = {
     "input": 1,
+    "in": 1,
+    "forward": 1,
     "first": 1,
     "self": 1,
     "gate": 1,
@@ -89,6 +92,7 @@ ORDINALS: dict[str, int] = {
     "cross": 3,
     "mlp": 4,
     "out": 5,
+    "reverse": 5,
     "last": 5,
 }
 
