@@ -26,6 +26,7 @@ from autoalign.matching.features import Floats, Ints, SideFeatures
 from autoalign.matching.layers import Path, slots_of
 from autoalign.matching.moves import Exchange, State, cut_apart, exchanges_of
 from autoalign.matching.names import counts, likeness, ordinal, words
+from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
 WEIGHTS_FILE = "weights.json"
@@ -282,9 +283,12 @@ def _names(state: State, one: Exchange) -> float:
 
 def _modules(_: State, one: Exchange) -> float:
     modules, ends = (
-        [tuple([word for name in path[len(common_prefix(side)) :] for word in words(name)]) for path in side]
-        if len(side) > 1
-        else [words(side[0][-1]) if side[0] else ()]
+        [
+            tuple([word for name in path for word in words(name) if word not in LAYER_TYPES])
+            for path in (
+                [path[len(common_prefix(side)) :] for path in side] if len(side) > 1 else [side[0][-1:]]
+            )
+        ]
         for side in (one.modules, one.ends)
     )
     gains = [likeness(ends[b], modules[a]) - likeness(ends[d], modules[c]) for a, b, c, d in _gains(one)]
@@ -311,16 +315,18 @@ def _all_numbers(path: Path) -> _Numbers:
 
 def _ordinals(_: State, one: Exchange) -> float:
     """Compare ordinal words on one side with words, numbers or letters on the other."""
-    if len(one.modules) != 2 or len(one.ends) != 2 or all(map(_own_numbers, (*one.ends, *one.modules))):
+    if len(one.modules) != 2 or len(one.ends) != 2:
+        return 0
+    names = [[path[-1] for path in cut_apart(*paths) or paths] for paths in (one.ends, one.modules)]
+    if all(map(counts, chain(*names))):
         return 0
     sides = []
-    for paths in (one.ends, one.modules):
-        first, second = cut_apart(*paths) or paths
-        places = [ordinal(first[-1]), ordinal(second[-1])]
+    for both in names:
+        places = list(map(ordinal, both))
         known = max(places)
         beside = (0,) if known >= _LATE else _LATE if known and known <= _EARLY else ()
         places = [place or beside for place in places]
-        sides.append(places if _differ(places) else [_counted(first[-1]), _counted(second[-1])])
+        sides.append(places if _differ(places) else list(map(_counted, both)))
     own, other = sides
     if not (_differ(own) and _differ(other)):
         return 0

@@ -10,7 +10,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.matching.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, SPELLINGS, WHOLE_NAMES, WRAPPERS
+from autoalign.matching.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, ROLES, SPELLINGS, WHOLE_NAMES, WRAPPERS
 from autoalign.plan.keys import numbers
 
 _PARAMETER_PREFIXES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}
@@ -50,8 +50,11 @@ def words(component: str) -> tuple[str, ...]:
                 position += length
                 break
         else:
-            if not pieces[position].isdigit():
-                found.append(pieces[position])
+            piece = pieces[position]
+            if piece[0] in ROLES and piece[1:] in SPELLINGS:  # as in "kpos"
+                found += piece[0], *SPELLINGS[piece[1:]]
+            elif not piece.isdigit():
+                found.append(piece)
             position += 1
     return tuple(found)
 

@@ -74,6 +74,7 @@ SYNONYMS: dict[str, str] = {
     "last": "final",
     "reverse": "reversed backward",
     "lora": "",
+    "content": "",
 }
 
 # Words that tell the place of a layer among those that are alike, in the order of a block.
