@@ -10,7 +10,7 @@ confidence of the pairs that it concerns.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,6 +34,7 @@ CERTAIN = 0.999  # the probability from which a move limits nothing
 SURE = 0.97  # from which the confidence is the probability
 _MAX_ROUNDS = 8  # of moves; each may make others better
 _NAMES_SCALE, _MODULES_SCALE = 0.1, 0.2  # of a difference of similarities that counts half
+_STEPS_SCALE = 0.5  # of steps in the tree of modules, the same
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
 _MODULE_NAME_WEIGHT = 0.5  # of the own names of modules beside those of their layers, to tell exchanges apart
 _EARLY, _LATE = (2,), (9,)  # ordinals up to and from which a layer comes before or after those without any
@@ -284,15 +285,19 @@ def _names(state: State, one: Exchange) -> float:
 def _modules(_: State, one: Exchange) -> float:
     modules, ends = (
         [
-            tuple([word for name in path for word in words(name) if word not in LAYER_TYPES])
-            for path in (
-                [path[len(common_prefix(side)) :] for path in side] if len(side) > 1 else [side[0][-1:]]
-            )
+            _own_words(path)
+            for path in ([path[len(common_prefix(side)) :] for path in side] if len(side) > 1 else [side[0][-1:]])
         ]
         for side in (one.modules, one.ends)
     )
     gains = [likeness(ends[b], modules[a]) - likeness(ends[d], modules[c]) for a, b, c, d in _gains(one)]
     return 2 * sum(gains) / len(gains)
+
+
+def _own_words(path: Path) -> tuple[str, ...]:
+    """List words that tell a module apart: those for types of layers only if there are no others."""
+    found = [word for name in path for word in words(name)]
+    return tuple([word for word in found if word not in LAYER_TYPES] or found)
 
 
 def _numbers(_: State, one: Exchange) -> float:
@@ -353,6 +358,24 @@ def _order(state: State, one: Exchange) -> float:
         rising = other[x] < other[y]
         steps += int((own[a] < own[b]) == rising) - int((own[c] < own[d]) == rising)
     return steps / max(len(one.ordered), 1)
+
+
+def _beside(state: State, one: Exchange) -> float:
+    """Compare how near the layers before and after, in the order of one side, stand to what they become on the other."""
+    gain = 0
+    for is_after, pairs in ((False, one.before), (True, one.after)):
+        changed = one.after if is_after else ()
+        fills = ChainMap({other: own for own, other in changed}, state.own_of)
+        filled = ChainMap(dict(changed), state.other_of)
+        near = 0
+        for own, other in pairs:
+            for paths, unit, neighbours, ends in (
+                (state.source.paths, own, state.neighbours[1].get(other, ()), fills),
+                (state.target.paths, other, state.neighbours[0].get(own, ()), filled),
+            ):
+                near += sum(len(common_prefix((paths[unit], paths[ends[beside]]))) for beside in neighbours)
+        gain += -near if is_after else near
+    return gain / len(one.before)
 
 
 def _list_order(_: State, one: Exchange) -> float:
@@ -421,6 +444,7 @@ CUES = (
     Cue("numbers", "their numbers", _numbers, _sign_of_sum),
     Cue("ordinals", "words for a place", _ordinals, _sign_of_sum),
     Cue("order", "the order of registration", _order, _mean),
+    Cue("beside", "the layers before and after", _beside, _half_at(_STEPS_SCALE)),
     Cue("list order", "the numbers of the list", _list_order, lambda values: sum(values) / (1 + abs(sum(values)))),
     Cue("run", "the direction of the list", _run, _sign_of_sum),
     Cue(

@@ -61,6 +61,24 @@ class State:
         return dict(zip(self.assignment.target.tolist(), self.assignment.source.tolist(), strict=True))
 
     @cached_property
+    def other_of(self) -> dict[int, int]:
+        """The target unit that each used source unit fills."""
+        return {own: other for other, own in self.own_of.items()}
+
+    @cached_property
+    def neighbours(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """For each matched unit of a side, those just before and after it, where the side is in order."""
+        found: list[dict[int, list[int]]] = []
+        for side, matched in ((self.source, self.other_of), (self.target, self.own_of)):
+            line = sorted(matched, key=side.ancestry.order.__getitem__) if side.ordered else []
+            beside: dict[int, list[int]] = {unit: [] for unit in line}
+            for first, second in pairwise(line):
+                beside[first].append(second)
+                beside[second].append(first)
+            found.append(beside)
+        return found[0], found[1]
+
+    @cached_property
     def alike(self) -> dict[int, int]:
         """Equal for matched target units whose layers have the same shapes on both sides."""
         width = int(self.kinds[1].max(initial=0)) + 1
@@ -362,7 +380,7 @@ def _tops(groups: Sequence[Sequence[Path]]) -> tuple[Path, ...]:
 def _unused(state: State) -> Iterator[Exchange]:
     """Find modules with an unused sibling of identical names and shapes, on either side."""
     matched = set(state.own_of.values()), set(state.own_of)
-    own_of, other_of = state.own_of, {own: other for other, own in state.own_of.items()}
+    own_of, other_of = state.own_of, state.other_of
     for taken, units, unused, free in _unused_siblings(state.source.paths, state.kinds[0], matched[0]):
         others = [other_of[unit] for unit in units]
         ends = common_module([state.target.paths[unit] for unit in others])

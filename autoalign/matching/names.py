@@ -10,7 +10,16 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.matching.vocabulary import KINDS, ORDINALS, RELATED_PAIRS, RIVAL_PAIRS, ROLES, SPELLINGS, WHOLE_NAMES, WRAPPERS
+from autoalign.matching.vocabulary import (
+    KINDS,
+    ORDINALS,
+    RELATED_PAIRS,
+    RIVAL_PAIRS,
+    ROLES,
+    SPELLINGS,
+    WHOLE_NAMES,
+    WRAPPERS,
+)
 from autoalign.plan.keys import numbers
 
 _PARAMETER_PREFIXES = {"weight": "weight", "bias": "bias", "w": "weight", "b": "bias"}
