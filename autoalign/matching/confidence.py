@@ -23,7 +23,7 @@ from autoalign.matching.assignment import Assignment
 from autoalign.matching.features import Floats
 from autoalign.matching.layers import Part, Path, Unit, Units, counts_of, units_of
 from autoalign.matching.names import similar_words, words
-from autoalign.matching.vocabulary import EMBEDDING_WORDS, LAYER_TYPES, NO_VOCABULARY
+from autoalign.matching.vocabulary import EMBEDDING_WORDS, LAYER_TYPES, MODULE_TYPES, NO_VOCABULARY
 from autoalign.plan.keys import numbers, template
 
 CALIBRATION_FILE = "calibration.json"
@@ -306,5 +306,7 @@ def _islands(pairs: Mapping[int, tuple[Path, Path]]) -> list[list[int]]:
 def _have_words_in_common(source: Collection[Path], target: Collection[Path]) -> bool:
     """True if modules have names in common, or words in their names that say more than a type of layer."""
     own, other = ({path[-1] for path in modules} for modules in (source, target))
-    telling = [sorted({word for name in names for word in words(name)} - LAYER_TYPES) for names in (own, other)]
+    telling = [
+        sorted({word for name in names for word in words(name)} - LAYER_TYPES - MODULE_TYPES) for names in (own, other)
+    ]
     return not own.isdisjoint(other) or max(similar_words(*telling).values(), default=0) >= _MIN_WORD_SIMILARITY

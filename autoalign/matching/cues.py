@@ -361,7 +361,7 @@ def _order(state: State, one: Exchange) -> float:
 
 
 def _beside(state: State, one: Exchange) -> float:
-    """Compare how near the layers before and after, in the order of one side, stand to what they become on the other."""
+    """Compare how near layers that follow one another on one side stand on the other."""
     gain = 0
     for is_after, pairs in ((False, one.before), (True, one.after)):
         changed = one.after if is_after else ()
@@ -433,6 +433,10 @@ def _sign_of_sum(values: Sequence[float]) -> float:
     return float(_sign(sum(values)))
 
 
+def _log_of_sum(values: Sequence[float]) -> float:
+    return copysign(log1p(abs(sum(values))), sum(values))
+
+
 def _half_at(scale: float) -> Callable[[Sequence[float]], float]:
     """Return the mean of values on a scale from -1 to 1 on which this one is a half."""
     return lambda values: _mean(values) / (scale + abs(_mean(values)))
@@ -447,12 +451,7 @@ CUES = (
     Cue("beside", "the layers before and after", _beside, _half_at(_STEPS_SCALE)),
     Cue("list order", "the numbers of the list", _list_order, lambda values: sum(values) / (1 + abs(sum(values)))),
     Cue("run", "the direction of the list", _run, _sign_of_sum),
-    Cue(
-        "whole",
-        "what stands beside them",
-        lambda _, one: one.anchors,
-        lambda values: copysign(log1p(abs(sum(values))), sum(values)),
-    ),
+    Cue("whole", "what stands beside them", lambda _, one: one.anchors, _log_of_sum),
 )
 ELSEWHERE = "elsewhere"  # the name of the cue of a whole move
 WHYS = {cue.name: cue.why for cue in CUES} | {ELSEWHERE: "how their like are matched where shapes decide"}

@@ -97,8 +97,9 @@ ORDINALS: dict[str, int] = {
     "last": 5,
 }
 
-# Words for types of layers and of modules, which say nothing of what they are for.
-LAYER_TYPES: frozenset[str] = frozenset({"conv", "norm", "linear", "weight", "bias", "block", "stage", "model"})
+# Words for types of layers, and for modules of any kind, which say nothing of what they are for.
+LAYER_TYPES: frozenset[str] = frozenset({"conv", "norm", "linear", "weight", "bias"})
+MODULE_TYPES: frozenset[str] = frozenset({"block", "stage", "model"})
 
 # What the parts of a fused projection are.
 ROLES: frozenset[str] = frozenset({"q", "k", "v"})
