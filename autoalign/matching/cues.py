@@ -283,6 +283,8 @@ def _names(state: State, one: Exchange) -> float:
 
 
 def _modules(_: State, one: Exchange) -> float:
+    if _is_list(one):
+        return 0  # numbers are cues of their own
     modules, ends = (
         [
             _own_words(path)
@@ -362,6 +364,8 @@ def _order(state: State, one: Exchange) -> float:
 
 def _beside(state: State, one: Exchange) -> float:
     """Compare how near layers that follow one another on one side stand on the other."""
+    if min(len(one.modules), len(one.ends)) < 2:
+        return 0  # what is unused has no place in the line
     gain = 0
     for is_after, pairs in ((False, one.before), (True, one.after)):
         changed = one.after if is_after else ()
