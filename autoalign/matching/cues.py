@@ -136,17 +136,13 @@ def moves_of(state: State) -> list[Move]:
     if not found:
         return []
     values = {cue.name: [cue.of(state, one) for one in found] for cue in CUES}
-    together: Counter[tuple[str, str]] = Counter()
-    for other, own in state.own_of.items():
-        together[state.slots[0][own], state.slots[1][other]] += 1
     open_units = {other for one in found for _, other in one.before}
     decided = _Decided(state, [(own, other) for other, own in state.own_of.items() if other not in open_units])
     groups: dict[object, list[int]] = {}
     for index, one in enumerate(found):
         key: object = one.modules if one.is_alone else tuple([template(p) for p in (*one.modules[:2], *one.ends[:2])])
-        usual = [min(together[way] for way in _ways(state, pairs)) for pairs in (one.before, one.after)]
         names = values["names"][index] + _MODULE_NAME_WEIGHT * values["modules"][index]
-        signs = names < 0, usual[1] > usual[0], _sign(values["run"][index]), _sign(one.anchors), len(one.modules) > 2
+        signs = names < 0, _sign(values["run"][index]), _sign(one.anchors), len(one.modules) > 2
         groups.setdefault((key, *signs), []).append(index)
     result = []
     for indices in groups.values():
@@ -169,10 +165,8 @@ class _Decided:
         """Compare how often layers of these names are matched as here and as after the exchanges."""
         if len(exchanges[0].ends) < 2 or len(exchanges[0].modules) < 2:
             return 0
-        before, after = (
-            sum(self._count(one, pair) for one in exchanges for pair in of(one))
-            for of in (lambda one: one.before, lambda one: one.after)
-        )
+        before = sum(self._count(one, pair) for one in exchanges for pair in one.before)
+        after = sum(self._count(one, pair) for one in exchanges for pair in one.after)
         return (before - after) / (before + after + 1)
 
     def _count(self, one: Exchange, pair: tuple[int, int]) -> int:
@@ -259,10 +253,6 @@ def _made(assignment: Assignment, moves: Iterable[Move]) -> Assignment:
     if not moved:
         return assignment
     return with_sources(assignment, np.asarray([own_of[other] for other in assignment.target.tolist()], dtype=np.int64))
-
-
-def _ways(state: State, pairs: _Pairs) -> set[tuple[str, str]]:
-    return {(state.slots[0][own], state.slots[1][other]) for own, other in pairs}
 
 
 def _gains(one: Exchange) -> Iterator[tuple[int, int, int, int]]:

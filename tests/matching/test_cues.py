@@ -17,8 +17,8 @@ from autoalign.matching import cues
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED
 from autoalign.matching.features import name_scores, side_features
-from autoalign.matching.layers import ancestry
-from autoalign.matching.moves import Exchange
+from autoalign.matching.layers import ancestry, slots_of
+from autoalign.matching.moves import Exchange, State
 
 WIDTH, INNER = 48, 80
 
@@ -263,6 +263,41 @@ def test_a_norm_stays_with_its_convolution() -> None:
     source = {own[key]: tensor for key, tensor in target.items()}
     alignment = autoalign.align(dict(sorted(source.items())), target)
     assert {match.target: match.sources for match in alignment.matches} == {key: (own[key],) for key in target}
+
+
+PAIRS = {"kel": "foo", "lom": "bar"}  # in the order of the alphabet it would be the other way round
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_what_shapes_decide_in_one_block_tells_the_others_of_the_same_content(is_told: bool) -> None:
+    widths = {n: (8 * n, 8 * n) for n in range(1, 4)} | {4: (40, 48) if is_told else (40, 40)}
+    other_of = {f"h.{n}.{own}.weight": f"g.{n}.{other}.weight" for n in widths for own, other in PAIRS.items()}
+    sizes = {f"h.{n}.{own}.weight": size for n, both in widths.items() for own, size in zip(PAIRS, both, strict=True)}
+    source = {key: torch.empty(size, device="meta") for key, size in sizes.items()}
+    target = {other_of[key]: tensor for key, tensor in source.items()}
+    alignment = autoalign.align(dict(sorted(source.items())), dict(sorted(target.items())))
+    found = {match.sources[0]: match.target for match in alignment.matches}
+    assert found == (other_of if is_told else {})
+
+
+def test_layers_that_follow_one_another_stand_near_one_another() -> None:
+    """Only the target is in the order of registration; a norm of the source is in the module of its layer."""
+    pairs = {f"h.{n}.{name}": f"g.{n}.{own}" for n in "01" for name, own in BLOCK.items()}
+    sides = [tuple(key.split(".")) for key in pairs.values()], [tuple(key.split(".")) for key in pairs]
+    kinds = [np.asarray(["xyn".index(path[-1][-1]) for path in paths]) for paths in sides]
+    size, score = np.arange(len(pairs)), np.ones(len(pairs), np.float32)
+    features = [
+        side_features(paths, ancestry(paths), classes, 3, ordered=ordered)
+        for paths, classes, ordered in zip(sides, kinds, (False, True), strict=True)
+    ]
+    assignment = Assignment(size, size, score, score, np.full(len(size), -1), name_scores(*sides), {})
+    slots = slots_of(sides[0]), slots_of(sides[1])
+    moves = cues.moves_of(State(assignment, features[0], features[1], (kinds[0], kinds[1]), slots))
+    (norms,) = [move for move in moves if {name for *_, name in move.exchanges[0].modules} == {"foon", "barn"}]
+    assert norms.cues["beside"] > 0
+
+
+BLOCK = {"kelx": "wide.x", "foon": "wide.n", "lomy": "slim.y", "barn": "slim.n"}
 
 
 @pytest.mark.parametrize("gap", [1, 3])

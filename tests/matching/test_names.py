@@ -45,3 +45,9 @@ def test_of_many_words_those_alike_alone_are_listed() -> None:
 def test_an_embedder_may_be_a_table_or_a_stem(other: str) -> None:
     """As in Gemma's own code, and in transformers' ResNet."""
     assert likeness(words("embedder"), words(other)) >= 0.5
+
+
+def test_a_role_joined_with_a_word_is_both() -> None:
+    assert words("ca_kpos_proj") == ("cross", "attn", "k", "pos", "proj")
+    assert words("vnorm") == ("v", "norm")
+    assert words("kernel_keeper") == ("weight", "keeper")

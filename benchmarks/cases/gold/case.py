@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoalign.plan.dequantise import Dequantise
 from autoalign.plan.matches import Candidate, Match
 from autoalign.plan.operations import Copy, Operation, Reshape
 from benchmarks.cases.gold.expressions import Expression, evaluate, is_layout, operation_of, source_keys
@@ -57,6 +58,8 @@ class GoldCase:
         expression = self.expressions[key]
         if expression is None:
             return False
+        if isinstance(operation, Dequantise):  # gold names the codes; their companions come along
+            sources, operation = sources[:1], Copy()
         if {self._first(source) for source in sources} != {self._first(source) for source in source_keys(expression)}:
             return False
         is_whole = operation_of(expression) in ("copy", "reshape") and not is_layout(expression)
