@@ -165,15 +165,17 @@ class _Decided:
         """Compare how often layers of these names are matched as here and as after the exchanges."""
         if len(exchanges[0].ends) < 2 or len(exchanges[0].modules) < 2:
             return 0
-        before = sum(self._count(one, pair) for one in exchanges for pair in one.before)
-        after = sum(self._count(one, pair) for one in exchanges for pair in one.after)
+        before = after = 0
+        for one in exchanges:
+            around = len(common_prefix(one.ends)), len(common_prefix(one.modules))
+            before += sum([self._count(around, pair) for pair in one.before])
+            after += sum([self._count(around, pair) for pair in one.after])
         return (before - after) / (before + after + 1)
 
-    def _count(self, one: Exchange, pair: tuple[int, int]) -> int:
-        around = len(common_prefix(one.ends)), len(common_prefix(one.modules))
+    def _count(self, around: tuple[int, int], pair: tuple[int, int]) -> int:
         below = len(self._paths[0][pair[0]]) - around[0], len(self._paths[1][pair[1]]) - around[1]
         if below not in self._counts:
-            self._counts[below] = Counter(self._way(other, *below) for other in self._pairs)
+            self._counts[below] = Counter([self._way(other, *below) for other in self._pairs])
         return self._counts[below][self._way(pair, *below)]
 
     def _way(self, pair: tuple[int, int], *below: int) -> object:
@@ -367,9 +369,19 @@ def _beside(state: State, one: Exchange) -> float:
                 (state.source.paths, own, state.neighbours[1].get(other, ()), fills),
                 (state.target.paths, other, state.neighbours[0].get(own, ()), filled),
             ):
-                near += sum(len(common_prefix((paths[unit], paths[ends[beside]]))) for beside in neighbours)
+                near += sum([_shared(paths[unit], paths[ends[beside]]) for beside in neighbours])
         gain += -near if is_after else near
     return gain / len(one.before)
+
+
+def _shared(first: Path, second: Path) -> int:
+    """Return how many modules two layers are both in."""
+    depth = 0
+    for own, other in zip(first, second, strict=False):
+        if own != other:
+            break
+        depth += 1
+    return depth
 
 
 def _list_order(_: State, one: Exchange) -> float:
