@@ -98,7 +98,7 @@ ORDINALS: dict[str, int] = {
 }
 
 # Words for types of layers, and for modules of any kind, which say nothing of what they are for.
-LAYER_TYPES: frozenset[str] = frozenset({"conv", "norm", "linear", "weight", "bias"})
+LAYER_TYPES: frozenset[str] = frozenset({"conv", "norm", "linear", "proj", "weight", "bias"})
 MODULE_TYPES: frozenset[str] = frozenset({"block", "stage", "model"})
 
 # What the parts of a fused projection are.
