@@ -38,6 +38,7 @@ _STEPS_SCALE = 0.5  # of steps in the tree of modules, the same
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
 _MODULE_NAME_WEIGHT = 0.5  # of the own names of modules beside those of their layers, to tell exchanges apart
 _EARLY, _LATE = (2,), (9,)  # ordinals up to and from which a layer comes before or after those without any
+_CUES_OF_ONE_KIND = ("numbers", "ordinals", "list order", "run", "whole")  # they speak alike in the exchanges of a move
 _LETTERS = frozenset("abcdefg")  # that count members; q, k and v are roles
 
 _Numbers = tuple[int, ...]  # of the name of a member of a list
@@ -142,8 +143,8 @@ def moves_of(state: State) -> list[Move]:
     for index, one in enumerate(found):
         key: object = one.modules if one.is_alone else tuple([template(p) for p in (*one.modules[:2], *one.ends[:2])])
         names = values["names"][index] + _MODULE_NAME_WEIGHT * values["modules"][index]
-        signs = names < 0, _sign(values["run"][index]), _sign(one.anchors), len(one.modules) > 2
-        groups.setdefault((key, *signs), []).append(index)
+        others = [_sign(values[name][index]) for name in _CUES_OF_ONE_KIND]
+        groups.setdefault((key, names < 0, *others, len(one.modules) > 2), []).append(index)
     result = []
     for indices in groups.values():
         exchanges = tuple([found[index] for index in indices])

@@ -145,6 +145,7 @@ RELATED: tuple[tuple[str, str, float], ...] = (
     ("o", "out", 0.8),
     ("out", "down", 0.5),
     ("in", "up", 0.4),
+    ("input", "down", 0.5),
     ("in", "gate", 0.4),
     ("shortcut", "proj", 0.4),
     ("head", "fc", 0.5),
