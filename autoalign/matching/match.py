@@ -16,7 +16,7 @@ from autoalign.errors import InputError, PatternError
 from autoalign.matching.adapt import adapted, checked_adapt
 from autoalign.matching.assembly import SideParts, with_stranded_biases, with_ties
 from autoalign.matching.candidates import operation_between
-from autoalign.matching.confidence import AMBIGUOUS
+from autoalign.matching.confidence import AMBIGUOUS, INFERRED
 from autoalign.matching.layouts import ROTARY
 from autoalign.matching.pipeline import Result, match_sides
 from autoalign.matching.positions import AdaptableSide
@@ -42,7 +42,6 @@ from autoalign.plan.parametrised import Parametrised, parametrised
 from autoalign.plan.quantised import ADVICE, Members, Values, as_values, can_fill, describe_schemes, hidden_keys
 
 _LISTED = "The checkpoint lists parameters without names: they were paired with those of the model in its order."
-_SURENESS_OF_ORDER = 0.85  # of pairs that nothing but their order speaks for
 
 OrderOfUse = Callable[[nn.Module], Sequence[str]]
 
@@ -208,7 +207,7 @@ def _as_listed(source: Specs, target: Specs, module: nn.Module | None) -> list[M
         if wanted and [tuple(each.shape) for _, each in wanted] == [spec.shape for spec in source]:
             pairs = zip(wanted, source, strict=True)
             evidence = {"order": 1.0}
-            found = [Match(key, (spec.key,), Copy(), _SURENESS_OF_ORDER, evidence) for (key, _), spec in pairs]
+            found = [Match(key, (spec.key,), Copy(), INFERRED, evidence) for (key, _), spec in pairs]
             return with_ties(source, target, found)
     return None
 
