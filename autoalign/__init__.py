@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.errors import PartialLoadWarning as PartialLoadWarning
     from autoalign.errors import PatternError as PatternError
     from autoalign.errors import RulesError as RulesError
+    from autoalign.errors import TraceError as TraceError
     from autoalign.errors import UnequalModelsError as UnequalModelsError
     from autoalign.errors import UnsafeCheckpointError as UnsafeCheckpointError
     from autoalign.errors import ValueWarning as ValueWarning
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.rules.rule import Rule as Rule
     from autoalign.rules.rules import Rules as Rules
     from autoalign.verification.causes import Divergence as Divergence
+    from autoalign.verification.dataflow import dataflow as dataflow
     from autoalign.verification.run import execution_order as execution_order
     from autoalign.verification.verify import Verification as Verification
 
@@ -57,7 +59,7 @@ _MODULES = {
         *("ChoiceWarning", "DependencyError", "IncompatibleTensorsError", "InputError"),
         *("NothingLoadedError", "NotInvertibleError", "OutputError"),
         *("PairMismatchError", "PartialLoadWarning", "PatternError"),
-        *("RulesError", "UnequalModelsError", "UnsafeCheckpointError", "ValueWarning"),
+        *("RulesError", "TraceError", "UnequalModelsError", "UnsafeCheckpointError", "ValueWarning"),
     ),
     "plan.matches": ("Candidate", "Match", "Mismatch", "Verified"),
     "reports.choices": ("Choice", "Option"),
@@ -65,6 +67,7 @@ _MODULES = {
     "rules.rule": ("Rule",),
     "rules.rules": ("Rules",),
     "verification.causes": ("Divergence",),
+    "verification.dataflow": ("dataflow",),
     "verification.run": ("execution_order",),
     "verification.verify": ("Verification",),
 }

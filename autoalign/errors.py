@@ -14,6 +14,10 @@ class InputError(AutoAlignError, TypeError):
     """A source, target, checkpoint or option is of an unusable kind."""
 
 
+class TraceError(AutoAlignError, RuntimeError):
+    """A module cannot be called on tensors without data."""
+
+
 class PatternError(AutoAlignError, ValueError):
     """A rule, ``include`` or ``exclude`` pattern is malformed or contradicts another."""
 

@@ -30,7 +30,7 @@ from benchmarks.cases.naming import Entry
 from benchmarks.cases.perturbations import RECIPES, Case, Recipe, perturbed
 from benchmarks.figures import tables
 from benchmarks.peers import PEERS, Peer
-from benchmarks.speed import baseline, nameless, scaling
+from benchmarks.speed import baseline, dataflow, nameless, scaling
 from benchmarks.speed import files as file_loading
 from benchmarks.speed import sharded as sharded_loading
 from benchmarks.speed.baseline import Figure
@@ -359,3 +359,8 @@ def test_an_attempt_is_perfect_if_all_is_found_and_nothing_is_wrong() -> None:
     assert not Attempt("peer", "group", "case", 3, 3, 1, 0.1).is_perfect
     assert not Attempt("peer", "group", "case", 3, 0, 0, 0.1, error="ValueError").is_perfect
     assert Attempt("peer", "unrelated", "case", 0, 0, 0, 0.1, error="ValueError").is_perfect
+
+
+def test_the_share_of_networks_that_can_be_traced_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dataflow.main(["--only", "timm", "--sample", "2"]) == 0
+    assert capsys.readouterr().out.startswith("timm: 2 of 2 traced; ")

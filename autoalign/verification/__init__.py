@@ -4,6 +4,8 @@ In order of use, from the bottom up:
 
 * ``differences``: how far two tensors are apart, as a share of the size of what was wanted.
 * ``run``: calls a model and leaves it, and every source of chance, as they were; records its modules; order of use.
+* ``example_inputs``: what a module may be called with, guessed from its settings, names and layers.
+* ``dataflow``: the graph of a call on tensors without data: which tensors and operations feed which.
 * ``compare``: which modules belong together, what they compute, and the first that differs.
 * ``causes``: why it differs: weights, settings of modules, other functions, or rounding.
 * ``session``: two models, one call of the source, and calls of the target with other values in place of its own.

@@ -46,9 +46,18 @@ def preserved(*models: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for model in models:
+            stack.callback(snapshot(model, keep_values=True))
+        stack.enter_context(quiet(*models))
+        yield
+
+
+@contextmanager
+def quiet(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode for a block as ``preserved`` does, which must not change what they hold."""
+    with ExitStack() as stack:
+        for model in models:
             for module in model.modules():
                 stack.callback(setattr, module, "training", module.training)
-            stack.callback(snapshot(model, keep_values=True))
         stack.callback(_random_states())
         stack.callback(_exact_arithmetic())
         fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -170,7 +179,7 @@ def call(model: nn.Module, inputs: object, values: Mapping[str, Tensor] | None =
     seed_all(0)
     restart(model)
     try:
-        arguments, options = _arguments(placed)
+        arguments, options = arguments_of(placed)
         if values is None:
             return model(*arguments, **options)
         return functional_call(model, dict(values), arguments, options)
@@ -182,7 +191,8 @@ def call(model: nn.Module, inputs: object, values: Mapping[str, Tensor] | None =
         ) from error
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a module is called with as arguments and keyword arguments."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if not isinstance(inputs, tuple):
