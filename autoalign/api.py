@@ -13,8 +13,9 @@ from torch import nn
 
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Side
+from autoalign.checkpoints.named_models import build
 from autoalign.errors import InputError
-from autoalign.matching.match import OrderOfUse, match_tensors
+from autoalign.matching.match import Decide, OrderOfUse, match_tensors
 from autoalign.matching.scope import PatternLike, RuleLike
 from autoalign.plan.adaptations import Adapt
 
@@ -50,6 +51,7 @@ class AlignOptions(MatchOptions, TypedDict, total=False):
     """
 
     example_inputs: object
+    source_model: nn.Module | str | None
 
 
 class NoOptions(TypedDict):
@@ -93,6 +95,7 @@ def align(
     container: str | None = None,
     dequantise: bool = True,
     example_inputs: object = None,
+    source_model: nn.Module | str | None = None,
     **unknown: Unpack[NoOptions],
 ) -> Alignment:
     """Align the tensors of a checkpoint with those of a model, whatever they are called.
@@ -130,6 +133,11 @@ def align(
         example_inputs: What to call a module with, as ``execution_order`` takes it: the order in which a call uses the
             tensors then stands for that in which they are registered. Each side that is a module is called once and
             left as it was.
+        source_model: The code that the checkpoint belongs to, where the target is a module: a module too, which may be
+            on the meta device, or a text that names one, ``"timm:NAME"``, ``"torchvision:NAME"``,
+            ``"transformers:PATH"`` or ``"package.module:factory"``. What both compute is then compared, as
+            ``dataflow`` shows it: what keys leave open is decided where it can be, and matches that it contradicts are
+            listed as ambiguous.
         **unknown: Refused, with the most similar option that there is.
 
     Returns:
@@ -152,6 +160,7 @@ def align(
         container=container,
         dequantise=dequantise,
         order_of_use=_order_of_use(example_inputs),
+        decide=_decide(source_model),
     )
     return Alignment.of(plan)
 
@@ -167,7 +176,6 @@ def load(
     device: torch.device | str | int | None = None,
     alignment: Alignment | None = None,
     verify: object = None,
-    source_model: nn.Module | None = None,
     **align_options: Unpack[AlignOptions],
 ) -> Alignment:
     """Load every tensor of a checkpoint that can be aligned with the model, whatever it is called.
@@ -219,10 +227,10 @@ def load(
         verify: What to call the model with, as the function ``verify`` takes it, which then proves the alignment
             before it is loaded. Where the models would differ, other ways to fill this one are tried, and the one that
             makes them equal is loaded; if there is none, the load raises.
-        source_model: For ``verify``: the checkpoint's own code, a module that all of it fits, which may be on the meta
-            device. A copy of it is filled. Not needed where the checkpoint is a module.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``,
-            ``dequantise``, and ``adapt``, by which values are changed where a counterpart has another shape.
+            ``dequantise``, ``source_model`` (which ``verify`` needs where the checkpoint is not a module: a copy of it
+            is filled with all of the checkpoint), and ``adapt``, by which values are changed where a counterpart has
+            another shape.
 
     Returns:
         The alignment. It unpacks, as in ``missing_keys, unexpected_keys = load(...)``, and ``print`` shows all of it.
@@ -249,9 +257,8 @@ def load(
     if verify is not None:
         from autoalign.verification.verify import load_proved
 
+        source_model = align_options["source_model"] = _built(align_options.get("source_model"))
         return load_proved(model, checkpoint, _resolved(align_options), verify, source_model, **options)
-    if source_model is not None:
-        raise InputError("source_model= is called only with verify=, its inputs. Nothing was loaded.")
     from autoalign.loading.load import load_checkpoint
 
     return load_checkpoint(model, checkpoint, _resolved(align_options), **options)
@@ -305,7 +312,7 @@ def convert(
         overwrite: Replace an output that is there, with its index and shards.
         progress: Called with the number of tensors written and of all, while they are written.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``,
-            ``dequantise``, and ``adapt``.
+            ``dequantise``, ``source_model``, and ``adapt``.
 
     Returns:
         The alignment; its ``matches`` are what was written.
@@ -428,10 +435,10 @@ def verify(
 
 
 def _resolved(options: AlignOptions) -> dict[str, Any]:
-    """Return the options with a function that finds the order of use in place of the example inputs."""
+    """Return the options with functions that call modules in place of what they are called with."""
     given: dict[str, Any] = {**options}
-    order_of_use = _order_of_use(given.pop("example_inputs", None))
-    return given if order_of_use is None else given | {"order_of_use": order_of_use}
+    order_of_use, decide = _order_of_use(given.pop("example_inputs", None)), _decide(given.pop("source_model", None))
+    return given | {k: v for k, v in (("order_of_use", order_of_use), ("decide", decide)) if v is not None}
 
 
 def _order_of_use(example_inputs: object) -> OrderOfUse | None:
@@ -440,3 +447,22 @@ def _order_of_use(example_inputs: object) -> OrderOfUse | None:
     from autoalign.verification.run import execution_order
 
     return partial(execution_order, example_inputs=example_inputs)
+
+
+def _decide(source_model: nn.Module | str | None) -> Decide | None:
+    if (model := _built(source_model)) is None:
+        return None
+    from autoalign.verification.refinement import decided_by_code
+
+    return partial(decided_by_code, model)
+
+
+def _built(source_model: nn.Module | str | None) -> nn.Module | None:
+    """Return the code of a checkpoint, which is built on the meta device where a text names it."""
+    model = build(source_model, values=False) if isinstance(source_model, str) else source_model
+    if model is not None and not isinstance(model, nn.Module):
+        raise InputError(
+            "source_model= takes an nn.Module, or a text that names one, such as 'timm:resnet50', not "
+            f"{type(model).__name__}. Nothing was done."
+        )
+    return model

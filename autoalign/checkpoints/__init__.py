@@ -6,6 +6,7 @@ In order of use:
   address (``checkpoint_of``, ``open_checkpoint``); the tree of its modules as a networkx graph.
 * ``containers.py``: which mappings of a nested file are state dicts, and which of them is meant.
 * ``config.py``: the configuration found beside a checkpoint, in it, or at a module.
+* ``named_models.py``: models that are named by a text, as ``timm:resnet50(num_classes=10)``, and built.
 * ``remote.py``: downloads of ``hf://`` and ``https://`` addresses.
 * ``formats/``: a file for each format, with its reading and writing.
 * ``stored.py``: what every format returns (``Contents`` with ``StoredTensor`` values) and shares: the budget of what

@@ -3,7 +3,7 @@
 In order of use:
 
 * ``terminal``: results on stdout, in colours on a terminal; progress and messages on stderr; exit codes.
-* ``targets``: models that are named as arguments, as ``timm:resnet50(num_classes=10)``.
+* ``targets``: sides that arguments name; models are built quietly.
 * ``commands``: all commands, and the table of them.
 * ``app``: the program: the parser with the options of every command, which command is run, and what is printed of
   errors. It imports torch only to run a command.

@@ -193,7 +193,7 @@ def _verify(commands: _Commands) -> None:
     parser.add_argument("--checkpoint", metavar="CKPT", help="loaded into the first model before")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of weights and inputs (default: %(default)s)")
     _add_format(parser, ("text", "json"))
-    _add_matching(parser)
+    _add_matching(parser, with_code=False)
 
 
 def _demo(commands: _Commands) -> None:
@@ -241,7 +241,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="write every row of a text report, however many there are")
 
 
-def _add_matching(parser: argparse.ArgumentParser) -> None:
+def _add_matching(parser: argparse.ArgumentParser, *, with_code: bool = True) -> None:
     group = parser.add_argument_group("alignment", "Each of the first four may be given several times.")
     group.add_argument(
         "--rule",
@@ -271,6 +271,12 @@ def _add_matching(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--container", metavar="NAME", help="which of several state dicts in the checkpoint to take, such as ema"
     )
+    if with_code:
+        group.add_argument(
+            "--source-model",
+            metavar="MODEL",
+            help="the code that the checkpoint belongs to, named as a TARGET is; it is compared with the target's",
+        )
     group.add_argument(
         "--no-dequantise", dest="dequantise", action="store_false", help="leave quantised tensors out, named"
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
-from autoalign.api import MatchOptions, align, convert, load, verify
+from autoalign.api import AlignOptions, MatchOptions, align, convert, load, verify
 from autoalign.checkpoints.checkpoint import Checkpoint, checkpoint_of
 from autoalign.checkpoints.formats.detection import format_of
 from autoalign.checkpoints.stored import named_dtype
@@ -42,7 +42,7 @@ _MAX_METADATA_CHARACTERS = 60  # of an entry
 
 def run_align(options: argparse.Namespace) -> int:
     """Report an alignment; nothing is loaded."""
-    alignment = align(side_of(options.checkpoint), side_of(options.target), **match_options(options))
+    alignment = align(side_of(options.checkpoint), side_of(options.target), **align_options(options))
     _show_alignment(alignment, options)
     return _exit_code(alignment)
 
@@ -52,7 +52,7 @@ def run_load_check(options: argparse.Namespace) -> int:
     model = model_of(options.target)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ValueWarning)  # the verdict and the notes of the report say the same
-        alignment = load(model, options.checkpoint, strict=options.strict, **match_options(options))
+        alignment = load(model, options.checkpoint, strict=options.strict, **align_options(options))
     values = model.state_dict()
     odd = [
         match.target
@@ -90,7 +90,7 @@ def run_convert(options: argparse.Namespace) -> int:
             strict=options.strict,
             overwrite=options.overwrite,
             progress=report,
-            **match_options(options),
+            **align_options(options),
         )
     _show_alignment(alignment, options, f"Wrote {len(alignment.matches)} tensors to {escaped(options.output)}.")
     return _exit_code(alignment)
@@ -125,7 +125,7 @@ def run_rules(options: argparse.Namespace) -> int:
     """Print an alignment as rules, or in a form that other libraries read."""
     if not options.name.isidentifier():
         raise InputError(f"--name {options.name!r} is not a valid name of a Python function. Nothing was done.")
-    alignment = align(side_of(options.checkpoint), side_of(options.target), **match_options(options))
+    alignment = align(side_of(options.checkpoint), side_of(options.target), **align_options(options))
     if set(alignment.missing_keys) - alignment.excluded:
         complain(
             f"note: the rules fill {len(alignment.matches)} of {len(alignment.target_specs)} tensors of the target; "
@@ -180,14 +180,14 @@ def run_verify(options: argparse.Namespace) -> int:
     torch.manual_seed(options.seed)
     inputs = example_inputs(options.input)
     source, target = model_of(options.source).eval(), model_of(options.target).eval()
-    align_options = match_options(options)
+    matching = match_options(options)
     if options.checkpoint:
-        loaded = load(source, options.checkpoint, container=align_options.pop("container"))
+        loaded = load(source, options.checkpoint, container=matching.pop("container"))
         if loaded.missing_keys:
             complain(
                 f"note: the checkpoint fills {len(loaded.matches)} of {len(loaded.target_specs)} tensors of the source"
             )
-    found = verify(source, target, inputs, **align_options)
+    found = verify(source, target, inputs, **matching)
     if options.format == "json":
         divergence = found.first_divergence
         names = ("source_module", "target_module", "difference", "cause")
@@ -295,6 +295,12 @@ def match_options(options: argparse.Namespace) -> MatchOptions:
         "container": options.container,
         "dequantise": options.dequantise,
     }
+
+
+def align_options(options: argparse.Namespace) -> AlignOptions:
+    """Return the parsed options of matching, with the code of the checkpoint."""
+    chosen: AlignOptions = {**match_options(options)}  # type: ignore[typeddict-item]
+    return {**chosen, "source_model": options.source_model and model_of(options.source_model, values=False)}
 
 
 def run_inspect(options: argparse.Namespace) -> int:

@@ -135,7 +135,9 @@ def _prepared(
     source = checkpoint_of(checkpoint, container=options.get("container"))
     rest = {name: value for name, value in options.items() if name != "container"}
     if made is not None and rest:
-        changes = ", ".join("example_inputs" if name == "order_of_use" else name for name in rest)
+        changes = ", ".join(
+            {"order_of_use": "example_inputs", "decide": "source_model"}.get(name, name) for name in rest
+        )
         raise InputError(f"An alignment is applied as it is, and {changes} would change it. Nothing was loaded.")
     return prepare.prepared(
         prepare.aligned(model, source, rest) if made is None else made.applied_to(source, model),

@@ -44,6 +44,7 @@ from autoalign.plan.quantised import ADVICE, Members, Values, as_values, can_fil
 _LISTED = "The checkpoint lists parameters without names: they were paired with those of the model in its order."
 
 OrderOfUse = Callable[[nn.Module], Sequence[str]]
+Decide = Callable[[Plan, float], Plan]
 
 
 @contextmanager
@@ -82,10 +83,12 @@ def match_tensors(
     container: str | None = None,
     dequantise: bool = True,
     order_of_use: OrderOfUse | None = None,
+    decide: Decide | None = None,
 ) -> Plan:
     """Match the tensors of two sides; see ``autoalign.align`` for the options.
 
-    ``order_of_use`` lists the keys of a module in the order in which a call uses them first.
+    ``order_of_use`` lists the keys of a module in the order in which a call uses them first; ``decide`` is given the
+    plan and ``min_confidence``, and returns it with what other evidence decides.
     """
     if not isinstance(min_confidence, int | float) or not 0 <= min_confidence <= 1:
         raise InputError(f"min_confidence must lie in [0, 1], not {min_confidence!r}. Nothing was aligned.")
@@ -153,7 +156,7 @@ def match_tensors(
     rotated = [match for match in chosen if match.target not in sure and ROTARY in match.warnings]
     if rotated and (settling := rotary_settling((own, other), sized=all(len(m.alternatives) < 3 for m in rotated))):
         notes = (*notes, settling)
-    return Plan(
+    plan = Plan(
         matches=tuple(match for match in chosen if match.target in sure),
         ambiguous=tuple(match for match in chosen if match.target not in sure),
         mismatched=tuple(sorted(mismatched, key=lambda mismatch: order[mismatch.key])),
@@ -164,6 +167,7 @@ def match_tensors(
         tensors=own,
         target_tensors=other,
     )
+    return plan if decide is None else decide(plan, min_confidence)
 
 
 def _combined(source: Specs, target: Specs, pinned: Collection[str]) -> list[Parametrised]:

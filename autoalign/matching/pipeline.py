@@ -53,8 +53,8 @@ _MIN_SHARE_OF_NAMESAKES = 0.9  # of the smaller side's layers, for a layer of an
 _MIN_SHARE_TO_RELATE = 0.5  # of them that are matched; then the sides are related, however the rest is spread
 _MIN_SIMILARITY_AMONG_NAMESAKES = 0.3  # of names, where another name is another layer
 _MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and where not all pairs were compared
-_CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
-_ONLY_SHAPES = "right shape, but no other evidence: most of the modules around it have no counterparts"
+CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
+ONLY_SHAPES = "right shape, but no other evidence: most of the modules around it have no counterparts"
 _TABLES = EMBEDDING_WORDS | NO_VOCABULARY  # words for matrices of which rows are taken
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 
@@ -255,7 +255,7 @@ def match_parts(
         is_ambiguous = has_duplicate[place] or is_stranded or is_contradicted or is_crowded or place in only_shapes
         cap = AMBIGUOUS if is_ambiguous else INFERRED if place in lists.by_order else 1.0
         doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
-        doubt = doubt or (_CROWDED if is_crowded else _ONLY_SHAPES if place in only_shapes else None)
+        doubt = doubt or (CROWDED if is_crowded else ONLY_SHAPES if place in only_shapes else None)
         for a, b in paired_parts(own[i], other[j]):
             piece, wanted = source.parts[a], target.parts[b]
             operation = _operation(piece, wanted, transposed=a in kinds.transposed)

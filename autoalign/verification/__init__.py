@@ -6,6 +6,7 @@ In order of use, from the bottom up:
 * ``run``: calls a model and leaves it, and every source of chance, as they were; records its modules; order of use.
 * ``example_inputs``: what a module may be called with, guessed from its settings, names and layers.
 * ``dataflow``: the graph of a call on tensors without data: which tensors and operations feed which.
+* ``refinement``: which tensors correspond by both graphs, coloured together (Weisfeiler and Leman).
 * ``compare``: which modules belong together, what they compute, and the first that differs.
 * ``causes``: why it differs: weights, settings of modules, other functions, or rounding.
 * ``session``: two models, one call of the source, and calls of the target with other values in place of its own.

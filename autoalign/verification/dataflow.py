@@ -44,8 +44,9 @@ def dataflow(module: nn.Module, example_inputs: object = None) -> nx.DiGraph:
     Nodes are keys of the state dict (of tied tensors the first), numbers of operations in their order,
     ``"input:NAME"``, ``"output:PATH"`` and ``"constant:NUMBER"``. All have ``kind`` (``"parameter"``, ``"buffer"``,
     ``"operation"``, ``"input"``, ``"output"``, ``"constant"``), ``shape`` and ``dtype`` (of the first result).
-    Operations have ``operation`` (the name in aten) and ``module`` (the path of the module that runs it). Where modules
-    of equal class and shapes are listed, what is in them has ``repeated``, the list's path, and ``member``, the number.
+    Operations have ``operation`` (the name in aten), ``settings`` (their arguments that are no tensors) and ``module``
+    (the path of the module that runs them). Where modules of equal class and shapes are listed, what is in them has
+    ``repeated``, the list's path, and ``member``, the number.
     Edges have ``arguments``, the names of the arguments that the node is given as, and ``results``, the number of each
     among the results of the node before.
 
@@ -214,13 +215,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _SAME and given:
             self._keep(result, self._made_by[id(given[0][1])])
         elif any(isinstance(tensor, Tensor) for tensor in tensors):
-            self._add(func, name, given, tensors)
+            self._add(func, name, given, tensors, _settings(func, args, kwargs))
         for tensor, value in zip(tensors, known, strict=False):
             if isinstance(tensor, Tensor):
                 self._compute(tensor, value)
         return result
 
-    def _add(self, func: Any, name: str, given: Sequence[tuple[str, Tensor]], results: Sequence[Any]) -> None:
+    def _add(
+        self,
+        func: Any,
+        name: str,
+        given: Sequence[tuple[str, Tensor]],
+        results: Sequence[Any],
+        settings: Mapping[str, object],
+    ) -> None:
         """Add an operation with what it is given; a tensor that was changed in place is from what changed it too."""
         node, self._count = self._count, self._count + 1
         if self._count > _MAX_OPERATIONS:
@@ -230,6 +238,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node,
             kind="operation",
             operation=name,
+            settings=settings,
             module=self.modules[-1],
             shape=tuple(first.shape),
             dtype=first.dtype,
@@ -296,6 +305,14 @@ def _named_tensors(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[str, Ten
 
 def _first_elements(_: Any, args: Any, __: Any) -> Tensor:
     return torch.empty(args[0].shape[0], dtype=torch.long)
+
+
+def _settings(func: Any, args: Any, kwargs: Any) -> dict[str, object]:
+    """Return the arguments of an operation that hold no tensors, by their names."""
+    named = chain(zip((argument.name for argument in func._schema.arguments), args, strict=False), kwargs.items())
+    return {
+        name: value for name, value in named if not isinstance(next(iter(flat_tensors(value).values()), None), Tensor)
+    }
 
 
 def _one_value(_: Any, args: Any, __: Any) -> Any:

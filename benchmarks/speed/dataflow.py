@@ -23,7 +23,7 @@ import transformers
 from torch import nn
 
 import autoalign
-from autoalign.cli.targets import build
+from autoalign.checkpoints.named_models import build
 
 _FAMILIES = """
     Albert Bart Bert BigBird Blip2 Bloom CLIP Clap Clvp ConvNext Data2VecAudio Deberta Dinov2 DistilBert Electra Falcon

@@ -43,10 +43,12 @@ def test_edges_say_as_which_argument_and_which_result() -> None:
     assert graph.nodes[1] == {
         "kind": "operation",
         "operation": "addmm",
+        "settings": {},
         "module": "layer",
         "shape": (2, 3),
         "dtype": torch.float32,
     }
+    assert graph.nodes[2]["settings"] == {"split_size": 1, "dim": 1}
     assert graph.nodes["layer.bias"] == {"kind": "parameter", "shape": (3,), "dtype": torch.float32}
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from autoalign.cli.targets import build, model_of, side_of
+from autoalign.checkpoints.named_models import build
+from autoalign.cli.targets import model_of, side_of
 from autoalign.errors import DependencyError, InputError
 
 FACTORIES = "tests.cli.factories"

@@ -1,0 +1,200 @@
+"""Code decides what keys leave open: twins with names that tell nothing, and what code must not decide."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import autoalign
+from autoalign.alignment import Alignment
+from autoalign.errors import InputError
+from autoalign.verification.refinement import CODE, paired_tensors, skeleton_of
+from tests.reference_models.llama import MetaLlama
+from tests.reference_models.parts import DEPTH, HEAD_DIM, HEADS, KV_HEADS, VOCABULARY, WIDTH
+
+
+class Twin(nn.Module):
+    """Layers of one shape by their names, in the order of registration; what is done with them is in subclasses."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(4, 4))
+        self.head = nn.Linear(4, 2)
+
+    def run(self, name: str, x: Tensor) -> Tensor:
+        return self.get_submodule(name)(x)  # type: ignore[no-any-return]
+
+
+class Gated(Twin):
+    """A gated MLP: gate, up and down."""
+
+    def __init__(self, gate: str, up: str, down: str, order: tuple[int, int, int] = (0, 1, 2)) -> None:
+        names = gate, up, down
+        super().__init__(*(names[place] for place in order))
+        self.names = names
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self.names
+        return self.head(self.run(down, nn.functional.silu(self.run(gate, x)) * self.run(up, x)))  # type: ignore[no-any-return]
+
+
+class Chained(Twin):
+    """Layers one after the other."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(*names)
+        self.names = names
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.names:
+            x = torch.relu(self.run(name, x))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def filled_from(alignment: Alignment) -> dict[str, str]:
+    return {match.target: match.sources[0] for match in alignment.matches}
+
+
+def renamed(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
+    """Return the same code with layers that are named and registered at random, and the key that each had."""
+    traced = fx.symbolic_trace(model)
+    layers = [name for name, layer in traced.named_modules() if layer.state_dict() and not [*layer.children()]]
+    numbers = random.Random(0).sample(range(len(layers)), len(layers))
+    names = {layer: f"m{number}" for layer, number in zip(layers, numbers, strict=True)}
+    for node in traced.graph.nodes:
+        node.target = names.get(node.target, node.target)
+    parts = {names[layer]: traced.get_submodule(layer) for layer in sorted(layers, key=names.__getitem__)}
+    others = {name: part for name, part in traced.named_modules() if name and name not in names}
+    twin = fx.GraphModule(parts | {name: part for name, part in others.items() if not [*part.children()]}, traced.graph)
+    keys = {name: layer for layer, name in names.items()}
+    return twin, {key: f"{keys[key.partition('.')[0]]}.{key.partition('.')[2]}" for key in twin.state_dict()}
+
+
+def test_gate_and_up_are_told_by_what_is_done_with_them() -> None:
+    source, target = Gated("w1", "w3", "w2"), Gated("x", "y", "z", order=(1, 2, 0))
+    alignment = autoalign.align(source.state_dict(), target, source_model=source)
+    right = {"x": "w1", "y": "w3", "z": "w2", "head": "head"}
+    assert filled_from(alignment) == {
+        f"{b}.{name}": f"{a}.{name}" for b, a in right.items() for name in ("weight", "bias")
+    }
+    assert all(match.evidence[CODE] == 1 for match in alignment.matches)
+    assert any("The code of both models decided" in note for note in alignment.notes)
+    assert filled_from(autoalign.align(source.state_dict(), target)) != filled_from(alignment)
+
+
+def test_branches_that_are_alike_are_told_by_their_place_in_what_is_concatenated() -> None:
+    torchvision, timm = pytest.importorskip("torchvision"), pytest.importorskip("timm")
+    with torch.device("meta"):
+        original, target = torchvision.models.inception_v3(init_weights=False), timm.create_model("inception_v3")
+    right = filled_from(autoalign.align(original, target))
+    source, key_before = renamed(original.eval())
+    by_keys = autoalign.align(source.state_dict(), target)
+    assert len(by_keys.ambiguous) > 100
+    alignment = autoalign.align(source.state_dict(), target, source_model=source)
+    assert {key: key_before[own] for key, own in filled_from(alignment).items()} == right
+    assert len(right) == 566
+
+
+def test_a_match_that_code_contradicts_is_ambiguous_where_the_networks_are_not_the_same() -> None:
+    class Longer(Chained):
+        def __init__(self, *names: str) -> None:
+            super().__init__(*names)
+            self.more = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.more(super().forward(x))  # type: ignore[no-any-return]
+
+    source, target = Chained("first", "second"), Longer("second", "first")
+    alignment = autoalign.align(source.state_dict(), target, source_model=source)
+    (doubted,) = (match for match in alignment.ambiguous if match.target == "first.weight")
+    assert doubted.sources == ("first.weight",)
+    assert doubted.alternatives[0].sources == ("second.weight",)
+    assert doubted.warnings == ("by its code, the model uses it as the source uses second.weight",)
+    assert filled_from(alignment).keys() == {"head.weight", "head.bias"}
+
+
+def test_where_all_is_the_same_code_decides_against_names_but_not_against_rules() -> None:
+    source, target = Chained("first", "second"), Chained("second", "first")
+    right = {"first.weight": "second.weight", "second.weight": "first.weight"}
+    assert filled_from(autoalign.align(source.state_dict(), target, source_model=source)).items() >= right.items()
+    rules = {f"{name}.{kind}": f"{name}.{kind}" for name in ("first", "second") for kind in ("weight", "bias")}
+    ruled = autoalign.align(source.state_dict(), target, source_model=source, rules=list(rules.items()))
+    assert filled_from(ruled)["first.weight"] == "first.weight"
+
+
+def test_layers_of_networks_of_unlike_depths_are_not_paired_from_both_ends() -> None:
+    graphs = [autoalign.dataflow(Chained(*names)) for names in ("abcd", "vwxyz")]
+    source, target = (skeleton_of(graph, unary=True) for graph in graphs)
+    assert paired_tensors(source, target, {}) == {f"head.{kind}": f"head.{kind}" for kind in ("weight", "bias")}
+    anchors = {f"{b}.{kind}": f"{a}.{kind}" for a, b in zip("abcd", "vwxy", strict=True) for kind in ("weight", "bias")}
+    assert paired_tensors(source, target, anchors).keys().isdisjoint({"z.weight", "z.bias"})
+
+
+def test_a_difference_between_the_codes_does_not_spread() -> None:
+    class Normed(Chained):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.dim() > 9 else torch.tanh(super().forward(torch.sin(x)))
+
+    source, target = Chained("a", "b", "c"), Normed("x", "y", "z")
+    alignment = autoalign.align(source.state_dict(), target, source_model=source)
+    assert filled_from(alignment)["y.weight"] == "b.weight"
+
+
+def test_layouts_that_are_in_doubt_stay_so() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "num_hidden_layers": DEPTH}
+    source = MetaLlama(frequencies=False)
+    hidden = source.state_dict()["layers.0.feed_forward.w1.weight"].shape[0]
+    config = transformers.LlamaConfig(
+        **sizes, hidden_size=WIDTH, vocab_size=VOCABULARY, intermediate_size=hidden, head_dim=HEAD_DIM
+    )
+    target = transformers.LlamaForCausalLM(config)
+    before = autoalign.align(source.state_dict(), target)
+    after = autoalign.align(source.state_dict(), target, source_model=source)
+    assert {match.target for match in before.ambiguous} == {match.target for match in after.ambiguous} != set()
+
+
+def test_code_that_cannot_be_called_is_a_note() -> None:
+    class Stuck(Gated):
+        def forward(self, _: Tensor) -> Tensor:
+            raise ValueError("no")
+
+    source, target = Stuck("w1", "w3", "w2"), Gated("x", "y", "z")
+    alignment = autoalign.align(source.state_dict(), target, source_model=source)
+    assert filled_from(alignment) == filled_from(autoalign.align(source.state_dict(), target))
+    assert "The code of both models was not compared. Stuck could not be called" in alignment.notes[-1]
+
+
+def test_a_checkpoint_may_have_a_prefix_that_its_code_has_not() -> None:
+    source, target = Gated("w1", "w3", "w2"), Gated("x", "y", "z", order=(1, 2, 0))
+    wrapped = {f"module.{key}": tensor for key, tensor in source.state_dict().items()}
+    assert filled_from(autoalign.align(wrapped, target, source_model=source))["x.weight"] == "module.w1.weight"
+
+
+def test_code_of_another_checkpoint_is_an_error() -> None:
+    source, target = Gated("w1", "w3", "w2"), Gated("x", "y", "z")
+    with pytest.raises(InputError, match=r"source_model= is not the code of this checkpoint: of 2 tensors of Conv2d"):
+        autoalign.align(source.state_dict(), target, source_model=nn.Conv2d(3, 8, 3))
+    with pytest.raises(InputError, match=r"which has to be a module\. Nothing was aligned"):
+        autoalign.align(source.state_dict(), target.state_dict(), source_model=source)
+
+
+def test_every_call_takes_the_code_also_by_its_name(tmp_path: Path) -> None:
+    spec = f"{__name__}:Gated('w1', 'w3', 'w2')"
+    source, target = Gated("w1", "w3", "w2"), Gated("x", "y", "z", order=(1, 2, 0))
+    wanted = source.state_dict()
+    autoalign.load(target, wanted, source_model=spec)
+    assert torch.equal(target.state_dict()["x.weight"], wanted["w1.weight"])
+    written = autoalign.convert(
+        wanted, Gated("x", "y", "z", order=(1, 2, 0)), tmp_path / "a.safetensors", source_model=spec
+    )
+    assert filled_from(written)["x.weight"] == "w1.weight"
+    with pytest.raises(InputError, match="and source_model would change it"):
+        autoalign.load(target, wanted, alignment=written, source_model=spec)
+    with pytest.raises(InputError, match=r"source_model= takes an nn.Module, or a text that names one"):
+        autoalign.align(wanted, target, source_model=3)  # type: ignore[arg-type]
