@@ -137,7 +137,7 @@ def align(
             on the meta device, or a text that names one, ``"timm:NAME"``, ``"torchvision:NAME"``,
             ``"transformers:PATH"`` or ``"package.module:factory"``. What both compute is then compared, as
             ``dataflow`` shows it: what keys leave open is decided where it can be, and matches that it contradicts are
-            listed as ambiguous.
+            listed as ambiguous. Where both sides are modules and keys leave open which tensor it is, that is so anyway.
         **unknown: Refused, with the most similar option that there is.
 
     Returns:
@@ -160,7 +160,7 @@ def align(
         container=container,
         dequantise=dequantise,
         order_of_use=_order_of_use(example_inputs),
-        decide=_decide(source_model),
+        decide=_decide(source_model, source),
     )
     return Alignment.of(plan)
 
@@ -254,14 +254,15 @@ def load(
     _check_options(load, align_options, "Nothing was loaded.")
     options: dict[str, Any] = {"strict": strict, "assign": assign, "progress": progress}
     options |= {"dtype": dtype, "device": device, "alignment": alignment}
+    given = None if alignment is not None else checkpoint
     if verify is not None:
         from autoalign.verification.verify import load_proved
 
         source_model = align_options["source_model"] = _built(align_options.get("source_model"))
-        return load_proved(model, checkpoint, _resolved(align_options), verify, source_model, **options)
+        return load_proved(model, checkpoint, _resolved(align_options, given), verify, source_model, **options)
     from autoalign.loading.load import load_checkpoint
 
-    return load_checkpoint(model, checkpoint, _resolved(align_options), **options)
+    return load_checkpoint(model, checkpoint, _resolved(align_options, given), **options)
 
 
 def convert(
@@ -335,7 +336,7 @@ def convert(
         checkpoint,
         target,
         output_path,
-        _resolved(align_options),
+        _resolved(align_options, checkpoint),
         format=format,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -434,10 +435,13 @@ def verify(
     )
 
 
-def _resolved(options: AlignOptions) -> dict[str, Any]:
+def _resolved(options: AlignOptions, source: Side | None) -> dict[str, Any]:
     """Return the options with functions that call modules in place of what they are called with."""
     given: dict[str, Any] = {**options}
-    order_of_use, decide = _order_of_use(given.pop("example_inputs", None)), _decide(given.pop("source_model", None))
+    order_of_use, decide = (
+        _order_of_use(given.pop("example_inputs", None)),
+        _decide(given.pop("source_model", None), source),
+    )
     return given | {k: v for k, v in (("order_of_use", order_of_use), ("decide", decide)) if v is not None}
 
 
@@ -449,12 +453,17 @@ def _order_of_use(example_inputs: object) -> OrderOfUse | None:
     return partial(execution_order, example_inputs=example_inputs)
 
 
-def _decide(source_model: nn.Module | str | None) -> Decide | None:
-    if (model := _built(source_model)) is None:
-        return None
-    from autoalign.verification.refinement import decided_by_code
+def _decide(source_model: nn.Module | str | None, source: Side | None) -> Decide | None:
+    """Return what asks the code of both sides: that which is given, or a source's own where keys leave choices open."""
+    if (model := _built(source_model)) is not None:
+        from autoalign.verification.refinement import decided_by_code
 
-    return partial(decided_by_code, model)
+        return partial(decided_by_code, model)
+    if isinstance(source, nn.Module):
+        from autoalign.verification.refinement import decided_if_open
+
+        return partial(decided_if_open, source)
+    return None
 
 
 def _built(source_model: nn.Module | str | None) -> nn.Module | None:

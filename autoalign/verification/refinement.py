@@ -46,7 +46,7 @@ _OTHER_TENSOR = re.compile(
 )
 
 _PASSING = frozenset(  # operations that change no value
-    "_to_copy _unsafe_view clone contiguous expand flatten permute reshape squeeze t transpose unsqueeze "  # noqa: SIM905
+    "_to_copy _unsafe_view as_strided clone contiguous expand flatten permute reshape squeeze t transpose unsqueeze "  # noqa: SIM905
     "view".split()
 )
 _CANONICAL = {
@@ -54,7 +54,6 @@ _CANONICAL = {
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"), "batch_norm"),
 }
 _PARTS = frozenset({"select", "slice", "split", "split_with_sizes", "unbind"})
-_ATTENDED = frozenset({"query", "key", "value"})
 _COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum"})
 _FILLING = frozenset(  # operations that take the shape of a tensor, and none of its values
     "empty_like full_like new_empty new_full new_ones new_zeros ones_like zeros_like".split()  # noqa: SIM905
@@ -87,6 +86,7 @@ def skeleton_of(graph: nx.DiGraph, *, unary: bool) -> Skeleton:
     # what computes the values of a node, and which part of them it has; nothing computes those of constants
     stands_for: dict[object, tuple[object, tuple[float, ...]]] = {node: (node, ()) for node in labels}
     edges: list[_Edge] = []
+    role: object
     for node in (node for node in nx.topological_sort(graph) if node in live and node not in labels):
         operands = [
             (stands_for[before][0], argument, (*stands_for[before][1], *_part(graph, before, result)))
@@ -107,18 +107,20 @@ def skeleton_of(graph: nx.DiGraph, *, unary: bool) -> Skeleton:
             continue
         stands_for[node] = node, ()
         labels[node] = _CANONICAL.get(name, name)
+        if name == "convolution" and _is_product(graph, node):
+            labels[node] = "matmul"
         if name.startswith("_scaled_dot_product"):
             labels[node] = labels[(node, "scores")] = "matmul"
-            query, key, value = ((before, part) for before, argument, part in operands if argument in _ATTENDED)
-            edges += [(query[0], (node, "scores"), (0, query[1])), (key[0], (node, "scores"), (1, key[1]))]
-            edges += [((node, "scores"), node, (0, ())), (value[0], node, (1, value[1]))]
+            edges.append(((node, "scores"), node, (0, ())))
+            for before, argument, part in operands:
+                role = {"query": (0, part), "key": (1, part), "value": (1, part)}.get(argument, "bias")
+                edges.append((before, node if argument == "value" else (node, "scores"), role))
             continue
         for place, (before, argument, part) in enumerate(operands):
-            role: object = argument
+            role = argument
             if labels[node] == "matmul" and given:
-                role = (
-                    "" if before not in tensors else "bias" if len(operands) == 3 and argument == "self" else "weight"
-                )
+                is_bias = argument == "bias" or (argument == "self" and len(operands) == 3)
+                role = "" if before not in tensors else "bias" if is_bias else "weight"
             elif labels[node] == "matmul":
                 role = place
             elif name in _COMMUTATIVE:
@@ -131,13 +133,19 @@ def skeleton_of(graph: nx.DiGraph, *, unary: bool) -> Skeleton:
     return Skeleton(labels, frozenset(tensors), neighbours)
 
 
+def _is_product(graph: nx.DiGraph, node: object) -> bool:
+    """Return True for a convolution that multiplies each position with one matrix."""
+    weights = [before for before, _, edge in graph.in_edges(node, data=True) if "weight" in edge["arguments"]]
+    return bool(graph.nodes[node]["settings"].get("groups") == 1 and prod(graph.nodes[weights[0]]["shape"][2:]) == 1)
+
+
 def _part(graph: nx.DiGraph, node: object, result: int) -> tuple[float, ...]:
     """Return where the part of a tensor that a node cuts out begins, as a share of the size; () if it cuts none."""
     name, settings = graph.nodes[node].get("operation"), graph.nodes[node].get("settings", {})
     if name not in _PARTS:
         return ()
     shape = next(graph.nodes[before]["shape"] for before in graph.predecessors(node))
-    size = shape[settings.get("dim", 0)]
+    size = max(shape[settings.get("dim", 0)], 1)
     match name:
         case "select" | "slice":
             begin = settings.get("index", settings.get("start")) or 0
@@ -195,6 +203,15 @@ def _next_colours(
         for node, own in colours.items()
         if own not in final
     }
+
+
+def decided_if_open(source_model: nn.Module, plan: Plan, min_confidence: float) -> Plan:
+    """Return a plan with what code decides, as ``decided_by_code``, if keys leave any choice of a tensor open."""
+    is_open = any(_is_other_tensor(match) for match in plan.ambiguous)
+    if not is_open or not isinstance(getattr(plan.target_tensors, "module", None), nn.Module):
+        return plan
+    found = decided_by_code(source_model, plan, min_confidence)
+    return plan if (found.matches, found.ambiguous) == (plan.matches, plan.ambiguous) else found
 
 
 def decided_by_code(source_model: nn.Module, plan: Plan, min_confidence: float) -> Plan:
@@ -331,7 +348,7 @@ def _is_plain(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 def _operation(match: Match | None, own: str, shapes: Mapping[str, tuple[int, ...]]) -> Operation | None:
     """Return the operation that fills the target of a match from one tensor; None if a layout is in doubt."""
-    if match is None or not all(map(_OTHER_TENSOR.fullmatch, match.warnings)):
+    if match is None or not _is_other_tensor(match):
         return None
     ways = [(match.sources, match.operation)]
     ways += [(candidate.sources, candidate.operation) for candidate in match.alternatives]
@@ -339,6 +356,11 @@ def _operation(match: Match | None, own: str, shapes: Mapping[str, tuple[int, ..
     if not known and len(match.sources) == 1 and shapes[own] == shapes[match.sources[0]]:
         known = [match.operation]
     return known[0] if len(known) == 1 and isinstance(known[0], _WHOLE) else None
+
+
+def _is_other_tensor(match: Match) -> bool:
+    """Return True if nothing but the choice of the tensor is in doubt."""
+    return all(map(_OTHER_TENSOR.fullmatch, match.warnings))
 
 
 def _doubted(match: Match, reason: str) -> Match:

@@ -56,6 +56,23 @@ class Chained(Twin):
         return self.head(x)  # type: ignore[no-any-return]
 
 
+class Attending(Twin):
+    """Attention, as its products or as one function."""
+
+    def __init__(self, names: str, *, is_fused: bool) -> None:
+        super().__init__(*sorted(names))
+        self.names, self.is_fused = names, is_fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, out = (self.get_submodule(name) for name in self.names)
+        query, key, value = (layer(x)[:, None] for layer in (q, k, v))
+        if self.is_fused:
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = (query @ key.transpose(-1, -2) / 2).softmax(-1) @ value
+        return self.head(out(mixed.squeeze(1)))  # type: ignore[no-any-return]
+
+
 def filled_from(alignment: Alignment) -> dict[str, str]:
     return {match.target: match.sources[0] for match in alignment.matches}
 
@@ -87,6 +104,35 @@ def test_gate_and_up_are_told_by_what_is_done_with_them() -> None:
     assert filled_from(autoalign.align(source.state_dict(), target)) != filled_from(alignment)
 
 
+def test_queries_keys_and_values_are_told_whether_attention_is_one_function_or_two_products() -> None:
+    source, target = Attending("qkvo", is_fused=False), Attending("wxyz", is_fused=True)
+    pairs = dict(zip("wxyz", "qkvo", strict=True)) | {"head": "head"}
+    right = {f"{b}.{kind}": f"{a}.{kind}" for b, a in pairs.items() for kind in ("weight", "bias")}
+    assert filled_from(autoalign.align(source.state_dict(), target, source_model=source)) == right
+
+
+def test_a_convolution_of_single_positions_is_a_product() -> None:
+    class Convolving(Gated):
+        def run(self, name: str, x: Tensor) -> Tensor:
+            layer = self.get_submodule(name)
+            weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+            return nn.functional.conv1d(x.transpose(1, 2), weight[..., None], bias).transpose(1, 2)
+
+    source, target = Gated("w1", "w3", "w2"), Convolving("x", "y", "z", order=(1, 2, 0))
+    assert filled_from(autoalign.align(source.state_dict(), target, source_model=source))["x.bias"] == "w1.bias"
+
+
+def test_code_at_hand_is_not_asked_where_keys_leave_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unasked(*_: object) -> None:
+        raise AssertionError("code was asked")
+
+    monkeypatch.setattr("autoalign.verification.refinement.dataflow", unasked)
+    source = Chained(*"abc")
+    assert autoalign.align(source, Chained(*"xyz")).coverage == 1
+    with pytest.raises(AssertionError, match="code was asked"):
+        autoalign.align(source, Chained(*"xyz"), source_model=source)
+
+
 def test_branches_that_are_alike_are_told_by_their_place_in_what_is_concatenated() -> None:
     torchvision, timm = pytest.importorskip("torchvision"), pytest.importorskip("timm")
     with torch.device("meta"):
@@ -98,6 +144,7 @@ def test_branches_that_are_alike_are_told_by_their_place_in_what_is_concatenated
     alignment = autoalign.align(source.state_dict(), target, source_model=source)
     assert {key: key_before[own] for key, own in filled_from(alignment).items()} == right
     assert len(right) == 566
+    assert filled_from(autoalign.align(source, target)) == filled_from(alignment)  # code is at hand and needed
 
 
 def test_a_match_that_code_contradicts_is_ambiguous_where_the_networks_are_not_the_same() -> None:
