@@ -44,7 +44,10 @@ def guessed_inputs(module: nn.Module) -> Iterator[Guess]:
     >>> inputs[0].shape, reason
     (torch.Size([1, 8]), 'ids [1, 8] by the first Embedding')
     """
-    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind not in (2, 4)]
+    try:
+        parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.kind not in (2, 4)]
+    except ValueError:  # of compiled code
+        parameters = []
     required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
     shapes = _shapes(module)
     dtype = next((t.dtype for t in module.parameters() if t.is_floating_point() and t.dtype.itemsize > 1), None)
@@ -89,7 +92,7 @@ def _shapes(module: nn.Module) -> dict[str, list[tuple[_Shape, str]]]:
     found: dict[str, list[tuple[_Shape, str]]] = {}
     for kind in _LAYERS:
         layer = _first(module, kind)
-        said = f"the first {type(layer).__name__}"
+        said = f"the first {type(layer).__name__}" if layer else "default"
         width = _attribute([layer], _WIDTHS, 0) if layer else 0
         if kind == "image" and (width or not any(isinstance(each, nn.Embedding) for each in module.modules())):
             channels = width or _attribute(module.modules(), _CHANNELS, 3)

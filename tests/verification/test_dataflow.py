@@ -177,6 +177,13 @@ def test_a_call_without_end_is_a_clear_error() -> None:
         autoalign.dataflow(Calls(endless), X)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning", "ignore:Lazy modules:UserWarning")
+@pytest.mark.parametrize("make", [lambda: torch.jit.script(nn.Linear(3, 2)), lambda: nn.LazyLinear(2)])
+def test_what_cannot_be_traced_is_an_error_of_ours(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(TraceError, match=r"could not be called on tensors without data: (RuntimeError|ValueError)"):
+        autoalign.dataflow(make())
+
+
 def test_only_modules_are_called() -> None:
     with pytest.raises(InputError, match=r"Expected an nn.Module to call, not dict"):
         autoalign.dataflow({})  # type: ignore[arg-type]
