@@ -27,6 +27,7 @@ from autoalign.matching.pipeline import CROWDED, ONLY_SHAPES
 from autoalign.plan.keys import split_key
 from autoalign.plan.matches import Candidate, Match, Plan
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Transpose
+from autoalign.plan.specs import tied_groups
 from autoalign.verification.dataflow import dataflow
 
 CODE = "code"  # the cue
@@ -321,6 +322,9 @@ def _with_pairs(
             found[spec.key] = _doubted(match, f"by its code, the model uses it as the source uses {own}")
         elif spec.key in was_open or spec.key in contradicted:
             found[spec.key] = Match(spec.key, (own,), operation, _DECIDED, evidence)
+    for keys in tied_groups(plan.target_specs):
+        for first in [key for key in keys if key in found][:1]:
+            found |= {key: replace(found[first], target=key) for key in keys}
     users = {match.sources[0]: key for key, match in found.items() if match.confidence > _CONTRADICTED}
     for key, match in known.items():
         if key not in found and key not in was_open and any(users.get(own, key) != key for own in match.sources):

@@ -206,6 +206,24 @@ def test_layouts_that_are_in_doubt_stay_so() -> None:
     assert {match.target for match in before.ambiguous} == {match.target for match in after.ambiguous} != set()
 
 
+def test_tied_tensors_stay_together() -> None:
+    class Tied(nn.Module):
+        def __init__(self, *names: str) -> None:
+            super().__init__()
+            self.embed, self.body, self.out = nn.Embedding(9, 4), Chained(*names), nn.Linear(2, 9, bias=False)
+            self.body.head, self.out = nn.Linear(4, 4), nn.Linear(4, 9, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.out(self.body(self.embed(ids)))  # type: ignore[no-any-return]
+
+    source, target = Tied("first", "second"), Tied("second", "first")
+    found = filled_from(autoalign.align(source.state_dict(), target, source_model=source))
+    assert found["out.weight"] == found["embed.weight"]
+    assert found["body.first.weight"] == "body.second.weight"
+    assert len(found) == len(target.state_dict())
+
+
 def test_code_that_cannot_be_called_is_a_note() -> None:
     class Stuck(Gated):
         def forward(self, _: Tensor) -> Tensor:
