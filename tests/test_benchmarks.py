@@ -20,7 +20,7 @@ from torch import nn
 import autoalign
 from autoalign.plan.specs import TensorSpec
 from benchmarks.__main__ import SMOKE, main
-from benchmarks.accuracy import contest_partial, proofs, reliability
+from benchmarks.accuracy import code, contest_partial, proofs, reliability
 from benchmarks.accuracy.contest import Attempt, TimeLimitError, attempt_on_keys, tallied, time_limit
 from benchmarks.cases import moe, perturbations
 from benchmarks.cases.architectures import Architecture, Choice, few_architectures
@@ -359,6 +359,11 @@ def test_an_attempt_is_perfect_if_all_is_found_and_nothing_is_wrong() -> None:
     assert not Attempt("peer", "group", "case", 3, 3, 1, 0.1).is_perfect
     assert not Attempt("peer", "group", "case", 3, 0, 0, 0.1, error="ValueError").is_perfect
     assert Attempt("peer", "unrelated", "case", 0, 0, 0, 0.1, error="ValueError").is_perfect
+
+
+def test_code_tells_what_keys_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code.main(["--only", "test_resnet", "--sample", "1"]) == 0
+    assert "| code | 1 of 1 | 100.0% | 0 |" in capsys.readouterr().out
 
 
 def test_the_share_of_networks_that_can_be_traced_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

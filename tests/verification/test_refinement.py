@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import autoalign
 from autoalign.alignment import Alignment
 from autoalign.errors import InputError
 from autoalign.verification.refinement import CODE, paired_tensors, skeleton_of
+from tests.pairs import renamed
 from tests.reference_models.llama import MetaLlama
 from tests.reference_models.parts import DEPTH, HEAD_DIM, HEADS, KV_HEADS, VOCABULARY, WIDTH
 
@@ -75,21 +75,6 @@ class Attending(Twin):
 
 def filled_from(alignment: Alignment) -> dict[str, str]:
     return {match.target: match.sources[0] for match in alignment.matches}
-
-
-def renamed(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
-    """Return the same code with layers that are named and registered at random, and the key that each had."""
-    traced = fx.symbolic_trace(model)
-    layers = [name for name, layer in traced.named_modules() if layer.state_dict() and not [*layer.children()]]
-    numbers = random.Random(0).sample(range(len(layers)), len(layers))
-    names = {layer: f"m{number}" for layer, number in zip(layers, numbers, strict=True)}
-    for node in traced.graph.nodes:
-        node.target = names.get(node.target, node.target)
-    parts = {names[layer]: traced.get_submodule(layer) for layer in sorted(layers, key=names.__getitem__)}
-    others = {name: part for name, part in traced.named_modules() if name and name not in names}
-    twin = fx.GraphModule(parts | {name: part for name, part in others.items() if not [*part.children()]}, traced.graph)
-    keys = {name: layer for layer, name in names.items()}
-    return twin, {key: f"{keys[key.partition('.')[0]]}.{key.partition('.')[2]}" for key in twin.state_dict()}
 
 
 def test_gate_and_up_are_told_by_what_is_done_with_them() -> None:
