@@ -132,7 +132,7 @@ def align(
             they are. With False, and where a scheme is not known, they are left out, with a note.
         example_inputs: What to call a module with, as ``execution_order`` takes it: the order in which a call uses the
             tensors then stands for that in which they are registered. Each side that is a module is called once and
-            left as it was.
+            left as it was. With ``source_model`` they are what both are called with, where that works.
         source_model: The code that the checkpoint belongs to, where the target is a module: a module too, which may be
             on the meta device, or a text that names one, ``"timm:NAME"``, ``"torchvision:NAME"``,
             ``"transformers:PATH"`` or ``"package.module:factory"``. What both compute is then compared, as
@@ -160,7 +160,7 @@ def align(
         container=container,
         dequantise=dequantise,
         order_of_use=_order_of_use(example_inputs),
-        decide=_decide(source_model, source),
+        decide=_decide(source_model, source, example_inputs),
     )
     return Alignment.of(plan)
 
@@ -438,10 +438,9 @@ def verify(
 def _resolved(options: AlignOptions, source: Side | None) -> dict[str, Any]:
     """Return the options with functions that call modules in place of what they are called with."""
     given: dict[str, Any] = {**options}
-    order_of_use, decide = (
-        _order_of_use(given.pop("example_inputs", None)),
-        _decide(given.pop("source_model", None), source),
-    )
+    inputs = given.pop("example_inputs", None)
+    decide = _decide(given.pop("source_model", None), source, inputs)
+    order_of_use = _order_of_use(inputs)
     return given | {k: v for k, v in (("order_of_use", order_of_use), ("decide", decide)) if v is not None}
 
 
@@ -453,16 +452,16 @@ def _order_of_use(example_inputs: object) -> OrderOfUse | None:
     return partial(execution_order, example_inputs=example_inputs)
 
 
-def _decide(source_model: nn.Module | str | None, source: Side | None) -> Decide | None:
+def _decide(source_model: nn.Module | str | None, source: Side | None, example_inputs: object) -> Decide | None:
     """Return what asks the code of both sides: that which is given, or a source's own where keys leave choices open."""
     if (model := _built(source_model)) is not None:
         from autoalign.verification.refinement import decided_by_code
 
-        return partial(decided_by_code, model)
+        return partial(decided_by_code, model, example_inputs)
     if isinstance(source, nn.Module):
         from autoalign.verification.refinement import decided_if_open
 
-        return partial(decided_if_open, source)
+        return partial(decided_if_open, source, example_inputs)
     return None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -206,16 +207,16 @@ def _next_colours(
     }
 
 
-def decided_if_open(source_model: nn.Module, plan: Plan, min_confidence: float) -> Plan:
+def decided_if_open(source_model: nn.Module, example_inputs: object, plan: Plan, min_confidence: float) -> Plan:
     """Return a plan with what code decides, as ``decided_by_code``, if keys leave any choice of a tensor open."""
     is_open = any(_is_other_tensor(match) for match in plan.ambiguous)
     if not is_open or not isinstance(getattr(plan.target_tensors, "module", None), nn.Module):
         return plan
-    found = decided_by_code(source_model, plan, min_confidence)
+    found = decided_by_code(source_model, example_inputs, plan, min_confidence)
     return plan if (found.matches, found.ambiguous) == (plan.matches, plan.ambiguous) else found
 
 
-def decided_by_code(source_model: nn.Module, plan: Plan, min_confidence: float) -> Plan:
+def decided_by_code(source_model: nn.Module, example_inputs: object, plan: Plan, min_confidence: float) -> Plan:
     """Return a plan in which the code of both sides decides what keys left open, and what contradicts it is ambiguous.
 
     Its target has to be a module; the keys of ``source_model``, the code of its source, may be other than the source's.
@@ -228,8 +229,8 @@ def decided_by_code(source_model: nn.Module, plan: Plan, min_confidence: float) 
         raise InputError("source_model= is compared with the target, which has to be a module. Nothing was aligned.")
     keys = _keys_in(source_model, plan)
     try:
-        source = nx.relabel_nodes(dataflow(source_model), keys)
-        target = dataflow(target_model)
+        source = nx.relabel_nodes(_graph(source_model, example_inputs), keys)
+        target = _graph(target_model, example_inputs)
     except TraceError as error:
         return replace(plan, notes=(*plan.notes, f"The code of both models was not compared. {error}"))
     alone = _pairs(source, target, {})
@@ -254,6 +255,14 @@ def decided_by_code(source_model: nn.Module, plan: Plan, min_confidence: float) 
     return _with_pairs(
         plan, pairs | _unused_pairs(plan, pairs), contradicted, overrules=is_proof, min_confidence=min_confidence
     )
+
+
+def _graph(module: nn.Module, example_inputs: object) -> nx.DiGraph:
+    """Return the dataflow of a module, on guessed inputs where it does not take those given: two codes may differ."""
+    if example_inputs is not None:
+        with suppress(TraceError):
+            return dataflow(module, example_inputs)
+    return dataflow(module)
 
 
 def _keys_in(source_model: nn.Module, plan: Plan) -> dict[str, str]:

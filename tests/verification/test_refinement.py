@@ -209,6 +209,20 @@ def test_tied_tensors_stay_together() -> None:
     assert len(found) == len(target.state_dict())
 
 
+def test_inputs_that_cannot_be_guessed_may_be_given() -> None:
+    class Picky(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape != (5, 4):
+                raise ValueError("not this")
+            return super().forward(x)
+
+    source, target = Gated("w1", "w3", "w2"), Picky("x", "y", "z", order=(1, 2, 0))
+    without = autoalign.align(source.state_dict(), target, source_model=source)
+    assert "Picky could not be called" in without.notes[-1]
+    alignment = autoalign.align(source.state_dict(), target, source_model=source, example_inputs=torch.ones(5, 4))
+    assert filled_from(alignment)["x.weight"] == "w1.weight"
+
+
 def test_code_that_cannot_be_called_is_a_note() -> None:
     class Stuck(Gated):
         def forward(self, _: Tensor) -> Tensor:
