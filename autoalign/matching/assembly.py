@@ -247,6 +247,32 @@ def tie_warning(others: Sequence[Candidate]) -> str:
     return f"tied in the target; {', '.join(' + '.join(other.sources) for other in others)} would fit as well"
 
 
+def without_aliases(
+    source: Sequence[TensorSpec], target: Sequence[TensorSpec], kept: Collection[str]
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Leave out further keys of one tensor where the other side has no more tensors of its shape than this one."""
+    sides = source, target
+    aliases = [
+        {key for group in tied_groups(own) for key in sorted(group, key=lambda key: key not in known)[1:]}
+        for own, known in ((source, {spec.key for spec in target}), (target, {spec.key for spec in source}))
+    ]
+    counts = [
+        Counter(spec.shape for spec in own if spec.key not in left)
+        for own, left in zip(sides, aliases, strict=True)
+    ]
+    own, other = (
+        tuple(
+            spec
+            for spec in side
+            if spec.key not in aliases[place]
+            or spec.key in kept
+            or counts[1 - place][spec.shape] > counts[place][spec.shape]
+        )
+        for place, side in enumerate(sides)
+    )
+    return own, other
+
+
 def with_ties(source: Sequence[TensorSpec], target: Sequence[TensorSpec], matches: Sequence[Match]) -> list[Match]:
     """Fill all keys of each tied target tensor from one source: that of the surest match among them."""
     groups = tied_groups(target)

@@ -14,7 +14,7 @@ from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.containers import name_words
 from autoalign.errors import InputError, PatternError
 from autoalign.matching.adapt import adapted, checked_adapt
-from autoalign.matching.assembly import SideParts, with_stranded_biases, with_ties
+from autoalign.matching.assembly import SideParts, with_stranded_biases, with_ties, without_aliases
 from autoalign.matching.candidates import operation_between
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED
 from autoalign.matching.layouts import ROTARY
@@ -123,8 +123,10 @@ def match_tensors(
     if listed := None if pins else _as_listed(*sides, other.module):
         found = listed, [], (_LISTED,)
     else:
-        found = (same, [], ()) if same else _by_slices(*sides, (own.config, other.config), pins)
+        distinct = without_aliases(*sides, {*pins, *pins.values()})
+        found = (same, [], ()) if same else _by_slices(*distinct, (own.config, other.config), pins)
     matches, mismatched, notes = found
+    matches = with_ties(*sides, matches)
     if allowed and (matches or pins):
         given = (own, values.specs), (other, other.specs)
         views = [AdaptableSide(specs, side.module, side.config) for side, specs in given]
