@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.features import Floats
-from autoalign.matching.layers import Part, Path, Unit, Units, counts_of, units_of
+from autoalign.matching.layers import Part, Path, Unit, Units, counts_of
 from autoalign.matching.names import similar_words, words
-from autoalign.matching.vocabulary import EMBEDDING_WORDS, LAYER_TYPES, MODULE_TYPES, NO_VOCABULARY
+from autoalign.matching.vocabulary import LAYER_TYPES, MODULE_TYPES
 from autoalign.plan.keys import numbers, template
 
 CALIBRATION_FILE = "calibration.json"
+WEIGHTS_FILE = "weights.json"
 
 # Caps: the most that a match is believed.
 PROVEN = 0.99  # where shapes alone prove it, or only names differ, and consistently
@@ -37,14 +38,7 @@ AMBIGUOUS = 0.45  # where something else would be as good, or speaks against the
 SPLIT_BY_ORDER_FACTOR = 0.85  # of the confidence of a match whose parts only their order tells apart
 
 # Thresholds of what two networks have in common.
-_MIN_LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks
-_MIN_SOUND_FIT = 0.5  # the fit of shapes from which a pair is more than elements of equal number
-_MIN_MEAN_FIT = 0.35  # of likely pairs; below it, layers have little but one tensor each in common
-_MIN_PARTNERED_SHARE = 0.3  # of either side's layers
-_MAX_INPUT_CHANNELS = 4  # of images
-_MIN_ROWS_PER_COLUMN = 4  # of a table of words
-_MIN_FILLED_OF_ONE_SIDE = 0.92  # share of one side's blocks that settles the relation alone
-_MIN_FILLED_PRODUCT = 0.6  # of both sides' shares, which settles it together
+MIN_LIKELY = 0.3  # the confidence from which a pair counts for the relation of two networks
 _MIN_ISLAND_SHARE = 0.6  # product of both sides' matched shares from which modules correspond as a whole
 _MIN_WORD_SIMILARITY = 0.3  # from which the names of modules speak for their pair
 
@@ -78,63 +72,18 @@ def _knots() -> tuple[Floats, Floats]:
     return np.asarray(raw, dtype=np.float64), np.asarray(held, dtype=np.float64)
 
 
+@cache
+def fitted_weights(of: str) -> Mapping[str, float]:
+    """Read fitted weights: those of the "cues" of moves, or of the "relation" of two networks."""
+    text = files("autoalign.matching").joinpath(WEIGHTS_FILE).read_text(encoding="utf-8")
+    return dict(json.loads(text)[of])
+
+
 def confidence_of(assignment: Assignment) -> Floats:
     """Turn the score and the margin of each chosen pair into the confidence that it is right, in [0, 1]."""
     strong = 1 / (1 + np.exp(-5.0 * (assignment.score - 2.45)))
     alone = 1 / (1 + np.exp(-12.0 * (assignment.margin + 0.05)))
     return np.asarray(strong * alone, dtype=np.float32)
-
-
-def related(
-    assignment: Assignment,
-    confidence: Floats,
-    source: _Side,
-    target: _Side,
-    whole: tuple[Sequence[Part], Sequence[Part]],
-    *,
-    ordered: bool,
-) -> bool:
-    """True if two networks have enough in common for any of it to be believed.
-
-    Where a block has a true counterpart, nearly all of its layers do, with nearly all of their tensors. Between
-    unrelated networks shapes agree here and there, and blocks are filled in part. So the blocks that are touched at all
-    must be filled nearly completely, on one side or, to a lesser degree, on both. And the networks must not begin with
-    layers of different kinds: one that starts with a table of words is not one that starts with a convolution. That is
-    seen in the parts of the whole sides, in scope or not: by shapes, and in the order of keys if they are ``ordered``.
-    """
-    likely = confidence > _MIN_LIKELY
-    counts = counts_of(*source), counts_of(*target)
-    used = np.zeros(len(source[0]), dtype=bool), np.zeros(len(target[0]), dtype=bool)
-    used[0][assignment.source[likely]] = used[1][assignment.target[likely]] = True
-    if (
-        not likely.any()
-        or max(of[by].sum() / of.sum() for by, of in zip(used, counts, strict=True)) < _MIN_PARTNERED_SHARE
-    ):
-        return False
-    if assignment.cues["shape"][likely].mean() < _MIN_MEAN_FIT:
-        return False
-    filled = _filled(source[0], used[0], counts[0]), _filled(target[0], used[1], counts[1])
-    if max(filled) < _MIN_FILLED_OF_ONE_SIDE and filled[0] * filled[1] < _MIN_FILLED_PRODUCT:
-        return False
-    pairs = [
-        [[side[1][part] for _, part in side[0][unit].parts] for unit in index[likely].tolist()]
-        for side, index in ((source, assignment.source), (target, assignment.target))
-    ]
-    tops = [{part.path[:1] for parts in of for part in parts} for of in pairs]
-    sides = [(units_of(parts), parts) for parts in whole]
-    firsts = (map(_first_layer, sides), map(_first_layer, sides, tops)) if ordered else ()
-    for own, other in (map(_input_layer, whole), *firsts):
-        if own is None or other is None or _input_kind(own) == _input_kind(other):
-            continue
-        # they are matched to one another, however they fit, or one of them to one that fits well
-        has_own, has_other = (
-            np.asarray([any(part.tensor == first.tensor for part in parts) for parts in of])
-            for of, first in zip(pairs, (own, other), strict=True)
-        )
-        fits = assignment.cues["shape"][likely] >= _MIN_SOUND_FIT
-        if not (has_own & has_other | (has_own | has_other) & fits).any():
-            return False
-    return True
 
 
 def unused_duplicates(assignment: Assignment, source: _Side) -> NDArray[np.bool_]:
@@ -161,57 +110,12 @@ def special_units(units: Sequence[Unit], parts: Sequence[Part]) -> list[int]:
     return [index for index, of in enumerate(sizes) if of - {size for size, _ in common}]
 
 
-def _first_layer(side: _Side, tops: Collection[Path] | None = None) -> Part | None:
-    """Find the matrix or the kernel of the first layer that has one, of all layers or of those in some top modules."""
-    units, parts = side
-    for unit in units:
-        for values, index in unit.parts:
-            part = parts[index]
-            is_matrix = values == part.path[-1] == "weight" and len(part.shape) > 1
-            if is_matrix and (tops is None or part.path[:1] in tops):
-                return part
-    return None
-
-
-def _input_layer(parts: Sequence[Part]) -> Part | None:
-    """Find the layer that takes images, sound or words, by its shape and its name."""
-    kernels = [part for part in parts if len(part.shape) > 2 and part.path[-1] == "weight" and max(part.shape[2:]) > 1]
-    few = [part for part in kernels if 1 < part.shape[1] <= _MAX_INPUT_CHANNELS]
-    single = [part for part in kernels if part.shape[1] == 1 and part.count == 1]  # several are depthwise
-    made = {part.shape[0] for part in parts if len(part.shape) > 1}
-    found = few or (single if len(single) == 1 else []) or [part for part in kernels if part.shape[1] not in {1, *made}]
-    tables = [
-        part
-        for part in parts
-        if len(part.shape) == 2 and part.shape[0] >= _MIN_ROWS_PER_COLUMN * part.shape[1] and _names_words(part)
-    ]
-    return next(iter(found or tables), None)
-
-
-def _input_kind(part: Part) -> tuple[int, bool]:
-    """Return how many dimensions a first layer has, and whether it takes a wave rather than a spectrogram."""
-    return len(part.shape), len(part.shape) == 3 and part.shape[1] == 1
-
-
-def _names_words(part: Part) -> bool:
-    found = {word for name in part.path[-2:] for word in words(name)}
-    return not found.isdisjoint(EMBEDDING_WORDS) and found.isdisjoint(NO_VOCABULARY)
-
-
-def _filled(units: Units, used: NDArray[np.bool_], counts: NDArray[np.int64]) -> float:
-    """Compute the share of partnered layers in the blocks that have any."""
-    numbered: dict[Path, int] = {}
-    block = np.asarray([numbered.setdefault(block, len(numbered)) for block in units.blocks])
-    filled, size = np.bincount(block, used * counts), np.bincount(block, counts)
-    return float(filled.sum() / max(size[filled > 0].sum(), 1))
-
-
 def coherence(assignment: Assignment, source: Units, target: Units, confidence: Floats) -> Floats:
     """Compute how far each pair's blocks are filled, against other blocks of the same kind, in [0, 1].
 
     A pair that takes a single layer of a block, where others of its kind are taken whole, is a coincidence.
     """
-    likely = confidence > _MIN_LIKELY
+    likely = confidence > MIN_LIKELY
     result = np.ones(len(confidence), dtype=np.float32)
     for units, index in ((source, assignment.source), (target, assignment.target)):
         block = units.blocks

@@ -9,19 +9,17 @@ confidence of the pairs that it concerns.
 
 from __future__ import annotations
 
-import json
 from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
 from itertools import chain, combinations, pairwise
 from math import copysign, exp, log1p
 
 import numpy as np
 
 from autoalign.matching.assignment import Assignment, with_sources
-from autoalign.matching.confidence import AMBIGUOUS, INFERRED
+from autoalign.matching.confidence import AMBIGUOUS, INFERRED, fitted_weights
 from autoalign.matching.features import Floats, Ints, SideFeatures
 from autoalign.matching.layers import Path, slots_of
 from autoalign.matching.moves import Exchange, State, cut_apart, exchanges_of
@@ -29,7 +27,6 @@ from autoalign.matching.names import counts, likeness, ordinal, words
 from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
-WEIGHTS_FILE = "weights.json"
 CERTAIN = 0.999  # the probability from which a move limits nothing
 SURE = 0.97  # from which the confidence is the probability
 _MAX_ROUNDS = 8  # of moves; each may make others better
@@ -198,11 +195,9 @@ def _contents(paths: Sequence[Path]) -> dict[Path, int]:
     return {module: hash(frozenset(names)) for module, names in below.items()}
 
 
-@cache
 def weights() -> Mapping[str, float]:
-    """Read the fitted weight of each cue, and the bias towards what is."""
-    text = files("autoalign.matching").joinpath(WEIGHTS_FILE).read_text(encoding="utf-8")
-    return dict(json.loads(text)["weights"])
+    """Return the fitted weight of each cue, and the bias towards what is."""
+    return fitted_weights("cues")
 
 
 @cache

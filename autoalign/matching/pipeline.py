@@ -29,7 +29,6 @@ from autoalign.matching.confidence import (
     calibrated,
     coherence,
     confidence_of,
-    related,
     shape_only_pairs,
     special_units,
     unused_duplicates,
@@ -41,7 +40,7 @@ from autoalign.matching.fusion import split_both
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
 from autoalign.matching.list_order import REVERSIBLE, reversible_lists
 from autoalign.matching.names import kind, words
-from autoalign.matching.relation import equal_layers, equal_tensors
+from autoalign.matching.relation import equal_layers, equal_tensors, is_related
 from autoalign.matching.repeats import is_renamed
 from autoalign.matching.scope import Scope, pattern_for, scope_of, within
 from autoalign.matching.vocabulary import EMBEDDING_WORDS, KNOWN, NO_VOCABULARY, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
@@ -89,7 +88,7 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         _with_held(replace(side, parts=own.changed(pieces), fusions=tuple(fusions)), held)
         for side, own, (pieces, fusions), held in zip(sides, rest, split_both(*rest), fixed, strict=True)
     )
-    found, mismatched = match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
+    found, mismatched = match_parts(source, target, pins)
     unlike: tuple[str, ...] = ()
     if found is None:
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
@@ -194,10 +193,7 @@ def operations_of_rules(source: SideParts, target: SideParts) -> Callable[[str, 
 
 
 def match_parts(
-    source: SideParts,
-    target: SideParts,
-    pins: Mapping[str, str],
-    whole: tuple[Sequence[Part], Sequence[Part]],
+    source: SideParts, target: SideParts, pins: Mapping[str, str]
 ) -> tuple[dict[int, Found] | None, list[Mismatch]]:
     """Match the parts of two sides; None if the sides are not related and nothing is pinned."""
     named = source.parts, target.parts
@@ -234,7 +230,7 @@ def match_parts(
     by_name |= share_of(equal_layers(same, (own, source.parts), (other, target.parts)), counts) >= _MIN_SHARE_TO_RELATE
     units = (own, named[0]), (other, named[1])
     ordered = source.ordered and target.ordered
-    if not (pins or by_name) and not related(assignment, confidence, *units, whole, ordered=ordered):
+    if not (pins or by_name) and not is_related(assignment, confidence, *units, ordered=ordered):
         return None, _mismatches(source, target, own, other, same)
     lists = reversible_lists(assignment, (own, source.parts), (other, target.parts))
     has_duplicate = unused_duplicates(assignment, (own, source.parts))

@@ -1,4 +1,4 @@
-"""What two unlike networks have in common: tensors of equal names and shapes; and in which sizes they differ."""
+"""Are two networks related, and what have unlike ones in common: tensors of equal names and shapes, other sizes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autoalign.matching.assembly import Found, SideParts
+from autoalign.matching.assignment import Assignment
 from autoalign.matching.candidates import paired_parts
-from autoalign.matching.confidence import INFERRED
-from autoalign.matching.features import namesakes, share_of
-from autoalign.matching.layers import Part, Units, counts_of, units_of
+from autoalign.matching.confidence import INFERRED, MIN_LIKELY, fitted_weights
+from autoalign.matching.features import Floats, Ints, namesakes, share_of
+from autoalign.matching.layers import Part, Path, Units, counts_of, units_of
 from autoalign.plan.operations import Copy, Shape
 
 _MIN_SHARE_OF_EQUALS = 0.5  # of the smaller side's layers; then that they are equal is no coincidence
@@ -28,6 +32,71 @@ _UNLIKE = (
 )
 
 _Pairs = list[tuple[int, int]]  # of parts: source, target
+_Side = tuple[Units, Sequence[Part]]
+
+
+def is_related(
+    assignment: Assignment, confidence: Floats, source: _Side, target: _Side, *, ordered: bool
+) -> bool:
+    """True if two networks have enough in common for any of it to be believed: by the fitted weights."""
+    found = common_ground(assignment, confidence, source, target, ordered=ordered)
+    weights = fitted_weights("relation")
+    return sum(weights[name] * value for name, value in found.items()) > 0
+
+
+def common_ground(
+    assignment: Assignment, confidence: Floats, source: _Side, target: _Side, *, ordered: bool
+) -> dict[str, float]:
+    """Measure what two networks have in common: what ``benchmarks.fit`` weighs, by name.
+
+    Where a block has a true counterpart, nearly all of its layers do, with nearly all of their tensors. Between
+    unrelated networks shapes agree here and there, and blocks are filled in part. And where keys are ``ordered``, one
+    network that begins with a table of words is not one that begins with a convolution.
+    """
+    likely = confidence > MIN_LIKELY
+    pairs = assignment.source[likely], assignment.target[likely]
+    matched, filled = [], []
+    for (units, parts), chosen in zip((source, target), pairs, strict=True):
+        counts = counts_of(units, parts)
+        used = np.zeros(len(units), dtype=bool)
+        used[chosen] = True
+        matched.append(float(counts[used].sum() / max(counts.sum(), 1)))
+        filled.append(_filled(units, used, counts))
+    return {
+        "bias": 1.0,
+        "less matched side": min(matched),
+        "more matched side": max(matched),
+        "less filled blocks": min(filled),
+        "more filled blocks": max(filled),
+        "shapes": float(assignment.cues["shape"][likely].mean()) if likely.any() else 0.0,
+        "beginnings": -float(ordered and not _begin_alike(source, target, pairs)),
+    }
+
+
+def _begin_alike(source: _Side, target: _Side, pairs: tuple[Ints, Ints]) -> bool:
+    """True if the first layers of two networks have as many dimensions, or if one of them has a counterpart."""
+    firsts = _first_layer(source), _first_layer(target)
+    if None in firsts or len({dims for _, dims in filter(None, firsts)}) == 1:
+        return True
+    return any(first[0] in index.tolist() for first, index in zip(filter(None, firsts), pairs, strict=True))
+
+
+def _first_layer(side: _Side) -> tuple[int, int] | None:
+    """Find the first layer that has a matrix or a kernel, and how many dimensions that has."""
+    for place, unit in enumerate(side[0]):
+        for values, index in unit.parts:
+            part = side[1][index]
+            if values == part.path[-1] == "weight" and len(part.shape) > 1:
+                return place, len(part.shape)
+    return None
+
+
+def _filled(units: Units, used: NDArray[np.bool_], counts: NDArray[np.int64]) -> float:
+    """Compute the share of partnered layers in the blocks that have any."""
+    numbered: dict[Path, int] = {}
+    block = np.asarray([numbered.setdefault(block, len(numbered)) for block in units.blocks])
+    filled, size = np.bincount(block, used * counts), np.bincount(block, counts)
+    return float(filled.sum() / max(size[filled > 0].sum(), 1))
 
 
 def equal_tensors(source: SideParts, target: SideParts) -> tuple[dict[int, Found], str]:
