@@ -15,7 +15,7 @@ from itertools import pairwise, product
 from autoalign.matching.candidates import squeeze
 from autoalign.matching.layers import Part, Path, Unit, units_of
 from autoalign.matching.names import kind, words
-from autoalign.matching.vocabulary import FUSED, GATE_FIRST
+from autoalign.matching.vocabulary import FUSED, GATE_FIRST, LAYER_TYPES
 from autoalign.plan.keys import numbers
 from autoalign.plan.operations import Operation, Split, chain
 
@@ -25,6 +25,7 @@ _ROLE_LISTS = [roles for lists in FUSED.values() for roles in lists]
 _ROLES = frozenset(role for roles in _ROLE_LISTS for role in roles)
 _QKV = FUSED["qkv"][0]
 _BESIDE_ROLES = frozenset({"proj", "linear", "to"})  # words in names of projections to a role, unlike `pool_q`
+_MAX_JOINED = 6  # neighbours that make up one tensor and have no words for roles
 _NO_INPUT = _ROLES | {"o", "down"}  # words of layers that are not parts of one, each of another input
 BY_ORDER = "the parts are distinguished by their order alone"
 ALTERNATING = "right shape, but the rows of gate and up may alternate, as those of other experts with biases do"
@@ -78,7 +79,7 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> _Pieces:
     if not unit_of:
         return list(parts), []
     lacking = held - Counter(squeeze(part.shape) for part in parts)
-    siblings = _Siblings(others, held, lacking, _whole(parts) - _whole(others))
+    siblings = _Siblings(others, held, lacking, parts)
     result: list[Part] = []
     fusions: list[Fusion] = []
     called = {  # what this side itself calls a role in a module, as in ``q_bias`` beside ``qkv.weight``
@@ -145,7 +146,18 @@ def _possibly_fused(parts: Sequence[Part], held: Mapping[Sizes, int]) -> dict[in
 
 
 def _has_fused_name(unit: Unit) -> bool:
-    return not FUSED.keys().isdisjoint(words(unit.path[-1]))
+    return not FUSED.keys().isdisjoint(words(_own_name(unit.path)))
+
+
+def _own_name(path: Path) -> str:
+    """Return the name that says what a layer is for: not its number in a list, as in ``in_projs.0``."""
+    return next((name for name in reversed(path) if not name.isdigit()), path[-1])
+
+
+def _role_path(path: Path) -> Path:
+    """Leave out the name of a layer of which the module has the role, as in ``q_proj.linear``."""
+    is_named = len(path) > 1 and LAYER_TYPES.issuperset(words(path[-1])) and not _ROLES.isdisjoint(words(path[-2]))
+    return path[:-1] if is_named else path
 
 
 def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
@@ -157,7 +169,7 @@ def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
 
 def _plan(index: int, unit: Unit, parts: Sequence[Part], siblings: _Siblings) -> SplitPlan | None:
     """Plan the split of a tensor; a bias follows its weight."""
-    part, fused, kinds = parts[index], words(unit.path[-1]), dict(unit.parts)
+    part, fused, kinds = parts[index], words(_own_name(unit.path)), dict(unit.parts)
     weight = kinds.get("weight")
     is_bias = weight is not None and kinds.get("bias") == index
     is_stack = is_bias and len(part.shape) == 2  # of biases
@@ -185,7 +197,7 @@ def _whole(parts: Sequence[Part]) -> Counter[tuple[str, Sizes]]:
     """Count the tensors of layers with a fused name, by the word for it and their shape."""
     counts: Counter[tuple[str, Sizes]] = Counter()
     for unit in units_of(parts):
-        for word in words(unit.path[-1]):
+        for word in words(_own_name(unit.path)):
             for _, index in unit.parts if word in FUSED else ():
                 counts[word, squeeze(parts[index].shape)] += parts[index].count
     return counts
@@ -199,22 +211,26 @@ class _Siblings:
         parts: Sequence[Part],
         held: Mapping[Sizes, int],
         lacking: Mapping[Sizes, int],
-        fused: Counter[tuple[str, Sizes]],
+        fused: Sequence[Part],
     ) -> None:
         self.whole = _whole(parts)
-        self.fused = fused  # those that only the other side has
+        self.fused = _whole(fused) - self.whole  # those that only the other side has
+        self.counts = Counter(squeeze(part.shape) for part in fused)
         self.shapes = held
         self.lacking = lacking  # those that only this side has
         self.inputs: dict[int, set[tuple[Sizes, tuple[str, ...], str]]] = {}  # rows -> columns and names of neighbours
         # roles, rest of the shape and dimension -> sizes in that dimension
         self.by_role: dict[tuple[tuple[str, ...], Sizes, int], set[Sizes]] = {}
         self.in_order: dict[Sizes, set[Sizes]] = {}  # rest of the shape -> sizes of neighbours of one shape
+        # shape that neighbours would have together, which only they have -> their sizes and names, in every module
+        self.joined: dict[Sizes, list[tuple[Sizes, tuple[str, ...]]]] = {}
         self.beside: dict[Sizes, set[Sizes]] = {}  # rest -> sizes of q, k and v, and of the one such layer beside them
         children: dict[Path, list[tuple[str, dict[str, Sizes]]]] = {}
         units = units_of(parts)
         for unit in (units[position] for position in units.ancestry.in_order):
             shapes = {values: squeeze(parts[index].shape) for values, index in unit.parts}
-            children.setdefault(unit.path[:-1], []).append((unit.path[-1], shapes))
+            path = _role_path(unit.path)
+            children.setdefault(path[:-1], []).append((path[-1], shapes))
         for members in children.values():
             self._add_roles(members)
             self._add_neighbours(members)
@@ -245,6 +261,13 @@ class _Siblings:
         for first, second, third in zip(matrices, matrices[1:], matrices[2:], strict=False):
             if first == second == third:
                 self.in_order.setdefault(first[1:], set()).add((first[0],) * 3)
+        for start, count in product(range(len(members)), range(2, _MAX_JOINED + 1)):
+            run = [(name, of.get("weight", ())) for name, of in members[start : start + count]]
+            rests = {shape[1:] for _, shape in run}
+            if len(run) == count and len(rests) == 1 and all(shape and self.lacking.get(shape, 0) for _, shape in run):
+                sizes = tuple(shape[0] for _, shape in run)
+                found = self.joined.setdefault((sum(sizes), *rests.pop()), [])
+                found.append((sizes, tuple(name for name, _ in run)))
         layers = [
             (name, of) for name, of in members if len(of.get("weight", ())) == 2 and _NO_INPUT.isdisjoint(words(name))
         ]
@@ -270,8 +293,12 @@ class _Siblings:
     def plan(self, part: Part, named: Sequence[str]) -> SplitPlan | None:
         """Return the split that this side calls for in a tensor of the other, or None."""
         shape = squeeze(part.shape)
-        if len(shape) != len(part.shape) or not shape:
+        if not shape or shape[0] != part.shape[0]:
             return None
+        plan = self._plan(shape, named)
+        return plan if plan is None or plan.dim == 0 or shape == part.shape else None
+
+    def _plan(self, shape: Sizes, named: Sequence[str]) -> SplitPlan | None:
         fused = [word for word in named if word in FUSED]
         for word in fused:
             if (self.whole[word, shape] or self.whole[word, shape[::-1]]) and not self.fused[word, shape]:
@@ -282,8 +309,8 @@ class _Siblings:
             return None
         if not fused:
             for sizes in sorted(self.by_role.get((_QKV, shape[1:], 0), ())):
-                if len(set(sizes)) > 1 and sum(sizes) == shape[0]:
-                    return SplitPlan(0, sizes, _QKV, unnamed=True)
+                if sum(sizes) == shape[0]:
+                    return SplitPlan(0, sizes, _QKV, BY_ORDER if len(set(sizes)) == 1 else "", unnamed=True)
             for sizes in sorted(self.beside.get(shape[1:], ())):
                 if sum(sizes) == shape[0]:
                     return SplitPlan(0, sizes, (*_QKV, "mlp"), BY_ORDER)
@@ -297,6 +324,9 @@ class _Siblings:
                 self.lacking.get((shape[0], size), 0) >= sizes.count(size) for size in sizes
             ):
                 return SplitPlan(1, sizes, names, UNCERTAIN_ORDER, biased=biased)
+        joined = self.joined.get(shape, ())
+        if len(set(joined)) == 1 and len(joined) == self.counts[shape]:
+            return SplitPlan(0, *joined[0], UNCERTAIN_ORDER)
         return None
 
     def _splits(self, word: str, shape: Sizes) -> Iterator[SplitPlan]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import islice, permutations
 from math import gcd, isqrt, prod
 
 from autoalign.matching.fusion import ALTERNATING, UNCERTAIN_ORDER, Fusion
@@ -20,6 +20,7 @@ from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Flip, Operation, Permute, Reshape, Shape, Split, Transpose, Unstack, chain
 from autoalign.plan.specs import TensorSpec
 
+_MAX_ORDERS = 24  # of the parts of a tensor that are told
 _USUAL_HEAD_SIZES = (
     64,
     128,
@@ -415,7 +416,7 @@ def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tu
         return plan.doubt, [parts]
     if plan.doubt:
         is_open = plan.doubt == UNCERTAIN_ORDER or len(set(plan.sizes)) == 1
-        orders = list(permutations(range(len(plan.sizes))))[1:] if is_open else []
+        orders = list(islice(permutations(range(len(plan.sizes))), 1, _MAX_ORDERS)) if is_open else []
         ways = [
             [
                 Split(plan.dim, sum(plan.sizes[k] for k in order[: order.index(role)]), size)
