@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 
 from autoalign.matching.candidates import operation_between, squeeze
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED, SPLIT_BY_ORDER_FACTOR
-from autoalign.matching.conventions import as_in_torch, with_claimed_roles, with_own_statistics, with_torch_names
+from autoalign.matching.conventions import (
+    as_in_torch,
+    with_claimed_roles,
+    with_own_statistics,
+    with_parametrised_weights,
+    with_torch_names,
+)
 from autoalign.matching.features import SideFeatures, is_alphabetical, name_scores
 from autoalign.matching.fusion import BY_ORDER, Fusion
 from autoalign.matching.layers import Part, Parts, Path, Unit, Units, block_around, parts_of
@@ -47,7 +53,9 @@ class SideParts:
     ) -> SideParts:
         """Read one side; ``others`` are the tensors of the other side, ``counts`` how many each tensor stands for."""
         ordered = not is_alphabetical([spec.key for spec in specs])
-        named = with_torch_names(with_own_statistics(parts_of(specs, counts)), ordered=ordered)
+        named = with_torch_names(
+            with_own_statistics(with_parametrised_weights(parts_of(specs, counts))), ordered=ordered
+        )
         parts = as_in_torch(with_claimed_roles(named), {spec.shape for spec in others})
         return SideParts(tuple(specs), parts, config=config, ordered=ordered)
 
@@ -257,8 +265,7 @@ def without_aliases(
         for own, known in ((source, {spec.key for spec in target}), (target, {spec.key for spec in source}))
     ]
     counts = [
-        Counter(spec.shape for spec in own if spec.key not in left)
-        for own, left in zip(sides, aliases, strict=True)
+        Counter(spec.shape for spec in own if spec.key not in left) for own, left in zip(sides, aliases, strict=True)
     ]
     own, other = (
         tuple(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from autoalign.matching.layers import Part, Parts, Path
 from autoalign.matching.names import kind, words
-from autoalign.matching.vocabulary import AFTER_ATTENTION, AROUND_MLP, FUSED, KERNELS, ROLES, TORCH_NAMES
+from autoalign.matching.vocabulary import AFTER_ATTENTION, AROUND_MLP, FUSED, KERNELS, PARAMETRISED, ROLES, TORCH_NAMES
 from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, Unstack, chain, output_shapes
 
@@ -216,6 +216,21 @@ def with_own_statistics(parts: Sequence[Part]) -> Sequence[Part]:
     if not apart:
         return parts
     return [replace(part, path=(*part.path[:-2], part.path[-1])) if part.path[:-1] in apart else part for part in parts]
+
+
+def with_parametrised_weights(parts: Sequence[Part]) -> Sequence[Part]:
+    """Give the tensors of which torch computes a weight to their layer, under the names that they had before.
+
+    >>> key = "conv.parametrizations.weight.original0"
+    >>> with_parametrised_weights([Part(0, (*key.split("."),), (8, 1, 1), "float")])[0].path
+    ('conv', 'weight_g')
+    """
+    return [
+        replace(part, path=(*part.path[:-3], f"{part.path[-2]}_{PARAMETRISED[part.path[-1]]}"))
+        if part.path[-3:-2] == ("parametrizations",) and part.path[-1] in PARAMETRISED
+        else part
+        for part in parts
+    ]
 
 
 def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:

@@ -35,9 +35,7 @@ _Pairs = list[tuple[int, int]]  # of parts: source, target
 _Side = tuple[Units, Sequence[Part]]
 
 
-def is_related(
-    assignment: Assignment, confidence: Floats, source: _Side, target: _Side, *, ordered: bool
-) -> bool:
+def is_related(assignment: Assignment, confidence: Floats, source: _Side, target: _Side, *, ordered: bool) -> bool:
     """True if two networks have enough in common for any of it to be believed: by the fitted weights."""
     found = common_ground(assignment, confidence, source, target, ordered=ordered)
     weights = fitted_weights("relation")
