@@ -234,11 +234,13 @@ def with_parametrised_weights(parts: Sequence[Part]) -> Sequence[Part]:
 
 
 def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
-    """Read a name as a mere number where a layer of its shapes beside it has the role's own name: `w1` beside `wg`.
+    """Read a name as a mere number where the numbers beside it are counted otherwise, or its role has another name.
 
-    >>> parts = [Part(k, (name, "weight"), (8, 4), "float") for k, name in enumerate(("w1", "wg"))]
+    Those are of layers of its shapes: ``fc_1`` beside ``fc_0``, ``w1`` beside ``wg``.
+
+    >>> parts = [Part(k, (name, "weight"), (8, 4), "float") for k, name in enumerate(("w1", "wg", "fc_0", "fc_1"))]
     >>> [part.path[0] for part in with_claimed_roles(parts)]
-    ['1', 'wg']
+    ['1', 'wg', 'fc_0', '1']
     """
     beside: dict[tuple[Path, str, Shape], set[str]] = defaultdict(set)
     for part in parts:
@@ -248,8 +250,8 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
         (module, name): "".join(map(str, numbers(name)))
         for (module, _, _), names in beside.items()
         for name in names
-        if len(words(name)) == 1 and words(name) != words(stem(name))  # its number is a part of the word
-        if any(words(name)[0] in words(other) and not numbers(other) for other in names)
+        if words(name) != words(stem(name))  # its number is a part of a word
+        if any(_is_counted_otherwise(name, other) for other in names)
     }
     if not plain:
         return parts
@@ -259,6 +261,12 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
         else part
         for part in parts
     ]
+
+
+def _is_counted_otherwise(name: str, other: str) -> bool:
+    if numbers(other):
+        return stem(other) == stem(name) and words(other) == words(stem(other))
+    return len(words(name)) == 1 and words(name)[0] in words(other)
 
 
 def as_in_torch(parts: Sequence[Part], others: Collection[Shape] = ()) -> Parts:

@@ -24,8 +24,10 @@ _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no co
 _MAX_UNPAIRED_SHARE_OF_BRANCHES = 0.9  # the same for layers of the same names in members of one list
 _MAX_LIST_COMPARED = 6  # members of a list that are all compared: they may be branches rather than blocks
 _MAX_SIBLINGS_COMPARED = 12  # siblings of unlike content that are compared; of twice as many, neighbours only
+_MAX_COMPANIONS = 4  # layers of one number: more are no convolution with its norm
 _MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its margin
 
+_UP_TO_NUMBER = re.compile(r"^\D*")
 _STEP = re.compile(r"(?<=\d)_(?=\d)")  # in "branch2_0": a branch, and a step of it
 
 _Numbers = tuple[int, ...]  # of the name of a member of a list
@@ -67,15 +69,31 @@ class State:
 
     @cached_property
     def neighbours(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        """For each matched unit of a side, those just before and after it, where the side is in order."""
+        """For each matched unit of a side, its companions, and those just before and after it if the side is in order."""
         found: list[dict[int, list[int]]] = []
-        for side, matched in ((self.source, self.other_of), (self.target, self.own_of)):
+        for side, matched, companions in (
+            (self.source, self.other_of, self.companions[0]),
+            (self.target, self.own_of, self.companions[1]),
+        ):
             line = sorted(matched, key=side.ancestry.order.__getitem__) if side.ordered else []
-            beside: dict[int, list[int]] = {unit: [] for unit in line}
+            beside = {unit: [other for other in companions.get(unit, ()) if other in matched] for unit in matched}
             for first, second in pairwise(line):
                 beside[first].append(second)
                 beside[second].append(first)
             found.append(beside)
+        return found[0], found[1]
+
+    @cached_property
+    def companions(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """For each unit of a side, those of other names beside it that have its number: ``norms.2`` and ``convs.2``."""
+        found: list[dict[int, list[int]]] = []
+        for side in (self.source, self.target):
+            groups: dict[tuple[Path, Path], list[int]] = {}
+            for unit, path in enumerate(side.paths):
+                if key := _numbered(path):
+                    groups.setdefault(key, []).append(unit)
+            few = (group for group in groups.values() if 1 < len(group) <= _MAX_COMPANIONS)
+            found.append({unit: [other for other in group if other != unit] for group in few for unit in group})
         return found[0], found[1]
 
     @cached_property
@@ -119,9 +137,44 @@ class State:
         """True if both units of a pair are queries, keys or values alike."""
         return not self.source.roles[pair[0]].isdisjoint(self.target.roles[pair[1]])
 
+    def beside_companions(self, unit: int) -> int | None:
+        """Return the one source unit like that of a target unit that stands beside those of its companions, if any."""
+        kinds, paths, own = self.kinds[0], self.source.paths, self.own_of[unit]
+        for other in self.companions[1][unit]:
+            if (end := self.own_of.get(other)) is None:
+                continue
+            near = [each for each in self.companions[0].get(end, ()) if kinds[each] == kinds[own]]
+            if not near and len(paths[end]) > 1:
+                near = [each for each in self.inside[paths[end][:-1]] if kinds[each] == kinds[own]]
+            if len(near) == 1:
+                return near[0]
+        return None
+
+    @cached_property
+    def inside(self) -> dict[Path, list[int]]:
+        """The source units directly in each module."""
+        inside: dict[Path, list[int]] = {}
+        for unit, path in enumerate(self.source.paths):
+            inside.setdefault(path[:-1], []).append(unit)
+        return inside
+
     def end(self, unit: int) -> Path:
         """Return the source layer that fills a target unit."""
         return self.source.paths[self.own_of[unit]]
+
+
+def _numbered(path: Path) -> tuple[Path, Path] | None:
+    """Return where a numbered layer is, and its number with all that follows; None for others.
+
+    >>> _numbered(("net", "norms", "2")), _numbered(("net", "bn2a_branch1"))
+    ((('net',), ('2',)), (('net',), ('2a_branch1',)))
+    """
+    depth = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), -1)
+    if depth < 0:
+        return None
+    if not path[depth].isdecimal():
+        return path[:depth], (_UP_TO_NUMBER.sub("", path[depth]), *path[depth + 1 :])
+    return None if depth == 0 or numbers(path[depth - 1]) else (path[: depth - 1], path[depth:])
 
 
 def exchanges_of(state: State) -> list[Exchange]:
@@ -370,6 +423,29 @@ def _sequenced(state: State) -> Iterator[Exchange]:
         )
 
 
+def _accompanied(state: State) -> Iterator[Exchange]:
+    """Find lists of layers that could be filled from beside what fills the layers of the same numbers in another."""
+    lists: dict[tuple[Path, int], list[int]] = {}
+    for unit in state.own_of:
+        if unit in state.companions[1]:
+            lists.setdefault((template(state.target.paths[unit]), state.alike[unit]), []).append(unit)
+    for units in lists.values():
+        takes = {unit: state.beside_companions(unit) for unit in units} if len(units) > 1 else {}
+        moved = [unit for unit, new in takes.items() if new is not None and new != state.own_of[unit]]
+        given = [takes[unit] for unit in moved]
+        left = [state.own_of[unit] for unit in moved]
+        ends = list(dict.fromkeys([*left, *given]))
+        if len(moved) > 1 and len(set(given)) == len(given) and state.other_of.keys().isdisjoint(set(given) - set(left)):
+            yield Exchange(
+                tuple([state.target.paths[unit] for unit in moved]),
+                tuple([state.source.paths[own] for own in ends]),
+                tuple([ends.index(own) for own in given]),
+                tuple(zip(left, moved, strict=True)),
+                tuple(zip(given, moved, strict=True)),
+                is_alone=True,
+            )
+
+
 def _tops(groups: Sequence[Sequence[Path]]) -> tuple[Path, ...]:
     """Return the modules that hold some groups of layers, cut where they are told apart."""
     modules = [common_prefix(paths) for paths in groups]
@@ -447,4 +523,4 @@ def _inside(path: Path, ends: tuple[Path, Path]) -> tuple[bool, bool]:
     return (branch == own, branch == other) if own != other else (name == first, name == second)
 
 
-FINDERS = (_swapped, _straightened, _reordered, _sequenced, _unused)
+FINDERS = (_swapped, _straightened, _reordered, _sequenced, _accompanied, _unused)

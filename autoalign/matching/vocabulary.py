@@ -32,8 +32,8 @@ SYNONYMS: dict[str, str] = {
     "hh": "h2h recurrent recurrence hidden",
     # feed-forward
     "mlp": "ffn ffw ff feedforward postattention postattn",
-    "gate": "w1 wg",
-    "up": "w3",
+    "gate": "w1 wg fc12",
+    "up": "w3 fc11",
     "down": "w2",
     "gateup": "w12 w13 wg1",
     "in": "intermediate fc1 lin1 linear1 dense1 wi densehto4h",
