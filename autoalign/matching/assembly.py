@@ -258,26 +258,31 @@ def tie_warning(others: Sequence[Candidate]) -> str:
 def without_aliases(
     source: Sequence[TensorSpec], target: Sequence[TensorSpec], kept: Collection[str]
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Leave out further keys of one tensor where the other side has no more tensors of its shape than this one."""
+    """Leave out further keys of one tensor where the other side has no more matrices of its shape than this side.
+
+    Where it has more, those of vectors stay as well.
+    """
     sides = source, target
+    keys = [{spec.key for spec in side} for side in sides]
     aliases = [
-        {key for group in tied_groups(own) for key in sorted(group, key=lambda key: key not in known)[1:]}
-        for own, known in ((source, {spec.key for spec in target}), (target, {spec.key for spec in source}))
+        {key for group in tied_groups(side) for key in sorted(group, key=lambda key: key not in known)[1:]} - set(kept)
+        for side, known in zip(sides, reversed(keys), strict=True)
     ]
     counts = [
-        Counter(spec.shape for spec in own if spec.key not in left) for own, left in zip(sides, aliases, strict=True)
+        Counter(spec.shape for spec in side if spec.key not in left) for side, left in zip(sides, aliases, strict=True)
     ]
-    own, other = (
-        tuple(
-            spec
-            for spec in side
-            if spec.key not in aliases[place]
-            or spec.key in kept
-            or counts[1 - place][spec.shape] > counts[place][spec.shape]
+    result = []
+    for side, left, own, other in zip(sides, aliases, counts, reversed(counts), strict=True):
+        shapes = {spec.shape for spec in side if spec.key in left and len(spec.shape) > 1}
+        needed = {shape for shape in shapes if other[shape] > own[shape]}
+        result.append(
+            tuple(
+                spec
+                for spec in side
+                if spec.key not in left or (spec.shape in needed if len(spec.shape) > 1 else needed)
+            )
         )
-        for place, side in enumerate(sides)
-    )
-    return own, other
+    return result[0], result[1]
 
 
 def with_ties(source: Sequence[TensorSpec], target: Sequence[TensorSpec], matches: Sequence[Match]) -> list[Match]:

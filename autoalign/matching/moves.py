@@ -435,7 +435,11 @@ def _accompanied(state: State) -> Iterator[Exchange]:
         given = [takes[unit] for unit in moved]
         left = [state.own_of[unit] for unit in moved]
         ends = list(dict.fromkeys([*left, *given]))
-        if len(moved) > 1 and len(set(given)) == len(given) and state.other_of.keys().isdisjoint(set(given) - set(left)):
+        if (
+            len(moved) > 1
+            and len(set(given)) == len(given)
+            and state.other_of.keys().isdisjoint(set(given) - set(left))
+        ):
             yield Exchange(
                 tuple([state.target.paths[unit] for unit in moved]),
                 tuple([state.source.paths[own] for own in ends]),

@@ -6,21 +6,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
+from math import log
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autoalign.matching.assembly import Found, SideParts
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.candidates import paired_parts
 from autoalign.matching.confidence import INFERRED, MIN_LIKELY, fitted_weights
 from autoalign.matching.features import Floats, Ints, namesakes, share_of
-from autoalign.matching.layers import Part, Path, Units, counts_of, units_of
+from autoalign.matching.layers import Part, Units, counts_of, units_of
 from autoalign.plan.operations import Copy, Shape
 
 _MIN_SHARE_OF_EQUALS = 0.5  # of the smaller side's layers; then that they are equal is no coincidence
 _MIN_SHARE_EXPLAINED = 0.9  # of both sides' matrices; what explains fewer is not said
 _MIN_SHARE_SPLIT = 0.6  # of them that differ in one dimension; in a part of a model nearly all but embeddings do
+_UNMATCHED_OF_RELATED = 0.05  # share of layers; whether fewer have no counterpart tells little
 _PART_COUNTS = (2, 4, 8)
 _MAX_SIZES_TOLD = 3
 _EVIDENCE = {"name": 1.0, "shape": 1.0}
@@ -45,27 +46,22 @@ def is_related(assignment: Assignment, confidence: Floats, source: _Side, target
 def common_ground(
     assignment: Assignment, confidence: Floats, source: _Side, target: _Side, *, ordered: bool
 ) -> dict[str, float]:
-    """Measure what two networks have in common: what ``benchmarks.fit`` weighs, by name.
+    """Measure what two networks have in common, by name: what ``python -m benchmarks.fit`` finds the weights of.
 
-    Where a block has a true counterpart, nearly all of its layers do, with nearly all of their tensors. Between
-    unrelated networks shapes agree here and there, and blocks are filled in part. And where keys are ``ordered``, one
-    network that begins with a table of words is not one that begins with a convolution.
+    Of one of two related networks, nearly all layers have a counterpart, with nearly all of their tensors: so what
+    counts is how few have none, as a logarithm. And where keys are ``ordered``, a network that begins with a table of
+    words is not one that begins with a convolution.
     """
     likely = confidence > MIN_LIKELY
     pairs = assignment.source[likely], assignment.target[likely]
-    matched, filled = [], []
+    matched = []
     for (units, parts), chosen in zip((source, target), pairs, strict=True):
         counts = counts_of(units, parts)
-        used = np.zeros(len(units), dtype=bool)
-        used[chosen] = True
-        matched.append(float(counts[used].sum() / max(counts.sum(), 1)))
-        filled.append(_filled(units, used, counts))
+        matched.append(-log(1 - counts[np.unique(chosen)].sum() / max(counts.sum(), 1) + _UNMATCHED_OF_RELATED))
     return {
         "bias": 1.0,
         "less matched side": min(matched),
         "more matched side": max(matched),
-        "less filled blocks": min(filled),
-        "more filled blocks": max(filled),
         "shapes": float(assignment.cues["shape"][likely].mean()) if likely.any() else 0.0,
         "beginnings": -float(ordered and not _begin_alike(source, target, pairs)),
     }
@@ -87,14 +83,6 @@ def _first_layer(side: _Side) -> tuple[int, int] | None:
             if values == part.path[-1] == "weight" and len(part.shape) > 1:
                 return place, len(part.shape)
     return None
-
-
-def _filled(units: Units, used: NDArray[np.bool_], counts: NDArray[np.int64]) -> float:
-    """Compute the share of partnered layers in the blocks that have any."""
-    numbered: dict[Path, int] = {}
-    block = np.asarray([numbered.setdefault(block, len(numbered)) for block in units.blocks])
-    filled, size = np.bincount(block, used * counts), np.bincount(block, counts)
-    return float(filled.sum() / max(size[filled > 0].sum(), 1))
 
 
 def equal_tensors(source: SideParts, target: SideParts) -> tuple[dict[int, Found], str]:
