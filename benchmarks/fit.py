@@ -2,7 +2,8 @@
 
 The examples are all moves that the matcher considers on the gold cases, in both orders of their keys, and on
 perturbations: before and after it made the better ones. Of each it is known whether what is or the move gives more
-right tensors. A logistic regression gives the weights.
+right tensors. A logistic regression gives the weights. Another one gives those of what two networks have in common, of
+gold cases, which are related, and of sides of cases of unlike families, which are not.
 
 ``--leave-out`` scores every gold case with weights that were fitted without the cases of its libraries, and prints a
 line for each library: a figure for code that the fit has not seen. The words and the rules of the matcher have seen it.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,48 +25,58 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import autoalign
-from autoalign.matching import candidates, cues, pipeline
+from autoalign.matching import candidates, cues, pipeline, relation
 from autoalign.matching.candidates import paired_parts
+from autoalign.matching.confidence import WEIGHTS_FILE
 from autoalign.matching.layers import slots_of
 from autoalign.matching.moves import State
 from benchmarks.cases import perturbations
+from benchmarks.cases.gold import index as gold_index
 from benchmarks.cases.gold import names, read
 from benchmarks.cases.gold.expressions import source_keys
 from benchmarks.gold import Score, report, scored
 
-SEED = 4242  # of the perturbations; figures are measured with others
+SEED = 4242  # of the perturbations and of the unrelated pairs; figures are measured with others
+RELATED_ODDS = 9.0  # people mostly align what is related
 _MAX_TENSORS = 1200  # of a case's target, to save time
+_MAX_UNRELATED_TENSORS = 700  # the same for what is unrelated
 _RIDGE = 1e-4
 _CASE_EXPONENT = 0.75  # a case with n moves counts as n ** 0.25: they are no independent witnesses
 
 _Truth = Mapping[str, frozenset[str]]  # of each target key that counts: the source keys that it is made of
 
 
+CUES, RELATION = "cues", "relation"  # what there are weights of
+_Weights = Mapping[str, Mapping[str, float]]
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One move, in one case."""
+    """One move, in one case; or one pair of networks."""
 
     case: str
     libraries: frozenset[str]
-    values: tuple[float, ...]  # of the cues, in the order of ``cue_names``
-    is_right: bool  # what is gives more right tensors than the move
+    values: Mapping[str, float]  # of the cues of a move, or of what two networks have in common
+    is_right: bool  # what is gives more right tensors than the move; or the networks are related
+    of: str = CUES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit, print and, if asked to, write the weights or score what was left out."""
     options = _parser().parse_args(arguments)
-    examples = list(collected(options.only, options.perturbations, options.processes))
+    examples = list(collected(options.only, options.perturbations, options.unrelated, options.processes))
     weights = fitted(examples)
     print(json.dumps(weights, indent=1))
-    print(f"{len(examples)} moves, what is was right in {sum(one.is_right for one in examples)}")
+    for of in weights:
+        right = [one.is_right for one in examples if one.of == of]
+        print(f"{of}: {len(right)} examples, {sum(right)} of them right")
     if options.write:
-        text = json.dumps({"made by": "python -m benchmarks.fit --write", "weights": weights}, indent=1) + "\n"
-        (Path(autoalign.__file__).parent / "matching" / cues.WEIGHTS_FILE).write_text(text, encoding="utf-8")
+        text = json.dumps({"made by": "python -m benchmarks.fit --write", **weights}, indent=1) + "\n"
+        (Path(autoalign.__file__).parent / "matching" / WEIGHTS_FILE).write_text(text, encoding="utf-8")
     if options.leave_out:
         for is_sorted in (False, True):
             print(f"\nkeys of the sources {'sorted' if is_sorted else 'in the order of registration'}")
@@ -73,26 +85,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def cue_names() -> tuple[str, ...]:
-    """Name what is weighed."""
-    return ("bias", *(cue.name for cue in cues.CUES), cues.ELSEWHERE)
-
-
-def fitted(examples: Sequence[Example]) -> dict[str, float]:
-    """Fit the weights: the most probable ones, by a logistic regression.
+def fitted(examples: Sequence[Example]) -> dict[str, dict[str, float]]:
+    """Fit the weights: the most probable ones, by a logistic regression for each kind of examples.
 
     Raises:
         ValueError: There are no examples.
 
-    >>> more = [Example("a", frozenset("a"), (1.0, *[1.0] * (len(cue_names()) - 1)), True)] * 9
-    >>> fitted([*more, Example("b", frozenset("b"), (1.0, *[-1.0] * (len(cue_names()) - 1)), False)])["names"] > 0
+    >>> more = [Example("a", frozenset("a"), {"bias": 1.0, "names": 1.0}, True)] * 9
+    >>> fitted([*more, Example("b", frozenset("b"), {"bias": 1.0, "names": -1.0}, False)])["cues"]["names"] > 0
     True
     """
     if not examples:
-        raise ValueError("There are no moves to fit the weights to.")
-    counts = Counter(one.case for one in examples)
-    share = torch.tensor([counts[one.case] ** -_CASE_EXPONENT for one in examples], dtype=torch.float64)
-    values = torch.tensor([one.values for one in examples], dtype=torch.float64)
+        raise ValueError("There are no examples to fit the weights to.")
+    kinds = {one.of: [other for other in examples if other.of == one.of] for one in examples}
+    return {of: _regression(of_kind, _shares(of_kind)) for of, of_kind in kinds.items()}
+
+
+def _shares(examples: Sequence[Example]) -> list[float]:
+    """Return what each example counts."""
+    if examples[0].of == RELATION:
+        counts = Counter(one.is_right for one in examples)
+        return [(RELATED_ODDS if one.is_right else 1.0) / counts[one.is_right] for one in examples]
+    cases = Counter(one.case for one in examples)
+    return [cases[one.case] ** -_CASE_EXPONENT for one in examples]
+
+
+def _regression(examples: Sequence[Example], shares: Sequence[float]) -> dict[str, float]:
+    names = list(examples[0].values)
+    share = torch.tensor(shares, dtype=torch.float64)
+    values = torch.tensor([[one.values[name] for name in names] for one in examples], dtype=torch.float64)
     wanted = torch.tensor([one.is_right for one in examples], dtype=torch.float64)
     weights = torch.zeros(values.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
@@ -106,15 +127,19 @@ def fitted(examples: Sequence[Example]) -> dict[str, float]:
         return result
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return dict(zip(cue_names(), [round(value, 3) for value in weights.tolist()], strict=True))
+    return dict(zip(names, [round(value, 3) for value in weights.tolist()], strict=True))
 
 
-def collected(only: str, perturbed: int, processes: int) -> Iterator[Example]:
-    """List the moves of the gold cases whose names contain a text, in both orders, and of some perturbations."""
+def collected(only: str, perturbed: int, unrelated: int, processes: int) -> Iterator[Example]:
+    """List the moves of the gold cases whose names contain a text, in both orders, and of some perturbations.
+
+    And what two networks have in common: of these, which are related, and of some pairs that are not.
+    """
     jobs: list[Callable[[], list[Example]]] = [
         partial(_of_gold, name, with_sorted_keys=is_sorted) for name in names(only) for is_sorted in (False, True)
     ]
     jobs += [partial(_of_perturbation, index) for index in range(perturbed)]
+    jobs += [partial(_of_unrelated, only, index) for index in range(unrelated)]
     with _pool(processes) as pool:
         for found in pool.map(_called, jobs, chunksize=4):
             yield from found
@@ -124,7 +149,7 @@ def left_out(
     examples: Sequence[Example], chosen: Iterable[str], *, with_sorted_keys: bool, processes: int
 ) -> Iterator[Score]:
     """Score gold cases, each with weights fitted without the cases that have a library in common with it."""
-    known: dict[frozenset[str], dict[str, float]] = {}
+    known: dict[frozenset[str], _Weights] = {}
     jobs = []
     for name in chosen:
         libraries = _libraries(name)
@@ -148,8 +173,11 @@ def _called(job: Callable[[], Any]) -> Any:
     return job()
 
 
-def _scored(name: str, weights: Mapping[str, float], *, with_sorted_keys: bool) -> Score:
-    with patch.object(cues, "weights", lambda: weights):
+def _scored(name: str, weights: _Weights, *, with_sorted_keys: bool) -> Score:
+    def read_weights(of: str) -> Mapping[str, float]:
+        return weights[of]
+
+    with patch.object(cues, "fitted_weights", read_weights), patch.object(relation, "fitted_weights", read_weights):
         return scored(read(name, with_sorted_keys=with_sorted_keys))
 
 
@@ -162,24 +190,41 @@ def _of_gold(name: str, *, with_sorted_keys: bool) -> list[Example]:
         key: frozenset(first.get(source, source) for source in source_keys(expression)) if expression else frozenset()
         for key, expression in case.expressions.items()
     }
-    found = _moves(case.source, case.target, truth, first)
+    found = _examples(case.source, case.target, truth, first)
     return [Example(f"{name} {with_sorted_keys}", _libraries(name), *one) for one in found]
 
 
 def _of_perturbation(index: int) -> list[Example]:
     case = perturbations.case(index, SEED)
     truth = {key: frozenset([source] if source else []) for key, source in case.truth.items()}
-    found = _moves(perturbations.on_meta(case.source), perturbations.on_meta(case.target), truth, {})
+    found = _examples(perturbations.on_meta(case.source), perturbations.on_meta(case.target), truth, {})
     return [Example(case.name, frozenset([case.name]), *one) for one in found]
 
 
-def _moves(
-    source: Mapping[str, Tensor], target: Mapping[str, Tensor], truth: _Truth, first_of: Mapping[str, str]
-) -> list[tuple[tuple[float, ...], bool]]:
-    """Align two sides; list the cues of each move that was considered, and whether what is was right."""
+def _of_unrelated(only: str, index: int) -> list[Example]:
+    """Align a side of one case with a side of another, of an unlike family."""
+    chosen = random.Random(f"{SEED} {index}")
+    entries = [entry for entry in gold_index() if only in entry.name and entry.target_tensors <= _MAX_UNRELATED_TENSORS]
+    first, second = chosen.sample(entries, 2)
+    if first.family == second.family:
+        return []
+    cases = read(first.name), read(second.name)
+    own, other = (chosen.choice((case.source, case.target)) for case in cases)
+    found = _examples(own, other, None, {})
+    libraries = _libraries(first.name) | _libraries(second.name)
+    return [Example(f"{first.name} {second.name}", libraries, *one) for one in found]
+
+
+def _examples(
+    source: Mapping[str, Tensor], target: Mapping[str, Tensor], truth: _Truth | None, first_of: Mapping[str, str]
+) -> list[tuple[Mapping[str, float], bool, str]]:
+    """Align two sides; list the cues of each move that was considered, and whether what is was right.
+
+    And what both have in common. Without a truth they have nothing to do with one another.
+    """
     sides: list[Any] = []
     units: list[Any] = []
-    result: list[tuple[tuple[float, ...], bool]] = []
+    result: list[tuple[Mapping[str, float], bool, str]] = []
 
     def match_parts(*arguments: Any) -> Any:
         sides[:] = arguments[:2]
@@ -189,7 +234,7 @@ def _moves(
         units[:] = arguments
         return all_kinds(*arguments)
 
-    def right(own: int, other: int) -> tuple[int, frozenset[tuple[str, str]]]:
+    def right(own: int, other: int, truth: _Truth) -> tuple[int, frozenset[tuple[str, str]]]:
         """Count the right tensors of a pair of units, and list what it pairs."""
         (own_units, own_parts, other_units, other_parts), (own_side, other_side) = units, sides
         pairs = [
@@ -202,17 +247,26 @@ def _moves(
     def settled(assignment: Any, own: Any, other: Any, kinds: Any, fixed: Collection[int] = ()) -> Any:
         outcome = settle(assignment, own, other, kinds, fixed)
         slots = slots_of(own.paths), slots_of(other.paths)
-        for stage in (assignment, outcome.assignment):
+        for stage in (assignment, outcome.assignment) if truth is not None else ():
             for move in cues.moves_of(State(stage, own, other, kinds, slots)):
-                before, after = ([right(*pair) for pair in way] for way in (move.before, move.after))
+                before, after = ([right(*pair, truth) for pair in way] for way in (move.before, move.after))
                 gain = sum(a[0] - b[0] for a, b in zip(before, after, strict=True) if a[1] != b[1])
                 if gain and not {unit for _, unit in move.before} & set(fixed):
-                    values = (1.0, *(move.cues[name] for name in cue_names()[1:]))
-                    result.append((tuple(map(float, np.round(values, 4))), gain > 0))
+                    values = {"bias": 1.0, **{name: round(float(value), 4) for name, value in move.cues.items()}}
+                    result.append((values, gain > 0, CUES))
         return outcome
 
+    def common_ground(*arguments: Any, **options: Any) -> Any:
+        found = measure(*arguments, **options)
+        result.append((found, truth is not None, RELATION))
+        return found
+
     match_all, all_kinds, settle = pipeline.match_parts, candidates.kinds_of, cues.settled
-    with patch.multiple(pipeline, match_parts=match_parts, kinds_of=kinds_of, settled=settled):
+    measure = relation.common_ground
+    with (
+        patch.multiple(pipeline, match_parts=match_parts, kinds_of=kinds_of, settled=settled),
+        patch.object(relation, "common_ground", common_ground),
+    ):
         autoalign.align(source, target)
     return result
 
@@ -223,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only the cases whose name contains this")
     parser.add_argument("--perturbations", type=int, default=150, metavar="N", help="how many")
+    parser.add_argument("--unrelated", type=int, default=1500, metavar="N", help="how many pairs")
     parser.add_argument("--processes", type=int, default=1, metavar="N")
     parser.add_argument("--write", action="store_true", help="write the weights into the package")
     parser.add_argument(

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from autoalign.matching import cues
+from autoalign.matching.confidence import WEIGHTS_FILE, fitted_weights
 from benchmarks import fit
 
 
 @pytest.fixture(scope="module")
 def examples() -> list[fit.Example]:
-    return list(fit.collected("resnet18->", 9, 1))
+    return list(fit.collected("resnet18->", 9, 9, 1))
 
 
 def test_moves_of_known_truth_are_collected(examples: list[fit.Example]) -> None:
     assert {one.libraries for one in examples} >= {frozenset({"torchvision", "transformers"})}
-    assert sum(one.is_right for one in examples) > 0.9 * len(examples)
-    assert {len(one.values) for one in examples} == {len(fit.cue_names())}
-    assert {one.values[0] for one in examples} == {1.0}
+    moves = [one for one in examples if one.of == fit.CUES]
+    assert sum(one.is_right for one in moves) > 0.9 * len(moves)
+    assert {one.values.keys() for one in moves} == {cues.weights().keys()}
+    assert {one.values["bias"] for one in examples} == {1.0}
+
+
+def test_what_related_and_unrelated_networks_have_in_common_is_collected(examples: list[fit.Example]) -> None:
+    pairs = [one for one in examples if one.of == fit.RELATION]
+    assert {one.is_right for one in pairs} == {True, False}
+    assert {one.values.keys() for one in pairs} == {fitted_weights("relation").keys()}
 
 
 def test_weights_are_fitted_to_what_was_right(examples: list[fit.Example]) -> None:
     weights = fit.fitted(examples)
-    assert weights.keys() == cues.weights().keys()
-    turned = [fit.Example(one.case, one.libraries, one.values, not one.is_right) for one in examples]
-    assert fit.fitted(turned)["bias"] < 0 < weights["bias"]
+    assert weights["cues"].keys() == cues.weights().keys()
+    turned = [replace(one, is_right=not one.is_right) for one in examples]
+    assert fit.fitted(turned)["cues"]["bias"] < 0 < weights["cues"]["bias"]
 
 
 def test_a_case_is_scored_by_weights_that_have_not_seen_its_libraries(examples: list[fit.Example]) -> None:
@@ -35,11 +44,10 @@ def test_a_case_is_scored_by_weights_that_have_not_seen_its_libraries(examples: 
     assert 0 < len(others) < len(examples)
     (score,) = fit.left_out(examples, [name], with_sorted_keys=True, processes=1)
     assert score.is_perfect
-    with pytest.raises(ValueError, match="no moves"):
+    with pytest.raises(ValueError, match="no examples"):
         fit.fitted([])
 
 
 def test_the_weights_of_the_package_are_those_of_the_fit() -> None:
-    text = (Path(cues.__file__).parent / cues.WEIGHTS_FILE).read_text(encoding="utf-8")
+    text = (Path(cues.__file__).parent / WEIGHTS_FILE).read_text(encoding="utf-8")
     assert "python -m benchmarks.fit" in text
-    assert set(fit.cue_names()) == set(cues.weights())

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import chain, combinations, pairwise
 from math import copysign, exp, log1p
 
@@ -38,6 +37,7 @@ _EARLY, _LATE = (2,), (9,)  # ordinals up to and from which a layer comes before
 _CUES_OF_ONE_KIND = ("numbers", "ordinals", "list order", "run", "whole")  # they speak alike in the exchanges of a move
 _LETTERS = frozenset("abcdefg")  # that count members; q, k and v are roles
 
+_Neighbours = Mapping[int, Sequence[int]]  # of units of one side
 _Numbers = tuple[int, ...]  # of the name of a member of a list
 _Pairs = Iterable[tuple[int, int]]  # of a unit of the source and one of the target
 
@@ -200,7 +200,6 @@ def weights() -> Mapping[str, float]:
     return fitted_weights("cues")
 
 
-@cache
 def likely() -> float:
     """Return the probability from which a match is loaded: what the order of registration tells alone, by a hair."""
     return 0.99 / (1 + exp(-weights()["bias"] - weights()["order"]))
@@ -354,6 +353,15 @@ def _beside(state: State, one: Exchange) -> float:
     """Compare how near layers that follow one another on one side stand on the other."""
     if min(len(one.modules), len(one.ends)) < 2:
         return 0  # what is unused has no place in the line
+    return _nearness(state, one, state.neighbours)
+
+
+def _companions(state: State, one: Exchange) -> float:
+    """Compare how near layers of one number on one side stand on the other."""
+    return _nearness(state, one, state.companions)
+
+
+def _nearness(state: State, one: Exchange, besides: tuple[_Neighbours, _Neighbours]) -> float:
     gain = 0
     for is_after, pairs in ((False, one.before), (True, one.after)):
         changed = one.after if is_after else ()
@@ -362,10 +370,10 @@ def _beside(state: State, one: Exchange) -> float:
         near = 0
         for own, other in pairs:
             for paths, unit, neighbours, ends in (
-                (state.source.paths, own, state.neighbours[1].get(other, ()), fills),
-                (state.target.paths, other, state.neighbours[0].get(own, ()), filled),
+                (state.source.paths, own, besides[1].get(other, ()), fills),
+                (state.target.paths, other, besides[0].get(own, ()), filled),
             ):
-                near += sum([_shared(paths[unit], paths[ends[beside]]) for beside in neighbours])
+                near += sum([_shared(paths[unit], paths[ends[beside]]) for beside in neighbours if beside in ends])
         gain += -near if is_after else near
     return gain / len(one.before)
 
@@ -451,6 +459,7 @@ CUES = (
     Cue("ordinals", "words for a place", _ordinals, _sign_of_sum),
     Cue("order", "the order of registration", _order, _mean),
     Cue("beside", "the layers before and after", _beside, _half_at(_STEPS_SCALE)),
+    Cue("companions", "the layers of their numbers", _companions, _half_at(_STEPS_SCALE)),
     Cue("list order", "the numbers of the list", _list_order, lambda values: sum(values) / (1 + abs(sum(values)))),
     Cue("run", "the direction of the list", _run, _sign_of_sum),
     Cue("whole", "what stands beside them", lambda _, one: one.anchors, _log_of_sum),

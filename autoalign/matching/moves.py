@@ -69,14 +69,11 @@ class State:
 
     @cached_property
     def neighbours(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        """For each matched unit of a side, its companions, and those just before and after it if the side is in order."""
+        """For each matched unit of a side, those just before and after it, where the side is in order."""
         found: list[dict[int, list[int]]] = []
-        for side, matched, companions in (
-            (self.source, self.other_of, self.companions[0]),
-            (self.target, self.own_of, self.companions[1]),
-        ):
+        for side, matched in ((self.source, self.other_of), (self.target, self.own_of)):
             line = sorted(matched, key=side.ancestry.order.__getitem__) if side.ordered else []
-            beside = {unit: [other for other in companions.get(unit, ()) if other in matched] for unit in matched}
+            beside: dict[int, list[int]] = {unit: [] for unit in line}
             for first, second in pairwise(line):
                 beside[first].append(second)
                 beside[second].append(first)
