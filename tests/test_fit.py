@@ -21,14 +21,14 @@ def test_moves_of_known_truth_are_collected(examples: list[fit.Example]) -> None
     assert {one.libraries for one in examples} >= {frozenset({"torchvision", "transformers"})}
     moves = [one for one in examples if one.of == fit.CUES]
     assert sum(one.is_right for one in moves) > 0.9 * len(moves)
-    assert {one.values.keys() for one in moves} == {cues.weights().keys()}
+    assert all(one.values.keys() == cues.weights().keys() for one in moves)
     assert {one.values["bias"] for one in examples} == {1.0}
 
 
 def test_what_related_and_unrelated_networks_have_in_common_is_collected(examples: list[fit.Example]) -> None:
     pairs = [one for one in examples if one.of == fit.RELATION]
     assert {one.is_right for one in pairs} == {True, False}
-    assert {one.values.keys() for one in pairs} == {fitted_weights("relation").keys()}
+    assert all(one.values.keys() == fitted_weights("relation").keys() for one in pairs)
 
 
 def test_weights_are_fitted_to_what_was_right(examples: list[fit.Example]) -> None:

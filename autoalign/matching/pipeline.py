@@ -88,7 +88,7 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         _with_held(replace(side, parts=own.changed(pieces), fusions=tuple(fusions)), held)
         for side, own, (pieces, fusions), held in zip(sides, rest, split_both(*rest), fixed, strict=True)
     )
-    found, mismatched = match_parts(source, target, pins)
+    found, mismatched = match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
     unlike: tuple[str, ...] = ()
     if found is None:
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
@@ -193,7 +193,10 @@ def operations_of_rules(source: SideParts, target: SideParts) -> Callable[[str, 
 
 
 def match_parts(
-    source: SideParts, target: SideParts, pins: Mapping[str, str]
+    source: SideParts,
+    target: SideParts,
+    pins: Mapping[str, str],
+    whole: tuple[Sequence[Part], Sequence[Part]],
 ) -> tuple[dict[int, Found] | None, list[Mismatch]]:
     """Match the parts of two sides; None if the sides are not related and nothing is pinned."""
     named = source.parts, target.parts
@@ -230,7 +233,7 @@ def match_parts(
     by_name |= share_of(equal_layers(same, (own, source.parts), (other, target.parts)), counts) >= _MIN_SHARE_TO_RELATE
     units = (own, named[0]), (other, named[1])
     ordered = source.ordered and target.ordered
-    if not (pins or by_name) and not is_related(assignment, confidence, *units, ordered=ordered):
+    if not (pins or by_name) and not is_related(assignment, confidence, *units, whole, ordered=ordered):
         return None, _mismatches(source, target, own, other, same)
     lists = reversible_lists(assignment, (own, source.parts), (other, target.parts))
     has_duplicate = unused_duplicates(assignment, (own, source.parts))

@@ -14,13 +14,18 @@ from autoalign.matching.assembly import Found, SideParts
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.candidates import paired_parts
 from autoalign.matching.confidence import INFERRED, MIN_LIKELY, fitted_weights
-from autoalign.matching.features import Floats, Ints, namesakes, share_of
+from autoalign.matching.features import Floats, namesakes, share_of
 from autoalign.matching.layers import Part, Units, counts_of, units_of
+from autoalign.matching.names import words
+from autoalign.matching.vocabulary import EMBEDDING_WORDS, NO_VOCABULARY
 from autoalign.plan.operations import Copy, Shape
 
 _MIN_SHARE_OF_EQUALS = 0.5  # of the smaller side's layers; then that they are equal is no coincidence
 _MIN_SHARE_EXPLAINED = 0.9  # of both sides' matrices; what explains fewer is not said
 _MIN_SHARE_SPLIT = 0.6  # of them that differ in one dimension; in a part of a model nearly all but embeddings do
+_MIN_SOUND_FIT = 0.5  # the fit of shapes from which a pair is more than elements of equal number
+_MAX_INPUT_CHANNELS = 4  # of images
+_MIN_ROWS_PER_COLUMN = 4  # of a table of words
 _UNMATCHED_OF_RELATED = 0.05  # share of layers; whether fewer have no counterpart tells little
 _PART_COUNTS = (2, 4, 8)
 _MAX_SIZES_TOLD = 3
@@ -36,53 +41,107 @@ _Pairs = list[tuple[int, int]]  # of parts: source, target
 _Side = tuple[Units, Sequence[Part]]
 
 
-def is_related(assignment: Assignment, confidence: Floats, source: _Side, target: _Side, *, ordered: bool) -> bool:
-    """True if two networks have enough in common for any of it to be believed: by the fitted weights."""
-    found = common_ground(assignment, confidence, source, target, ordered=ordered)
-    weights = fitted_weights("relation")
-    return sum(weights[name] * value for name, value in found.items()) > 0
+def is_related(
+    assignment: Assignment,
+    confidence: Floats,
+    source: _Side,
+    target: _Side,
+    whole: tuple[Sequence[Part], Sequence[Part]],
+    *,
+    ordered: bool,
+) -> bool:
+    """True if two networks have enough in common for any of it to be believed: by the fitted weights.
+
+    And they must not begin with layers of different kinds: one that starts with a table of words is not one that starts
+    with a convolution. That is seen in the parts of the ``whole`` sides, in scope or not: by shapes, and in the order
+    of keys if they are ``ordered``.
+    """
+    found, weights = common_ground(assignment, confidence, source, target), fitted_weights("relation")
+    is_enough = sum(weights[name] * value for name, value in found.items()) > 0
+    return is_enough and _begin_alike(assignment, confidence, source, target, whole, ordered=ordered)
 
 
-def common_ground(
-    assignment: Assignment, confidence: Floats, source: _Side, target: _Side, *, ordered: bool
-) -> dict[str, float]:
+def common_ground(assignment: Assignment, confidence: Floats, source: _Side, target: _Side) -> dict[str, float]:
     """Measure what two networks have in common, by name: what ``python -m benchmarks.fit`` finds the weights of.
 
     Of one of two related networks, nearly all layers have a counterpart, with nearly all of their tensors: so what
-    counts is how few have none, as a logarithm. And where keys are ``ordered``, a network that begins with a table of
-    words is not one that begins with a convolution.
+    counts is how few have none, as a logarithm.
     """
     likely = confidence > MIN_LIKELY
-    pairs = assignment.source[likely], assignment.target[likely]
     matched = []
-    for (units, parts), chosen in zip((source, target), pairs, strict=True):
+    for (units, parts), index in ((source, assignment.source), (target, assignment.target)):
         counts = counts_of(units, parts)
-        matched.append(-log(1 - counts[np.unique(chosen)].sum() / max(counts.sum(), 1) + _UNMATCHED_OF_RELATED))
+        share = counts[np.unique(index[likely])].sum() / max(counts.sum(), 1)
+        matched.append(-log(1 - share + _UNMATCHED_OF_RELATED))
     return {
         "bias": 1.0,
         "less matched side": min(matched),
         "more matched side": max(matched),
         "shapes": float(assignment.cues["shape"][likely].mean()) if likely.any() else 0.0,
-        "beginnings": -float(ordered and not _begin_alike(source, target, pairs)),
     }
 
 
-def _begin_alike(source: _Side, target: _Side, pairs: tuple[Ints, Ints]) -> bool:
-    """True if the first layers of two networks have as many dimensions, or if one of them has a counterpart."""
-    firsts = _first_layer(source), _first_layer(target)
-    if None in firsts or len({dims for _, dims in filter(None, firsts)}) == 1:
-        return True
-    return any(first[0] in index.tolist() for first, index in zip(filter(None, firsts), pairs, strict=True))
+def _begin_alike(
+    assignment: Assignment,
+    confidence: Floats,
+    source: _Side,
+    target: _Side,
+    whole: tuple[Sequence[Part], Sequence[Part]],
+    *,
+    ordered: bool,
+) -> bool:
+    """True if the first layers of two networks are of one kind, or matched to one another, or one of them fits well."""
+    likely = confidence > MIN_LIKELY
+    pairs = [
+        [{side[1][part].tensor for _, part in side[0][unit].parts} for unit in index[likely].tolist()]
+        for side, index in ((source, assignment.source), (target, assignment.target))
+    ]
+    fits = assignment.cues["shape"][likely] >= _MIN_SOUND_FIT
+    for first in (_input_layer, _first_layer) if ordered else (_input_layer,):
+        own, other = map(first, whole)
+        if own is None or other is None or _input_kind(own) == _input_kind(other):
+            continue
+        has_own, has_other = (
+            np.asarray([part.tensor in tensors for tensors in of], dtype=np.bool_)
+            for of, part in zip(pairs, (own, other), strict=True)
+        )
+        if not (has_own & has_other | (has_own | has_other) & fits).any():
+            return False
+    return True
 
 
-def _first_layer(side: _Side) -> tuple[int, int] | None:
-    """Find the first layer that has a matrix or a kernel, and how many dimensions that has."""
-    for place, unit in enumerate(side[0]):
+def _first_layer(parts: Sequence[Part]) -> Part | None:
+    """Find the matrix or the kernel of the first layer that has one."""
+    for unit in units_of(parts):
         for values, index in unit.parts:
-            part = side[1][index]
-            if values == part.path[-1] == "weight" and len(part.shape) > 1:
-                return place, len(part.shape)
+            if values == parts[index].path[-1] == "weight" and len(parts[index].shape) > 1:
+                return parts[index]
     return None
+
+
+def _input_layer(parts: Sequence[Part]) -> Part | None:
+    """Find the layer that takes images, sound or words, by its shape and its name."""
+    kernels = [part for part in parts if len(part.shape) > 2 and part.path[-1] == "weight" and max(part.shape[2:]) > 1]
+    few = [part for part in kernels if 1 < part.shape[1] <= _MAX_INPUT_CHANNELS]
+    single = [part for part in kernels if part.shape[1] == 1 and part.count == 1]  # several are depthwise
+    made = {part.shape[0] for part in parts if len(part.shape) > 1}
+    found = few or (single if len(single) == 1 else []) or [part for part in kernels if part.shape[1] not in {1, *made}]
+    tables = [
+        part
+        for part in parts
+        if len(part.shape) == 2 and part.shape[0] >= _MIN_ROWS_PER_COLUMN * part.shape[1] and _names_words(part)
+    ]
+    return next(iter(found or tables), None)
+
+
+def _input_kind(part: Part) -> tuple[int, bool]:
+    """Return how many dimensions a first layer has, and whether it takes a wave rather than a spectrogram."""
+    return len(part.shape), len(part.shape) == 3 and part.shape[1] == 1
+
+
+def _names_words(part: Part) -> bool:
+    found = {word for name in part.path[-2:] for word in words(name)}
+    return not found.isdisjoint(EMBEDDING_WORDS) and found.isdisjoint(NO_VOCABULARY)
 
 
 def equal_tensors(source: SideParts, target: SideParts) -> tuple[dict[int, Found], str]:
