@@ -139,7 +139,7 @@ def collected(only: str, perturbed: int, unrelated: int, processes: int) -> Iter
         partial(_of_gold, name, with_sorted_keys=is_sorted) for name in names(only) for is_sorted in (False, True)
     ]
     jobs += [partial(_of_perturbation, index) for index in range(perturbed)]
-    jobs += [partial(_of_unrelated, only, index) for index in range(unrelated)]
+    jobs += [partial(_of_unrelated, index) for index in range(unrelated)]
     with _pool(processes) as pool:
         for found in pool.map(_called, jobs, chunksize=4):
             yield from found
@@ -201,10 +201,10 @@ def _of_perturbation(index: int) -> list[Example]:
     return [Example(case.name, frozenset([case.name]), *one) for one in found]
 
 
-def _of_unrelated(only: str, index: int) -> list[Example]:
+def _of_unrelated(index: int) -> list[Example]:
     """Align a side of one case with a side of another, of an unlike family."""
     chosen = random.Random(f"{SEED} {index}")
-    entries = [entry for entry in gold_index() if only in entry.name and entry.target_tensors <= _MAX_UNRELATED_TENSORS]
+    entries = [entry for entry in gold_index() if entry.target_tensors <= _MAX_UNRELATED_TENSORS]
     first, second = chosen.sample(entries, 2)
     if first.family == second.family:
         return []

@@ -422,10 +422,10 @@ def _sequenced(state: State) -> Iterator[Exchange]:
 
 def _accompanied(state: State) -> Iterator[Exchange]:
     """Find lists of layers that could be filled from beside what fills the layers of the same numbers in another."""
-    lists: dict[tuple[Path, int], list[int]] = {}
+    lists: dict[Path, list[int]] = {}
     for unit in state.own_of:
         if unit in state.companions[1]:
-            lists.setdefault((template(state.target.paths[unit]), state.alike[unit]), []).append(unit)
+            lists.setdefault(template(state.target.paths[unit]), []).append(unit)
     for units in lists.values():
         takes = {unit: state.beside_companions(unit) for unit in units} if len(units) > 1 else {}
         moved = [unit for unit, new in takes.items() if new is not None and new != state.own_of[unit]]
