@@ -82,15 +82,23 @@ class State:
 
     @cached_property
     def companions(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        """For each unit of a side, those of other names beside it that have its number: ``norms.2`` and ``convs.2``."""
+        """For each unit of a side, those of other names beside it that have its number: ``norms.2`` and ``convs.2``.
+
+        And where two units make up a module, as a convolution and its norm do, the other one.
+        """
         found: list[dict[int, list[int]]] = []
         for side in (self.source, self.target):
-            groups: dict[tuple[Path, Path], list[int]] = {}
+            groups: dict[tuple[Path, ...], list[int]] = {}
             for unit, path in enumerate(side.paths):
+                groups.setdefault((path[:-1],), []).append(unit)
                 if key := _numbered(path):
                     groups.setdefault(key, []).append(unit)
-            few = (group for group in groups.values() if 1 < len(group) <= _MAX_COMPANIONS)
-            found.append({unit: [other for other in group if other != unit] for group in few for unit in group})
+            beside: dict[int, list[int]] = {}
+            for key, group in groups.items():
+                if 1 < len(group) <= (_MAX_COMPANIONS if len(key) > 1 else 2):
+                    for unit in group:
+                        beside.setdefault(unit, []).extend([other for other in group if other != unit])
+            found.append(beside)
         return found[0], found[1]
 
     @cached_property
@@ -421,30 +429,34 @@ def _sequenced(state: State) -> Iterator[Exchange]:
 
 
 def _accompanied(state: State) -> Iterator[Exchange]:
-    """Find lists of layers that could be filled from beside what fills the layers of the same numbers in another."""
+    """Find layers, of one list or alone, that could be filled from beside what fills their companions."""
     lists: dict[Path, list[int]] = {}
     for unit in state.own_of:
         if unit in state.companions[1]:
             lists.setdefault(template(state.target.paths[unit]), []).append(unit)
+    own, other = state.own_of, state.other_of
     for units in lists.values():
-        takes = {unit: state.beside_companions(unit) for unit in units} if len(units) > 1 else {}
-        moved = [unit for unit, new in takes.items() if new is not None and new != state.own_of[unit]]
-        given = [takes[unit] for unit in moved]
-        left = [state.own_of[unit] for unit in moved]
-        ends = list(dict.fromkeys([*left, *given]))
-        if (
-            len(moved) > 1
-            and len(set(given)) == len(given)
-            and state.other_of.keys().isdisjoint(set(given) - set(left))
-        ):
-            yield Exchange(
-                tuple([state.target.paths[unit] for unit in moved]),
-                tuple([state.source.paths[own] for own in ends]),
-                tuple([ends.index(own) for own in given]),
-                tuple(zip(left, moved, strict=True)),
-                tuple(zip(given, moved, strict=True)),
-                is_alone=True,
-            )
+        near = {unit: state.beside_companions(unit) for unit in units}
+        takes = {unit: new for unit, new in near.items() if new is not None and new != own[unit]}
+        free = [own[unit] for unit in takes if own[unit] not in takes.values()]
+        for new in list(takes.values()):  # what another layer gives up, that takes in exchange
+            if new in other and other[new] not in takes:
+                swap = next((end for end in free if state.kinds[0][end] == state.kinds[0][new]), None)
+                if swap is None:
+                    break
+                takes[other[new]] = swap
+                free.remove(swap)
+        else:
+            ends = list(dict.fromkeys([*(own[unit] for unit in takes), *takes.values()]))
+            if len(takes) > 1 and len(set(takes.values())) == len(takes):
+                yield Exchange(
+                    tuple([state.target.paths[unit] for unit in takes]),
+                    tuple([state.source.paths[end] for end in ends]),
+                    tuple([ends.index(new) for new in takes.values()]),
+                    tuple([(own[unit], unit) for unit in takes]),
+                    tuple([(new, unit) for unit, new in takes.items()]),
+                    is_alone=True,
+                )
 
 
 def _tops(groups: Sequence[Sequence[Path]]) -> tuple[Path, ...]:
