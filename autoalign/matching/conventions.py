@@ -48,7 +48,13 @@ def with_torch_names(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
     layers = _layers(parts, unknown) if unknown else []
     if not layers:
         return list(parts)
-    found: dict[str, str] = {}
+    found = {  # as "b_2" beside "a_2"
+        name: values
+        for name in names
+        for values, rest in [kind(name)]
+        if rest.isdigit() and all(_is_norm(_floats(layer)) for layer in _layers(parts, {name}))
+    }
+    known |= found
     for _ in range(2):  # what one name means may imply what another does
         found |= _agreed(_by_company(layers, known | found))
     known |= found

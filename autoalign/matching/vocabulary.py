@@ -327,8 +327,8 @@ def _spellings() -> dict[str, tuple[str, ...]]:
     table = {spelling: tuple(words.split()) for words, others in SYNONYMS.items() for spelling in others.split()}
     table.update((words, (words,)) for words in SYNONYMS if " " not in words)
     for role in (role for word in ("ih", "hh") for roles in FUSED[word] for role in roles):
-        for gate in (role[1], *GATES[role[1]]):  # as in "W_xr", "x2r" and "h2reset"
-            for side in (role[0], role[0].replace("i", "x")):
+        for gate in (role[1], *GATES[role[1]]):  # as in "W_xr", "x2r", "h2reset" and "input_r"
+            for side in {"i": ("i", "x", "input"), "h": ("h", "hidden")}[role[0]]:
                 table.update({f"{side}{gate}": (role,), f"{side}2{gate}": (role,)})
     return table
 
