@@ -18,6 +18,8 @@ from itertools import chain, combinations, pairwise, product
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.features import Ints, SideFeatures
 from autoalign.matching.layers import Path, block_around
+from autoalign.matching.names import words
+from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 
 _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no counterpart in the other
@@ -82,23 +84,22 @@ class State:
 
     @cached_property
     def companions(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        """For each unit of a side, those of other names beside it that have its number: ``norms.2`` and ``convs.2``.
+        """For each unit of a side, those beside it that have its number or its name but for the type of layer.
 
-        And where two units make up a module, as a convolution and its norm do, the other one.
+        As ``norms.2`` and ``convs.2``, or ``pw_conv`` and ``pw_bn``; or that make up a module with it alone.
         """
         found: list[dict[int, list[int]]] = []
         for side in (self.source, self.target):
-            groups: dict[tuple[Path, ...], list[int]] = {}
+            groups: dict[tuple[Path, tuple[object, ...]], list[int]] = {}
             for unit, path in enumerate(side.paths):
-                groups.setdefault((path[:-1],), []).append(unit)
-                if key := _numbered(path):
+                for key in ((path[:-1], ()), *_shared_with_companions(path)):
                     groups.setdefault(key, []).append(unit)
-            beside: dict[int, list[int]] = {}
-            for key, group in groups.items():
-                if 1 < len(group) <= (_MAX_COMPANIONS if len(key) > 1 else 2):
+            beside: dict[int, set[int]] = {}
+            for (_, shared), group in groups.items():
+                if 1 < len(group) <= (_MAX_COMPANIONS if shared else 2):
                     for unit in group:
-                        beside.setdefault(unit, []).extend([other for other in group if other != unit])
-            found.append(beside)
+                        beside.setdefault(unit, set()).update(group)
+            found.append({unit: sorted(group - {unit}) for unit, group in beside.items()})
         return found[0], found[1]
 
     @cached_property
@@ -168,18 +169,23 @@ class State:
         return self.source.paths[self.own_of[unit]]
 
 
-def _numbered(path: Path) -> tuple[Path, Path] | None:
-    """Return where a numbered layer is, and its number with all that follows; None for others.
+def _shared_with_companions(path: Path) -> Iterator[tuple[Path, tuple[object, ...]]]:
+    """Yield the module of a layer with its number and all that follows, and with what its name says beside its type.
 
-    >>> _numbered(("net", "norms", "2")), _numbered(("net", "bn2a_branch1"))
-    ((('net',), ('2',)), (('net',), ('2a_branch1',)))
+    >>> list(_shared_with_companions(("net", "norms", "2")))
+    [(('net',), ('2',))]
+    >>> list(_shared_with_companions(("net", "pw_bn1", "bn")))
+    [(('net',), ('1',)), (('net',), ((1,), 'pointwise'))]
     """
+    if len(path) > 1 and path[-1] and not numbers(path[-1]) and LAYER_TYPES.issuperset(words(path[-1])):
+        path = path[:-1]
     depth = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), -1)
-    if depth < 0:
-        return None
-    if not path[depth].isdecimal():
-        return path[:depth], (_UP_TO_NUMBER.sub("", path[depth]), *path[depth + 1 :])
-    return None if depth == 0 or numbers(path[depth - 1]) else (path[: depth - 1], path[depth:])
+    if depth >= 0 and not path[depth].isdecimal():
+        yield path[:depth], (_UP_TO_NUMBER.sub("", path[depth]), *path[depth + 1 :])
+    elif depth > 0 and not numbers(path[depth - 1]):
+        yield path[: depth - 1], path[depth:]
+    if told := sorted({*words(path[-1])} - LAYER_TYPES):
+        yield path[:-1], (numbers(path[-1]), *told)
 
 
 def exchanges_of(state: State) -> list[Exchange]:
