@@ -99,6 +99,7 @@ def settled(
     the ``fixed`` target units do not change.
     """
     held, slots = set(fixed), (slots_of(source.paths), slots_of(target.paths))
+    companions = State(assignment, source, target, kinds, slots).companions[1]
 
     def moves(assignment: Assignment) -> list[Move]:
         state = State(assignment, source, target, kinds, slots)
@@ -107,7 +108,8 @@ def settled(
 
     found = moves(assignment)
     for _ in range(_MAX_ROUNDS):
-        before, assignment = assignment, _made(assignment, [move for move in found if move.probability < 0.5])
+        better = [move for move in found if move.probability < 0.5]
+        before, assignment = assignment, _made(assignment, better, companions)
         if assignment is before:
             break
         earlier, found = found, moves(assignment)
@@ -231,8 +233,11 @@ def _doubt(move: Move, slots: tuple[Sequence[str], Sequence[str]]) -> str:
     return MAY_BE_EXCHANGED.format(what, told)
 
 
-def _made(assignment: Assignment, moves: Iterable[Move]) -> Assignment:
-    """Make moves, each unit at most once; the same assignment if none can be made."""
+def _made(assignment: Assignment, moves: Iterable[Move], companions: _Neighbours) -> Assignment:
+    """Make moves, each unit at most once; the same assignment if none can be made.
+
+    What follows its companions, of the target, is not moved together with them: they would miss one another.
+    """
     own_of = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     used, moved = set(own_of.values()), set[tuple[bool, int]]()
     straight = set[tuple[Path, ...]]()  # modules that are of one piece now; another way to that would undo it
@@ -244,6 +249,7 @@ def _made(assignment: Assignment, moves: Iterable[Move]) -> Assignment:
         is_straight = one.anchors < 0 and one.modules in straight
         if fits and moved.isdisjoint(units) and not is_straight:
             moved |= units
+            moved |= {(True, other) for _, unit in one.before for other in companions.get(unit, ())}
             straight.add(one.modules)
             used = (used - given_up) | taken
             own_of.update((other, own) for own, other in one.after)

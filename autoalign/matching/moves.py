@@ -436,10 +436,12 @@ def _sequenced(state: State) -> Iterator[Exchange]:
 
 def _accompanied(state: State) -> Iterator[Exchange]:
     """Find layers, of one list or alone, that could be filled from beside what fills their companions."""
-    lists: dict[Path, list[int]] = {}
+    lists: dict[tuple[Path, Path], list[int]] = {}
     for unit in state.own_of:
         if unit in state.companions[1]:
-            lists.setdefault(template(state.target.paths[unit]), []).append(unit)
+            path = state.target.paths[unit]
+            around = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), len(path))
+            lists.setdefault((path[:around], template(path)), []).append(unit)
     own, other = state.own_of, state.other_of
     for units in lists.values():
         near = {unit: state.beside_companions(unit) for unit in units}
@@ -461,7 +463,7 @@ def _accompanied(state: State) -> Iterator[Exchange]:
                     tuple([ends.index(new) for new in takes.values()]),
                     tuple([(own[unit], unit) for unit in takes]),
                     tuple([(new, unit) for unit, new in takes.items()]),
-                    is_alone=True,
+                    tuple([(place, place + 1) for place in range(len(takes) - 1)]),
                 )
 
 
