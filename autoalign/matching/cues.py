@@ -184,7 +184,7 @@ class _Decided:
         for unit, paths, contents, depth in zip(pair, self._paths, self._contents, below, strict=True):
             path = paths[unit]
             cut = max(len(path) - depth, 0)
-            way += path[cut:], contents[path[:cut]]
+            way += path[cut:], contents.get(path[:cut])
         return tuple(way)
 
 
