@@ -16,7 +16,16 @@ from typing import NamedTuple
 
 from autoalign.matching.layers import Part, Parts, Path
 from autoalign.matching.names import kind, words
-from autoalign.matching.vocabulary import AFTER_ATTENTION, AROUND_MLP, FUSED, KERNELS, PARAMETRISED, ROLES, TORCH_NAMES
+from autoalign.matching.vocabulary import (
+    AFTER_ATTENTION,
+    AROUND_MLP,
+    FUSED,
+    KERNELS,
+    PARAMETRISATIONS,
+    PARAMETRISED,
+    ROLES,
+    TORCH_NAMES,
+)
 from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, Unstack, chain, output_shapes
 
@@ -225,17 +234,25 @@ def with_own_statistics(parts: Sequence[Part]) -> Sequence[Part]:
 
 
 def with_parametrised_weights(parts: Sequence[Part]) -> Sequence[Part]:
-    """Give the tensors of which torch computes a weight to their layer, under the names that they had before.
+    """Give the tensors of which torch computes a weight to their layer; those of weight normalisation as its weight.
 
-    >>> key = "conv.parametrizations.weight.original0"
-    >>> with_parametrised_weights([Part(0, (*key.split("."),), (8, 1, 1), "float")])[0].path
-    ('conv', 'weight_g')
+    >>> names = ("a.parametrizations.weight.original0", "a.parametrizations.weight.original1", "b.weight_v")
+    >>> parts = [Part(k, (*name.split("."),), (8, 1), "float") for k, name in enumerate(names)]
+    >>> [".".join(part.path) for part in with_parametrised_weights(parts)]
+    ['a.weight_gain', 'a.weight', 'b.weight_v']
     """
-    return [
-        replace(part, path=(*part.path[:-3], f"{part.path[-2]}_{PARAMETRISED[part.path[-1]]}"))
-        if part.path[-3:-2] == ("parametrizations",) and part.path[-1] in PARAMETRISED
-        else part
+    paths = [
+        (*part.path[:-3], PARAMETRISED[part.path[-1]])
+        if part.path[-3:-1] == PARAMETRISATIONS and part.path[-1] in PARAMETRISED
+        else part.path
         for part in parts
+    ]
+    normalised = {path[:-1] for path in paths if path[-1] == "weight_g"}
+    normalised &= {path[:-1] for path in paths if path[-1] == "weight_v"}
+    named = {"weight_g": "weight_gain", "weight_v": "weight"} if normalised else {}
+    return [
+        replace(part, path=(*path[:-1], named.get(path[-1], path[-1]) if path[:-1] in normalised else path[-1]))
+        for part, path in zip(parts, paths, strict=True)
     ]
 
 

@@ -300,8 +300,9 @@ AROUND_MLP = re.compile(r"(pre|post)_(mlp|feed_?forward|ffn|ffw)(?=_|$)")
 # How the names of matrices end that JAX, Keras and TensorFlow lay out as (in, out).
 KERNELS: tuple[str, ...] = ("kernel", "reverse_embeddings")
 
-# What torch calls the tensors that it computes a weight of -> how such names ended before.
-PARAMETRISED: dict[str, str] = {"original0": "g", "original1": "v", "original": "orig"}
+# What torch calls the tensors that it computes a weight of, and where it keeps them -> how such names ended before.
+PARAMETRISED: dict[str, str] = {"original0": "weight_g", "original1": "weight_v", "original": "weight_orig"}
+PARAMETRISATIONS: tuple[str, ...] = ("parametrizations", "weight")
 
 # The collections in which Flax, and MXNet, keep what a module owns.
 COLLECTIONS: frozenset[str] = frozenset({"params", "batch_stats", "arg", "aux"})
@@ -316,8 +317,7 @@ WHOLE_NAMES: dict[str, tuple[str, str]] = {
     "moving_variance": ("var", ""),
     "rm": ("mean", ""),
     "riv": ("var", ""),
-    "weight_v": ("weight", ""),  # of weight normalisation, with its gain
-    "weight_g": ("gain", ""),
+    "weight_gain": ("gain", ""),  # of weight normalisation
     "embeddings": ("weight", ""),
     "reverse_embeddings": ("weight", "reverse"),
 }
