@@ -134,7 +134,7 @@ def test_a_query_goes_to_a_query_although_another_name_is_more_alike() -> None:
         depth = key.split(".")[1] if key.startswith("blocks") else ""
         added = "add_{}_proj" if ".txt_attn" in key else "to_{}"
         if key.endswith("qkv.weight"):
-            target |= {f"h.{depth}.attn.{added.format(role)}.weight": tensor[:WIDTH] for role in "qkv"}
+            target |= {f"h.{depth}.attn.{added.format(role)}.weight": tensor[:WIDTH].clone() for role in "qkv"}
         elif key.endswith("proj.weight"):
             target[f"h.{depth}.attn.{'to_add_out' if '.txt_attn' in key else 'to_out'}.weight"] = tensor
         elif key.endswith("scale"):
