@@ -238,20 +238,24 @@ class _Siblings:
 
     def _add_roles(self, members: list[tuple[str, dict[str, Sizes]]]) -> None:
         for values in ("weight", "bias"):
-            sizes = {
-                word: shapes[values]
-                for name, shapes in sorted(members, key=lambda member: -len(words(member[0])))  # `q` before `pool_q`
-                for word in words(name)
-                if word in _ROLES and shapes.get(values) and "norm" not in words(name)
-                if values == "weight" or len(shapes[values]) == 1
-            }
-            for roles in _ROLE_LISTS if len(sizes) > 1 else ():
-                present = tuple(role for role in roles if role in sizes)
-                for dim in range(min(len(sizes[role]) for role in present) - 1 or 1) if len(present) > 1 else ():
-                    rests = {(*sizes[role][:dim], *sizes[role][dim + 1 :]) for role in present}
-                    if len(rests) == 1:  # of a stack, the rows are in the second dimension
-                        found = self.by_role.setdefault((present, rests.pop(), dim), set())
-                        found.add(tuple(sizes[role][dim] for role in present))
+            alike: dict[tuple[str, ...], dict[str, Sizes]] = {}  # words beside the role, and all -> role -> shape
+            for name, shapes in sorted(members, key=lambda member: -len(words(member[0]))):  # `q` before `pool_q`
+                shape, told = shapes.get(values, ()), words(name)
+                for word in told if shape and "norm" not in told and (values == "weight" or len(shape) == 1) else ():
+                    if word in _ROLES:
+                        for of in ((), tuple(other for other in told if other != word)):
+                            alike.setdefault(of, {})[word] = shape
+            for sizes in alike.values():
+                self._add_role_sizes(sizes)
+
+    def _add_role_sizes(self, sizes: Mapping[str, Sizes]) -> None:
+        for roles in _ROLE_LISTS if len(sizes) > 1 else ():
+            present = tuple(role for role in roles if role in sizes)
+            for dim in range(min(len(sizes[role]) for role in present) - 1 or 1) if len(present) > 1 else ():
+                rests = {(*sizes[role][:dim], *sizes[role][dim + 1 :]) for role in present}
+                if len(rests) == 1:  # of a stack, the rows are in the second dimension
+                    found = self.by_role.setdefault((present, rests.pop(), dim), set())
+                    found.add(tuple(sizes[role][dim] for role in present))
 
     def _add_neighbours(self, members: list[tuple[str, dict[str, Sizes]]]) -> None:
         matrices = [shapes["weight"] for _, shapes in members if len(shapes.get("weight", ())) > 1]

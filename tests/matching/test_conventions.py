@@ -205,3 +205,50 @@ def test_statistics_in_a_module_below_their_norm_are_those_of_the_norm(is_sorted
     source = {key: target[apart[key]] for key in (sorted(apart) if is_sorted else apart)}
     assert align(source, target).mapping == apart
     assert align(target, source).mapping == {key: other for other, key in apart.items()}
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_a_norm_may_name_its_bias_with_a_number(is_sorted: bool) -> None:
+    source, target = {}, {}
+    for block in range(3):
+        matrix, scale, shift = torch.rand(8, 8), torch.rand(8), torch.rand(8)
+        source |= {f"layers.{block}.linear.weight": matrix, f"layers.{block}.norm.a_2": scale}
+        source[f"layers.{block}.norm.b_2"] = shift
+        target |= {f"h.{block}.norm.weight": scale, f"h.{block}.norm.bias": shift, f"h.{block}.fc.weight": matrix}
+    alignment = align(dict(sorted(source.items())) if is_sorted else source, target)
+    assert {key: source[taken] for taken, key in alignment.mapping.items()} == target
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_a_number_is_no_role_where_the_numbers_are_counted_from_nought(is_sorted: bool) -> None:
+    source = {f"h.{k}.mlp.{name}.weight": torch.empty(20, 8) for k in range(3) for name in ("c_fc_0", "c_fc_1")}
+    target = {
+        f"layers.{k}.mlp.{name}.weight": torch.empty(20, 8) for k in range(3) for name in ("gate_proj", "up_proj")
+    }
+    rest = {f"h.{k}.mlp.c_proj.weight": torch.empty(8, 20) for k in range(3)}
+    source |= rest
+    target |= {key.replace("h.", "layers.").replace("c_proj", "down_proj"): tensor for key, tensor in rest.items()}
+    mapping = align(dict(sorted(source.items())) if is_sorted else source, target).mapping
+    assert {key: taken for taken, key in mapping.items() if "gate" in key or "up" in key} == {
+        f"layers.{k}.mlp.{name}.weight": f"h.{k}.mlp.c_fc_{place}.weight"
+        for k in range(3)
+        for place, name in enumerate(("gate_proj", "up_proj"))
+    }
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_the_gains_of_weight_normalisation_go_with_their_kernels(is_sorted: bool) -> None:
+    source, target = {}, {}
+    for unit in range(3):
+        for place, size in ((1, 7), (3, 1)):
+            layer = f"block.{unit}.block.{place}"
+            parts = {"weight_g": torch.rand(8, 1, 1), "weight_v": torch.rand(8, 8, size), "bias": torch.rand(8)}
+            source |= {f"{layer}.{name}": tensor for name, tensor in parts.items()}
+            layer = f"res_unit{unit + 1}.conv{(place + 1) // 2}"
+            target |= {
+                f"{layer}.bias": parts["bias"],
+                f"{layer}.parametrizations.weight.original0": parts["weight_g"],
+                f"{layer}.parametrizations.weight.original1": parts["weight_v"],
+            }
+    mapping = align(dict(sorted(source.items())) if is_sorted else source, target).mapping
+    assert {key: source[taken] for taken, key in mapping.items()} == target

@@ -405,3 +405,40 @@ def test_every_cue_has_a_weight_and_a_reason() -> None:
     assert set(cues.weights()) == {"bias", *cues.WHYS}
     assert all(cues.WHYS.values())
     assert min(cues.weights().values()) > 0  # a cue that speaks for what is makes it more probable
+
+
+def test_a_norm_goes_beside_the_convolution_of_its_number() -> None:
+    sizes = [(16, 3), (32, 16), (48, 32)]
+    source: dict[str, Tensor] = {}
+    for place, (rows, columns) in enumerate(sizes):
+        source |= kernel(f"encoder.{place}.0", rows, columns) | norm(f"encoder.{place}.1", rows)
+        source |= kernel(f"decoder.{2 - place}.0", rows, columns, 2) | norm(f"decoder.{2 - place}.1", rows)
+    target: dict[str, Tensor] = {}
+    for place, (rows, columns) in enumerate(sizes):
+        target |= kernel(f"down.{place}", rows, columns) | norm(f"bn.{place}", rows)
+    mapping = autoalign.align({key: source[key] for key in sorted(source)}, target).mapping
+    assert len(mapping) == len(target)
+    assert all(taken.startswith("encoder.") for taken in mapping)
+
+
+def test_a_norm_goes_beside_the_convolution_of_its_name() -> None:
+    source: dict[str, Tensor] = {}
+    target: dict[str, Tensor] = {}
+    for place in range(4):
+        for step, (name, size) in enumerate((("pw", 1), ("dw", 3))):
+            source |= kernel(f"features.{place}.conv.{step}.0", 24, 24, size)
+            source |= norm(f"features.{place}.conv.{step}.1", 24)
+            target |= kernel(f"blocks.{place}.{name}_conv", 24, 24, size)
+        for name in ("dw", "pw"):
+            target |= norm(f"blocks.{place}.{name}_bn", 24)
+    mapping = autoalign.align({key: source[key] for key in sorted(source)}, target).mapping
+    assert len(mapping) == len(target)
+    assert all((".conv.0." in taken) == (".pw_" in key) for taken, key in mapping.items())
+
+
+def kernel(name: str, rows: int, columns: int, size: int = 3) -> dict[str, Tensor]:
+    return {f"{name}.weight": torch.empty(rows, columns, size, size, device="meta")}
+
+
+def norm(name: str, width: int) -> dict[str, Tensor]:
+    return {f"{name}.{values}": torch.empty(width, device="meta") for values in ("weight", "bias")}

@@ -265,3 +265,61 @@ def test_layers_that_pool_queries_and_keys_are_not_taken_for_these(tmp_path: Pat
             apart |= parts_of_role
         fused, apart = fused | rest, apart | rest
     aligned_both_ways(fused, apart, tmp_path / "a.json")
+
+
+def test_a_fused_tensor_may_be_in_a_list_and_the_layer_of_a_role_in_a_module(tmp_path: Path) -> None:
+    joined, apart = linear("head", 5, _WIDTH), linear("last", 5, _WIDTH)
+    apart = dict(zip(apart, joined.values(), strict=True))
+    for block in range(3):
+        parts = {role: torch.rand(_WIDTH, _WIDTH) for role in "qkv"}
+        joined[f"layers.{block}.self_attn.in_projs.0.weight"] = torch.cat(list(parts.values()))
+        apart |= {f"h.{block}.self_attn.{role}_proj.linear.weight": tensor for role, tensor in parts.items()}
+        wide, out = torch.rand(_HIDDEN, _WIDTH), torch.rand(_WIDTH, _WIDTH)
+        joined |= {f"layers.{block}.gating.weight": wide, f"layers.{block}.self_attn.out_projs.0.weight": out}
+        apart |= {f"h.{block}.mlp.weight": wide, f"h.{block}.self_attn.o_proj.linear.weight": out}
+    aligned_both_ways(joined, apart, tmp_path / "a.json")
+
+
+def test_depthwise_kernels_of_queries_keys_and_values_may_be_one(tmp_path: Path) -> None:
+    joined, apart = linear("head", 5, _WIDTH), dict[str, Tensor]()
+    apart |= joined
+    for block in range(3):
+        kernels = {role: torch.rand(_WIDTH, 1, 4) for role in "qkv"}
+        matrices = {role: torch.rand(_WIDTH, _WIDTH) for role in "qkvo"}
+        apart |= {f"layers.{block}.mixer.{role}_conv1d.weight": kernel for role, kernel in kernels.items()}
+        joined[f"layers.{block}.mixer.conv1d.weight"] = torch.cat(list(kernels.values()))
+        same = {f"layers.{block}.mixer.{role}_proj.weight": matrix for role, matrix in matrices.items()}
+        joined, apart = joined | same, apart | same
+    aligned_both_ways(joined, apart, tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("sizes", [(16, 12, 4, 2), (8, 8, 8, 8)])
+def test_neighbours_that_nothing_names_may_be_one_tensor(sizes: tuple[int, ...]) -> None:
+    joined, apart = linear("head", 5, _WIDTH), dict[str, Tensor]()
+    apart |= joined
+    for block in range(3):
+        parts = {name: torch.rand(size, _WIDTH) for name, size in zip(("gate", "x", "B", "C"), sizes, strict=True)}
+        apart |= {f"layers.{block}.ssm.{name}_part.weight": tensor for name, tensor in parts.items()}
+        joined[f"layers.{block}.mixer.all.weight"] = torch.cat(list(parts.values()))
+        wide = torch.rand(_HIDDEN, _WIDTH)
+        joined, apart = (
+            joined | {f"layers.{block}.mixer.up.weight": wide},
+            apart | {f"layers.{block}.ssm.up.weight": wide},
+        )
+    assert is_named(joined, apart)
+    assert is_named(apart, joined)
+    assert {match.target for match in align(apart, meta(joined)).ambiguous} == {
+        f"layers.{block}.mixer.all.weight" for block in range(3)
+    }
+
+
+def test_gates_may_be_named_after_what_they_take(tmp_path: Path) -> None:
+    joined, apart = linear("head", 5, _WIDTH), dict[str, Tensor]()
+    apart |= joined
+    for side, short, columns in (("input", "ih", 6), ("hidden", "hh", _WIDTH)):
+        gates = {gate: linear(f"cell.{side}_{gate}", _WIDTH, columns) for gate in "rzn"}
+        for gate in gates.values():
+            apart |= gate
+        for kind in ("weight", "bias"):
+            joined[f"rnn.{kind}_{short}_l0"] = torch.cat([gates[gate][f"cell.{side}_{gate}.{kind}"] for gate in "rzn"])
+    aligned_both_ways(joined, apart, tmp_path / "a.json")
