@@ -356,15 +356,11 @@ def _order(state: State, one: Exchange) -> float:
 
 
 def _beside(state: State, one: Exchange) -> float:
-    """Compare how near layers that follow one another on one side stand on the other."""
-    if min(len(one.modules), len(one.ends)) < 2:
-        return 0  # what is unused has no place in the line
+    """Compare how near layers that belong together, or else that follow one another, stand on the other side."""
+    gain = _nearness(state, one, state.companions)
+    if gain or min(len(one.modules), len(one.ends)) < 2:
+        return gain  # what is unused has no place in the line
     return _nearness(state, one, state.neighbours)
-
-
-def _companions(state: State, one: Exchange) -> float:
-    """Compare how near layers of one number on one side stand on the other."""
-    return _nearness(state, one, state.companions)
 
 
 def _nearness(state: State, one: Exchange, besides: tuple[_Neighbours, _Neighbours]) -> float:
@@ -464,8 +460,7 @@ CUES = (
     Cue("numbers", "their numbers", _numbers, _sign_of_sum),
     Cue("ordinals", "words for a place", _ordinals, _sign_of_sum),
     Cue("order", "the order of registration", _order, _mean),
-    Cue("beside", "the layers before and after", _beside, _half_at(_STEPS_SCALE)),
-    Cue("companions", "the layers of their numbers", _companions, _half_at(_STEPS_SCALE)),
+    Cue("beside", "the layers beside them", _beside, _half_at(_STEPS_SCALE)),
     Cue("list order", "the numbers of the list", _list_order, lambda values: sum(values) / (1 + abs(sum(values)))),
     Cue("run", "the direction of the list", _run, _sign_of_sum),
     Cue("whole", "what stands beside them", lambda _, one: one.anchors, _log_of_sum),

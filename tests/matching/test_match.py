@@ -508,3 +508,25 @@ def test_batch_norms_that_the_model_has_folded_are_named(renamed: bool) -> None:
     plain = {key: tensor for key, tensor in source.items() if "bn" not in key}
     assert not [note for note in autoalign.align(plain, model).notes if "convolutions" in note]
     assert not [note for note in autoalign.align(source | biases, model).notes if "convolutions" in note]
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_a_tensor_under_several_keys_is_matched_once(is_sorted: bool) -> None:
+    """One side registers each layer twice, the other its encoder in its decoder as well; their order differs."""
+    source: dict[str, Tensor] = {}
+    target: dict[str, Tensor] = {}
+    for place, (rows, columns) in enumerate([(16, 3), (32, 16), (64, 32)]):
+        kernel, shift = torch.rand(rows, columns, 3, 3), torch.rand(rows)
+        for module in ("encoder", "decoder.encoder"):
+            for name in ("conv", "all_modules.0"):
+                source |= {
+                    f"{module}.stages.{place}.{name}.weight": kernel,
+                    f"{module}.stages.{place}.{name}.bias": shift,
+                }
+        kernel, shift = torch.empty(rows, columns, 3, 3), torch.empty(rows)
+        for module in (f"downsamples.{place}", f"skip_layers.{'next_layer.' * place}downsample"):
+            target |= {f"{module}.conv.weight": kernel, f"{module}.conv.bias": shift}
+    alignment = autoalign.align(dict(sorted(source.items())) if is_sorted else source, target)
+    assert {match.target for match in alignment.matches} == target.keys()
+    assert all(source[match.sources[0]].shape == target[match.target].shape for match in alignment.matches)
+    assert not alignment.ambiguous

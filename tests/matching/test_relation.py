@@ -80,3 +80,13 @@ def test_networks_in_which_most_layers_have_equal_names_and_shapes_are_related()
     alignment = autoalign.align(case.source, case.target)
     assert len(alignment.matches) == len(case.target)
     assert all(case.is_right(match.target, match) for match in alignment.matches)
+
+
+def test_a_network_is_found_beside_as_much_of_another() -> None:
+    """The averages of a checkpoint are buffers of other names, twice as many as the model has tensors."""
+    target = _decoder(names="h")
+    extra = {f"ema_{copy}.{key.replace('.', '_')}": value for copy in range(2) for key, value in _decoder().items()}
+    alignment = autoalign.align(_decoder() | extra, target)
+    assert {key: taken for taken, key in alignment.mapping.items()} == {
+        key: key.replace("h.", "layers.") if key.startswith("h.") else key for key in target
+    }
