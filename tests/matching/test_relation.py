@@ -85,8 +85,18 @@ def test_networks_in_which_most_layers_have_equal_names_and_shapes_are_related()
 def test_a_network_is_found_beside_as_much_of_another() -> None:
     """The averages of a checkpoint are buffers of other names, twice as many as the model has tensors."""
     target = _decoder(names="h")
-    extra = {f"ema_{copy}.{key.replace('.', '_')}": value for copy in range(2) for key, value in _decoder().items()}
+    extra = {f"ema_{copy}_{key.replace('.', '_')}": value for copy in range(2) for key, value in _decoder().items()}
     alignment = autoalign.align(_decoder() | extra, target)
     assert {key: taken for taken, key in alignment.mapping.items()} == {
         key: key.replace("h.", "layers.") if key.startswith("h.") else key for key in target
     }
+
+
+def test_networks_of_which_a_quarter_is_unlike_are_related() -> None:
+    source, target = _decoder(), _decoder(names="h")
+    for layer in range(4):
+        for place in range(3):
+            source[f"layers.{layer}.first{place}.weight"] = torch.empty(11 + place, 7, device="meta")
+            target[f"h.{layer}.second{place}.weight"] = torch.empty(31, 19 + place, device="meta")
+    mapping = autoalign.align(source, target).mapping
+    assert mapping == {key: key.replace("layers", "h") for key in _decoder()}
