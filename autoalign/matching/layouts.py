@@ -149,6 +149,7 @@ def _merging(parts: Sequence[Part]) -> frozenset[Path]:
 def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
     last: dict[tuple[Path, Shape], int] = {}  # module, shape -> the last place of a matrix of this shape below it
     matrices = [part for part in parts if len(part.shape) == 2 and not part.view.takes_part]
+    matrices = [part for part in matrices if {"ih", "hh"}.isdisjoint(words(part.path[-1]))]  # gates of another kind
     shapes = {part.shape for part in matrices}
     if all((columns, rows // 2) not in shapes for rows, columns in shapes):
         return frozenset()

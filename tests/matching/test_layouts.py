@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoalign import align
 from tests.matching.round_trips import aligned_both_ways, is_named, linear, meta
@@ -160,3 +160,11 @@ def test_the_names_of_adapters_leave_no_doubt_of_the_halves_of_their_layer() -> 
                 target[f"{there}.lora_{other}.weight"] = torch.zeros(shape)
     alignment = align(source, target)
     assert alignment.mapping == dict(zip(source, target, strict=True))
+
+
+def test_the_gates_of_recurrent_layers_are_no_halves() -> None:
+    """A bidirectional layer's inputs and what follows it have the shapes of a gated layer."""
+    source = {f"rnn.0.rnn.{key}": value for key, value in nn.LSTM(24, 24, bidirectional=True).state_dict().items()}
+    source |= {"rnn.0.embedding.weight": torch.empty(24, 48), "head.weight": torch.empty(7, 24)}
+    target = {key.replace("rnn.0.rnn", "lstm_1").replace("rnn.0.embedding", "between"): t for key, t in source.items()}
+    assert not align(source, target).ambiguous
