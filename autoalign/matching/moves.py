@@ -151,7 +151,7 @@ class State:
                 continue
             near = [each for each in self.companions[0].get(end, ()) if kinds[each] == kinds[own]]
             if not near and len(paths[end]) > 1:
-                near = [each for each in self.inside[paths[end][:-1]] if kinds[each] == kinds[own]]
+                near = [each for each in self.inside[paths[end][:-1]] if kinds[each] == kinds[own] and each != end]
             if len(near) == 1:
                 return near[0]
         return None
