@@ -247,7 +247,9 @@ def _examples(
     def settled(assignment: Any, own: Any, other: Any, kinds: Any, fixed: Collection[int] = ()) -> Any:
         outcome = settle(assignment, own, other, kinds, fixed)
         slots = slots_of(own.paths), slots_of(other.paths)
-        for stage in (assignment, outcome.assignment) if truth is not None else ():
+        if truth is None:
+            return outcome
+        for stage in (assignment, outcome.assignment):
             for move in cues.moves_of(State(stage, own, other, kinds, slots)):
                 before, after = ([right(*pair, truth) for pair in way] for way in (move.before, move.after))
                 gain = sum(a[0] - b[0] for a, b in zip(before, after, strict=True) if a[1] != b[1])

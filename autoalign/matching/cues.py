@@ -20,8 +20,8 @@ import numpy as np
 from autoalign.matching.assignment import Assignment, with_sources
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED, fitted_weights
 from autoalign.matching.features import Floats, Ints, SideFeatures
-from autoalign.matching.layers import Path, slots_of
-from autoalign.matching.moves import Exchange, State, cut_apart, exchanges_of
+from autoalign.matching.layers import Path, cut_apart, slots_of
+from autoalign.matching.moves import Exchange, State, exchanges_of
 from autoalign.matching.names import counts, likeness, ordinal, words
 from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import common_prefix, numbers, stem, template
@@ -99,7 +99,6 @@ def settled(
     the ``fixed`` target units do not change.
     """
     held, slots = set(fixed), (slots_of(source.paths), slots_of(target.paths))
-    companions = State(assignment, source, target, kinds, slots).companions[1]
 
     def moves(assignment: Assignment) -> list[Move]:
         state = State(assignment, source, target, kinds, slots)
@@ -109,7 +108,7 @@ def settled(
     found = moves(assignment)
     for _ in range(_MAX_ROUNDS):
         better = [move for move in found if move.probability < 0.5]
-        before, assignment = assignment, _made(assignment, better, companions)
+        before, assignment = assignment, _made(assignment, better, target.companions)
         if assignment is before:
             break
         earlier, found = found, moves(assignment)
@@ -157,7 +156,7 @@ class _Decided:
 
     def __init__(self, state: State, pairs: Sequence[tuple[int, int]]) -> None:
         self._paths = state.source.paths, state.target.paths
-        self._contents = tuple(map(_contents, self._paths))
+        self._contents = state.source.contents, state.target.contents
         self._pairs = pairs
         self._counts: dict[tuple[int, int], Counter[object]] = {}
 
@@ -186,15 +185,6 @@ class _Decided:
             cut = max(len(path) - depth, 0)
             way += path[cut:], contents.get(path[:cut])
         return tuple(way)
-
-
-def _contents(paths: Sequence[Path]) -> dict[Path, int]:
-    """Return, for each module, what is equal where the same layers are below it."""
-    below: dict[Path, list[Path]] = {}
-    for path in paths:
-        for depth in range(len(path)):
-            below.setdefault(path[:depth], []).append(path[depth:])
-    return {module: hash(frozenset(names)) for module, names in below.items()}
 
 
 def weights() -> Mapping[str, float]:
@@ -271,8 +261,9 @@ def _names(state: State, one: Exchange) -> float:
     similar = state.assignment.names
     before, after = (np.asarray(pairs).T for pairs in (one.before, one.after))
     gain = 2 * float((similar[before[0], before[1]] - similar[after[0], after[1]]).mean())
-    roles = sum(map(state.has_role, one.before)) - sum(map(state.has_role, one.after))
-    return gain + _ROLE_GAIN * roles / len(one.before)
+    own, other = state.source.roles, state.target.roles
+    roles, after_roles = (sum(not own[a].isdisjoint(other[b]) for a, b in way) for way in (one.before, one.after))
+    return gain + _ROLE_GAIN * (roles - after_roles) / len(one.before)
 
 
 def _modules(_: State, one: Exchange) -> float:
@@ -357,7 +348,7 @@ def _order(state: State, one: Exchange) -> float:
 
 def _beside(state: State, one: Exchange) -> float:
     """Compare how near layers that belong together, or else that follow one another, stand on the other side."""
-    gain = _nearness(state, one, state.companions)
+    gain = _nearness(state, one, (state.source.companions, state.target.companions))
     if gain or min(len(one.modules), len(one.ends)) < 2:
         return gain  # what is unused has no place in the line
     return _nearness(state, one, state.neighbours)

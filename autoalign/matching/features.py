@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise, starmap
 from math import prod
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.matching.layers import Ancestry, Path
-from autoalign.matching.names import similar_words, word_similarity, words
+from autoalign.matching.names import shared_with_companions, similar_words, word_similarity, words
 from autoalign.matching.vocabulary import ROLES
 from autoalign.plan.keys import numbers, stem, template
 
@@ -24,6 +25,7 @@ Floats = NDArray[np.float32]
 # A number may be a repetition (to be replaced) or a role (to be kept); several readings vote together.
 TEMPLATES = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 2), (1, 3))
 _MAX_NUMBERS_KEPT = 2
+_MAX_COMPANIONS = 4  # layers of one number: more are no convolution with its norm
 
 _NUMBER = re.compile(r"\d+")
 _NORM_OFFSET = 1.0  # added to the norm of two names, so that names of common words alone say little
@@ -34,7 +36,7 @@ _MIN_SHARE_THAT_FITS = 0.9  # of namesakes below different prefixes that must be
 _MIN_SHARE_OF_NAMESAKES = 0.5  # of the smaller side's layers, before shared names are believed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SideFeatures:
     """What the names and the order of one side show, as arrays."""
 
@@ -54,6 +56,40 @@ class SideFeatures:
     templates: Ints  # [TEMPLATES, units]: id of the unit's template
     places_in_order: tuple[int, ...]  # of the units, where lists are in the order of their numbers
     roles: tuple[frozenset[str], ...]  # of the units: words for a query, a key or a value in their own names
+
+    @cached_property
+    def companions(self) -> dict[int, list[int]]:
+        """For each unit, those beside it that have its number or its name but for the type of layer.
+
+        As ``norms.2`` and ``convs.2``, or ``pw_conv`` and ``pw_bn``; or that make up a module with it alone.
+        """
+        groups: dict[tuple[Path, tuple[object, ...]], list[int]] = {}
+        for unit, path in enumerate(self.paths):
+            for key in ((path[:-1], ()), *shared_with_companions(path)):
+                groups.setdefault(key, []).append(unit)
+        beside: dict[int, set[int]] = {}
+        for (_, shared), group in groups.items():
+            if 1 < len(group) <= (_MAX_COMPANIONS if shared else 2):
+                for unit in group:
+                    beside.setdefault(unit, set()).update(group)
+        return {unit: sorted(group - {unit}) for unit, group in beside.items()}
+
+    @cached_property
+    def inside(self) -> dict[Path, list[int]]:
+        """The units directly in each module."""
+        inside: dict[Path, list[int]] = {}
+        for unit, path in enumerate(self.paths):
+            inside.setdefault(path[:-1], []).append(unit)
+        return inside
+
+    @cached_property
+    def contents(self) -> dict[Path, int]:
+        """For each module, what is equal where the same layers are below it."""
+        below: dict[Path, list[Path]] = {}
+        for path in self.paths:
+            for depth in range(len(path)):
+                below.setdefault(path[:depth], []).append(path[depth:])
+        return {module: hash(frozenset(names)) for module, names in below.items()}
 
 
 def side_features(

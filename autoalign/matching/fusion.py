@@ -330,7 +330,8 @@ class _Siblings:
                 return SplitPlan(1, sizes, names, UNCERTAIN_ORDER, biased=biased)
         joined = self.joined.get(shape, ())
         if len(set(joined)) == 1 and len(joined) == self.counts[shape]:
-            return SplitPlan(0, *joined[0], UNCERTAIN_ORDER)
+            sizes, names = joined[0]
+            return SplitPlan(0, sizes, names, UNCERTAIN_ORDER)
         return None
 
     def _splits(self, word: str, shape: Sizes) -> Iterator[SplitPlan]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import COLLECTIONS
-from autoalign.plan.keys import common_module, components, numbers, stem
+from autoalign.plan.keys import common_module, common_prefix, components, numbers, stem
 from autoalign.plan.operations import Copy, Operation
 from autoalign.plan.specs import TensorSpec
 
@@ -108,6 +108,7 @@ _GLUED = re.compile(r"(?<=[^_])(?:weight|bias|running_(?:mean|var)|num_batches_t
 _PIECES = re.compile(rf"{_GLUED.pattern}|\d+|\D+?(?=\d|$|{_GLUED.pattern})")
 _MAX_SHARE_OF_LEAVES = 0.2  # of distinct names of tensors among all tensors; a norm has five tensors
 _MAX_NAMED_SIBLINGS = 3  # siblings that differ in a number and are no list of blocks
+_STEP = re.compile(r"(?<=\d)_(?=\d)")  # in "branch2_0": a branch, and a step of it
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_")  # in "features_5_conv_2"
 
 
@@ -334,3 +335,24 @@ def _take_in_biases(groups: dict[Path, dict[str, int]]) -> None:
             groups[layer] |= groups.pop(path)
         elif inside[path[:-1]] == 1 and groups.get(path[:-1], {}).keys() == {"weight"}:
             groups[path[:-1]] |= groups.pop(path)
+
+
+def cut_apart(first: Path, second: Path) -> tuple[Path, Path] | None:
+    """Cut two paths after the first component in which they differ."""
+    depth = len(common_prefix((first, second)))
+    return None if depth == min(len(first), len(second)) else (first[: depth + 1], second[: depth + 1])
+
+
+def steps_inside(path: Path, ends: tuple[Path, Path]) -> tuple[bool, bool]:
+    """For each of two siblings, True if a layer is in it or in another step of the branch that it is a step of.
+
+    >>> steps_inside(("mixed", "branch2_1", "conv"), (("mixed", "branch1_0"), ("mixed", "branch2_0")))
+    (False, True)
+    """
+    *around, _ = ends[0]
+    depth = len(around)
+    if path[:depth] != tuple(around) or len(path) == depth:
+        return False, False
+    name, first, second = path[depth], ends[0][-1], ends[1][-1]
+    branch, own, other = (_STEP.split(each)[0] for each in (name, first, second))
+    return (branch == own, branch == other) if own != other else (name == first, name == second)

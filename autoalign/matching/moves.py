@@ -9,7 +9,6 @@ Each kind is found by a function of ``FINDERS``; ``cues`` judges them all alike.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,20 +16,15 @@ from itertools import chain, combinations, pairwise, product
 
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.features import Ints, SideFeatures
-from autoalign.matching.layers import Path, block_around
-from autoalign.matching.names import words
-from autoalign.matching.vocabulary import LAYER_TYPES
+from autoalign.matching.layers import Path, block_around, cut_apart, steps_inside
 from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 
 _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no counterpart in the other
 _MAX_UNPAIRED_SHARE_OF_BRANCHES = 0.9  # the same for layers of the same names in members of one list
 _MAX_LIST_COMPARED = 6  # members of a list that are all compared: they may be branches rather than blocks
 _MAX_SIBLINGS_COMPARED = 12  # siblings of unlike content that are compared; of twice as many, neighbours only
-_MAX_COMPANIONS = 4  # layers of one number: more are no convolution with its norm
 _MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its margin
 
-_UP_TO_NUMBER = re.compile(r"^\D*")
-_STEP = re.compile(r"(?<=\d)_(?=\d)")  # in "branch2_0": a branch, and a step of it
 
 _Numbers = tuple[int, ...]  # of the name of a member of a list
 
@@ -83,26 +77,6 @@ class State:
         return found[0], found[1]
 
     @cached_property
-    def companions(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        """For each unit of a side, those beside it that have its number or its name but for the type of layer.
-
-        As ``norms.2`` and ``convs.2``, or ``pw_conv`` and ``pw_bn``; or that make up a module with it alone.
-        """
-        found: list[dict[int, list[int]]] = []
-        for side in (self.source, self.target):
-            groups: dict[tuple[Path, tuple[object, ...]], list[int]] = {}
-            for unit, path in enumerate(side.paths):
-                for key in ((path[:-1], ()), *_shared_with_companions(path)):
-                    groups.setdefault(key, []).append(unit)
-            beside: dict[int, set[int]] = {}
-            for (_, shared), group in groups.items():
-                if 1 < len(group) <= (_MAX_COMPANIONS if shared else 2):
-                    for unit in group:
-                        beside.setdefault(unit, set()).update(group)
-            found.append({unit: sorted(group - {unit}) for unit, group in beside.items()})
-        return found[0], found[1]
-
-    @cached_property
     def alike(self) -> dict[int, int]:
         """Equal for matched target units whose layers have the same shapes on both sides."""
         width = int(self.kinds[1].max(initial=0)) + 1
@@ -139,53 +113,24 @@ class State:
             return True
         return len({template(self.end(unit) if is_target else self.target.paths[unit]) for unit in units}) == 1
 
-    def has_role(self, pair: tuple[int, int]) -> bool:
-        """True if both units of a pair are queries, keys or values alike."""
-        return not self.source.roles[pair[0]].isdisjoint(self.target.roles[pair[1]])
-
     def beside_companions(self, unit: int) -> int | None:
         """Return the one source unit like that of a target unit that stands beside those of its companions, if any."""
         kinds, paths, own = self.kinds[0], self.source.paths, self.own_of[unit]
-        for other in self.companions[1][unit]:
+        for other in self.target.companions[unit]:
             if (end := self.own_of.get(other)) is None:
                 continue
-            near = [each for each in self.companions[0].get(end, ()) if kinds[each] == kinds[own]]
+            near = [each for each in self.source.companions.get(end, ()) if kinds[each] == kinds[own]]
             if not near and len(paths[end]) > 1:
-                near = [each for each in self.inside[paths[end][:-1]] if kinds[each] == kinds[own] and each != end]
+                near = [
+                    each for each in self.source.inside[paths[end][:-1]] if kinds[each] == kinds[own] and each != end
+                ]
             if len(near) == 1:
                 return near[0]
         return None
 
-    @cached_property
-    def inside(self) -> dict[Path, list[int]]:
-        """The source units directly in each module."""
-        inside: dict[Path, list[int]] = {}
-        for unit, path in enumerate(self.source.paths):
-            inside.setdefault(path[:-1], []).append(unit)
-        return inside
-
     def end(self, unit: int) -> Path:
         """Return the source layer that fills a target unit."""
         return self.source.paths[self.own_of[unit]]
-
-
-def _shared_with_companions(path: Path) -> Iterator[tuple[Path, tuple[object, ...]]]:
-    """Yield the module of a layer with its number and all that follows, and with what its name says beside its type.
-
-    >>> list(_shared_with_companions(("net", "norms", "2")))
-    [(('net',), ('2',))]
-    >>> list(_shared_with_companions(("net", "pw_bn1", "bn")))
-    [(('net',), ('1',)), (('net',), ((1,), 'pointwise'))]
-    """
-    if len(path) > 1 and path[-1] and not numbers(path[-1]) and LAYER_TYPES.issuperset(words(path[-1])):
-        path = path[:-1]
-    depth = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), -1)
-    if depth >= 0 and not path[depth].isdecimal():
-        yield path[:depth], (_UP_TO_NUMBER.sub("", path[depth]), *path[depth + 1 :])
-    elif depth > 0 and not numbers(path[depth - 1]):
-        yield path[: depth - 1], path[depth:]
-    if told := sorted({*words(path[-1])} - LAYER_TYPES):
-        yield path[:-1], (numbers(path[-1]), *told)
 
 
 def exchanges_of(state: State) -> list[Exchange]:
@@ -245,7 +190,7 @@ def _exchanged(
     for ends, chosen in by_ends.items():
         anchors = 0
         for unit in rest:
-            inside = _inside(state.end(unit), ends)
+            inside = steps_inside(state.end(unit), ends)
             anchors += (inside[0] - inside[1]) * (1 if state.target.paths[unit][: len(top)] == top else -1)
         own = state.own_of
         yield Exchange(
@@ -438,7 +383,7 @@ def _accompanied(state: State) -> Iterator[Exchange]:
     """Find layers, of one list or alone, that could be filled from beside what fills their companions."""
     lists: dict[tuple[Path, Path], list[int]] = {}
     for unit in state.own_of:
-        if unit in state.companions[1]:
+        if unit in state.target.companions:
             path = state.target.paths[unit]
             around = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), len(path))
             lists.setdefault((path[:around], template(path)), []).append(unit)
@@ -521,27 +466,6 @@ def _unused_siblings(
             if not is_numbered and content[first] == content[second]:
                 rows = [sorted(below[module], key=lambda unit: paths[unit]) for module in (first, second)]
                 yield first, rows[0], second, rows[1]
-
-
-def cut_apart(first: Path, second: Path) -> tuple[Path, Path] | None:
-    """Cut two paths after the first component in which they differ."""
-    depth = len(common_prefix((first, second)))
-    return None if depth == min(len(first), len(second)) else (first[: depth + 1], second[: depth + 1])
-
-
-def _inside(path: Path, ends: tuple[Path, Path]) -> tuple[bool, bool]:
-    """For each of two siblings, True if a layer is in it or in another step of the branch that it is a step of.
-
-    >>> _inside(("mixed", "branch2_1", "conv"), (("mixed", "branch1_0"), ("mixed", "branch2_0")))
-    (False, True)
-    """
-    *around, _ = ends[0]
-    depth = len(around)
-    if path[:depth] != tuple(around) or len(path) == depth:
-        return False, False
-    name, first, second = path[depth], ends[0][-1], ends[1][-1]
-    branch, own, other = (_STEP.split(each)[0] for each in (name, first, second))
-    return (branch == own, branch == other) if own != other else (name == first, name == second)
 
 
 FINDERS = (_swapped, _straightened, _reordered, _sequenced, _accompanied, _unused)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from autoalign.matching.vocabulary import (
     KINDS,
+    LAYER_TYPES,
     ORDINALS,
     RELATED_PAIRS,
     RIVAL_PAIRS,
@@ -29,6 +30,7 @@ _MIN_SPELLING_RATIO = 80  # percent, see rapidfuzz
 _MAX_PAIRS_AT_ONCE = 2**22  # of words whose spelling is compared
 _PREFIX_SIMILARITY = 0.8  # of words of which one begins the other
 _RIVAL_SIMILARITY = -0.8
+_UP_TO_NUMBER = re.compile(r"^\D*")
 _SIZES = re.compile(r"\d+(x\d+)+|(?<=[a-z])[123]d(?![a-z])", re.IGNORECASE)
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _KNOWN: dict[str, dict[str, float]] = {}  # word -> the words that the vocabulary relates to it -> similarity
@@ -101,6 +103,25 @@ def counts(component: str) -> tuple[int, ...]:
     ((2,), (4,), (1,))
     """
     return numbers(_SIZES.sub("", component))
+
+
+def shared_with_companions(path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[object, ...]]]:
+    """Yield the module of a layer with its number and all that follows, and with what its name says beside its type.
+
+    >>> list(shared_with_companions(("net", "norms", "2")))
+    [(('net',), ('2',))]
+    >>> list(shared_with_companions(("net", "pw_bn1", "bn")))
+    [(('net',), ('1',)), (('net',), ((1,), 'pointwise'))]
+    """
+    if len(path) > 1 and path[-1] and not numbers(path[-1]) and LAYER_TYPES.issuperset(words(path[-1])):
+        path = path[:-1]
+    depth = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), -1)
+    if depth >= 0 and not path[depth].isdecimal():
+        yield path[:depth], (_UP_TO_NUMBER.sub("", path[depth]), *path[depth + 1 :])
+    elif depth > 0 and not numbers(path[depth - 1]):
+        yield path[: depth - 1], path[depth:]
+    if told := sorted({*words(path[-1])} - LAYER_TYPES):
+        yield path[:-1], (numbers(path[-1]), *told)
 
 
 @lru_cache(maxsize=65536)

@@ -209,7 +209,7 @@ def test_statistics_in_a_module_below_their_norm_are_those_of_the_norm(is_sorted
 
 @pytest.mark.parametrize("is_sorted", [False, True])
 def test_a_norm_may_name_its_bias_with_a_number(is_sorted: bool) -> None:
-    source, target = {}, {}
+    source, target = dict[str, Tensor](), dict[str, Tensor]()
     for block in range(3):
         matrix, scale, shift = torch.rand(8, 8), torch.rand(8), torch.rand(8)
         source |= {f"layers.{block}.linear.weight": matrix, f"layers.{block}.norm.a_2": scale}
@@ -238,7 +238,7 @@ def test_a_number_is_no_role_where_the_numbers_are_counted_from_nought(is_sorted
 
 @pytest.mark.parametrize("is_sorted", [False, True])
 def test_the_gains_of_weight_normalisation_go_with_their_kernels(is_sorted: bool) -> None:
-    source, target = {}, {}
+    source, target = dict[str, Tensor](), dict[str, Tensor]()
     for unit in range(3):
         for place, size in ((1, 7), (3, 1)):
             layer = f"block.{unit}.block.{place}"
