@@ -328,7 +328,7 @@ class _Siblings:
                 self.lacking.get((shape[0], size), 0) >= sizes.count(size) for size in sizes
             ):
                 return SplitPlan(1, sizes, names, UNCERTAIN_ORDER, biased=biased)
-        joined = self.joined.get(shape, ())
+        joined = self.joined.get(shape, [])
         if len(set(joined)) == 1 and len(joined) == self.counts[shape]:
             sizes, names = joined[0]
             return SplitPlan(0, sizes, names, UNCERTAIN_ORDER)
