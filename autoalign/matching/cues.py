@@ -118,7 +118,7 @@ def settled(
     rival, doubts = assignment.runner_up.copy(), dict[int, str]()
     place_of = {unit: place for place, unit in enumerate(assignment.target.tolist())}
     for move in found:
-        cap = _cap(move.probability)
+        cap = cap_of(move.probability)
         doubt = _doubt(move, slots) if cap <= AMBIGUOUS else ""
         for (_, other), (own, new) in zip(move.before, move.after, strict=True):
             place = place_of[other]
@@ -197,7 +197,8 @@ def likely() -> float:
     return 0.99 / (1 + exp(-weights()["bias"] - weights()["order"]))
 
 
-def _cap(probability: float) -> float:
+def cap_of(probability: float) -> float:
+    """Return the most that a match is believed that is right with this probability, as far as one thing tells."""
     if probability >= SURE:
         return 1.0 if probability >= CERTAIN else probability
     return INFERRED if probability >= likely() else AMBIGUOUS

@@ -34,13 +34,13 @@ from autoalign.matching.confidence import (
     unused_duplicates,
 )
 from autoalign.matching.conventions import with_literal_norms
-from autoalign.matching.cues import settled
+from autoalign.matching.cues import cap_of, settled
 from autoalign.matching.features import namesakes, share_of, side_features
 from autoalign.matching.fusion import split_both
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
 from autoalign.matching.list_order import REVERSIBLE, reversible_lists
 from autoalign.matching.names import kind, words
-from autoalign.matching.relation import equal_layers, equal_tensors, is_related
+from autoalign.matching.relation import equal_layers, equal_tensors, relation
 from autoalign.matching.repeats import is_renamed
 from autoalign.matching.scope import Scope, pattern_for, scope_of, within
 from autoalign.matching.vocabulary import EMBEDDING_WORDS, KNOWN, NO_VOCABULARY, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
@@ -52,6 +52,7 @@ _MIN_SHARE_OF_NAMESAKES = 0.9  # of the smaller side's layers, for a layer of an
 _MIN_SHARE_TO_RELATE = 0.5  # of them that are matched; then the sides are related, however the rest is spread
 _MIN_SIMILARITY_AMONG_NAMESAKES = 0.3  # of names, where another name is another layer
 _MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and where not all pairs were compared
+_PERHAPS_UNRELATED = "right shape, but source and target may be different architectures: too many layers are unlike"
 CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
 ONLY_SHAPES = "right shape, but no other evidence: most of the modules around it have no counterparts"
 _TABLES = EMBEDDING_WORDS | NO_VOCABULARY  # words for matrices of which rows are taken
@@ -233,7 +234,8 @@ def match_parts(
     by_name |= share_of(equal_layers(same, (own, source.parts), (other, target.parts)), counts) >= _MIN_SHARE_TO_RELATE
     units = (own, named[0]), (other, named[1])
     ordered = source.ordered and target.ordered
-    if not (pins or by_name) and not is_related(assignment, confidence, *units, whole, ordered=ordered):
+    related = 1.0 if pins or by_name else relation(assignment, confidence, *units, whole, ordered=ordered)
+    if related < 0.5:
         return None, _mismatches(source, target, own, other, same)
     lists = reversible_lists(assignment, (own, source.parts), (other, target.parts))
     has_duplicate = unused_duplicates(assignment, (own, source.parts))
@@ -253,8 +255,10 @@ def match_parts(
         is_contradicted = _are_rivals(own[i], other[j]) or _is_added(own[i], other[j])
         is_ambiguous = has_duplicate[place] or is_stranded or is_contradicted or is_crowded or place in only_shapes
         cap = AMBIGUOUS if is_ambiguous else INFERRED if place in lists.by_order else 1.0
+        cap = min(cap, cap_of(related))
         doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
         doubt = doubt or (CROWDED if is_crowded else ONLY_SHAPES if place in only_shapes else None)
+        doubt = doubt or (_PERHAPS_UNRELATED if cap_of(related) == AMBIGUOUS else None)
         for a, b in paired_parts(own[i], other[j]):
             piece, wanted = source.parts[a], target.parts[b]
             operation = _operation(piece, wanted, transposed=a in kinds.transposed)

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
-from math import log
+from math import exp, log
 
 import numpy as np
 
 from autoalign.matching.assembly import Found, SideParts
 from autoalign.matching.assignment import Assignment
-from autoalign.matching.candidates import paired_parts
+from autoalign.matching.candidates import paired_parts, squeeze
 from autoalign.matching.confidence import INFERRED, MIN_LIKELY, fitted_weights
 from autoalign.matching.features import Floats, namesakes, share_of
 from autoalign.matching.layers import Part, Units, counts_of, units_of
@@ -23,7 +23,6 @@ from autoalign.plan.operations import Copy, Shape
 _MIN_SHARE_OF_EQUALS = 0.5  # of the smaller side's layers; then that they are equal is no coincidence
 _MIN_SHARE_EXPLAINED = 0.9  # of both sides' matrices; what explains fewer is not said
 _MIN_SHARE_SPLIT = 0.6  # of them that differ in one dimension; in a part of a model nearly all but embeddings do
-_MIN_SOUND_FIT = 0.5  # the fit of shapes from which a pair is more than elements of equal number
 _MAX_INPUT_CHANNELS = 4  # of images
 _MIN_ROWS_PER_COLUMN = 4  # of a table of words
 _UNMATCHED_OF_RELATED = 0.05  # share of layers; whether fewer have no counterpart tells little
@@ -41,7 +40,7 @@ _Pairs = list[tuple[int, int]]  # of parts: source, target
 _Side = tuple[Units, Sequence[Part]]
 
 
-def is_related(
+def relation(
     assignment: Assignment,
     confidence: Floats,
     source: _Side,
@@ -49,16 +48,17 @@ def is_related(
     whole: tuple[Sequence[Part], Sequence[Part]],
     *,
     ordered: bool,
-) -> bool:
-    """True if two networks have enough in common for any of it to be believed: by the fitted weights.
+) -> float:
+    """Return the probability that two networks are related, so that what they have in common may be believed.
 
-    And they must not begin with layers of different kinds: one that starts with a table of words is not one that starts
-    with a convolution. That is seen in the parts of the ``whole`` sides, in scope or not: by shapes, and in the order
-    of keys if they are ``ordered``.
+    The fitted weights tell. But they must not begin with layers of different kinds: one that starts with a table of
+    words is not one that starts with a convolution. That is seen in the parts of the ``whole`` sides, in scope or not:
+    by shapes, and in the order of keys if they are ``ordered``.
     """
     found, weights = common_ground(assignment, confidence, source, target), fitted_weights("relation")
-    is_enough = sum(weights[name] * value for name, value in found.items()) > 0
-    return is_enough and _begin_alike(assignment, confidence, source, target, whole, ordered=ordered)
+    if not _begin_alike(assignment, confidence, source, target, whole, ordered=ordered):
+        return 0.0
+    return 1 / (1 + exp(-sum(weights[name] * value for name, value in found.items())))
 
 
 def common_ground(assignment: Assignment, confidence: Floats, source: _Side, target: _Side) -> dict[str, float]:
@@ -90,22 +90,22 @@ def _begin_alike(
     *,
     ordered: bool,
 ) -> bool:
-    """True if the first layers of two networks are of one kind, or matched to one another, or one of them fits well."""
+    """True if the first layers of two networks are of one kind, or matched, or one is matched to one of its sizes."""
     likely = confidence > MIN_LIKELY
-    pairs = [
-        [{side[1][part].tensor for _, part in side[0][unit].parts} for unit in index[likely].tolist()]
-        for side, index in ((source, assignment.source), (target, assignment.target))
-    ]
-    fits = assignment.cues["shape"][likely] >= _MIN_SOUND_FIT
+    pairs = zip(assignment.source[likely].tolist(), assignment.target[likely].tolist(), strict=True)
+    paired = [(source[1][a], target[1][b]) for i, j in pairs for a, b in paired_parts(source[0][i], target[0][j])]
+    alike = [parts for parts in paired if len({tuple(sorted(squeeze(part.shape))) for part in parts}) == 1]
+    tensors = {(own.tensor, other.tensor) for own, other in paired}
+    matched = [{part.tensor for part in parts} for parts in zip(*alike, strict=True)] or [set(), set()]
     for first in (_input_layer, _first_layer) if ordered else (_input_layer,):
         own, other = map(first, whole)
         if own is None or other is None or _input_kind(own) == _input_kind(other):
             continue
-        has_own, has_other = (
-            np.asarray([part.tensor in tensors for tensors in of], dtype=np.bool_)
-            for of, part in zip(pairs, (own, other), strict=True)
-        )
-        if not (has_own & has_other | (has_own | has_other) & fits).any():
+        if (
+            (own.tensor, other.tensor) not in tensors
+            and own.tensor not in matched[0]
+            and other.tensor not in matched[1]
+        ):
             return False
     return True
 
