@@ -25,6 +25,7 @@ _ROLE_LISTS = [roles for lists in FUSED.values() for roles in lists]
 _ROLES = frozenset(role for roles in _ROLE_LISTS for role in roles)
 _QKV = FUSED["qkv"][0]
 _BESIDE_ROLES = frozenset({"proj", "linear", "to"})  # words in names of projections to a role, unlike `pool_q`
+_MIN_INITIALS = 3  # of the name of a fused tensor that is made of them
 _MAX_JOINED = 6  # neighbours that make up one tensor and have no words for roles
 _NO_INPUT = _ROLES | {"o", "down"}  # words of layers that are not parts of one, each of another input
 BY_ORDER = "the parts are distinguished by their order alone"
@@ -225,6 +226,7 @@ class _Siblings:
         # shape that neighbours would have together, which only they have -> their sizes and names, in every module
         self.joined: dict[Sizes, list[tuple[Sizes, tuple[str, ...]]]] = {}
         self.beside: dict[Sizes, set[Sizes]] = {}  # rest -> sizes of q, k and v, and of the one such layer beside them
+        self.initials: dict[tuple[tuple[str, Sizes], ...], dict[str, tuple[str, Sizes]]] = {}  # of neighbours' names
         children: dict[Path, list[tuple[str, dict[str, Sizes]]]] = {}
         units = units_of(parts)
         for unit in (units[position] for position in units.ancestry.in_order):
@@ -232,6 +234,8 @@ class _Siblings:
             path = _role_path(unit.path)
             children.setdefault(path[:-1], []).append((path[-1], shapes))
         for members in children.values():
+            matrices = tuple((name, of["weight"]) for name, of in members if len(of.get("weight", ())) > 1)
+            self.initials[matrices] = {(*words(name), "-")[0][0]: (name, shape) for name, shape in reversed(matrices)}
             self._add_roles(members)
             self._add_neighbours(members)
         self._add_beside(children)
@@ -311,6 +315,9 @@ class _Siblings:
                 return plan
         if shape in self.shapes or shape[::-1] in self.shapes or len(shape) < 2:
             return None
+        for word in named if not fused else ():
+            if plan := self._spelled(word, shape):
+                return plan
         if not fused:
             for sizes in sorted(self.by_role.get((_QKV, shape[1:], 0), ())):
                 if sum(sizes) == shape[0]:
@@ -332,6 +339,17 @@ class _Siblings:
         if len(set(joined)) == 1 and len(joined) == self.counts[shape]:
             sizes, names = joined[0]
             return SplitPlan(0, sizes, names, UNCERTAIN_ORDER)
+        return None
+
+    def _spelled(self, word: str, shape: Sizes) -> SplitPlan | None:
+        """Split a tensor whose name has the initials of its parts, in their order, as ``gqkv``."""
+        if not _MIN_INITIALS <= len(set(word)) == len(word):
+            return None
+        for initials in self.initials.values():
+            parts = [initials[letter] for letter in word if letter in initials]
+            sizes = tuple(part[0] for _, part in parts)
+            if len(parts) == len(word) and sum(sizes) == shape[0] and {part[1:] for _, part in parts} == {shape[1:]}:
+                return SplitPlan(0, sizes, tuple(name for name, _ in parts))
         return None
 
     def _splits(self, word: str, shape: Sizes) -> Iterator[SplitPlan]:

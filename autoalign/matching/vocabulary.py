@@ -69,7 +69,7 @@ SYNONYMS: dict[str, str] = {
     "decoder": "dec",
     "model": "network net module",
     "add": "added",
-    "pre": "before prior",
+    "pre": "before prior macaron",
     "post": "after",
     "last": "final",
     "reverse": "reversed backward",
@@ -151,6 +151,10 @@ RELATED: tuple[tuple[str, str, float], ...] = (
     ("head", "proj", 0.2),
     ("head", "out", 0.3),
     ("head", "reverse", 0.8),
+    ("actor", "policy", 0.8),
+    ("actor", "pi", 0.8),
+    ("critic", "v", 0.6),
+    ("critic", "vf", 0.8),
     ("context", "add", 0.5),
     ("text", "add", 0.5),
     ("context", "text", 0.6),
@@ -164,7 +168,7 @@ RELATED: tuple[tuple[str, str, float], ...] = (
 # Words for tensors that hold several roles -> the roles in the order in which they hold them, which may be of several
 # kinds: the gates of an LSTM are input, forget, cell and output, those of a GRU reset, update and new.
 FUSED: dict[str, tuple[tuple[str, ...], ...]] = {
-    "qkv": (("q", "k", "v"),),
+    "qkv": (("q", "k", "v"), ("q", "kv")),
     "kv": (("k", "v"),),
     "gateup": (("gate", "up"),),
     "ih": (("ii", "if", "ig", "io"), ("ir", "iz", "in")),
