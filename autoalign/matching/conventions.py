@@ -169,7 +169,8 @@ def _floats(layer: _Layer) -> _Layer:
 
 
 def _is_norm(floats: _Layer) -> bool:
-    return len(floats) in _NORM_KINDS and len({part.shape for part in floats}) == 1 and len(floats[0].shape) == 1
+    shapes = {part.shape for part in floats}
+    return len(floats) in _NORM_KINDS and len(shapes) == 1 and sum(size != 1 for size in shapes.pop()) == 1
 
 
 def _agreed(votes: Iterable[tuple[str, str]]) -> dict[str, str]:
