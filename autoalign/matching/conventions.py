@@ -143,7 +143,7 @@ def _by_company(layers: Iterable[_Layer], known: _Meanings) -> Iterator[tuple[st
         if len(floats) == 2:
             matrix, vector = sorted(floats, key=lambda part: -len(part.shape))
             meanings = {matrix.path[-1]: "weight", vector.path[-1]: "bias"}
-            fits = len(matrix.shape) > 1 and len(vector.shape) == 1 and vector.shape[0] in matrix.shape
+            fits = len(matrix.shape) > 1 and len(vector.shape) == 1 and vector.shape[0] in {*matrix.shape} - {1}
             if fits and all(known.get(name, values) == values for name, values in meanings.items()):
                 yield from meanings.items()
         unknown = _unknown(floats, known)

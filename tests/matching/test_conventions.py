@@ -252,3 +252,31 @@ def test_the_gains_of_weight_normalisation_go_with_their_kernels(is_sorted: bool
             }
     mapping = align(dict(sorted(source.items())) if is_sorted else source, target).mapping
     assert {key: source[taken] for taken, key in mapping.items()} == target
+
+
+def test_a_norm_may_keep_dimensions_of_one() -> None:
+    source, target = dict[str, Tensor](), dict[str, Tensor]()
+    for unit in range(3):
+        kernel, alpha, beta = torch.rand(8, 8, 7), torch.rand(8), torch.rand(8)
+        source |= {f"layers.{unit}.0.alpha": alpha, f"layers.{unit}.0.beta": beta, f"layers.{unit}.1.weight": kernel}
+        shaped = {"alpha": alpha[None, :, None], "beta": beta[None, :, None]}
+        target |= {f"block.{unit}.snake.{name}": tensor for name, tensor in shaped.items()}
+        target[f"block.{unit}.conv.weight"] = kernel
+    alignment = align(source, target)
+    loaded = alignment.state_dict()
+    assert loaded.keys() == target.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in target.items())
+
+
+def test_a_gate_of_one_element_makes_no_layer_of_a_table() -> None:
+    source = {"patch_embedding.weight": torch.rand(32, 3, 4, 4), "block.weight": torch.rand(32, 32)}
+    source |= {f"{name}_embedding.{kind}": torch.rand(*shape) for name in ("pre", "post") for kind, shape in _TABLE}
+    target = {
+        key.replace("patch_embedding", "conv").replace("_embedding", "_pos_embed"): t for key, t in source.items()
+    }
+    loaded = align(source, target).state_dict()
+    assert loaded.keys() == target.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in target.items())
+
+
+_TABLE = (("embedding", (4, 4, 1, 32)), ("gate", (1,)))

@@ -442,3 +442,25 @@ def kernel(name: str, rows: int, columns: int, size: int = 3) -> dict[str, Tenso
 
 def norm(name: str, width: int) -> dict[str, Tensor]:
     return {f"{name}.{values}": torch.empty(width, device="meta") for values in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        (("policy_net", "value_net"), ("actor", "critic")),
+        (("pi", "vf"), ("actor", "critic")),
+        (("ffn1", "ffn2"), ("feed_forward_macaron", "feed_forward")),
+    ],
+)
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_words_of_the_field_tell_branches_apart(
+    own: tuple[str, str], other: tuple[str, str], *, is_reversed: bool
+) -> None:
+    def branches(names: tuple[str, str]) -> dict[str, Tensor]:
+        shapes = {"0.weight": (INNER, WIDTH), "0.bias": (INNER,), "2.weight": (WIDTH, INNER), "2.bias": (WIDTH,)}
+        return {f"{name}.{key}": torch.empty(shape, device="meta") for name in names for key, shape in shapes.items()}
+
+    target = branches(other[::-1] if is_reversed else other)
+    mapping = autoalign.align(branches(own), target).mapping
+    assert len(mapping) == len(target)
+    assert all(key.split(".")[0] == other[own.index(taken.split(".")[0])] for taken, key in mapping.items())

@@ -323,3 +323,25 @@ def test_gates_may_be_named_after_what_they_take(tmp_path: Path) -> None:
         for kind in ("weight", "bias"):
             joined[f"rnn.{kind}_{short}_l0"] = torch.cat([gates[gate][f"cell.{side}_{gate}.{kind}"] for gate in "rzn"])
     aligned_both_ways(joined, apart, tmp_path / "a.json")
+
+
+def test_the_name_of_a_fused_tensor_may_have_the_initials_of_its_parts(tmp_path: Path) -> None:
+    joined, apart = linear("head", 5, _WIDTH), dict[str, Tensor]()
+    apart |= joined
+    for block in range(3):
+        parts = {name: torch.rand(_WIDTH, _WIDTH) for name in ("gate", "q", "k", "v", "o")}
+        apart |= {f"layers.{block}.attn.{name}_proj.weight": tensor for name, tensor in parts.items()}
+        joined[f"layers.{block}.attn.o_proj.weight"] = parts.pop("o")
+        joined[f"layers.{block}.attn.gqkv_proj.weight"] = torch.cat(list(parts.values()))
+    aligned_both_ways(joined, apart, tmp_path / "a.json")
+
+
+def test_queries_may_be_apart_from_keys_and_values(tmp_path: Path) -> None:
+    joined, apart = linear("head", 5, _WIDTH), dict[str, Tensor]()
+    apart |= joined
+    for block in range(2):
+        query, both, out = torch.rand(_WIDTH, _WIDTH), torch.rand(2 * _WIDTH, _WIDTH), torch.rand(_WIDTH, _WIDTH)
+        apart |= {f"pool.{block}.q.weight": query, f"pool.{block}.kv.weight": both, f"pool.{block}.proj.weight": out}
+        joined |= {f"pool.{block}.attn.in_proj_weight": torch.cat([query, both])}
+        joined[f"pool.{block}.attn.out_proj.weight"] = out
+    aligned_both_ways(joined, apart, tmp_path / "a.json")
