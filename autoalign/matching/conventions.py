@@ -235,7 +235,7 @@ def with_own_statistics(parts: Sequence[Part]) -> Sequence[Part]:
 
 
 def with_parametrised_weights(parts: Sequence[Part]) -> Sequence[Part]:
-    """Give the tensors of which torch computes a weight to their layer; those of weight normalisation as its weight.
+    """Name what torch computes a weight of as parts of its layer; of weight normalisation, as a weight and a gain.
 
     >>> names = ("a.parametrizations.weight.original0", "a.parametrizations.weight.original1", "b.weight_v")
     >>> parts = [Part(k, (*name.split("."),), (8, 1), "float") for k, name in enumerate(names)]

@@ -57,7 +57,7 @@ def test_everything_that_an_alignment_says_is_kept(tmp_path: Path) -> None:
     match = Match("qk.weight", ("q.weight", "k.weight"), Concatenate(0), 0.75, {"name": 0.5}, (), ("beware",))
     made = autoalign.align(source, target, exclude="other")
     alignment = Alignment(
-        (match,), made.ambiguous, (), made.source_specs, made.target_specs, made.excluded, ("note",), made.tensors
+        (match,), (), (), made.source_specs, made.target_specs, made.excluded, ("note",), made.tensors
     )
     alignment.save(tmp_path / "a.json")
     read = Alignment.read(tmp_path / "a.json")
