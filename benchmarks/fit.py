@@ -33,7 +33,7 @@ from autoalign.matching import candidates, cues, pipeline, relation
 from autoalign.matching.candidates import paired_parts
 from autoalign.matching.confidence import WEIGHTS_FILE
 from autoalign.matching.layers import slots_of
-from autoalign.matching.moves import State
+from autoalign.matching.state import State
 from benchmarks.cases import perturbations
 from benchmarks.cases.gold import index as gold_index
 from benchmarks.cases.gold import names, read

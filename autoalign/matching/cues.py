@@ -21,8 +21,9 @@ from autoalign.matching.assignment import Assignment, with_sources
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED, fitted_weights
 from autoalign.matching.features import Floats, Ints, SideFeatures
 from autoalign.matching.layers import Path, cut_apart, slots_of
-from autoalign.matching.moves import Exchange, State, exchanges_of
+from autoalign.matching.moves import exchanges_of
 from autoalign.matching.names import counts, likeness, ordinal, words
+from autoalign.matching.state import Exchange, State
 from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 

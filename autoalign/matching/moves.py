@@ -9,14 +9,13 @@ Each kind is found by a function of ``FINDERS``; ``cues`` judges them all alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, combinations, pairwise, product
 
-from autoalign.matching.assignment import Assignment
-from autoalign.matching.features import Ints, SideFeatures
+from autoalign.matching.features import Ints
 from autoalign.matching.layers import Path, block_around, cut_apart, steps_inside
+from autoalign.matching.state import Exchange, State
 from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 
 _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no counterpart in the other
@@ -24,113 +23,6 @@ _MAX_UNPAIRED_SHARE_OF_BRANCHES = 0.9  # the same for layers of the same names i
 _MAX_LIST_COMPARED = 6  # members of a list that are all compared: they may be branches rather than blocks
 _MAX_SIBLINGS_COMPARED = 12  # siblings of unlike content that are compared; of twice as many, neighbours only
 _MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its margin
-
-
-_Numbers = tuple[int, ...]  # of the name of a member of a list
-
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """One change: some modules of the target, or layers, take what fills others of them, or what is unused."""
-
-    modules: tuple[Path, ...]
-    ends: tuple[Path, ...]  # the modules of the source that fill them, and unused ones
-    takes: tuple[int, ...]  # of each module: which of the ends it would have instead
-    before: tuple[tuple[int, int], ...]  # pairs of units that would be given up
-    after: tuple[tuple[int, int], ...]  # those that would be made instead
-    ordered: tuple[tuple[int, int], ...] = ()  # pairs of places in both, whose order the change concerns
-    is_alone: bool = False  # it is no exchange of the same modules in every block
-    anchors: int = 0  # layers beside these that fill the same modules: how many more than after the change
-
-
-@dataclass(frozen=True)
-class State:
-    """An assignment, and what its moves are found and judged by."""
-
-    assignment: Assignment
-    source: SideFeatures
-    target: SideFeatures
-    kinds: tuple[Ints, Ints]  # of the units of each side, equal where all shapes are
-    slots: tuple[Sequence[str], Sequence[str]]  # the names of each side's units without the numbers of their lists
-
-    @cached_property
-    def own_of(self) -> dict[int, int]:
-        """The source unit of each matched target unit."""
-        return dict(zip(self.assignment.target.tolist(), self.assignment.source.tolist(), strict=True))
-
-    @cached_property
-    def other_of(self) -> dict[int, int]:
-        """The target unit that each used source unit fills."""
-        return {own: other for other, own in self.own_of.items()}
-
-    @cached_property
-    def neighbours(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        """For each matched unit of a side, those just before and after it, where the side is in order."""
-        found: list[dict[int, list[int]]] = []
-        for side, matched in ((self.source, self.other_of), (self.target, self.own_of)):
-            line = sorted(matched, key=side.ancestry.order.__getitem__) if side.ordered else []
-            beside: dict[int, list[int]] = {unit: [] for unit in line}
-            for first, second in pairwise(line):
-                beside[first].append(second)
-                beside[second].append(first)
-            found.append(beside)
-        return found[0], found[1]
-
-    @cached_property
-    def alike(self) -> dict[int, int]:
-        """Equal for matched target units whose layers have the same shapes on both sides."""
-        width = int(self.kinds[1].max(initial=0)) + 1
-        ids = self.kinds[0][self.assignment.source] * width + self.kinds[1][self.assignment.target]
-        return dict(zip(self.assignment.target.tolist(), ids.tolist(), strict=True))
-
-    @cached_property
-    def below(self) -> dict[Path, list[int]]:
-        """The matched target units in each module, and each layer itself."""
-        below: dict[Path, list[int]] = {}
-        for unit in self.assignment.target.tolist():
-            path = self.target.paths[unit]
-            for depth in range(1, len(path) + 1):
-                below.setdefault(path[:depth], []).append(unit)
-        return below
-
-    @cached_property
-    def sequences(self) -> dict[tuple[bool, Path, str, Path], list[int]]:
-        """The matched target units, in order, that differ in the number of a list's member alone.
-
-        Those of lists of the target (True), or of the source, where the order of what the other side has tells.
-        """
-        found: dict[tuple[bool, Path, str, Path], list[int]] = {}
-        for unit in sorted(self.own_of, key=self.target.places_in_order.__getitem__):
-            for is_target, path in ((False, self.end(unit)), (True, self.target.paths[unit])):
-                for depth, name in enumerate(path):
-                    if numbers(name):
-                        found.setdefault((is_target, path[:depth], stem(name), path[depth + 1 :]), []).append(unit)
-        return {key: units for key, units in found.items() if len(units) > 1 and self._is_ordered(key[0], units)}
-
-    def _is_ordered(self, is_target: bool, units: Sequence[int]) -> bool:
-        """True if what the other side has for some units is in order: it is registered, or a list."""
-        if (self.source if is_target else self.target).ordered:
-            return True
-        return len({template(self.end(unit) if is_target else self.target.paths[unit]) for unit in units}) == 1
-
-    def beside_companions(self, unit: int) -> int | None:
-        """Return the one source unit like that of a target unit that stands beside those of its companions, if any."""
-        kinds, paths, own = self.kinds[0], self.source.paths, self.own_of[unit]
-        for other in self.target.companions[unit]:
-            if (end := self.own_of.get(other)) is None:
-                continue
-            near = [each for each in self.source.companions.get(end, ()) if kinds[each] == kinds[own]]
-            if not near and len(paths[end]) > 1:
-                near = [
-                    each for each in self.source.inside[paths[end][:-1]] if kinds[each] == kinds[own] and each != end
-                ]
-            if len(near) == 1:
-                return near[0]
-        return None
-
-    def end(self, unit: int) -> Path:
-        """Return the source layer that fills a target unit."""
-        return self.source.paths[self.own_of[unit]]
 
 
 def exchanges_of(state: State) -> list[Exchange]:
@@ -387,29 +279,54 @@ def _accompanied(state: State) -> Iterator[Exchange]:
             path = state.target.paths[unit]
             around = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), len(path))
             lists.setdefault((path[:around], template(path)), []).append(unit)
-    own, other = state.own_of, state.other_of
     for units in lists.values():
-        near = {unit: state.beside_companions(unit) for unit in units}
-        takes = {unit: new for unit, new in near.items() if new is not None and new != own[unit]}
-        free = [own[unit] for unit in takes if own[unit] not in takes.values()]
-        for new in list(takes.values()):  # what another layer gives up, that takes in exchange
-            if new in other and other[new] not in takes:
-                swap = next((end for end in free if state.kinds[0][end] == state.kinds[0][new]), None)
-                if swap is None:
-                    break
-                takes[other[new]] = swap
-                free.remove(swap)
-        else:
-            ends = list(dict.fromkeys([*(own[unit] for unit in takes), *takes.values()]))
-            if len(takes) > 1 and len(set(takes.values())) == len(takes):
-                yield Exchange(
-                    tuple([state.target.paths[unit] for unit in takes]),
-                    tuple([state.source.paths[end] for end in ends]),
-                    tuple([ends.index(new) for new in takes.values()]),
-                    tuple([(own[unit], unit) for unit in takes]),
-                    tuple([(new, unit) for unit, new in takes.items()]),
-                    tuple([(place, place + 1) for place in range(len(takes) - 1)]),
-                )
+        yield from _filled_anew(state, {unit: state.beside_companions(unit) for unit in units})
+
+
+def _strayed(state: State) -> Iterator[Exchange]:
+    """Find layers of a block that are filled from outside what fills most of it, where that has one left for them."""
+    blocks: dict[Path, list[int]] = {}
+    for unit in state.own_of:
+        blocks.setdefault(block_around(state.target.paths[unit]), []).append(unit)
+    ends: dict[Path, list[int]] = {}
+    for unit, path in enumerate(state.source.paths):
+        ends.setdefault(block_around(path), []).append(unit)
+    own, kinds = state.own_of, state.kinds[0]
+    for block, units in blocks.items():
+        counts = Counter([block_around(state.end(unit)) for unit in units])
+        end, count = counts.most_common(1)[0]
+        if block and end and 2 * count > len(units) > count:
+            left = set(ends[end]) - {own[unit] for unit in units}
+            takes: dict[int, int | None] = {}
+            for unit in units:
+                if block_around(state.end(unit)) != end:
+                    fits = [each for each in left if kinds[each] == kinds[own[unit]]]
+                    takes[unit] = fits[0] if len(fits) == 1 else None
+            yield from _filled_anew(state, takes)
+
+
+def _filled_anew(state: State, fills: Mapping[int, int | None]) -> Iterator[Exchange]:
+    """Yield the exchange in which target units take other sources, and those that had them what these give up."""
+    own, other = state.own_of, state.other_of
+    takes = {unit: new for unit, new in fills.items() if new is not None and new != own[unit]}
+    free = [own[unit] for unit in takes if own[unit] not in takes.values()]
+    for new in list(takes.values()):
+        if new in other and other[new] not in takes:
+            swap = next((end for end in free if state.kinds[0][end] == state.kinds[0][new]), None)
+            if swap is None:
+                return
+            takes[other[new]] = swap
+            free.remove(swap)
+    ends = list(dict.fromkeys([*(own[unit] for unit in takes), *takes.values()]))
+    if len(takes) > 1 and len(set(takes.values())) == len(takes):
+        yield Exchange(
+            tuple([state.target.paths[unit] for unit in takes]),
+            tuple([state.source.paths[end] for end in ends]),
+            tuple([ends.index(new) for new in takes.values()]),
+            tuple([(own[unit], unit) for unit in takes]),
+            tuple([(new, unit) for unit, new in takes.items()]),
+            tuple([(place, place + 1) for place in range(len(takes) - 1)]),
+        )
 
 
 def _tops(groups: Sequence[Sequence[Path]]) -> tuple[Path, ...]:
@@ -468,4 +385,4 @@ def _unused_siblings(
                 yield first, rows[0], second, rows[1]
 
 
-FINDERS = (_swapped, _straightened, _reordered, _sequenced, _accompanied, _unused)
+FINDERS = (_swapped, _straightened, _reordered, _sequenced, _accompanied, _strayed, _unused)

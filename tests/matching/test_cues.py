@@ -18,7 +18,7 @@ from autoalign.matching.assignment import Assignment
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED
 from autoalign.matching.features import name_scores, side_features
 from autoalign.matching.layers import ancestry, slots_of
-from autoalign.matching.moves import Exchange, State
+from autoalign.matching.state import Exchange, State
 
 WIDTH, INNER = 48, 80
 
@@ -464,3 +464,24 @@ def test_words_of_the_field_tell_branches_apart(
     mapping = autoalign.align(branches(own), target).mapping
     assert len(mapping) == len(target)
     assert all(key.split(".")[0] == other[own.index(taken.split(".")[0])] for taken, key in mapping.items())
+
+
+def test_the_last_norm_of_a_block_is_not_that_after_all_blocks() -> None:
+    """Both are called final on the target, and only the block tells them apart."""
+    source, target = dict[str, Tensor](), dict[str, Tensor]()
+    for layer in range(2):
+        own, other = f"core.layers.{layer}", f"decoder.layers.{layer}"
+        for place, name in enumerate(("input", "post_attention", "final"), 1):
+            source |= norm(f"{own}.layer_norm_{place}", WIDTH)
+            target |= norm(f"{other}.{name}_layernorm", WIDTH)
+        for there, here in (("attn.o", "self_attn.o_proj"), ("ffn.out", "mlp.down_proj")):
+            rows = WIDTH if "attn" in there else INNER
+            source[f"{own}.{there}.weight"] = torch.empty(WIDTH, rows, device="meta")
+            target[f"{other}.{here}.weight"] = torch.empty(WIDTH, rows, device="meta")
+    source |= norm("core.final_layer_norm", WIDTH)
+    target |= norm("decoder.norm", WIDTH)
+    mapping = autoalign.align(source, target).mapping
+    assert mapping["core.final_layer_norm.weight"] == "decoder.norm.weight"
+    assert len(mapping) == len(target)
+    for taken, key in mapping.items():
+        assert ("layers.1." in taken, "layers.0." in taken) == ("layers.1." in key, "layers.0." in key)

@@ -1,0 +1,117 @@
+"""The state of an assignment between its moves: what fills what, and what stands where; and one change of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from autoalign.matching.assignment import Assignment
+from autoalign.matching.features import Ints, SideFeatures
+from autoalign.matching.layers import Path
+from autoalign.plan.keys import numbers, stem, template
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One change: some modules of the target, or layers, take what fills others of them, or what is unused."""
+
+    modules: tuple[Path, ...]
+    ends: tuple[Path, ...]  # the modules of the source that fill them, and unused ones
+    takes: tuple[int, ...]  # of each module: which of the ends it would have instead
+    before: tuple[tuple[int, int], ...]  # pairs of units that would be given up
+    after: tuple[tuple[int, int], ...]  # those that would be made instead
+    ordered: tuple[tuple[int, int], ...] = ()  # pairs of places in both, whose order the change concerns
+    is_alone: bool = False  # it is no exchange of the same modules in every block
+    anchors: int = 0  # layers beside these that fill the same modules: how many more than after the change
+
+
+@dataclass(frozen=True)
+class State:
+    """An assignment, and what its moves are found and judged by."""
+
+    assignment: Assignment
+    source: SideFeatures
+    target: SideFeatures
+    kinds: tuple[Ints, Ints]  # of the units of each side, equal where all shapes are
+    slots: tuple[Sequence[str], Sequence[str]]  # the names of each side's units without the numbers of their lists
+
+    @cached_property
+    def own_of(self) -> dict[int, int]:
+        """The source unit of each matched target unit."""
+        return dict(zip(self.assignment.target.tolist(), self.assignment.source.tolist(), strict=True))
+
+    @cached_property
+    def other_of(self) -> dict[int, int]:
+        """The target unit that each used source unit fills."""
+        return {own: other for other, own in self.own_of.items()}
+
+    @cached_property
+    def neighbours(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """For each matched unit of a side, those just before and after it, where the side is in order."""
+        found: list[dict[int, list[int]]] = []
+        for side, matched in ((self.source, self.other_of), (self.target, self.own_of)):
+            line = sorted(matched, key=side.ancestry.order.__getitem__) if side.ordered else []
+            beside: dict[int, list[int]] = {unit: [] for unit in line}
+            for first, second in pairwise(line):
+                beside[first].append(second)
+                beside[second].append(first)
+            found.append(beside)
+        return found[0], found[1]
+
+    @cached_property
+    def alike(self) -> dict[int, int]:
+        """Equal for matched target units whose layers have the same shapes on both sides."""
+        width = int(self.kinds[1].max(initial=0)) + 1
+        ids = self.kinds[0][self.assignment.source] * width + self.kinds[1][self.assignment.target]
+        return dict(zip(self.assignment.target.tolist(), ids.tolist(), strict=True))
+
+    @cached_property
+    def below(self) -> dict[Path, list[int]]:
+        """The matched target units in each module, and each layer itself."""
+        below: dict[Path, list[int]] = {}
+        for unit in self.assignment.target.tolist():
+            path = self.target.paths[unit]
+            for depth in range(1, len(path) + 1):
+                below.setdefault(path[:depth], []).append(unit)
+        return below
+
+    @cached_property
+    def sequences(self) -> dict[tuple[bool, Path, str, Path], list[int]]:
+        """The matched target units, in order, that differ in the number of a list's member alone.
+
+        Those of lists of the target (True), or of the source, where the order of what the other side has tells.
+        """
+        found: dict[tuple[bool, Path, str, Path], list[int]] = {}
+        for unit in sorted(self.own_of, key=self.target.places_in_order.__getitem__):
+            for is_target, path in ((False, self.end(unit)), (True, self.target.paths[unit])):
+                for depth, name in enumerate(path):
+                    if numbers(name):
+                        found.setdefault((is_target, path[:depth], stem(name), path[depth + 1 :]), []).append(unit)
+        return {key: units for key, units in found.items() if len(units) > 1 and self._is_ordered(key[0], units)}
+
+    def _is_ordered(self, is_target: bool, units: Sequence[int]) -> bool:
+        """True if what the other side has for some units is in order: it is registered, or a list."""
+        if (self.source if is_target else self.target).ordered:
+            return True
+        return len({template(self.end(unit) if is_target else self.target.paths[unit]) for unit in units}) == 1
+
+    def beside_companions(self, unit: int) -> int | None:
+        """Return the one source unit like that of a target unit that stands beside those of its companions, if any."""
+        kinds, paths, own = self.kinds[0], self.source.paths, self.own_of[unit]
+        for other in self.target.companions[unit]:
+            if (end := self.own_of.get(other)) is None:
+                continue
+            near = [each for each in self.source.companions.get(end, ()) if kinds[each] == kinds[own]]
+            if not near and len(paths[end]) > 1:
+                near = [
+                    each for each in self.source.inside[paths[end][:-1]] if kinds[each] == kinds[own] and each != end
+                ]
+            if len(near) == 1:
+                return near[0]
+        return None
+
+    def end(self, unit: int) -> Path:
+        """Return the source layer that fills a target unit."""
+        return self.source.paths[self.own_of[unit]]
