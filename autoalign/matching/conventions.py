@@ -61,7 +61,8 @@ def with_torch_names(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
         name: values
         for name in names
         for values, rest in [kind(name)]
-        if rest.isdigit() and all(_is_norm(_floats(layer)) for layer in _layers(parts, {name}))
+        if values in TORCH_NAMES and rest.isdigit()
+        if all(_is_norm(_floats(layer)) for layer in _layers(parts, {name}))
     }
     known |= found
     for _ in range(2):  # what one name means may imply what another does

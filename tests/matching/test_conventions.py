@@ -280,3 +280,10 @@ def test_a_gate_of_one_element_makes_no_layer_of_a_table() -> None:
 
 
 _TABLE = (("embedding", (4, 4, 1, 32)), ("gate", (1,)))
+
+
+def test_parameters_of_a_list_have_no_names() -> None:
+    source = {f"layers.{k}.tables.{place}": torch.rand(8) for k in range(3) for place in range(2)}
+    source |= {f"layers.{k}.linear.weight": torch.rand(8, 8) for k in range(3)}
+    target = {key.replace("layers", "h"): tensor for key, tensor in source.items()}
+    assert {key: source[taken] for taken, key in align(source, target).mapping.items()} == target
