@@ -78,9 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = json.dumps({"made by": "python -m benchmarks.fit --write", **weights}, indent=1) + "\n"
         (Path(autoalign.__file__).parent / "matching" / WEIGHTS_FILE).write_text(text, encoding="utf-8")
     if options.leave_out:
+        chosen = names(options.only)
+        known = weights_without(examples, chosen)
         for is_sorted in (False, True):
             print(f"\nkeys of the sources {'sorted' if is_sorted else 'in the order of registration'}")
-            scores = left_out(examples, names(options.only), with_sorted_keys=is_sorted, processes=options.processes)
+            scores = left_out(known, chosen, with_sorted_keys=is_sorted, processes=options.processes)
             print("\n".join(report(list(scores), by_library=True)))
     return 0
 
@@ -145,17 +147,19 @@ def collected(only: str, perturbed: int, unrelated: int, processes: int) -> Iter
             yield from found
 
 
+def weights_without(examples: Sequence[Example], chosen: Iterable[str]) -> dict[frozenset[str], _Weights]:
+    """Fit weights without the cases that have a library in common with a gold case, for the libraries of each."""
+    return {
+        libraries: fitted([one for one in examples if libraries.isdisjoint(one.libraries)])
+        for libraries in sorted({_libraries(name) for name in chosen}, key=sorted)
+    }
+
+
 def left_out(
-    examples: Sequence[Example], chosen: Iterable[str], *, with_sorted_keys: bool, processes: int
+    known: Mapping[frozenset[str], _Weights], chosen: Iterable[str], *, with_sorted_keys: bool, processes: int
 ) -> Iterator[Score]:
-    """Score gold cases, each with weights fitted without the cases that have a library in common with it."""
-    known: dict[frozenset[str], _Weights] = {}
-    jobs = []
-    for name in chosen:
-        libraries = _libraries(name)
-        if libraries not in known:
-            known[libraries] = fitted([one for one in examples if libraries.isdisjoint(one.libraries)])
-        jobs.append(partial(_scored, name, known[libraries], with_sorted_keys=with_sorted_keys))
+    """Score gold cases, each with weights that have not seen its libraries."""
+    jobs = [partial(_scored, name, known[_libraries(name)], with_sorted_keys=with_sorted_keys) for name in chosen]
     with _pool(processes) as pool:
         yield from pool.map(_called, jobs)
 
