@@ -99,8 +99,11 @@ def fitted(examples: Sequence[Example]) -> dict[str, dict[str, float]]:
     """
     if not examples:
         raise ValueError("There are no examples to fit the weights to.")
-    kinds = {one.of: [other for other in examples if other.of == one.of] for one in examples}
-    return {of: _regression(of_kind, _shares(of_kind)) for of, of_kind in kinds.items()}
+    found = {}
+    for of in sorted({one.of for one in examples}):
+        chosen = [one for one in examples if one.of == of]
+        found[of] = _regression(chosen, _shares(chosen))
+    return found
 
 
 def _shares(examples: Sequence[Example]) -> list[float]:
