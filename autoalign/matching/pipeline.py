@@ -49,6 +49,7 @@ from autoalign.plan.matches import Caution, Match, Mismatch
 from autoalign.plan.operations import Copy, Operation
 
 _MIN_SHARE_OF_NAMESAKES = 0.9  # of the smaller side's layers, for a layer of another name to be another layer
+_MIN_PROBABILITY_TO_LOAD = 0.7  # that the sides are related; of benchmarks.accuracy.unlike, the most alike reach 0.67
 _MIN_SHARE_TO_RELATE = 0.5  # of them that are matched; then the sides are related, however the rest is spread
 _MIN_SIMILARITY_AMONG_NAMESAKES = 0.3  # of names, where another name is another layer
 _MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and where not all pairs were compared
@@ -237,6 +238,7 @@ def match_parts(
     related = 1.0 if pins or by_name else relation(assignment, confidence, *units, whole, ordered=ordered)
     if related < 0.5:
         return None, _mismatches(source, target, own, other, same)
+    most = max(cap_of(related), INFERRED) if related >= _MIN_PROBABILITY_TO_LOAD else AMBIGUOUS
     lists = reversible_lists(assignment, (own, source.parts), (other, target.parts))
     has_duplicate = unused_duplicates(assignment, (own, source.parts))
     only_shapes = set(shape_only_pairs(assignment, (own, source.parts), (other, target.parts), known_units))
@@ -255,10 +257,10 @@ def match_parts(
         is_contradicted = _are_rivals(own[i], other[j]) or _is_added(own[i], other[j])
         is_ambiguous = has_duplicate[place] or is_stranded or is_contradicted or is_crowded or place in only_shapes
         cap = AMBIGUOUS if is_ambiguous else INFERRED if place in lists.by_order else 1.0
-        cap = min(cap, cap_of(related))
+        cap = min(cap, most)
         doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
         doubt = doubt or (CROWDED if is_crowded else ONLY_SHAPES if place in only_shapes else None)
-        doubt = doubt or (_PERHAPS_UNRELATED if cap_of(related) == AMBIGUOUS else None)
+        doubt = doubt or (_PERHAPS_UNRELATED if most == AMBIGUOUS else None)
         for a, b in paired_parts(own[i], other[j]):
             piece, wanted = source.parts[a], target.parts[b]
             operation = _operation(piece, wanted, transposed=a in kinds.transposed)
