@@ -49,7 +49,6 @@ _CASE_EXPONENT = 0.75  # a case with n moves counts as n ** 0.25: they are no in
 
 _Truth = Mapping[str, frozenset[str]]  # of each target key that counts: the source keys that it is made of
 
-
 CUES, RELATION = "cues", "relation"  # what there are weights of
 _Weights = Mapping[str, Mapping[str, float]]
 

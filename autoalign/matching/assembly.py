@@ -262,11 +262,14 @@ def without_aliases(
 
     Where it has more, those of vectors stay as well.
     """
-    sides = source, target
+    sides = tuple(source), tuple(target)
+    groups = [tied_groups(side) for side in sides]
+    if not any(groups):
+        return sides
     keys = [{spec.key for spec in side} for side in sides]
     aliases = [
-        {key for group in tied_groups(side) for key in sorted(group, key=lambda key: key not in known)[1:]} - set(kept)
-        for side, known in zip(sides, reversed(keys), strict=True)
+        {key for group in of for key in sorted(group, key=lambda key: key not in known)[1:]} - set(kept)
+        for of, known in zip(groups, reversed(keys), strict=True)
     ]
     counts = [
         Counter(spec.shape for spec in side if spec.key not in left) for side, left in zip(sides, aliases, strict=True)

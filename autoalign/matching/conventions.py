@@ -57,13 +57,10 @@ def with_torch_names(parts: Sequence[Part], *, ordered: bool) -> list[Part]:
     layers = _layers(parts, unknown) if unknown else []
     if not layers:
         return list(parts)
-    found = {  # as "b_2" beside "a_2"
-        name: values
-        for name in names
-        for values, rest in [kind(name)]
-        if values in TORCH_NAMES and rest.isdigit()
-        if all(_is_norm(_floats(layer)) for layer in _layers(parts, {name}))
-    }
+    numbered = {name: of for name in names for of, rest in [kind(name)] if of in TORCH_NAMES and rest.isdigit()}
+    others = [layer for layer in _layers(parts, numbered) if not _is_norm(_floats(layer))]
+    elsewhere = {part.path[-1] for layer in others for part in layer}
+    found = {name: of for name, of in numbered.items() if name not in elsewhere}  # as "b_2" beside "a_2"
     known |= found
     for _ in range(2):  # what one name means may imply what another does
         found |= _agreed(_by_company(layers, known | found))

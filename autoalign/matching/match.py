@@ -123,10 +123,8 @@ def match_tensors(
     if listed := None if pins else _as_listed(*sides, other.module):
         found = listed, [], (_LISTED,)
     else:
-        distinct = without_aliases(*sides, {*pins, *pins.values()})
-        found = (same, [], ()) if same else _by_slices(*distinct, (own.config, other.config), pins)
+        found = (same, [], ()) if same else _by_distinct(*sides, (own.config, other.config), pins)
     matches, mismatched, notes = found
-    matches = with_ties(*sides, matches)
     if allowed and (matches or pins):
         given = (own, values.specs), (other, other.specs)
         views = [AdaptableSide(specs, side.module, side.config) for side, specs in given]
@@ -300,6 +298,15 @@ def _in_order_of_use(side: Checkpoint, specs: Specs, order_of_use: OrderOfUse) -
         return specs
     place = {key: place for place, key in enumerate(order_of_use(side.module))}
     return sorted(specs, key=lambda spec: place.get(spec.key, len(place)))
+
+
+def _by_distinct(
+    source: Specs, target: Specs, configs: tuple[Mapping[str, object], Mapping[str, object]], pins: Mapping[str, str]
+) -> Result:
+    """Match two sides, tensors that have several keys by one of them where that is enough."""
+    own, other = without_aliases(source, target, {*pins, *pins.values()})
+    matches, mismatched, notes = _by_slices(own, other, configs, pins)
+    return (matches if len(other) == len(target) else with_ties(source, target, matches)), mismatched, notes
 
 
 def _by_slices(

@@ -3,7 +3,8 @@
 A score measures a pair against its rivals one at a time. Where two modules have the same shapes below them, all of
 their layers could change places at once, and where they stand in every block, in every block at once: then structure
 and pooled evidence would say the same as before. A move is such a change: modules that exchange what fills them,
-members of a list in another order, parts of blocks that are matched across, an unused module instead of a used one.
+members of a list in another order, parts of blocks that are matched across, layers that are filled from beside what
+fills their companions or most of their block, an unused module instead of a used one.
 Each kind is found by a function of ``FINDERS``; ``cues`` judges them all alike.
 """
 
@@ -306,7 +307,7 @@ def _strayed(state: State) -> Iterator[Exchange]:
 
 
 def _filled_anew(state: State, fills: Mapping[int, int | None]) -> Iterator[Exchange]:
-    """Yield the exchange in which target units take other sources, and those that had them what these give up."""
+    """Yield the exchange in which target units take given sources; who had these takes what is given up for them."""
     own, other = state.own_of, state.other_of
     takes = {unit: new for unit, new in fills.items() if new is not None and new != own[unit]}
     free = [own[unit] for unit in takes if own[unit] not in takes.values()]

@@ -49,7 +49,7 @@ from autoalign.plan.matches import Caution, Match, Mismatch
 from autoalign.plan.operations import Copy, Operation
 
 _MIN_SHARE_OF_NAMESAKES = 0.9  # of the smaller side's layers, for a layer of another name to be another layer
-_MIN_PROBABILITY_TO_LOAD = 0.7  # that the sides are related; of benchmarks.accuracy.unlike, the most alike reach 0.67
+_MIN_PROBABILITY_TO_LOAD = 0.7  # that the sides are related; in benchmarks.accuracy.unlike it is 0.67 at most
 _MIN_SHARE_TO_RELATE = 0.5  # of them that are matched; then the sides are related, however the rest is spread
 _MIN_SIMILARITY_AMONG_NAMESAKES = 0.3  # of names, where another name is another layer
 _MIN_SIMILARITY_ALONE = 0.6  # of names, for a bias without its weight, and where not all pairs were compared

@@ -16,7 +16,7 @@ from autoalign.matching.candidates import paired_parts, squeeze
 from autoalign.matching.confidence import INFERRED, MIN_LIKELY, fitted_weights
 from autoalign.matching.features import Floats, namesakes, share_of
 from autoalign.matching.layers import Part, Units, counts_of, units_of
-from autoalign.matching.names import words
+from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import EMBEDDING_WORDS, NO_VOCABULARY
 from autoalign.plan.operations import Copy, Shape
 
@@ -55,9 +55,15 @@ def relation(
     words is not one that starts with a convolution. That is seen in the parts of the ``whole`` sides, in scope or not:
     by shapes, and in the order of keys if they are ``ordered``.
     """
-    found, weights = common_ground(assignment, confidence, source, target), fitted_weights("relation")
-    if not _begin_alike(assignment, confidence, source, target, whole, ordered=ordered):
+    likely = confidence > MIN_LIKELY
+    pairs = zip(assignment.source[likely].tolist(), assignment.target[likely].tolist(), strict=True)
+    paired = [(source[1][a], target[1][b]) for i, j in pairs for a, b in paired_parts(source[0][i], target[0][j])]
+    firsts = [(_input_layer(whole[0]), _input_layer(whole[1]))]
+    if ordered:
+        firsts.append((_first_layer(whole[0]), _first_layer(whole[1])))
+    if not all(_begin_alike(own, other, paired) for own, other in firsts if own and other):
         return 0.0
+    found, weights = common_ground(assignment, confidence, source, target), fitted_weights("relation")
     return 1 / (1 + exp(-sum(weights[name] * value for name, value in found.items())))
 
 
@@ -81,33 +87,16 @@ def common_ground(assignment: Assignment, confidence: Floats, source: _Side, tar
     }
 
 
-def _begin_alike(
-    assignment: Assignment,
-    confidence: Floats,
-    source: _Side,
-    target: _Side,
-    whole: tuple[Sequence[Part], Sequence[Part]],
-    *,
-    ordered: bool,
-) -> bool:
-    """True if the first layers of two networks are of one kind, or matched, or one is matched to one of its sizes."""
-    likely = confidence > MIN_LIKELY
-    pairs = zip(assignment.source[likely].tolist(), assignment.target[likely].tolist(), strict=True)
-    paired = [(source[1][a], target[1][b]) for i, j in pairs for a, b in paired_parts(source[0][i], target[0][j])]
-    alike = [parts for parts in paired if len({tuple(sorted(squeeze(part.shape))) for part in parts}) == 1]
-    tensors = {(own.tensor, other.tensor) for own, other in paired}
-    matched = [{part.tensor for part in parts} for parts in zip(*alike, strict=True)] or [set(), set()]
-    for first in (_input_layer, _first_layer) if ordered else (_input_layer,):
-        own, other = map(first, whole)
-        if own is None or other is None or _input_kind(own) == _input_kind(other):
-            continue
-        if (
-            (own.tensor, other.tensor) not in tensors
-            and own.tensor not in matched[0]
-            and other.tensor not in matched[1]
-        ):
-            return False
-    return True
+def _begin_alike(own: Part, other: Part, paired: Sequence[tuple[Part, Part]]) -> bool:
+    """True if two first layers are of one kind, or matched to each other, or one of them to a layer of its sizes."""
+    return _input_kind(own) == _input_kind(other) or any(
+        (a.tensor, b.tensor) == (own.tensor, other.tensor)
+        or (
+            (a.tensor == own.tensor or b.tensor == other.tensor)
+            and sorted(squeeze(a.shape)) == sorted(squeeze(b.shape))
+        )
+        for a, b in paired
+    )
 
 
 def _first_layer(parts: Sequence[Part]) -> Part | None:
@@ -126,10 +115,13 @@ def _input_layer(parts: Sequence[Part]) -> Part | None:
     single = [part for part in kernels if part.shape[1] == 1 and part.count == 1]  # several are depthwise
     made = {part.shape[0] for part in parts if len(part.shape) > 1}
     found = few or (single if len(single) == 1 else []) or [part for part in kernels if part.shape[1] not in {1, *made}]
+    taken = {size for part in parts if len(part.shape) > 1 for size in part.shape[1:]}
+    biased = {part.path[:-1] for part in parts if kind(part.path[-1])[0] == "bias"}
     tables = [
         part
         for part in parts
-        if len(part.shape) == 2 and part.shape[0] >= _MIN_ROWS_PER_COLUMN * part.shape[1] and _names_words(part)
+        if len(part.shape) == 2 and part.shape[0] >= _MIN_ROWS_PER_COLUMN * part.shape[1]
+        if _names_words(part) or not (part.shape[0] in taken or part.path[:-1] in biased)
     ]
     return next(iter(found or tables), None)
 
