@@ -148,6 +148,9 @@ BUILDERS: dict[str, Callable[[], torch.nn.Module]] = {
     "gpt2 of width 64": lambda: _gpt2(width=64, depth=2),
     "bert": lambda: transformers.BertModel(transformers.BertConfig()),
     "t5": lambda: transformers.T5Model(transformers.T5Config()),
+    "t5 of width 768": lambda: transformers.T5Model(
+        transformers.T5Config(d_model=768, d_ff=3072, num_heads=12, num_layers=12)
+    ),
     "whisper": lambda: transformers.WhisperModel(transformers.WhisperConfig()),
 }
 
@@ -162,6 +165,7 @@ UNRELATED = [
     ("densenet121", "mobilenet_v3_small"),
     ("convnext_tiny", "resnet50"),
     ("mixer_s32_224", "t5"),
+    ("vit_base_patch16_224", "t5 of width 768"),
     ("bert", "convnext_tiny"),
     ("t5", "vgg11_bn"),
     ("mobilenet_v3_small", "whisper"),
