@@ -108,7 +108,8 @@ def align(
     {'fc.weight': 'module.fc.weight'}
 
     Args:
-        source: The checkpoint: an ``nn.Module``, a mapping of names to tensors, a path, or an open ``Checkpoint``.
+        source: The checkpoint: an ``nn.Module``, a mapping of names to tensors, an open ``Checkpoint``, or what
+            ``open_checkpoint`` takes: a path, a pattern, a list of paths, an address, or an open file.
         target: The model, in any of the same forms.
         rules: What is known beforehand, checkpoint -> model: ``{regex: replacement}``, or pairs of keys or of a regex
             and its replacement. Rules override inference and guide the rest.

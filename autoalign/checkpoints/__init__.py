@@ -4,6 +4,7 @@ In order of use:
 
 * ``checkpoint.py``: ``Checkpoint``, one side of an alignment, made of a module, a mapping, a file, a folder or an
   address (``checkpoint_of``, ``open_checkpoint``); the tree of its modules as a networkx graph.
+* ``paths.py``: what is given in place of a path, such as patterns, lists and open files, as local files.
 * ``containers.py``: which mappings of a nested file are state dicts, and which of them is meant.
 * ``config.py``: the configuration found beside a checkpoint, in it, or at a module.
 * ``named_models.py``: models that are named by a text, as ``timm:resnet50(num_classes=10)``, and built.

@@ -14,9 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from autoalign.checkpoints.config import folder_config, module_config, saved_config
 from autoalign.checkpoints.containers import Container, containers_of, copies_of, named_container, preferred
-from autoalign.checkpoints.formats.detection import open_path
-from autoalign.checkpoints.remote import downloaded, is_remote
-from autoalign.checkpoints.stored import as_opened
+from autoalign.checkpoints.paths import Given, is_given, open_given
 from autoalign.errors import CheckpointError, InputError, listed
 from autoalign.plan.keys import LEVELS
 from autoalign.plan.matches import Caution
@@ -27,7 +25,7 @@ from autoalign.plan.specs import TensorSpec
 if TYPE_CHECKING:
     import networkx as nx
 
-Side: TypeAlias = nn.Module | Mapping[str, object] | str | os.PathLike[str]
+Side: TypeAlias = nn.Module | Mapping[str, object] | Given
 
 _FIRST_OF_PAIR = frozenset({"lora_A", "lora_embedding_A", "lora_down"})
 
@@ -162,7 +160,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return f"<Checkpoint{f' {self.path!r}' if self.path else ''}: {', '.join(filter(None, parts))}>"
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = None) -> Checkpoint:
+def open_checkpoint(path: Given, *, container: str | None = None) -> Checkpoint:
     """Open a file or a folder of any format, told by its content, without reading tensor data where that is possible.
 
     Formats are safetensors, files of torch (of ``torch.save``, Lightning, DeepSpeed's merged ones), TorchScript
@@ -178,9 +176,11 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
     ends this one; put a new file in its place instead of writing to it, as ``convert`` does.
 
     Args:
-        path: A file, the index of a sharded checkpoint, or a folder. Or an address: ``hf://owner/name``, optionally
+        path: A file, the index of a sharded checkpoint, or a folder, also with ``~``. Several files are one checkpoint:
+            a pattern, such as ``"model-*.safetensors"``, or a list. Or an address: ``hf://owner/name``, optionally
             with ``@revision`` and the path of a file in it, or ``https://...`` of a file or an index; what it leads to
-            is downloaded once (see ``autoalign.checkpoints.remote``).
+            is downloaded once (see ``autoalign.checkpoints.remote``). Or a file that is open for reading bytes, such as
+            ``io.BytesIO``, of which a temporary copy is made.
         container: Which of several state dicts in the file to take, by its dotted path, such as ``"ema"``; by
             default the one that ``checkpoints.containers.preferred`` names. ``notes`` says which one was taken.
 
@@ -191,25 +191,21 @@ def open_checkpoint(path: str | os.PathLike[str], *, container: str | None = Non
         DependencyError: The package that reads the format is not installed.
         UnsafeCheckpointError: The file is of a class that only code of others can read.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise InputError(f"Expected a path, not {type(path).__name__}. Nothing was read.")
-    local = downloaded(str(path)) if is_remote(path) else Path(path)
     try:
-        opened = as_opened(local) if local.is_file() else ()
+        contents, files, name = open_given(path)
     except OSError as error:  # such as of a name that is too long
         raise CheckpointError(f"{str(path)!r} could not be read: {error.strerror}. Nothing was read.") from error
-    contents = open_path(local)
     if container and contents.flat:
-        raise CheckpointError(f"{str(local)!r} is a flat {contents.flat} without containers, such as {container!r}.")
+        raise CheckpointError(f"{name!r} is a flat {contents.flat} without containers, such as {container!r}.")
     try:
-        checkpoint = _of_mapping(contents.root, container, str(local))
+        checkpoint = _of_mapping(contents.root, container, name)
     except InputError as error:
-        raise CheckpointError(f"{str(local)!r} cannot be used. {error}") from error
-    config, notes = folder_config(local if local.is_dir() else local.parent)
+        raise CheckpointError(f"{name!r} cannot be used. {error}") from error
+    config, notes = folder_config(files[0] if files[0].is_dir() else files[0].parent) if files else ({}, ())
     return replace(
         checkpoint,
-        path=str(path if is_remote(path) else local),
-        opened=(*opened, *contents.opened),
+        path=name,
+        opened=contents.opened,
         notes=(*checkpoint.notes, *contents.notes, *_adapter_notes(checkpoint), *notes),
         metadata=contents.metadata,
         config={**config, **contents.config, **checkpoint.config},
@@ -244,7 +240,7 @@ def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
         return of_module(side, side.state_dict(keep_vars=True), container=container)
     if isinstance(side, Mapping):
         return _of_mapping(side, container)
-    if isinstance(side, str | os.PathLike):
+    if is_given(side):
         return open_checkpoint(side, container=container)
     raise InputError(
         f"Expected an nn.Module, a mapping of tensors, a path or a Checkpoint, not {type(side).__name__}. "

@@ -39,7 +39,7 @@ _TARGET = (
     "transformers:NAME (the base model of a configuration on the Hub or in a folder), transformers:CLASS@NAME, or "
     "package.module:factory, whose code is run. Arguments may follow, such as timm:resnet50(num_classes=10)."
 )
-_CHECKPOINT = "a checkpoint: a file, an index, or a folder, of any format"
+_CHECKPOINT = "a checkpoint: a file, an index, or a folder, of any format; or several files or a pattern of them"
 
 _Commands = Any  # what add_subparsers returns has no public type
 
@@ -68,7 +68,7 @@ def _inspect(commands: _Commands) -> None:
         "tensor data is read. A model may be named in place of a checkpoint, as in: autoalign inspect timm:resnet50.",
         epilog="exit codes: 0 shown; 2 an error, reported on stderr",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="a file, an index, or a folder, of any format; or a model")
+    parser.add_argument("checkpoint", metavar="CKPT", nargs="+", help=f"{_CHECKPOINT}; or a model")
     parser.add_argument("--depth", metavar="N", type=int, help="levels of modules to show (default: all)")
     parser.add_argument("--container", metavar="NAME", help="which of several state dicts to show, such as ema")
     _add_format(parser, ("text", "json", "markdown"))
@@ -110,7 +110,7 @@ def _convert(commands: _Commands) -> None:
         "Rewrite a checkpoint in a target's names, shapes and layout, tensor by tensor. The output appears when it "
         f"is complete. {_TARGET}",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
+    parser.add_argument("checkpoint", metavar="CKPT", nargs="+", help=_CHECKPOINT)
     parser.add_argument("--to", metavar="TARGET", dest="target", required=True, help="what to write it for")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="NAME.safetensors, or a folder")
     parser.add_argument(
@@ -228,7 +228,7 @@ def _command(
 
 
 def _add_sides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
+    parser.add_argument("checkpoint", metavar="CKPT", nargs="+", help=_CHECKPOINT)
     parser.add_argument("target", metavar="TARGET", help="another checkpoint or a model, as explained above")
 
 

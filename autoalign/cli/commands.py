@@ -98,7 +98,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 def _show_alignment(alignment: Alignment, options: argparse.Namespace, verdict: str = "") -> None:
     """Write the report of an alignment in the format that was asked for, and the verdict below it."""
-    source, target = options.checkpoint, options.target
+    source, target = " ".join(options.checkpoint), options.target
     if options.format == "json":
         data = alignment.to_dict()
         data["source"]["name"], data["target"]["name"] = source, target
@@ -306,18 +306,19 @@ def align_options(options: argparse.Namespace) -> AlignOptions:
 def run_inspect(options: argparse.Namespace) -> int:
     """Show what a checkpoint holds."""
     checkpoint = checkpoint_of(side_of(options.checkpoint), container=options.container)
+    name = " ".join(options.checkpoint)
     facts = _facts_of(checkpoint)
     if options.format == "json":
         listed = [_tensor_json(spec) for spec in checkpoint.specs]
-        show_json({"checkpoint": options.checkpoint, **facts, "tensors": listed})
+        show_json({"checkpoint": name, **facts, "tensors": listed})
         return COMPLETE
     tree = render_tree(checkpoint.specs, dtype=next(iter(facts["dtypes"]), ""), depth=options.depth)
     lines = _fact_lines(facts)
     if options.format == "markdown":
-        head = [markdown_code(escaped(options.checkpoint)), "", *(f"- {escape_markdown(line)}" for line in lines)]
+        head = [markdown_code(escaped(name)), "", *(f"- {escape_markdown(line)}" for line in lines)]
         show("\n".join([*head, "", "```text", *tree, "```"]))
     else:
-        show("\n".join([escaped(options.checkpoint), *(f"  {line}" for line in lines), "", *tree]))
+        show("\n".join([escaped(name), *(f"  {line}" for line in lines), "", *tree]))
     return COMPLETE
 
 
@@ -326,7 +327,7 @@ def _facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
     path = Path(checkpoint.path) if checkpoint.path else None
     prefix, count = prefix_of(checkpoint.specs)
     return {
-        "kind": "model" if path is None else "folder" if path.is_dir() else format_of(path) or "index of shards",
+        "kind": "model" if path is None else _kind_of(path),
         "elements": sum(spec.numel for spec in checkpoint.specs),
         "bytes": sum(spec.numel * spec.dtype.itemsize for spec in checkpoint.specs),
         "dtypes": dict(Counter(spec.dtype_name for spec in checkpoint.specs).most_common()),
@@ -338,6 +339,12 @@ def _facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "metadata": dict(checkpoint.metadata),
         "notes": (*checkpoint.notes, *(f"{what}." for what in describe_schemes(checkpoint.quantised))),
     }
+
+
+def _kind_of(path: Path) -> str:
+    if path.is_dir():
+        return "folder"
+    return (format_of(path) or "index of shards") if path.is_file() else "several files"
 
 
 def _fact_lines(facts: dict[str, Any]) -> list[str]:

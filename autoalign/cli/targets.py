@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 
 from torch import nn
 
 from autoalign.checkpoints.checkpoint import Side
 from autoalign.checkpoints.named_models import build
+from autoalign.checkpoints.paths import is_file
 from autoalign.errors import InputError
 
 
-def side_of(text: str, *, values: bool = False) -> Side:
-    """Return an argument as one side of an alignment: a path if there is such a file or folder, else a model.
+def side_of(given: str | Sequence[str], *, values: bool = False) -> Side:
+    """Return an argument, or several that are one checkpoint, as one side of an alignment.
 
-    With ``values``, a model is built with its initial values, and not on the meta device.
+    It is a path if there is such a file or folder, or one that such a pattern takes, else a model. With ``values``, a
+    model is built with its initial values, and not on the meta device.
     """
-    return text if os.path.lexists(text) else _built(text, values=values)
+    if not isinstance(given, str) and len(given) > 1:
+        return given
+    text = given if isinstance(given, str) else given[0]
+    return text if is_file(text) else _built(text, values=values)
 
 
 def model_of(text: str, *, values: bool = True) -> nn.Module:
     """Build a model, with its initial values or on the meta device."""
-    model = None if os.path.lexists(text) else _built(text, values=values)
+    model = None if is_file(text) else _built(text, values=values)
     if not isinstance(model, nn.Module):
         what = "a path" if model is None else f"a {type(model).__name__}"
         raise InputError(f"{text!r} is {what}, not a model such as timm:resnet50. Nothing was done.")

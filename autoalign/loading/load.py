@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import warnings
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from autoalign.alignment import Alignment
 from autoalign.checkpoints.atomic import interrupts_held
 from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.config import ROTARY_SETTINGS
+from autoalign.checkpoints.paths import is_given
 from autoalign.checkpoints.stored import named_dtype
 from autoalign.errors import AlignmentError, CheckpointError, InputError, ValueWarning, listed
 from autoalign.loading import fill, prepare, sharded
@@ -69,7 +69,7 @@ def load_checkpoint(
     since = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
-    call = _Call(model, assign, progress, *_conversion(dtype, device), since, isinstance(checkpoint, str | os.PathLike))
+    call = _Call(model, assign, progress, *_conversion(dtype, device), since, is_given(checkpoint))
     is_converted = not (call.dtype is None and call.device is None)
     with ExitStack() as announced, model_lock(model):
         ranks = None

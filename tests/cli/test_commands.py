@@ -48,6 +48,23 @@ def test_align_reports_and_its_exit_code_is_1_if_incomplete(
     assert cli.main(["align", checkpoint, WIDER, "--adapt", "head"]) == cli.COMPLETE
 
 
+def test_several_files_are_one_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state_dict = Network().state_dict()
+    files = [f"{tmp_path}/{name}.safetensors" for name in ("layer1", "layer2", "layer3", "layer4", "out")]
+    for path in files:
+        save_file({key: value for key, value in state_dict.items() if key.startswith(Path(path).stem)}, path)
+    for given in (files, [f"{tmp_path}/*"]):
+        assert cli.main(["align", *given, RENAMED]) == cli.COMPLETE
+        assert capsys.readouterr().out.startswith(f"{' '.join(given)} -> {RENAMED}\n\n10 of 10 target tensors are")
+        assert cli.main(["load-check", *given, RENAMED]) == cli.COMPLETE
+        assert cli.main(["convert", *given, "--to", RENAMED, "-o", f"{tmp_path}/out/"]) == cli.COMPLETE
+        (tmp_path / "out" / "model.safetensors").unlink()
+        (tmp_path / "out").rmdir()
+        capsys.readouterr()
+        assert cli.main(["inspect", *given]) == cli.COMPLETE
+        assert "several files: 10 tensors" in capsys.readouterr().out
+
+
 def test_align_takes_the_options_of_the_call(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,9 @@ import tarfile
 import tempfile
 import weakref
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -29,10 +31,24 @@ def is_archive(head: bytes) -> bool:
     return head.startswith(b"\x1f\x8b\x08") or head[257:262] == b"ustar"
 
 
-class _Members(dict[str, object]):
-    """The contents of an archive, on which those of its temporary folder depend."""
+class _Copied(OrderedDict[str, object]):
+    """What was read of files in a temporary folder, which is removed when nothing refers to this any more."""
 
-    __slots__ = ("__weakref__",)
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="autoalign-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
+def open_copy(stream: IO[bytes], open_member: Callable[[Path], Contents]) -> Contents:
+    """Open a temporary copy of what a stream holds from its place on; ``open_member`` opens files."""
+    root = _Copied()
+    with (root.folder / "stream").open("wb") as target:
+        shutil.copyfileobj(stream, target)
+    contents = open_member(root.folder / "stream")
+    root.update(contents.root)
+    vars(root).update(getattr(contents.root, "__dict__", {}))  # torch's `_metadata`
+    return replace(contents, root=root)
 
 
 def open_archive(file: Path, open_member: Callable[[Path], Contents]) -> Contents:
@@ -45,18 +61,16 @@ def open_archive(file: Path, open_member: Callable[[Path], Contents]) -> Content
     Raises:
         CheckpointError: It is damaged, holds no checkpoint, or one that cannot be read.
     """
-    folder = Path(tempfile.mkdtemp(prefix="autoalign-"))
-    root = _Members()
+    root = _Copied()
     names: list[str] = []
     notes: list[str] = []
-    weakref.finalize(root, shutil.rmtree, folder, ignore_errors=True)
     with reading(file, "an archive"):
         for number, (name, stream) in enumerate(_files(file)):
             path = PurePosixPath(name)
             names.append(name)
             if path.suffix not in _SUFFIXES or name_words(path.name) & TRAINING_WORDS:
                 continue
-            copy = folder / f"{number}{path.suffix}"
+            copy = root.folder / f"{number}{path.suffix}"
             with copy.open("wb") as target:
                 shutil.copyfileobj(stream, target)
             contents = open_member(copy)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from autoalign.checkpoints.atomic import unfinished
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.formats.archives import is_archive, open_archive
@@ -19,7 +21,7 @@ from autoalign.checkpoints.formats.npz import is_npz, open_npz
 from autoalign.checkpoints.formats.safetensors import is_safetensors, open_safetensors
 from autoalign.checkpoints.formats.torch_pickle import is_pickled, members_of, open_pickled
 from autoalign.checkpoints.formats.torchscript import is_torchscript, open_torchscript
-from autoalign.checkpoints.stored import Contents, as_opened, reading, unique_names
+from autoalign.checkpoints.stored import Contents, StoredTensor, as_opened, reading, unique_names
 from autoalign.errors import CheckpointError, listed
 from autoalign.plan.keys import natural
 
@@ -68,7 +70,8 @@ def open_file(file: Path) -> Contents:
     """
     name = format_of(file)
     if name is not None:
-        return FORMATS[name](file)
+        opened = as_opened(file)
+        return replace(FORMATS[name](file), opened=opened)
     head = head_of(file)[:32]
     content = f"begins with {head!r}" if head else "is empty"
     raise CheckpointError(
@@ -140,7 +143,7 @@ def open_index(file: Path) -> Contents:
             f"{len(missing)} of the {len(names)} files that {str(file)!r} lists are missing: {_quoted(missing)}. "
             "Nothing was read. Complete the download, or name one of the files to read that alone."
         )
-    return _open_shards(file, [folder / name for name in names], files_of)
+    return _open_shards(str(file), [folder / name for name in names], files_of)
 
 
 def _is_file(path: Path) -> bool:
@@ -179,7 +182,18 @@ def _listed(file: Path) -> dict[str, str]:
         return dict(files_of)
 
 
-def _open_shards(path: Path, files: Sequence[Path], files_of: Mapping[str, str] | None) -> Contents:
+def open_files(name: str, files: Sequence[Path]) -> Contents:
+    """Open several files, or folders, as one checkpoint.
+
+    Mappings of one name, such as the ``model`` of each, become one; of other values the first counts.
+
+    Raises:
+        CheckpointError: A tensor is in two of them, or one of them cannot be read.
+    """
+    return _open_shards(name, files, None)
+
+
+def _open_shards(path: str, files: Sequence[Path], files_of: Mapping[str, str] | None) -> Contents:
     root: dict[str, object] = {}
     unlisted: list[str] = []
     notes: dict[str, None] = {}
@@ -187,31 +201,44 @@ def _open_shards(path: Path, files: Sequence[Path], files_of: Mapping[str, str] 
     config: dict[str, object] = {}
     opened: list[tuple[Path, os.stat_result]] = []
     for file in files:
-        opened += as_opened(file)
-        contents = open_file(file)
-        for key, value in contents.root.items():
-            if files_of is None and key in root:
-                raise CheckpointError(
-                    f"{key} is in two files of {str(path)!r}, such as {file.name!r}. Nothing was read."
-                )
-            if files_of is None or files_of.get(key) == file.name:
-                root[key] = value
-            elif key not in files_of:
-                unlisted.append(key)
+        contents = open_path(file) if files_of is None else open_file(file)
+        opened += contents.opened
+        if files_of is None:
+            if key := _merge(root, contents.root):
+                raise CheckpointError(f"{key} is in two files of {path!r}, such as {file.name!r}. Nothing was read.")
+        else:
+            root |= {key: value for key, value in contents.root.items() if files_of.get(key) == file.name}
+            unlisted += [key for key in contents.root if key not in files_of]
         notes.update(dict.fromkeys(contents.notes))
         metadata |= contents.metadata
         config |= contents.config
     absent = [key for key in files_of or () if key not in root]
     if absent:
         raise CheckpointError(
-            f"{len(absent)} tensors that {str(path)!r} lists are not in their files: {_quoted(absent)}. "
+            f"{len(absent)} tensors that {path!r} lists are not in their files: {_quoted(absent)}. "
             "Nothing was read. The index and the files may be of different checkpoints."
         )
     if unlisted:
         notes[f"{len(unlisted)} tensors that the index does not list were left out: {_quoted(unlisted)}."] = None
-    if format_of(files[0]) == "safetensors":  # whose files are not in the order of the model
+    if files[0].is_file() and format_of(files[0]) == "safetensors":  # whose files are not in the order of the model
         root = dict(sorted(root.items(), key=lambda item: natural(item[0])))
-    return Contents(root, "sharded checkpoint", metadata, config, tuple(notes), tuple(opened))
+    flat = "" if any(isinstance(value, Mapping) for value in root.values()) else "sharded checkpoint"
+    return Contents(root, flat, metadata, config, tuple(notes), tuple(opened))
+
+
+def _merge(root: dict[str, object], more: Mapping[str, object]) -> str:
+    """Add what is in one mapping to another; return the key of a tensor that both have, else ''."""
+    for name, value in more.items():
+        known = root.get(name)
+        if isinstance(value, Mapping) and isinstance(known, dict | None):
+            root[name] = merged = dict(known or {})
+            if key := _merge(merged, value):
+                return f"{name}.{key}"
+        elif known is not None and isinstance(value, Tensor | StoredTensor):
+            return name
+        else:
+            root.setdefault(name, value)
+    return ""
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -229,9 +256,7 @@ class _Candidate:
     def open(self) -> Contents:
         if _INDEX.search(self.name):
             return open_index(self.files[0])
-        return (
-            open_file(self.files[0]) if len(self.files) == 1 else _open_shards(self.files[0].parent, self.files, None)
-        )
+        return open_file(self.files[0]) if len(self.files) == 1 else open_files(str(self.files[0].parent), self.files)
 
 
 def open_folder(folder: Path) -> Contents:
