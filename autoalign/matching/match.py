@@ -38,7 +38,7 @@ from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.keys import common_module, components, split_key
 from autoalign.plan.matches import Caution, Match, Plan
 from autoalign.plan.operations import Copy
-from autoalign.plan.parametrised import Parametrised, parametrised
+from autoalign.plan.parametrised import Parametrised, parametrised, undotted
 from autoalign.plan.quantised import ADVICE, Members, Values, as_values, can_fill, describe_schemes, hidden_keys
 
 _LISTED = "The checkpoint lists parameters without names: they were paired with those of the model in its order."
@@ -106,7 +106,7 @@ def match_tensors(
         sides = _in_order_of_use(own, sides[0], order_of_use), _in_order_of_use(other, sides[1], order_of_use)
     rules = checked_rules(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
-    combined = _combined(*sides, pins.values())
+    combined = _combined(*sides, own.specs, pins.values())
     coded = own.quantised if dequantise else {}
     values = as_values(sides[0], coded, other.quantised, own, own.config, combined)
     if own.quantised or other.quantised or combined:
@@ -170,17 +170,24 @@ def match_tensors(
     return plan if decide is None else decide(plan, min_confidence)
 
 
-def _combined(source: Specs, target: Specs, pinned: Collection[str]) -> list[Parametrised]:
-    """List the parametrised weights of the source that the target, which knows none such, may have as plain ones."""
+def _combined(source: Specs, target: Specs, beside: Specs, pinned: Collection[str]) -> list[Parametrised]:
+    """List what is a plain weight of the target, which knows none such: parametrised ones, and those without dots."""
     found = parametrised(source)
     known = {each.scheme for each in parametrised(target)} if found else ()
+    found += undotted(source, beside, target)
     return [each for each in found if each.scheme not in known and not {spec.key for spec in each.specs} & set(pinned)]
 
 
 def _notes_of_combined(combined: Sequence[Parametrised], matches: Sequence[Match]) -> list[str]:
     used = {key for match in matches for key in match.sources}
     counts = Counter(each.scheme for each in combined if each.codes.key in used)
-    return [f"Combined: {count} weights, from what {scheme} computes them of." for scheme, count in counts.items()]
+    renamed = next((each for each in combined if not each.scheme), None)
+    return [
+        f"Combined: {count} weights, from what {scheme} computes them of."
+        if scheme or renamed is None
+        else f"{count} names without dots were read with them: {renamed.codes.key} as {renamed.key_of_values}."
+        for scheme, count in counts.items()
+    ]
 
 
 def _notes_of_folded_norms(source: Specs, target: Specs, matches: Sequence[Match]) -> list[Caution]:

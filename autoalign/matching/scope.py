@@ -265,8 +265,9 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
     inner = [module for module in range(1, len(held)) if held[module].total() < most]
     enough = [module for module in inner if (held[module] & wanted).total() >= least]
     copies: dict[frozenset[Path], list[Path]] = {}  # by the names below
+    layers = [unit.path for unit in units if any(parts[index].shape for _, index in unit.parts)]  # no mere counters
     for path in (tree.nodes[module] for module in enough):
-        names = frozenset(unit.path[len(path) :] for unit in units if unit.path[: len(path)] == path)
+        names = frozenset(layer[len(path) :] for layer in layers if layer[: len(path)] == path)
         copies.setdefault(names, []).append(path)
     for paths in copies.values():  # outer modules come before inner ones
         if len(paths) > 1:

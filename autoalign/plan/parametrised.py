@@ -1,12 +1,14 @@
 """Weights that are saved as what they are computed from: weight norm, spectral norm and pruning, by torch's own names.
 
 Each is a row of ``PARAMETRISATIONS`` and a function. A side that has plain weights gets the combined ones; where both
-sides have a parametrisation, its tensors are matched as any others are.
+sides have a parametrisation, its tensors are matched as any others are. Names without their dots, as averages of
+weights may have them, are read here too: such a tensor is its own weight under another name.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -15,9 +17,12 @@ import torch
 from torch import Tensor
 
 from autoalign.errors import InputError
-from autoalign.plan.keys import split_key
-from autoalign.plan.operations import Operation, Shape
+from autoalign.plan.keys import LEVELS, common_module, components, split_key
+from autoalign.plan.operations import Copy, Operation, Shape
 from autoalign.plan.specs import TensorSpec
+
+_MIN_UNDOTTED = 8  # tensors of one module whose names may have lost their dots
+_MIN_SHARE = 0.8  # of them whose names with dots are found, since an average has counters beside them
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +71,18 @@ class Parametrised:
     """A weight with the tensors that it is computed from."""
 
     key_of_values: str  # that the weight has where it is plain
-    scheme: str
+    scheme: str  # '' for a tensor that only has another name
     specs: tuple[TensorSpec, ...]
 
     @property
     def codes(self) -> TensorSpec:
         """The tensor that has the shape of the weight."""
         return self.specs[0]
+
+    @property
+    def operation(self) -> Operation:
+        """What makes the weight of its tensors."""
+        return Combine(self.scheme) if self.scheme else Copy()
 
 
 def parametrised(specs: Iterable[TensorSpec]) -> list[Parametrised]:
@@ -104,6 +114,64 @@ def _plain(path: str) -> str:
     module, name = split_key(path)
     outer, parametrizations = split_key(module)
     return f"{outer}.{name}".lstrip(".") if parametrizations == "parametrizations" else ""
+
+
+def undotted(
+    own: Sequence[TensorSpec], beside: Sequence[TensorSpec], other: Sequence[TensorSpec]
+) -> list[Parametrised]:
+    """Find tensors whose names are those of others without the dots, as buffers of an average of weights are named.
+
+    The others are beside them, or else on the other side, which may know more or less of the way to a module.
+
+    >>> keys = [f"net.h.{layer}.fc.{name}" for layer in range(4) for name in ("weight", "bias")]
+    >>> plain = [TensorSpec(key, (2,), torch.float32) for key in keys]
+    >>> flat = [TensorSpec(f"ema.{key.replace('.', '')}", (2,), torch.float32) for key in keys]
+    >>> undotted(flat, flat, plain)[0].key_of_values
+    'ema.0.fc.weight'
+    """
+    groups: dict[str, dict[str, TensorSpec]] = {}
+    for spec in own:
+        module, name = split_key(spec.key)
+        groups.setdefault(module, {})[name] = spec
+    taken = {spec.key for spec in other}
+    found = []
+    for module, flat in groups.items():
+        if len(flat) < _MIN_UNDOTTED or any(spec.key in taken for spec in flat.values()):
+            continue
+        apart = [spec for spec in beside if split_key(spec.key)[0] != module]
+        names = _with_dots(flat, apart) or _with_dots(flat, other)
+        found += [Parametrised(f"{module}.{name}".lstrip("."), "", (flat[key],)) for key, name in names.items()]
+    return found
+
+
+def _with_dots(flat: Mapping[str, TensorSpec], known: Iterable[TensorSpec]) -> dict[str, str]:
+    """Return the names with dots in what holds them all; none unless most names are those of some module's tensors."""
+    ends: dict[str, list[tuple[str, TensorSpec]]] = {}  # of keys without dots: from which module on, and of what
+    for spec in known:
+        parts = spec.key.split(".", LEVELS)
+        for start in range(len(parts) - 1):
+            ends.setdefault("".join(parts[start:]), []).append((".".join(parts[:start]), spec))
+    votes: Counter[tuple[str, str]] = Counter()
+    for name in flat:
+        begin = next((start for start in range(len(name)) if name[start:] in ends), None)
+        if begin is not None:
+            votes.update({(name[:begin], module) for module, _ in ends[name[begin:]]})
+    if not votes:
+        return {}
+    (lead, module), count = votes.most_common(1)[0]
+    if count < _MIN_SHARE * len(flat):
+        return {}
+    found = {}
+    for name, spec in flat.items():
+        keys = [
+            other.key
+            for inner, other in ends.get(name.removeprefix(lead), ())
+            if inner == module and other.shape == spec.shape
+        ]
+        if len(keys) == 1:
+            found[name] = components(keys[0])
+    shared = len(common_module(found.values()))
+    return {name: ".".join(path[shared:]) for name, path in found.items()}
 
 
 def _weight_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from autoalign.plan.adaptations import needs_target
 from autoalign.plan.dequantise import OF_CALLS, SCHEMES, Dequantise, is_dequantised, mlx_shape, schemes_of
 from autoalign.plan.keys import common_prefix, split_key
 from autoalign.plan.operations import Copy, Operation, Permute, chain, in_parallel, output_shapes
-from autoalign.plan.parametrised import Combine, Parametrised
+from autoalign.plan.parametrised import Parametrised
 from autoalign.plan.specs import TensorSpec
 
 ADVICE = "Load the checkpoint from before it was quantised, or dequantise it first."
@@ -392,7 +392,7 @@ def as_values(
     shared = {member.group.kind for member in other.values()}
     given = {spec.key for spec in specs}
     groups: dict[str, tuple[Quantised | Parametrised, Operation]] = {
-        each.key_of_values: (each, Combine(each.scheme)) for each in combined
+        each.key_of_values: (each, each.operation) for each in combined
     }
     for key, member in own.items():
         group = member.group

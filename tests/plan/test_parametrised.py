@@ -126,3 +126,63 @@ def test_operations_are_checked() -> None:
         from_plain({"kind": "Combine", "scheme": "weights"})
     with pytest.raises(InputError, match=r"does not fit tensors of shapes \[3, 2\], \[2, 1\]"):
         operation.apply([torch.ones(3, 2), torch.ones(2, 1)])
+
+
+class Average(nn.Module):
+    """Named as LitEma does: each parameter is a buffer whose name has no dots."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("decay", torch.tensor(0.99))
+        self.register_buffer("num_updates", torch.tensor(3))
+        for name, parameter in model.named_parameters():
+            self.register_buffer(name.replace(".", ""), parameter.detach() + 1)
+
+
+class Blocks(nn.Module):
+    """Eleven blocks, so that numbers run into each other without dots."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        stem, first, norm = names
+        blocks = [nn.ModuleDict({first: nn.Linear(4, 4), norm: nn.LayerNorm(4)}) for _ in range(11)]
+        self.add_module(stem, nn.ModuleList(blocks))
+
+
+def with_average() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"diffusion_model": Blocks("h", "fc", "ln")})
+    return nn.ModuleDict({"model": model, "model_ema": Average(model), "vae": nn.Linear(5, 5)})
+
+
+@pytest.mark.parametrize("exclude", ["model", "model.diffusion_model"])
+@pytest.mark.parametrize("names", [("h", "fc", "ln"), ("layers", "linear", "norm")], ids=["same", "other names"])
+def test_averages_whose_names_have_no_dots(exclude: str, names: tuple[str, str, str]) -> None:
+    source, model = with_average(), Blocks(*names)
+    alignment = autoalign.load(model, source.state_dict(), exclude=exclude)
+    wanted = [parameter + 1 for parameter in source.get_submodule("model").parameters()]
+    assert all(torch.equal(own, want) for own, want in zip(model.parameters(), wanted, strict=True))
+    note = "44 names without dots were read with them: model_ema.diffusion_modelh0fcweight as model_ema.0.fc.weight."
+    assert note in alignment.notes
+    assert alignment.matches[0].sources == ("model_ema.diffusion_modelh0fcweight",)
+    values = alignment.rules().apply(source.state_dict())
+    assert torch.equal(values[f"{names[0]}.10.{names[1]}.weight"], wanted[40])
+
+
+def test_trained_weights_come_before_averages_of_them() -> None:
+    source, model = with_average(), Blocks("layers", "linear", "norm")
+    with pytest.warns(autoalign.ChoiceWarning, match=r"'model\.diffusion_model\.h' was taken, not 'model_ema'"):
+        alignment = autoalign.load(model, source.state_dict())
+    assert alignment.mapping["model.diffusion_model.h.10.ln.bias"] == "layers.10.norm.bias"
+
+
+def test_names_without_dots_are_recovered_from_the_other_side() -> None:
+    average, model = with_average().get_submodule("model_ema"), Blocks("h", "fc", "ln")
+    for prefix in ("", "model_ema."):
+        saved = {f"{prefix}{key}": tensor for key, tensor in average.state_dict().items()}
+        alignment = autoalign.align(saved, model)
+        assert not alignment.missing_keys
+        assert alignment.mapping[f"{prefix}diffusion_modelh10lnbias"] == "h.10.ln.bias"
+    same = autoalign.align(average.state_dict(), average)
+    assert not any(same)
+    assert not same.notes
