@@ -19,7 +19,7 @@ ORDER = (
     *("loading", "verification", "api", "__init__", "cli", "__main__"),
 )
 # needed for a match or a screen, not for an import
-LATE = ("gguf", "huggingface_hub", "msgpack", "networkx", "rapidfuzz", "regex", "rich", "safetensors", "scipy")
+LATE = ("gguf", "h5py", "huggingface_hub", "msgpack", "networkx", "rapidfuzz", "regex", "rich", "safetensors", "scipy")
 
 
 def imported(tree: ast.AST, modules: set[str]) -> Iterator[str]:

@@ -164,8 +164,9 @@ def open_checkpoint(path: Given, *, container: str | None = None) -> Checkpoint:
     """Open a file or a folder of any format, told by its content, without reading tensor data where that is possible.
 
     Formats are safetensors, files of torch (of ``torch.save``, Lightning, DeepSpeed's merged ones), TorchScript
-    archives, npz files, GGUF and msgpack files (which need ``autoalign[formats]``), sharded checkpoints with or without
-    an index, folders as Hugging Face, PEFT and training scripts leave them, and ``torch.distributed.checkpoint``.
+    archives, npz files, GGUF, msgpack and HDF5 files (which need ``autoalign[formats]``), sharded checkpoints with or
+    without an index, folders as Hugging Face, PEFT and training scripts leave them, and
+    ``torch.distributed.checkpoint``.
 
     Zip and tar archives with such files in them are copied to a temporary folder first.
 

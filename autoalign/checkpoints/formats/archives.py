@@ -17,11 +17,13 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from autoalign.checkpoints.config import folder_config
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.stored import MAX_MEMBERS, Contents, TooCostlyError, reading
 from autoalign.errors import CheckpointError, listed
 
-_SUFFIXES = frozenset({".bin", ".ckpt", ".gguf", ".msgpack", ".npz", ".pt", ".pth", ".safetensors"})
+_SUFFIXES = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".pt", ".pth", ".safetensors"})
+_CONFIG = "config.json"  # which stands before the weights, and readers find beside them
 _MAX_RATIO = 16  # of what is unpacked to the archive
 _FREE_BYTES = 2**26  # that may be unpacked from any
 
@@ -68,6 +70,9 @@ def open_archive(file: Path, open_member: Callable[[Path], Contents]) -> Content
         for number, (name, stream) in enumerate(_files(file)):
             path = PurePosixPath(name)
             names.append(name)
+            if name.removeprefix("./") == _CONFIG:
+                with (root.folder / _CONFIG).open("wb") as target:
+                    shutil.copyfileobj(stream, target)
             if path.suffix not in _SUFFIXES or name_words(path.name) & TRAINING_WORDS:
                 continue
             copy = root.folder / f"{number}{path.suffix}"
@@ -81,7 +86,8 @@ def open_archive(file: Path, open_member: Callable[[Path], Contents]) -> Content
             f"{str(file)!r} is an archive, and none of its {len(names)} files is a checkpoint: "
             f"{listed([repr(name[:100]) for name in names])}. Nothing was read. Unpack it, and name the file to read."
         )
-    return Contents(root, notes=tuple(notes))
+    config, more = folder_config(root.folder)
+    return Contents(root, config=config, notes=(*notes, *more))
 
 
 def _files(file: Path) -> Iterator[tuple[str, IO[bytes]]]:

@@ -16,6 +16,7 @@ from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.formats.archives import is_archive, open_archive
 from autoalign.checkpoints.formats.distributed import is_distributed, open_distributed
 from autoalign.checkpoints.formats.gguf import is_gguf, open_gguf
+from autoalign.checkpoints.formats.hdf5 import is_hdf5, open_hdf5
 from autoalign.checkpoints.formats.msgpack import is_msgpack, open_msgpack
 from autoalign.checkpoints.formats.npz import is_npz, open_npz
 from autoalign.checkpoints.formats.safetensors import is_safetensors, open_safetensors
@@ -31,6 +32,7 @@ FORMATS: dict[str, Callable[[Path], Contents]] = {
     "TorchScript": open_torchscript,
     "npz": open_npz,
     "GGUF": open_gguf,
+    "HDF5": open_hdf5,
     "msgpack": open_msgpack,
     "archive": lambda file: open_archive(file, _open_member),
 }  # the first is the first that is taken where a folder has several
@@ -94,6 +96,8 @@ def format_of(file: Path) -> str | None:
         return "safetensors"
     if is_npz(head):
         return "npz"
+    if is_hdf5(head):
+        return "HDF5"
     if is_pickled(head):
         names = _members(file)
         is_torch = not names or any(name.lower().endswith("data.pkl") for name in names)

@@ -86,11 +86,18 @@ def test_the_model_in_an_archive_is_loaded(tmp_path: Path, write: object) -> Non
 
 
 def test_an_archive_without_a_checkpoint_is_called_so(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("config.json", "{}")
-        archive.writestr("model.weights.h5", b"x")
-    with pytest.raises(CheckpointError, match=r"an archive, and none of its 2 files .*'model.weights.h5'.* Unpack it"):
-        open_checkpoint(tmp_path / "a.keras")
+        archive.writestr("model.weights", b"x")
+    with pytest.raises(CheckpointError, match=r"an archive, and none of its 2 files .*'model.weights'.* Unpack it"):
+        open_checkpoint(tmp_path / "a.zip")
+
+
+def test_the_configuration_in_an_archive_is_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("config.json", '{"heads": 4}')
+        archive.writestr("model.pt", saved(policy().state_dict()))
+    assert open_checkpoint(tmp_path / "a.zip").config == {"heads": 4}
 
 
 def test_an_archive_in_an_archive_is_not_opened(tmp_path: Path) -> None:
