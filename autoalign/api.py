@@ -138,7 +138,9 @@ def align(
             on the meta device, or a text that names one, ``"timm:NAME"``, ``"torchvision:NAME"``,
             ``"transformers:PATH"`` or ``"package.module:factory"``. What both compute is then compared, as
             ``dataflow`` shows it: what keys leave open is decided where it can be, and matches that it contradicts are
-            listed as ambiguous. Where both sides are modules and keys leave open which tensor it is, that is so anyway.
+            listed as ambiguous. What stays open, such as a layout, is decided by calls of copies of both on random
+            values, where they agree further in one way than in any other. Where both sides are modules and keys leave
+            anything open, all that is so anyway.
         **unknown: Refused, with the most similar option that there is.
 
     Returns:

@@ -6,11 +6,12 @@ In order of use, from the bottom up:
 * ``run``: calls a model and leaves it, and every source of chance, as they were; records its modules; order of use.
 * ``example_inputs``: what a module may be called with, guessed from its settings, names and layers.
 * ``dataflow``: the graph of a call on tensors without data: which tensors and operations feed which.
-* ``refinement``: which tensors correspond by both graphs, coloured together (Weisfeiler and Leman).
 * ``compare``: which modules belong together, what they compute, and the first that differs.
 * ``causes``: why it differs: weights, settings of modules, other functions, or rounding.
 * ``session``: two models, one call of the source, and calls of the target with other values in place of its own.
 * ``proof``: values on which every layer passes its signal on; of which tensors a change would have been noticed.
+* ``probe``: what keys and graphs leave open, decided by calls of both networks on random values.
+* ``refinement``: which tensors correspond by both graphs, coloured together (Weisfeiler and Leman).
 * ``search``: other ways to fill the target, tried until the outputs are equal.
 * ``verify``: the verdict, with the first divergence and what had to be filled otherwise.
 

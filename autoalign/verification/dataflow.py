@@ -66,6 +66,12 @@ def dataflow(module: nn.Module, example_inputs: object = None) -> nx.DiGraph:
     Raises:
         TraceError: The module cannot be called so; the text has the reason.
     """
+    graph, _ = traced(module, example_inputs)
+    return graph
+
+
+def traced(module: nn.Module, example_inputs: object = None) -> tuple[nx.DiGraph, object]:
+    """Return the graph of one call of a module, see ``dataflow``, and what it was called with."""
     if not isinstance(module, nn.Module):
         raise InputError(f"Expected an nn.Module to call, not {type(module).__name__}. Nothing was called.")
     given = [(example_inputs, "as given")] if example_inputs is not None else guessed_inputs(module)
@@ -79,7 +85,7 @@ def dataflow(module: nn.Module, example_inputs: object = None) -> nx.DiGraph:
             reasons.setdefault(f"{type(error).__name__}: {text[0]}", said)
         else:
             graph.graph["inputs"] = said
-            return graph
+            return graph, inputs
     why = [f"{reason} (inputs: {said})" for reason, said in reasons.items()][:_MAX_REASONS]
     raise TraceError(
         f"{type(module).__name__} could not be called on tensors without data: {'; '.join(why) or 'no inputs fit'}. "

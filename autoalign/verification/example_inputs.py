@@ -96,7 +96,14 @@ def _shapes(module: nn.Module) -> dict[str, list[tuple[_Shape, str]]]:
         width = _attribute([layer], _WIDTHS, 0) if layer else 0
         if kind == "image" and (width or not any(isinstance(each, nn.Embedding) for each in module.modules())):
             channels = width or _attribute(module.modules(), _CHANNELS, 3)
-            found[kind] = [((1, *((channels, *size)[-3:])), reason) for size, reason in _sizes(module, said)]
+            fewest = min(
+                (each.in_channels for each in module.modules() if isinstance(each, nn.Conv2d)), default=channels
+            )
+            found[kind] = [
+                ((1, *((count, *size)[-3:])), reason)
+                for count in dict.fromkeys((channels, fewest))  # layers may be registered in any order
+                for size, reason in _sizes(module, said)
+            ]
         elif not width:
             continue
         elif kind == "video":

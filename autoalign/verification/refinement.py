@@ -16,9 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
+from typing import Any
 
 import networkx as nx
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from autoalign.errors import InputError, TraceError
 from autoalign.matching.cues import LEFT_OVER, MAY_BE_EXCHANGED, NOTHING_TELLS
@@ -29,7 +31,8 @@ from autoalign.plan.keys import split_key
 from autoalign.plan.matches import Candidate, Match, Plan
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Transpose
 from autoalign.plan.specs import tied_groups
-from autoalign.verification.dataflow import dataflow
+from autoalign.verification.dataflow import traced
+from autoalign.verification.probe import Inputs, probed
 
 CODE = "code"  # the cue
 _SURE = 0.9  # of matches that the refinement starts from
@@ -208,9 +211,8 @@ def _next_colours(
 
 
 def decided_if_open(source_model: nn.Module, example_inputs: object, plan: Plan, min_confidence: float) -> Plan:
-    """Return a plan with what code decides, as ``decided_by_code``, if keys leave any choice of a tensor open."""
-    is_open = any(_is_other_tensor(match) for match in plan.ambiguous)
-    if not is_open or not isinstance(getattr(plan.target_tensors, "module", None), nn.Module):
+    """Return a plan with what code decides, as ``decided_by_code``, if keys leave anything open."""
+    if not plan.ambiguous or not isinstance(getattr(plan.target_tensors, "module", None), nn.Module):
         return plan
     found = decided_by_code(source_model, example_inputs, plan, min_confidence)
     return plan if (found.matches, found.ambiguous) == (plan.matches, plan.ambiguous) else found
@@ -229,10 +231,10 @@ def decided_by_code(source_model: nn.Module, example_inputs: object, plan: Plan,
         raise InputError("source_model= is compared with the target, which has to be a module. Nothing was aligned.")
     keys = _keys_in(source_model, plan)
     try:
-        source = nx.relabel_nodes(_graph(source_model, example_inputs), keys)
-        target = _graph(target_model, example_inputs)
+        traces = [_traced(model, example_inputs) for model in (source_model, target_model)]
     except TraceError as error:
         return replace(plan, notes=(*plan.notes, f"The code of both models was not compared. {error}"))
+    source, target = nx.relabel_nodes(traces[0][0], keys), traces[1][0]
     alone = _pairs(source, target, {})
     is_proof = len(alone) >= _MIN_SHARE * sum(bool(target.degree(spec.key)) for spec in plan.target_specs)
     alone |= _unused_pairs(plan, alone)
@@ -252,17 +254,58 @@ def decided_by_code(source_model: nn.Module, example_inputs: object, plan: Plan,
     }
     anchors = {key: own for key, own in anchors.items() if Counter(anchors.values())[own] == 1}
     pairs = {key: own for key, own in _pairs(source, target, anchors).items() if key not in anchors} | alone
-    return _with_pairs(
+    refined = _with_pairs(
         plan, pairs | _unused_pairs(plan, pairs), contradicted, overrules=is_proof, min_confidence=min_confidence
+    )
+    inputs = _common_inputs(traces[0][1], traces[1][1])
+    found = probed(_renamed(refined, {old: new for new, old in keys.items()}), source_model, target_model, inputs)
+    return _renamed(found, keys) if found.matches != refined.matches else refined
+
+
+def _renamed(plan: Plan, keys: Mapping[str, str]) -> Plan:
+    """Return a plan with other keys of its source; what takes tensors without one is left as it is, and not decided."""
+    if all(old == new for old, new in keys.items()):
+        return plan
+
+    def renamed(match: Match) -> Match:
+        rivals = tuple(
+            replace(each, sources=tuple(keys.get(k, k) for k in each.sources)) for each in match.alternatives
+        )
+        return replace(match, sources=tuple(keys.get(key, key) for key in match.sources), alternatives=rivals)
+
+    return replace(
+        plan,
+        matches=tuple(map(renamed, plan.matches)),
+        ambiguous=tuple(map(renamed, plan.ambiguous)),
+        source_specs=tuple(replace(spec, key=keys.get(spec.key, spec.key)) for spec in plan.source_specs),
     )
 
 
-def _graph(module: nn.Module, example_inputs: object) -> nx.DiGraph:
+def _common_inputs(source: object, target: object) -> list[Inputs]:
+    """List what two networks may be called with alike, of what each can be called with, in full precision."""
+    own, form = _float_tensors(source)
+    other, other_form = _float_tensors(target)
+    found = [(tree_unflatten(own, form), tuple(own)), (tuple(other), tree_unflatten(other, other_form))]
+    if [*map(_form, own)] == [*map(_form, other)]:
+        found.insert(0, (tree_unflatten(own, form), tree_unflatten(own, other_form)))
+    return found
+
+
+def _form(value: object) -> object:
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else value
+
+
+def _float_tensors(inputs: object) -> tuple[list[Any], TreeSpec]:
+    leaves, form = tree_flatten(inputs)
+    return [each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in leaves], form
+
+
+def _traced(module: nn.Module, example_inputs: object) -> tuple[nx.DiGraph, object]:
     """Return the dataflow of a module, on guessed inputs where it does not take those given: two codes may differ."""
     if example_inputs is not None:
         with suppress(TraceError):
-            return dataflow(module, example_inputs)
-    return dataflow(module)
+            return traced(module, example_inputs)
+    return traced(module)
 
 
 def _keys_in(source_model: nn.Module, plan: Plan) -> dict[str, str]:

@@ -1,0 +1,104 @@
+"""Probes decide layouts that nothing else shows, and nothing that calls do not show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autoalign
+from autoalign.verification import probe
+from autoalign.verification.probe import PROBE
+from tests.matching.test_operation_pairs import DOUBTED_PAIRS, TOLERANCE, Pair, output, randomise
+from tests.pairs import relative_difference
+
+NAMES = [
+    "Meta Llama without frequencies -> transformers.Llama",
+    "transformers.Llama -> torchtune Llama",
+    "litgpt (groups of heads) -> transformers.Llama",
+    "transformers.GPTNeoX -> separate projections",
+    "gated, fused with the gate last -> gated, separate",
+    "timm.VisionTransformer -> vit-pytorch, patches with channels last",
+]
+
+
+def doubted(name: str) -> Pair:
+    (pair,) = (each for each in DOUBTED_PAIRS if isinstance(each, Pair) and each.name == name)
+    return pair
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layout_that_nothing_shows_is_the_one_with_which_both_compute_the_same(name: str) -> None:
+    pair = doubted(name)
+    source, target = randomise(pair.source(), pair.inputs, seed=1), pair.target().eval()
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    by_keys = autoalign.align(source.state_dict(), target)
+    alignment = autoalign.align(source.state_dict(), target, source_model=source)
+    assert by_keys.ambiguous
+    assert alignment.ambiguous == ()
+    found = {match.target for match in alignment.matches if PROBE in match.evidence}
+    assert found == {match.target for match in by_keys.ambiguous}
+    assert any(note.startswith("Probed: ") and by_keys.ambiguous[0].warnings[0] in note for note in alignment.notes)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
+    target.load_state_dict(alignment.state_dict(), strict=False)
+    assert relative_difference(output(target, pair.inputs), output(source, pair.inputs)) < TOLERANCE
+
+
+class Gated(nn.Module):
+    """A gated layer with fused halves, the gate first or last."""
+
+    def __init__(self, fused: str, down: str, *, gate_first: bool, gate: nn.Module) -> None:
+        super().__init__()
+        self.names, self.gate_first, self.gate = (fused, down), gate_first, gate
+        self.stem = nn.Linear(8, 8)
+        self.ff = nn.ModuleDict({fused: nn.Linear(8, 40), down: nn.Linear(20, 8)})
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused, down = (self.ff[name] for name in self.names)
+        first, second = fused(self.stem(x)).chunk(2, -1)
+        gate, value = (first, second) if self.gate_first else (second, first)
+        return self.head(x + down(self.gate(gate) * value))  # type: ignore[no-any-return]
+
+
+def gated(gate: nn.Module | None = None) -> tuple[Gated, Gated]:
+    gate = gate or nn.SiLU()
+    return Gated("w12", "w3", gate_first=True, gate=gate), Gated("proj", "out", gate_first=False, gate=gate)
+
+
+def test_what_calls_do_not_show_stays_ambiguous() -> None:
+    source, target = gated()
+    assert autoalign.align(source.state_dict(), target, source_model=source).ambiguous == ()
+    source, target = gated(nn.Identity())
+    assert autoalign.align(source.state_dict(), target, source_model=source).ambiguous
+
+
+def test_both_sides_that_are_modules_are_called_where_a_layout_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = gated()
+    assert autoalign.align(source, target).ambiguous == ()
+    monkeypatch.setattr(probe, "_MAX_ELEMENTS", 9)
+    assert autoalign.align(source, target).ambiguous
+
+
+def test_keys_of_a_checkpoint_may_have_a_prefix() -> None:
+    source, target = gated()
+    checkpoint = {f"module.{key}": tensor for key, tensor in source.state_dict().items()}
+    alignment = autoalign.align(checkpoint, target, source_model=source)
+    assert alignment.ambiguous == ()
+    (found,) = (match for match in alignment.matches if match.target == "ff.proj.weight")
+    assert found.sources == ("module.ff.w12.weight",) * len(found.sources)
+    assert {spec.key for spec in alignment.source_specs} == checkpoint.keys()
+
+
+def test_models_on_the_meta_device_are_called_too() -> None:
+    with torch.device("meta"):
+        source, target = gated()
+    assert autoalign.align(source.state_dict(), target, source_model=source).ambiguous == ()
+    assert all(tensor.is_meta for tensor in (*source.parameters(), *target.parameters()))
+
+
+def test_a_difference_behind_what_is_in_doubt_is_none_of_it() -> None:
+    source, target = gated()
+    target.add_module("head", nn.Sequential(nn.Tanh(), nn.Linear(8, 3)))
+    alignment = autoalign.align(source.state_dict(), target, source_model=source)
+    assert "ff.proj.weight" not in alignment.missing_keys
