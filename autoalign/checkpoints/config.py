@@ -74,6 +74,7 @@ def saved_config(root: Mapping[str, object], container: str) -> Config:
     for level in levels:
         for key in _KEYS:
             value = level.get(key) if key in level else None
+            value = getattr(value, "fields", value)  # of an object that was not made, such as an argparse.Namespace
             if isinstance(value, Mapping):
                 config |= _plain_mapping(value)
     return config

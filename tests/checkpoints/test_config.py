@@ -110,3 +110,10 @@ def test_data_without_end_is_cut() -> None:
         endless = {"a": endless, "b": [endless, endless], "n_head": 4}
     model.config = endless  # type: ignore[assignment]
     assert checkpoint_of(model).config["n_head"] == 4
+
+
+def test_the_attributes_of_an_object_in_a_file_are_its_configuration(tmp_path: Path) -> None:
+    torch.save({"model": {"a.weight": torch.ones(2)}, "args": Namespace(heads=4, path=Path("x"))}, tmp_path / "a.pt")
+    checkpoint = open_checkpoint(tmp_path / "a.pt")
+    assert checkpoint.config == {"heads": 4}
+    assert "ignored: argparse.Namespace in 'args'" in checkpoint.notes[-1]

@@ -22,8 +22,8 @@ from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.stored import MAX_MEMBERS, Contents, TooCostlyError, reading
 from autoalign.errors import CheckpointError, listed
 
-_SUFFIXES = frozenset({".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".pt", ".pth", ".safetensors"})
-_CONFIG = "config.json"  # which stands before the weights, and readers find beside them
+_SUFFIXES = frozenset({".bin", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".npz", ".pt", ".pth", ".safetensors"})
+_BESIDE = frozenset({".metadata", "config.json", "latest", "params.json"})  # what readers of checkpoints look at
 _MAX_RATIO = 16  # of what is unpacked to the archive
 _FREE_BYTES = 2**26  # that may be unpacked from any
 
@@ -53,40 +53,52 @@ def open_copy(stream: IO[bytes], open_member: Callable[[Path], Contents]) -> Con
     return replace(contents, root=root)
 
 
-def open_archive(file: Path, open_member: Callable[[Path], Contents]) -> Contents:
+def open_archive(
+    file: Path, open_member: Callable[[Path], Contents], open_parted: Callable[[Path], Contents | None]
+) -> Contents:
     """Open the checkpoints in an archive.
 
     Args:
         file: The archive.
         open_member: What opens each of them.
+        open_parted: What opens a folder whose files are one checkpoint, as shards are; None for another folder.
 
     Raises:
         CheckpointError: It is damaged, holds no checkpoint, or one that cannot be read.
     """
     root = _Copied()
     names: list[str] = []
-    notes: list[str] = []
+    copies: list[Path] = []
     with reading(file, "an archive"):
-        for number, (name, stream) in enumerate(_files(file)):
-            path = PurePosixPath(name)
+        for name, stream in _files(file):
             names.append(name)
-            if name.removeprefix("./") == _CONFIG:
-                with (root.folder / _CONFIG).open("wb") as target:
-                    shutil.copyfileobj(stream, target)
-            if path.suffix not in _SUFFIXES or name_words(path.name) & TRAINING_WORDS:
+            path = PurePosixPath(name.lstrip("/"))
+            is_model = path.suffix in _SUFFIXES
+            if ".." in path.parts or not (is_model or path.name in _BESIDE or path.name.endswith(".index.json")):
                 continue
-            copy = root.folder / f"{number}{path.suffix}"
-            with copy.open("wb") as target:
+            copy = root.folder / path
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with copy.open("xb") as target:  # since what is mapped must not be written to again
                 shutil.copyfileobj(stream, target)
+            copies += [copy] if is_model else []
+        folders = sorted({above for copy in copies for above in copy.relative_to(root.folder).parents})
+        for folder in folders:
+            if (contents := open_parted(root.folder / folder)) is not None:
+                root.update(contents.root)
+                return replace(contents, root=root, opened=())
+        notes: list[str] = []
+        for copy in copies:
+            if name_words(copy.name) & TRAINING_WORDS:
+                continue
             contents = open_member(copy)
-            root[path.stem if path.stem not in root else name] = contents.root
+            root[copy.stem if copy.stem not in root else str(copy.relative_to(root.folder))] = contents.root
             notes += contents.notes
     if not root:
         raise CheckpointError(
             f"{str(file)!r} is an archive, and none of its {len(names)} files is a checkpoint: "
             f"{listed([repr(name[:100]) for name in names])}. Nothing was read. Unpack it, and name the file to read."
         )
-    config, more = folder_config(root.folder)
+    config, more = folder_config(copies[0].parent)
     return Contents(root, config=config, notes=(*notes, *more))
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from autoalign.checkpoints.atomic import unfinished
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.formats.archives import is_archive, open_archive
+from autoalign.checkpoints.formats.deepspeed import is_zero, open_zero
 from autoalign.checkpoints.formats.distributed import is_distributed, open_distributed
 from autoalign.checkpoints.formats.gguf import is_gguf, open_gguf
 from autoalign.checkpoints.formats.hdf5 import is_hdf5, open_hdf5
+from autoalign.checkpoints.formats.megatron import open_parts, parts_of
 from autoalign.checkpoints.formats.msgpack import is_msgpack, open_msgpack
 from autoalign.checkpoints.formats.npz import is_npz, open_npz
 from autoalign.checkpoints.formats.safetensors import is_safetensors, open_safetensors
@@ -34,7 +36,7 @@ FORMATS: dict[str, Callable[[Path], Contents]] = {
     "GGUF": open_gguf,
     "HDF5": open_hdf5,
     "msgpack": open_msgpack,
-    "archive": lambda file: open_archive(file, _open_member),
+    "archive": lambda file: open_archive(file, _open_member, _open_unpacked),
 }  # the first is the first that is taken where a folder has several
 
 _HEAD_BYTES = 2**12  # of a file that are looked at
@@ -105,6 +107,13 @@ def format_of(file: Path) -> str | None:
     if is_archive(head):
         return "archive"
     return "msgpack" if is_msgpack(head) else None
+
+
+def _open_unpacked(folder: Path) -> Contents | None:
+    """Open a folder of an archive if its files are parts of one checkpoint, or shards of one."""
+    parted = open_parted(folder)
+    sharded = [each for each in _candidates(folder) if len(each.files) > 1 or _INDEX.search(each.name)]
+    return sharded[0].open() if parted is None and len(sharded) == 1 else parted
 
 
 def _open_member(file: Path) -> Contents:
@@ -273,8 +282,8 @@ def open_folder(folder: Path) -> Contents:
         CheckpointError: There is none, there are several, or it cannot be read.
         DependencyError: The package that reads its format is not installed.
     """
-    if is_distributed(folder):
-        return open_distributed(folder)
+    if (contents := open_parted(folder)) is not None:
+        return contents
     found = sorted(_candidates(folder), key=_rank)
     if not found:
         raise CheckpointError(_nothing_message(folder))
@@ -291,6 +300,34 @@ def open_folder(folder: Path) -> Contents:
     others = ", ".join(repr(other.name) for other in rest[:3])
     note = f"{first.name!r} of the folder was taken. To take another, give its path: {others}."
     return replace(contents, notes=(note, *contents.notes))
+
+
+def open_parted(folder: Path) -> Contents | None:
+    """Open a folder whose files are parts of one checkpoint; None for a folder of another kind.
+
+    Raises:
+        CheckpointError: A part is missing, damaged or unlike the others.
+    """
+    if is_distributed(folder):
+        return open_distributed(folder)
+    for step in filter(None, (folder, _latest(folder))):
+        if parts := parts_of(step):
+            return open_parts(step, parts, open_file)
+        if is_zero(step):
+            return open_zero(step)
+    return None
+
+
+def _latest(folder: Path) -> Path | None:
+    """Return the folder of the last step of a training, where one names it."""
+    for name, start in (("latest", ""), ("latest_checkpointed_iteration.txt", "iter_")):
+        file = folder / name
+        if file.is_file() and file.stat().st_size <= _MAX_NAME_LENGTH:
+            text = file.read_text(encoding="utf-8", errors="replace").strip()
+            inner = folder / (f"{start}{int(text):07}" if start and text.isdigit() else text)
+            if inner.parent == folder and inner.name not in ("", "..") and inner.is_dir():
+                return inner
+    return None
 
 
 def _rank(candidate: _Candidate) -> tuple[int, bool, int, str]:

@@ -31,10 +31,11 @@ def is_pickled(head: bytes) -> bool:
     return head.startswith((b"PK\x03\x04", b"\x80"))
 
 
-def open_pickled(file: Path) -> Contents:
+def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
     """Unpickle a file without running code of it.
 
-    Tensors of a zip file are mapped into memory; an older file is read as a whole.
+    Tensors of a zip file are mapped into memory; an older file is read as a whole. With ``is_part``, it may be a part
+    of a checkpoint that several processes saved, whose tensors are not all there.
 
     Raises:
         CheckpointError: The file is damaged, or does not hold a mapping.
@@ -65,13 +66,27 @@ def open_pickled(file: Path) -> Contents:
     except Warning:  # torch's own, which a filter of the caller's turns into an error; filters are the whole process's
         raise
     except pickle.UnpicklingError as error:  # what weights_only=True does not take, or a damaged file
-        return _without_code(file, error, zipped=zipped)
+        loaded, notes = _without_code(file, error, zipped=zipped)
     except Exception as error:  # zipfile, torch and damaged pickles raise whatever they were led to
         raise _read_error(file, error) from error
-    return _contents(file, loaded)
+    else:
+        notes = ()
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(
+            f"{str(file)!r} holds a {type(loaded).__name__}, not a mapping of tensors. Nothing was aligned. "
+            "Save a state dict, such as torch.save(model.state_dict(), path)."
+        )
+    if not is_part and "ds_version" in loaded and _is_emptied(loaded.get("module"), loaded.get("param_shapes")):
+        raise CheckpointError(
+            f"{str(file)!r} is a part of a checkpoint of DeepSpeed's ZeRO, whose tensors are spread over many files. "
+            "Nothing was aligned. Name the folder of all of them."
+        )
+    return Contents(loaded, notes=notes)
 
 
-def _without_code(file: Path, refusal: pickle.UnpicklingError, *, zipped: bool) -> Contents:
+def _without_code(
+    file: Path, refusal: pickle.UnpicklingError, *, zipped: bool
+) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
     """Read a file that names classes or functions of others: its tensors and plain data, with stubs for all else.
 
     Raises:
@@ -87,21 +102,7 @@ def _without_code(file: Path, refusal: pickle.UnpicklingError, *, zipped: bool) 
         raise _read_error(file, refusal) from refusal
     kinds = list(dict.fromkeys(f"{name} in {where!r}" for name, where in values.ignored))
     note = f"The file names code of others, and none of it was run; ignored: {listed(kinds)}." if kinds else ""
-    return _contents(file, loaded, *([note] if note else []))
-
-
-def _contents(file: Path, loaded: object, *notes: str) -> Contents:
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(
-            f"{str(file)!r} holds a {type(loaded).__name__}, not a mapping of tensors. Nothing was aligned. "
-            "Save a state dict, such as torch.save(model.state_dict(), path)."
-        )
-    if "ds_version" in loaded and _is_emptied(loaded.get("module"), loaded.get("param_shapes")):
-        raise CheckpointError(
-            f"{str(file)!r} is a part of a checkpoint of DeepSpeed's ZeRO, whose tensors are spread over many files. "
-            "Nothing was aligned. Merge them with the zero_to_fp32.py that lies beside them."
-        )
-    return Contents(loaded, notes=notes)
+    return loaded, (note,) if note else ()
 
 
 def _may_run_code(version: str) -> bool:

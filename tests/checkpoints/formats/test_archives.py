@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import gc
 import io
+import shutil
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 import autoalign
 from autoalign.checkpoints.checkpoint import open_checkpoint
 from autoalign.errors import CheckpointError
+from tests.checkpoints.formats.test_deepspeed import write_zero
+from tests.checkpoints.formats.test_megatron import write_layers
 
 
 def policy() -> nn.Module:
@@ -134,3 +140,44 @@ def test_several_models_are_containers(tmp_path: Path) -> None:
         archive.writestr("two/model.pt", saved(state(2)))
     checkpoint = open_checkpoint(tmp_path / "a.zip", container="two/model.pt")
     assert checkpoint["fc.weight"][0, 0] == 2
+
+
+def sharded(folder: Path) -> None:
+    save_torch_state_dict(policy().state_dict(), folder, max_shard_size=128)
+
+
+def distributed(folder: Path) -> None:
+    save_distributed({"model": policy().state_dict()}, checkpoint_id=folder, no_dist=True)
+
+
+def zero(folder: Path) -> None:
+    write_zero(folder, 3)
+
+
+def layers(folder: Path) -> None:
+    write_layers(folder, 2)
+    (folder / "config.json").write_text('{"hidden_size": 8}')
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "gztar"])
+@pytest.mark.parametrize("write", [sharded, distributed, zero, layers])
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_folder_in_an_archive_is_one_checkpoint(tmp_path: Path, write: Callable[[Path], None], kind: str) -> None:
+    (tmp_path / "a" / "run").mkdir(parents=True)
+    write(tmp_path / "a" / "run")
+    archive = shutil.make_archive(str(tmp_path / "packed"), kind, tmp_path / "a")
+    wanted, checkpoint = open_checkpoint(tmp_path / "a" / "run"), open_checkpoint(archive)
+    assert list(checkpoint) == list(wanted)
+    assert all(torch.equal(checkpoint[key], wanted[key]) for key in wanted)
+
+
+def test_members_of_one_name_and_of_names_that_lead_elsewhere(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("../model.pt", saved({"a.weight": torch.ones(1)}))
+        archive.writestr("/b/model.pt", saved({"b.weight": torch.ones(1)}))
+    assert list(open_checkpoint(tmp_path / "a.zip")) == ["b.weight"]
+    with tarfile.open(tmp_path / "b.tar", "w") as packed:
+        for _ in range(2):
+            packed.add(tmp_path / "a.zip", "model.pt")
+    with pytest.raises(CheckpointError, match=r"could not be read as an archive .*FileExistsError"):
+        open_checkpoint(tmp_path / "b.tar")

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from autoalign.api import load
 from autoalign.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from autoalign.errors import CheckpointError, NothingLoadedError
+from tests.checkpoints.formats.test_deepspeed import write_zero
+from tests.checkpoints.formats.test_megatron import write_layers
 
 INPUTS = int(os.environ.get("AUTOALIGN_FUZZ", "190"))  # of each kind, and over two thousand of all
 SLOWEST, LARGEST = 5.0, 2**20  # seconds for an input; KiB by which the process may grow over all of a kind
@@ -163,6 +165,22 @@ def write_pieces(folder: Path) -> Path:
     return file
 
 
+def write_optimizer_of_zero(folder: Path) -> Path:
+    write_zero(folder, 3, 2)
+    return folder / "global_step2" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+def write_model_of_zero(folder: Path) -> Path:
+    write_zero(folder, 2, 2)
+    return folder / "global_step2" / "mp_rank_00_model_states.pt"
+
+
+def write_part_of_layer(folder: Path) -> Path:
+    write_layers(folder, 2, blocks=1)
+    (folder / "config.json").write_text('{"hidden_size": 8}')
+    return folder / "layer_01-model_01-model_states.pt"
+
+
 WRITERS = (
     write_safetensors,
     write_zip,
@@ -181,6 +199,9 @@ WRITERS = (
     write_index,
     write_metadata,
     write_pieces,
+    write_optimizer_of_zero,
+    write_model_of_zero,
+    write_part_of_layer,
 )
 
 
@@ -276,7 +297,8 @@ def bits(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__.removeprefix("write_"))
 def test_damaged_files_are_refused_or_read_right(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     file = write(tmp_path)
-    given = tmp_path if file.suffix in (".distcp", "") and file.name != "a" else file
+    is_part = file.suffix == ".distcp" or file.name.endswith((".metadata", "_states.pt"))
+    given = file.parent if is_part else file
     content = file.read_bytes()
     model = Target(open_checkpoint(given))
     with warnings.catch_warnings():

@@ -1,0 +1,178 @@
+"""Checkpoints that several processes of tensor parallelism saved, and files of single layers, of Megatron and its kin.
+
+* GPT-NeoX and DeepSpeed's pipelines: ``layer_02-model_01-model_states.pt``, the layer and the part of it.
+* Megatron: ``mp_rank_01/model_optim_rng.pt``. Meta: ``consolidated.01.pth``.
+
+Parts are joined where a configuration states the width of the network: a matrix whose columns are as many was split by
+rows, one whose rows are as many by columns, and so was what else is named so in its module. What all parts have alike
+is there once. What is still open is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoalign.checkpoints.config import folder_config, saved_config
+from autoalign.checkpoints.stored import Contents, StoredTensor, as_opened, reading
+from autoalign.errors import CheckpointError, listed
+from autoalign.plan.keys import natural, split_key
+
+_LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
+_RANK = re.compile(r"mp_rank_(\d+)(_\d+)?")
+_META = re.compile(r"consolidated\.(\d+)\.pth")
+_FILES = ("model_optim_rng.pt", "model_rng.pt")
+_WIDTHS = ("hidden_size", "hidden-size", "dim", "n_embd", "d_model")
+_STATED = re.compile(r"""^\s*["']?(hidden[-_]size|activation)["']?\s*:\s*["']?(\w+)""", re.MULTILINE)  # in YAML, too
+_MAX_CONFIG_BYTES = 2**16
+_SAMPLE = 2**12  # elements that are compared before all are
+
+Parts = Mapping[tuple[str, int], Path]  # by the prefix of their keys and their number
+
+
+def parts_of(folder: Path) -> Parts:
+    """List the files of such a checkpoint; none for a folder of another kind.
+
+    Raises:
+        CheckpointError: The stages of a pipeline of Megatron number their layers each from zero.
+    """
+    found: dict[tuple[str, int], Path] = {}
+    for path in sorted(folder.iterdir()):
+        inner = next((path / name for name in _FILES if (path / name).is_file()), None)
+        if layer := _LAYER.fullmatch(path.name):
+            found[f"layer.{int(layer[1])}.", int(layer[2] or 0)] = path
+        elif part := _META.fullmatch(path.name):
+            found["", int(part[1])] = path
+        elif inner is not None and (rank := _RANK.fullmatch(path.name)):
+            if rank[2]:
+                raise CheckpointError(
+                    f"{str(folder)!r} holds the stages of a pipeline, in each of which layers are numbered from zero. "
+                    "Nothing was read. Convert it with Megatron's tools/checkpoint/convert.py to one stage."
+                )
+            found["", int(rank[1])] = inner
+    is_file = len(found) == 1 and all(not prefix and path.parent == folder for (prefix, _), path in found.items())
+    return {} if is_file else found  # which is opened as any file
+
+
+def open_parts(folder: Path, parts: Parts, open_file: Callable[[Path], Contents]) -> Contents:
+    """Open all files of such a checkpoint as one.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or it is open how parts are to be joined.
+    """
+    count = max(number for _, number in parts) + 1
+    prefixes = sorted({prefix for prefix, _ in parts}, key=natural)
+    every = [(prefix, number) for prefix in prefixes for number in range(count)]
+    absent = [f"part {number} of {prefix or folder.name}" for prefix, number in every if (prefix, number) not in parts]
+    if absent:
+        raise CheckpointError(
+            f"{str(folder)!r} lacks {len(absent)} of its {len(every)} parts: {listed(absent)}. Nothing was "
+            "read. Complete the download, or name one of the files to read that alone."
+        )
+    root: dict[str, object] = {}
+    config: dict[str, object] = {}
+    notes: dict[str, None] = {}
+    done: Counter[str] = Counter()
+    opened = [stat for path in parts.values() for stat in as_opened(path)]
+    with reading(folder, "a checkpoint of several processes"):
+        for prefix in prefixes:
+            contents = [open_file(parts[prefix, number]) for number in range(count)]
+            notes.update((note, None) for each in contents for note in each.notes)
+            saved = [each.root for each in contents]
+            config |= saved_config(saved[0], "model" if "model" in saved[0] else "")
+            found = [dict(_flat(each.get("model", each), prefix)) for each in saved]
+            if count == 1:
+                root.update(found[0])
+                continue
+            version = saved[0].get("checkpoint_version", 3)
+            if isinstance(version, float | int) and version < 2:
+                raise CheckpointError("Its version keeps query, key and value apart in each part. Nothing was read.")
+            root.update(_joined(found, *_stated(folder, config), done))
+    if done:
+        how = ", ".join(f"{number} {what}" for what, number in done.items())
+        notes[
+            f"Joined from {count} parts of tensor parallelism, by the width that the configuration states: {how}."
+        ] = None
+    return Contents(root, "" if prefixes == [""] else "checkpoint of layers", {}, config, tuple(notes), tuple(opened))
+
+
+def _flat(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if isinstance(inner, Tensor):
+                yield f"{prefix}{name}", inner
+            elif isinstance(name, str):
+                yield from _flat(inner, f"{prefix}{name}.")
+
+
+def _stated(folder: Path, config: Mapping[str, object]) -> tuple[int, bool]:
+    """Return the width of the network, and whether its MLPs are gated."""
+    known: dict[str, object] = {}
+    for place in (folder.parent, folder):
+        known |= folder_config(place)[0]
+        for file in sorted((place / "configs").glob("*.*")):
+            known |= dict(_STATED.findall(file.read_bytes()[:_MAX_CONFIG_BYTES].decode(errors="replace")))
+    known |= config
+    widths = {int(str(known[name])) for name in _WIDTHS if str(known.get(name)).isdigit()}
+    if len(widths) != 1:
+        raise CheckpointError(
+            f"{str(folder)!r} is split by tensor parallelism, and how it is to be joined follows from its "
+            "configuration, which is not there. Nothing was read. Put it beside, as config.json with hidden_size."
+        )
+    return widths.pop(), known.get("swiglu") is True or "glu" in str(known.get("activation"))
+
+
+def _joined(
+    parts: Sequence[Mapping[str, Tensor]], width: int, is_gated: bool, done: Counter[str]
+) -> Iterator[tuple[str, object]]:
+    first = parts[0]
+    if any(part.keys() != first.keys() for part in parts):
+        raise ValueError("its parts hold tensors of other names")
+    dims = {key: _dim(key, [part[key] for part in parts], width) for key, tensor in first.items() if tensor.dim() > 1}
+    sizes = {split_key(key)[0]: first[key].shape[1] for key, dim in dims.items() if dim == 1}  # of inner layers
+    for key, tensor in first.items():
+        own = [part[key] for part in parts]
+        module = split_key(key)[0]
+        dim = dims.get(key)
+        if tensor.dim() < 2:
+            dim = 0 if dims.get(f"{module}.weight") == 0 else None
+        if dim is None:
+            if tensor.dim() < 2 and not _are_equal(own):
+                raise CheckpointError(f"{key} {list(tensor.shape)} is not the same in all parts. Nothing was read.")
+            done["alike in all"] += 1
+            yield key, tensor
+            continue
+        done["by columns" if dim else "by rows"] += 1
+        after = next((size for name, size in sizes.items() if split_key(name)[0] == split_key(module)[0]), 0)
+        if is_gated and not dim and tensor.shape[0] == 2 * after:  # a gate and what it gates, in each part
+            own = [half for place in (0, 1) for half in (each.chunk(2)[place] for each in own)]
+        shape = list(tensor.shape)
+        shape[dim] *= len(parts)
+        yield key, StoredTensor(tuple(shape), tensor.dtype, partial(torch.cat, own, dim))
+
+
+def _dim(key: str, own: Sequence[Tensor], width: int) -> int | None:
+    """Return the dimension along which a matrix was split, None for one that was not."""
+    rows, columns = own[0].shape[:2]
+    if any(each.shape != own[0].shape for each in own):
+        raise ValueError(f"{key} has other shapes in other parts")
+    if _are_equal(own):
+        return None
+    fits = [rows != width == columns, columns != width and width in (rows, columns * len(own))]
+    if own[0].dim() > 2 or sum(fits) != 1:
+        raise CheckpointError(
+            f"{key} {list(own[0].shape)} is one of {len(own)} parts, and that the network is {width} wide does not "
+            "tell along which dimension they are to be joined. Nothing was read. Convert it with its own tools."
+        )
+    return fits.index(True)
+
+
+def _are_equal(tensors: Sequence[Tensor]) -> bool:
+    first, *rest = (tensor.reshape(-1) for tensor in tensors)
+    return all(torch.equal(first[:_SAMPLE], each[:_SAMPLE]) and torch.equal(first, each) for each in rest)
