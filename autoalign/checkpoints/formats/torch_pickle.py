@@ -79,7 +79,7 @@ def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
     if not is_part and "ds_version" in loaded and _is_emptied(loaded.get("module"), loaded.get("param_shapes")):
         raise CheckpointError(
             f"{str(file)!r} is a part of a checkpoint of DeepSpeed's ZeRO, whose tensors are spread over many files. "
-            "Nothing was aligned. Name the folder of all of them."
+            "Nothing was aligned. Name their folder, or merge them with the zero_to_fp32.py that lies beside them."
         )
     return Contents(loaded, notes=notes)
 

@@ -103,7 +103,7 @@ def test_as_deepspeed_itself_puts_them_together(tmp_path: Path, stage: int, monk
 def test_what_is_not_whole_is_refused(tmp_path: Path) -> None:
     write_zero(tmp_path, 3)
     step = tmp_path / "global_step2"
-    with pytest.raises(CheckpointError, match=r"a part of a checkpoint of DeepSpeed's ZeRO.* Name the folder of all"):
+    with pytest.raises(CheckpointError, match=r"a part of a checkpoint of DeepSpeed's ZeRO.* Name their folder, or"):
         open_checkpoint(step / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     part = step / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = part.read_bytes()
