@@ -165,8 +165,8 @@ def open_checkpoint(path: Given, *, container: str | None = None) -> Checkpoint:
 
     Formats are safetensors, files of torch (of ``torch.save``, Lightning, DeepSpeed's merged ones), TorchScript
     archives, npz files, GGUF, msgpack and HDF5 files (which need ``autoalign[formats]``), sharded checkpoints with or
-    without an index, folders as Hugging Face, PEFT and training scripts leave them and ``torch.distributed.checkpoint``,
-    those of DeepSpeed's ZeRO (put together in float32), and of layers and parts of tensor parallelism (of NeoX, Megatron,
+    without an index, folders as Hugging Face, PEFT and training scripts leave them, of DeepSpeed's ZeRO (put together
+    in float32), of ``torch.distributed.checkpoint``, and of layers and parts of tensor parallelism (GPT-NeoX, Megatron,
     Meta; joined where a configuration says how). Archives with such files are copied to a temporary folder first.
 
     No code of a file ever runs: pickles are read with ``weights_only=True``, or, where that refuses a class or
