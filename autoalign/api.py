@@ -458,11 +458,11 @@ def _order_of_use(example_inputs: object) -> OrderOfUse | None:
 def _decide(source_model: nn.Module | str | None, source: Side | None, example_inputs: object) -> Decide | None:
     """Return what asks the code of both sides: that which is given, or a source's own where keys leave choices open."""
     if (model := _built(source_model)) is not None:
-        from autoalign.verification.refinement import decided_by_code
+        from autoalign.verification.decisions import decided_by_code
 
         return partial(decided_by_code, model, example_inputs)
     if isinstance(source, nn.Module):
-        from autoalign.verification.refinement import decided_if_open
+        from autoalign.verification.decisions import decided_if_open
 
         return partial(decided_if_open, source, example_inputs)
     return None

@@ -10,9 +10,10 @@ In order of use, from the bottom up:
 * ``causes``: why it differs: weights, settings of modules, other functions, or rounding.
 * ``session``: two models, one call of the source, and calls of the target with other values in place of its own.
 * ``proof``: values on which every layer passes its signal on; of which tensors a change would have been noticed.
-* ``probe``: what keys and graphs leave open, decided by calls of both networks on random values.
-* ``refinement``: which tensors correspond by both graphs, coloured together (Weisfeiler and Leman).
 * ``search``: other ways to fill the target, tried until the outputs are equal.
+* ``refinement``: which tensors correspond by both graphs, coloured together (Weisfeiler and Leman).
+* ``probe``: what keys and graphs leave open, decided by calls of both networks on random values.
+* ``decisions``: an alignment with what graphs and calls decide.
 * ``verify``: the verdict, with the first divergence and what had to be filled otherwise.
 
 It may import all that ``loading`` may, and ``loading.transaction``. A new kind of cause goes to ``causes``; a new way

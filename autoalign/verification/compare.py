@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from autoalign.matching.names import kind
 from autoalign.plan.matches import Match
-from autoalign.plan.operations import Copy, Operation, Reshape, Shape
+from autoalign.plan.operations import Copy, Reshape, Shape
 from autoalign.verification.differences import Sums, relative_difference
 from autoalign.verification.run import Call, Recording
 
@@ -112,23 +112,28 @@ def _is_of_layers(
 
 
 def _followed_features(
-    operation: Operation, source: Sequence[Shape], target: Shape, count: int
+    match: Match, shapes: Mapping[str, Shape], target: Shape, count: int
 ) -> tuple[Tensor, int] | None:
     """Follow the ``count`` output features of a layer through the operation that made its weight from others.
 
     >>> from autoalign.plan.operations import Split
-    >>> _followed_features(Split(0, 2, 2), [(6, 3)], (2, 3), 2)
+    >>> _followed_features(Match("a", ("b",), Split(0, 2, 2)), {"b": (6, 3)}, (2, 3), 2)
     (tensor([2, 3]), 0)
 
     Returns:
-        For each feature, its place among those of all source layers together; and which dimension of the source's
-        weights counts them. None where every feature is its namesake, or nothing is known.
+        For each feature, its place among those of all source layers together, each of them once; and which dimension of
+        the source's weights counts them. None where every feature is its namesake, or nothing is known.
     """
+    operation, keys = match.operation, list(dict.fromkeys(match.sources))
+    source = [shapes[key] for key in keys]
     if isinstance(operation, Copy | Reshape) or operation.adapts or sum(map(prod, source)) > _MAX_TRACED_ELEMENTS:
         return None
     offsets = [sum(map(prod, source[:place])) for place in range(len(source))]
-    numbered = [torch.arange(1, prod(s) + 1).reshape(s) + start for s, start in zip(source, offsets, strict=True)]
-    (elements,) = operation.apply(numbered)
+    numbered = {
+        key: torch.arange(1, prod(shape) + 1).reshape(shape) + start
+        for key, shape, start in zip(keys, source, offsets, strict=True)
+    }
+    (elements,) = operation.apply([numbered[key] for key in match.sources])
     dims = [dim for dim, size in enumerate(target) if size == count]
     for dim in dims:
         rows = elements.movedim(dim, 0).reshape(count, -1) - 1
@@ -152,7 +157,7 @@ def _followed(rows: Tensor, source: Sequence[Shape], offsets: Sequence[int], cou
     return place[:, 0] if bool((place == place[:, :1]).all()) else None
 
 
-def _feature_rows(outputs: Sequence[Tensor], count: int, last: bool) -> Tensor | None:
+def feature_rows(outputs: Sequence[Tensor], count: int, last: bool) -> Tensor | None:
     """Rearrange the first output of a layer as [features, all else]; ``last`` if these are in the last dimension."""
     if outputs:
         output = outputs[0]
@@ -368,25 +373,25 @@ def _output_difference(compared: Compared, pair: Pair, call: Call, partner: Call
         return inf if apart is None and alike else apart
     output = call.gave[0]
     last = f"target:{call.module}" in compared.last
-    shapes = [compared.shapes[key] for key in match.sources]
+    modules = dict(zip(match.sources, pair.sources, strict=True))
     for count in {output.shape[-1 if last else min(1, output.dim() - 1)]: None, output.shape[-1]: None}:
-        followed = _followed_features(match.operation, shapes, compared.target_shapes[match.target], count)
+        followed = _followed_features(match, compared.shapes, compared.target_shapes[match.target], count)
         if followed is None:
             continue
         places, counted = followed
         calls = {source.module: source for source in compared.source.calls if source.index == call.index}
         gave: list[Tensor | None] = []
         sizes: list[Tensor | None] = []
-        for name, shape in zip(pair.sources, shapes, strict=True):
+        for key, name in modules.items():
             if name in calls:
-                is_last = f"source:{name}" in compared.last
-                gave.append(_feature_rows(calls[name].gave, shape[counted], is_last))
-                sizes.append(_feature_rows(calls[name].gave_sizes, shape[counted], is_last))
-        rows, wanted = _feature_rows(call.gave, count, last), _joined(gave, len(shapes), places)
+                is_last, size = f"source:{name}" in compared.last, compared.shapes[key][counted]
+                gave.append(feature_rows(calls[name].gave, size, is_last))
+                sizes.append(feature_rows(calls[name].gave_sizes, size, is_last))
+        rows, wanted = feature_rows(call.gave, count, last), _joined(gave, len(modules), places)
         if rows is None or wanted is None:
             return None
-        return relative_difference(rows, wanted, _joined(sizes, len(shapes), places))
-    if len(match.sources) > 1:
+        return relative_difference(rows, wanted, _joined(sizes, len(modules), places))
+    if len(modules) > 1:
         return None
     return relative_difference(output, partner.gave[0], _first(partner.gave_sizes))
 

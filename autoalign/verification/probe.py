@@ -18,38 +18,54 @@ from torch import Tensor, nn
 from autoalign.alignment import Alignment
 from autoalign.errors import InputError
 from autoalign.plan.matches import Candidate, Match, Plan
-from autoalign.reports.choices import Choice, Option
+from autoalign.reports.choices import Choice
 from autoalign.verification.proof import fresh_values, is_decisive
 from autoalign.verification.run import NEVER, preserved
-from autoalign.verification.session import Outcome, Session, tensors_of
+from autoalign.verification.search import Budget, State, search
+from autoalign.verification.session import Session, tensors_of
 
 PROBE = "probe"  # the cue
 _CONFIDENCE = 0.99  # in what a probe decides
 _MAX_ELEMENTS = 2**28  # of a network that is called
+_TRIALS = 200  # of ways that the alignment does not list
 _SECONDS = 60.0  # for which calls are made
 
 Inputs = tuple[object, object]  # what source and target are called with
-Matches = Mapping[str, Match]  # by target key
 
 
-def probed(plan: Plan, source_model: nn.Module, target_model: nn.Module, inputs: Iterable[Inputs]) -> Plan:
-    """Return a plan in which calls decide what they can; its source has the keys of the source model.
+def probed(
+    plan: Plan, source_model: nn.Module, target_model: nn.Module, inputs: Iterable[Inputs], *, is_search: bool
+) -> tuple[Plan, bool]:
+    """Return a plan in which calls decide what they can, and whether both networks then compute the same.
 
     Args:
-        plan: What is aligned.
+        plan: What is aligned; its source has the keys of the source model.
         source_model: The code of its source, which may be on the meta device but for what it computes itself.
         target_model: That of its target, the same.
         inputs: What both may be called with; the first that both take is used.
+        is_search: Whether to try other ways than the alignment lists, which are believed only if all is equal then.
     """
-    alignment = Alignment.of(plan)
+    alignment, end = Alignment.of(plan), time.monotonic() + _SECONDS
     sizes = [sum(tensor.numel() for tensor in model.parameters()) for model in (source_model, target_model)]
-    if not alignment.choices or max(sizes) > _MAX_ELEMENTS:
-        return plan
+    if max(sizes) > _MAX_ELEMENTS or not (alignment.choices or is_search):
+        return plan, False
     source, target = (_with_own_values(model) for model in (source_model, target_model))
     with preserved(source, target):
         session = _session(source, target, alignment, inputs)
-        taken = {} if session is None else _decided(session, alignment.choices, time.monotonic() + _SECONDS)
-    return _with_options(plan, taken) if taken else plan
+        if session is None:
+            return plan, False
+        values = session.fills(session.known.values())
+        state = State(session.known, values, session.call(session.known, values))
+        state, taken = _decided(session, state, alignment.choices, end)
+        if is_search and not state.outcome.equal:
+            found = search(session, state, Budget(_TRIALS, max(end - time.monotonic(), 0.0)), listed_only=False)
+            is_ruled = any("rule" in session.known[match.target].evidence for match in found.changed(session.known))
+            if found.outcome.equal and not is_ruled:
+                state, more = _decided(session, found, [c for c in alignment.choices if c not in taken], end)
+                taken += more
+    keys = {key for choice in taken for key in choice.targets}
+    keys |= {match.target for match in state.changed(session.known)}
+    return _with_matches(plan, {key: state.matches[key] for key in keys}, taken), state.outcome.equal
 
 
 def _with_own_values(model: nn.Module) -> nn.Module:
@@ -81,72 +97,65 @@ def _session(source: nn.Module, target: nn.Module, alignment: Alignment, inputs:
     return None
 
 
-def _decided(session: Session, choices: Iterable[Choice], end: float) -> dict[str, Option]:
-    """Return what is taken of choices, by their first targets."""
-    matches: Matches = session.known
-    values: Mapping[str, Tensor] = session.fills(matches.values())
-    now = session.call(matches, values)
-    used = now.compared.target.first_use
-    first_use = {choice.targets[0]: min(used.get(key, NEVER) for key in choice.targets) for choice in choices}
-    waiting = sorted(choices, key=lambda choice: first_use[choice.targets[0]])
-    taken: dict[str, Option] = {}
+def _decided(session: Session, state: State, choices: Iterable[Choice], end: float) -> tuple[State, list[Choice]]:
+    """Return what comes of the choices that calls decide, and these."""
+    used = state.outcome.compared.target.first_use
+    first_use = {choice: min(used.get(key, NEVER) for key in choice.targets) for choice in choices}
+    waiting, taken = sorted(first_use, key=lambda choice: first_use[choice]), list[Choice]()
     while waiting and time.monotonic() < end:
-        since = now.finding.until[1] if now.finding is not None else NEVER - 1
-        found = None
-        for choice in (choice for choice in waiting if first_use[choice.targets[0]] <= since):
-            found = _best(session, matches, values, choice, now, end)
-            if found is not None:
-                break
+        finding = state.outcome.finding
+        since = NEVER - 1 if finding is None else finding.until[1]
+        tried = (choice for choice in waiting if first_use[choice] <= since)
+        found = next(((choice, new) for choice in tried if (new := _best(session, state, choice, end))), None)
         if found is None:
             break
-        option, now = found
-        taken[choice.targets[0]] = option
+        choice, state = found
+        taken.append(choice)
         waiting.remove(choice)
-        matches = {**matches, **{match.target: match for match in option.matches}}
-        values = {**values, **session.fills(option.matches)}
-    return taken
+    return state, taken
 
 
-def _best(
-    session: Session, matches: Matches, values: Mapping[str, Tensor], choice: Choice, now: Outcome, end: float
-) -> tuple[Option, Outcome] | None:
-    """Return the option with which both networks agree further than with any other, and what comes of it."""
-    outcomes = [(choice.options[0], now)]
+def _best(session: Session, state: State, choice: Choice, end: float) -> State | None:
+    """Return what comes of the option with which both networks agree further than with any other."""
+    states = [state]
     for option in choice.options[1:]:
         if time.monotonic() > end:
             return None
+        matches = {**state.matches, **{match.target: match for match in option.matches}}
         try:
-            new = {**values, **session.fills(option.matches)}
-            if any(new[match.target].shape != session.own[match.target].shape for match in option.matches):
+            values = {**state.values, **session.fills(option.matches)}
+            if any(values[match.target].shape != session.own[match.target].shape for match in option.matches):
                 continue
-            found = session.call({**matches, **{match.target: match for match in option.matches}}, new)
+            states.append(State(matches, values, session.call(matches, values)))
         except (RuntimeError, IndexError, InputError):  # an operation that does not fit these shapes
             continue
-        outcomes.append((option, found))
-    outcomes.sort(key=lambda each: -each[1].position)
-    is_first = len(outcomes) == 1 or outcomes[0][1].position > outcomes[1][1].position
-    return outcomes[0] if is_first and (len(outcomes) > 1 or now.equal) else None
+    states.sort(key=lambda each: -each.outcome.position)
+    if len(states) == 1:
+        return state if state.outcome.equal else None
+    return states[0] if states[0].outcome.position > states[1].outcome.position else None
 
 
-def _with_options(plan: Plan, taken: Mapping[str, Option]) -> Plan:
-    """Return a plan with what is taken of its choices among its matches."""
-    known = {match.target: match for match in plan.ambiguous}
+def _with_matches(plan: Plan, found: Mapping[str, Match], choices: Iterable[Choice]) -> Plan:
+    """Return a plan with what is found among its matches, and notes on the choices that are decided by it."""
+    known = {match.target: match for match in (*plan.matches, *plan.ambiguous)}
     made: dict[str, Match] = {}
-    notes = []
-    for key, option in taken.items():
-        for match in option.matches:
-            before = known[match.target]
-            ways = (Candidate(before.sources, before.operation, before.confidence), *before.alternatives)
-            others = [way for way in ways if (way.sources, way.operation) != (match.sources, match.operation)]
-            evidence = {**(before.evidence if others == [*before.alternatives] else {}), PROBE: 1.0}
-            made[match.target] = replace(match, confidence=_CONFIDENCE, evidence=evidence, alternatives=tuple(others))
-        why = f" ({known[key].warnings[0]})" if known[key].warnings else ""
-        how = f"'{made[key].operation}' of {' + '.join(made[key].sources)}"
-        notes.append(f"Probed: {key} and {len(option.matches) - 1} more are {how} and so on{why}.")
-    order = {spec.key: place for place, spec in enumerate(plan.target_specs)}
+    for key, match in found.items():
+        before = known[key]
+        ways = (Candidate(before.sources, before.operation, before.confidence), *before.alternatives)
+        others = tuple(way for way in ways if (way.sources, way.operation) != (match.sources, match.operation))
+        evidence = {**(before.evidence if others == before.alternatives else {}), PROBE: 1.0}
+        made[key] = Match(key, match.sources, match.operation, _CONFIDENCE, evidence, others)
+    decided = {key: choice.why[0] for choice in choices for key in choice.targets[:1]}
+    lone = [key for key in made if all(key not in choice.targets for choice in choices)]
+    notes = [
+        f"Probed: {key} is '{made[key].operation}' of {' + '.join(dict.fromkeys(made[key].sources))}, and others are "
+        f"the like; with that both models compute the same{f' ({why})' if why else ''}."
+        for key, why in (*decided.items(), *((key, "") for key in lone[:1]))
+    ]
+    kept = {key: match for key, match in known.items() if key in made or match in plan.matches}
     return replace(
         plan,
-        matches=tuple(sorted((*plan.matches, *made.values()), key=lambda match: order[match.target])),
+        matches=tuple(made.get(s.key, kept[s.key]) for s in plan.target_specs if s.key in kept),
         ambiguous=tuple(match for match in plan.ambiguous if match.target not in made),
         notes=(*plan.notes, *notes),
     )

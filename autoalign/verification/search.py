@@ -1,8 +1,9 @@
 """Search: other ways to fill a target that may be right, where two networks stop computing the same.
 
 An option changes some matches. What the alignment lists as alternatives comes first, in all layers at once; then what
-often goes wrong: tensors of equal shape exchanged, square matrices transposed, parts of a fused tensor in another
-order. Options are tried against the networks' outputs, and only what makes them equal is believed.
+often goes wrong: features that a layer takes in another order, tensors of equal shape exchanged, square matrices
+transposed, parts of a fused tensor in another order. Options are tried against the networks' outputs, and only what
+makes them equal is believed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,26 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations, product
-from math import inf
+from math import inf, prod
 
+import torch
 from torch import Tensor
 
 from autoalign.plan.keys import common_module, components, stem
 from autoalign.plan.matches import Candidate, Match
-from autoalign.plan.operations import Chain, Concatenate, Operation, Parallel, Shape, Split, Transpose, chain
-from autoalign.verification.compare import Finding
+from autoalign.plan.operations import (
+    Chain,
+    Concatenate,
+    Operation,
+    Parallel,
+    Permute,
+    Reshape,
+    Shape,
+    Split,
+    Transpose,
+    chain,
+)
+from autoalign.verification.compare import Finding, feature_rows
 from autoalign.verification.run import NEVER
 from autoalign.verification.session import Outcome, Session
 
@@ -27,6 +40,8 @@ Option = dict[str, Match]  # target key -> the match that takes the place of its
 _MAX_REARRANGED_FIRST = 4  # suspects whose layout is changed before any are exchanged
 _PART_COUNTS = (2, 3)  # that a tensor which is fused on both sides may have
 _MAX_PERMUTED_PARTS = 4  # whose orders are all tried
+_SAME_SIGNS = 1e-5  # how far signs of the same values may be apart, as a share of the largest
+_MAX_RUNS = 64  # of features that come one after the other in both networks
 _MAX_NEAR = 12  # tensors used before a difference that are exchanged with one another
 
 
@@ -160,7 +175,9 @@ class Options:
             if any(len(self.matches[k].sources) > 1 or self.matches[k].operation.adapts for k in members):
                 continue
             for order in list(permutations(range(count)))[1:]:
-                yield {k: _in_parts(self.matches[k], along, size // count, order) for k, along in members.items()}
+                length = size // count
+                parts = [(place * length, length) for place in order]
+                yield {k: _in_parts(self.matches[k], along, parts) for k, along in members.items()}
 
 
 def _refilled(match: Match, fill: Match | Candidate) -> Match:
@@ -182,10 +199,10 @@ def _transposed(operation: Operation) -> Operation:
     return chain(*steps[:-1]) if steps[-1] == Transpose() else chain(operation, Transpose())
 
 
-def _in_parts(match: Match, dim: int, length: int, order: Sequence[int]) -> Match:
-    parts = tuple(chain(match.operation, Split(dim, place * length, length)) for place in order)
-    operation = chain(Parallel(parts), Concatenate(dim))
-    return replace(match, sources=match.sources * len(order), operation=operation)
+def _in_parts(match: Match, dim: int, parts: Sequence[tuple[int, int]]) -> Match:
+    """Join parts of what a match gives, each from a place on and of a length."""
+    steps = tuple(chain(match.operation, Split(dim, start, length)) for start, length in parts)
+    return replace(match, sources=match.sources * len(parts), operation=chain(Parallel(steps), Concatenate(dim)))
 
 
 class Budget:
@@ -284,6 +301,8 @@ def _suggested(session: Session, state: State, options: Options) -> Iterator[tup
     before = sorted((k for k in state.matches if k in used and used[k] <= end), key=lambda key: -used[key])
     owners = state.outcome.compared.owners
     own = [key for key in state.matches if finding and owners[key][0] == finding.call.module]
+    if finding is not None and own:
+        yield _in_given_order(session, state, finding, own), False
     at = own if finding is not None and finding.kind in ("own", "mispaired") else []
     suspects = list(dict.fromkeys((*at, *before)))
     if finding is not None and at:
@@ -294,6 +313,68 @@ def _suggested(session: Session, state: State, options: Options) -> Iterator[tup
     for mine, other in product(at, state.matches):
         if other not in own:
             yield from ((option, False) for option in options.exchanges((mine, other)))
+
+
+def _in_given_order(session: Session, state: State, finding: Finding, own: Sequence[str]) -> Option:
+    """Fill a layer in the order in which the target gives it the features that the source gives to its partner."""
+    compared, call = state.outcome.compared, finding.call
+    partners = (each for each in compared.source.calls if (each.module, each.index) == (finding.source, call.index))
+    shapes = {key: session.target_shapes[key] for key in own}
+    widths = {shape[1] if len(shape) > 1 else shape[0] for shape in shapes.values() if shape}
+    widths = {shape[1] for shape in shapes.values() if len(shape) > 1} or widths
+    partner = next(partners, None)
+    if partner is None or len(widths) != 1:
+        return {}
+    (count,) = widths
+    given, wanted = (
+        feature_rows(each.given, count, f"{side}:{each.module}" in compared.last)
+        for side, each in (("target", call), ("source", partner))
+    )
+    if given is None or wanted is None or given.shape != wanted.shape:
+        return {}
+    signs = _signs(given), _signs(wanted)
+    if torch.allclose(*signs, atol=_SAME_SIGNS):
+        return {}
+    option: Option = {}
+    for key, shape in shapes.items():
+        if len(shape) > 1 or (shape == (count,) and all(len(other) < 2 for other in shapes.values())):
+            new = _reordered(state.matches[key], shape, min(len(shape) - 1, 1), *signs)
+            option |= {} if new is None else {key: new}
+    return option
+
+
+def _signs(rows: Tensor) -> Tensor:
+    """Return what each row has in common with one of the same values in any order, [rows, signs]."""
+    rows = rows.double()
+    signs = torch.stack([rows.mean(1), rows.abs().mean(1), rows.square().mean(1), (rows**3).mean(1)], 1)
+    return signs / signs.abs().amax(0).clamp(min=torch.finfo(torch.double).tiny)
+
+
+def _reordered(match: Match, shape: Shape, dim: int, given: Tensor, wanted: Tensor) -> Match | None:
+    """Put a dimension whose features have the signs ``wanted`` into the order of ``given``, if some steps do."""
+    count = len(given)
+    divisors = [size for size in range(1, count) if count % size == 0]
+    for second, first in product(divisors, divisors[1:]):  # two factors before three
+        sizes = tuple(size for size in (first, second, count // first // second) if size > 1)
+        for order in list(permutations(range(len(sizes))))[1:] if prod(sizes) == count else ():
+            places = torch.arange(count).reshape(sizes).permute(order).flatten()
+            if torch.allclose(given, wanted[places], atol=_SAME_SIGNS):
+                rest = range(dim + len(sizes), len(shape) + len(sizes) - 1)
+                apart = Permute((*range(dim), *(dim + place for place in order), *rest))
+                steps = Reshape((*shape[:dim], *sizes, *shape[dim + 1 :])), apart, Reshape(shape)
+                return replace(match, operation=chain(match.operation, *steps))
+    runs: list[tuple[int, int]] = []  # where they start, and how long they are
+    for row in given:
+        fits = (wanted - row).abs().amax(1) <= _SAME_SIGNS
+        start, length = runs[-1] if runs else (count, 0)
+        if start + length < count and fits[start + length]:
+            runs[-1] = start, length + 1
+        elif bool(fits.any()):
+            runs.append((int(fits.int().argmax()), 1))
+        else:
+            return None
+    is_whole = sorted(place for start, length in runs for place in range(start, start + length)) == [*range(count)]
+    return _in_parts(match, dim, runs) if is_whole and len(runs) <= _MAX_RUNS and len(match.sources) == 1 else None
 
 
 def _recorded_pairs(

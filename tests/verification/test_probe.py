@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import autoalign
 from autoalign.verification import probe
 from autoalign.verification.probe import PROBE
+from benchmarks.cases import twins
 from tests.matching.test_operation_pairs import DOUBTED_PAIRS, TOLERANCE, Pair, output, randomise
 from tests.pairs import relative_difference
 
@@ -102,3 +103,21 @@ def test_a_difference_behind_what_is_in_doubt_is_none_of_it() -> None:
     target.add_module("head", nn.Sequential(nn.Tanh(), nn.Linear(8, 3)))
     alignment = autoalign.align(source.state_dict(), target, source_model=source)
     assert "ff.proj.weight" not in alignment.missing_keys
+
+
+def test_what_no_alternative_lists_is_found_with_the_code_of_both_where_all_is_equal_then() -> None:
+    source = twins.Convolutional("c1 c2 f1 f2", channels_last=True)
+    target = twins.Convolutional("conv_a conv_b fc out", channels_last=False)
+    images = torch.randn(2, 3, 32, 32)
+    assert autoalign.align(source.state_dict(), target).ambiguous == ()
+    autoalign.load(target, source.state_dict(), source_model=source, example_inputs=images)
+    assert torch.allclose(target(images), source(images), atol=1e-5)
+
+
+def test_a_search_does_not_change_what_rules_say() -> None:
+    source = twins.Convolutional("c1 c2 f1 f2", channels_last=True)
+    target = twins.Convolutional("conv_a conv_b fc out", channels_last=False)
+    rules = {"f1.weight": "fc.weight"}
+    alignment = autoalign.align(source.state_dict(), target, source_model=source, rules=rules)
+    (ruled,) = (match for match in alignment.matches if match.target == "fc.weight")
+    assert str(ruled.operation) == "copy"

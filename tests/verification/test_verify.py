@@ -23,6 +23,7 @@ from autoalign.plan.matches import Verified
 from autoalign.plan.operations import Flip, Operation, Transpose, chain
 from benchmarks.accuracy.localisation import SUBJECTS, Way, measure
 from benchmarks.accuracy.localisation import randomise as with_values
+from benchmarks.cases import twins
 from tests.matching.test_operation_pairs import DOUBTED_PAIRS, LLAMA, PHI3, TOKENS, Pair, hf, randomise
 from tests.pairs import randomise as like_images
 from tests.pairs import tm, tv
@@ -667,7 +668,7 @@ def test_a_target_that_was_loaded_in_part_is_completed() -> None:
     source, target = randomise(pair.source(), pair.inputs, seed=1), pair.target().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        autoalign.load(target, source)
+        autoalign.load(target, source.state_dict())
     verification = verify(source, target, pair.inputs)
     assert verification.equal
     assert verification.as_it_is
@@ -714,7 +715,7 @@ def test_a_load_with_strict_is_complete_once_it_is_proved() -> None:
     (pair,) = (p for p in DOUBTED_PAIRS if isinstance(p, Pair) and p.name == DOUBTS[4])
     source, target = randomise(pair.source(), pair.inputs, seed=1), pair.target().eval()
     with pytest.raises(autoalign.IncompatibleTensorsError, match="12 of 59 target tensors"):
-        autoalign.load(target, source, strict=True)
+        autoalign.load(target, source.state_dict(), strict=True)
     assert autoalign.load(target, source, strict=True, verify=pair.inputs).missing_keys == []
     before = snapshot(target)
     wider = nn.ModuleDict({"a": target, "b": nn.Linear(2, 2)})
@@ -807,6 +808,35 @@ def test_halves_that_are_fused_on_both_sides_in_another_order_are_found() -> Non
     assert (again.equal, again.as_it_is, again.first_divergence) == (True, True, None)
     restored = verification.alignment.inverse().state_dict()
     assert all(torch.equal(restored[key], tensor) for key, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "inputs"),
+    [
+        (twins.Dense("a", newest_first=False), twins.Dense("a", newest_first=True), torch.randn(2, 3, 16, 16)),
+        (
+            twins.Convolutional("a b c d", channels_last=True),
+            twins.Convolutional("a b c d", channels_last=False),
+            torch.randn(2, 3, 32, 32),
+        ),
+        (
+            twins.Merging("a b c d", unfolds=False),
+            twins.Merging("a b c d", unfolds=True),
+            torch.randn(2, 3, 32, 32),
+        ),
+    ],
+)
+def test_features_that_are_given_in_another_order_are_found(
+    source: nn.Module, target: nn.Module, inputs: torch.Tensor
+) -> None:
+    with_values(source, 1)
+    alignment = autoalign.align(source, target)
+    assert not verify(source, target, inputs, alignment=alignment, trials=0).equal
+    verification = verify(source, target, inputs, alignment=alignment)
+    assert verification.equal
+    assert verification.trials < 30
+    target.load_state_dict(verification.alignment.state_dict())
+    assert torch.allclose(target.eval()(inputs), source.eval()(inputs), atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["loaded", "given"])

@@ -1,0 +1,329 @@
+"""Decisions: a plan with what the code of both sides decides and without what it contradicts.
+
+Graphs say which tensors correspond (``refinement``), and calls what graphs do not show (``probe``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import networkx as nx
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from autoalign.errors import InputError, TraceError
+from autoalign.matching.candidates import squeeze
+from autoalign.matching.cues import LEFT_OVER, MAY_BE_EXCHANGED, NOTHING_TELLS
+from autoalign.matching.list_order import REVERSIBLE
+from autoalign.matching.match import match_tensors
+from autoalign.matching.pipeline import CROWDED, ONLY_SHAPES
+from autoalign.plan.keys import split_key
+from autoalign.plan.matches import Candidate, Match, Plan
+from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Transpose
+from autoalign.plan.specs import tied_groups
+from autoalign.verification.dataflow import traced
+from autoalign.verification.probe import PROBE, Inputs, probed
+from autoalign.verification.refinement import pairs_of
+
+CODE = "code"  # the cue
+_SURE = 0.9  # of matches that the refinement starts from
+_DECIDED = 0.97  # the confidence in what code decides
+_CONTRADICTED = 0.4  # the most in what it contradicts
+_MIN_SHARE = 0.9  # of the target's tensors that code alone has to tell apart to overrule what keys say
+_WHOLE = (Copy, Permute, Reshape, Transpose)  # operations of one whole tensor
+
+# the doubts of a match that are about which tensor it is, and not about its layout
+_OTHER_TENSOR = re.compile(
+    "|".join(
+        re.escape(text).replace(re.escape("{}"), ".*")
+        for text in (CROWDED, LEFT_OVER, MAY_BE_EXCHANGED, NOTHING_TELLS, ONLY_SHAPES, REVERSIBLE)
+    )
+)
+
+
+def decided_if_open(source_model: nn.Module, example_inputs: object, plan: Plan, min_confidence: float) -> Plan:
+    """Return a plan with what code decides, as ``decided_by_code``, if keys leave anything open."""
+    if not plan.ambiguous or not isinstance(getattr(plan.target_tensors, "module", None), nn.Module):
+        return plan
+    found = decided_by_code(source_model, example_inputs, plan, min_confidence, is_search=False)
+    return plan if (found.matches, found.ambiguous) == (plan.matches, plan.ambiguous) else found
+
+
+def decided_by_code(
+    source_model: nn.Module, example_inputs: object, plan: Plan, min_confidence: float, *, is_search: bool = True
+) -> Plan:
+    """Return a plan in which the code of both sides decides what keys left open, and what contradicts it is ambiguous.
+
+    Its target has to be a module; the keys of ``source_model``, the code of its source, may be other than the source's.
+
+    Raises:
+        InputError: The target is not a module, or the source model has other tensors than the source.
+    """
+    target_model = getattr(plan.target_tensors, "module", None)
+    if not isinstance(target_model, nn.Module):
+        raise InputError("source_model= is compared with the target, which has to be a module. Nothing was aligned.")
+    keys = _keys_in(source_model, plan)
+    try:
+        traces = [_traced(model, example_inputs) for model in (source_model, target_model)]
+    except TraceError as error:
+        return replace(plan, notes=(*plan.notes, f"The code of both models was not compared. {error}"))
+    source, target = nx.relabel_nodes(traces[0][0], keys), traces[1][0]
+    alone = pairs_of(source, target, {})
+    is_proof = len(alone) >= _MIN_SHARE * sum(bool(target.degree(spec.key)) for spec in plan.target_specs)
+    alone |= _unused_pairs(plan, alone)
+    users = {own: other for other, own in alone.items()}
+    settled = {m.target: m.sources[0] for m in plan.matches if len(m.sources) == 1 and isinstance(m.operation, _WHOLE)}
+    contradicted = {
+        match.target
+        for match in plan.matches
+        if (own := settled.get(match.target)) and "rule" not in match.evidence
+        if (alone.get(match.target, own), users.get(own, match.target)) != (own, match.target)
+    }
+    anchors = {
+        match.target: match.sources[0]
+        for match in plan.matches
+        if match.target in settled.keys() - contradicted and match.confidence >= _SURE
+        if match.target in target and match.sources[0] in source
+    }
+    anchors = {key: own for key, own in anchors.items() if Counter(anchors.values())[own] == 1}
+    pairs = {key: own for key, own in pairs_of(source, target, anchors).items() if key not in anchors} | alone
+    if is_proof:
+        pairs |= _last_pairs(plan, pairs)
+    refined = _with_pairs(
+        plan,
+        pairs | _unused_pairs(plan, pairs),
+        contradicted,
+        ({keys[key] for key in _plain_keys(source_model) & keys.keys()}, _plain_keys(target_model)),
+        overrules=is_proof,
+        min_confidence=min_confidence,
+    )
+    inputs = _common_inputs(traces[0][1], traces[1][1])
+    known = _renamed(refined, {old: new for new, old in keys.items()})
+    found, is_equal = probed(known, source_model, target_model, inputs, is_search=is_search)
+    found = _renamed(found, keys) if found is not known else refined
+    return _with_doubts(found, {key for key, count in target.degree() if count} if is_equal else set())
+
+
+def _with_doubts(plan: Plan, confirmed: Collection[object]) -> Plan:
+    """Return a plan in which what neither names nor code distinguish from others of its shape is ambiguous."""
+    shapes = {spec.key: spec.shape for spec in plan.target_specs}
+    doubted = [
+        match
+        for match in plan.matches
+        if match.target not in confirmed and match.evidence.keys().isdisjoint((CODE, PROBE, "rule"))
+        if match.confidence < _SURE or not match.evidence.get("name", 1.0)
+    ]
+    alike = Counter(shapes[key] for key in (*(match.target for match in doubted), *plan.missing_keys))
+    doubted = [match for match in doubted if alike[shapes[match.target]] > 1]
+    found = tuple(
+        _doubted(match, "neither its name nor what the model does with it tells which it is") for match in doubted
+    )
+    return replace(
+        plan,
+        matches=tuple(match for match in plan.matches if match not in doubted),
+        ambiguous=plan.ambiguous + found,
+    )
+
+
+def _renamed(plan: Plan, keys: Mapping[str, str]) -> Plan:
+    """Return a plan with other keys of its source; what takes tensors without one is left as it is, and not decided."""
+    if all(old == new for old, new in keys.items()):
+        return plan
+
+    def renamed(match: Match) -> Match:
+        rivals = tuple(
+            replace(each, sources=tuple(keys.get(k, k) for k in each.sources)) for each in match.alternatives
+        )
+        return replace(match, sources=tuple(keys.get(key, key) for key in match.sources), alternatives=rivals)
+
+    return replace(
+        plan,
+        matches=tuple(map(renamed, plan.matches)),
+        ambiguous=tuple(map(renamed, plan.ambiguous)),
+        source_specs=tuple(replace(spec, key=keys.get(spec.key, spec.key)) for spec in plan.source_specs),
+    )
+
+
+def _common_inputs(source: object, target: object) -> list[Inputs]:
+    """List what two networks may be called with alike, of what each can be called with, in full precision."""
+    own, form = _float_tensors(source)
+    other, other_form = _float_tensors(target)
+    found = [(tree_unflatten(own, form), tuple(own)), (tuple(other), tree_unflatten(other, other_form))]
+    if [*map(_form, own)] == [*map(_form, other)]:
+        found.insert(0, (tree_unflatten(own, form), tree_unflatten(own, other_form)))
+    return found
+
+
+def _form(value: object) -> object:
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else value
+
+
+def _float_tensors(inputs: object) -> tuple[list[Any], TreeSpec]:
+    leaves, form = tree_flatten(inputs)
+    return [each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in leaves], form
+
+
+def _traced(module: nn.Module, example_inputs: object) -> tuple[nx.DiGraph, object]:
+    """Return the dataflow of a module, on guessed inputs where it does not take those given: two codes may differ."""
+    if example_inputs is not None:
+        with suppress(TraceError):
+            return traced(module, example_inputs)
+    return traced(module)
+
+
+def _keys_in(source_model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Return the source's keys of the source model's tensors."""
+    known, own = {spec.key for spec in plan.source_specs}, list(source_model.state_dict(keep_vars=True))
+    if known >= set(own):
+        return {key: key for key in own}
+    keys = {new: old for old, new in match_tensors(plan.tensors, source_model).mapping.items()}
+    if 2 * len(keys) < len(own):
+        raise InputError(
+            f"source_model= is not the code of this checkpoint: of {len(own)} tensors of {type(source_model).__name__} "
+            f"{len(keys)} are in it. Nothing was aligned."
+        )
+    return keys
+
+
+def _unused_pairs(plan: Plan, pairs: Mapping[str, str]) -> dict[str, str]:
+    """Pair tensors that no call uses, such as counters, if all else of their modules is in one module of the source."""
+    modules: dict[str, set[str]] = defaultdict(set)
+    for key, own in pairs.items():
+        modules[split_key(key)[0]].add(split_key(own)[0])
+    shapes = {spec.key: spec.shape for spec in plan.source_specs}
+    found = {}
+    for spec in plan.target_specs:
+        module, name = split_key(spec.key)
+        if spec.key not in pairs and len(modules.get(module, ())) == 1:
+            own = f"{next(iter(modules[module]))}.{name}".removeprefix(".")
+            if shapes.get(own) == spec.shape:
+                found[spec.key] = own
+    return found
+
+
+def _last_pairs(plan: Plan, pairs: Mapping[str, str]) -> dict[str, str]:
+    """Pair the tensors of modules that nothing else of their kind is left of, on both sides."""
+    left: dict[frozenset[tuple[str, tuple[int, ...]]], tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
+    taken = {*pairs.values()}, pairs.keys()
+    for side, specs in enumerate((plan.source_specs, plan.target_specs)):
+        modules: dict[str, list[tuple[str, tuple[int, ...]]]] = defaultdict(list)
+        for spec in specs:
+            if spec.key not in taken[side] | plan.excluded:
+                module, name = split_key(spec.key)
+                modules[module].append((name, spec.shape))
+        for module, tensors in modules.items():
+            left[frozenset(tensors)][side].add(module)
+    return {
+        f"{other}.{name}".removeprefix("."): f"{own}.{name}".removeprefix(".")
+        for tensors, (sources, targets) in left.items()
+        if len(sources) == len(targets) == 1
+        for own, other in zip(sources, targets, strict=True)
+        for name, _ in tensors
+    }
+
+
+def _with_pairs(
+    plan: Plan,
+    pairs: Mapping[str, str],
+    contradicted: Collection[str],
+    plain: Sequence[Collection[str]],
+    *,
+    overrules: bool,
+    min_confidence: float,
+) -> Plan:
+    """Return a plan with what code decides; what it contradicts is ambiguous, or decided by it if it ``overrules``.
+
+    ``plain`` are the keys of either side that layers of torch hold, whose layouts are alike.
+    """
+    shapes = {spec.key: spec.shape for spec in plan.source_specs if spec.key not in plan.excluded}
+    known = {match.target: match for match in chain(plan.matches, plan.ambiguous)}
+    was_open = {match.target for match in plan.ambiguous} | set(plan.missing_keys)
+    found: dict[str, Match] = {}
+    for spec in plan.target_specs:
+        own, match = pairs.get(spec.key), known.get(spec.key)
+        if own not in shapes or spec.key in plan.excluded or (match and not _is_other_tensor(match)):
+            continue
+        operation = _operation(match, own, shapes) if match else None
+        is_plain = own in plain[0] and spec.key in plain[1] and squeeze(spec.shape) == squeeze(shapes[own])
+        if operation is None and (is_plain or (match is None and _is_plain(spec.shape, shapes[own]))):
+            operation = Copy() if spec.shape == shapes[own] else Reshape(spec.shape)
+        if operation is None:
+            continue
+        is_same = match is not None and match.sources == (own,)
+        evidence = {**(match.evidence if match and is_same else {}), CODE: 1.0}
+        if match and spec.key not in was_open and is_same:
+            found[spec.key] = replace(match, evidence=evidence)
+        elif match and spec.key in contradicted and not overrules:
+            others = [other for other in match.alternatives if other.sources != (own,)]
+            match = replace(match, alternatives=(Candidate((own,), operation, 1.0), *others))
+            found[spec.key] = _doubted(match, f"by its code, the model uses it as the source uses {own}")
+        elif spec.key in was_open or spec.key in contradicted:
+            found[spec.key] = Match(spec.key, (own,), operation, _DECIDED, evidence)
+    for keys in tied_groups(plan.target_specs):
+        for first in [key for key in keys if key in found][:1]:
+            found |= {key: replace(found[first], target=key) for key in keys}
+    users = {match.sources[0]: key for key, match in found.items() if match.confidence > _CONTRADICTED}
+    for key, match in known.items():
+        if key not in found and key not in was_open and any(users.get(own, key) != key for own in match.sources):
+            found[key] = _doubted(match, "by its code, the model uses its source for another tensor")
+    merged = {key: match for spec in plan.target_specs if (match := (known | found).get(key := spec.key))}
+    sure = {match.target for match in plan.matches if match.target not in found}
+    sure |= {key for key, match in found.items() if match.confidence >= min_confidence}
+    changed = [key for key, match in found.items() if key not in known or match.sources != known[key].sources]
+    doubted = found.keys() - sure - was_open
+    count = len((found.keys() & was_open & sure) | set(changed))
+    note = f"The code of both models decided {count} tensors; {len(doubted)} that were matched otherwise are ambiguous."
+    return replace(
+        plan,
+        matches=tuple(match for key, match in merged.items() if key in sure),
+        ambiguous=tuple(match for key, match in merged.items() if key not in sure),
+        mismatched=tuple(mismatch for mismatch in plan.mismatched if mismatch.key not in found),
+        notes=(*plan.notes, note) if count or doubted else plan.notes,
+    )
+
+
+def _plain_keys(model: nn.Module) -> set[str]:
+    """Return the keys of layers of torch that have one output a row, or no rows."""
+    kinds = (
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.Embedding,
+        nn.LayerNorm,
+        nn.GroupNorm,
+        nn.modules.batchnorm._NormBase,
+    )
+    layers = ((name, layer) for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, kinds))
+    return {f"{name}.{key}".removeprefix(".") for name, layer in layers for key in layer.state_dict(keep_vars=True)}
+
+
+def _is_plain(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Return True for equal shapes of which no layer type has two layouts."""
+    return shape == other and (len(shape) < 2 or len({*shape[:2]}) == 2 < len(shape))
+
+
+def _operation(match: Match, own: str, shapes: Mapping[str, tuple[int, ...]]) -> Operation | None:
+    """Return the operation that fills the target of a match from one tensor; None if a layout is in doubt."""
+    ways = [(match.sources, match.operation)]
+    ways += [(candidate.sources, candidate.operation) for candidate in match.alternatives]
+    known = list(dict.fromkeys(operation for sources, operation in ways if sources == (own,)))
+    if not known and len(match.sources) == 1 and shapes[own] == shapes[match.sources[0]]:
+        known = [match.operation]
+    return known[0] if len(known) == 1 and isinstance(known[0], _WHOLE) else None
+
+
+def _is_other_tensor(match: Match) -> bool:
+    """Return True if nothing but the choice of the tensor is in doubt."""
+    return all(map(_OTHER_TENSOR.fullmatch, match.warnings))
+
+
+def _doubted(match: Match, reason: str) -> Match:
+    confidence = min(match.confidence, _CONTRADICTED)
+    return replace(match, confidence=confidence, warnings=(*match.warnings, reason))
