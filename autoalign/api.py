@@ -37,17 +37,14 @@ class MatchOptions(TypedDict, total=False):
     min_confidence: float
     container: str | None
     dequantise: bool
+    merge_adapter: bool
 
 
 class AlignOptions(MatchOptions, TypedDict, total=False):
-    """The options of ``align``, for functions that pass them on.
+    """The options of ``align``, for functions that pass them on; type checkers and editors then know each.
 
-    A type checker knows each option and its type, and an editor completes them:
-
-        from typing import Unpack
-
-        def my_load(model: nn.Module, path: str, **options: Unpack[autoalign.AlignOptions]) -> None:
-            autoalign.load(model, path, **options)
+    def my_load(model: nn.Module, path: str, **options: typing.Unpack[autoalign.AlignOptions]) -> None:
+        autoalign.load(model, path, **options)
     """
 
     example_inputs: object
@@ -94,6 +91,7 @@ def align(
     min_confidence: float = 0.5,
     container: str | None = None,
     dequantise: bool = True,
+    merge_adapter: bool = False,
     example_inputs: object = None,
     source_model: nn.Module | str | None = None,
     **unknown: Unpack[NoOptions],
@@ -108,8 +106,7 @@ def align(
     {'fc.weight': 'module.fc.weight'}
 
     Args:
-        source: The checkpoint: an ``nn.Module``, a mapping of names to tensors, an open ``Checkpoint``, or what
-            ``open_checkpoint`` takes: a path, a pattern, a list of paths, an address, or an open file.
+        source: The checkpoint: a module, a mapping of tensors, a ``Checkpoint``, or what ``open_checkpoint`` takes.
         target: The model, in any of the same forms.
         rules: What is known beforehand, checkpoint -> model: ``{regex: replacement}``, or pairs of keys or of a regex
             and its replacement. Rules override inference and guide the rest.
@@ -131,6 +128,8 @@ def align(
         dequantise: Fill plain tensors from quantised ones, whose values are computed in float32: the operation
             ``dequantise``, of the codes with their scales. A model that is quantised by the same scheme gets them as
             they are. With False, and where a scheme is not known, they are left out, with a note.
+        merge_adapter: Add the LoRA in the checkpoint to the weights that it changes, W + scale * B @ A; each load adds
+            it again. Otherwise tensors of adapters fill those of adapters alone.
         example_inputs: What to call a module with, as ``execution_order`` takes it: the order in which a call uses the
             tensors then stands for that in which they are registered. Each side that is a module is called once and
             left as it was. With ``source_model`` they are what both are called with, where that works.
@@ -162,6 +161,7 @@ def align(
         min_confidence=min_confidence,
         container=container,
         dequantise=dequantise,
+        merge_adapter=merge_adapter,
         order_of_use=_order_of_use(example_inputs),
         decide=_decide(source_model, source, example_inputs),
     )
@@ -231,9 +231,9 @@ def load(
             before it is loaded. Where the models would differ, other ways to fill this one are tried, and the one that
             makes them equal is loaded; if there is none, the load raises.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``,
-            ``dequantise``, ``source_model`` (which ``verify`` needs where the checkpoint is not a module: a copy of it
-            is filled with all of the checkpoint), and ``adapt``, by which values are changed where a counterpart has
-            another shape.
+            ``dequantise``, ``merge_adapter``, ``source_model`` (which ``verify`` needs where the checkpoint is not a
+            module: a copy of it is filled with all of the checkpoint), and ``adapt``, by which values are changed where
+            a counterpart has another shape.
 
     Returns:
         The alignment. It unpacks, as in ``missing_keys, unexpected_keys = load(...)``, and ``print`` shows all of it.
@@ -316,7 +316,7 @@ def convert(
         overwrite: Replace an output that is there, with its index and shards.
         progress: Called with the number of tensors written and of all, while they are written.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``,
-            ``dequantise``, ``source_model``, and ``adapt``.
+            ``dequantise``, ``merge_adapter``, ``source_model``, and ``adapt``.
 
     Returns:
         The alignment; its ``matches`` are what was written.

@@ -16,6 +16,7 @@ from autoalign.checkpoints.config import folder_config, module_config, saved_con
 from autoalign.checkpoints.containers import Container, containers_of, copies_of, named_container, preferred
 from autoalign.checkpoints.paths import Given, is_given, open_given
 from autoalign.errors import CheckpointError, InputError, listed
+from autoalign.plan.adapters import adapters_of
 from autoalign.plan.keys import LEVELS
 from autoalign.plan.matches import Caution
 from autoalign.plan.quantised import Members, groups_of
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     import networkx as nx
 
 Side: TypeAlias = nn.Module | Mapping[str, object] | Given
-
-_FIRST_OF_PAIR = frozenset({"lora_A", "lora_embedding_A", "lora_down"})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -263,12 +262,12 @@ def of_module(module: nn.Module, state_dict: Mapping[str, object], *, container:
 
 def _adapter_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return a note if a file holds changes to the weights of a model, which look like weights of small layers."""
-    layers = sum(not _FIRST_OF_PAIR.isdisjoint(spec.key.split(".")) for spec in checkpoint.specs)
+    layers = len(adapters_of(checkpoint.specs).layers)
     if not layers:
         return ()
     return (
         f"{layers} layers are given as LoRA matrices, which are changes to another model's weights and no weights. "
-        "To load the changed weights, merge the adapter into its model first, as PEFT's merge_and_unload does.",
+        "merge_adapter=True adds them to the weights that they change.",
     )
 
 

@@ -280,6 +280,9 @@ def _add_matching(parser: argparse.ArgumentParser, *, with_code: bool = True) ->
     group.add_argument(
         "--no-dequantise", dest="dequantise", action="store_false", help="leave quantised tensors out, named"
     )
+    group.add_argument(
+        "--merge-adapter", action="store_true", help="add the LoRA in the checkpoint to the weights that it changes"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

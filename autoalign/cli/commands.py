@@ -77,7 +77,9 @@ def run_convert(options: argparse.Namespace) -> int:
         if not equals:
             raise InputError(f"--metadata {entry!r} is not of the form KEY=VALUE. Nothing was written.")
         metadata[key] = value
-    target = side_of(options.target, values=bool(options.adapt))  # which may keep values of the target's own
+    target = side_of(
+        options.target, values=bool(options.adapt or options.merge_adapter)
+    )  # which may keep values of the target's own
     with progress("Writing") as report:
         alignment = convert(
             side_of(options.checkpoint, values=True),
@@ -294,6 +296,7 @@ def match_options(options: argparse.Namespace) -> MatchOptions:
         "min_confidence": options.min_confidence,
         "container": options.container,
         "dequantise": options.dequantise,
+        "merge_adapter": options.merge_adapter,
     }
 
 

@@ -32,6 +32,7 @@ from autoalign.errors import CheckpointError, InputError, OutputError
 from autoalign.loading.fill import Progress, require_shape, require_values
 from autoalign.loading.prepare import prepared, warn_of_choices, warn_of_unfilled
 from autoalign.matching.match import match_tensors
+from autoalign.plan.adapters import AddTo
 from autoalign.plan.dequantise import is_dequantised, result_dtype
 from autoalign.plan.matches import Match
 from autoalign.plan.specs import TensorSpec
@@ -205,14 +206,16 @@ def _older(folder: Path, stem: str) -> dict[str, bool]:
 
 
 def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[TensorSpec]:
-    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
+    targets = {spec.key: spec for spec in alignment.target_specs}
     dtypes = {spec.key: spec.dtype for spec in alignment.source_specs}
     specs = []
     for match in alignment.matches:
         dtype = result_dtype(match.operation, [dtypes[key] for key in match.sources])
+        if isinstance(match.operation, AddTo):
+            dtype = targets[match.target].dtype
         is_copy = any(key in alignment.quantised[0] for key in match.sources) and not is_dequantised(match.operation)
         is_value = dtype.is_floating_point and not is_copy
-        specs.append(TensorSpec(match.target, shapes[match.target], cast if cast and is_value else dtype))
+        specs.append(TensorSpec(match.target, targets[match.target].shape, cast if cast and is_value else dtype))
     return specs
 
 

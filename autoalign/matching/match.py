@@ -14,6 +14,7 @@ from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.containers import name_words
 from autoalign.errors import InputError, PatternError
 from autoalign.matching.adapt import adapted, checked_adapt
+from autoalign.matching.adapters import AdapterScope
 from autoalign.matching.assembly import SideParts, with_stranded_biases, with_ties, without_aliases
 from autoalign.matching.candidates import operation_between
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED
@@ -82,6 +83,7 @@ def match_tensors(
     min_confidence: float = 0.5,
     container: str | None = None,
     dequantise: bool = True,
+    merge_adapter: bool = False,
     order_of_use: OrderOfUse | None = None,
     decide: Decide | None = None,
 ) -> Plan:
@@ -107,6 +109,9 @@ def match_tensors(
     rules = checked_rules(rules)
     pins = pinned_pairs(rules, [spec.key for spec in sides[0]], [spec.key for spec in sides[1]])
     combined = _combined(*sides, own.specs, pins.values())
+    adapters = AdapterScope.of(*sides, own.config, merge=merge_adapter)
+    combined += adapters.combined
+    pins = {**adapters.pins(sides[1]), **pins}
     coded = own.quantised if dequantise else {}
     values = as_values(sides[0], coded, other.quantised, own, own.config, combined)
     if own.quantised or other.quantised or combined:
@@ -118,6 +123,7 @@ def match_tensors(
             tuple(spec for spec in values.specs if spec.key not in hidden[0]),
             tuple(spec for spec in sides[1] if spec.key not in hidden[1]),
         )
+    sides = adapters.within(*sides)
     same = None if pins else with_same_names(*sides)
     found: Result
     if listed := None if pins else _as_listed(*sides, other.module):
@@ -147,6 +153,10 @@ def match_tensors(
         notes = (*notes, *_notes_of_combined(combined, matches))
         mismatched = [replace(item, source_key=values.codes_of(item.source_key)) for item in mismatched]
         notes = (*notes, *_notes_of_codes(own, other, matches, out))
+    matches = adapters.checked(matches)
+    untouched = adapters.untouched(sides[1], matches)
+    out |= untouched
+    notes = (*notes, *adapters.notes(matches, len(untouched)))
     if not own.is_decided:
         matches = [replace(match, confidence=min(match.confidence, AMBIGUOUS)) for match in matches]
     order = {spec.key: index for index, spec in enumerate(other.specs)}
@@ -180,7 +190,7 @@ def _combined(source: Specs, target: Specs, beside: Specs, pinned: Collection[st
 
 def _notes_of_combined(combined: Sequence[Parametrised], matches: Sequence[Match]) -> list[str]:
     used = {key for match in matches for key in match.sources}
-    counts = Counter(each.scheme for each in combined if each.codes.key in used)
+    counts = Counter(each.scheme for each in combined if each.codes.key in used and each.scheme != "LoRA")
     renamed = next((each for each in combined if not each.scheme), None)
     return [
         f"Combined: {count} weights, from what {scheme} computes them of."

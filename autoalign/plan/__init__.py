@@ -11,6 +11,7 @@ In order of use:
 * ``serialization``: the one JSON form of operations, checked field by field
 * ``dequantise``: the formats of quantised tensors that are known, and the operation that computes their values
 * ``parametrised``: weights that are saved as what they are computed from, as weight norm's
+* ``adapters``: LoRA and its kin by their names, and the operations that add LoRA to a weight
 * ``quantised``: groups of tensors that are values only together, such as integer codes and their scales
 * ``matches``: ``Match``, ``Plan`` with its statuses, missing and unexpected keys, and the inverse of a plan
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -73,16 +73,12 @@ class Parametrised:
     key_of_values: str  # that the weight has where it is plain
     scheme: str  # '' for a tensor that only has another name
     specs: tuple[TensorSpec, ...]
+    operation: Operation = field(default_factory=Copy)  # what makes the weight of its tensors
 
     @property
     def codes(self) -> TensorSpec:
         """The tensor that has the shape of the weight."""
         return self.specs[0]
-
-    @property
-    def operation(self) -> Operation:
-        """What makes the weight of its tensors."""
-        return Combine(self.scheme) if self.scheme else Copy()
 
 
 def parametrised(specs: Iterable[TensorSpec]) -> list[Parametrised]:
@@ -105,7 +101,7 @@ def parametrised(specs: Iterable[TensorSpec]) -> list[Parametrised]:
                 parts = tuple(part for end in endings if (part := by_key.get(start + end)) is not None)
                 whole = len(parts) == len(endings) and ending[0] == endings[0] and key not in by_key
                 if key and whole and kind.fits([part.shape for part in parts]):
-                    found.append(Parametrised(key, name, parts))
+                    found.append(Parametrised(key, name, parts, Combine(name)))
     return found
 
 
@@ -139,18 +135,29 @@ def undotted(
         if len(flat) < _MIN_UNDOTTED or any(spec.key in taken for spec in flat.values()):
             continue
         apart = [spec for spec in beside if split_key(spec.key)[0] != module]
-        names = _with_dots(flat, apart) or _with_dots(flat, other)
+        paths = {name: components(key) for name, key in (with_dots(flat, apart) or with_dots(flat, other)).items()}
+        shared = len(common_module(paths.values()))
+        names = {name: ".".join(path[shared:]) for name, path in paths.items()}
         found += [Parametrised(f"{module}.{name}".lstrip("."), "", (flat[key],)) for key, name in names.items()]
     return found
 
 
-def _with_dots(flat: Mapping[str, TensorSpec], known: Iterable[TensorSpec]) -> dict[str, str]:
-    """Return the names with dots in what holds them all; none unless most names are those of some module's tensors."""
+def with_dots(
+    flat: Mapping[str, TensorSpec], known: Iterable[TensorSpec], *, end: str = "", blank: str = "."
+) -> dict[str, str]:
+    """Return the keys whose names without dots some names are; none unless most of them are those of some module.
+
+    Args:
+        flat: The names, and the tensors under them, which must have the shapes of those that are found.
+        known: Tensors of known names.
+        end: That of each key of these, which is not counted to it.
+        blank: What the names lack beside dots.
+    """
     ends: dict[str, list[tuple[str, TensorSpec]]] = {}  # of keys without dots: from which module on, and of what
     for spec in known:
-        parts = spec.key.split(".", LEVELS)
-        for start in range(len(parts) - 1):
-            ends.setdefault("".join(parts[start:]), []).append((".".join(parts[:start]), spec))
+        parts = spec.key.removesuffix(end).split(".", LEVELS)
+        for start in range(len(parts) - (blank == ".")):
+            ends.setdefault("".join(parts[start:]).replace(blank, ""), []).append((".".join(parts[:start]), spec))
     votes: Counter[tuple[str, str]] = Counter()
     for name in flat:
         begin = next((start for start in range(len(name)) if name[start:] in ends), None)
@@ -169,9 +176,8 @@ def _with_dots(flat: Mapping[str, TensorSpec], known: Iterable[TensorSpec]) -> d
             if inner == module and other.shape == spec.shape
         ]
         if len(keys) == 1:
-            found[name] = components(keys[0])
-    shared = len(common_module(found.values()))
-    return {name: ".".join(path[shared:]) for name, path in found.items()}
+            found[name] = keys[0].removesuffix(end)
+    return found
 
 
 def _weight_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -142,6 +142,8 @@ def _fits(value: object, hint: Any, numbers: tuple[int, int], depth: int) -> boo
     """True if a value is of a type that the fields of operations have, and its numbers are in range."""
     if hint is int or hint is bool:
         return type(value) is hint and (hint is bool or numbers[0] <= value <= numbers[1])
+    if hint is float:
+        return type(value) is float and abs(value) <= MAX_NUMBER
     if hint is str:
         return type(value) is str
     if hint is Operation:

@@ -150,7 +150,7 @@ def rows_of(
     adapted = [match for match in alignment.matches if match.operation.adapts]
     return {
         "Matched: source -> target, tensors x shape, lowest confidence, operation": _matched_rows(alignment, copied),
-        "Adapted: filled with changed values, as adapt allows": _matched_rows(alignment, adapted),
+        "Adapted: filled with changed values, as the call allows": _matched_rows(alignment, adapted),
         "Mismatched: the counterpart has another shape": _mismatched_rows(alignment),
         "Ambiguous: proposed, but not loaded; to choose": _ambiguous_rows(alignment, most=most, for_shell=for_shell),
         "Missing: not filled": _missing_rows(alignment),

@@ -77,6 +77,7 @@ def test_align_takes_the_options_of_the_call(
     monkeypatch.setattr(commands, "align", align)
     flags = ["--rule", "(?<=a)b=c", "--rule", "x=y", "--include", "i", "--exclude", "e1", "--exclude", "e2"]
     flags += ["--adapt", "head", "--adapt", "vocab", "--min-confidence", "0.9", "--container", "ema", "--no-dequantise"]
+    flags += ["--merge-adapter"]
     flags += ["--source-model", RENAMED]
     assert cli.main(["align", checkpoint, checkpoint, *flags]) == cli.COMPLETE
     capsys.readouterr()
@@ -91,6 +92,7 @@ def test_align_takes_the_options_of_the_call(
         "min_confidence": 0.9,
         "container": "ema",
         "dequantise": False,
+        "merge_adapter": True,
     }
 
 

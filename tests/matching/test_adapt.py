@@ -94,7 +94,7 @@ def test_what_was_adapted_is_never_called_a_copy() -> None:
     assert repr(alignment).startswith("<Alignment: 29 of 32 target keys matched, 3 adapted, ")
     alignment.raise_if_incomplete()
     lines = str(alignment).splitlines()
-    section = lines[lines.index("Adapted: filled with changed values, as adapt allows") :]
+    section = lines[lines.index("Adapted: filled with changed values, as the call allows") :]
     assert any("pos_embed" in line and "[1, 577, 24]" in line for line in section)
     assert any("of [1, 197, 24]" in line for line in section)
     assert any(line.startswith("adapted") and " 3 " in line for line in lines)

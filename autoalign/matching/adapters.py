@@ -1,0 +1,120 @@
+"""Adapters in a match: they fill those of the other side, or are added to the weights that they change, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from autoalign.plan.adapters import Adapters, AddTo, LowRank, adapters_of, merged_layers, of_kind, renamed_layers
+from autoalign.plan.matches import Match
+from autoalign.plan.parametrised import Parametrised
+from autoalign.plan.specs import TensorSpec
+
+_MAX_WRAPPERS = 3  # names before a layer's own, such as unet, in an adapter's
+_ADDED = "what the adapter changes was added to the model's own weight"
+
+Specs = Sequence[TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterScope:
+    """What takes part of the adapters of both sides, and what becomes of their matches."""
+
+    own: Adapters
+    other: Adapters
+    combined: tuple[Parametrised, ...]  # what takes the place of tensors of the source
+    is_merged: bool
+    others: frozenset[str]  # keys of the target that may be filled; all where it is empty
+
+    @classmethod
+    def of(cls, source: Specs, target: Specs, config: Mapping[str, object], *, merge: bool) -> AdapterScope:
+        """Find the adapters of both sides; ``config`` is the source's."""
+        own, other = adapters_of(source), adapters_of(target)
+        combined: list[Parametrised] = []
+        if merge:
+            combined = merged_layers(own, target, config)
+        elif own.layers and other.layers:
+            combined = renamed_layers(own, other, target)
+        kind = frozenset[str]() if not own.alone or other.alone else of_kind(target, own.alone) or frozenset({""})
+        return cls(own, other, tuple(combined), merge, kind)
+
+    def within(self, source: Specs, target: Specs) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """Return the tensors of both sides that take part."""
+        are_alike = bool(self.own.layers and self.other.layers) and not self.is_merged
+        hidden = frozenset() if are_alike else self.own.keys | self.other.keys
+        pinned = set(self.pins(target).values())
+        if pinned:  # what the model has none of the names of belongs to another one
+            lost = {each.key_of_values for each in self.combined if each.scheme and each.codes.key not in pinned}
+            source = [spec for spec in source if spec.key not in lost]
+        others = [spec for spec in target if not self.others or spec.key in self.others]
+        return tuple(spec for spec in source if spec.key not in hidden), tuple(
+            spec for spec in others if spec.key not in hidden
+        )
+
+    def checked(self, matches: Iterable[Match]) -> list[Match]:
+        """Return the matches without those of adapters with other tensors, with the changes added to the weights."""
+        if not self.own.keys | self.other.keys:
+            return list(matches)
+        changes = {
+            spec.key
+            for each in self.combined
+            if each.scheme and not any(spec.key.endswith(".base_layer.weight") for spec in each.specs)
+            for spec in each.specs
+        }
+        roles = self.own.roles, self.other.roles
+        kept = []
+        for match in matches:
+            if changes.isdisjoint(match.sources):
+                own = {roles[0].get(key, "") for key in match.sources}
+                if self.is_merged or own == {roles[1].get(match.target, "")}:
+                    kept.append(match)
+            elif changes.issuperset(match.sources):
+                rivals = tuple(
+                    replace(rival, operation=AddTo(rival.operation))
+                    for rival in match.alternatives
+                    if changes.issuperset(rival.sources)
+                )
+                step, warnings = AddTo(match.operation), (*match.warnings, _ADDED)
+                kept.append(replace(match, operation=step, alternatives=rivals, warnings=warnings))
+        return kept
+
+    def untouched(self, target: Specs, matches: Sequence[Match]) -> frozenset[str]:
+        """List the keys of a model to which an adapter is added that this does not change."""
+        filled = {match.target for match in matches}
+        is_added = any(isinstance(match.operation, AddTo) for match in matches)
+        return frozenset(spec.key for spec in target) - filled if is_added else frozenset()
+
+    def pins(self, target: Specs) -> dict[str, str]:
+        """Pair the layers of an adapter with the weights of their names, but for the names of what holds them all."""
+        shapes = {spec.key: spec.shape for spec in target}
+        found = {}
+        for each in self.combined:
+            if isinstance(each.operation, LowRank):
+                ends = [each.key_of_values.split(".", depth)[-1] for depth in range(_MAX_WRAPPERS)]
+                key = next((end for end in ends if shapes.get(end) == each.operation.shape), "")
+                found[each.codes.key] = key
+        keys = [key for key in found.values() if key]
+        return {key: codes for codes, key in found.items() if key} if len(keys) == len({*keys}) else {}
+
+    def notes(self, matches: Iterable[Match], untouched: int) -> list[str]:
+        """List what became of the adapters."""
+        used = {key for match in matches for key in match.sources}
+        notes = []
+        if self.others == {""}:
+            notes.append(
+                f"The checkpoint is {self.own.alone} alone, of which the model has none: nothing was matched, since "
+                "these are no weights of the network that they are added to."
+            )
+        layers = [parts for parts in self.own.layers.values() if parts["down"].key in used]
+        if self.is_merged and layers:
+            rest = f"; {untouched} other tensors of the model stay as they are" if untouched else ""
+            notes.append(f"Added: {len(layers)} layers of LoRA, each to the weight that it changes{rest}.")
+        elif layers and any("alpha" in parts for parts in layers):
+            notes.append(
+                "The scale of LoRA, alpha / rank, is in tensors 'alpha' of the checkpoint, for which the model has "
+                "none: set its own to that."
+            )
+        lost = len(self.own.keys - used - {spec.key for parts in self.own.layers.values() for spec in parts.values()})
+        if lost and self.is_merged:
+            notes.append(f"Not added: {lost} tensors of adapters of other kinds than LoRA, such as DoRA and LoHa.")
+        return notes
