@@ -13,7 +13,7 @@ from torch import nn
 
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Side
-from autoalign.checkpoints.named_models import build
+from autoalign.checkpoints.named_models import code_of
 from autoalign.errors import InputError
 from autoalign.matching.match import Decide, OrderOfUse, match_tensors
 from autoalign.matching.scope import PatternLike, RuleLike
@@ -135,11 +135,12 @@ def align(
             left as it was. With ``source_model`` they are what both are called with, where that works.
         source_model: The code that the checkpoint belongs to, where the target is a module: a module too, which may be
             on the meta device, or a text that names one, ``"timm:NAME"``, ``"torchvision:NAME"``,
-            ``"transformers:PATH"`` or ``"package.module:factory"``. What both compute is then compared, as
-            ``dataflow`` shows it: what keys leave open is decided where it can be, and matches that it contradicts are
-            listed as ambiguous. What stays open, such as a layout, is decided by calls of copies of both on random
-            values, where they agree further in one way than in any other. Where both sides are modules and keys leave
-            anything open, all that is so anyway.
+            ``"transformers:PATH"`` or ``"package.module:factory"``; or ``"auto"``, for what the configuration beside
+            the checkpoint describes, if transformers or timm has it: no code beside it runs. What both compute is
+            compared, as ``dataflow`` shows it: what keys leave open is decided where it can be, and matches that it
+            contradicts are listed as ambiguous. What stays open, such as a layout, is decided by calls of copies of
+            both on random values, where they agree further in one way than in any other. Where both sides are modules
+            and keys leave anything open, all that is so anyway.
         **unknown: Refused, with the most similar option that there is.
 
     Returns:
@@ -261,7 +262,7 @@ def load(
     if verify is not None:
         from autoalign.verification.verify import load_proved
 
-        source_model = align_options["source_model"] = _built(align_options.get("source_model"))
+        source_model = align_options["source_model"] = code_of(align_options.get("source_model"), checkpoint)
         return load_proved(model, checkpoint, _resolved(align_options, given), verify, source_model, **options)
     from autoalign.loading.load import load_checkpoint
 
@@ -457,7 +458,7 @@ def _order_of_use(example_inputs: object) -> OrderOfUse | None:
 
 def _decide(source_model: nn.Module | str | None, source: Side | None, example_inputs: object) -> Decide | None:
     """Return what asks the code of both sides: that which is given, or a source's own where keys leave choices open."""
-    if (model := _built(source_model)) is not None:
+    if (model := code_of(source_model, source)) is not None:
         from autoalign.verification.decisions import decided_by_code
 
         return partial(decided_by_code, model, example_inputs)
@@ -466,14 +467,3 @@ def _decide(source_model: nn.Module | str | None, source: Side | None, example_i
 
         return partial(decided_if_open, source, example_inputs)
     return None
-
-
-def _built(source_model: nn.Module | str | None) -> nn.Module | None:
-    """Return the code of a checkpoint, which is built on the meta device where a text names it."""
-    model = build(source_model, values=False) if isinstance(source_model, str) else source_model
-    if model is not None and not isinstance(model, nn.Module):
-        raise InputError(
-            "source_model= takes an nn.Module, or a text that names one, such as 'timm:resnet50', not "
-            f"{type(model).__name__}. Nothing was done."
-        )
-    return model

@@ -1,4 +1,4 @@
-"""Models that a text names, such as ``timm:resnet50(num_classes=10)``, which are built."""
+"""Models that a text, such as ``timm:resnet50(num_classes=10)``, or a configuration names, and that are built."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from inspect import signature
+from threading import get_ident
 from typing import Any
 
-import torch
 from torch import nn
 
+from autoalign.checkpoints.checkpoint import Side, checkpoint_of
 from autoalign.errors import AutoAlignError, DependencyError, InputError
 
 _SPEC = re.compile(r"([A-Za-z_][\w.]*):(.+?)(\(.*\))?", re.DOTALL)
@@ -23,7 +25,7 @@ _Make = Callable[[], object]
 
 
 def build(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
-    """Build what is named, on the meta device if no values are asked for and its code needs none."""
+    """Build what is named; without ``values``, its parameters are on the meta device, if its code can do without."""
     found = _SPEC.fullmatch(text)
     if not found:
         raise InputError(
@@ -32,21 +34,74 @@ def build(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
         )
     library, name, arguments = found[1], found[2], found[3] or "()"
     positional, named = _arguments(arguments, text)
-    try:
+    with _as_our_errors(repr(text)):
         if library in _MAKERS and positional:
             raise TypeError("its arguments have to be named")
         make = _MAKERS[library](name, named) if library in _MAKERS else _factory(library, name, positional, named)
         made = make() if values else _make_on_meta(make)
+    if not isinstance(made, nn.Module | Mapping):
+        raise InputError(f"{text!r} gives a {type(made).__name__}, not an nn.Module or a state dict. Nothing was done.")
+    return made
+
+
+def build_described(config: Mapping[str, object]) -> nn.Module:
+    """Build what a configuration describes as ``build`` does without values; no code but of transformers or timm runs.
+
+    Raises:
+        InputError: It does not name a network of transformers or timm, or not one that can be built.
+    """
+    kind, name = config.get("model_type"), config.get("architecture")  # of transformers, and of timm
+    made: object = None
+    with _as_our_errors(f"What the configuration describes ({kind or name})"):
+        if isinstance(kind, str) and kind in (transformers := _library("transformers")).CONFIG_MAPPING:
+            settings = transformers.CONFIG_MAPPING[kind].from_dict(dict(config))
+            known = (getattr(transformers, str(each), None) for each in settings.architectures or ())
+            own = next((each for each in known if isinstance(each, type) and issubclass(each, nn.Module)), None)
+            made = _make_on_meta(partial(own, settings) if own else _of_class(transformers.AutoModel, settings))
+        elif isinstance(name, str) and (timm := _library("timm")).is_model(name):
+            options = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
+            more = config.get("model_args")
+            made = _make_on_meta(
+                partial(timm.create_model, name, **options, **(more if isinstance(more, dict) else {}))
+            )
+    if not isinstance(made, nn.Module):
+        raise InputError(
+            "source_model='auto' needs a configuration beside the checkpoint that names a network of transformers or "
+            "timm. Nothing was done. Give the code itself, or its name, such as 'timm:resnet50'."
+        )
+    return made
+
+
+def code_of(source_model: nn.Module | str | None, source: Side | None) -> nn.Module | None:
+    """Return the code of a checkpoint, with parameters on the meta device where a text names or describes it."""
+    made: object = source_model
+    if source_model == "auto":
+        made = (
+            source
+            if isinstance(source, nn.Module)
+            else build_described({} if source is None else checkpoint_of(source).config)
+        )
+    elif isinstance(source_model, str):
+        made = build(source_model, values=False)
+    if made is not None and not isinstance(made, nn.Module):
+        raise InputError(
+            "source_model= takes an nn.Module, or a text that names one, such as 'timm:resnet50', not "
+            f"{type(made).__name__}. Nothing was done."
+        )
+    return made
+
+
+@contextmanager
+def _as_our_errors(what: str) -> Iterator[None]:
+    try:
+        yield
     except AutoAlignError:
         raise
     except Exception as error:  # any, since the code is not ours
         raise InputError(
-            f"{text!r} could not be built: {type(error).__name__}: {str(error).rstrip('.') or 'without a message'}. "
+            f"{what} could not be built: {type(error).__name__}: {str(error).rstrip('.') or 'without a message'}. "
             "Nothing was done."
         ) from error
-    if not isinstance(made, nn.Module | Mapping):
-        raise InputError(f"{text!r} gives a {type(made).__name__}, not an nn.Module or a state dict. Nothing was done.")
-    return made
 
 
 def _arguments(text: str, spec: str) -> tuple[list[Any], dict[str, Any]]:
@@ -68,10 +123,27 @@ def _arguments(text: str, spec: str) -> tuple[list[Any], dict[str, Any]]:
 
 def _make_on_meta(make: _Make) -> object:
     try:
-        with torch.device("meta"):
+        with _parameters_on_meta():
             return make()
-    except Exception:  # code that computes with values fails there, and is run once more
+    except Exception:  # code that computes with parameters fails there, and is run once more
         return make()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Put parameters onto the meta device as this thread registers them; what modules compute has its values."""
+    register, thread = nn.Module.register_parameter, get_ident()
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if type(param) is nn.Parameter and not param.is_meta and get_ident() == thread:
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _torchvision(name: str, options: Mapping[str, Any]) -> _Make:
@@ -89,11 +161,19 @@ def _transformers(name: str, options: Mapping[str, Any]) -> _Make:
     if isinstance(own, type) and not at:
         config = own.config_class(**options)  # type: ignore[attr-defined]
         return lambda: own(config)
-    config, unused = transformers.AutoConfig.from_pretrained(path or name, return_unused_kwargs=True, **options)
+    config, unused = transformers.AutoConfig.from_pretrained(
+        path or name, return_unused_kwargs=True, trust_remote_code=False, **options
+    )
     if unused:
         raise TypeError(f"the configuration has no {', '.join(unused)}")
-    kind = own or transformers.AutoModel
-    return lambda: kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    return _of_class(own or transformers.AutoModel, config)
+
+
+def _of_class(kind: Any, config: object) -> _Make:
+    """Return what makes a model of a class of transformers, which may be one that chooses the class."""
+    if hasattr(kind, "from_config"):
+        return partial(kind.from_config, config, trust_remote_code=False)
+    return partial(kind, config)
 
 
 def _factory(module_name: str, name: str, positional: Sequence[Any], named: Mapping[str, Any]) -> _Make:

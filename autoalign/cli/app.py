@@ -275,7 +275,8 @@ def _add_matching(parser: argparse.ArgumentParser, *, with_code: bool = True) ->
         group.add_argument(
             "--source-model",
             metavar="MODEL",
-            help="the code that the checkpoint belongs to, named as a TARGET is; it is compared with the target's",
+            help="the code that the checkpoint belongs to, named as a TARGET is, or auto, for what the configuration "
+            "beside it describes; it is compared with the target's",
         )
     group.add_argument(
         "--no-dequantise", dest="dequantise", action="store_false", help="leave quantised tensors out, named"

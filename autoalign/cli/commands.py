@@ -303,7 +303,8 @@ def match_options(options: argparse.Namespace) -> MatchOptions:
 def align_options(options: argparse.Namespace) -> AlignOptions:
     """Return the parsed options of matching, with the code of the checkpoint."""
     chosen: AlignOptions = {**match_options(options)}  # type: ignore[typeddict-item]
-    return {**chosen, "source_model": options.source_model and model_of(options.source_model, values=False)}
+    name = options.source_model
+    return {**chosen, "source_model": name if name in (None, "auto") else model_of(name, values=False)}
 
 
 def run_inspect(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoalign.checkpoints.named_models import build
+from autoalign.checkpoints.named_models import build, build_described
 from autoalign.cli.targets import model_of, side_of
 from autoalign.errors import DependencyError, InputError
 
@@ -93,6 +93,36 @@ def test_models_of_transformers_are_made_from_a_configuration(tmp_path: Path) ->
         side_of(f"transformers:{tmp_path}(layers=3)")
     with pytest.raises(InputError, match="transformers has no class 'BertForNothing'"):
         side_of(f"transformers:BertForNothing@{tmp_path}")
+
+
+def test_what_modules_compute_has_values_though_their_parameters_have_none() -> None:
+    model = side_of(f"{FACTORIES}:Buffered")
+    assert isinstance(model, nn.Module)
+    assert model.get_parameter("weight").is_meta
+    assert model.get_parameter("tied") is model.get_parameter("weight")
+    assert model.get_buffer("table").tolist() == [0, 1, 2]
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_a_configuration_is_built_by_transformers_or_timm_alone(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    ).to_dict()
+    assert type(build_described(config)).__name__ == "BertModel"
+    model = build_described({**config, "architectures": ["BertForMaskedLM"], "auto_map": {"AutoModel": "evil.Model"}})
+    assert type(model).__name__ == "BertForMaskedLM"
+    assert all(parameter.is_meta for parameter in model.parameters())
+    (tmp_path / "evil.py").write_text("raise SystemExit")
+    config = {**config, "architectures": ["Evil"], "auto_map": {"AutoModel": f"{tmp_path}--evil.Model"}}
+    assert type(build_described(config)).__name__ == "BertModel"
+    model = build_described({"architecture": "resnet18", "num_classes": 3, "model_args": {"in_chans": 1}})
+    assert [list(model.state_dict()[key].shape) for key in ("conv1.weight", "fc.bias")] == [[64, 1, 7, 7], [3]]
+    for other in ({}, {"model_type": "evil"}, {"architecture": "evil"}):
+        with pytest.raises(InputError, match="needs a configuration beside the checkpoint that names a network of"):
+            build_described(other)
+    with pytest.raises(InputError, match=r"configuration describes \(resnet18\) could not be built: TypeError"):
+        build_described({"architecture": "resnet18", "model_args": {"nothing_like_that": 1}})
 
 
 @pytest.mark.parametrize(

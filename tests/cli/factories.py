@@ -27,8 +27,19 @@ class Nested:
 
 
 def computing() -> nn.Module:
-    """Cannot be built on the meta device."""
-    return nn.Linear(2, int(torch.ones(3).sum().item()))
+    """Cannot be built with parameters on the meta device."""
+    layer = nn.Linear(2, 2)
+    return nn.Linear(2, 3 + int(layer.weight.isnan().sum().item()))
+
+
+class Buffered(nn.Module):
+    """Computes a table when it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.tied = self.weight
+        self.register_buffer("table", torch.arange(3))
 
 
 def talking() -> nn.Module:

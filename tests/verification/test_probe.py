@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import autoalign
+from autoalign.errors import InputError
 from autoalign.verification import probe
 from autoalign.verification.probe import PROBE
 from benchmarks.cases import twins
@@ -121,3 +125,18 @@ def test_a_search_does_not_change_what_rules_say() -> None:
     alignment = autoalign.align(source.state_dict(), target, source_model=source, rules=rules)
     (ruled,) = (match for match in alignment.matches if match.target == "fc.weight")
     assert str(ruled.operation) == "copy"
+
+
+def test_the_code_may_be_what_the_configuration_beside_a_checkpoint_describes(tmp_path: Path) -> None:
+    pair = doubted("transformers.Llama -> torchtune Llama")
+    source: Any = pair.source()
+    source.save_pretrained(tmp_path)
+    target = pair.target()
+    (tmp_path / "configuration_evil.py").write_text("raise SystemExit")
+    assert autoalign.align(tmp_path, target).ambiguous
+    alignment = autoalign.load(target, tmp_path, source_model="auto")
+    assert alignment.missing_keys == []
+    assert relative_difference(output(target, pair.inputs), output(source.eval(), pair.inputs)) < TOLERANCE
+    assert autoalign.align(source, target, source_model="auto").ambiguous == ()
+    with pytest.raises(InputError, match="needs a configuration beside the checkpoint"):
+        autoalign.align(source.state_dict(), target, source_model="auto")
