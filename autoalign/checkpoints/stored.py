@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoalign.errors import CheckpointError
+from autoalign.errors import AutoAlignError, CheckpointError
 from autoalign.plan.regions import Region
 
 MAX_MEMBERS = 2**18  # tensors, arrays or records in a file
@@ -107,7 +107,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, Warning):  # a warning is an error where a filter of the caller's says so
+    except (AutoAlignError, Warning):  # a warning is an error where a filter of the caller's says so
         raise
     except Exception as error:
         raise CheckpointError(

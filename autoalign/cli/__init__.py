@@ -4,7 +4,8 @@ In order of use:
 
 * ``terminal``: results on stdout, in colours on a terminal; progress and messages on stderr; exit codes.
 * ``targets``: sides that arguments name; models are built quietly.
-* ``commands``: all commands, and the table of them.
+* ``inspection``: what ``inspect`` shows.
+* ``commands``: all other commands, and the table of them.
 * ``app``: the program: the parser with the options of every command, which command is run, and what is printed of
   errors. It imports torch only to run a command.
 

@@ -6,7 +6,6 @@ import argparse
 import re
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from inspect import signature
 from math import isfinite
@@ -19,17 +18,15 @@ from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
 from autoalign.api import AlignOptions, MatchOptions, align, convert, load, verify
-from autoalign.checkpoints.checkpoint import Checkpoint, checkpoint_of
-from autoalign.checkpoints.formats.detection import format_of
+from autoalign.checkpoints.checkpoint import checkpoint_of
 from autoalign.checkpoints.stored import named_dtype
+from autoalign.cli.inspection import run_inspect, tensor_json
 from autoalign.cli.targets import model_of, side_of
 from autoalign.cli.terminal import COMPLETE, INCOMPLETE, complain, progress, show, show_json, width
 from autoalign.errors import DependencyError, InputError, PatternError, ValueWarning
 from autoalign.loading.values import Changed, Differences, differences
-from autoalign.plan.quantised import describe_schemes
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.html import document
-from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text
 from autoalign.reports.rows import Row, escaped, fold, lay_out
 from autoalign.reports.text import SCREEN, escape_markdown, markdown_code, markdown_table, render_markdown, render_text
 from autoalign.rules.rules import Rules
@@ -37,7 +34,6 @@ from autoalign.rules.rules import Rules
 _DEMO_SOURCE = "torchvision.models.regnet_y_400mf"
 _DEMO_TARGET = "timm.create_model('regnety_004')"
 _DEMO_TOLERANCE = 1e-3  # of the largest relative difference of two outputs that are called equal
-_MAX_METADATA_CHARACTERS = 60  # of an entry
 
 
 def run_align(options: argparse.Namespace) -> int:
@@ -307,79 +303,6 @@ def align_options(options: argparse.Namespace) -> AlignOptions:
     return {**chosen, "source_model": name if name in (None, "auto") else model_of(name, values=False)}
 
 
-def run_inspect(options: argparse.Namespace) -> int:
-    """Show what a checkpoint holds."""
-    checkpoint = checkpoint_of(side_of(options.checkpoint), container=options.container)
-    name = " ".join(options.checkpoint)
-    facts = _facts_of(checkpoint)
-    if options.format == "json":
-        listed = [_tensor_json(spec) for spec in checkpoint.specs]
-        show_json({"checkpoint": name, **facts, "tensors": listed})
-        return COMPLETE
-    tree = render_tree(checkpoint.specs, dtype=next(iter(facts["dtypes"]), ""), depth=options.depth)
-    lines = _fact_lines(facts)
-    if options.format == "markdown":
-        head = [markdown_code(escaped(name)), "", *(f"- {escape_markdown(line)}" for line in lines)]
-        show("\n".join([*head, "", "```text", *tree, "```"]))
-    else:
-        show("\n".join([escaped(name), *(f"  {line}" for line in lines), "", *tree]))
-    return COMPLETE
-
-
-def _facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Collect what there is to say of a checkpoint as a whole; of its dtypes the most frequent first."""
-    path = Path(checkpoint.path) if checkpoint.path else None
-    prefix, count = prefix_of(checkpoint.specs)
-    return {
-        "kind": "model" if path is None else _kind_of(path),
-        "elements": sum(spec.numel for spec in checkpoint.specs),
-        "bytes": sum(spec.numel * spec.dtype.itemsize for spec in checkpoint.specs),
-        "dtypes": dict(Counter(spec.dtype_name for spec in checkpoint.specs).most_common()),
-        "container": checkpoint.container,
-        "containers": checkpoint.containers,
-        "prefix": prefix,
-        "tensors_with_prefix": count,
-        "copies": copies_of(checkpoint.specs),
-        "metadata": dict(checkpoint.metadata),
-        "notes": (*checkpoint.notes, *(f"{what}." for what in describe_schemes(checkpoint.quantised))),
-    }
-
-
-def _kind_of(path: Path) -> str:
-    if path.is_dir():
-        return "folder"
-    return (format_of(path) or "index of shards") if path.is_file() else "several files"
-
-
-def _fact_lines(facts: dict[str, Any]) -> list[str]:
-    dtypes, containers, prefix = facts["dtypes"], facts["containers"], facts["prefix"]
-    count = sum(dtypes.values())
-    counted = [f"{times:,} {dtype}" for dtype, times in dtypes.items()] if len(dtypes) > 1 else dtypes
-    size = f"{facts['elements']:,} elements, {size_text(facts['bytes'])}"
-    lines = [f"{facts['kind']}: {count:,} tensors, {size}, {', '.join(counted)}"]
-    if len(containers) > 1 or facts["container"]:
-        names = {name: escaped(name) or "the top level" for name in (facts["container"], *containers)}
-        taken = names.pop(facts["container"])
-        lines.append(f"container: {taken}" + (f"; others: {', '.join(names.values())}" if names else ""))
-    if prefix:
-        some = facts["tensors_with_prefix"]
-        lines.append(f"prefix: {escaped(prefix)} of {'all keys' if some == count else f'{some:,} of {count:,} keys'}")
-    if facts["copies"]:
-        lines.append(f"copies of one network: {', '.join(map(escaped, facts['copies']))}")
-    entries = []
-    for key, value in facts["metadata"].items():
-        text = escaped(value)
-        more = "..." if len(text) > _MAX_METADATA_CHARACTERS else ""
-        entries.append(f"{escaped(key)}={text[:_MAX_METADATA_CHARACTERS]}{more}")
-    if entries:
-        lines.append(f"metadata: {', '.join(entries)}")
-    return lines + [f"Note: {escaped(note)}" for note in facts["notes"]]
-
-
-def _tensor_json(spec: TensorSpec) -> dict[str, object]:
-    return {"key": spec.key, "shape": list(spec.shape), "dtype": spec.dtype_name}
-
-
 def run_diff(options: argparse.Namespace) -> int:
     """Show in what two checkpoints differ under the same keys."""
     first = checkpoint_of(side_of(options.first, values=True), container=options.container)
@@ -449,13 +372,13 @@ def _differences_json(found: Differences) -> dict[str, object]:
 
     return {
         "equal": found.equal,
-        "only_first": [_tensor_json(spec) for spec in found.only_first],
-        "only_second": [_tensor_json(spec) for spec in found.only_second],
+        "only_first": [tensor_json(spec) for spec in found.only_first],
+        "only_second": [tensor_json(spec) for spec in found.only_second],
         "changed": [
             {
                 "key": item.key,
-                "first": _tensor_json(item.first),
-                "second": _tensor_json(item.second),
+                "first": tensor_json(item.first),
+                "second": tensor_json(item.second),
                 "difference": number(item.difference),
                 "magnitude": number(item.magnitude),
             }

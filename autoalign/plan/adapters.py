@@ -176,6 +176,21 @@ def adapters_of(specs: Sequence[TensorSpec]) -> Adapters:
     return Adapters(frozenset(keys), whole, alone)
 
 
+def describe_adapters(specs: Sequence[TensorSpec]) -> list[str]:
+    """Describe the adapters among some tensors.
+
+    >>> describe_adapters([TensorSpec(f"fc.lora_{name}.weight", (2, 2), torch.float32) for name in "AB"])
+    ['LoRA of 1 layers, rank 2']
+    """
+    found = adapters_of(specs)
+    ranks = {parts["down"].shape[0] for parts in found.layers.values()}
+    rank = f"{min(ranks)} to {max(ranks)}" if len(ranks) > 1 else str(*ranks)
+    described = [f"LoRA of {len(found.layers)} layers, rank {rank}"] if ranks else []
+    whole = {spec.key for parts in found.layers.values() for spec in parts.values()}
+    described += [f"{count} tensors of other kinds than LoRA"] if (count := len(found.keys - whole)) else []
+    return described + ([found.alone] if found.alone else [])
+
+
 def of_kind(specs: Iterable[TensorSpec], kind: str) -> frozenset[str]:
     """List the keys that a network calls as adapters of a kind are called."""
     return frozenset(spec.key for spec in specs if _ALONE[kind].search(spec.key))

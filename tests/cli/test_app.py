@@ -90,7 +90,7 @@ def test_errors_of_the_system_are_no_tracebacks_either(
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "a.pt")
 
-    monkeypatch.setattr("autoalign.cli.commands.checkpoint_of", refused)
+    monkeypatch.setattr("autoalign.cli.inspection.checkpoint_of", refused)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == cli.ERROR
     assert capsys.readouterr().err == "autoalign: error: [Errno 13] Permission denied: 'a.pt'\n"
 
@@ -103,7 +103,7 @@ def test_warnings_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         warnings.warn("old \x1b format", stacklevel=1)
         raise autoalign.InputError("no more")
 
-    monkeypatch.setattr("autoalign.cli.commands.checkpoint_of", warned)
+    monkeypatch.setattr("autoalign.cli.inspection.checkpoint_of", warned)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == cli.ERROR
     assert capsys.readouterr().err == "autoalign: warning: old \\x1b format\nautoalign: error: no more\n"
 

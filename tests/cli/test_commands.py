@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
 import autoalign
@@ -46,6 +48,56 @@ def test_align_reports_and_its_exit_code_is_1_if_incomplete(
     assert "Mismatched: the counterpart has another shape" in capsys.readouterr().out
     assert cli.main(["align", checkpoint, WIDER, "--exclude", "head", "--exclude", "re:^out"]) == cli.COMPLETE
     assert cli.main(["align", checkpoint, WIDER, "--adapt", "head"]) == cli.COMPLETE
+
+
+def write_sparse(folder: Path, shards: int, per_shard: int) -> None:
+    """Write files of safetensors in FP8 that take no place, of 1 GB a tensor."""
+    files_of = {}
+    for shard in range(1, shards + 1):
+        name, header, size = f"model-{shard:05}-of-{shards:05}.safetensors", {}, 0
+        for number in range(per_shard):
+            key = f"model.layers.{shard}.experts.{number}.weight"
+            for suffix, dtype, side in (("", "F8_E4M3", 2**15), ("_scale_inv", "F32", 2**8)):
+                end = size + side * side * (4 if dtype == "F32" else 1)
+                header[key + suffix] = {"dtype": dtype, "shape": [side, side], "data_offsets": [size, end]}
+                files_of[key + suffix], size = name, end
+        text = json.dumps(header).encode()
+        with (folder / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + size)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files_of}))
+
+
+def test_inspect_of_100_gigabytes_reads_no_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "shards").mkdir()
+    write_sparse(tmp_path / "shards", shards=20, per_shard=5)
+    with FakeTensorMode(), torch.serialization.skip_data():  # the file has the places of the values, and no values
+        model = {f"layers.{number}.weight": torch.empty(2**13, 2**16, dtype=torch.bfloat16) for number in range(100)}
+        saved = {"state_dict": model, "epoch": 3, "optimizer": {"state": {}}, "args": {"lr": 0.1}}
+        torch.save(saved, tmp_path / "a.pt")
+    wanted = {
+        "shards": ("folder: 200 tensors, ", "quantised: 100 tensors quantised as FP8 in blocks (weight with"),
+        "a.pt": ("torch: 100 tensors, 53,687,091,200 elements, 107.4 GB", "training: epoch=3, optimizer"),
+    }
+    for name, texts in wanted.items():
+        path = tmp_path / name
+        files = path.iterdir() if path.is_dir() else [path]
+        assert sum(file.stat().st_size for file in files) > 100e9
+        start = time.process_time()
+        assert cli.main(["inspect", str(path), "--depth", "1"]) == cli.COMPLETE
+        assert time.process_time() - start < 1
+        output = capsys.readouterr().out
+        assert all(text in output for text in texts)
+
+
+def test_inspect_shows_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = {f"fc{n}.lora_{name}.weight": torch.ones(n, n) for n in (2, 4) for name in "AB"}
+    save_file(saved | {"fc3.lokr_w1": torch.ones(3)}, tmp_path / "a.safetensors")
+    assert cli.main(["inspect", str(tmp_path / "a.safetensors")]) == cli.COMPLETE
+    assert "adapters: LoRA of 2 layers, rank 2 to 4, 1 tensors of other kinds than LoRA" in capsys.readouterr().out
+    save_file({"ip_adapter.1.to_k_ip.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    assert cli.main(["inspect", str(tmp_path / "a.safetensors"), "--format", "json"]) == cli.COMPLETE
+    assert json.loads(capsys.readouterr().out)["adapters"] == ["an IP-Adapter"]
 
 
 def test_several_files_are_one_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
