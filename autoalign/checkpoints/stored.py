@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from autoalign.plan.regions import Region
 MAX_MEMBERS = 2**18  # tensors, arrays or records in a file
 FREE_STEPS = 2**23  # whatever the size; a step is a byte, a character of text or an element of a tensor
 STEPS_PER_BYTE = 4
+_MAP_NORESERVE = 0x4000  # of Linux, which Python has no name for yet
 
 DTYPES = {  # of safetensors and GGUF
     "BOOL": torch.bool,
@@ -114,6 +117,19 @@ def reading(path: Path, kind: str) -> Iterator[None]:
             f"{str(path)!r} could not be read as {kind} ({type(error).__name__}: {error}). Nothing was read. "
             "It may be truncated or damaged; compare its size with the original's."
         ) from error
+
+
+def mapped_bytes(file: Path) -> Tensor:
+    """Map a file that is not empty into memory; what is written to the tensor stays in memory.
+
+    No memory is set aside for such writes, without which a file may be larger than all memory.
+    """
+    if sys.platform == "win32":
+        return torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    flags = mmap.MAP_PRIVATE | (_MAP_NORESERVE if sys.platform == "linux" else 0)
+    with file.open("rb") as stream:
+        area = mmap.mmap(stream.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(area, dtype=torch.uint8)
 
 
 def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:

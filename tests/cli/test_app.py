@@ -112,7 +112,7 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autoalign.cli.commands.checkpoint_of", interrupted)
+    monkeypatch.setattr("autoalign.cli.inspection.checkpoint_of", interrupted)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == INTERRUPTED
     assert capsys.readouterr() == ("", "autoalign: interrupted\n")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from autoalign.checkpoints.formats.unpickler import check_cost, span, unpickle
-from autoalign.checkpoints.stored import TooCostlyError
+from autoalign.checkpoints.stored import TooCostlyError, mapped_bytes
 from autoalign.errors import CheckpointError
 
 _STORAGES = {
@@ -114,7 +114,7 @@ class Places:
     @classmethod
     def of(cls, file: Path, spans: Mapping[str, tuple[int, int]]) -> Places:
         """Map a file."""
-        return cls(file, spans, torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8))
+        return cls(file, spans, mapped_bytes(file))
 
     def tensor(self, view: View) -> Tensor:
         """Return a tensor over the mapped file; it is copied only where its data is not aligned.

@@ -19,6 +19,7 @@ from autoalign.checkpoints.stored import (
     Contents,
     StoredTensor,
     left_out_notes,
+    mapped_bytes,
     reading,
     unique_names,
 )
@@ -60,7 +61,7 @@ def open_safetensors(file: Path) -> Contents:
     def mapped() -> Any:
         if hash(_header_of(file)) != known:
             raise ValueError("its header was changed after it was opened")
-        return torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
+        return mapped_bytes(file).untyped_storage()
 
     def read(key: str, offsets: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor whose memory is not touched; what is cut from the file ends the process that does."""

@@ -68,7 +68,9 @@ def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
     except pickle.UnpicklingError as error:  # what weights_only=True does not take, or a damaged file
         loaded, notes = _without_code(file, error, zipped=zipped)
     except Exception as error:  # zipfile, torch and damaged pickles raise whatever they were led to
-        raise _read_error(file, error) from error
+        if "unable to mmap" not in str(error):
+            raise _read_error(file, error) from error
+        loaded, notes = _without_code(file, error, zipped=zipped)  # which maps what is larger than memory, too
     else:
         notes = ()
     if not isinstance(loaded, Mapping):
@@ -84,9 +86,7 @@ def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
     return Contents(loaded, notes=notes)
 
 
-def _without_code(
-    file: Path, refusal: pickle.UnpicklingError, *, zipped: bool
-) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
+def _without_code(file: Path, refusal: Exception, *, zipped: bool) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
     """Read a file that names classes or functions of others: its tensors and plain data, with stubs for all else.
 
     Raises:

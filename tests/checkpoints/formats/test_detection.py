@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +278,30 @@ def test_an_index_that_leads_elsewhere_does_not_hide_a_model_beside_it(tmp_path:
     assert list(open_checkpoint(tmp_path)) == ["w"]
     with pytest.raises(CheckpointError, match="only files in its own folder are read"):
         open_checkpoint(tmp_path / "other.bin.index.json")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, memory is set aside for what is mapped")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_a_file_may_be_larger_than_memory(tmp_path: Path, name: str) -> None:
+    """Which is sparse here: its values are zeros that take no place."""
+    count, path = 2**10, tmp_path / name
+    if name == "a.pt":
+        one = partial(torch.from_file, str(tmp_path / "data"), shared=True, size=2**29, dtype=torch.bfloat16)
+        with torch.serialization.skip_data():
+            torch.save({f"layers.{number}.weight": one().view(2**14, 2**15) for number in range(count)}, path)
+    else:
+        spec = {"dtype": "BF16", "shape": [2**14, 2**15]}
+        places = [[number * 2**30, (number + 1) * 2**30] for number in range(count)]
+        header = {f"layers.{number}.weight": spec | {"data_offsets": place} for number, place in enumerate(places)}
+        text = json.dumps(header).encode()
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + count * 2**30)
+    assert path.stat().st_size > count * 2**30 > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    checkpoint = open_checkpoint(path)
+    assert len(checkpoint) == count
+    tensor = checkpoint[f"layers.{count - 1}.weight"]
+    assert tensor[-1].tolist() == [0] * 2**15
+    tensor[-1, 0] = 1  # which stays in memory
+    assert checkpoint[f"layers.{count - 1}.weight"][-1, :2].tolist() == [1, 0]
+    assert open_checkpoint(path)[f"layers.{count - 1}.weight"][-1, :2].tolist() == [0, 0]
