@@ -338,16 +338,13 @@ def _fp4(inputs: Inputs, shape: Shape) -> Tensor:
     return values.view(*scale.shape, -1).mul_(blocks[..., None]).reshape(shape)
 
 
-def _fp4_shape(size: int) -> Callable[[Shapes], Shape | None]:
-    def shape(shapes: Shapes) -> Shape | None:
-        codes, scale = shapes["codes"], shapes["scale"]
-        if not scale or sum(role in shapes for role in ("scale 2", "scale global")) != (size == 16):
-            return None
-        columns = scale[-1] * size
-        halves = (*scale[:-1], columns // 2), (*scale, size // 2), (*scale[:-1], columns // 8)  # bytes or words
-        return (*scale[:-1], columns) if codes in halves else None
-
-    return shape
+def _fp4_shape(shapes: Shapes, *, size: int) -> Shape | None:
+    codes, scale = shapes["codes"], shapes["scale"]
+    if not scale or sum(role in shapes for role in ("scale 2", "scale global")) != (size == 16):
+        return None
+    columns = scale[-1] * size
+    halves = (*scale[:-1], columns // 2), (*scale, size // 2), (*scale[:-1], columns // 8)  # bytes or words
+    return (*scale[:-1], columns) if codes in halves else None
 
 
 def _mlx(inputs: Inputs, shape: Shape) -> Tensor:
@@ -432,11 +429,21 @@ _GGUF = (
     "IQ1_M IQ4_NL IQ4_XS"
 )
 _CHUNK = 2**18  # numbers that are worked on at a time
+
+
+def _shape_of_codes(shapes: Shapes) -> Shape | None:
+    return shapes["codes"]
+
+
+def _no_shape(_: Shapes) -> Shape | None:
+    return None
+
+
 _PLAIN = Scheme(_scaled, _same_shape, needs="scale")
-_TORCH = Scheme(_of_torch, lambda shapes: shapes["codes"], needs="", allows="scale, zero")
+_TORCH = Scheme(_of_torch, _shape_of_codes, needs="", allows="scale, zero")
 _BITSANDBYTES = Scheme(
     _four_bits_of_bitsandbytes,
-    lambda _: None,
+    _no_shape,
     needs="scale, table, layout",
     allows="scale nested, table nested",
     stored=("layout", _shape_of_state),
@@ -461,15 +468,10 @@ SCHEMES: dict[str, Scheme] = {
     "GPTQ": Scheme(partial(_gptq, offset=1), _gptq_shape, needs="scale, zero", allows="index", is_sure=False),
     "GPTQ v2": Scheme(partial(_gptq, offset=0), _gptq_shape, needs="scale, zero", allows="index", is_sure=False),
     "AWQ": Scheme(_awq, _awq_shape, needs="scale, zero"),
-    "MXFP4": Scheme(_fp4, _fp4_shape(32), needs="scale"),
-    "NVFP4": Scheme(_fp4, _fp4_shape(16), needs="scale", allows="scale 2, scale global"),
+    "MXFP4": Scheme(_fp4, partial(_fp4_shape, size=32), needs="scale"),
+    "NVFP4": Scheme(_fp4, partial(_fp4_shape, size=16), needs="scale", allows="scale 2, scale global"),
     "MLX": Scheme(_mlx, partial(mlx_shape, group=64), needs="scale, zero"),
     "compressed-tensors": Scheme(
-        _packed,
-        lambda _: None,
-        needs="scale, layout",
-        allows="zero, index",
-        stored=("layout", _packed_shape),
-        is_sure=False,
+        _packed, _no_shape, needs="scale, layout", allows="zero, index", stored=("layout", _packed_shape), is_sure=False
     ),
 }

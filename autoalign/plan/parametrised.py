@@ -214,14 +214,17 @@ def _is_spectral_norm(shapes: Sequence[Shape]) -> bool:
     return len(weight) > 1 and prod(weight) > 0 and tuple(vectors) in ways
 
 
+def _masked(tensors: Sequence[Tensor]) -> Tensor:
+    weight, mask = tensors
+    return weight * mask
+
+
 PARAMETRISATIONS: Mapping[str, Parametrisation] = {
     "weight norm": Parametrisation(_weight_norm, _is_weight_norm, endings=(("_v", "_g"), (".original1", ".original0"))),
     "spectral norm": Parametrisation(
         _spectral_norm, _is_spectral_norm, endings=(("_orig", "_u", "_v"), (".original", ".0._u", ".0._v"))
     ),
-    "mask": Parametrisation(
-        lambda tensors: tensors[0] * tensors[1], lambda shapes: shapes[0] == shapes[1], endings=(("_orig", "_mask"),)
-    ),
+    "mask": Parametrisation(_masked, lambda shapes: shapes[0] == shapes[1], endings=(("_orig", "_mask"),)),
 }
 _FIRST = {endings[0] for kind in PARAMETRISATIONS.values() for endings in kind.endings}
 _ENDING = re.compile(f"(?:{'|'.join(map(re.escape, sorted(_FIRST)))})$")

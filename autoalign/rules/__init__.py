@@ -9,6 +9,7 @@ Rules convert a state dict without any matching, and are exported to other libra
 * ``rules``: ``Rules``, the list: ``apply``, ``plan``, JSON, and the verbs that export
 * ``generalise``: from the matches of single tensors to rules for all keys that are alike but for their numbers
 * ``induce``: from those to the shortest list, checked against the plan
+* ``python_functions``: functions of ``plan`` as source, for those exports that call them
 * ``export_python``: rules as the source of a function
 * ``renaming_pairs``: the options of a choice as pairs for ``rules=`` of ``align``
 * ``export_renamings``: rules as mmengine's ``revise_keys``, and transformers' ``key_mapping`` and conversions

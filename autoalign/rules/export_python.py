@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from autoalign.errors import InputError, RulesError
+from autoalign.plan.dequantise import Dequantise
 from autoalign.plan.operations import (
     Concatenate,
     Flip,
@@ -23,7 +24,9 @@ from autoalign.plan.operations import (
     Unstack,
     steps_of,
 )
+from autoalign.plan.parametrised import Combine
 from autoalign.plan.serialization import check_operation
+from autoalign.rules.python_functions import call_of, functions_in
 from autoalign.rules.rule import SLICE, Arithmetic, Rule, tokens_of
 from autoalign.rules.size_free import Each, Pick, Portion, Regroup, Sized, ZerosLike
 
@@ -49,12 +52,19 @@ def source_of(rules: Sequence[Rule], name: str) -> str:
     if refused:
         raise RulesError(
             f"{len(refused)} of {len(rules)} rules hold operations that have no short form in Python, such as those of "
-            "adapt and of quantised tensors. Nothing was written. Use rules.apply instead.\n" + "\n".join(refused)
+            "adapt. Nothing was written. Use rules.apply instead.\n" + "\n".join(refused)
         )
+    functions = functions_in([*body, *joined])
+    imports = {"import re"} if rules else set[str]()
+    imports |= {"import torch"} if any("torch." in line for line in (*body, *joined)) else set()
+    imports |= {line for each in functions for line in each.imports}
+    first = sorted((line for line in imports if "torch" not in line), key=lambda line: (line.startswith("from"), line))
+    torch_imports = sorted(imports - {*first}, key=lambda line: (line.startswith("from"), line))
     lines = [
-        *(["import re", ""] if rules else []),
-        *(["import torch", ""] if any("torch." in line for line in (*body, *joined)) else []),
+        *([*first, ""] if first else []),
+        *([*torch_imports, ""] if torch_imports else []),
         *([""] if rules else []),
+        *(line for each in functions for line in (*each.lines, "", "")),
         f"def {name}(state_dict, model=None):",
         '    """Rename and convert the tensors of a checkpoint; those that no rule takes keep their names."""',
         "    result = {}",
@@ -150,6 +160,14 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
                 return [f"{variable}.insert({index}, {variable}[0].new_zeros({variable}[{like}].shape))"]
             case Pick(places):
                 return [f"{variable} = [{', '.join(f'{variable}[{place}]' for place in places)}]"]
+            case Dequantise() | Combine():
+                return [f"{variable} = {call_of(step, variable)}"]
+            case Parallel(operations) if any(own.arity > 1 for own in operations):
+                lines = ["made = []"]
+                for own, run in step.runs(range(sum(own.arity for own in operations))):
+                    lines += [f"own = {variable}[{run[0]} : {run[-1] + 1}]"]
+                    lines += [*_steps(steps_of(own), "own", several=True), "made += own"]
+                return [*lines, f"{variable} = made"]
             case Parallel(operations):
                 each = (_steps(steps_of(own), f"{variable}[{place}]") for place, own in enumerate(operations))
                 return [line for lines in each for line in lines]
@@ -171,6 +189,8 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
         return [f"{variable} = [{inner[0].removeprefix('x = ')} for x in {variable}]"]
     x = variable
     match step:
+        case Dequantise() if step.arity == 1:
+            return [f"({x},) = {call_of(step, f'[{x}]')}"]
         case Transpose():
             return [f"{x} = {x}.transpose(0, 1)"]
         case Permute(dims):

@@ -336,6 +336,10 @@ def test_values_are_those_of_the_reference_wherever_they_are_computed(scheme: st
     assert f"dequantise({scheme})" in str(alignment)
     assert not alignment.ambiguous
     assert_loaded(alignment.rules().apply(load_file(path)), source, saved)
+    exported: dict[str, object] = {}
+    exec(alignment.rules().to_python("convert"), exported)
+    assert callable(exported["convert"])
+    assert_loaded(exported["convert"](load_file(path)), source, saved)
     alignment.save(tmp_path / "a.json")
     again = autoalign.Alignment.read(tmp_path / "a.json").applied_to(path, model)
     assert again == alignment
@@ -365,8 +369,12 @@ def test_fused_with_others_and_under_other_names_the_values_are_the_same(scheme:
         parts = [key.removeprefix("net.").replace("qkv", name) for name in ("qkv" if "qkv" in key else "q")]
         wanted = torch.cat([saved[part].values if part in saved else source[part] for part in parts])
         torch.testing.assert_close(tensor, wanted, rtol=max(each.tolerance for each in saved.values()), atol=0)
-    applied = alignment.rules().apply(source)
-    assert all(torch.equal(applied[key], tensor) for key, tensor in values.items())
+    rules = alignment.rules()
+    written: dict[str, object] = {}
+    exec(rules.to_python("convert"), written)
+    assert callable(written["convert"])
+    for applied in (rules.apply(source), written["convert"](source)):
+        assert all(torch.equal(applied[key], tensor) for key, tensor in values.items())
 
 
 @every_scheme

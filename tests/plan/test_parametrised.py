@@ -79,8 +79,12 @@ def test_a_plain_model_gets_the_weights_that_torch_computes(name: str, tmp_path:
         assert torch.equal(own.bias, layer.bias)
     assert f"Combined: 5 weights, from what {scheme} computes them of." in alignment.notes
     assert f"combine({scheme})" in str(alignment)
-    values = alignment.rules().apply(source.state_dict())
-    assert torch.equal(values["head.weight"], model.state_dict()["head.weight"])
+    rules = alignment.rules()
+    written: dict[str, object] = {}
+    exec(rules.to_python("convert"), written)
+    assert callable(written["convert"])
+    for values in (rules.apply(source.state_dict()), written["convert"](source.state_dict())):
+        assert torch.equal(values["head.weight"], model.state_dict()["head.weight"])
     alignment.save(tmp_path / "a.json")
     again = autoalign.Alignment.read(tmp_path / "a.json").applied_to(source.state_dict(), model)
     assert again == alignment
