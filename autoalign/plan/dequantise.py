@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from math import prod
 from typing import Any
@@ -454,6 +454,7 @@ SCHEMES: dict[str, Scheme] = {
     f"GGUF {name}": Scheme(partial(_gguf, name=name), partial(_gguf_shape, name=name), needs="")
     for name in _GGUF.split()
 } | {
+    "torchao": replace(_TORCH, is_sure=False),
     **dict.fromkeys(("torch's qint8", "torch's quint8", "torch's qint32", "torch's packed bias"), _TORCH),
     "FP8 by tensor": _PLAIN,
     "FP8 by row": _PLAIN,

@@ -58,6 +58,7 @@ def spec_of(key: str, tensor: Tensor) -> TensorSpec:
     """Describe one tensor."""
     shape = tuple(tensor.shape)
     encoding = f"torch's {str(tensor.dtype).removeprefix('torch.')}" if tensor.is_quantized else ""
+    encoding = "torchao" if type(tensor).__module__.startswith("torchao.") else encoding
     return TensorSpec(key, shape, tensor.dtype, _storage_id(tensor, shape), encoding)
 
 
@@ -78,7 +79,7 @@ def packing_of(tensor: Tensor) -> str | None:
     True
     """
     kind: type[object] = type(tensor)
-    if kind.__module__.startswith("torch.distributed."):  # sharded ones hold plain tensors
+    if kind.__module__.startswith(("torch.distributed.", "torchao.")):  # plain tensors, or a known scheme
         return None
     packed: object = tensor  # for type checkers, no tensor is of such a class
     if is_traceable_wrapper_subclass(packed) or getattr(packed, "quant_state", None) is not None:

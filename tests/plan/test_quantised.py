@@ -294,7 +294,7 @@ def test_codes_are_left_out_everywhere_and_named_with_their_scheme(
         autoalign.convert(tmp_path / "a.safetensors", model, tmp_path / "b.safetensors", dequantise=False)
     assert load_file(tmp_path / "b.safetensors").keys() == {key for key in before if "proj" not in key}
     main(["inspect", str(tmp_path / "a.safetensors")])
-    assert f"Note: {text}." in " ".join(capsys.readouterr().out.split())
+    assert f"quantised: {text}" in " ".join(capsys.readouterr().out.split())
     save_file(before, tmp_path / "model.safetensors")
     main(["align", "--no-dequantise", str(tmp_path / "a.safetensors"), str(tmp_path / "model.safetensors")])
     assert f"Left out: {text}" in " ".join(capsys.readouterr().out.split())
