@@ -15,15 +15,17 @@ from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Side
 from autoalign.checkpoints.named_models import code_of
 from autoalign.errors import InputError
-from autoalign.matching.match import Decide, OrderOfUse, match_tensors
+from autoalign.matching.match import Decide, match_tensors
 from autoalign.matching.scope import PatternLike, RuleLike
 from autoalign.plan.adaptations import Adapt
+from autoalign.plan.matches import Plan
 
 if TYPE_CHECKING:
     from autoalign.loading.convert import Format
     from autoalign.loading.fill import Progress
     from autoalign.verification.verify import Verification
 
+_SURE = 0.9  # of matches that are not asked about
 _MIN_SIMILARITY = 60  # of 100, of the names of options; a less similar one is not proposed
 
 
@@ -163,8 +165,7 @@ def align(
         container=container,
         dequantise=dequantise,
         merge_adapter=merge_adapter,
-        order_of_use=_order_of_use(example_inputs),
-        decide=_decide(source_model, source, example_inputs),
+        **_resolved({"example_inputs": example_inputs, "source_model": source_model}, source),
     )
     return Alignment.of(plan)
 
@@ -443,27 +444,34 @@ def _resolved(options: AlignOptions, source: Side | None) -> dict[str, Any]:
     """Return the options with functions that call modules in place of what they are called with."""
     given: dict[str, Any] = {**options}
     inputs = given.pop("example_inputs", None)
-    decide = _decide(given.pop("source_model", None), source, inputs)
-    order_of_use = _order_of_use(inputs)
-    return given | {k: v for k, v in (("order_of_use", order_of_use), ("decide", decide)) if v is not None}
+    if (decide := _decide(given.pop("source_model", None), source, inputs)) is not None:
+        given["decide"] = decide
+    if inputs is not None:
+        from autoalign.verification.run import execution_order
 
-
-def _order_of_use(example_inputs: object) -> OrderOfUse | None:
-    if example_inputs is None:
-        return None
-    from autoalign.verification.run import execution_order
-
-    return partial(execution_order, example_inputs=example_inputs)
+        given["order_of_use"] = partial(execution_order, example_inputs=inputs)
+    return given
 
 
 def _decide(source_model: nn.Module | str | None, source: Side | None, example_inputs: object) -> Decide | None:
-    """Return what asks the code of both sides: that which is given, or a source's own where keys leave choices open."""
+    """Return what asks the code of both sides: that which is given, or that at hand where keys leave choices open."""
     if (model := code_of(source_model, source)) is not None:
         from autoalign.verification.decisions import decided_by_code
 
         return partial(decided_by_code, model, example_inputs)
-    if isinstance(source, nn.Module):
-        from autoalign.verification.decisions import decided_if_open
+    own = source if isinstance(source, nn.Module) else None
+    return None if source is None else partial(_decided_if_open, own, example_inputs)
 
-        return partial(decided_if_open, source, example_inputs)
-    return None
+
+def _decided_if_open(source: nn.Module | None, example_inputs: object, plan: Plan, min_confidence: float) -> Plan:
+    """Ask the code at hand where keys leave anything open, or nothing but order tells which tensor it is."""
+    by_order = [match for match in plan.matches if match.confidence < _SURE and not match.evidence.get("name", 1.0)]
+    is_open = by_order and example_inputs is None if source is None else by_order or plan.ambiguous
+    target = getattr(plan.target_tensors, "module", None)
+    if not is_open or not isinstance(target, nn.Module):
+        return plan
+    from autoalign.verification.decisions import decided_by_code, without_order
+
+    if source is None:
+        return without_order(plan, target, by_order)
+    return decided_by_code(source, example_inputs, plan, min_confidence, is_asked=False)

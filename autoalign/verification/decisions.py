@@ -38,6 +38,8 @@ _CONTRADICTED = 0.4  # the most in what it contradicts
 _MIN_SHARE = 0.9  # of the target's tensors that code alone has to tell apart to overrule what keys say
 _WHOLE = (Copy, Permute, Reshape, Transpose)  # operations of one whole tensor
 
+_OUT_OF_ORDER = "only order tells which it is, and the model uses it in another order than it registers it"
+
 # the doubts of a match that are about which tensor it is, and not about its layout
 _OTHER_TENSOR = re.compile(
     "|".join(
@@ -47,20 +49,37 @@ _OTHER_TENSOR = re.compile(
 )
 
 
-def decided_if_open(source_model: nn.Module, example_inputs: object, plan: Plan, min_confidence: float) -> Plan:
-    """Return a plan with what code decides, as ``decided_by_code``, if keys leave anything open."""
-    if not plan.ambiguous or not isinstance(getattr(plan.target_tensors, "module", None), nn.Module):
+def without_order(plan: Plan, target_model: nn.Module, by_order: Collection[Match]) -> Plan:
+    """Return a plan without what order alone tells where the target uses tensors in another order than it has them."""
+    shapes = {spec.key: spec.shape for spec in plan.target_specs}
+    groups: dict[tuple[int, ...], list[Match]] = defaultdict(list)
+    for match in by_order:
+        groups[shapes[match.target]].append(match)
+    try:
+        graph = traced(target_model)[0] if any(len(group) > 1 for group in groups.values()) else nx.DiGraph()
+    except TraceError:
         return plan
-    found = decided_by_code(source_model, example_inputs, plan, min_confidence, is_search=False)
-    return plan if (found.matches, found.ambiguous) == (plan.matches, plan.ambiguous) else found
+    doubted: dict[str, Match] = {}
+    for group in groups.values():
+        known = [match for match in group if match.target in graph and graph.degree(match.target)]
+        used = sorted(known, key=lambda match: min(graph.successors(match.target)))
+        doubted |= {
+            own.target: _doubted(own, _OUT_OF_ORDER) for own, other in zip(known, used, strict=True) if own != other
+        }
+    return replace(
+        plan,
+        matches=tuple(match for match in plan.matches if match.target not in doubted),
+        ambiguous=(*plan.ambiguous, *doubted.values()),
+    )
 
 
 def decided_by_code(
-    source_model: nn.Module, example_inputs: object, plan: Plan, min_confidence: float, *, is_search: bool = True
+    source_model: nn.Module, example_inputs: object, plan: Plan, min_confidence: float, *, is_asked: bool = True
 ) -> Plan:
     """Return a plan in which the code of both sides decides what keys left open, and what contradicts it is ambiguous.
 
     Its target has to be a module; the keys of ``source_model``, the code of its source, may be other than the source's.
+    Where it ``is_asked`` for, what cannot be compared is a note, and ways are tried that the alignment does not list.
 
     Raises:
         InputError: The target is not a module, or the source model has other tensors than the source.
@@ -72,7 +91,8 @@ def decided_by_code(
     try:
         traces = [_traced(model, example_inputs) for model in (source_model, target_model)]
     except TraceError as error:
-        return replace(plan, notes=(*plan.notes, f"The code of both models was not compared. {error}"))
+        note = f"The code of both models was not compared. {error}"
+        return replace(plan, notes=(*plan.notes, note)) if is_asked else plan
     source, target = nx.relabel_nodes(traces[0][0], keys), traces[1][0]
     alone = pairs_of(source, target, {})
     is_proof = len(alone) >= _MIN_SHARE * sum(bool(target.degree(spec.key)) for spec in plan.target_specs)
@@ -105,7 +125,7 @@ def decided_by_code(
     )
     inputs = _common_inputs(traces[0][1], traces[1][1])
     known = _renamed(refined, {old: new for new, old in keys.items()})
-    found, is_equal = probed(known, source_model, target_model, inputs, is_search=is_search)
+    found, is_equal = probed(known, source_model, target_model, inputs, is_search=is_asked)
     found = _renamed(found, keys) if found is not known else refined
     return _with_doubts(found, {key for key, count in target.degree() if count} if is_equal else set())
 

@@ -110,10 +110,34 @@ def test_code_at_hand_is_not_asked_where_keys_leave_nothing_open(monkeypatch: py
         raise AssertionError("code was asked")
 
     monkeypatch.setattr("autoalign.verification.decisions.traced", unasked)
-    source = Chained(*"abc")
-    assert autoalign.align(source, Chained(*"xyz")).coverage == 1
+    source = Chained("fc1", "fc2", "fc3")
+    for side in (source, source.state_dict()):
+        assert autoalign.align(side, Chained("linear1", "linear2", "linear3")).coverage == 1
     with pytest.raises(AssertionError, match="code was asked"):
-        autoalign.align(source, Chained(*"xyz"), source_model=source)
+        autoalign.align(source, Chained(*"xyz"))
+    with pytest.raises(AssertionError, match="code was asked"):
+        autoalign.align(source.state_dict(), Chained(*"xyz"))
+    with pytest.raises(AssertionError, match="code was asked"):
+        autoalign.align(source, Chained("linear1", "linear2", "linear3"), source_model=source)
+
+
+def test_order_tells_nothing_if_the_model_registers_what_it_uses_in_another_order() -> None:
+    class Backwards(Chained):
+        def __init__(self, *names: str) -> None:
+            super().__init__(*reversed(names))
+            self.names = names
+
+    source = Chained(*"abc")
+    assert autoalign.align(source.state_dict(), Backwards(*"xyz").state_dict()).coverage == 1
+    assert autoalign.align(source.state_dict(), Chained(*"xyz")).ambiguous == ()
+    alignment = autoalign.align(source.state_dict(), Backwards(*"xyz"))
+    assert {match.target for match in alignment.ambiguous} == {"x.weight", "x.bias", "z.weight", "z.bias"}
+    assert "uses it in another order" in alignment.ambiguous[0].warnings[0]
+    right = filled_from(autoalign.align(source, Backwards(*"xyz")))
+    assert (right["x.weight"], right["z.weight"]) == ("a.weight", "c.weight")
+    inputs = torch.ones(2, 4)
+    by_use = autoalign.align(source.state_dict(), Backwards(*"xyz"), example_inputs=inputs)
+    assert filled_from(by_use)["x.weight"] == "a.weight"
 
 
 def test_branches_that_are_alike_are_told_by_their_place_in_what_is_concatenated() -> None:
