@@ -141,8 +141,9 @@ def align(
             the checkpoint describes, if transformers or timm has it: no code beside it runs. What both compute is
             compared, as ``dataflow`` shows it: what keys leave open is decided where it can be, and matches that it
             contradicts are listed as ambiguous. What stays open, such as a layout, is decided by calls of copies of
-            both on random values, where they agree further in one way than in any other. Where both sides are modules
-            and keys leave anything open, all that is so anyway.
+            both on random values, where they agree further in one way than in any other. All that is so anyway where
+            both sides are modules, and keys leave anything open or nothing but order tells which tensor it is; if the
+            target alone is one, what it uses in another order than it registers it is then ambiguous.
         **unknown: Refused, with the most similar option that there is.
 
     Returns:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from random import Random
 from typing import Any
 
 import timm
 import torch
 import torchvision
 import transformers
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 Builder = Callable[[], nn.Module]
 
@@ -41,21 +40,6 @@ def both_directions(
         Pair(f"{left} -> {right}", first, second, image_size, only_second),
         Pair(f"{right} -> {left}", second, first, image_size),
     )
-
-
-def renamed(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
-    """Return the same code with layers that are named and registered at random, and the key that each had."""
-    traced = fx.symbolic_trace(model)
-    layers = [name for name, layer in traced.named_modules() if layer.state_dict() and not [*layer.children()]]
-    numbers = Random(0).sample(range(len(layers)), len(layers))
-    names = {layer: f"m{number}" for layer, number in zip(layers, numbers, strict=True)}
-    for node in traced.graph.nodes:
-        node.target = names.get(node.target, node.target)
-    parts = {names[layer]: traced.get_submodule(layer) for layer in sorted(layers, key=names.__getitem__)}
-    others = {name: part for name, part in traced.named_modules() if name and name not in names}
-    twin = fx.GraphModule(parts | {name: part for name, part in others.items() if not [*part.children()]}, traced.graph)
-    keys = {name: layer for layer, name in names.items()}
-    return twin, {key: f"{keys[key.partition('.')[0]]}.{key.partition('.')[2]}" for key in twin.state_dict()}
 
 
 def randomise(model: nn.Module, image_size: int, seed: int) -> nn.Module:

@@ -12,7 +12,7 @@ import autoalign
 from autoalign.alignment import Alignment
 from autoalign.errors import InputError
 from autoalign.verification.decisions import CODE
-from tests.pairs import renamed
+from benchmarks.cases.twins import Anonymous
 
 
 class Twin(nn.Module):
@@ -145,11 +145,11 @@ def test_branches_that_are_alike_are_told_by_their_place_in_what_is_concatenated
     with torch.device("meta"):
         original, target = torchvision.models.inception_v3(init_weights=False), timm.create_model("inception_v3")
     right = filled_from(autoalign.align(original, target))
-    source, key_before = renamed(original.eval())
+    source = Anonymous(original.eval())
     by_keys = autoalign.align(source.state_dict(), target)
     assert len(by_keys.ambiguous) > 100
     alignment = autoalign.align(source.state_dict(), target, source_model=source)
-    assert {key: key_before[own] for key, own in filled_from(alignment).items()} == right
+    assert {key: source.keys[own] for key, own in filled_from(alignment).items()} == right
     assert len(right) == 566
     assert filled_from(autoalign.align(source, target)) == filled_from(alignment)  # code is at hand and needed
 
