@@ -296,14 +296,15 @@ def _gptq_shape(shapes: Shapes) -> Shape | None:
     return (codes[1], int(columns)) if "index" in shapes or columns % scale[0] == 0 else None
 
 
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight numbers of a word, where the columns stand
+_AWQ_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}  # by bits: where the columns stand in a word
 
 
 def _awq(inputs: Inputs, _: Shape) -> Tensor:
     """Return what AWQ stores by rows of inputs: (codes - zero point) * scale of the group of each."""
+    bits = 32 * inputs["codes"].shape[1] // inputs["scale"].shape[1]
 
     def ordered(codes: Tensor) -> Tensor:
-        return _spread(codes, 4).reshape(len(codes), -1, 8)[..., _AWQ_ORDER].flatten(1)
+        return _spread(codes, bits).reshape(len(codes), -1, 32 // bits)[..., _AWQ_ORDER[bits]].flatten(1)
 
     codes, zeros, scale = inputs["codes"], ordered(inputs["zero"]), inputs["scale"].to(torch.float32)
     values = torch.empty(len(codes), scale.shape[1], dtype=torch.float32, device=codes.device)
@@ -315,7 +316,7 @@ def _awq(inputs: Inputs, _: Shape) -> Tensor:
 
 def _awq_shape(shapes: Shapes) -> Shape | None:
     codes, scale, zero = shapes["codes"], shapes["scale"], shapes["zero"]
-    fits = len(codes) == len(scale) == 2 and zero == (scale[0], codes[1]) and 8 * codes[1] == scale[1]
+    fits = len(codes) == len(scale) == 2 and zero == (scale[0], codes[1]) and scale[1] in (8 * codes[1], 4 * codes[1])
     return (scale[1], codes[0]) if fits and scale[0] and codes[0] % scale[0] == 0 else None
 
 

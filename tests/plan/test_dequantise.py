@@ -187,17 +187,19 @@ def gptq(bits: int, *, order: bool = False, index: bool = True, symmetric: bool 
     return write
 
 
-def awq(weight: Tensor) -> Saved:
-    """AutoAWQ's WQLinear_GEMM: eight columns of outputs in a word, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
-    codes, zero, scale = rounded(weight, 4, 128)
-    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+def awq(bits: int, *order: int) -> Writer:
+    """AutoAWQ's WQLinear_GEMM, and vLLM's awq_pack for eight bits: columns of outputs in a word, in some order."""
 
-    def words(numbers: Tensor) -> Tensor:
-        return packed(numbers.T.reshape(numbers.shape[1], -1, 8)[..., order].flatten(1), 4)
+    def write(weight: Tensor) -> Saved:
+        codes, zero, scale = rounded(weight, bits, 128)
 
-    values = (codes - zero.repeat_interleave(128, 1)).float() * scale.repeat_interleave(128, 1).float()
-    parts = {"qweight": words(codes), "qzeros": words(zero), "scales": scale.T.contiguous()}
-    return Saved(parts, values)
+        def words(numbers: Tensor) -> Tensor:
+            return packed(numbers.T.reshape(numbers.shape[1], -1, len(order))[..., order].flatten(1), bits)
+
+        values = (codes - zero.repeat_interleave(128, 1)).float() * scale.repeat_interleave(128, 1).float()
+        return Saved({"qweight": words(codes), "qzeros": words(zero), "scales": scale.T.contiguous()}, values)
+
+    return write
 
 
 def mlx(bits: int) -> Writer:
@@ -287,7 +289,8 @@ WRITERS: dict[str, Writer] = {
     "GPTQ of 2 bits, symmetric": gptq(2, symmetric=True),
     "GPTQ without an index": gptq(4, index=False),
     "GPTQ, second version, symmetric": gptq(4, version=2, symmetric=True),
-    "AWQ": awq,
+    "AWQ": awq(4, 0, 2, 4, 6, 1, 3, 5, 7),
+    "AWQ of 8 bits": awq(8, 0, 2, 1, 3),
     "MLX": mlx(4),
     "MLX of 3 bits": mlx(3),
     "MLX of 8 bits": mlx(8),
