@@ -184,6 +184,7 @@ def fills_of(
                 fill = Fill(target, ((target, torch.empty_like(tensor, device="meta")),), compute)
             else:
                 fill = Fill(target, ((target, tensor),))
+            del tensor  # before the next one is computed
         # the model's own values may change before they are copied
         copies = [(part, new.clone() if memory_of(new) in memories else new) for part, new in fill.copies]
         fills.append(replace(fill, copies=tuple(copies)))

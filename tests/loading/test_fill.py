@@ -282,11 +282,13 @@ print(peak - before, all(bool((layer.weight == 0.5).all()) for layer in model.va
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_dequantised_tensors_are_not_all_in_memory_beside_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["weight_scale_inv", "SCB"])  # whose values cannot fail, and can
+def test_dequantised_tensors_are_not_all_in_memory_beside_the_model(tmp_path: Path, name: str) -> None:
     tensors = {}
     for number in range(6):
-        tensors[f"layer{number}.weight"] = torch.full((3072, 4096), 2.0).to(torch.float8_e4m3fn)
-        tensors[f"layer{number}.weight_scale_inv"] = torch.full((24, 32), 0.25)
+        dtype, value = (torch.int8, 127) if name == "SCB" else (torch.float8_e4m3fn, 2.0)
+        tensors[f"layer{number}.weight"] = torch.full((3072, 4096), value).to(dtype)
+        tensors[f"layer{number}.{name}"] = torch.full((3072,), 0.5) if name == "SCB" else torch.full((24, 32), 0.25)
     save_file(tensors, tmp_path / "a.safetensors")
     command = [sys.executable, "-c", _PEAK, str(tmp_path / "a.safetensors")]
     peak, is_right = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
