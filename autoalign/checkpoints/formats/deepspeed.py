@@ -89,6 +89,10 @@ def _weights(states: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, A
         shapes[key] = tuple(map(int, shape))
         whole = [each["frozen_param_fragments"][key].reshape(-1) for each in states]
         cut[key] = [(vector, 0, len(vector)) for vector in (whole if _BY_PARAMETER in parts[0] else whole[:1])]
+    for key, pieces in cut.items():
+        dtypes = {vector.dtype for vector, _, _ in pieces}
+        if len(dtypes) > 1 or sum(length for _, _, length in pieces) < prod(shapes[key]):
+            raise ValueError(f"the parts of {key} are not those of a tensor of shape {list(shapes[key])}")
     shared = _mapping(state.get("shared_params") or {})
     buffers = set(state.get("buffer_names") or ())
     found: dict[str, object] = {}

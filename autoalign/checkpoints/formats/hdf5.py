@@ -8,9 +8,14 @@ that may have no scale or no centre, is left out. Layers are in the order of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,22 +27,23 @@ from torch import Tensor
 from autoalign.checkpoints.config import folder_config
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.stored import (
-    MAX_MEMBERS,
     Contents,
     StoredTensor,
     as_tensor,
     left_out_notes,
+    mapped_bytes,
     reading,
     torch_dtype,
 )
 from autoalign.errors import DependencyError, listed
 from autoalign.plan.keys import natural
-from autoalign.plan.regions import Region
 
 _KIND = "an HDF5 file"
 _MAX_RATIO = 1040  # of values to their bytes in the file: deflate reaches 1032
-_MAX_DEPTH = 64
 _MAX_LAYERS = 2**16
+_PROGRAM = Path(__file__).with_name("hdf5_process.py")
+_SECONDS = 30.0  # for what is not read in that, and the bytes below more
+_BYTES_PER_SECOND = 2**23
 _NORM = ("gamma", "beta", "moving_mean", "moving_variance")
 _PRELU = frozenset({"p", "re", "lu"})
 _PASSED = frozenset({"layers"})  # names of groups that say nothing of a layer
@@ -50,51 +56,68 @@ def is_hdf5(head: bytes) -> bool:
 
 
 def open_hdf5(file: Path) -> Contents:
-    """Read the tree of an HDF5 file; arrays are read when they are asked for, and nothing outside the file is.
+    """Read the tree of an HDF5 file; arrays are mapped, or read when they are asked for; nothing outside it is read.
 
     Raises:
         CheckpointError: The file is damaged, or has no arrays of numbers.
         DependencyError: The package ``h5py`` is not installed.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise DependencyError.reading("HDF5 files, such as those of Keras,", "h5py") from error
-
-    @cache
-    def opened() -> Any:
-        return h5py.File(file, "r")
-
-    def stored(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
-        def region(part: Region | None) -> Tensor:
-            place: Any = () if part is None else tuple(slice(start, start + length) for start, length in part)
-            with reading(file, _KIND):
-                return as_tensor(np.asarray(opened()[path][place]), dtype)
-
-        return StoredTensor(shape, dtype, lambda: region(None), read_region=region)
+    if find_spec("h5py") is None:
+        raise DependencyError.reading("HDF5 files, such as those of Keras,", "h5py")
 
     root: dict[str, object] = {}
     left_out: list[str] = []
     with reading(file, _KIND):
         layers = _layers(folder_config(file.parent)[0])
-        with h5py.File(file, "r") as source:
-            for key, path in _named(source, h5py, layers, left_out):
-                dataset = source[path]
-                kind = torch.bfloat16 if dataset.dtype == np.dtype("V2") else torch_dtype(dataset.dtype)
-                if kind is None or dataset.shape is None:
-                    left_out.append(key)
-                    continue
-                size = prod(dataset.shape) * kind.itemsize
-                if dataset.external or dataset.is_virtual or size > _MAX_RATIO * dataset.id.get_storage_size():
-                    raise ValueError(f"the values of {path} are not all in the file")
-                if key in root:
-                    raise ValueError(f"it has {key} twice")
-                root[key] = stored(path, tuple(dataset.shape), kind)
+        tree = json.loads(_run(file))
+        mapped = cache(partial(mapped_bytes, file))
+        for key, path, array in _named(tree, layers, left_out):
+            dtype = np.dtype(array["dtype"])
+            kind = torch.bfloat16 if dtype == np.dtype("V2") else torch_dtype(dtype)
+            if kind is None or array["shape"] is None:
+                left_out.append(key)
+                continue
+            shape, offset = tuple(array["shape"]), array["offset"]
+            size, stored = prod(shape) * kind.itemsize, array["stored"]
+            is_mapped = offset is not None and stored == size and offset + size <= file.stat().st_size
+            if not is_mapped and (offset is not None or size > _MAX_RATIO * stored):
+                raise ValueError(f"the values of {path} are not all in the file")
+            if key in root:
+                raise ValueError(f"it has {key} twice")
+            read = partial(_mapped, mapped, offset) if is_mapped else partial(_read, file, path)
+            tensor = partial(_tensor, file, partial(read, shape, dtype), kind)
+            root[key] = StoredTensor(shape, kind, tensor, is_mapped=is_mapped and dtype.isnative)
     notes: tuple[str, ...] = ()
     if left_out:
         what = f"{len(left_out)} arrays of the file whose names or values are open ({listed(left_out)})"
         notes = left_out_notes(file, root, what, "Save the model as .keras or whole, with its configuration.")
     return Contents(root, "HDF5 file", notes=notes)
+
+
+def _run(file: Path, *path: str, size: int = 0) -> bytes:
+    """Run the HDF5 library in a process of its own, which may not end or may crash on a damaged file."""
+    environment = os.environ | {"HDF5_PLUGIN_PRELOAD": "::"}  # no plugins
+    command = [sys.executable, "-P", str(_PROGRAM), str(file), *path]
+    seconds = _SECONDS + size / _BYTES_PER_SECOND
+    done = subprocess.run(command, capture_output=True, timeout=seconds, env=environment, check=False)
+    if done.returncode:
+        raise ValueError(done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or "the library ended")
+    return done.stdout
+
+
+def _mapped(mapped: Callable[[], Tensor], offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    array = np.ndarray(shape, dtype, mapped().numpy(), offset)
+    return array if array.flags.aligned else array.copy()
+
+
+def _read(file: Path, path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    values = _run(file, path, size=prod(shape) * dtype.itemsize)
+    return np.frombuffer(bytearray(values), dtype).reshape(shape)
+
+
+def _tensor(file: Path, read: Callable[[], np.ndarray], dtype: torch.dtype) -> Tensor:
+    with reading(file, _KIND):
+        return as_tensor(read(), dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,65 +149,55 @@ def _layers(config: object) -> dict[str, _Layer]:
     return found
 
 
-def _named(source: Any, h5py: Any, layers: Mapping[str, _Layer], left_out: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the key and the path in the file of each array."""
-    seen = 0
+_Found = tuple[str, str, dict[str, Any]]  # the key of an array, its path in the file, and what it is
 
-    def children(group: Any, depth: int) -> dict[str, Any]:
-        nonlocal seen
-        # links to other files, or to other places of this one, are not followed
-        names = [name for name in group if isinstance(group.get(name, getlink=True), h5py.HardLink)]
-        seen += len(names)
-        if seen > MAX_MEMBERS or depth > _MAX_DEPTH:
-            raise ValueError(f"it has more than {MAX_MEMBERS:,} members, or more than {_MAX_DEPTH} in each other")
-        return {name: group[name] for name in names}
 
-    def own_name(name: str, group: Any) -> str:
-        variables = group.get("vars") if isinstance(group, h5py.Group) else None
-        given = variables.attrs.get("name") if isinstance(variables, h5py.Group) else None
+def _named(tree: dict[str, Any], layers: Mapping[str, _Layer], left_out: list[str]) -> Iterator[_Found]:
+    """Yield the arrays of a file with their keys."""
+
+    def own_name(name: str, group: dict[str, Any]) -> str:
+        given = group.get("members", {}).get("vars", {}).get("texts", {}).get("name")
         return given if isinstance(given, str) else name
 
-    def walk(group: Any, key: str, depth: int, hint: str = "") -> Iterator[tuple[str, str]]:
-        inner = children(group, depth)
-        is_list = group.name.rpartition("/")[2] == "layers"
+    def walk(group: dict[str, Any], path: str, key: str, hint: str = "") -> Iterator[_Found]:
+        inner = group["members"]
+        is_list = hint == "layers"
         called = {name: own_name(name, child) if is_list else name for name, child in inner.items()}
         order = {name: layers[called[name]].place for name in inner if called[name] in layers}
         for name in sorted(inner, key=lambda name: (order.get(name, len(layers)), natural(name))):
-            child = inner[name]
-            path = f"{key}.{called[name]}" if key else called[name]
-            if isinstance(child, h5py.Dataset):
-                yield path, child.name
+            child, below = inner[name], f"{key}.{called[name]}" if key else called[name]
+            if "members" not in child:
+                yield below, f"{path}/{name}", child
             elif name == "vars":
-                yield from variables(child, key, depth + 1, f"{hint} {own_name('', group)}")
+                yield from variables(child, f"{path}/vars", key, f"{hint} {own_name('', group)}")
             elif not name_words(name) & _SKIPPED:
-                yield from walk(child, key if name in _PASSED else path, depth + 1, name)
+                yield from walk(child, f"{path}/{name}", key if name in _PASSED else below, name)
 
-    def variables(group: Any, key: str, depth: int, hint: str) -> Iterator[tuple[str, str]]:
-        inner = children(group, depth)
-        arrays = [inner[name] for name in sorted(inner, key=natural) if isinstance(inner[name], h5py.Dataset)]
+    def variables(group: dict[str, Any], path: str, key: str, hint: str) -> Iterator[_Found]:
+        inner = {name: child for name, child in group["members"].items() if "members" not in child}
+        arrays = sorted(inner, key=natural)
         layer = layers.get(hint.rpartition(" ")[2])
-        names = _variables([array.shape or () for array in arrays], hint, layer) if key else None
-        for place, array in enumerate(arrays):
-            path = f"{key}.{names[place] if names else place}".lstrip(".")
+        names = _variables([tuple(inner[name]["shape"] or ()) for name in arrays], hint, layer) if key else None
+        for place, name in enumerate(arrays):
+            own = f"{key}.{names[place] if names else place}".lstrip(".")
             if names or not key:
-                yield path, array.name
+                yield own, f"{path}/{name}", inner[name]
             else:
-                left_out.append(path)
+                left_out.append(own)
 
-    known = source.get("model_weights") if isinstance(source.get("model_weights"), h5py.Group) else source
-    lists = known.attrs.get("layer_names")
-    if lists is None:
-        yield from walk(source, "", 0)
+    start = "/model_weights" if "layer_names" in tree["members"].get("model_weights", {}).get("texts", {}) else ""
+    known = tree["members"]["model_weights"] if start else tree
+    if "layer_names" not in known["texts"]:
+        yield from walk(tree, "", "")
         return
-    for layer in map(_text, lists):
-        for name in map(_text, known[layer].attrs["weight_names"]):
-            head = name.partition("/")[0]
-            key = name if head == layer else f"{layer}/{name}"
-            yield key.partition(":")[0].replace("/", "."), f"{known.name}/{layer}/{name}".replace("//", "/")
-
-
-def _text(name: Any) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)
+    for layer in known["texts"]["layer_names"]:
+        group = known["members"][layer]
+        for name in group["texts"]["weight_names"]:
+            array = group
+            for part in name.split("/"):
+                array = array["members"][part]
+            own = name if name.partition("/")[0] == layer else f"{layer}/{name}"
+            yield own.partition(":")[0].replace("/", "."), f"{start}/{layer}/{name}", array
 
 
 def _variables(shapes: Sequence[tuple[int, ...]], hint: str, layer: _Layer | None) -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.checkpoints.checkpoint import open_checkpoint
+from autoalign.checkpoints.formats import hdf5
 from autoalign.errors import CheckpointError, DependencyError
 
 of_keras = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # which it warns of itself
@@ -152,6 +153,21 @@ def test_nothing_outside_a_file_is_read(tmp_path: Path) -> None:
             make(file)
         with pytest.raises(CheckpointError, match="the values of /x are not all in the file"):
             open_checkpoint(tmp_path / name)
+
+
+@needs_h5py
+def test_a_file_on_which_the_library_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import time\ntime.sleep(100)")
+    monkeypatch.setattr(hdf5, "_PROGRAM", program)
+    monkeypatch.setattr(hdf5, "_SECONDS", 0.5)
+    with h5py.File(tmp_path / "a", "w") as file:
+        file["a"] = np.ones(3)
+    with pytest.raises(CheckpointError, match=r"could not be read as an HDF5 file \(TimeoutExpired"):
+        open_checkpoint(tmp_path / "a")
+    program.write_text("import os\nos.abort()")
+    with pytest.raises(CheckpointError, match=r"could not be read as an HDF5 file \(ValueError: the library ended"):
+        open_checkpoint(tmp_path / "a")
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
