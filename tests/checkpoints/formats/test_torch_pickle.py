@@ -155,3 +155,14 @@ def test_what_torch_and_python_write_is_taken(tmp_path: Path, count: int) -> Non
                 archive.writestr(f"a/{number}", b"")
     size = (tmp_path / "a").stat().st_size
     assert len(members_of(tmp_path / "a", size)) >= count
+
+
+def test_a_record_of_torch_that_is_compressed_is_refused(tmp_path: Path) -> None:
+    """Torch reads it as whatever was in memory, so that what comes of it is left to chance."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for info in old.infolist():
+            packed = zipfile.ZIP_DEFLATED if info.filename.endswith("/.data/serialization_id") else zipfile.ZIP_STORED
+            new.writestr(info.filename, old.read(info), packed)
+    with pytest.raises(CheckpointError, match=r"serialization_id is compressed, which torch reads as whatever"):
+        open_checkpoint(tmp_path / "b.pt")
