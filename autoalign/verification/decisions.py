@@ -11,9 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
+from math import prod
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -25,11 +27,22 @@ from autoalign.matching.match import match_tensors
 from autoalign.matching.pipeline import CROWDED, ONLY_SHAPES
 from autoalign.plan.keys import split_key
 from autoalign.plan.matches import Candidate, Match, Plan
-from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Transpose
+from autoalign.plan.operations import (
+    Concatenate,
+    Copy,
+    Operation,
+    Permute,
+    Reshape,
+    Shape,
+    Split,
+    Transpose,
+    in_parallel,
+)
+from autoalign.plan.operations import chain as chained
 from autoalign.plan.specs import tied_groups
 from autoalign.verification.dataflow import traced
 from autoalign.verification.probe import PROBE, Inputs, probed
-from autoalign.verification.refinement import pairs_of
+from autoalign.verification.refinement import PART, pairs_of
 
 CODE = "code"  # the cue
 _SURE = 0.9  # of matches that the refinement starts from
@@ -38,6 +51,7 @@ _CONTRADICTED = 0.4  # the most in what it contradicts
 _MIN_SHARE = 0.9  # of the target's tensors that code alone has to tell apart to overrule what keys say
 _WHOLE = (Copy, Permute, Reshape, Transpose)  # operations of one whole tensor
 
+_BY_PARTS = "the parts are told by code, and where they begin is assumed"
 _OUT_OF_ORDER = "only order tells which it is, and the model uses it in another order than it registers it"
 
 # the doubts of a match that are about which tensor it is, and not about its layout
@@ -47,6 +61,9 @@ _OTHER_TENSOR = re.compile(
         for text in (CROWDED, LEFT_OVER, MAY_BE_EXCHANGED, NOTHING_TELLS, ONLY_SHAPES, REVERSIBLE)
     )
 )
+
+
+_Way = tuple[tuple[str, ...], Operation]  # sources, and what is done to them
 
 
 def without_order(plan: Plan, target_model: nn.Module, by_order: Collection[Match]) -> Plan:
@@ -94,16 +111,19 @@ def decided_by_code(
         note = f"The code of both models was not compared. {error}"
         return replace(plan, notes=(*plan.notes, note)) if is_asked else plan
     source, target = nx.relabel_nodes(traces[0][0], keys), traces[1][0]
-    alone = pairs_of(source, target, {})
-    is_proof = len(alone) >= _MIN_SHARE * sum(bool(target.degree(spec.key)) for spec in plan.target_specs)
+    found = pairs_of(source, target, {})
+    told = {key.partition(PART)[0] for key in found}
+    is_proof = len(told) >= _MIN_SHARE * sum(bool(target.degree(spec.key)) for spec in plan.target_specs)
+    alone = {key: own for key, own in found.items() if PART not in key + own}
     alone |= _unused_pairs(plan, alone)
     users = {own: other for other, own in alone.items()}
     settled = {m.target: m.sources[0] for m in plan.matches if len(m.sources) == 1 and isinstance(m.operation, _WHOLE)}
     contradicted = {
         match.target
         for match in plan.matches
-        if (own := settled.get(match.target)) and "rule" not in match.evidence
-        if (alone.get(match.target, own), users.get(own, match.target)) != (own, match.target)
+        if "rule" not in match.evidence
+        if match.sources != (alone.get(match.target, match.sources[0]),)[: len(match.sources)]
+        or users.get(settled.get(match.target, ""), match.target) != match.target
     }
     anchors = {
         match.target: match.sources[0]
@@ -113,6 +133,8 @@ def decided_by_code(
     }
     anchors = {key: own for key, own in anchors.items() if Counter(anchors.values())[own] == 1}
     pairs = {key: own for key, own in pairs_of(source, target, anchors).items() if key not in anchors} | alone
+    parts = {key: own for key, own in (pairs | found).items() if PART in key + own}
+    pairs = {key: own for key, own in pairs.items() if key not in parts}
     if is_proof:
         pairs |= _last_pairs(plan, pairs)
     refined = _with_pairs(
@@ -123,11 +145,12 @@ def decided_by_code(
         overrules=is_proof,
         min_confidence=min_confidence,
     )
+    refined = _with_parts(refined, parts)
     inputs = _common_inputs(traces[0][1], traces[1][1])
     known = _renamed(refined, {old: new for new, old in keys.items()})
-    found, is_equal = probed(known, source_model, target_model, inputs, is_search=is_asked)
-    found = _renamed(found, keys) if found is not known else refined
-    return _with_doubts(found, {key for key, count in target.degree() if count} if is_equal else set())
+    decided, is_equal = probed(known, source_model, target_model, inputs, is_search=is_asked)
+    decided = _renamed(decided, keys) if decided is not known else refined
+    return _with_doubts(decided, {key for key, count in target.degree() if count} if is_equal else set())
 
 
 def _with_doubts(plan: Plan, confirmed: Collection[object]) -> Plan:
@@ -267,7 +290,9 @@ def _with_pairs(
     found: dict[str, Match] = {}
     for spec in plan.target_specs:
         own, match = pairs.get(spec.key), known.get(spec.key)
-        if own not in shapes or spec.key in plan.excluded or (match and not _is_other_tensor(match)):
+        if own not in shapes or spec.key in plan.excluded:
+            continue
+        if match and match.sources == (own,) and not _is_other_tensor(match):
             continue
         operation = _operation(match, own, shapes) if match else None
         is_plain = own in plain[0] and spec.key in plain[1] and squeeze(spec.shape) == squeeze(shapes[own])
@@ -322,6 +347,64 @@ def _plain_keys(model: nn.Module) -> set[str]:
     )
     layers = ((name, layer) for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, kinds))
     return {f"{name}.{key}".removeprefix(".") for name, layer in layers for key in layer.state_dict(keep_vars=True)}
+
+
+def _with_parts(plan: Plan, parts: Mapping[str, str]) -> Plan:
+    """Return a plan that proposes what code tells of parts of tensors, in place of what takes others."""
+    shapes = {spec.key: spec.shape for spec in plan.source_specs if spec.key not in plan.excluded}
+    places: dict[str, list[tuple[float, str, str]]] = defaultdict(list)  # of parts of the target: begin, source, begin
+    for key, own in parts.items():
+        target, _, begin = key.partition(PART)
+        source, _, start = own.partition(PART)
+        places[target].append((float(begin or 0), source, start))
+    known = {match.target: match for match in (*plan.matches, *plan.ambiguous)}
+    made: dict[str, Match] = {}
+    for spec in plan.target_specs:
+        joined = _joined(spec.shape, sorted(places[spec.key]), shapes) if spec.key in places else None
+        before = known.get(spec.key)
+        if joined is None or spec.key in plan.excluded or (before and "rule" in before.evidence):
+            continue
+        ways = (Candidate(before.sources, before.operation, before.confidence), *before.alternatives) if before else ()
+        if before and {*joined[0]} == {*before.sources}:  # it is a layout that is in doubt, if anything
+            is_known = any(_is_same(joined, (way.sources, way.operation), shapes) for way in ways)
+            if is_known or not isinstance(before.operation, Copy):
+                continue
+        made[spec.key] = Match(spec.key, *joined, _CONTRADICTED, {CODE: 1.0}, ways, (_BY_PARTS,))
+    return replace(
+        plan,
+        matches=tuple(match for match in plan.matches if match.target not in made),
+        ambiguous=(*(match for match in plan.ambiguous if match.target not in made), *made.values()),
+        mismatched=tuple(mismatch for mismatch in plan.mismatched if mismatch.key not in made),
+    )
+
+
+def _joined(shape: Shape, places: Sequence[tuple[float, str, str]], shapes: Mapping[str, Shape]) -> _Way | None:
+    """Return what joins rows of source tensors to a target tensor, None if their sizes do not fit."""
+    begins = [round(begin * shape[0]) for begin, _, _ in places]
+    steps: list[Operation] = []
+    firsts: list[int] = []  # where the parts begin in the source
+    for (_, own, start), begin, end in zip(places, begins, [*begins[1:], shape[0]], strict=True):
+        rows = shapes[own][0] if own in shapes and shapes[own][1:] == shape[1:] else 0
+        first = round(float(start or 0) * rows)
+        if first + end - begin > rows or (not start and rows != end - begin):
+            return None
+        steps.append(Split(0, first, end - begin) if start else Copy())
+        firsts.append(first)
+    sources = tuple(own for _, own, _ in places)
+    if len({*sources}) == 1 and shapes[sources[0]] == shape and firsts == begins:
+        return sources[:1], Copy()
+    return sources, steps[0] if len(steps) == 1 else chained(in_parallel(steps), Concatenate(0))
+
+
+def _is_same(first: _Way, second: _Way, shapes: Mapping[str, Shape]) -> bool:
+    """Return True if two ways to fill a tensor take the same elements to the same places."""
+    if first == second or {*first[0]} != {*second[0]}:
+        return first == second
+    numbered: dict[str, Tensor] = {}
+    for key in first[0]:
+        numbered.setdefault(key, torch.arange(prod(shapes[key])).reshape(shapes[key]) * 97 + len(numbered))
+    results = [operation.apply([numbered[key] for key in keys])[0] for keys, operation in (first, second)]
+    return torch.equal(*results)
 
 
 def _is_plain(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -10,13 +10,17 @@ them: networks of unlike depths would be paired from both ends.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
+from typing import Any
 
 import networkx as nx
 
 _MAX_ROUNDS = 500
+
+PART = "@"  # between the key of a tensor and where a part of it begins
 
 _PASSING = frozenset(  # operations that change no value
     "_to_copy _unsafe_view as_strided clone contiguous expand flatten permute reshape squeeze t transpose unsqueeze "  # noqa: SIM905
@@ -44,10 +48,11 @@ class Skeleton:
     neighbours: dict[object, list[tuple[object, object]]]  # of each node, with the role that an edge has, both ways
 
 
-def skeleton_of(graph: nx.DiGraph, *, unary: bool) -> Skeleton:
+def skeleton_of(graph: nx.DiGraph, *, unary: bool, is_split: bool = False) -> Skeleton:
     """Reduce a dataflow graph: no operations that change no value, and without ``unary`` none of one operand alone.
 
-    Attention is two products, and what is added to a product as a bias is an operand of it.
+    Attention is two products, and what is added to a product as a bias is an operand of it. With ``is_split``, a
+    product of which only parts are used is several, of parts of its tensors: ``"KEY@BEGIN"``, as a share of the rows.
     """
     kinds = dict(graph.nodes(data="kind"))
     outputs = [node for node, kind in kinds.items() if kind == "output"]
@@ -76,7 +81,7 @@ def skeleton_of(graph: nx.DiGraph, *, unary: bool) -> Skeleton:
         is_alone = len(operands) == 1 and kinds[node] != "output"
         if is_bias or (is_alone and (name in _PASSING or name in _PARTS or not (unary or given))):
             stands_for[node] = next(each[::2] for each in operands if not (is_bias and each[0] in tensors))
-            edges += [(given[0], data[0], "bias")] if is_bias else []
+            edges += [(given[0], data[0], ("bias", ()))] if is_bias else []
             continue
         stands_for[node] = node, ()
         labels[node] = _CANONICAL.get(name, name)
@@ -99,11 +104,41 @@ def skeleton_of(graph: nx.DiGraph, *, unary: bool) -> Skeleton:
             elif name in _COMMUTATIVE:
                 role = ""
             edges.append((before, node, (role, part)))
+    if is_split:
+        edges = _split_products(edges, labels, tensors)
     neighbours: dict[object, list[tuple[object, object]]] = defaultdict(list)
     for first, second, role in edges:
         neighbours[first].append((second, ("to", role)))
         neighbours[second].append((first, ("from", role)))
     return Skeleton(labels, frozenset(tensors), neighbours)
+
+
+def _split_products(edges: Sequence[_Edge], labels: dict[object, object], tensors: set[object]) -> list[_Edge]:
+    """Return edges between parts of products where only parts are used; add the parts to labels and tensors."""
+    uses: dict[object, list[Any]] = defaultdict(list)
+    for first, _, role in edges:
+        uses[first].append(role)
+    begins = {
+        node: sorted({part[0] for _, part in of if part}) for node, of in uses.items() if labels[node] == "matmul"
+    }
+    begins = {n: of for n, of in begins.items() if len(of) > 1 and of[0] == 0 and all(part for _, part in uses[n])}
+    found: list[_Edge] = []
+    for first, second, role in edges:
+        use: Any = role
+        own = (first, use[1][0]) if first in begins else first
+        use = (use[0], use[1][1:]) if first in begins else use
+        for begin, end in pairwise([*begins.get(second, []), 1.0]):
+            part: object = own
+            if first in tensors:
+                part = f"{first}{PART}{begin}"
+                labels[part] = round(int(str(labels[first])) * (end - begin))
+                tensors.add(part)
+            labels[second, begin] = labels[second]
+            found.append((part, (second, begin), use))
+        if second not in begins:
+            found.append((own, second, use))
+    labels |= {(node, begin): labels[node] for node, of in begins.items() for begin in of}
+    return found
 
 
 def _is_product(graph: nx.DiGraph, node: object) -> bool:
@@ -177,10 +212,10 @@ def _next_colours(
 
 
 def pairs_of(source: nx.DiGraph, target: nx.DiGraph, anchors: Mapping[str, str]) -> dict[str, str]:
-    """Return the pairs that code decides: from whole skeletons, and of the rest from those without activations."""
+    """Return the pairs that code decides: from whole skeletons, then from those without activations or with parts."""
     found: dict[str, str] = {}
-    for unary in (True, False):
-        skeletons = [skeleton_of(graph, unary=unary) for graph in (source, target)]
+    for unary, is_split in ((True, False), (False, False), (True, True), (False, True)):
+        skeletons = [skeleton_of(graph, unary=unary, is_split=is_split) for graph in (source, target)]
         new = paired_tensors(skeletons[0], skeletons[1], anchors)
         taken = set(found.values())
         found |= {key: own for key, own in new.items() if key not in found and own not in taken}

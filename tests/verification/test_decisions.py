@@ -12,7 +12,9 @@ import autoalign
 from autoalign.alignment import Alignment
 from autoalign.errors import InputError
 from autoalign.verification.decisions import CODE
+from benchmarks.accuracy.localisation import randomise as with_values
 from benchmarks.cases.twins import Anonymous
+from tests.reference_models.encoders import GatedEncoder, SeparateEncoder, TorchEncoder
 
 
 class Twin(nn.Module):
@@ -262,6 +264,35 @@ def test_every_call_takes_the_code_also_by_its_name(tmp_path: Path) -> None:
         autoalign.load(target, wanted, alignment=written, source_model=spec)
     with pytest.raises(InputError, match=r"source_model= takes an nn.Module, or a text that names one"):
         autoalign.align(wanted, target, source_model=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", ["apart", "joined", "reordered"])
+def test_fused_tensors_without_names_are_told_by_their_parts(way: str) -> None:
+    make = {
+        "apart": (TorchEncoder, SeparateEncoder),
+        "joined": (SeparateEncoder, TorchEncoder),
+        "reordered": (lambda: GatedEncoder("net"), lambda: GatedEncoder("w12")),
+    }[way]
+    tokens = torch.arange(9)[None]
+    original = with_values(make[0](), 1)
+    source, target = Anonymous(original), with_values(make[1](), 2)
+    assert autoalign.align(source.state_dict(), target).coverage < 1 or way != "reordered"
+    alignment = autoalign.load(target, source.state_dict(), source_model=source)
+    assert alignment.missing_keys == []
+    assert torch.allclose(target(tokens), original(tokens), atol=1e-5)
+
+
+def test_parts_are_proposed_alone_where_networks_cannot_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoalign.verification.probe._MAX_ELEMENTS", 9)
+    source, target = Anonymous(TorchEncoder().eval()), SeparateEncoder()
+    alignment = autoalign.align(source.state_dict(), target, source_model=source)
+    (proposed,) = (match for match in alignment.ambiguous if match.target == "layers.1.self_attn.k_proj.weight")
+    assert source.keys[proposed.sources[0]] == "encoder.layers.1.self_attn.in_proj_weight"
+    assert str(proposed.operation) == "split(dim 0, 32:64)"
+    assert proposed.warnings == ("the parts are told by code, and where they begin is assumed",)
+    assert all("self_attn" in match.target for match in alignment.ambiguous)
+    named = TorchEncoder().eval()
+    assert autoalign.align(named.state_dict(), target, source_model=named).ambiguous == ()
 
 
 class Mixed(nn.Module):
