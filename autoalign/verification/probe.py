@@ -28,7 +28,7 @@ PROBE = "probe"  # the cue
 _CONFIDENCE = 0.99  # in what a probe decides
 _MAX_ELEMENTS = 2**28  # of a network that is called
 _TRIALS = 200  # of ways that the alignment does not list
-_SECONDS = 60.0  # for which calls are made
+_SECONDS, _DEFAULT_SECONDS = 60.0, 10.0  # for which calls are made, and where nobody asked for them
 
 Inputs = tuple[object, object]  # what source and target are called with
 
@@ -45,11 +45,24 @@ def probed(
         inputs: What both may be called with; the first that both take is used.
         is_search: Whether to try other ways than the alignment lists, which are believed only if all is equal then.
     """
-    alignment, end = Alignment.of(plan), time.monotonic() + _SECONDS
+    names, end = (
+        {*source_model.state_dict(keep_vars=True)},
+        time.monotonic() + (_SECONDS if is_search else _DEFAULT_SECONDS),
+    )
+    held = [tuple(m for m in of if names.issuperset(m.sources)) for of in (plan.matches, plan.ambiguous)]
+    alignment = Alignment.of(replace(plan, matches=held[0], ambiguous=held[1]))
     sizes = [sum(tensor.numel() for tensor in model.parameters()) for model in (source_model, target_model)]
-    if max(sizes) > _MAX_ELEMENTS or not (alignment.choices or is_search):
+    if not (alignment.choices or is_search):
         return plan, False
-    source, target = (_with_own_values(model) for model in (source_model, target_model))
+    if max(sizes) > _MAX_ELEMENTS:
+        text = (
+            f"The models are too large to be called in passing ({max(sizes):,} elements): autoalign.verify calls them."
+        )
+        return replace(plan, notes=(*plan.notes, text)), False
+    try:
+        source, target = (_with_own_values(model) for model in (source_model, target_model))
+    except Exception:  # any, since the code is not ours, and some cannot be copied
+        return plan, False
     with preserved(source, target):
         session = _session(source, target, alignment, inputs)
         if session is None:
@@ -124,10 +137,10 @@ def _best(session: Session, state: State, choice: Choice, end: float) -> State |
         matches = {**state.matches, **{match.target: match for match in option.matches}}
         try:
             values = {**state.values, **session.fills(option.matches)}
-            if any(values[match.target].shape != session.own[match.target].shape for match in option.matches):
+            if any(values[key].shape != tensor.shape for key, tensor in session.own.items() if key in values):
                 continue
             states.append(State(matches, values, session.call(matches, values)))
-        except (RuntimeError, IndexError, InputError):  # an operation that does not fit these shapes
+        except (RuntimeError, LookupError, InputError):  # what does not fit these shapes, or is not the model's
             continue
     states.sort(key=lambda each: -each.outcome.position)
     if len(states) == 1:

@@ -82,7 +82,20 @@ def test_both_sides_that_are_modules_are_called_where_a_layout_is_open(monkeypat
     source, target = gated()
     assert autoalign.align(source, target).ambiguous == ()
     monkeypatch.setattr(probe, "_MAX_ELEMENTS", 9)
-    assert autoalign.align(source, target).ambiguous
+    alignment = autoalign.align(source, target)
+    assert alignment.ambiguous
+    assert "too large to be called in passing (1,031 elements)" in alignment.notes[-1]
+
+
+def test_tensors_that_the_code_of_the_checkpoint_lacks_and_models_that_cannot_be_copied_do_no_harm() -> None:
+    source, target = gated()
+    target.extra = nn.Linear(7, 5)
+    checkpoint = {**source.state_dict(), "extra.weight": torch.ones(5, 7), "extra.bias": torch.ones(5)}
+    alignment = autoalign.align(checkpoint, target, source_model=source)
+    assert alignment.ambiguous == ()
+    assert alignment.missing_keys == []
+    source.held = torch.ones(2, requires_grad=True) * 2  # which torch does not copy
+    assert autoalign.align(checkpoint, target, source_model=source).ambiguous
 
 
 def test_keys_of_a_checkpoint_may_have_a_prefix() -> None:
