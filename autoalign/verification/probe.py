@@ -45,10 +45,8 @@ def probed(
         inputs: What both may be called with; the first that both take is used.
         is_search: Whether to try other ways than the alignment lists, which are believed only if all is equal then.
     """
-    names, end = (
-        {*source_model.state_dict(keep_vars=True)},
-        time.monotonic() + (_SECONDS if is_search else _DEFAULT_SECONDS),
-    )
+    names = {*source_model.state_dict(keep_vars=True)}
+    end = time.monotonic() + (_SECONDS if is_search else _DEFAULT_SECONDS)
     held = [tuple(m for m in of if names.issuperset(m.sources)) for of in (plan.matches, plan.ambiguous)]
     alignment = Alignment.of(replace(plan, matches=held[0], ambiguous=held[1]))
     sizes = [sum(tensor.numel() for tensor in model.parameters()) for model in (source_model, target_model)]
@@ -56,7 +54,7 @@ def probed(
         return plan, False
     if max(sizes) > _MAX_ELEMENTS:
         text = (
-            f"The models are too large to be called in passing ({max(sizes):,} elements): autoalign.verify calls them."
+            f"The models have too many elements to be called in passing ({max(sizes):,}); autoalign.verify calls them."
         )
         return replace(plan, notes=(*plan.notes, text)), False
     try:
