@@ -143,7 +143,8 @@ def align(
             contradicts are listed as ambiguous. What stays open, such as a layout, is decided by calls of copies of
             both on random values, where they agree further in one way than in any other. All that is so anyway where
             both sides are modules, and keys leave anything open or nothing but order tells which tensor it is; if the
-            target alone is one, what it uses in another order than it registers it is then ambiguous.
+            target alone is one, what it uses in another order than it registers it is then ambiguous, and notes say how
+            much depends on open layouts, where ``example_inputs`` are given.
         **unknown: Refused, with the most similar option that there is.
 
     Returns:
@@ -467,12 +468,12 @@ def _decide(source_model: nn.Module | str | None, source: Side | None, example_i
 def _decided_if_open(source: nn.Module | None, example_inputs: object, plan: Plan, min_confidence: float) -> Plan:
     """Ask the code at hand where keys leave anything open, or nothing but order tells which tensor it is."""
     by_order = [match for match in plan.matches if match.confidence < _SURE and not match.evidence.get("name", 1.0)]
-    is_open = by_order and example_inputs is None if source is None else by_order or plan.ambiguous
+    is_open = by_order or (plan.ambiguous and (source is not None or example_inputs is not None))
     target = getattr(plan.target_tensors, "module", None)
     if not is_open or not isinstance(target, nn.Module):
         return plan
-    from autoalign.verification.decisions import decided_by_code, without_order
+    from autoalign.verification.decisions import decided_by_code, decided_by_target
 
     if source is None:
-        return without_order(plan, target, by_order)
+        return decided_by_target(plan, target, example_inputs, by_order)
     return decided_by_code(source, example_inputs, plan, min_confidence, is_asked=False)

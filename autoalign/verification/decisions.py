@@ -41,7 +41,7 @@ from autoalign.plan.operations import (
 from autoalign.plan.operations import chain as chained
 from autoalign.plan.specs import tied_groups
 from autoalign.verification.dataflow import traced
-from autoalign.verification.probe import PROBE, Inputs, probed
+from autoalign.verification.probe import PROBE, Inputs, probed, with_prices
 from autoalign.verification.refinement import PART, pairs_of
 
 CODE = "code"  # the cue
@@ -66,7 +66,14 @@ _OTHER_TENSOR = re.compile(
 _Way = tuple[tuple[str, ...], Operation]  # sources, and what is done to them
 
 
-def without_order(plan: Plan, target_model: nn.Module, by_order: Collection[Match]) -> Plan:
+def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: object, by_order: Collection[Match]) -> Plan:
+    """Return a plan with what the target's code alone shows of what order tells, or of layouts if it can be called."""
+    if example_inputs is None:
+        return _without_order(plan, target_model, by_order)
+    return with_prices(plan, target_model, example_inputs)
+
+
+def _without_order(plan: Plan, target_model: nn.Module, by_order: Collection[Match]) -> Plan:
     """Return a plan without what order alone tells where the target uses tensors in another order than it has them."""
     shapes = {spec.key: spec.shape for spec in plan.target_specs}
     groups: dict[tuple[int, ...], list[Match]] = defaultdict(list)

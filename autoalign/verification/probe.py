@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,8 +19,9 @@ from autoalign.alignment import Alignment
 from autoalign.errors import InputError
 from autoalign.plan.matches import Candidate, Match, Plan
 from autoalign.reports.choices import Choice
+from autoalign.verification.differences import relative_difference
 from autoalign.verification.proof import fresh_values, is_decisive
-from autoalign.verification.run import NEVER, preserved
+from autoalign.verification.run import NEVER, call, flat_tensors, preserved
 from autoalign.verification.search import Budget, State, search
 from autoalign.verification.session import Session, tensors_of
 
@@ -170,3 +171,39 @@ def _with_matches(plan: Plan, found: Mapping[str, Match], choices: Iterable[Choi
         ambiguous=tuple(match for match in plan.ambiguous if match.target not in made),
         notes=(*plan.notes, *notes),
     )
+
+
+def with_prices(plan: Plan, target_model: nn.Module, inputs: object) -> Plan:
+    """Return a plan with notes on how much depends on the layouts that are open, measured on random values."""
+    choices = [choice for choice in Alignment.of(plan).choices if len(choice.options) > 1]
+    if not choices or sum(tensor.numel() for tensor in target_model.parameters()) > _MAX_ELEMENTS:
+        return plan
+    shapes = {spec.key: spec.shape for spec in plan.source_specs}
+    notes = []
+    try:
+        target = _with_own_values(target_model)
+        with preserved(target):
+            values = fresh_values(target, inputs, tensors_of(target).keys()) or {}
+            for choice in choices if values else ():
+                sources = {key: _drawn(shapes[key]) for match in choice.options[0].matches for key in match.sources}
+                results = []
+                for option in choice.options[:2]:
+                    if {key for match in option.matches for key in match.sources} != sources.keys():
+                        break  # it is another tensor that is in doubt
+                    filled = {m.target: plan.tensor(m, [sources[key] for key in m.sources]) for m in option.matches}
+                    results.append([*flat_tensors(call(target, inputs, values | filled)).values()])
+                if len(results) == 2:
+                    pairs = zip(*results, strict=True)
+                    price = max((relative_difference(other, own) or 0.0 for own, other in pairs), default=0.0)
+                    more = f" and {len(choice.targets) - 1} more" if len(choice.targets) > 1 else ""
+                    notes.append(
+                        f"Open: the layout of {choice.targets[0]}{more}; the outputs depend on it by {price:.0%}."
+                    )
+    except Exception:  # any, since the code is not ours
+        return plan
+    return replace(plan, notes=(*plan.notes, *notes))
+
+
+def _drawn(shape: Sequence[int]) -> Tensor:
+    values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(1))
+    return values / max(values[0].numel(), 1) ** 0.5 if values.dim() > 1 else values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,15 @@ def test_the_code_may_be_what_the_configuration_beside_a_checkpoint_describes(tm
     assert autoalign.align(source, target, source_model="auto").ambiguous == ()
     with pytest.raises(InputError, match="needs a configuration beside the checkpoint"):
         autoalign.align(source.state_dict(), target, source_model="auto")
+
+
+def test_where_the_target_alone_can_be_called_it_is_said_what_depends_on_a_layout() -> None:
+    inputs = torch.randn(2, 5, 8)
+    for gate, pattern in ((nn.SiLU(), r"depend on it by [1-9]\d*%"), (nn.Identity(), r"depend on it by 0%")):
+        source, target = gated(gate)
+        alignment = autoalign.align(source.state_dict(), target, example_inputs=inputs)
+        assert alignment.ambiguous
+        assert re.fullmatch(
+            rf"Open: the layout of ff\.proj\.weight and 1 more; the outputs {pattern}.", alignment.notes[-1]
+        )
+    assert not any("Open: " in note for note in autoalign.align(source.state_dict(), target).notes)
