@@ -280,11 +280,8 @@ def computes_alike(source: nn.Module, target: nn.Module, tensors: Mapping[str, T
     arguments, options = arguments_of(pair.inputs)
     with torch.no_grad():
         results = [[*flat_tensors(model(*arguments, **options)).values()] for model in (source, loaded)]
-    return all(
-        torch.allclose(own, other, atol=1e-4 * float(own.abs().max()))
-        for own, other in zip(*results, strict=False)
-        if own.shape == other.shape
-    )
+    alike = [(own, other) for own, other in zip(*results, strict=False) if own.shape == other.shape]
+    return bool(alike) and all(torch.allclose(*each, atol=1e-4 * float(each[0].abs().max())) for each in alike)
 
 
 def measured(pair: Pair, tallies: Mapping[str, Tally]) -> str:
