@@ -223,7 +223,7 @@ def forked(file: Path, *path: str, size: int = 0) -> bytes:  # noqa: ARG001, as 
             os._exit(1)
         os._exit(0)
     os.close(sink)
-    timer = threading.Timer(SLOWEST / 2, os.kill, (child, signal.SIGKILL))
+    timer = threading.Timer(SLOWEST / 8, os.kill, (child, signal.SIGKILL))
     timer.start()
     with os.fdopen(source, "rb") as stream:
         output = stream.read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -173,5 +174,8 @@ def test_a_file_on_which_the_library_does_not_end(tmp_path: Path, monkeypatch: p
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(DependencyError, match=r"package h5py.*pip install 'autoalign\[formats\]'"):
-        open_checkpoint(tmp_path / "a")
+    with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:
+        archive.write(tmp_path / "a", "model.weights.h5")
+    for name in ("a", "a.keras"):
+        with pytest.raises(DependencyError, match=r"package h5py.*pip install 'autoalign\[formats\]'"):
+            open_checkpoint(tmp_path / name)
