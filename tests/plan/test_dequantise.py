@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -608,3 +609,28 @@ def test_spoiled_companions_raise_errors_of_ours_alone() -> None:
             assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), (seed, name)
         except Exception as error:
             raise AssertionError(f"{name} with seed {seed}: {type(error).__name__}: {error}") from error
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trained_llama_answers_as_before_it_was_quantised(tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 384}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    source = transformers.LlamaForCausalLM(config)
+    tokens = torch.randint(0, 384, (4, 24))
+    optimizer = torch.optim.AdamW(source.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        source(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        wanted = source(input_ids=tokens).logits.argmax(-1)
+    for scheme in ("FP8 in blocks", "LLM.int8", "NF4", "GPTQ", "AWQ", "MXFP4"):
+        saved, _ = quantised(source, WRITERS[scheme])
+        save_file({key: tensor.contiguous() for key, tensor in saved.items()}, tmp_path / "a.safetensors")
+        model = transformers.LlamaForCausalLM(config)
+        assert not autoalign.load(model, tmp_path / "a.safetensors").missing_keys, scheme
+        with torch.no_grad():
+            got = model(input_ids=tokens).logits.argmax(-1)
+        assert (got == wanted).float().mean() > 0.9, scheme
