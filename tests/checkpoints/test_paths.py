@@ -119,22 +119,20 @@ def test_what_torch_saved_to_memory_keeps_its_versions() -> None:
     assert metadata[""]["version"] == 2
 
 
-def test_a_temporary_copy_lasts_as_long_as_its_checkpoint() -> None:
-    def temporary() -> set[str]:
-        return {path.name for path in Path(tempfile.gettempdir()).glob("autoalign-*")}
-
-    before, stream = temporary(), io.BytesIO()
+def test_a_temporary_copy_lasts_as_long_as_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stream = io.BytesIO()
     torch.save(tensors(), stream, _use_new_zipfile_serialization=False)
     stream.seek(0)
     checkpoint = open_checkpoint(stream)
     alignment = autoalign.align(checkpoint, tensors())
     del checkpoint
     gc.collect()
-    assert temporary() - before
+    assert any(tmp_path.iterdir())
     assert torch.equal(alignment.state_dict()["layers.3.weight"], tensors()["layers.3.weight"])
     del alignment
     gc.collect()
-    assert temporary() == before
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

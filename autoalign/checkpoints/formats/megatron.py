@@ -134,6 +134,9 @@ def _joined(
     first = parts[0]
     if any(part.keys() != first.keys() for part in parts):
         raise ValueError("its parts hold tensors of other names")
+    kinds = {key: {(part[key].shape, part[key].dtype) for part in parts} for key in first}
+    if unlike := [key for key, found in kinds.items() if len(found) > 1]:
+        raise ValueError(f"{unlike[0]} has other shapes or dtypes in other parts")
     dims = {key: _dim(key, [part[key] for part in parts], width) for key, tensor in first.items() if tensor.dim() > 1}
     sizes = {split_key(key)[0]: first[key].shape[1] for key, dim in dims.items() if dim == 1}  # of inner layers
     for key, tensor in first.items():
@@ -160,8 +163,6 @@ def _joined(
 def _dim(key: str, own: Sequence[Tensor], width: int) -> int | None:
     """Return the dimension along which a matrix was split, None for one that was not."""
     rows, columns = own[0].shape[:2]
-    if any(each.shape != own[0].shape for each in own):
-        raise ValueError(f"{key} has other shapes in other parts")
     if _are_equal(own):
         return None
     fits = [rows != width == columns, columns != width and width in (rows, columns * len(own))]

@@ -151,7 +151,11 @@ def test_parts_of_meta(tmp_path: Path) -> None:
         ),
         ([{"a.weight": torch.zeros(3, 5)}, {"a.weight": torch.ones(3, 5)}], "does not tell along which dimension"),
         ([{"n.weight": torch.zeros(8)}, {"n.weight": torch.ones(8)}], r"n\.weight \[8\] is not the same in all parts"),
-        ([{"a.weight": torch.zeros(4, 8)}, {"a.weight": torch.ones(3, 8)}], "has other shapes in other parts"),
+        (
+            [{"a.weight": torch.zeros(4, 8)}, {"a.weight": torch.ones(3, 8)}],
+            "has other shapes or dtypes in other parts",
+        ),
+        ([{"a.bias": torch.zeros(8)}, {"a.bias": torch.zeros(8).half()}], r"a\.bias has other shapes or dtypes"),
         ([{"a.weight": torch.zeros(4, 8)}, {"b.weight": torch.ones(4, 8)}], "its parts hold tensors of other names"),
         ([{"checkpoint_version": 0, "model": {}}, {"model": {}}], "Its version keeps query, key and value apart"),
         ([{"a.weight": torch.zeros(4, 8)}, None, {"a.weight": torch.ones(4, 8)}], "lacks 1 of its 3 parts: part 1 of"),
