@@ -186,7 +186,7 @@ def _agreed(votes: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def with_literal_norms(parts: Sequence[Part], others: Sequence[Part]) -> Sequence[Part]:
-    """Read ``post_attention_norm`` literally if the block also has a norm named before or after the MLP.
+    """Read ``post_attention_norm`` literally if the block also has a norm of that name before or after the MLP.
 
     Otherwise it is the norm before the MLP. If the other side has the name too, the name is enough.
 
@@ -194,16 +194,22 @@ def with_literal_norms(parts: Sequence[Part], others: Sequence[Part]) -> Sequenc
     >>> with_literal_norms(parts, [])[0].path
     ('0', 'attn_post_norm')
     """
-    around = set(filter(AROUND_MLP.match, {name for part in parts for name in part.path}))
-    if not around or any(map(AFTER_ATTENTION.match, {name for part in others for name in part.path})):
+    around = {
+        (part.path[:depth], AROUND_MLP.sub("", name))
+        for part in parts
+        for depth, name in enumerate(part.path)
+        if AROUND_MLP.match(name)
+    }
+    if not around or any(AFTER_ATTENTION.match(name) for part in others for name in part.path):
         return parts
-    beside = {part.path[:k] for part in parts for k, name in enumerate(part.path) if name in around}
     return [
         replace(
             part,
             path=tuple(
-                AFTER_ATTENTION.sub("attn_post", name) if part.path[:k] in beside else name
-                for k, name in enumerate(part.path)
+                AFTER_ATTENTION.sub("attn_post", name)
+                if (part.path[:depth], AFTER_ATTENTION.sub("", name)) in around
+                else name
+                for depth, name in enumerate(part.path)
             ),
         )
         for part in parts

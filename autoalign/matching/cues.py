@@ -232,17 +232,18 @@ def _made(assignment: Assignment, moves: Iterable[Move], companions: _Neighbours
     """
     own_of = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     used, moved = set(own_of.values()), set[tuple[bool, int]]()
-    straight = set[tuple[Path, ...]]()  # modules that are of one piece now; another way to that would undo it
+    straight = set[frozenset[Path]]()  # modules of either side that are of one piece now; another way would undo it
     for one in (exchange for move in moves for exchange in move.exchanges):
         pairs = *one.before, *one.after
         units = {(False, own) for own, _ in pairs} | {(True, other) for _, other in pairs}
         given_up, taken = {own for own, _ in one.before}, {own for own, _ in one.after}
         fits = used.isdisjoint(taken - given_up) and own_of.keys() >= {other for _, other in one.after}
-        is_straight = one.anchors < 0 and one.modules in straight
+        straightened = {frozenset(one.ends)}
+        is_straight = one.anchors < 0 and not straight.isdisjoint(straightened)
         if fits and moved.isdisjoint(units) and not is_straight:
             moved |= units
             moved |= {(True, other) for _, unit in one.before for other in companions.get(unit, ())}
-            straight.add(one.modules)
+            straight |= straightened
             used = (used - given_up) | taken
             own_of.update((other, own) for own, other in one.after)
     if not moved:
@@ -337,15 +338,17 @@ def _differ(places: Sequence[_Numbers]) -> bool:
 
 
 def _order(state: State, one: Exchange) -> float:
-    if not (state.source.ordered and state.target.ordered) or _is_list(one):
+    """Compare the steps that go the same way on both sides, where both are known."""
+    if _is_list(one):
         return 0
-    own, other = state.source.ancestry.order, state.target.ancestry.order
-    steps = 0
+    own, other = state.source.precedes, state.target.precedes
+    gain = 0
     for p, q in one.ordered:
         (a, x), (b, y), (c, _), (d, _) = one.before[p], one.before[q], one.after[p], one.after[q]
-        rising = other[x] < other[y]
-        steps += int((own[a] < own[b]) == rising) - int((own[c] < own[d]) == rising)
-    return steps / max(len(one.ordered), 1)
+        ways = own(a, b), own(c, d), other(x, y)
+        if None not in ways:
+            gain += int(ways[0] == ways[2]) - int(ways[1] == ways[2])
+    return gain / max(len(one.ordered), 1)
 
 
 def _beside(state: State, one: Exchange) -> float:

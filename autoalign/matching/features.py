@@ -13,7 +13,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.matching.layers import Ancestry, Path
+from autoalign.matching.layers import Ancestry, Path, cut_apart
 from autoalign.matching.names import shared_with_companions, similar_words, word_similarity, words
 from autoalign.matching.vocabulary import ROLES
 from autoalign.plan.keys import numbers, stem, template
@@ -73,6 +73,15 @@ class SideFeatures:
                 for unit in group:
                     beside.setdefault(unit, set()).update(group)
         return {unit: sorted(group - {unit}) for unit, group in beside.items()}
+
+    def precedes(self, first: int, second: int) -> bool | None:
+        """Return whether one unit comes before another, by registration or by the numbers of a list; None if unknown."""
+        if self.ordered:
+            return self.places_in_order[first] < self.places_in_order[second]
+        members = [path[-1:] for path in cut_apart(self.paths[first], self.paths[second]) or ()]
+        if len({template(member) for member in members}) != 1 or members[0] == members[1]:
+            return None
+        return numbers(members[0][0]) < numbers(members[1][0])
 
     @cached_property
     def inside(self) -> dict[Path, list[int]]:

@@ -14,6 +14,7 @@ from autoalign.matching.vocabulary import (
     KINDS,
     LAYER_TYPES,
     ORDINALS,
+    PREFIXES,
     RELATED_PAIRS,
     RIVAL_PAIRS,
     ROLES,
@@ -62,8 +63,9 @@ def words(component: str) -> tuple[str, ...]:
                 break
         else:
             piece = pieces[position]
-            if piece[0] in ROLES and piece[1:] in SPELLINGS:  # as in "kpos"
-                found += piece[0], *SPELLINGS[piece[1:]]
+            head = next((word for word in PREFIXES if piece.startswith(word)), "")
+            if head and piece[len(head) :] in SPELLINGS:  # as in "kpos" and "prenorm"
+                found += head, *SPELLINGS[piece[len(head) :]]
             elif not piece.isdigit():
                 found.append(piece)
             position += 1

@@ -27,6 +27,7 @@ SYNONYMS: dict[str, str] = {
     "o": "wo",
     "qkv": "wqkv querykeyvalue cattn inproj",
     "kv": "wkv keyvalue",
+    "qk": "wqk",
     # recurrence
     "ih": "i2h x2h inputproj",
     "hh": "h2h recurrent recurrence hidden",
@@ -104,6 +105,9 @@ MODULE_TYPES: frozenset[str] = frozenset({"block", "stage", "model"})
 # What the parts of a fused projection are.
 ROLES: frozenset[str] = frozenset({"q", "k", "v"})
 
+# Words that others are written on to, as in "kpos" and "prenorm".
+PREFIXES: tuple[str, ...] = ("pre", "post", *sorted(ROLES))
+
 # What networks predict, wherever in a path it stands: a head for one of them is none for another.
 OUTPUTS: tuple[str, ...] = (
     "mask bbox keypoint",
@@ -168,7 +172,7 @@ RELATED: tuple[tuple[str, str, float], ...] = (
 # Words for tensors that hold several roles -> the roles in the order in which they hold them, which may be of several
 # kinds: the gates of an LSTM are input, forget, cell and output, those of a GRU reset, update and new.
 FUSED: dict[str, tuple[tuple[str, ...], ...]] = {
-    "qkv": (("q", "k", "v"), ("q", "kv")),
+    "qkv": (("q", "k", "v"), ("q", "kv"), ("qk", "v")),
     "kv": (("k", "v"),),
     "gateup": (("gate", "up"),),
     "ih": (("ii", "if", "ig", "io"), ("ir", "iz", "in")),
