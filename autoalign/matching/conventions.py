@@ -261,6 +261,31 @@ def with_parametrised_weights(parts: Sequence[Part]) -> Sequence[Part]:
     ]
 
 
+def with_counted_names(parts: Sequence[Part]) -> Sequence[Part]:
+    """Count a name as the first of those with a number after it, as Haiku and Keras name what they make.
+
+    >>> parts = [Part(k, (name, "w"), (8, 4), "float") for k, name in enumerate(("linear", "linear_1"))]
+    >>> [part.path[0] for part in with_counted_names(parts)]
+    ['linear_0', 'linear_1']
+    """
+    modules = {part.path[:depth] for part in parts for depth in range(1, len(part.path))}
+    first = {
+        module
+        for *around, name in modules
+        if (*around, f"{name}_1") in modules and (*around, f"{name}_0") not in modules
+        for module in [(*around, name)]
+    }
+    if not first:
+        return parts
+    return [
+        replace(
+            part,
+            path=tuple(f"{name}_0" if part.path[: k + 1] in first else name for k, name in enumerate(part.path)),
+        )
+        for part in parts
+    ]
+
+
 def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     """Read a name as a mere number where the numbers beside it are counted otherwise, or its role has another name.
 
