@@ -293,19 +293,20 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
 
     >>> parts = [Part(k, (name, "weight"), (8, 4), "float") for k, name in enumerate(("w1", "wg", "fc_0", "fc_1"))]
     >>> [part.path[0] for part in with_claimed_roles(parts)]
-    ['1', 'wg', 'fc_0', '1']
+    ['1', 'wg', '0', '1']
     """
     beside: dict[tuple[Path, str, Shape], set[str]] = defaultdict(set)
     for part in parts:
         if len(part.path) > 1:
             beside[part.path[:-2], part.path[-1], part.shape].add(part.path[-2])
-    plain = {
-        (module, name): "".join(map(str, numbers(name)))
-        for (module, _, _), names in beside.items()
-        for name in names
-        if words(name) != words(stem(name))  # its number is a part of a word
-        if any(_is_counted_otherwise(name, other) for other in names)
-    }
+    plain: dict[tuple[Path, str], str] = {}
+    for (module, _, _), names in beside.items():
+        for name in names:
+            if words(name) != words(stem(name)):  # its number is a part of a word
+                otherwise = [other for other in names if _is_counted_otherwise(name, other)]
+                counted = [other for other in otherwise if numbers(other)]
+                for each in (name, *counted) if otherwise else ():
+                    plain[module, each] = "".join(map(str, numbers(each)))
     if not plain:
         return parts
     return [
