@@ -48,7 +48,9 @@ SYNONYMS: dict[str, str] = {
     "tok": "token tokens word words",
     "tok embed": "wte",
     "pos embed": "wpe posembed",
-    "cls": "class",
+    "cls": "class classification",
+    "reg": "regression",
+    "bbox": "bboxes box boxes",
     "dist": "distillation distilled distil",
     "rel": "relative",
     "spec": "spectrogram",
@@ -109,16 +111,7 @@ ROLES: frozenset[str] = frozenset({"q", "k", "v"})
 PREFIXES: tuple[str, ...] = ("pre", "post", *sorted(ROLES))
 
 # What networks predict, wherever in a path it stands: a head for one of them is none for another.
-OUTPUTS: tuple[str, ...] = (
-    "mask bbox keypoint",
-    "mask box keypoint",
-    "mask regression classification",
-    "mask reg cls",
-    "bbox cls",
-    "box cls",
-    "bbox classification",
-    "box classification",
-)
+OUTPUTS: tuple[str, ...] = ("mask bbox keypoint", "mask reg cls", "bbox cls")
 
 # Sets of words of which at most one is true of a tensor: a different one on each side speaks against the pair.
 RIVALS: tuple[str, ...] = (
