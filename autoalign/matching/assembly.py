@@ -57,7 +57,7 @@ class SideParts:
         named = with_torch_names(
             with_own_statistics(with_parametrised_weights(parts_of(specs, counts))), ordered=ordered
         )
-        parts = as_in_torch(with_claimed_roles(with_counted_names(named)), {spec.shape for spec in others})
+        parts = as_in_torch(with_claimed_roles(with_counted_names(named)), Counter(spec.shape for spec in others))
         return SideParts(tuple(specs), parts, config=config, ordered=ordered)
 
     def key(self, part: Part) -> str:
@@ -99,8 +99,10 @@ def assembled(source: SideParts, target: SideParts, found: Mapping[int, Found]) 
 def _layouts(side: SideParts, styles: tuple[Style, Style]) -> dict[int, Doubt]:
     """Find, for the parts of fused tensors, how else they might be taken out of these."""
     result = {}
+    convolved = {components(spec.key)[:-1] for spec in side.specs if len(spec.shape) == 3 and spec.shape[-1] == 1}
     for fusion in side.fusions:
-        reason, ways = other_layouts(fusion, components(side.specs[fusion.tensor].key), styles)
+        path = components(side.specs[fusion.tensor].key)
+        reason, ways = other_layouts(fusion, path, styles, is_convolved=path[:-1] in convolved)
         if reason:
             for place, part in enumerate(fusion.parts):
                 result[part] = Doubt(reason, tuple(views[place] for views in ways))

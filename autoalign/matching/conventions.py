@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from types import MappingProxyType
 from typing import NamedTuple
 
 from autoalign.matching.layers import Part, Parts, Path
@@ -323,16 +324,18 @@ def _is_counted_otherwise(name: str, other: str) -> bool:
     return len(words(name)) == 1 and words(name)[0] in words(other)
 
 
-def as_in_torch(parts: Sequence[Part], others: Collection[Shape] = ()) -> Parts:
+def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProxyType({})) -> Parts:
     """View the parts of one side in torch's layout; those that have it already stay as they are.
 
     >>> (part,) = as_in_torch([Part(0, ("dense", "kernel"), (8, 4), "float")])
     >>> part.shape, part.view
     ((4, 8), Transpose())
 
-    ``others`` are the shapes of the other side, which may keep heads apart too.
+    ``others`` counts the tensors of each shape of the other side, which may keep heads apart too.
     """
-    parts = _with_joined_heads(_with_separate_biases(parts), others)
+    parts = _with_separate_biases(parts)
+    apart = _shapes_with_heads_apart(parts, others)
+    parts = _with_joined_heads(parts, others, apart)
     layers = [(unit, kinds) for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
     shapes = [{values: parts[index].shape for values, index in kinds.items()} for _, kinds in layers]
     named = [_is_kernel(parts[kinds["weight"]]) for _, kinds in layers]
@@ -342,7 +345,8 @@ def as_in_torch(parts: Sequence[Part], others: Collection[Shape] = ()) -> Parts:
     result = [_viewed(part, Permute((0, 2, 1))) if is_named and _is_stack(part) else part for part in parts]
     for (_, kinds), of, is_kernel in zip(layers, shapes, named, strict=True):
         weight = parts[kinds["weight"]]
-        if len(weight.shape) > (1 if is_kernel else 3) and isinstance(weight.view, Copy):
+        is_turned = weight.shape not in apart and isinstance(weight.view, Copy)
+        if is_turned and len(weight.shape) > (1 if is_kernel else 3):
             view = Transpose() if len(weight.shape) == 2 else _convolution(weight.shape, of.get("bias"))
             result[kinds["weight"]] = _viewed(weight, view)
     return Parts(result)
@@ -377,7 +381,18 @@ def _with_separate_biases(parts: Sequence[Part]) -> Sequence[Part]:
     return result or parts
 
 
-def _with_joined_heads(parts: Sequence[Part], others: Collection[Shape]) -> Parts:
+def _shapes_with_heads_apart(parts: Sequence[Part], others: Mapping[Shape, int]) -> set[Shape]:
+    """Return the shapes of projections with their heads apart of which the other side has as many tensors."""
+    named = Counter(
+        part.shape
+        for part in parts
+        if len(part.shape) == 3
+        and not _ATTENTION_ROLES.isdisjoint(word for name in part.path[-2:] for word in words(name))
+    )
+    return {shape for shape, count in named.items() if others.get(shape, 0) >= count}
+
+
+def _with_joined_heads(parts: Sequence[Part], others: Collection[Shape], apart: Collection[Shape]) -> Parts:
     """View projections that keep the heads of attention apart as matrices, in torch's layout.
 
     Those to queries, keys and values have names that say so, or, of kernels, biases that keep heads apart too; the one
@@ -387,12 +402,16 @@ def _with_joined_heads(parts: Sequence[Part], others: Collection[Shape]) -> Part
     for index, part in enumerate(parts):
         values, rest = kind(part.path[-1])
         layers.setdefault((*part.path[:-1], rest) if rest else part.path[:-1], {})[values] = index
-    apart = {path: of for path, of in layers.items() if "weight" in of and _may_hold_heads(parts[of["weight"]], others)}
-    widths = Counter(part.shape[0] for part in (parts if apart else ()) if len(part.shape) == 1).most_common(1)
+    holding = {
+        path: of
+        for path, of in layers.items()
+        if "weight" in of and parts[of["weight"]].shape not in apart and _may_hold_heads(parts[of["weight"]], others)
+    }
+    widths = Counter(part.shape[0] for part in (parts if holding else ()) if len(part.shape) == 1).most_common(1)
     width = widths[0][0] if widths else 0
     result, heads = list(parts), set[Shape]()
     for joins in (False, True):
-        for path, of in apart.items():
+        for path, of in holding.items():
             weight, bias = parts[of["weight"]], parts[of["bias"]].shape if "bias" in of else None
             names = {word for name in path[-1:] for word in words(name)}
             is_shown = _is_kernel(weight) and (bool(names & _ATTENTION_ROLES) or (bias is not None and len(bias) > 1))

@@ -404,8 +404,13 @@ def _sizes(known: int | None, rows: int) -> list[int]:
     return sorted(sizes, key=lambda size: (usual.get(size, len(usual)), -size))
 
 
-def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tuple[str, list[tuple[Operation, ...]]]:
+def other_layouts(
+    fusion: Fusion, path: Path, styles: tuple[Style, Style], *, is_convolved: bool = False
+) -> tuple[str, list[tuple[Operation, ...]]]:
     """List the other ways to take the parts out of a fused tensor of this path: in another order, or head by head.
+
+    ``is_convolved``: its layer is a convolution of width one. Code that descends from OpenAI's first diffusion models
+    (Dhariwal and Nichol, 2021) has each head's query, key and value together there.
 
     Returns:
         The reason to doubt, empty for none; and for each other layout, what takes each part out.
@@ -428,7 +433,7 @@ def other_layouts(fusion: Fusion, path: Path, styles: tuple[Style, Style]) -> tu
         return plan.doubt, [tuple(chain(fusion.base, view) for view in views) for views in ways]
     least = min(plan.sizes)
     grouped = max(plan.sizes) > least and (plan.unnamed or not GROUPED.isdisjoint(path))
-    if not (interleaves(path) or grouped) or any(size % least for size in plan.sizes):
+    if not (interleaves(path) or grouped or is_convolved) or any(size % least for size in plan.sizes):
         return "", []
     known = next((style.head_dim for style in styles if style.head_dim), None)
     sizes = [size for size in _sizes(known, least) if least > size]

@@ -17,7 +17,6 @@ from autoalign.matching.vocabulary import (
     PREFIXES,
     RELATED_PAIRS,
     RIVAL_PAIRS,
-    ROLES,
     SPELLINGS,
     WHOLE_NAMES,
     WRAPPERS,
