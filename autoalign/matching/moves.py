@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, combinations, pairwise, product
+from itertools import chain, combinations, pairwise, permutations, product
 
 from autoalign.matching.features import Ints
 from autoalign.matching.layers import Path, block_around, cut_apart, steps_inside
-from autoalign.matching.state import Exchange, State
+from autoalign.matching.state import Exchange, State, _tail
 from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 
 _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no counterpart in the other
 _MAX_UNPAIRED_SHARE_OF_BRANCHES = 0.9  # the same for layers of the same names in members of one list
 _MAX_LIST_COMPARED = 6  # members of a list that are all compared: they may be branches rather than blocks
 _MAX_SIBLINGS_COMPARED = 12  # siblings of unlike content that are compared; of twice as many, neighbours only
+_MAX_AXES, _MAX_IN_GRID = 3, 256  # of lists of lists that are filled anew
 _MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its margin
 
 
@@ -272,6 +273,67 @@ def _sequenced(state: State) -> Iterator[Exchange]:
         )
 
 
+def _regridded(state: State) -> Iterator[Exchange]:
+    """Find lists of lists that are filled across, although they could be filled axis by axis."""
+    found: dict[tuple[object, ...], list[tuple[int, int]]] = {}  # way and modules -> units and what they would take
+    own, kinds = state.own_of, state.kinds[0]
+    for units in state.grids:
+        line = sorted(units, key=state.target.places_in_order.__getitem__)
+        ends = sorted([own[unit] for unit in units], key=state.source.places_in_order.__getitem__)
+        vectors = _vectors(state.target.paths, line)
+        filled = _vectors(state.source.paths, ends)
+        width = len(vectors[line[0]])
+        if width != len(filled[ends[0]]) or width > _MAX_AXES or len(units) > _MAX_IN_GRID:
+            continue
+        if _is_by_axes([(filled[own[unit]], vectors[unit]) for unit in units]):
+            continue
+        at = {vector: end for end, vector in filled.items()}
+        sizes = [1 + max(of) for of in zip(*filled.values(), strict=True)]
+        for way in permutations(range(width)):
+            for turned in (None, *range(width)):
+                takes = {}
+                for unit, vector in vectors.items():
+                    wanted = [vector[axis] for axis in way]
+                    if turned is not None:
+                        wanted[turned] = sizes[turned] - 1 - wanted[turned]
+                    takes[unit] = at.get(tuple(wanted))
+                if all(end is not None and kinds[end] == kinds[own[unit]] for unit, end in takes.items()):
+                    tops = frozenset([state.target.paths[unit][: -len(_tail(state.target.paths[unit])) or None] for unit in units])
+                    found.setdefault((way, turned, tops), []).extend(takes.items())
+    for takes in found.values():
+        moved = [(unit, end) for unit, end in takes if own[unit] != end]
+        yield Exchange(
+            tuple([state.target.paths[unit] for unit, _ in moved]),
+            tuple([state.end(unit) for unit, _ in moved]),
+            tuple([[own[unit] for unit, _ in moved].index(end) for _, end in moved]),
+            tuple([(own[unit], unit) for unit, _ in moved]),
+            tuple([(end, unit) for unit, end in moved]),
+            tuple([(place, place + 1) for place in range(len(moved) - 1)]),
+        )
+
+
+def _vectors(paths: Sequence[Path], units: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Return the place of each unit on each axis: where the paths of units, in order, differ."""
+    columns = [of for of in zip(*[paths[unit] for unit in units], strict=True) if len(set(of)) > 1]
+    ranks = [
+        {name: rank for rank, name in enumerate(sorted(set(of), key=numbers) if all(map(numbers, of)) else dict.fromkeys(of))}
+        for of in columns
+    ]
+    return {
+        unit: tuple([rank[of[place]] for rank, of in zip(ranks, columns, strict=True)])
+        for place, unit in enumerate(units)
+    }
+
+
+def _is_by_axes(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """True if each place on an axis of one side goes with one place on an axis of the other."""
+    sides = [list(zip(*side, strict=True)) for side in zip(*pairs, strict=True)]
+    return all(
+        any(len(set(zip(own, other, strict=True))) == len(set(own)) == len(set(other)) for own in sides[0])
+        for other in sides[1]
+    )
+
+
 def _accompanied(state: State) -> Iterator[Exchange]:
     """Find layers, of one list or alone, that could be filled from beside what fills their companions."""
     lists: dict[tuple[Path, Path], list[int]] = {}
@@ -386,4 +448,4 @@ def _unused_siblings(
                 yield first, rows[0], second, rows[1]
 
 
-FINDERS = (_swapped, _straightened, _reordered, _sequenced, _accompanied, _strayed, _unused)
+FINDERS = (_swapped, _straightened, _reordered, _sequenced, _regridded, _accompanied, _strayed, _unused)

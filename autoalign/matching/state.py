@@ -91,6 +91,26 @@ class State:
                         found.setdefault((is_target, path[:depth], stem(name), path[depth + 1 :]), []).append(unit)
         return {key: units for key, units in found.items() if len(units) > 1 and self._is_ordered(key[0], units)}
 
+    @cached_property
+    def grids(self) -> list[list[int]]:
+        """The matched target units alike that stand in lists of lists on both sides, or in such lists of several names."""
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for unit in self.own_of:
+            ways = self.end(unit), self.target.paths[unit]
+            tails = [_tail(path) for path in ways]
+            if all(len(tail) < len(path) for tail, path in zip(tails, ways, strict=True)):
+                groups.setdefault((*tails, *map(len, ways)), []).append(unit)
+        return [units for units in groups.values() if self._axes_of(units)]
+
+    def _axes_of(self, units: Sequence[int]) -> bool:
+        sides = [self.end(unit) for unit in units], [self.target.paths[unit] for unit in units]
+        return len(units) > 3 and all(sum(len(set(of)) > 1 for of in zip(*paths, strict=True)) > 1 for paths in sides)
+
+    @cached_property
+    def grid_of(self) -> dict[int, list[int]]:
+        """For each unit in a grid, those in it."""
+        return {unit: units for units in self.grids for unit in units}
+
     def _is_ordered(self, is_target: bool, units: Sequence[int]) -> bool:
         """True if what the other side has for some units is in order: it is registered, or a list."""
         if (self.source if is_target else self.target).ordered:
@@ -115,3 +135,9 @@ class State:
     def end(self, unit: int) -> Path:
         """Return the source layer that fills a target unit."""
         return self.source.paths[self.own_of[unit]]
+
+
+def _tail(path: Path) -> Path:
+    """Return what follows the last number of a path."""
+    last = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), -1)
+    return path[last + 1 :] if last >= 0 else path
