@@ -75,7 +75,7 @@ class SideFeatures:
         return {unit: sorted(group - {unit}) for unit, group in beside.items()}
 
     def precedes(self, first: int, second: int) -> bool | None:
-        """Return whether one unit comes before another, by registration or by the numbers of a list; None if unknown."""
+        """Return whether a unit comes before another, by registration or the numbers of a list; None if unknown."""
         if self.ordered:
             return self.places_in_order[first] < self.places_in_order[second]
         members = [path[-1:] for path in cut_apart(self.paths[first], self.paths[second]) or ()]

@@ -485,3 +485,40 @@ def test_the_last_norm_of_a_block_is_not_that_after_all_blocks() -> None:
     assert len(mapping) == len(target)
     for taken, key in mapping.items():
         assert ("layers.1." in taken, "layers.0." in taken) == ("layers.1." in key, "layers.0." in key)
+
+
+def alternating(names: tuple[str, str], layers: int = 4) -> dict[str, Tensor]:
+    """List a network of two kinds of blocks by turns: in one list of pairs, or in two lists."""
+    shapes = {"stem.weight": (16, 7)}
+    for kind_of, name in enumerate(names):
+        for depth in range(layers):
+            block_name = name.format(depth, kind_of)
+            shapes |= {f"{block_name}.fc.weight": (16, 16), f"{block_name}.fc.bias": (16,), f"{block_name}.n.weight": (16,)}
+    shapes["head.weight"] = (5, 16)
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def test_lists_of_lists_are_filled_axis_by_axis() -> None:
+    source, target = alternating(("layers.{0}.{1}",) * 2), alternating(("time.{0}", "freq.{0}"))
+
+    alignment = autoalign.align(dict(sorted(source.items())), target)
+
+    found = [*alignment.matches, *alignment.ambiguous]
+    pairs = [(m.sources[0].split("."), m.target.split(".")) for m in found if m.target.startswith(("time", "freq"))]
+    assert all(own[1] == other[1] for own, other in pairs)
+    assert len({(own[2], other[0]) for own, other in pairs}) == 2
+
+
+def test_numbers_of_a_list_tell_the_order_of_a_sorted_side() -> None:
+    shapes = {"in.weight": (16, 7)}
+    sides = []
+    for first, second in (("block.0", "block.1"), ("start", "steps.0")):
+        blocks = {f"body.{k}.{name}.fc.weight": (16, 16) for k in range(3) for name in (first, second)}
+        sides.append({key: torch.empty(shape, device="meta") for key, shape in (shapes | blocks).items()})
+    source, target = dict(sorted(sides[0].items())), sides[1]
+
+    mapping = autoalign.align(source, target).mapping
+
+    for k in range(3):
+        assert mapping[f"body.{k}.block.0.fc.weight"] == f"body.{k}.start.fc.weight"
+        assert mapping[f"body.{k}.block.1.fc.weight"] == f"body.{k}.steps.0.fc.weight"
