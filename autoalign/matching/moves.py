@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, combinations, pairwise, permutations, product
 
-from autoalign.matching.features import Ints
+from autoalign.matching.features import Ints, SideFeatures
 from autoalign.matching.layers import Path, block_around, cut_apart, steps_inside
-from autoalign.matching.state import Exchange, State, _tail
+from autoalign.matching.state import Exchange, State, numbered_part
 from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 
 _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no counterpart in the other
@@ -275,54 +275,40 @@ def _sequenced(state: State) -> Iterator[Exchange]:
 
 def _regridded(state: State) -> Iterator[Exchange]:
     """Find lists of lists that are filled across, although they could be filled axis by axis."""
-    found: dict[tuple[object, ...], list[tuple[int, int]]] = {}  # way and modules -> units and what they would take
     own, kinds = state.own_of, state.kinds[0]
+    found: dict[tuple[object, ...], dict[int, int | None]] = {}  # way and modules -> what target units would take
     for units in state.grids:
-        line = sorted(units, key=state.target.places_in_order.__getitem__)
-        ends = sorted([own[unit] for unit in units], key=state.source.places_in_order.__getitem__)
-        vectors = _vectors(state.target.paths, line)
-        filled = _vectors(state.source.paths, ends)
-        width = len(vectors[line[0]])
-        if width != len(filled[ends[0]]) or width > _MAX_AXES or len(units) > _MAX_IN_GRID:
+        given = _places_on_axes(state.source, [own[unit] for unit in units])
+        wanted = _places_on_axes(state.target, units)
+        (first, *_), (size, *_) = wanted.values(), map(len, given.values())
+        if len(first) != size or size > _MAX_AXES or len(units) > _MAX_IN_GRID:
             continue
-        if _is_by_axes([(filled[own[unit]], vectors[unit]) for unit in units]):
+        if _is_by_axes([(given[own[unit]], wanted[unit]) for unit in units]):
             continue
-        at = {vector: end for end, vector in filled.items()}
-        sizes = [1 + max(of) for of in zip(*filled.values(), strict=True)]
-        for way in permutations(range(width)):
-            for turned in (None, *range(width)):
-                takes = {}
-                for unit, vector in vectors.items():
-                    wanted = [vector[axis] for axis in way]
-                    if turned is not None:
-                        wanted[turned] = sizes[turned] - 1 - wanted[turned]
-                    takes[unit] = at.get(tuple(wanted))
-                if all(end is not None and kinds[end] == kinds[own[unit]] for unit, end in takes.items()):
-                    tops = frozenset([state.target.paths[unit][: -len(_tail(state.target.paths[unit])) or None] for unit in units])
-                    found.setdefault((way, turned, tops), []).extend(takes.items())
+        end_at = {place: end for end, place in given.items()}
+        last = [max(axis) for axis in zip(*given.values(), strict=True)]
+        modules = frozenset([numbered_part(state.target.paths[unit]) for unit in units])
+        for way, turned in product(permutations(range(size)), (None, *range(size))):
+            takes: dict[int, int | None] = {}
+            for unit, place in wanted.items():
+                steps = [place[axis] for axis in way]
+                takes[unit] = end_at.get(tuple([last[k] - n if k == turned else n for k, n in enumerate(steps)]))
+            if all(end is not None and kinds[end] == kinds[own[unit]] for unit, end in takes.items()):
+                found.setdefault((way, turned, modules), {}).update(takes)
     for takes in found.values():
-        moved = [(unit, end) for unit, end in takes if own[unit] != end]
-        yield Exchange(
-            tuple([state.target.paths[unit] for unit, _ in moved]),
-            tuple([state.end(unit) for unit, _ in moved]),
-            tuple([[own[unit] for unit, _ in moved].index(end) for _, end in moved]),
-            tuple([(own[unit], unit) for unit, _ in moved]),
-            tuple([(end, unit) for unit, end in moved]),
-            tuple([(place, place + 1) for place in range(len(moved) - 1)]),
-        )
+        yield from _filled_anew(state, takes)
 
 
-def _vectors(paths: Sequence[Path], units: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """Return the place of each unit on each axis: where the paths of units, in order, differ."""
-    columns = [of for of in zip(*[paths[unit] for unit in units], strict=True) if len(set(of)) > 1]
-    ranks = [
-        {name: rank for rank, name in enumerate(sorted(set(of), key=numbers) if all(map(numbers, of)) else dict.fromkeys(of))}
-        for of in columns
-    ]
-    return {
-        unit: tuple([rank[of[place]] for rank, of in zip(ranks, columns, strict=True)])
-        for place, unit in enumerate(units)
-    }
+def _places_on_axes(side: SideFeatures, units: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Return the place of each unit on each axis: the rank of its name in each place where the paths differ."""
+    line = sorted(units, key=side.places_in_order.__getitem__)
+    axes = [names for names in zip(*[side.paths[unit] for unit in line], strict=True) if len(set(names)) > 1]
+    ranks = []
+    for names in axes:
+        in_order = sorted(set(names), key=numbers) if all(map(numbers, names)) else dict.fromkeys(names)
+        ranks.append({name: rank for rank, name in enumerate(in_order)})
+    places = zip(*[[rank[name] for name in names] for rank, names in zip(ranks, axes, strict=True)], strict=True)
+    return dict(zip(line, places, strict=True))
 
 
 def _is_by_axes(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:

@@ -93,22 +93,26 @@ class State:
 
     @cached_property
     def grids(self) -> list[list[int]]:
-        """The matched target units alike that stand in lists of lists on both sides, or in such lists of several names."""
+        """Groups of matched target units whose paths differ in several places on both sides, as in lists of lists.
+
+        What follows the last number of their paths is the same for all of a group.
+        """
         groups: dict[tuple[object, ...], list[int]] = {}
         for unit in self.own_of:
             ways = self.end(unit), self.target.paths[unit]
-            tails = [_tail(path) for path in ways]
-            if all(len(tail) < len(path) for tail, path in zip(tails, ways, strict=True)):
+            heads = [numbered_part(path) for path in ways]
+            if all(heads):
+                tails = [path[len(head) :] for path, head in zip(ways, heads, strict=True)]
                 groups.setdefault((*tails, *map(len, ways)), []).append(unit)
-        return [units for units in groups.values() if self._axes_of(units)]
+        return [units for units in groups.values() if len(units) > 3 and self._has_axes(units)]
 
-    def _axes_of(self, units: Sequence[int]) -> bool:
-        sides = [self.end(unit) for unit in units], [self.target.paths[unit] for unit in units]
-        return len(units) > 3 and all(sum(len(set(of)) > 1 for of in zip(*paths, strict=True)) > 1 for paths in sides)
+    def _has_axes(self, units: Sequence[int]) -> bool:
+        sides = map(self.end, units), map(self.target.paths.__getitem__, units)
+        return all(sum([len(set(names)) > 1 for names in zip(*paths, strict=True)]) > 1 for paths in sides)
 
     @cached_property
     def grid_of(self) -> dict[int, list[int]]:
-        """For each unit in a grid, those in it."""
+        """For each unit in such a group, the whole group."""
         return {unit: units for units in self.grids for unit in units}
 
     def _is_ordered(self, is_target: bool, units: Sequence[int]) -> bool:
@@ -137,7 +141,10 @@ class State:
         return self.source.paths[self.own_of[unit]]
 
 
-def _tail(path: Path) -> Path:
-    """Return what follows the last number of a path."""
-    last = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), -1)
-    return path[last + 1 :] if last >= 0 else path
+def numbered_part(path: Path) -> Path:
+    """Return a path as far as its last number; nothing if it has none.
+
+    >>> numbered_part(("layers", "3", "attn", "qkv"))
+    ('layers', '3')
+    """
+    return path[: max((depth for depth, name in enumerate(path, start=1) if numbers(name)), default=0)]

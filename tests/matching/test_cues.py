@@ -489,11 +489,15 @@ def test_the_last_norm_of_a_block_is_not_that_after_all_blocks() -> None:
 
 def alternating(names: tuple[str, str], layers: int = 4) -> dict[str, Tensor]:
     """List a network of two kinds of blocks by turns: in one list of pairs, or in two lists."""
-    shapes = {"stem.weight": (16, 7)}
+    shapes: dict[str, tuple[int, ...]] = {"stem.weight": (16, 7)}
     for kind_of, name in enumerate(names):
         for depth in range(layers):
             block_name = name.format(depth, kind_of)
-            shapes |= {f"{block_name}.fc.weight": (16, 16), f"{block_name}.fc.bias": (16,), f"{block_name}.n.weight": (16,)}
+            shapes |= {
+                f"{block_name}.fc.weight": (16, 16),
+                f"{block_name}.fc.bias": (16,),
+                f"{block_name}.n.weight": (16,),
+            }
     shapes["head.weight"] = (5, 16)
     return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
