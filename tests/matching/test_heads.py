@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import autoalign
 from tests.matching.round_trips import Tensors, aligned_both_ways, linear
 
 _WIDTH, _HEADS, _SIZE, _HIDDEN = 12, 3, 5, 20
@@ -56,6 +57,15 @@ def test_heads_may_be_kept_apart_in_two_ways(tmp_path: Path) -> None:
     same = {key.replace("W_", "weight_"): tensor for key, tensor in _apart(joined, "hwd").items()}
     (alignment, *_) = aligned_both_ways(_apart(joined, "hwd"), same, tmp_path / "a.json")
     assert {str(match.operation) for match in alignment.matches} == {"copy"}
+
+
+def test_heads_that_both_sides_keep_apart_are_copied() -> None:
+    """The kernels of one side are no matrices to be turned, since the other side has parameters of their shape."""
+    target = {f"h.{n}.attn.{role}": torch.rand(8, 2, 4) for n in range(3) for role in _ROLES}
+    target |= {f"h.{n}.ff.{name}": torch.rand(8, 8) for n in range(3) for name in ("weight", "other")}
+    source = {key if ".ff" in key else f"{key}.kernel": tensor for key, tensor in target.items()}
+    loaded = autoalign.align(source, target).state_dict()
+    assert all(torch.equal(loaded[f"h.0.attn.{role}"], target[f"h.0.attn.{role}"]) for role in _ROLES)
 
 
 def test_heads_that_are_kept_apart_may_be_fused(tmp_path: Path) -> None:

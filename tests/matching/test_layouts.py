@@ -168,3 +168,19 @@ def test_the_gates_of_recurrent_layers_are_no_halves() -> None:
     source |= {"rnn.0.embedding.weight": torch.empty(24, 48), "head.weight": torch.empty(7, 24)}
     target = {key.replace("rnn.0.rnn", "lstm_1").replace("rnn.0.embedding", "between"): t for key, t in source.items()}
     assert not align(source, target).ambiguous
+
+
+def test_a_convolved_projection_may_hold_heads_together() -> None:
+    source, target = linear("in", 16, 5), linear("in", 16, 5)
+    for block in range(3):
+        source |= {f"{block}.qkv.weight": torch.rand(48, 16, 1), f"{block}.qkv.bias": torch.rand(48)}
+        source |= {f"{block}.proj.weight": torch.rand(16, 16, 1), f"{block}.proj.bias": torch.rand(16)}
+        for role in ("q", "k", "v", "proj"):
+            target |= linear(f"{block}.{role}", 16, 16)
+    alignment = align(source, target)
+    doubted = {match.target for match in alignment.ambiguous}
+    assert doubted == {f"{n}.{role}.{leaf}" for n in range(3) for role in "qkv" for leaf in ("weight", "bias")}
+    by_head = source["0.qkv.weight"].reshape(4, 3, 4, 16)[:, 1].reshape(16, 16)
+    (match,) = [match for match in alignment.ambiguous if match.target == "0.k.weight"]
+    ways = [way.operation.apply([source["0.qkv.weight"]])[0] for way in match.alternatives]
+    assert any(torch.equal(way, by_head) for way in ways)
