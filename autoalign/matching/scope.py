@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autoalign.checkpoints.containers import COPY_WORDS, name_words
@@ -271,7 +271,9 @@ def scope_of(parts: Sequence[Part], others: Sequence[Part], pinned: Sequence[Pat
         copies.setdefault(names, []).append(path)
     for paths in copies.values():  # outer modules come before inner ones
         if len(paths) > 1:
-            return _best_copy(paths, _words(common_module([part.path for part in others])), pinned)
+            best = _best_copy(paths, _words(common_module([part.path for part in others])), pinned)
+            rest = scope_of(within(parts, best), others, pinned)  # other networks may stand beside the copies
+            return replace(best, path=rest.path) if not rest.copies else best
     whole = [module for module in enough if (held[module] & wanted).total() == usable]
     size = min((held[module].total() for module in whole), default=0)
     smallest = [tree.nodes[module] for module in whole if held[module].total() == size]
