@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 import autoalign
-from autoalign.matching.scope import PatternLike
+from autoalign.matching.layers import parts_of
+from autoalign.matching.scope import PatternLike, scope_of
 from autoalign.plan.matches import Caution
 from autoalign.plan.operations import Permute, Transpose
+from autoalign.plan.specs import TensorSpec
 from benchmarks.cases.gold import read
 
 Shapes = dict[str, tuple[int, ...]]
@@ -37,6 +39,17 @@ def test_of_two_copies_the_one_that_is_no_average_is_taken_and_said() -> None:
     assert not alignment.missing_keys
     assert {key.split(".")[0] for match in alignment.matches for key in match.sources} == {"student", "cls"}
     assert "2 copies" in alignment.notes[0]
+
+
+def test_other_networks_beside_copies_are_left_out() -> None:
+    decoder: Shapes = {f"decoder.{n}.conv.weight": (8, 8, 3, 3) for n in range(20)}
+    source = state(network("unet.model.") | network("ema.") | decoder)
+    parts = [
+        parts_of([TensorSpec(key, tuple(tensor.shape), torch.float32) for key, tensor in side.items()])
+        for side in (source, state(network("")))
+    ]
+    scope = scope_of(*parts)
+    assert (scope.path[0], scope.copies) == ("unet", (("ema",),))
 
 
 def test_a_choice_among_copies_is_a_warning_unless_the_model_calls_one_by_its_name() -> None:
