@@ -95,7 +95,7 @@ class State:
     def grids(self) -> list[list[int]]:
         """Groups of matched target units whose paths differ in several places on both sides, as in lists of lists.
 
-        What follows the last number of their paths is the same for all of a group.
+        What follows the last number of their paths is the same for all of a group, and what is below it.
         """
         groups: dict[tuple[object, ...], list[int]] = {}
         for unit in self.own_of:
@@ -103,7 +103,8 @@ class State:
             heads = [numbered_part(path) for path in ways]
             if all(heads):
                 tails = [path[len(head) :] for path, head in zip(ways, heads, strict=True)]
-                groups.setdefault((*tails, *map(len, ways)), []).append(unit)
+                contents = [side.contents.get(head) for side, head in zip((self.source, self.target), heads, strict=True)]
+                groups.setdefault((*tails, *map(len, ways), *contents), []).append(unit)
         return [units for units in groups.values() if len(units) > 3 and self._has_axes(units)]
 
     def _has_axes(self, units: Sequence[int]) -> bool:
