@@ -195,7 +195,7 @@ def weights() -> Mapping[str, float]:
 
 
 def likely() -> float:
-    """Return the probability from which a match is loaded: what the order of registration tells alone, by a hair."""
+    """Return the probability from which a match is loaded: what order tells alone, by a hair."""
     return 0.99 / (1 + exp(-weights()["bias"] - weights()["order"]))
 
 
@@ -478,7 +478,7 @@ CUES = (
     Cue("modules", "their own names", _modules, _half_at(_MODULES_SCALE)),
     Cue("numbers", "their numbers", _numbers, _sign_of_sum),
     Cue("ordinals", "words for a place", _ordinals, _sign_of_sum),
-    Cue("order", "the order of registration", _order, _mean),
+    Cue("order", "their order", _order, _mean),
     Cue("beside", "the layers beside them", _beside, _half_at(_STEPS_SCALE)),
     Cue("list order", "the numbers of the list", _list_order, lambda values: sum(values) / (1 + abs(sum(values)))),
     Cue("run", "the direction of the list", _run, _sign_of_sum),

@@ -396,8 +396,7 @@ def test_what_speaks_for_and_against_an_exchange_is_said() -> None:
     one = Exchange((("h", "a"), ("h", "b")), (("g", "c"), ("g", "d")), (1, 0), ((0, 0), (1, 1)), ((1, 0), (0, 1)))
     move = cues.Move((one,), dict.fromkeys(cues.WHYS, 0.0) | {"names": -0.5, "order": 1.0})
     assert cues._doubt(move, (["g.c", "g.d"], ["h.a", "h.b"])) == (
-        "right shape, but h.a and h.b may be exchanged (for that: the names in them; for what is proposed: the order "
-        "of registration)"
+        "right shape, but h.a and h.b may be exchanged (for that: the names in them; for what is proposed: their order)"
     )
 
 
