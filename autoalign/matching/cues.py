@@ -402,7 +402,7 @@ def _grid(state: State, exchanges: Sequence[Exchange]) -> float:
                 gain += _differing(own_paths[own], own_paths[fill]) == steps
                 gain -= _differing(own_paths[new[unit]], own_paths[new.get(mate, fill)]) == steps
                 count += 1
-    return gain / max(count, 1)
+    return _sign(gain)
 
 
 def _differing(first: Path, second: Path) -> int:
