@@ -392,7 +392,7 @@ def _grid(state: State, exchanges: Sequence[Exchange]) -> float:
     new = {unit: own for one in exchanges for own, unit in one.after}
     moved = [unit for one in exchanges for _, unit in one.before if unit in new and unit in state.grid_of]
     own_paths, paths = state.source.paths, state.target.paths
-    gain = count = 0
+    gain = 0
     for unit in moved[:: max(len(moved) // _MAX_GRID_MOVED, 1)]:
         own, mates = state.own_of[unit], state.grid_of[unit]
         for mate in mates[:: max(len(mates) // _MAX_GRID_MATES, 1)]:
@@ -401,7 +401,6 @@ def _grid(state: State, exchanges: Sequence[Exchange]) -> float:
                 steps = _differing(paths[unit], paths[mate])
                 gain += _differing(own_paths[own], own_paths[fill]) == steps
                 gain -= _differing(own_paths[new[unit]], own_paths[new.get(mate, fill)]) == steps
-                count += 1
     return _sign(gain)
 
 
