@@ -233,18 +233,18 @@ def _made(assignment: Assignment, moves: Iterable[Move], companions: _Neighbours
     """
     own_of = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     used, moved = set(own_of.values()), set[tuple[bool, int]]()
-    straight = set[frozenset[Path]]()  # modules of either side that are of one piece now; another way would undo it
+    straight = set[frozenset[Path]]()  # what fills modules that are of one piece now; another way to that would undo it
     for one in (exchange for move in moves for exchange in move.exchanges):
         pairs = *one.before, *one.after
         units = {(False, own) for own, _ in pairs} | {(True, other) for _, other in pairs}
         given_up, taken = {own for own, _ in one.before}, {own for own, _ in one.after}
         fits = used.isdisjoint(taken - given_up) and own_of.keys() >= {other for _, other in one.after}
-        straightened = {frozenset(one.ends)}
-        is_straight = one.anchors < 0 and not straight.isdisjoint(straightened)
+        ends = frozenset(one.ends)
+        is_straight = one.anchors < 0 and ends in straight
         if fits and moved.isdisjoint(units) and not is_straight:
             moved |= units
             moved |= {(True, other) for _, unit in one.before for other in companions.get(unit, ())}
-            straight |= straightened
+            straight.add(ends)
             used = (used - given_up) | taken
             own_of.update((other, own) for own, other in one.after)
     if not moved:

@@ -103,7 +103,9 @@ class State:
             heads = [numbered_part(path) for path in ways]
             if all(heads):
                 tails = [path[len(head) :] for path, head in zip(ways, heads, strict=True)]
-                contents = [side.contents.get(head) for side, head in zip((self.source, self.target), heads, strict=True)]
+                contents = [
+                    side.contents.get(head) for side, head in zip((self.source, self.target), heads, strict=True)
+                ]
                 groups.setdefault((*tails, *map(len, ways), *contents), []).append(unit)
         return [units for units in groups.values() if len(units) > 3 and self._has_axes(units)]
 
