@@ -44,11 +44,11 @@ def test_of_two_copies_the_one_that_is_no_average_is_taken_and_said() -> None:
 def test_other_networks_beside_copies_are_left_out() -> None:
     decoder: Shapes = {f"decoder.{n}.conv.weight": (8, 8, 3, 3) for n in range(20)}
     source = state(network("unet.model.") | network("ema.") | decoder)
-    parts = [
+    own, other = (
         parts_of([TensorSpec(key, tuple(tensor.shape), torch.float32) for key, tensor in side.items()])
         for side in (source, state(network("")))
-    ]
-    scope = scope_of(*parts)
+    )
+    scope = scope_of(own, other)
     assert (scope.path[0], scope.copies) == ("unet", (("ema",),))
 
 
