@@ -270,21 +270,12 @@ def with_counted_names(parts: Sequence[Part]) -> Sequence[Part]:
     ['linear_0', 'linear_1']
     """
     modules = {part.path[:depth] for part in parts for depth in range(1, len(part.path))}
-    first = {
-        module
-        for *around, name in modules
-        if (*around, f"{name}_1") in modules and (*around, f"{name}_0") not in modules
-        for module in [(*around, name)]
-    }
-    if not first:
-        return parts
+    ways = {path: [(*path[:-1], f"{path[-1]}_{number}") for number in (0, 1)] for path in modules}
+    first = {path: zeroth[-1] for path, (zeroth, other) in ways.items() if other in modules and zeroth not in modules}
     return [
-        replace(
-            part,
-            path=tuple(f"{name}_0" if part.path[: k + 1] in first else name for k, name in enumerate(part.path)),
-        )
-        for part in parts
-    ]
+        replace(part, path=tuple(first.get(part.path[: k + 1], name) for k, name in enumerate(part.path)))
+        for part in (parts if first else ())
+    ] or parts
 
 
 def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:

@@ -20,6 +20,7 @@ import numpy as np
 from autoalign.matching.assignment import Assignment, with_sources
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED, fitted_weights
 from autoalign.matching.features import Floats, Ints, SideFeatures
+from autoalign.matching.grids import grid_gain
 from autoalign.matching.layers import Path, cut_apart, slots_of
 from autoalign.matching.moves import exchanges_of
 from autoalign.matching.names import counts, likeness, ordinal, words
@@ -36,7 +37,6 @@ _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a 
 _MODULE_NAME_WEIGHT = 0.5  # of the own names of modules beside those of their layers, to tell exchanges apart
 _EARLY, _LATE = (2,), (9,)  # ordinals up to and from which a layer comes before or after those without any
 _CUES_OF_ONE_KIND = ("numbers", "ordinals", "list order", "run", "whole")  # they speak alike in the exchanges of a move
-_MAX_GRID_MOVED, _MAX_GRID_MATES = 8, 16  # layers whose places in lists of lists are compared
 _LETTERS = frozenset("abcdefg")  # that count members; q, k and v are roles
 
 _Neighbours = Mapping[int, Sequence[int]]  # of units of one side
@@ -149,7 +149,7 @@ def moves_of(state: State) -> list[Move]:
     for indices in groups.values():
         exchanges = tuple([found[index] for index in indices])
         cues = {cue.name: cue.pooled([values[cue.name][index] for index in indices]) for cue in CUES}
-        result.append(Move(exchanges, {**cues, GRID: _grid(state, exchanges), ELSEWHERE: decided(exchanges)}))
+        result.append(Move(exchanges, {**cues, GRID: grid_gain(state, exchanges), ELSEWHERE: decided(exchanges)}))
     return result
 
 
@@ -385,27 +385,6 @@ def _shared(first: Path, second: Path) -> int:
             break
         depth += 1
     return depth
-
-
-def _grid(state: State, exchanges: Sequence[Exchange]) -> float:
-    """Compare in how many places the names of layers differ that are in lists of lists, on both sides."""
-    new = {unit: own for one in exchanges for own, unit in one.after}
-    moved = [unit for one in exchanges for _, unit in one.before if unit in new and unit in state.grid_of]
-    own_paths, paths = state.source.paths, state.target.paths
-    gain = 0
-    for unit in moved[:: max(len(moved) // _MAX_GRID_MOVED, 1)]:
-        own, mates = state.own_of[unit], state.grid_of[unit]
-        for mate in mates[:: max(len(mates) // _MAX_GRID_MATES, 1)]:
-            if mate != unit:
-                fill = state.own_of[mate]
-                steps = _differing(paths[unit], paths[mate])
-                gain += _differing(own_paths[own], own_paths[fill]) == steps
-                gain -= _differing(own_paths[new[unit]], own_paths[new.get(mate, fill)]) == steps
-    return _sign(gain)
-
-
-def _differing(first: Path, second: Path) -> int:
-    return sum([own != other for own, other in zip(first, second, strict=False)])
 
 
 def _list_order(_: State, one: Exchange) -> float:

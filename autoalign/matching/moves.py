@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, combinations, pairwise, permutations, product
+from itertools import chain, combinations, pairwise, product
 
-from autoalign.matching.features import Ints, SideFeatures
+from autoalign.matching.features import Ints
+from autoalign.matching.grids import filled_by_axes
 from autoalign.matching.layers import Path, block_around, cut_apart, steps_inside
-from autoalign.matching.state import Exchange, State, numbered_part
+from autoalign.matching.state import Exchange, State
 from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 
 _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no counterpart in the other
 _MAX_UNPAIRED_SHARE_OF_BRANCHES = 0.9  # the same for layers of the same names in members of one list
 _MAX_LIST_COMPARED = 6  # members of a list that are all compared: they may be branches rather than blocks
 _MAX_SIBLINGS_COMPARED = 12  # siblings of unlike content that are compared; of twice as many, neighbours only
-_MAX_AXES, _MAX_IN_GRID = 3, 256  # of lists of lists that are filled anew
 _MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its margin
 
 
@@ -275,49 +275,8 @@ def _sequenced(state: State) -> Iterator[Exchange]:
 
 def _regridded(state: State) -> Iterator[Exchange]:
     """Find lists of lists that are filled across, although they could be filled axis by axis."""
-    own, kinds = state.own_of, state.kinds[0]
-    found: dict[tuple[object, ...], dict[int, int | None]] = {}  # way and modules -> what target units would take
-    for units in state.grids:
-        given = _places_on_axes(state.source, [own[unit] for unit in units])
-        wanted = _places_on_axes(state.target, units)
-        (first, *_), (size, *_) = wanted.values(), map(len, given.values())
-        if len(first) != size or size > _MAX_AXES or len(units) > _MAX_IN_GRID:
-            continue
-        if _is_by_axes([(given[own[unit]], wanted[unit]) for unit in units]):
-            continue
-        end_at = {place: end for end, place in given.items()}
-        last = [max(axis) for axis in zip(*given.values(), strict=True)]
-        modules = frozenset([numbered_part(state.target.paths[unit]) for unit in units])
-        for way, turned in product(permutations(range(size)), (None, *range(size))):
-            takes: dict[int, int | None] = {}
-            for unit, place in wanted.items():
-                steps = [place[axis] for axis in way]
-                takes[unit] = end_at.get(tuple([last[k] - n if k == turned else n for k, n in enumerate(steps)]))
-            if all(end is not None and kinds[end] == kinds[own[unit]] for unit, end in takes.items()):
-                found.setdefault((way, turned, modules), {}).update(takes)
-    for takes in found.values():
+    for takes in filled_by_axes(state):
         yield from _filled_anew(state, takes)
-
-
-def _places_on_axes(side: SideFeatures, units: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """Return the place of each unit on each axis: the rank of its name in each place where the paths differ."""
-    line = sorted(units, key=side.places_in_order.__getitem__)
-    axes = [names for names in zip(*[side.paths[unit] for unit in line], strict=True) if len(set(names)) > 1]
-    ranks = []
-    for names in axes:
-        in_order = sorted(set(names), key=numbers) if all(map(numbers, names)) else dict.fromkeys(names)
-        ranks.append({name: rank for rank, name in enumerate(in_order)})
-    places = zip(*[[rank[name] for name in names] for rank, names in zip(ranks, axes, strict=True)], strict=True)
-    return dict(zip(line, places, strict=True))
-
-
-def _is_by_axes(pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """True if each place on an axis of one side goes with one place on an axis of the other."""
-    sides = [list(zip(*side, strict=True)) for side in zip(*pairs, strict=True)]
-    return all(
-        any(len(set(zip(own, other, strict=True))) == len(set(own)) == len(set(other)) for own in sides[0])
-        for other in sides[1]
-    )
 
 
 def _accompanied(state: State) -> Iterator[Exchange]:
