@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, combinations, pairwise
 from math import copysign, exp, log1p
 
@@ -339,10 +340,11 @@ def _differ(places: Sequence[_Numbers]) -> bool:
 
 
 def _order(state: State, one: Exchange) -> float:
-    """Compare the steps that go the same way on both sides, where both are known."""
+    """Compare the steps that go the same way on both sides: by registration, or where a side is sorted, by numbers."""
     if _is_list(one):
         return 0
-    own, other = state.source.precedes, state.target.precedes
+    by_number = not (state.source.ordered and state.target.ordered)
+    own, other = (partial(side.precedes, by_number=by_number) for side in (state.source, state.target))
     gain = 0
     for p, q in one.ordered:
         (a, x), (b, y), (c, _), (d, _) = one.before[p], one.before[q], one.after[p], one.after[q]

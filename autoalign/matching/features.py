@@ -74,14 +74,15 @@ class SideFeatures:
                     beside.setdefault(unit, set()).update(group)
         return {unit: sorted(group - {unit}) for unit, group in beside.items()}
 
-    def precedes(self, first: int, second: int) -> bool | None:
-        """Return whether a unit comes before another, by registration or the numbers of a list; None if unknown."""
-        if self.ordered:
-            return self.places_in_order[first] < self.places_in_order[second]
-        members = [path[-1:] for path in cut_apart(self.paths[first], self.paths[second]) or ()]
-        if len({template(member) for member in members}) != 1 or members[0] == members[1]:
-            return None
-        return numbers(members[0][0]) < numbers(members[1][0])
+    def precedes(self, first: int, second: int, *, by_number: bool) -> bool | None:
+        """Return whether a unit comes before another, by registration; None if it is not known.
+
+        With ``by_number``, the numbers of members of a list tell it first.
+        """
+        members = cut_apart(self.paths[first], self.paths[second]) if by_number else None
+        if members and numbers(members[0][-1]) and template(members[0]) == template(members[1]):
+            return numbers(members[0][-1]) < numbers(members[1][-1])
+        return bool(self.ancestry.order[first] < self.ancestry.order[second]) if self.ordered else None
 
     @cached_property
     def inside(self) -> dict[Path, list[int]]:

@@ -387,6 +387,11 @@ def test_order_of_registration_tells_what_names_do_not(ordered: bool) -> None:
     )
 
 
+def test_registration_tells_what_numbers_on_one_side_alone_deny() -> None:
+    pairs = {f"h.{n}.norm{k}.a": f"g.{n}.{own}.a" for n in range(3) for k, own in ((1, "foo"), (3, "kel"), (2, "lom"))}
+    assert kept(pairs) == pairs
+
+
 def test_two_that_have_the_numbers_of_each_other_are_exchanged() -> None:
     pairs = {"h.norm_2.a": "g.one_1.a", "h.norm_1.a": "g.one_2.a", "h.p": "g.p", "h.q": "g.q"}
     assert kept(pairs) == pairs | {"h.norm_2.a": "g.one_2.a", "h.norm_1.a": "g.one_1.a"}
