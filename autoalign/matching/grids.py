@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import permutations, product
+from operator import ne
 
 from autoalign.matching.features import SideFeatures
-from autoalign.matching.layers import Path
 from autoalign.matching.state import Exchange, State, numbered_part
 from autoalign.plan.keys import numbers
 
@@ -34,9 +34,9 @@ def grid_gain(state: State, exchanges: Sequence[Exchange]) -> float:
         for other in others[:: max(len(others) // _MAX_COMPARED, 1)]:
             if other != unit:
                 end = state.own_of[other]
-                steps = _differing(paths[unit], paths[other])
-                gain += _differing(own_paths[own], own_paths[end]) == steps
-                gain -= _differing(own_paths[new[unit]], own_paths[new.get(other, end)]) == steps
+                steps = sum(map(ne, paths[unit], paths[other]))
+                gain += sum(map(ne, own_paths[own], own_paths[end])) == steps
+                gain -= sum(map(ne, own_paths[new[unit]], own_paths[new.get(other, end)])) == steps
     return float((gain > 0) - (gain < 0))
 
 
@@ -63,10 +63,6 @@ def filled_by_axes(state: State) -> Iterator[dict[int, int | None]]:
             if all(end is not None and kinds[end] == kinds[own[unit]] for unit, end in takes.items()):
                 found.setdefault((way, turned, modules), {}).update(takes)
     yield from found.values()
-
-
-def _differing(first: Path, second: Path) -> int:
-    return sum([own != other for own, other in zip(first, second, strict=False)])
 
 
 def _places_on_axes(side: SideFeatures, units: Sequence[int]) -> _Places:
