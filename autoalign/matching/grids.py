@@ -21,9 +21,10 @@ _Places = dict[int, tuple[int, ...]]  # of units, on each axis
 
 
 def grid_gain(state: State, exchanges: Sequence[Exchange]) -> float:
-    """Return 1 if exchanges make layers of grids differ in fewer cases in as many names on both sides, -1 if in more.
+    """Compare how many pairs of layers differ in as many names on both sides: as it is, and after some exchanges.
 
-    It is 0 if that is the same, or none is in a grid.
+    Returns:
+        1 if they are more as it is, -1 if after the exchanges, 0 if neither, or if no layer that moves is in a grid.
     """
     new = {unit: own for one in exchanges for own, unit in one.after}
     moved = [unit for one in exchanges for _, unit in one.before if unit in new and unit in state.grid_of]
