@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.alignment import Alignment as Alignment
-    from autoalign.api import AlignOptions as AlignOptions
     from autoalign.api import align as align
     from autoalign.api import convert as convert
     from autoalign.api import load as load
@@ -34,6 +33,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.errors import UnequalModelsError as UnequalModelsError
     from autoalign.errors import UnsafeCheckpointError as UnsafeCheckpointError
     from autoalign.errors import ValueWarning as ValueWarning
+    from autoalign.options import AlignOptions as AlignOptions
     from autoalign.plan.matches import Candidate as Candidate
     from autoalign.plan.matches import Match as Match
     from autoalign.plan.matches import Mismatch as Mismatch
@@ -52,7 +52,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "alignment": ("Alignment",),
-    "api": ("AlignOptions", "align", "convert", "load", "verify"),
+    "api": ("align", "convert", "load", "verify"),
     "checkpoints.checkpoint": ("Checkpoint", "open_checkpoint"),
     "errors": (
         *("AlignmentError", "AmbiguousAlignmentError", "AutoAlignError", "CheckpointError"),
@@ -61,6 +61,7 @@ _MODULES = {
         *("PairMismatchError", "PartialLoadWarning", "PatternError"),
         *("RulesError", "TraceError", "UnequalModelsError", "UnsafeCheckpointError", "ValueWarning"),
     ),
+    "options": ("AlignOptions",),
     "plan.matches": ("Candidate", "Match", "Mismatch", "Verified"),
     "reports.choices": ("Choice", "Option"),
     "reports.explain": ("Explanation",),

@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
@@ -16,8 +16,7 @@ from autoalign.checkpoints.checkpoint import Side
 from autoalign.checkpoints.named_models import code_of
 from autoalign.errors import InputError
 from autoalign.matching.match import Decide, match_tensors
-from autoalign.matching.scope import PatternLike, RuleLike
-from autoalign.plan.adaptations import Adapt
+from autoalign.options import Adapt, AlignOptions, MatchOptions, NoOptions, PatternLike, RuleLike
 from autoalign.plan.matches import Plan
 
 if TYPE_CHECKING:
@@ -27,34 +26,6 @@ if TYPE_CHECKING:
 
 _SURE = 0.9  # of matches that are not asked about
 _MIN_SIMILARITY = 60  # of 100, of the names of options; a less similar one is not proposed
-
-
-class MatchOptions(TypedDict, total=False):
-    """The options of ``align`` that need no call of a module; those of ``verify``."""
-
-    rules: RuleLike
-    include: PatternLike
-    exclude: PatternLike
-    adapt: Adapt | Iterable[Adapt]
-    min_confidence: float
-    container: str | None
-    dequantise: bool
-    merge_adapter: bool
-
-
-class AlignOptions(MatchOptions, TypedDict, total=False):
-    """The options of ``align``, for functions that pass them on; type checkers and editors then know each.
-
-    def my_load(model: nn.Module, path: str, **options: typing.Unpack[autoalign.AlignOptions]) -> None:
-        autoalign.load(model, path, **options)
-    """
-
-    example_inputs: object
-    source_model: nn.Module | str | None
-
-
-class NoOptions(TypedDict):
-    """No options: the type of ``**unknown``, which type checkers refuse as ``align`` does."""
 
 
 def _check_options(function: Callable[..., object], given: Mapping[str, object], consequence: str) -> None:

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import autoalign
-from autoalign import Alignment, AutoAlignError, Rule, Rules
-from autoalign.api import AlignOptions, MatchOptions
+from autoalign import Alignment, AutoAlignError, Rule, Rules, options
+from autoalign.options import AlignOptions, MatchOptions
 
 ROOT = Path(__file__).parent.parent
 WRONG = "  # wrong"
@@ -94,7 +94,7 @@ def test_the_type_of_the_options_is_that_of_align() -> None:
     hints = get_type_hints(autoalign.align)
     parameters = inspect.signature(autoalign.align).parameters.values()
     own = {item.name: hints[item.name] for item in parameters if item.kind is item.KEYWORD_ONLY}
-    assert get_type_hints(AlignOptions) == own
+    assert get_type_hints(AlignOptions, {**vars(options), "nn": nn}) == own
     calling = ("example_inputs", "source_model")
     assert get_type_hints(MatchOptions) == {name: hint for name, hint in own.items() if name not in calling}
 

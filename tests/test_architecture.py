@@ -15,7 +15,7 @@ import autoalign
 
 PACKAGE = Path(autoalign.__file__).parent
 ORDER = (
-    *("errors", "plan", "checkpoints", "rules", "matching", "reports", "alignment"),
+    *("errors", "options", "plan", "checkpoints", "rules", "matching", "reports", "alignment"),
     *("loading", "verification", "api", "__init__", "cli", "__main__"),
 )
 # needed for a match or a screen, not for an import

@@ -203,3 +203,13 @@ _MAKERS: dict[str, Callable[[str, Mapping[str, Any]], _Make]] = {
     "torchvision": _torchvision,
     "transformers": _transformers,
 }
+LIBRARIES = tuple(_MAKERS)
+
+
+def names_in(library: str) -> list[str]:
+    """List the names of a library's models, as ``build`` takes them; of transformers, the classes."""
+    imported = _library(library)
+    if library == "transformers":
+        return [name for name in dir(imported) if "For" in name or name.endswith("Model")]
+    listed: list[str] = (imported if library == "timm" else imported.models).list_models()
+    return listed

@@ -3,14 +3,28 @@
 In order of use:
 
 * ``terminal``: results on stdout, in colours on a terminal; progress and messages on stderr; exit codes.
+* ``completion``: what a shell completes: commands, options, names of models.
 * ``targets``: sides that arguments name; models are built quietly.
-* ``inspection``: what ``inspect`` shows.
-* ``commands``: all other commands, and the table of them.
-* ``app``: the program: the parser with the options of every command, which command is run, and what is printed of
-  errors. It imports torch only to run a command.
+* ``arguments``: the decorator ``command`` and the types of arguments.
+* ``reports`` and ``inspection``: what commands show.
+* ``commands``: the commands, each a function.
+* ``app``: the program: which command is run, and what is printed of errors. It imports torch only to run a command.
 
-It may import everything. A new command is a function of ``app``, which adds its parser, and a row of
-``commands.COMMANDS``.
+It may import everything. A new command is a function in ``commands``::
+
+    @command(exits="exit codes: 0 known; 1 unknown; 2 an error, reported on stderr")
+    def identify(checkpoint: Checkpoints, container: Container = None, form: Form = "text") -> int:
+        \"\"\"Name the architecture of a checkpoint.\"\"\"
+        found = autoalign.identify(side_of(checkpoint), container=container)
+        if form == "json":
+            show_json({"checkpoint": checkpoint, **found.to_dict()})
+        else:
+            show(str(found))
+        return COMPLETE if found.best else INCOMPLETE
+
+Its name is the function's, its parameters are arguments and options with the types of ``arguments``, a TypedDict of the
+library gives its options (``**options: Unpack[AlignOptions]``), and options that are not given are not passed on. The
+first line of the docstring is what the list of commands shows. What needs torch is imported in the function.
 """
 
 from autoalign.cli.app import main

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autoalign.checkpoints.checkpoint import Checkpoint, checkpoint_of
+from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.formats.detection import format_of
-from autoalign.cli.targets import side_of
+from autoalign.cli.reports import tensor_json
 from autoalign.cli.terminal import COMPLETE, show, show_json
 from autoalign.plan.adapters import describe_adapters
 from autoalign.plan.quantised import describe_schemes
-from autoalign.plan.specs import TensorSpec
 from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text
 from autoalign.reports.rows import escaped
 from autoalign.reports.text import escape_markdown, markdown_code
@@ -24,18 +22,16 @@ _MAX_METADATA_CHARACTERS = 60  # of an entry
 _MAX_LISTED = 8  # parts of the state of a training
 
 
-def run_inspect(options: argparse.Namespace) -> int:
+def show_checkpoint(checkpoint: Checkpoint, name: str, form: str, *, depth: int | None) -> int:
     """Show what a checkpoint holds."""
-    checkpoint = checkpoint_of(side_of(options.checkpoint), container=options.container)
-    name = " ".join(options.checkpoint)
     facts = _facts_of(checkpoint)
-    if options.format == "json":
+    if form == "json":
         listed = [tensor_json(spec) for spec in checkpoint.specs]
         show_json({"checkpoint": name, **facts, "tensors": listed})
         return COMPLETE
-    tree = render_tree(checkpoint.specs, dtype=next(iter(facts["dtypes"]), ""), depth=options.depth)
+    tree = render_tree(checkpoint.specs, dtype=next(iter(facts["dtypes"]), ""), depth=depth)
     lines = _fact_lines(facts)
-    if options.format == "markdown":
+    if form == "markdown":
         head = [markdown_code(escaped(name)), "", *(f"- {escape_markdown(line)}" for line in lines)]
         show("\n".join([*head, "", "```text", *tree, "```"]))
     else:
@@ -107,8 +103,3 @@ def _fact_lines(facts: dict[str, Any]) -> list[str]:
     if entries:
         lines.append(f"metadata: {', '.join(entries)}")
     return lines + [f"Note: {escaped(note)}" for note in facts["notes"]]
-
-
-def tensor_json(spec: TensorSpec) -> dict[str, object]:
-    """Return a tensor's key, shape and dtype."""
-    return {"key": spec.key, "shape": list(spec.shape), "dtype": spec.dtype_name}

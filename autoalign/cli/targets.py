@@ -6,13 +6,15 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from autoalign.checkpoints.checkpoint import Side
-from autoalign.checkpoints.named_models import build
-from autoalign.checkpoints.paths import is_file
+from autoalign.cli.terminal import stop_display
 from autoalign.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autoalign.checkpoints.checkpoint import Side
 
 
 def side_of(given: str | Sequence[str], *, values: bool = False) -> Side:
@@ -21,14 +23,23 @@ def side_of(given: str | Sequence[str], *, values: bool = False) -> Side:
     It is a path if there is such a file or folder, or one that such a pattern takes, else a model. With ``values``, a
     model is built with its initial values, and not on the meta device.
     """
-    if not isinstance(given, str) and len(given) > 1:
-        return given
-    text = given if isinstance(given, str) else given[0]
-    return text if is_file(text) else _built(text, values=values)
+    from autoalign.checkpoints.paths import is_file
+    from autoalign.checkpoints.remote import is_remote
+
+    texts = [given] if isinstance(given, str) else given
+    if any(map(is_remote, texts)):
+        stop_display()  # a download shows its own
+    if len(texts) > 1:
+        return texts
+    return texts[0] if is_file(texts[0]) else _built(texts[0], values=values)
 
 
 def model_of(text: str, *, values: bool = True) -> nn.Module:
     """Build a model, with its initial values or on the meta device."""
+    from torch import nn
+
+    from autoalign.checkpoints.paths import is_file
+
     model = None if is_file(text) else _built(text, values=values)
     if not isinstance(model, nn.Module):
         what = "a path" if model is None else f"a {type(model).__name__}"
@@ -37,6 +48,8 @@ def model_of(text: str, *, values: bool = True) -> nn.Module:
 
 
 def _built(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
+    from autoalign.checkpoints.named_models import build
+
     with redirect_stdout(sys.stderr), warnings.catch_warnings():  # what its code prints is not a result
         warnings.simplefilter("ignore")  # of how a library will initialise weights in future
         return build(text, values=values)

@@ -6,13 +6,15 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from dataclasses import dataclass
+from typing import Any, TextIO
 
 from autoalign.reports.rows import printable
 
 COMPLETE, INCOMPLETE, ERROR = 0, 1, 2  # exit codes
+JSON_VERSION = 1  # of what commands print; fields may be added without a new one
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells report a process that SIGINT or SIGPIPE ended
 
 _STYLES = {
@@ -38,6 +40,18 @@ _OPTIONS = {  # what messages call arguments, and what they are called here
 }
 
 
+@dataclass(slots=True)
+class Settings:
+    """What is asked for in one run of the program, by options that every command has."""
+
+    quiet: bool = False
+    verbose: bool = False
+    display: Any = None  # the progress that is shown now, a rich.progress.Progress
+
+
+settings = Settings()
+
+
 def has_colours(stream: TextIO) -> bool:
     """True if colours are to be used: on a terminal that has them, unless NO_COLOR is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -50,6 +64,7 @@ def width() -> int:
 
 def show(text: str, *, plain: bool = False) -> None:
     """Write a result; ``plain`` is for what programs read."""
+    stop_display()
     if plain or not has_colours(sys.stdout):
         print(text)
         return
@@ -62,13 +77,16 @@ def show(text: str, *, plain: bool = False) -> None:
     Console(highlight=False, soft_wrap=True).print(styled)
 
 
-def show_json(data: object) -> None:
-    """Write a result as JSON."""
-    show(json.dumps(data, indent=2), plain=True)
+def show_json(data: Mapping[str, object]) -> None:
+    """Write a result as JSON, with the version of its form."""
+    show(json.dumps({"version": JSON_VERSION, **data}, indent=2), plain=True)
 
 
 def complain(message: str) -> None:
-    """Write a message on stderr, in the words of the command line."""
+    """Write a message on stderr, in the words of the command line; with ``--quiet`` errors alone."""
+    if settings.quiet and message.startswith(("note: ", "warning: ")):
+        return
+    stop_display()
     for argument, option in _OPTIONS.items():
         message = message.replace(argument, option)
     shown = printable(message, kept="\n")  # text of any origin; keys in reports are escaped already
@@ -76,14 +94,34 @@ def complain(message: str) -> None:
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar, on a terminal only; yields the function to call with the number of steps done and of all."""
-    if not sys.stderr.isatty():
-        yield lambda _done, _all: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
+def working(description: str) -> Iterator[None]:
+    """Show what a command does from its beginning to its first result, on a terminal and unless it is to be quiet."""
+    if sys.stderr.isatty() and not settings.quiet:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), TimeElapsedColumn()
+        settings.display = Progress(*columns, console=Console(stderr=True), transient=True)
+        settings.display.add_task(printable(description), total=None)
+        settings.display.start()
+    try:
+        yield
+    finally:
+        stop_display()
+
+
+def stop_display() -> None:
+    """Remove what shows progress, before anything else is written."""
+    if settings.display is not None:
+        settings.display.stop()
+        settings.display = None
+
+
+def progress(description: str) -> Callable[[int, int], None]:
+    """Return a function that shows what is done, to be called with the number of steps done and of all."""
+
+    def report(done: int, total: int) -> None:
+        if settings.display is not None:
+            settings.display.update(0, description=description, completed=done, total=total)
+
+    return report

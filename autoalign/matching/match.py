@@ -32,9 +32,9 @@ from autoalign.matching.repeats import (
     with_same_names,
 )
 from autoalign.matching.rotary import rotary_settling
-from autoalign.matching.scope import PatternLike, RuleLike, checked_rules, excluded_keys, pinned_pairs
+from autoalign.matching.scope import checked_rules, excluded_keys, pinned_pairs
 from autoalign.matching.stacks import restacked, unstacked, whole_mismatches
-from autoalign.plan.adaptations import Adapt
+from autoalign.options import Adapt, PatternLike, RuleLike
 from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.keys import common_module, components, split_key
 from autoalign.plan.matches import Caution, Match, Plan

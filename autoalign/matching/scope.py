@@ -18,14 +18,12 @@ from autoalign.errors import InputError, PatternError
 from autoalign.matching.candidates import squeeze
 from autoalign.matching.layers import Part, Path, units_of
 from autoalign.matching.vocabulary import MOMENTUM_PAIR
+from autoalign.options import PatternLike, RuleLike
 from autoalign.plan.keys import TimeLimit, common_module, compiled, components
 from autoalign.plan.operations import Shape
 
 if TYPE_CHECKING:
     import regex
-
-RuleLike = Mapping[str, str] | Iterable[tuple[str, str]]
-PatternLike = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
 
 _REGEX_PREFIX = "re:"
 _REGEX_CHARACTERS = frozenset("^$*+?[]()|\\")  # which a plain pattern does not hold

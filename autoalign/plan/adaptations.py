@@ -12,16 +12,12 @@ from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from autoalign.plan.operations import Operation, steps_of
-
-Adapt = Literal["head", "vocab", "pos_embed", "rel_pos", "in_channels"]
-ADAPTS: tuple[Adapt, ...] = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
 
 _GROWTH_RANGE = (1.01, 1.5)  # of the ratio of neighbouring spacings of relative positions
 _GROWTH_TOLERANCE = 1e-6

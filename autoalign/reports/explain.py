@@ -14,7 +14,7 @@ from autoalign.matching.assignment import WEIGHTS
 from autoalign.matching.candidates import operation_between
 from autoalign.matching.positions import AdaptableSide
 from autoalign.matching.scope import pattern_for
-from autoalign.plan.adaptations import ADAPTS
+from autoalign.options import ADAPTS
 from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, Status
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.choices import Choice, answers, choices_of

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,7 @@ from safetensors.torch import save_file
 
 import autoalign
 from autoalign import cli
-from autoalign.cli import app
-from autoalign.cli.commands import COMMANDS
 from autoalign.cli.terminal import BROKEN_PIPE, INTERRUPTED
-from autoalign.plan.adaptations import ADAPTS
 from tests.cli.factories import Network
 
 NAMES = ["inspect", "align", "load-check", "convert", "rules", "diff", "verify", "demo", "completion"]
@@ -39,7 +38,7 @@ def test_version_and_help_need_no_torch() -> None:
     assert (
         probe(
             "import sys, contextlib, io\nfrom autoalign.cli import main\n"
-            "for arguments in (['--version'], ['--help'], ['convert', '--help'], ['completion', 'bash']):\n"
+            "for arguments in (['--version'], ['--help'], ['convert', '--help'], ['completion', 'bash'], []):\n"
             "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(arguments)\n"
             "print(sorted({'torch', 'numpy', 'rich', 'safetensors'} & set(sys.modules)))"
         )
@@ -52,25 +51,51 @@ def test_it_runs_as_a_module() -> None:
     assert done.stdout.split() == ["autoalign", autoalign.__version__]
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["demo", "--unknown"], ["align", "a"], ["convert", "a"]])
-def test_wrong_arguments_are_an_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(arguments)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["alin"], "No such command 'alin'. Did you mean 'align'? See: autoalign --help"),
+        (["nothing-like-it"], "No such command 'nothing-like-it'. See: autoalign --help"),
+        (["demo", "--unknown"], "No such option: --unknown. See: autoalign demo --help"),
+        (["align", "--exlude=fc"], "No such option: --exlude. Did you mean --exclude? See: autoalign align --help"),
+        (["align", "a"], "Missing argument 'CKPT'. See: autoalign align --help"),
+        (["convert", "a", "-o", "b"], "Missing option '--to'. See: autoalign convert --help"),
+        (["rules", "a", "b", "--format", "x"], "Invalid value for '--format': 'x' is not one of 'text', 'json', "),
+        (["align", "a", "b", "--adapt", "hed"], "Invalid value for '--adapt': 'hed' is not one of 'head', 'vocab', "),
+        (["align", "a", "b", "--min-confidence", "x"], "Invalid value for '--min-confidence': "),
+    ],
+)
+def test_wrong_arguments_are_an_error(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == cli.ERROR
     output, errors = capsys.readouterr()
     assert output == ""
-    assert "usage: autoalign" in errors
+    assert errors.startswith(f"autoalign: error: {said}")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in NAMES)])
 def test_help_explains_the_exit_codes(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert {*COMMANDS, "completion"} == set(NAMES)
-    with pytest.raises(SystemExit, match="0"):
-        cli.main([*arguments, "--help"])
+    assert cli.main([*arguments, "--help"]) == cli.COMPLETE
     shown = " ".join(capsys.readouterr().out.split())
     assert "exit codes: 0 " in shown
     assert "2 an error, reported on stderr" in shown
-    if not arguments:
-        assert all(f" {name} " in shown for name in NAMES)
+
+
+def test_the_program_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == cli.main(["--help"]) == cli.COMPLETE
+    shown = capsys.readouterr().out
+    assert shown[: len(shown) // 2] == shown[len(shown) // 2 :]
+    commands = shown[len(shown) // 2 :].partition("Commands:")[2]
+    assert re.findall(r"^  ([a-z-]+)  ", commands, re.MULTILINE) == NAMES
+
+
+def test_options_of_every_command_may_stand_before_it(capsys: pytest.CaptureFixture[str], checkpoint: str) -> None:
+    command = ["rules", checkpoint, "tests.cli.factories:Network(classes=9, renamed=True)"]
+    assert cli.main(command) == cli.INCOMPLETE
+    assert capsys.readouterr().err.startswith("autoalign: note: the rules fill 8 of 10 tensors")
+    for quiet in (["-q", *command], [*command, "--quiet"]):
+        assert cli.main(quiet) == cli.INCOMPLETE
+        assert capsys.readouterr().err == ""
 
 
 def test_an_error_is_one_message_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +115,7 @@ def test_errors_of_the_system_are_no_tracebacks_either(
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "a.pt")
 
-    monkeypatch.setattr("autoalign.cli.inspection.checkpoint_of", refused)
+    monkeypatch.setattr("autoalign.checkpoints.checkpoint.checkpoint_of", refused)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == cli.ERROR
     assert capsys.readouterr().err == "autoalign: error: [Errno 13] Permission denied: 'a.pt'\n"
 
@@ -103,7 +128,7 @@ def test_warnings_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         warnings.warn("old \x1b format", stacklevel=1)
         raise autoalign.InputError("no more")
 
-    monkeypatch.setattr("autoalign.cli.inspection.checkpoint_of", warned)
+    monkeypatch.setattr("autoalign.checkpoints.checkpoint.checkpoint_of", warned)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == cli.ERROR
     assert capsys.readouterr().err == "autoalign: warning: old \\x1b format\nautoalign: error: no more\n"
 
@@ -112,7 +137,7 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autoalign.cli.inspection.checkpoint_of", interrupted)
+    monkeypatch.setattr("autoalign.checkpoints.checkpoint.checkpoint_of", interrupted)
     assert cli.main(["inspect", "tests.cli.factories:Network"]) == INTERRUPTED
     assert capsys.readouterr() == ("", "autoalign: interrupted\n")
 
@@ -179,11 +204,10 @@ def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("shell", app.SHELLS)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_is_one_of_its_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(shell, capsys)
-    for word in ("load-check", "convert", "overwrite", *app.ADAPTS):
-        assert word in text
+    assert f"_AUTOALIGN_COMPLETE=complete_{shell}" in text
     program = shutil.which(shell)
     if program is None:
         pytest.skip(f"{shell} is not installed")
@@ -193,30 +217,34 @@ def test_the_script_is_one_of_its_shell(shell: str, capsys: pytest.CaptureFixtur
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize(
-    ("words", "completed"),
+    ("line", "completed"),
     [
-        (["con"], ["convert"]),
-        (["convert", "--ov"], ["--overwrite"]),
-        (["align", "--adapt", "in"], ["in_channels"]),
-        (["rules", "a", "b", "--format", "re"], ["revise_keys"]),
-        (["inspect", "here.p"], ["here.pt"]),
-        (["convert", "a", "-o", "here.p"], ["here.pt"]),
+        ("con", ["convert"]),
+        ("convert --ov", ["--overwrite"]),
+        ("align a b --adapt in", ["in_channels"]),
+        ("rules a b --format re", ["revise_keys"]),
+        ("inspect here.p", []),  # files are bash's own to complete
+        ("inspect timm:res", ["resnet18", "resnet50"]),
+        ("convert a.pt --to timm:vit", ["vit_tiny"]),
     ],
 )
-def test_bash_completes(
-    words: list[str], completed: list[str], tmp_path: object, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "here.pt").write_text("")  # type: ignore[operator]
-    line = ["autoalign", *words]
-    listed = " ".join(f"'{word}'" for word in line)
+def test_bash_completes(line: str, completed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = tmp_path / "autoalign" / f"timm-{version('timm')}.txt"
+    names.parent.mkdir()
+    names.write_text("resnet18\nresnet50\nvit_tiny")
+    (tmp_path / "autoalign-program").write_text(f'#!/bin/sh\nexec {sys.executable} -m autoalign "$@"\n')
+    (tmp_path / "autoalign-program").chmod(0o755)
     probe = (
-        f"COMP_WORDS=({listed}); COMP_CWORD={len(line) - 1}; COMPREPLY=(); _shtab_autoalign 2>/dev/null; "
+        f"COMP_LINE='autoalign {line}'; COMP_POINT=${{#COMP_LINE}}; COMPREPLY=(); "
+        f"_autoalign_completion {tmp_path}/autoalign-program; "
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    text = script("bash", capsys) + probe
-    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, cwd=str(tmp_path), check=True)
-    assert done.stdout.split() == completed
-
-
-def test_the_choices_are_the_packages_own() -> None:
-    assert set(app.ADAPTS) == set(ADAPTS)
+    done = subprocess.run(
+        ["bash"],
+        input=script("bash", capsys) + probe,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        check=True,
+    )
+    assert (done.stdout.split(), done.stderr) == (completed, "")

@@ -18,8 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 import autoalign
 from autoalign import cli
 from autoalign.alignment import Alignment
-from autoalign.cli import commands
-from autoalign.cli.commands import conversions_source
+from autoalign.cli.reports import conversions_source
 from tests.cli.factories import RENAMED, Network
 
 WIDER = "tests.cli.factories:Network(classes=9, renamed=True)"
@@ -127,7 +126,7 @@ def test_align_takes_the_options_of_the_call(
         seen.update(options, source=source, target=target)
         return Alignment((), (), (), (), ())
 
-    monkeypatch.setattr(commands, "align", align)
+    monkeypatch.setattr(autoalign, "align", align)
     flags = ["--rule", "(?<=a)b=c", "--rule", "x=y", "--include", "i", "--exclude", "e1", "--exclude", "e2"]
     flags += ["--adapt", "head", "--adapt", "vocab", "--min-confidence", "0.9", "--container", "ema", "--no-dequantise"]
     flags += ["--merge-adapter"]
@@ -193,7 +192,7 @@ def test_align_cuts_long_reports_unless_all_is_asked_for(tmp_path: Path, capsys:
 def test_html_is_what_the_alignment_writes(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("autoalign.cli.commands.document", lambda _, title: f"<p>größe {title}</p>")
+    monkeypatch.setattr("autoalign.cli.reports.document", lambda _, title: f"<p>größe {title}</p>")
     assert cli.main(["align", checkpoint, RENAMED, "--format", "html"]) == cli.COMPLETE
     assert capsys.readouterr().out == f"<p>größe {checkpoint} -> {RENAMED}</p>\n"
 
@@ -379,14 +378,16 @@ def test_the_demonstration_loads_everything_and_computes_the_same(capsys: pytest
 def test_the_demonstration_notices_a_tensor_in_the_wrong_place(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other: str
 ) -> None:
+    load = autoalign.load
+
     def load_wrongly(model: nn.Module, path: object) -> Alignment:
-        alignment = autoalign.load(model, path)  # type: ignore[arg-type]
+        alignment = load(model, path)  # type: ignore[arg-type]
         state_dict = model.state_dict()
         wrong = torch.full((), torch.nan) if other == "nan" else state_dict[other]
         state_dict["s2.b1.conv1.bn.running_var"].copy_(wrong)
         return alignment
 
-    monkeypatch.setattr(commands, "load", load_wrongly)
+    monkeypatch.setattr(autoalign, "load", load_wrongly)
     assert cli.main(["demo"]) == cli.INCOMPLETE
     assert "(NOT equal, at a tolerance of 1e-03)" in capsys.readouterr().out
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from autoalign.cli.terminal import complain, progress, show, width
+from autoalign.cli.terminal import complain, progress, show, width, working
 
 REPORT = "Matched: source -> target\n  a.weight -> b.weight  [64, 3]  [bold]0.99[/bold]\nMissing: not filled"
 
@@ -63,12 +63,16 @@ def test_complaints_are_in_the_words_of_the_command_line(capsys: pytest.CaptureF
 
 
 def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("Writing") as report:
-        report(1, 2)
+    with working("Opening a.pt"):
+        progress("Writing")(1, 2)
     assert capsys.readouterr() == ("", "")
     stream = Terminal()
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
-    with progress("Writing") as report:
-        report(1, 2)
-    assert "Writing" in stream.getvalue()
+    with working("Opening [a].pt"):
+        assert "Opening [a].pt" in stream.getvalue()  # at once, and before there is a number of steps
+        progress("Writing")(1, 2)
+        show("a result")  # for which it goes
+        seen = stream.getvalue()
+    assert stream.getvalue() == seen
+    assert "Writing" in seen

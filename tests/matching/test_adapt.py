@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.alignment import Alignment
-from autoalign.plan.adaptations import (
-    Adapt,
-)
+from autoalign.options import Adapt
 
 EVERYTHING: tuple[Adapt, ...] = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}

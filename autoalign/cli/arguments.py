@@ -1,0 +1,133 @@
+"""What commands are made of: ``command``, and the types of arguments; options come from signatures of the library."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+from functools import wraps
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import typer
+
+from autoalign.cli.completion import complete_models
+from autoalign.cli.targets import model_of
+from autoalign.cli.terminal import settings, working
+from autoalign.errors import PatternError
+from autoalign.options import Flag
+
+Command = TypeVar("Command", bound=Callable[..., int])
+app = typer.Typer(name="autoalign", add_completion=False, rich_markup_mode=None)
+
+EXIT_CODES = (
+    "exit codes: 0 complete: every tensor of the target is filled, but for those that --exclude and --include leave "
+    "out; 1 incomplete: some are not, or something differs; 2 an error, reported on stderr"
+)
+_MODEL = (
+    "a model, which is built without its weights: timm:NAME, torchvision:NAME, transformers:NAME (the base model of "
+    "a configuration on the Hub or in a folder), transformers:CLASS@NAME, or package.module:factory, whose code is "
+    "run. Arguments may follow, such as timm:resnet50(num_classes=10)"
+)
+_CHECKPOINT = (
+    "a checkpoint of any format: a file, an index, a folder, hf://OWNER/NAME or https://...; or several files or a "
+    "pattern of them"
+)
+
+
+def side(metavar: str, text: str) -> Any:
+    """Return an argument that names a checkpoint or a model."""
+    return typer.Argument(metavar=metavar, help=text, autocompletion=complete_models, show_default=False)
+
+
+Checkpoints = Annotated[list[str], side("CKPT", _CHECKPOINT)]
+CheckpointsOrModel = Annotated[list[str], side("CKPT", f"{_CHECKPOINT}; or {_MODEL}")]
+Target = Annotated[str, side("TARGET", f"another checkpoint, or {_MODEL}")]
+Model = Annotated[str, side("TARGET", _MODEL)]
+Form = Annotated[Literal["text", "json"], typer.Option("--format", help="of the result")]
+TableForm = Annotated[Literal["text", "json", "markdown"], typer.Option("--format", help="of the result")]
+ReportForm = Annotated[Literal["text", "json", "markdown", "html"], typer.Option("--format", help="of the result")]
+Everything = Annotated[bool, typer.Option("--all", help="write every row of a text report, however many there are")]
+OpenPage = Annotated[bool, typer.Option("--open", help="write the report as HTML and open it in a browser")]
+Container = Annotated[str | None, typer.Option(metavar="NAME", help="which of several state dicts, such as ema")]
+Strict = Annotated[bool, typer.Option("--strict", help="fail, and do nothing, unless all of both sides is used")]
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no warnings, notes and progress")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="the details of errors")]
+
+
+def command(*, exits: str = EXIT_CODES) -> Callable[[Command], Command]:
+    """Return a decorator that makes a function a command; see the docstring of ``autoalign.cli``."""
+
+    def add(function: Command) -> Command:
+        @wraps(function)
+        def run(quiet: bool, verbose: bool, **given: Any) -> int:
+            settings.quiet |= quiet
+            settings.verbose |= verbose
+            known = {name: value for name, value in given.items() if value is not None}  # defaults are the library's
+            if "rules" in known:
+                known["rules"] = pairs_of(known["rules"])
+            if known.get("source_model") not in (None, "auto"):
+                known["source_model"] = model_of(known["source_model"], values=False)
+            sides = known.get("checkpoint", ())
+            with working(f"Opening {', '.join(sides)}" if sides else "Working"):
+                return function(**known)
+
+        run.__annotations__ = {}
+        run.__signature__ = inspect.Signature([*_parameters(function), *_common()])  # type: ignore[attr-defined]
+        app.command(short_help=(function.__doc__ or "").partition("\n")[0], epilog=exits)(run)
+        return function
+
+    return add
+
+
+def _common() -> Iterable[inspect.Parameter]:
+    for name, hint in (("quiet", Quiet), ("verbose", Verbose)):
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
+
+
+def _parameters(function: Callable[..., int]) -> Iterable[inspect.Parameter]:
+    """Yield the parameters of a command: its own, and one for each option of an unpacked ``TypedDict``."""
+    for own in inspect.signature(function, eval_str=True).parameters.values():
+        if own.kind is not own.VAR_KEYWORD:
+            yield own.replace(kind=own.KEYWORD_ONLY)
+            continue
+        (options,) = get_args(own.annotation)
+        for name, hint in options.__annotations__.items():
+            if get_origin(hint) is Annotated and isinstance(flag := hint.__metadata__[0], Flag):
+                yield inspect.Parameter(name, own.KEYWORD_ONLY, default=None, annotation=_option(flag, hint))
+
+
+def _option(flag: Flag, hint: Any) -> Any:
+    """Return the type of an option for typer, given that of the library."""
+    parts = list(_parts(hint.__origin__))
+    choices = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
+    kind: Any = StrEnum("Choice", {choice: choice for choice in choices}) if choices else str
+    kind = next((part for part in (bool, float) if part in parts), kind)
+    if any(isinstance(origin := get_origin(part), type) and issubclass(origin, Iterable) for part in parts):
+        kind = list[kind]
+    names = (flag.name,) if flag.name else ()
+    option = typer.Option(*names, metavar=flag.metavar, help=flag.help, show_default=False)
+    return Annotated[kind | None, option]
+
+
+def _parts(hint: Any) -> Iterable[Any]:
+    yield hint
+    if get_origin(hint) is not Literal:
+        for part in get_args(hint):
+            yield from _parts(part)
+
+
+def pairs_of(rules: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs that ``--rule A=B`` gives.
+
+    >>> pairs_of(["(?<=a)b=c"])
+    [('(?<=a)b', 'c')]
+    """
+    pairs = []
+    for rule in rules:
+        first, equals, second = rule.rpartition("=")  # a regex may contain equals signs
+        if not (first and equals and second):
+            raise PatternError(f"--rule {rule!r} is not of the form A=B. Nothing was aligned.")
+        pairs.append((first, second))
+    return pairs

@@ -1,0 +1,73 @@
+"""The options of ``align``: their types, and what the command line calls them; torch is not imported for them."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypedDict, get_args
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RuleLike = Mapping[str, str] | Iterable[tuple[str, str]]
+PatternLike = str | re.Pattern[str] | Iterable[str | re.Pattern[str]] | None
+Adapt = Literal["head", "vocab", "pos_embed", "rel_pos", "in_channels"]
+ADAPTS: tuple[Adapt, ...] = get_args(Adapt)
+
+
+class Flag(NamedTuple):
+    """An option as the command line has it; one without a flag is an option of the library alone."""
+
+    help: str
+    name: str = ""  # --NAME by default, with hyphens
+    metavar: str | None = None
+
+
+class MatchOptions(TypedDict, total=False):
+    """The options of ``align`` that need no call of a module; those of ``verify``."""
+
+    rules: Annotated[
+        RuleLike,
+        Flag("known beforehand: a key or regex of the checkpoint = the target's key or a replacement", "--rule", "A=B"),
+    ]
+    include: Annotated[PatternLike, Flag("only keys that it takes take part", metavar="PATTERN")]
+    exclude: Annotated[
+        PatternLike,
+        Flag(
+            "keys of either side that take no part: a word or dotted path takes the keys that hold it as whole "
+            "components, re:REGEX those that the regular expression is found in",
+            metavar="PATTERN",
+        ),
+    ]
+    adapt: Annotated[
+        Adapt | Iterable[Adapt],
+        Flag(f"changes of values to allow: {', '.join(ADAPTS)} (default: none)", metavar="KIND"),
+    ]
+    min_confidence: Annotated[
+        float, Flag("list less sure matches as ambiguous and do not load them (default: 0.5)", metavar="P")
+    ]
+    container: Annotated[
+        str | None, Flag("which of several state dicts in the checkpoint to take, such as ema", metavar="NAME")
+    ]
+    dequantise: Annotated[bool, Flag("fill plain tensors from quantised ones (the default), or leave these out, named")]
+    merge_adapter: Annotated[bool, Flag("add the LoRA in the checkpoint to the weights that it changes")]
+
+
+class AlignOptions(MatchOptions, TypedDict, total=False):
+    """The options of ``align``, for functions that pass them on; type checkers and editors then know each.
+
+    def my_load(model: nn.Module, path: str, **options: typing.Unpack[autoalign.AlignOptions]) -> None:
+        autoalign.load(model, path, **options)
+    """
+
+    example_inputs: object
+    source_model: Annotated[
+        "nn.Module | str | None",
+        Flag(
+            "the code that the checkpoint belongs to, named as a TARGET is, or auto, for what the configuration "
+            "beside it describes; it is compared with the target's",
+            metavar="MODEL",
+        ),
+    ]
+
+
+class NoOptions(TypedDict):
+    """No options: the type of ``**unknown``, which type checkers refuse as ``align`` does."""
