@@ -198,7 +198,8 @@ class Alignment(Plan):
         if self.missing_keys or self.unexpected_keys:
             from autoalign.reports.text import incomplete_message
 
-            raise IncompatibleTensorsError(incomplete_message(self), self)
+            message, details = incomplete_message(self)
+            raise IncompatibleTensorsError(message, self, details)
 
     def raise_if_missing(self) -> None:
         """Raise unless every target key is matched, as TensorFlow's ``assert_existing_objects_matched``.
@@ -209,7 +210,8 @@ class Alignment(Plan):
         if self.missing_keys:
             from autoalign.reports.text import incomplete_message
 
-            raise IncompatibleTensorsError(incomplete_message(self, unexpected=False), self)
+            message, details = incomplete_message(self, unexpected=False)
+            raise IncompatibleTensorsError(message, self, details)
 
     def raise_if_unexpected(self) -> None:
         """Raise unless every source key is used.
@@ -220,7 +222,8 @@ class Alignment(Plan):
         if self.unexpected_keys:
             from autoalign.reports.text import incomplete_message
 
-            raise IncompatibleTensorsError(incomplete_message(self, missing=False), self)
+            message, details = incomplete_message(self, missing=False)
+            raise IncompatibleTensorsError(message, self, details)
 
     def raise_if_nothing_matched(self) -> None:
         """Raise if no target key is matched, as TensorFlow's ``assert_nontrivial_match``.
@@ -231,7 +234,8 @@ class Alignment(Plan):
         if not self.matches:
             from autoalign.reports.text import nothing_message
 
-            raise NothingLoadedError(nothing_message(self), self)
+            message, details = nothing_message(self)
+            raise NothingLoadedError(message, self, details)
 
     def raise_if_ambiguous(self) -> None:
         """Raise if a target key has proposals that were not loaded because none is clearly right.
@@ -242,7 +246,8 @@ class Alignment(Plan):
         if self.ambiguous:
             from autoalign.reports.text import ambiguous_message
 
-            raise AmbiguousAlignmentError(ambiguous_message(self), self)
+            message, details = ambiguous_message(self)
+            raise AmbiguousAlignmentError(message, self, details)
 
     def to_html(self, path: str | os.PathLike[str], *, title: str = "Alignment report") -> None:
         """Write the report as one HTML file: both module trees, the links between them, the evidence of each match.

@@ -14,7 +14,7 @@ from torch import nn
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Side
 from autoalign.checkpoints.named_models import code_of
-from autoalign.errors import InputError
+from autoalign.errors import InputError, did_you_mean
 from autoalign.matching.match import Decide, match_tensors
 from autoalign.options import Adapt, AlignOptions, MatchOptions, NoOptions, PatternLike, RuleLike
 from autoalign.plan.matches import Plan
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from autoalign.verification.verify import Verification
 
 _SURE = 0.9  # of matches that are not asked about
-_MIN_SIMILARITY = 60  # of 100, of the names of options; a less similar one is not proposed
 
 
 def _check_options(function: Callable[..., object], given: Mapping[str, object], consequence: str) -> None:
@@ -34,21 +33,16 @@ def _check_options(function: Callable[..., object], given: Mapping[str, object],
     >>> _check_options(sorted, {"exclude": "fc"}, "Nothing was sorted.")
     >>> _check_options(sorted, {"revers": True}, "Nothing was sorted.")
     Traceback (most recent call last):
-    autoalign.errors.InputError: sorted() got an unexpected keyword argument 'revers'; did you mean 'reverse'? Nothing \
+    autoalign.errors.InputError: sorted() got an unexpected keyword argument 'revers'. Did you mean 'reverse'? Nothing \
 was sorted.
     """
     known = AlignOptions.__annotations__.keys()
     unknown = [name for name in given if name not in known]
     if not unknown:
         return
-    from rapidfuzz import fuzz, process
-
     own = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind < 4]
     names = list(dict.fromkeys((*own, *known)))
-    parts = []
-    for name in unknown:
-        close = process.extractOne(name, names, scorer=fuzz.ratio, score_cutoff=_MIN_SIMILARITY)
-        parts.append(f"{name!r}; did you mean {close[0]!r}?" if close else f"{name!r}.")
+    parts = [f"{name!r}.{did_you_mean(name, names)}" for name in unknown]
     plural = "an unexpected keyword argument" if len(parts) == 1 else "unexpected keyword arguments"
     raise InputError(f"{function.__name__}() got {plural} {' '.join(parts)} {consequence}")
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
 class AutoAlignError(Exception):
-    """Base of every error that autoalign raises on purpose."""
+    """Base of every error that autoalign raises on purpose.
+
+    Its text has a line for what is wrong and one for what to do.
+
+    Attributes:
+        details: All of it, where that is longer, such as every tensor that is missing.
+    """
+
+    details = ""
 
 
 class InputError(AutoAlignError, TypeError):
@@ -53,9 +61,10 @@ class AlignmentError(AutoAlignError, RuntimeError):
         alignment: The whole ``Alignment``, to inspect or to load in part; None where there is none.
     """
 
-    def __init__(self, message: str, alignment: Any = None) -> None:
+    def __init__(self, message: str, alignment: Any = None, details: str = "") -> None:
         super().__init__(message)
         self.alignment = alignment
+        self.details = details
 
 
 class IncompatibleTensorsError(AlignmentError):
@@ -112,6 +121,39 @@ class DependencyError(AutoAlignError, ImportError):
             f"{what} are read through the package {package}, which is not installed. Nothing was read. "
             f"Install it with: pip install 'autoalign[{extra}]'"
         )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the question whether the most similar word was meant, after a space; nothing if none is similar.
+
+    >>> did_you_mean("exlude", ["include", "exclude"])
+    " Did you mean 'exclude'?"
+    """
+    close = most_similar(word, known)
+    return f" Did you mean {close!r}?" if close else ""
+
+
+def most_similar(word: str, known: Iterable[str]) -> str:
+    """Return the word of some that one was meant to be; '' if none is similar."""
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(word, known, n=1)), "")
+
+
+def kind_of(value: object) -> str:
+    """Return of what kind a value is that cannot be used, in words.
+
+    >>> kind_of(3), kind_of([3]), kind_of(AutoAlignError)
+    ('int', 'a list of int', 'the class AutoAlignError, which has to be called')
+    """
+    if value is None:
+        return "None"
+    if isinstance(value, list | tuple):
+        inner = f"of {type(value[0]).__name__}" if value else "of nothing"
+        return f"a {type(value).__name__} {inner}"
+    if name := getattr(value, "__qualname__", ""):
+        return f"the {'class' if isinstance(value, type) else 'function'} {name}, which has to be called"
+    return type(value).__name__
 
 
 def listed(items: Sequence[str], count: int = 3) -> str:

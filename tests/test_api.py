@@ -116,10 +116,10 @@ def layers() -> tuple[nn.Linear, nn.Linear]:
 @pytest.mark.parametrize(
     ("given", "nearest"),
     [
-        ({"exlude": "fc"}, "an unexpected keyword argument 'exlude'; did you mean 'exclude'?"),
-        ({"minimum_confidence": 0.9}, "an unexpected keyword argument 'minimum_confidence'; did you mean 'min_conf"),
+        ({"exlude": "fc"}, "an unexpected keyword argument 'exlude'. Did you mean 'exclude'?"),
+        ({"minimum_confidence": 0.9}, "an unexpected keyword argument 'minimum_confidence'. Did you mean 'min_conf"),
         ({"xyz": 1}, "an unexpected keyword argument 'xyz'."),
-        ({"rule": {}, "exclude": "fc", "adpat": ()}, "unexpected keyword arguments 'rule'; did you mean 'rules'? 'adp"),
+        ({"rule": {}, "exclude": "fc", "adpat": ()}, "unexpected keyword arguments 'rule'. Did you mean 'rules'? 'adp"),
     ],
 )
 def test_a_wrong_option_is_refused_with_the_nearest(
@@ -131,9 +131,9 @@ def test_a_wrong_option_is_refused_with_the_nearest(
 
 
 def test_an_option_of_the_function_itself_may_be_meant() -> None:
-    with pytest.raises(TypeError, match="'asign'; did you mean 'assign'"):
+    with pytest.raises(TypeError, match=r"'asign'. Did you mean 'assign'"):
         autoalign.load(*layers(), asign=True)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="'tolerence'; did you mean 'tolerance'"):
+    with pytest.raises(TypeError, match=r"'tolerence'. Did you mean 'tolerance'"):
         autoalign.verify(*layers(), torch.ones(1, 2), tolerence=1)  # type: ignore[call-arg]
 
 

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from autoalign.checkpoints.config import folder_config, module_config, saved_config
 from autoalign.checkpoints.containers import Container, containers_of, copies_of, named_container, preferred
 from autoalign.checkpoints.paths import Given, is_given, open_given
-from autoalign.errors import CheckpointError, InputError, listed
+from autoalign.errors import CheckpointError, InputError, kind_of, listed
 from autoalign.plan.adapters import adapters_of
 from autoalign.plan.keys import LEVELS
 from autoalign.plan.matches import Caution
@@ -242,7 +242,7 @@ def checkpoint_of(side: Side, *, container: str | None = None) -> Checkpoint:
     if is_given(side):
         return open_checkpoint(side, container=container)
     raise InputError(
-        f"Expected an nn.Module, a mapping of tensors, a path or a Checkpoint, not {type(side).__name__}. "
+        f"Expected an nn.Module, a mapping of tensors, a path or a Checkpoint, not {kind_of(side)}. "
         "Nothing was aligned."
     )
 

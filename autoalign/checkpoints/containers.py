@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from autoalign.checkpoints.stored import StoredTensor, as_tensor, torch_dtype
-from autoalign.errors import CheckpointError, InputError
+from autoalign.errors import CheckpointError, InputError, did_you_mean
 from autoalign.plan.regions import Region, narrowed
 from autoalign.plan.specs import TensorSpec, packing_of, spec_of
 
@@ -184,6 +184,7 @@ def named_container(root: Mapping[str, object], name: str, containers: Sequence[
     raise CheckpointError(
         f"{problem} {name!r}, and none was taken in its place. "
         f"Name one of: {', '.join(map(str, found or containers)) or '(there are none)'}."
+        f"{did_you_mean(name, [container.path for container in containers]) if not found else ''}"
     )
 
 

@@ -17,7 +17,9 @@ from typing import Any
 from torch import nn
 
 from autoalign.checkpoints.checkpoint import Side, checkpoint_of
-from autoalign.errors import AutoAlignError, DependencyError, InputError
+from autoalign.checkpoints.formats.detection import meant_by
+from autoalign.checkpoints.remote import is_remote
+from autoalign.errors import AutoAlignError, DependencyError, InputError, did_you_mean, most_similar
 
 _SPEC = re.compile(r"([A-Za-z_][\w.]*):(.+?)(\(.*\))?", re.DOTALL)
 
@@ -26,15 +28,18 @@ _Make = Callable[[], object]
 
 def build(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
     """Build what is named; without ``values``, its parameters are on the meta device, if its code can do without."""
+    if is_remote(text):
+        hint = f" Did you mean 'transformers:{text.removeprefix('hf://')}'?" if text.startswith("hf://") else ""
+        raise InputError(f"{text!r} is a checkpoint, not a model such as timm:resnet50. Nothing was done.{hint}")
     found = _SPEC.fullmatch(text)
     if not found:
         raise InputError(
             f"{text!r} is not a file or folder, and not the name of a model, such as timm:resnet50 or "
-            "package.module:factory. Nothing was done."
+            f"package.module:factory. Nothing was done.{meant_by(text)}"
         )
     library, name, arguments = found[1], found[2], found[3] or "()"
     positional, named = _arguments(arguments, text)
-    with _as_our_errors(repr(text)):
+    with _as_our_errors(repr(text), partial(_meant_model, library, name)):
         if library in _MAKERS and positional:
             raise TypeError("its arguments have to be named")
         make = _MAKERS[library](name, named) if library in _MAKERS else _factory(library, name, positional, named)
@@ -92,7 +97,7 @@ def code_of(source_model: nn.Module | str | None, source: Side | None) -> nn.Mod
 
 
 @contextmanager
-def _as_our_errors(what: str) -> Iterator[None]:
+def _as_our_errors(what: str, meant: Callable[[], str] = str) -> Iterator[None]:
     try:
         yield
     except AutoAlignError:
@@ -100,8 +105,18 @@ def _as_our_errors(what: str) -> Iterator[None]:
     except Exception as error:  # any, since the code is not ours
         raise InputError(
             f"{what} could not be built: {type(error).__name__}: {str(error).rstrip('.') or 'without a message'}. "
-            "Nothing was done."
+            f"Nothing was done.{meant()}"
         ) from error
+
+
+def _meant_model(library: str, name: str) -> str:
+    """Return the question which library or model was meant, if there is none of its name."""
+    if library not in _MAKERS:
+        near = most_similar(library, _MAKERS)
+        return f" Did you mean '{near}:{name}'?" if near else ""
+    names = names_in(library)
+    near = "" if name in names else most_similar(name, names)
+    return f" Did you mean '{library}:{near}'?" if near else ""
 
 
 def _arguments(text: str, spec: str) -> tuple[list[Any], dict[str, Any]]:
@@ -156,8 +171,10 @@ def _transformers(name: str, options: Mapping[str, Any]) -> _Make:
     transformers = _library("transformers")
     class_name, at, path = name.partition("@")
     own: Any = getattr(transformers, class_name, None) if class_name.isidentifier() else None
-    if at and not isinstance(own, type):
-        raise InputError(f"transformers has no class {class_name!r}. Nothing was done.")
+    is_path = not at and (not class_name[0].isupper() or os.path.exists(class_name))  # noqa: PTH110
+    if not isinstance(own, type) and not is_path:
+        hint = did_you_mean(class_name, names_in("transformers"))
+        raise InputError(f"transformers has no class {class_name!r}. Nothing was done.{hint}")
     if isinstance(own, type) and not at:
         config = own.config_class(**options)  # type: ignore[attr-defined]
         return lambda: own(config)

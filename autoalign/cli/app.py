@@ -104,11 +104,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain("interrupted")
         return INTERRUPTED
     except (IncompatibleTensorsError, AmbiguousAlignmentError) as error:
-        complain(f"incomplete: {error}")
-        return INCOMPLETE
+        return _failed("incomplete", error, INCOMPLETE)
     except (AutoAlignError, OSError) as error:
-        complain(f"error: {error}")
-        return ERROR
+        return _failed("error", error, ERROR)
+    return code
+
+
+def _failed(what: str, error: Exception, code: int) -> int:
+    """Write an error, and its details where they are asked for; return the exit code."""
+    details = getattr(error, "details", "") if settings.verbose else ""
+    complain("\n".join([f"{what}: {error}", *([details] if details else [])]))
     return code
 
 

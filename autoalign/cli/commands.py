@@ -104,7 +104,8 @@ def load_check(
     from autoalign.cli.reports import show_alignment
     from autoalign.reports.rows import escaped
 
-    model, given = model_of(target), checkpoint if len(checkpoint) > 1 else checkpoint[0]
+    model = model_of(target, hint=" The model comes last: autoalign load-check CKPT TARGET.")
+    given = checkpoint if len(checkpoint) > 1 else checkpoint[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ValueWarning)  # the verdict and the notes of the report say the same
         alignment = autoalign.load(model, given, strict=strict, progress=progress("Loading"), **options)

@@ -34,16 +34,17 @@ def side_of(given: str | Sequence[str], *, values: bool = False) -> Side:
     return texts[0] if is_file(texts[0]) else _built(texts[0], values=values)
 
 
-def model_of(text: str, *, values: bool = True) -> nn.Module:
-    """Build a model, with its initial values or on the meta device."""
+def model_of(text: str, *, values: bool = True, hint: str = "") -> nn.Module:
+    """Build a model, with its initial values or on the meta device; the ``hint`` is for what is none."""
     from torch import nn
 
     from autoalign.checkpoints.paths import is_file
+    from autoalign.checkpoints.remote import is_remote
 
-    model = None if is_file(text) else _built(text, values=values)
+    model = None if is_file(text) and not is_remote(text) else _built(text, values=values)
     if not isinstance(model, nn.Module):
         what = "a path" if model is None else f"a {type(model).__name__}"
-        raise InputError(f"{text!r} is {what}, not a model such as timm:resnet50. Nothing was done.")
+        raise InputError(f"{text!r} is {what}, not a model such as timm:resnet50. Nothing was done.{hint}")
     return model
 
 

@@ -29,6 +29,7 @@ _STYLES = {
 }
 _DEFAULT_WIDTH = 100
 _OPTIONS = {  # what messages call arguments, and what they are called here
+    "error.details lists": "--verbose lists",
     "Pass overwrite=True": "Pass --overwrite",
     "Pass strict=False": "Leave out --strict",
     "Pass max_shard_size=": "Pass --max-shard-size",

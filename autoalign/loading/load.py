@@ -21,7 +21,15 @@ from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.config import ROTARY_SETTINGS
 from autoalign.checkpoints.paths import is_given
 from autoalign.checkpoints.stored import named_dtype
-from autoalign.errors import AlignmentError, CheckpointError, InputError, ValueWarning, listed
+from autoalign.errors import (
+    AlignmentError,
+    CheckpointError,
+    InputError,
+    ValueWarning,
+    did_you_mean,
+    kind_of,
+    listed,
+)
 from autoalign.loading import fill, prepare, sharded
 from autoalign.loading.mapped import CutError, MappedFiles, mapped_files
 from autoalign.loading.transaction import (
@@ -37,6 +45,8 @@ from autoalign.matching.layouts import ROTARY
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double")  # the usual ones
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "meta", "hpu", "mtia", "xla", "hip", "ipu", "vulkan")
 _CHECK_INTERVAL = 0.002  # seconds between two looks at a file that is being copied
 
 
@@ -68,7 +78,10 @@ def load_checkpoint(
     """Fill a model from a checkpoint; see ``autoalign.load``. ``align_options`` are those of ``match_tensors``."""
     since = time.perf_counter()
     if not isinstance(model, nn.Module):
-        raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
+        raise InputError(
+            f"Expected an nn.Module to load into, not {kind_of(model)}. Nothing was loaded."
+            + (" Did you mean load(model, checkpoint)? The model comes first." * isinstance(checkpoint, nn.Module))
+        )
     call = _Call(model, assign, progress, *_conversion(dtype, device), since, is_given(checkpoint))
     is_converted = not (call.dtype is None and call.device is None)
     with ExitStack() as announced, model_lock(model):
@@ -118,13 +131,26 @@ def _conversion(
 ) -> tuple[torch.dtype | None, torch.device | None]:
     found = named_dtype(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(found, torch.dtype) and (found.is_floating_point or found.is_complex)):
-        raise InputError(f"dtype={dtype!r} is not a dtype of weights, such as 'bfloat16'. Nothing was loaded.")
+        hint = did_you_mean(dtype, _DTYPES) if isinstance(dtype, str) else ""
+        raise InputError(f"dtype={dtype!r} is not a dtype of weights, such as 'bfloat16'. Nothing was loaded.{hint}")
     try:
         place = None if device is None else torch.device(device)
         torch.empty(0, device=place)  # torch says only here that a device is not there
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise InputError(f"device={device!r} cannot be used: {error}. Nothing was loaded.") from error
+        raise InputError(f"device={device!r} {_device_problem(device)}") from error
     return found, place
+
+
+def _device_problem(device: torch.device | str | int | None) -> str:
+    """Return why a device cannot be used, and which one can."""
+    kind = str(device).partition(":")[0]
+    if isinstance(device, str) and kind not in _DEVICES:
+        return f"is not the name of a device. Nothing was loaded.{did_you_mean(kind, _DEVICES) or ' Use cpu.'}"
+    count = torch.cuda.device_count()
+    if kind == "cuda" and count == 0:
+        return "needs CUDA, and torch finds no CUDA device here. Nothing was loaded. Did you mean 'cpu'?"
+    here = f"there are {count} CUDA devices, counted from 0" if count else "torch cannot use it here"
+    return f"cannot be used: {here}. Nothing was loaded. Did you mean '{'cuda:0' if count else 'cpu'}'?"
 
 
 def _prepared(

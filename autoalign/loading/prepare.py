@@ -150,46 +150,52 @@ def prepared(
         note = f"{len(counters)} num_batches_tracked {counters_fate}: the checkpoint is from before torch had them."
         alignment = replace(alignment, target_specs=kept, notes=(*alignment.notes, note))
     if not alignment.matches:
-        raise NothingLoadedError(_nothing_message(alignment, source, target, undone), alignment)
+        message, details = _nothing_message(alignment, source, target, undone)
+        raise NothingLoadedError(message, alignment, details)
     if strict:
         try:
             alignment.raise_if_incomplete()
         except IncompatibleTensorsError as error:
-            advice = f"{undone} Pass strict=False to {verb} the {len(alignment.matches)} that match."
-            raise IncompatibleTensorsError(f"{error}\n{advice}", alignment) from None
+            what, _, advice = str(error).partition("\n")
+            loose = f"Pass strict=False to {verb} the {len(alignment.matches)} that match."
+            raise IncompatibleTensorsError(f"{what} {undone}\n{loose} {advice}", alignment, error.details) from None
     share = math.floor(1000 * alignment.coverage) / 10  # a part is never called 100 %
     summary = (
         f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
-        f"of {target} from {source!r}"
+        f"of {target} from {name_of(source)}"
     )
     return Prepared(source, alignment, modules, counters, summary)
 
 
-def _nothing_message(alignment: Alignment, source: Checkpoint, target: str, undone: str) -> str:
-    """Explain why no tensor of a source could be aligned with those of a target."""
-    lines = [
-        f"No tensor of {source!r} could be aligned with the {len(alignment.target_specs)} tensors of {target}. {undone}"
-    ]
+def _nothing_message(alignment: Alignment, source: Checkpoint, target: str, undone: str) -> tuple[str, str]:
+    """Explain why no tensor of a source could be aligned with those of a target: the message, and the details."""
     left_out = alignment.unused_schemes
     numels = {spec.numel for spec in source.specs}
     unlike = sum(spec.numel not in numels for spec in alignment.target_specs)
+    lines, reasons = [], []
     if unlike and not left_out:
-        lines.append(f"  {unlike} of the model's tensors have a size that no tensor of the checkpoint has.")
+        lines.append(f"{unlike} of the model's tensors have a size that no tensor of the checkpoint has.")
     if alignment.excluded:
-        lines.append(f"  {len(alignment.excluded)} keys were left out by include and exclude.")
+        reasons.append(f"{len(alignment.excluded)} keys were left out by include and exclude.")
     if alignment.ambiguous:
-        lines.append(f"  {len(alignment.ambiguous)} have proposals that were not sure enough:")
-        lines += [
-            f"    {match.target} from {', '.join(match.sources)} (confidence {match.confidence:.2f})"
-            for match in alignment.ambiguous[:3]
+        reasons.append(f"{len(alignment.ambiguous)} have proposals that were not sure enough.")
+        lines += ["Not sure enough:"] + [
+            f"  {match.target} from {', '.join(match.sources)} (confidence {match.confidence:.2f})"
+            for match in alignment.ambiguous
         ]
     if alignment.mismatched:
-        lines.append(f"  {len(alignment.mismatched)} have counterparts of another shape:")
-        lines += [f"    {mismatch}" for mismatch in alignment.mismatched[:3]]
-    lines += [f"  {note}" for note in alignment.notes]
-    if not left_out:
-        lines.append("Check that both are the same network, or pass what you know as rules=.")
-    return "\n".join(lines)
+        reasons.append(f"{len(alignment.mismatched)} have counterparts of another shape: {alignment.mismatched[0]}.")
+        lines += ["Of another shape:", *(f"  {mismatch}" for mismatch in alignment.mismatched)]
+    what = (
+        f"No tensor of {name_of(source)} could be aligned with the {len(alignment.target_specs)} tensors of {target}."
+    )
+    advice = [] if left_out else ["Check that both are the same network, or pass what you know as rules=."]
+    return "\n".join([" ".join([what, undone, *reasons, *alignment.notes]), *advice]), "\n".join(lines)
+
+
+def name_of(source: Checkpoint) -> str:
+    """Return what a message calls a checkpoint: its path, or what it holds."""
+    return repr(source.path) if source.path else repr(source)
 
 
 def source_modules(alignment: Alignment) -> dict[str, str]:
@@ -294,12 +300,13 @@ def warn_of_unfilled(doing: str, alignment: Alignment, fate: str, advice: str = 
         return
     counts = Counter("excluded" if key in alignment.excluded else status[key] for key in status)
     reasons = ", ".join(text.format(counts[reason]) for reason, text in _REASONS.items() if counts[reason])
-    left_out = f" Left out: {', '.join(alignment.unused_schemes)}." if alignment.unused_schemes else ""
-    warn(
-        f"{doing}. {len(status)} {fate}: {listed(named, _MAX_NAMED)} ({reasons}).{left_out} "
-        f"print(alignment) shows all.{advice}",
-        PartialLoadWarning,
-    )
+    open_choices = dict.fromkeys(why for choice in alignment.choices for why in choice.why if why[0].islower())
+    parts = [f"{doing}. {len(status)} {fate}: {listed(named, _MAX_NAMED)} ({reasons})."]
+    parts += [f"Left out: {', '.join(alignment.unused_schemes)}."] if alignment.unused_schemes else []
+    parts += [f"Ambiguous: {'; '.join(open_choices)}."] if open_choices else []
+    to_choose = ", alignment.choices what to choose from" if open_choices else ""
+    see = f"alignment.explain({named[0]!r}) says why and what to do{to_choose}; print(alignment) shows all."
+    warn(f"{' '.join(parts)}\n{see}{advice}", PartialLoadWarning)
 
 
 def warn(text: str, category: type[Warning]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt, prod
 
-from autoalign.errors import InputError
+from autoalign.errors import InputError, did_you_mean
 from autoalign.matching.candidates import operation_between
 from autoalign.matching.confidence import ADAPTED, ADAPTED_BY_RULE
 from autoalign.matching.layers import Path
@@ -131,8 +131,8 @@ def checked_adapt(adapt: Iterable[str]) -> frozenset[str]:
     unknown = [name for name in names if name not in ADAPTS]
     if unknown:
         raise InputError(
-            f"adapt={', '.join(map(repr, unknown))} is not a known change of values. "
-            f"Nothing was aligned; choose from {', '.join(map(repr, ADAPTS))}."
+            f"adapt={', '.join(map(repr, unknown))} is not a known change of values. Nothing was aligned; choose from "
+            f"{', '.join(map(repr, ADAPTS))}.{did_you_mean(str(unknown[0]), ADAPTS)}"
         )
     return frozenset(names)
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autoalign.checkpoints.containers import COPY_WORDS, name_words
-from autoalign.errors import InputError, PatternError
+from autoalign.errors import InputError, PatternError, did_you_mean
 from autoalign.matching.candidates import squeeze
 from autoalign.matching.layers import Part, Path, units_of
 from autoalign.matching.vocabulary import MOMENTUM_PAIR
 from autoalign.options import PatternLike, RuleLike
 from autoalign.plan.keys import TimeLimit, common_module, compiled, components
+from autoalign.plan.matches import Caution
 from autoalign.plan.operations import Shape
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _REGEX_PREFIX = "re:"
 _REGEX_CHARACTERS = frozenset("^$*+?[]()|\\")  # which a plain pattern does not hold
 _UNDONE = "Nothing was aligned."
+_MAX_NAMES = 10_000  # of components that a misspelt one is compared with
 _MAX_RENAMED_LENGTH = 100_000  # characters
 _MIN_LAYERS_FOR_SCOPE = 4  # of the other side, so that a scope is no coincidence
 _MIN_SHARE_OF_COPY = 0.8  # of the usable layers that each of several copies must hold
@@ -149,7 +151,7 @@ def excluded_keys(
     sides = [{key: _framed(key) for key in side} for side in (target, source)]
     limit = TimeLimit(len(source) + len(target), _UNDONE)
     out: set[str] = set()
-    notes = []
+    notes: list[str] = []
     for selector in unwanted:
         taken = [selector.chosen(side, limit) for side in sides]
         out.update(*taken)
@@ -158,13 +160,14 @@ def excluded_keys(
             took = f"{len(taken[0]):,} target and {len(taken[1]):,} source tensor{plural}"
             notes.append(f"exclude={selector.text!r} took {took}.")
         else:
-            notes.append(f"exclude={selector.text!r} matches no key of either side.")
+            notes.append(Caution(f"exclude={selector.text!r} matches no key of either side.{_meant(selector, sides)}"))
     kept: list[set[str]] = [set(), set()]
     for selector in wanted:
         taken = [selector.chosen(side, limit) for side in sides]
         chosen = 0 if taken[0] else 1
         if not taken[chosen]:
-            raise PatternError(f"include={selector.text!r} matches no key of either side. {_UNDONE}")
+            meant = _meant(selector, sides)
+            raise PatternError(f"include={selector.text!r} matches no key of either side. {_UNDONE}{meant}")
         kept[chosen] |= taken[chosen]
         name = ("target", "source")[chosen]
         notes.append(f"include={selector.text!r} took {len(taken[chosen]):,} of {len(sides[chosen]):,} {name} tensors.")
@@ -184,6 +187,12 @@ def pattern_for(path: str, end: str, others: Iterable[str]) -> str:
     if plain and not any(_framed(path) in _framed(other) for other in others):
         return path
     return f"{_REGEX_PREFIX}^{re.escape(path)}{end}"
+
+
+def _meant(selector: _Selector, sides: Iterable[Iterable[str]]) -> str:
+    """Return the question whether a component of the keys was meant by a plain pattern that matches none of them."""
+    names = dict.fromkeys(name for side in sides for key in side for name in components(key))
+    return did_you_mean(selector.text, names) if selector.regex is None and len(names) < _MAX_NAMES else ""
 
 
 def _selectors(given: PatternLike, option: str) -> list[_Selector]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import Literal
 
+from autoalign.errors import listed
 from autoalign.matching.candidates import squeeze
 from autoalign.plan.keys import stem
 from autoalign.plan.matches import FILLED, Match, Plan, Status
@@ -21,7 +22,8 @@ from autoalign.reports.rows import Row, blocks_of, cut, escaped, fold, lay_out, 
 SCREEN = 40  # lines
 STATUSES: tuple[Status, ...] = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # as of the sections
 _MAX_ROWS_OF_CHOICE = 4
-_FIRST_KEYS = 5  # of each side where nothing is matched
+_FIRST_KEYS = 5  # that a message names
+_SEE_DETAILS = "error.details lists all."
 _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 _MIN_SIMILARITY = 40.0  # of 100; names that are less similar say nothing about each other
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
@@ -281,7 +283,7 @@ def _folded(sources: Sequence[str]) -> str:
 
 
 def _listed(rows: Sequence[Row]) -> list[str]:
-    return cut(rows, lay_out(rows, _MESSAGE_WIDTH), SCREEN // 2, "print the error's attribute `alignment`")
+    return [line for lines in lay_out(rows, _MESSAGE_WIDTH) for line in lines] if rows else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,43 +379,54 @@ def difference(shape: Shape, needed: Shape) -> str:
     return f" (dim {dim}: {shape[dim]}, needs {needed[dim]})"
 
 
-def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: bool = True) -> str:
-    """Write which keys of the target are missing, which of the source unexpected, why, and the next step."""
-    lines = []
-    lost, left = len(alignment.missing_keys), len(alignment.unexpected_keys)
+def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: bool = True) -> tuple[str, str]:
+    """Write which keys of the target are missing, and which of the source unexpected, for an error.
+
+    Returns:
+        A line for what and a line for what next; and the details: all keys, with reasons and the nearest counterparts.
+    """
+    what, details = [], []
+    lost, left = alignment.missing_keys, alignment.unexpected_keys
     if missing and lost:
-        have = "has" if lost == 1 else "have"
-        lines.append(f"{lost} of {len(alignment.target_specs)} target tensors {have} no compatible source.")
-        ambiguous = _ambiguous_rows(alignment, both=True)
-        lines += _listed([*_mismatched_rows(alignment), *ambiguous, *_missing_rows(alignment)])
+        have = "has" if len(lost) == 1 else "have"
+        count = f"{len(lost)} of {len(alignment.target_specs)} target tensors {have} no compatible source"
+        what.append(f"{count}: {_first(lost)}.")
+        rows = [*_mismatched_rows(alignment), *_ambiguous_rows(alignment, both=True), *_missing_rows(alignment)]
+        details += [f"{count}:", *_listed(rows)]
     if unexpected and left:
-        lines.append(f"{left} of {len(alignment.source_specs)} source tensors {'is' if left == 1 else 'are'} not used.")
-        lines += _listed(_unexpected_rows(alignment, both=True))
+        are = "is" if len(left) == 1 else "are"
+        count = f"{len(left)} of {len(alignment.source_specs)} source tensors {are} not used"
+        what.append(f"{count}: {_first(left)}.")
+        details += [f"{count}:", *_listed(_unexpected_rows(alignment, both=True))]
     if left_out := alignment.unused_schemes:
-        lines.append(f"Left out: {', '.join(left_out)}. {ADVICE}")
-    lines.append("Pass rules= to name counterparts, if there are any.")
-    return "\n".join(lines)
+        what.append(f"Left out: {', '.join(left_out)}. {ADVICE}")
+    advice = f"Pass rules= to name counterparts, if there are any. {_SEE_DETAILS}"
+    return f"{' '.join(what)}\n{advice}", "\n".join(details)
 
 
-def ambiguous_message(alignment: Plan) -> str:
-    """Write which target keys have no clear source, with the proposals, and the next step."""
-    count = len(alignment.ambiguous)
-    lines = [
-        f"{count} of {len(alignment.target_specs)} target tensors {'has' if count == 1 else 'have'} no clear source."
-    ]
-    lines += _listed(_ambiguous_rows(alignment, both=True))
-    lines.append("They are not loaded. Pass rules of what you choose, or load with the alignment that decided returns.")
-    return "\n".join(lines)
+def ambiguous_message(alignment: Plan) -> tuple[str, str]:
+    """Write which target keys have no clear source, as ``incomplete_message`` does; the details are the proposals."""
+    keys = [match.target for match in alignment.ambiguous]
+    have = "has" if len(keys) == 1 else "have"
+    count = f"{len(keys)} of {len(alignment.target_specs)} target tensors {have} no clear source"
+    advice = f"Pass rules of what you choose, or load with the alignment that decided returns. {_SEE_DETAILS}"
+    details = "\n".join([f"{count}:", *_listed(_ambiguous_rows(alignment, both=True))])
+    return f"{count}: {_first(keys)}. They are not loaded.\n{advice}", details
 
 
-def nothing_message(alignment: Plan) -> str:
-    """Write that nothing is matched, with the first keys of both sides, and the next step."""
-    lines = [f"None of {len(alignment.target_specs)} target tensors has a source."]
+def nothing_message(alignment: Plan) -> tuple[str, str]:
+    """Write that nothing is matched, as ``incomplete_message`` does; the details are the first keys of both sides."""
+    details = []
     for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
         rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST_KEYS]]
-        lines += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
+        details += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
     check = "Check that both are the same network, or pass what is known as rules=."
-    return "\n".join([*lines, *alignment.notes, *([] if alignment.unused_schemes else [check])])
+    what = [f"None of {len(alignment.target_specs)} target tensors has a source.", *alignment.notes]
+    return "\n".join([" ".join(what), *([] if alignment.unused_schemes else [check])]), "\n".join(details)
+
+
+def _first(keys: Sequence[str]) -> str:
+    return listed([escaped(key) for key in keys[: _FIRST_KEYS + 1]], _FIRST_KEYS)
 
 
 def render_markdown(alignment: Plan) -> str:

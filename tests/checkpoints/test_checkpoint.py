@@ -389,9 +389,12 @@ def test_mapping_without_tensors() -> None:
         checkpoint_of({"epoch": 3})
 
 
-@pytest.mark.parametrize("side", [None, 3, [torch.zeros(1)], torch.zeros(1)])
-def test_other_kinds_of_sides(side: object) -> None:
-    with pytest.raises(InputError, match=f"not {type(side).__name__}. Nothing was aligned"):
+@pytest.mark.parametrize(
+    ("side", "kind"),
+    [(None, "None"), (3, "int"), ([torch.zeros(1)], "a list of Tensor"), (torch.zeros(1), "Tensor")],
+)
+def test_other_kinds_of_sides(side: object, kind: str) -> None:
+    with pytest.raises(InputError, match=f"not {kind}. Nothing was aligned"):
         checkpoint_of(side)  # type: ignore[arg-type]
 
 

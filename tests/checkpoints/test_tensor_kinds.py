@@ -404,7 +404,7 @@ def test_a_dtype_may_be_named_and_what_is_none_is_an_error() -> None:
     for wrong in ("nonsense", torch.int8, 3):
         with pytest.raises(InputError, match=r"is not a dtype of weights, such as 'bfloat16'. Nothing was loaded"):
             load(model, source, dtype=wrong)
-    with pytest.raises(InputError, match=r"(?s)device='nonsense' cannot be used: .* Nothing was loaded"):
+    with pytest.raises(InputError, match=r"device='nonsense' is not the name of a device. Nothing was loaded"):
         load(model, source, device="nonsense")
 
 

@@ -212,8 +212,11 @@ def test_load_check_loads_and_looks_at_the_values(checkpoint: str, capsys: pytes
     assert cli.main(["load-check", checkpoint, WIDER, "--strict"]) == cli.INCOMPLETE
     output, errors = capsys.readouterr()
     assert output == ""
-    assert errors.startswith("autoalign: incomplete: 2 of 10 target tensors have no compatible source.\n")
-    assert errors.endswith("Leave out --strict to load the 8 that match.\n")
+    assert errors.startswith("autoalign: incomplete: 2 of 10 target tensors have no compatible source: head.weight, ")
+    what_next = "Leave out --strict to load the 8 that match. Pass --rule to name counterparts, if there are any."
+    assert errors.splitlines()[1] == f"{what_next} --verbose lists all."
+    assert cli.main(["-v", "load-check", checkpoint, WIDER, "--strict"]) == cli.INCOMPLETE
+    assert "  head.weight  [9, 7] float32  nearest: out.weight [3, 7]" in capsys.readouterr().err
     assert cli.main(["load-check", checkpoint, checkpoint]) == cli.ERROR
     assert "is a path, not a model" in capsys.readouterr().err
 
@@ -244,7 +247,7 @@ def test_convert_that_is_incomplete_says_so(
     out = tmp_path / "out"
     assert cli.main(["convert", checkpoint, "--to", WIDER, "-o", str(out), "--strict"]) == cli.INCOMPLETE
     assert not out.exists()
-    assert "Nothing was written. Leave out --strict to write the 8 that match." in capsys.readouterr().err
+    assert "Nothing was written.\nLeave out --strict to write the 8 that match." in capsys.readouterr().err
     assert cli.main(["convert", checkpoint, "--to", WIDER, "-o", str(out)]) == cli.INCOMPLETE
     assert len(load_file(out / "model.safetensors")) == 8
     assert cli.main(["convert", checkpoint, "--to", WIDER, "-o", "x", "--metadata", "nonsense"]) == cli.ERROR

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from autoalign.checkpoints.formats.safetensors import is_safetensors, open_safet
 from autoalign.checkpoints.formats.torch_pickle import is_pickled, members_of, open_pickled
 from autoalign.checkpoints.formats.torchscript import is_torchscript, open_torchscript
 from autoalign.checkpoints.stored import Contents, StoredTensor, as_opened, reading, unique_names
-from autoalign.errors import CheckpointError, listed
+from autoalign.errors import CheckpointError, listed, most_similar
 from autoalign.plan.keys import natural
 
 FORMATS: dict[str, Callable[[Path], Contents]] = {
@@ -44,6 +45,8 @@ _MAX_INDEX_BYTES = 2**26
 _MAX_NAME_LENGTH = 100  # of one in an error
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\..*)")
 _INDEX = re.compile(r"\.index(?P<variant>\.\w+)?\.json")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # of the Hub: its owner and its name
+_MODEL = re.compile(r"(timm|torchvision|transformers):\w")
 _STATE_WORDS = TRAINING_WORDS | {"args", "random", "training"}  # of what training scripts save beside a model
 
 
@@ -57,12 +60,31 @@ def open_path(path: Path) -> Contents:
     if path.is_dir():
         return open_folder(path)
     if not path.is_file():
-        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
-        raise CheckpointError(f"{str(path)!r} {problem}. Nothing was read.")
+        if path.exists():
+            raise CheckpointError(f"{str(path)!r} is neither a file nor a folder. Nothing was read.")
+        raise CheckpointError(f"{str(path)!r} does not exist. Nothing was read.{meant_by(str(path))}")
     # the length that a file of safetensors begins with may look like JSON
     if head_of(path).lstrip().startswith(b"{") and format_of(path) is None:
         return open_index(path)
     return open_file(path)
+
+
+def meant_by(text: str) -> str:
+    """Return the question what may have been meant by a path that is not there, after a space; or nothing.
+
+    >>> meant_by("microsoft/resnet-50")
+    " Did you mean 'hf://microsoft/resnet-50'?"
+    """
+    if _MODEL.match(text):
+        return " It names a model: build it, and give the model itself."
+    path, near = Path(text), list[str]()
+    with suppress(OSError, ValueError):
+        near = [other.name for other in path.parent.iterdir()]
+    if name := most_similar(path.name, near):
+        return f" Did you mean {str(path.with_name(name))!r}?"
+    if _REPOSITORY.fullmatch(text) and not path.parent.exists():
+        return f" Did you mean 'hf://{text}'?"
+    return ""
 
 
 def open_file(file: Path) -> Contents:
