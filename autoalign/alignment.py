@@ -249,14 +249,14 @@ class Alignment(Plan):
             message, details = ambiguous_message(self)
             raise AmbiguousAlignmentError(message, self, details)
 
-    def to_html(self, path: str | os.PathLike[str], *, title: str = "Alignment report") -> None:
+    def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> None:
         """Write the report as one HTML file: both module trees, the links between them, the evidence of each match.
 
         The file needs nothing but itself and a browser. It is replaced as a whole, or left as it was.
 
         Args:
             path: Of the file.
-            title: Above the report, such as the names of both sides.
+            title: Above the report; by default the file's name or the model's class of each side, where they are known.
 
         Raises:
             InputError: The file cannot be written there.
@@ -327,8 +327,8 @@ class Alignment(Plan):
         return correspondence_graph(self, proposals=proposals)
 
     def _repr_html_(self) -> str:
-        """Write the short form of the report that a notebook shows."""
-        from autoalign.reports.html import notebook_html
+        """Write what a notebook shows: the picture of ``to_html`` in a frame, and the report."""
+        from autoalign.reports.notebook import notebook_html
 
         return notebook_html(self)
 

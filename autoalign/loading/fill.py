@@ -85,7 +85,7 @@ def require_values(match: Match, tensor: Tensor, undone: str = _UNCHANGED) -> No
         )
 
 
-def read_sources(source: Checkpoint, alignment: Alignment) -> Iterator[Sources]:
+def read_sources(source: Checkpoint, alignment: Alignment, undone: str = _UNCHANGED) -> Iterator[Sources]:
     """Read the sources of each match, each once if that takes memory."""
     uses = Counter(key for match in alignment.matches for key in match.sources)
     kept: dict[str, Tensor] = {}
@@ -93,7 +93,7 @@ def read_sources(source: Checkpoint, alignment: Alignment) -> Iterator[Sources]:
         tensors = []
         for key in match.sources:
             tensor = kept[key] if key in kept else source[key]
-            require_values(match, tensor)
+            require_values(match, tensor, undone)
             uses[key] -= 1
             if not source.is_resident:
                 kept[key] = tensor

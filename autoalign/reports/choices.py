@@ -70,6 +70,16 @@ def choices_of(plan: Plan) -> tuple[Choice, ...]:
     return choices
 
 
+def to_paste(choice: Choice, place: int, number: int) -> str:
+    """Write the Python that makes an option of the choice at a place: an argument of ``align``, or a call."""
+    option, name = choice.options[number], f"alignment.choices[{place}].options[{number}]"
+    if not option.rules:
+        return f"alignment.decided({name})"
+    if len(option.rules) > _MAX_PAIRS:
+        return f"rules={name}.rules"
+    return f"rules=[{', '.join(f'({_literal(a)}, {_literal(b)})' for a, b in option.rules)}]"
+
+
 def answers(choice: Choice, place: int, *, for_shell: bool = False) -> list[str]:
     """Write how to decide a choice, a line for each way; ``place`` is its place among the choices.
 
@@ -81,9 +91,8 @@ def answers(choice: Choice, place: int, *, for_shell: bool = False) -> list[str]
     for number, option in enumerate(choice.options):
         label = "or" if number else "as proposed"
         if option.rules and len(option.rules) <= _MAX_PAIRS:
-            rules = f"rules=[{', '.join(f'({_literal(a)}, {_literal(b)})' for a, b in option.rules)}]"
             pairs = " ".join(f"--rule {quote(f'{a}={b}')}" for a, b in option.rules)
-            lines.append(f"{label}: {pairs if for_shell else rules}")
+            lines.append(f"{label}: {pairs if for_shell else to_paste(choice, place, number)}")
         elif option.rules:
             where = "of --rule, which --format json has" if for_shell else f"in rules={name}[{number}].rules"
             lines.append(f"{label}: {len(option.rules)} pairs {where}")
@@ -102,8 +111,12 @@ def answers(choice: Choice, place: int, *, for_shell: bool = False) -> list[str]
         lines.append(
             f"or one of {len(others)} other layouts: {python}alignment.decided({name}[{others[0]}]), to [{others[-1]}]"
         )
-    settling = [text if text.startswith("To settle") else f"settled by {text}" for text in choice.settled_by]
-    return list(map(printable, [*lines, *settling]))
+    return [*map(printable, lines), *settling(choice)]
+
+
+def settling(choice: Choice) -> list[str]:
+    """Write what would settle a choice without a person, a line each."""
+    return [printable(t if t.startswith("To settle") else f"settled by {t}") for t in choice.settled_by]
 
 
 def reasons(choice: Choice) -> tuple[str, ...]:

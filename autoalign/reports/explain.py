@@ -18,6 +18,7 @@ from autoalign.options import ADAPTS
 from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, Status
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.choices import Choice, answers, choices_of
+from autoalign.reports.notebook import short_html
 from autoalign.reports.rows import escaped
 from autoalign.reports.text import counterparts, difference, nearest, reason
 
@@ -59,6 +60,17 @@ class Explanation:
         lines += [f"  ! {warning}" for warning in self.warnings]
         lines += [f"  to change it: {line}" for line in self.remedies]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        cues = [(cue.name, f"{cue.value:.2f}", "" if cue.weight is None else f"{cue.weight:g}") for cue in self.cues]
+        tables = {
+            "Why": [(line,) for line in self.why],
+            "Cue, value, weight": cues,
+            "Instead": [(" + ".join(map(escaped, rival.sources)), str(rival.operation)) for rival in self.rivals],
+            "To change it": [(line,) for line in self.remedies],
+        }
+        warnings = [f"⚠ {warning}" for warning in self.warnings]
+        return short_html(f"{escaped(self.key)} ({self.side}): {self.status}", [self.what, *warnings], tables)
 
 
 def explain(alignment: Plan, key: str) -> Explanation:

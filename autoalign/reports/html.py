@@ -1,4 +1,4 @@
-"""Alignments as HTML: a page with both module trees and all evidence, and a short form for notebooks."""
+"""Alignments and comparisons as HTML: a page with both module trees and all evidence."""
 
 from __future__ import annotations
 
@@ -24,36 +24,31 @@ from autoalign.plan.keys import NUMBER
 from autoalign.plan.matches import FILLED, Match, Plan, Status
 from autoalign.plan.operations import Copy, Operation
 from autoalign.plan.specs import TensorSpec
-from autoalign.reports.choices import answers, choices_of
+from autoalign.reports.changes import VERDICTS, Change, headline, left_of, render_changes, share
+from autoalign.reports.choices import Choice, choices_of, settling, to_paste
 from autoalign.reports.module_tree import Leaf, Tree, build_tree
-from autoalign.reports.rows import Row, escaped
+from autoalign.reports.rows import escaped
 from autoalign.reports.text import (
+    SCREEN,
     Counterparts,
-    Totals,
     counterparts,
     difference,
-    elements,
     nearest,
     notes_of,
     percent,
     reason,
     render_text,
-    rows_of,
     totals_of,
 )
 
 LINKS: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched")  # between tensors of both sides
 TITLE = "Alignment report"
-MAX_ROWS = 30  # of a section of the short form
 _MAX_NEAREST = 200  # rows of a side whose nearest counterpart is sought, which takes a while for each
 _SCRIPTS = ("model", "rows", "layout", "view", "panel", "main")  # in the order in which they need each other
-_COLOUR = {"matched": "sure", "used": "sure"}  # by status, where it is not the status's own
-
-# Colours of the short form are the notebook's own, light or dark; what stands beside a key is paler than the key.
-_CELL = "padding:1px 10px 1px 0;text-align:left;vertical-align:top;background:none;border:0"
-_NUMBER = "padding:1px 10px 1px 0;text-align:right;background:none;border:0;font-variant-numeric:tabular-nums"
-_KEY = "font-family:monospace;overflow-wrap:anywhere;direction:ltr;unicode-bidi:isolate-override"
-_PALE = "opacity:0.7"
+_COLOUR = {"matched": "sure", "used": "sure", "equal": "sure", "close": "good", "changed": "low"}  # of a status
+_COLOUR |= {"only in the second": "missing"}
+_LARGE_CHANGE = 0.1  # of the mean value
+_MAX_OPTIONS = 6  # of a choice that are drawn
 
 _Use = tuple[tuple[Hashable, ...], tuple[int, ...]]  # of a tensor: texts without their numbers, and the numbers
 
@@ -64,6 +59,7 @@ class _Link:
 
     status: Status
     match: Match
+    change: tuple[str, str, str] | None  # its kind, mean and largest, where values were compared
     signature: tuple[Hashable, ...]  # status, operation without its numbers, and warnings
     numbers: tuple[int, ...]  # of its operation
 
@@ -89,13 +85,16 @@ class _Side:
     others: Counterparts | None  # of those tensors on the other side; None if there are none
 
 
-def page_data(alignment: Plan) -> dict[str, Any]:
+def page_data(alignment: Plan, changes: Sequence[Change] | None = None) -> dict[str, Any]:
     """Return what the page needs of an alignment: columns of small numbers, which a script turns back into trees.
 
     Keys are written as on a screen, with characters that cannot be seen as their escapes. Tensors are numbered on
     each side in the order of its tree, and everything that occurs many times stands in a table once.
     """
-    links = [_link("adapted" if m.operation.adapts else "matched", m) for m in alignment.matches]
+    change_of = {change.target: change for change in changes or ()}
+    links = [
+        _link("adapted" if m.operation.adapts else "matched", m, change_of.get(m.target)) for m in alignment.matches
+    ]
     links += [_link("ambiguous", match) for match in alignment.ambiguous]
     links += [_link("mismatched", Match(item.key, (item.source_key,))) for item in alignment.mismatched]
     tables = _Tables()
@@ -103,13 +102,16 @@ def page_data(alignment: Plan) -> dict[str, Any]:
     choice_of = {key: place for place, choice in enumerate(choices_of(alignment)) for key in choice.targets}
     return {
         "notes": [escaped(note) for note in notes_of(alignment)],
-        "choices": [answers(choice, place) for place, choice in enumerate(choices_of(alignment))],
+        "choices": [
+            _choice(choice, place, source.places, target.places) for place, choice in enumerate(choices_of(alignment))
+        ],
         "statuses": list(LINKS),
         "source": _side_columns(source, target, tables),
         "target": _side_columns(target, source, tables),
         "links": {
             **_link_columns(links, source.places, target.places, tables),
             "choice": [choice_of.get(link.match.target, -1) if link.status == "ambiguous" else -1 for link in links],
+            "change": None if changes is None else [link.change for link in links],
         },
         "names": list(tables["names"]),
         "shapes": [list(shape) for shape in tables["shapes"]],
@@ -120,9 +122,18 @@ def page_data(alignment: Plan) -> dict[str, Any]:
     }
 
 
-def _link(status: Status, match: Match) -> _Link:
+def _link(status: Status, match: Match, change: Change | None = None) -> _Link:
     operation, numbers = _split_numbers(str(match.operation))
-    return _Link(status, match, (status, operation, match.warnings), tuple(numbers))
+    kind = "" if change is None else _change_kind(change)
+    measured = change and (kind, share(change.mean), share(change.largest))
+    return _Link(status, match, measured, (status, operation, match.warnings, kind), tuple(numbers))
+
+
+def _change_kind(change: Change) -> str:
+    """Name the colour of a change, one of those of confidence."""
+    if change.verdict == "changed":
+        return "poor" if change.one_sided or change.mean >= _LARGE_CHANGE else "low"
+    return _COLOUR[change.verdict]
 
 
 def _side_of(alignment: Plan, side: Literal["source", "target"], links: Sequence[_Link]) -> _Side:
@@ -229,6 +240,22 @@ def _link_columns(
     }
 
 
+def _choice(choice: Choice, place: int, source: Mapping[str, int], target: Mapping[str, int]) -> dict[str, Any]:
+    """Return what an answer takes for what, with the text that makes it, and what else is said of a choice."""
+    left = len(choice.options) - _MAX_OPTIONS
+    return {
+        "options": [
+            {
+                "paste": to_paste(choice, place, number),
+                "pairs": [[[source[key] for key in match.sources], target[match.target]] for match in option.matches],
+                "operations": sorted({escaped(str(match.operation)) for match in option.matches}),
+            }
+            for number, option in enumerate(choice.options[:_MAX_OPTIONS])
+        ],
+        "more": settling(choice) + ([f"and {left} more in alignment.choices[{place}].options"] if left > 0 else []),
+    }
+
+
 def _kinds(operation: str) -> str:
     """Name the kinds of operations, without their numbers.
 
@@ -245,8 +272,8 @@ def _kinds(operation: str) -> str:
     return "".join(kinds).strip() or str(Copy())
 
 
-def document(alignment: Plan, *, title: str = TITLE) -> str:
-    """Write an alignment as an HTML document that loads nothing from elsewhere.
+def document(alignment: Plan, *, title: str | None = None, changes: Sequence[Change] | None = None) -> str:
+    """Write an alignment as an HTML document that loads nothing from elsewhere, with changes as a comparison.
 
     Its policy allows the style and the script that it holds and nothing more; keys are data to it and never markup.
     """
@@ -254,27 +281,64 @@ def document(alignment: Plan, *, title: str = TITLE) -> str:
     style, script = _asset("report.css"), "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
     script = f'"use strict";\n(() => {{\n{script}}})();\n'
     notes = "".join(f"<li>{escape(escaped(note))}</li>" for note in notes_of(alignment))
+    names = side_names(alignment)
+    sides = ("Source", "Target") if changes is None else ("First", "Second")
+    if title is None:
+        title = f"{names[0]} → {names[1]}" if any(names) else TITLE
+    if changes is None:
+        text = render_text(alignment, width=120)
+        totals = [
+            _total("Target tensors filled", {share.status: share.tensors for share in found.target}),
+            _total("Elements filled", {share.status: share.elements for share in found.target}),
+            _total("Source tensors used", {share.status: share.tensors for share in found.source}),
+        ]
+    else:
+        text = render_changes(alignment, changes, width=120, limit=SCREEN)
+        counts = {verdict: sum(change.verdict == verdict for change in changes) for verdict in VERDICTS}
+        left = left_of(alignment)
+        uncompared = {"mismatched": "mismatched", "ambiguous": "ambiguous", "only_second": "only in the second"}
+        parts = counts | {name: len(left[kind]) for kind, name in uncompared.items()}
+        totals = [_total("Tensors of the second equal", {name: count for name, count in parts.items() if count})]
     values = {
         "policy": "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"style-src '{_digest(style)}'; script-src '{_digest(script)}'",
         "version": escape(version("autoalign")),
         "title": escape(escaped(title)),
-        "lead": escape(found.lead),
-        "totals": _total("Target tensors filled", {share.status: share.tensors for share in found.target})
-        + _total("Elements filled", {share.status: share.elements for share in found.target})
-        + _total("Source tensors used", {share.status: share.tensors for share in found.source}),
+        "lead": escape(found.lead if changes is None else headline(alignment, changes)),
+        "heads": "".join(
+            f"<h2>{side} <span>{escape(escaped(name or default))}</span></h2>"
+            for side, name, default in zip(sides, names, ("the checkpoint", "the model"), strict=True)
+        ),
+        "totals": "".join(totals),
         "notes": f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else "",
-        "text": escape(render_text(alignment, width=120)),
-        "data": script_safe(page_data(alignment)),
+        "text": escape(text),
+        "data": script_safe(page_data(alignment, changes)),
         "css": style,
         "script": script,
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], _asset("report.html"))
 
 
-def write(alignment: Plan, path: str | os.PathLike[str], *, title: str = TITLE) -> None:
+def side_names(alignment: Plan) -> tuple[str, str]:
+    """Name the file or the model's class of each side; '' where neither is known."""
+    sides = (alignment.tensors, alignment.target_tensors)
+    modules = [getattr(side, "module", None) for side in sides]
+    paths = [Path(getattr(side, "path", None) or "").name for side in sides]
+    first, second = (
+        path if module is None else type(module).__name__ for module, path in zip(modules, paths, strict=True)
+    )
+    return first, second
+
+
+def write(
+    alignment: Plan,
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    changes: Sequence[Change] | None = None,
+) -> None:
     """Write the document to a file, which is replaced as a whole or left as it was."""
-    text = document(alignment, title=title)
+    text = document(alignment, title=title, changes=changes)
     try:
         replace_text(Path(path), text)
     except (OSError, ValueError, TypeError) as error:
@@ -296,7 +360,7 @@ def script_safe(value: object) -> str:
 
 def _total(name: str, parts: Mapping[str, int]) -> str:
     whole = sum(parts.values())
-    good = sum(count for status, count in parts.items() if status in FILLED or status == "used")
+    good = sum(count for status, count in parts.items() if status in FILLED or status in ("used", "equal"))
     rects, x = "", 0.0
     for status, count in parts.items():
         width = 100 * count / whole if whole else 0
@@ -330,64 +394,3 @@ def _digest(text: str) -> str:
 @cache
 def _asset(name: str) -> str:
     return files("autoalign.reports").joinpath("page", name).read_text(encoding="utf-8")
-
-
-def notebook_html(alignment: Plan) -> str:
-    """Write an alignment as a fragment of HTML that needs neither scripts nor a network.
-
-    Sections open without scripts; matched rows are closed where others need attention, and long sections are cut.
-    """
-    found = totals_of(alignment)
-    sections = {title: rows for title, rows in rows_of(alignment).items() if rows}
-    parts = [
-        f"<div><strong>{escape(repr(alignment))}</strong></div>",
-        f"<div>{escape(found.lead)}</div>",
-        _totals(found),
-        *(f"<div>Note: {escape(escaped(note))}</div>" for note in notes_of(alignment)),
-        *(
-            _section(title, rows, opened=len(sections) == 1 or not title.startswith("Matched"))
-            for title, rows in sections.items()
-        ),
-    ]
-    return f'<div class="autoalign">{"".join(parts)}</div>'
-
-
-def _totals(found: Totals) -> str:
-    rows = "".join(
-        f'<tr><td style="{_CELL}">{share.status}</td><td style="{_NUMBER}">{share.tensors:,}</td>'
-        f'<td style="{_NUMBER}">{share.elements:,}</td>'
-        f'<td style="{_NUMBER}">{percent(share.elements, elements(shares))} of the {side}</td></tr>'
-        for side, shares in (("target", found.target), ("source", found.source))
-        for share in shares
-        if share.status != "used"
-    )
-    heads = "".join(
-        f'<th scope="col" style="{style}">{name}</th>'
-        for name, style in (("", _CELL), ("tensors", _NUMBER), ("elements", _NUMBER), ("", _NUMBER))
-    )
-    return f'<table style="margin:6px 0;border:0"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
-
-
-def _section(title: str, rows: Sequence[Row], *, opened: bool) -> str:
-    count = sum(row.tensors for row in rows)
-    left = len(rows) - MAX_ROWS
-    more = f"<div>… and {left:,} more rows: print the alignment, or write it with to_html</div>" if left > 0 else ""
-    body = "".join(map(_row, rows[:MAX_ROWS]))
-    return (
-        f"<details{' open' if opened else ''}><summary>{escape(title)} ({count:,})</summary>"
-        f'<table style="margin:2px 0 6px 16px;border:0"><tbody>{body}</tbody></table>{more}</details>'
-    )
-
-
-def _row(row: Row) -> str:
-    *others, key = row.keys
-    cells = [f'<td style="{_CELL};{_KEY}">{escape(other)}</td>' for other in others]
-    cells.append(f'<td style="{_CELL};{_KEY}">{"→ " if others else ""}{escape(key)}</td>')
-    if not others:
-        cells[0] = cells[0].replace("<td ", '<td colspan="2" ', 1)
-    warnings = "".join(f"<div>⚠ {escape(warning)}</div>" for warning in row.warnings)
-    warnings += "".join(f"<div>{escape(line)}</div>" for line in row.advice)
-    *cells_before, verdict = (escape(cell) for cell in row.cells)
-    facts = "".join(f'<td style="{_CELL};{_PALE};white-space:nowrap">{cell}</td>' for cell in cells_before)
-    facts += f'<td style="{_CELL};{_PALE}">{verdict}{warnings}</td>'
-    return f'<tr style="background:none">{"".join(cells)}{facts}</tr>'

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from math import prod
@@ -288,6 +288,15 @@ def _block(text: str) -> str:
     return starts.pop() if len(starts) == 1 else ""
 
 
+def key_block(key: str) -> str:
+    """Return the block of a network that a tensor is in: all up to the first number, or else its module.
+
+    >>> key_block("encoder.layers.11.fc.weight"), key_block("head.fc.bias"), key_block("cls_token")
+    ('encoder.layers.11', 'head.fc', 'cls_token')
+    """
+    return _block(key).removesuffix(".") or key.rpartition(".")[0] or key
+
+
 def lay_out(rows: Sequence[Row], width: int) -> list[list[str]]:
     """Write each row as its lines: one if it fits, with its cells in columns, else two or more."""
     widths = [max(map(len, column)) for column in zip(*(row.cells for row in rows), strict=True)]
@@ -386,3 +395,22 @@ def cut(rows: Sequence[Row], table: Sequence[list[str]], budget: int, everything
     if left:
         kept.append(f"  ... and {len(rows) - count:,} more rows, of {left:,} tensors: {everything}")
     return kept
+
+
+def paragraphs(texts: Iterable[str], width: int) -> list[str]:
+    """Wrap texts of a line each, of which all but the first lines are indented."""
+    return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ")]
+
+
+def render_sections(
+    head: Sequence[str], found: Mapping[str, Sequence[Row]], width: int, limit: int | None, everything: str
+) -> str:
+    """Write a report: the lines of its head, and each section that has rows, cut so that all keeps to the limit."""
+    lines = list(head)
+    sections = {title: under_headings(rows) for title, rows in found.items() if rows}
+    tables = {title: lay_out(rows, width) for title, rows in sections.items()}
+    sizes = [sum(map(len, table)) for table in tables.values()]
+    budgets = sizes if limit is None else share_out(sizes, limit - len(lines) - 2 * len(tables))
+    for (title, table), budget in zip(tables.items(), budgets, strict=True):
+        lines += ["", title, *cut(sections[title], table, budget, everything)]
+    return "\n".join(map(str.rstrip, lines))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import floor
@@ -17,7 +16,7 @@ from autoalign.plan.operations import Shape
 from autoalign.plan.quantised import ADVICE, Members
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.choices import answers, choices_of, reasons
-from autoalign.reports.rows import Row, blocks_of, cut, escaped, fold, lay_out, share_out, under_headings
+from autoalign.reports.rows import Row, blocks_of, cut, escaped, fold, lay_out, paragraphs, render_sections
 
 SCREEN = 40  # lines
 STATUSES: tuple[Status, ...] = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # as of the sections
@@ -107,16 +106,8 @@ def render_text(
     options of the command line.
     """
     found = rows_of(alignment, most=None if limit is None else _MAX_ROWS_OF_CHOICE, for_shell=for_shell)
-    sections = {title: under_headings(rows) for title, rows in found.items() if rows}
-    tables = {title: lay_out(rows, width) for title, rows in sections.items()}
-    lines = _totals(alignment)
-    for note in notes_of(alignment):
-        lines += textwrap.wrap(f"Note: {escaped(note)}", width, subsequent_indent="  ")
-    sizes = [sum(map(len, table)) for table in tables.values()]
-    budgets = sizes if limit is None else share_out(sizes, limit - len(lines) - 2 * len(tables))
-    for (title, table), budget in zip(tables.items(), budgets, strict=True):
-        lines += ["", title, *cut(sections[title], table, budget, everything)]
-    return "\n".join(lines)
+    notes = paragraphs((f"Note: {escaped(note)}" for note in notes_of(alignment)), width)
+    return render_sections([*_totals(alignment), *notes], found, width, limit, everything)
 
 
 def _totals(alignment: Plan) -> list[str]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -309,3 +310,12 @@ class Rules:
         sides = [rule.sides for rule in self.rules]
         width = min(max((len(first) for first, _ in sides), default=0), _MAX_WIDTH)
         return "\n".join([*(f"{first:<{width}} -> {rest}" for first, rest in sides), *self.notes])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td style='text-align:left'><code>{escape(first)}</code></td>"
+            f"<td style='text-align:left'><code>→ {escape(rest)}</code></td></tr>"
+            for first, rest in (rule.sides for rule in self.rules)
+        )
+        notes = "".join(f"<div>{escape(note)}</div>" for note in self.notes)
+        return f"<div><strong>{len(self.rules):,} rules</strong><table><tbody>{rows}</tbody></table>{notes}</div>"

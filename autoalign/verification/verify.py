@@ -76,6 +76,14 @@ class Verification:
             lines.append("Load them: model.load_state_dict(verification.alignment.state_dict(), strict=False)")
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
+    def _repr_html_(self) -> str:
+        from autoalign.reports.notebook import short_html
+
+        title = "Proven equal" if self.equal else "NOT equal" if self.max_difference > self.tolerance else "NOT proven"
+        outputs = [(each.source, each.target, f"{each.difference:.1e}") for each in self.outputs]
+        tables = {"Output of the source, of the target, difference": outputs}
+        return short_html(title, str(self).splitlines(), tables)
+
 
 def verify_models(
     source_model: nn.Module,

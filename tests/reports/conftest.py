@@ -102,7 +102,7 @@ class Browser:
         """Return the addresses requested since the last time, except those that need no network."""
         messages = [json.loads(entry["message"])["message"] for entry in _log(self.driver, "performance")]
         sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        return [url for url in sent if not url.startswith(("file:", "data:", "chrome:"))]
+        return [url for url in sent if not url.startswith(("file:", "data:", "chrome:", "chrome-untrusted:", "about:"))]
 
 
 def _log(driver: webdriver.Chrome, kind: str) -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ from autoalign.alignment import Alignment
 from autoalign.errors import InputError
 from autoalign.plan.matches import Candidate, Match, Mismatch
 from autoalign.plan.operations import Concatenate, Copy
-from autoalign.reports.html import MAX_ROWS, document, page_data, script_safe
+from autoalign.reports.html import document, page_data, script_safe
+from autoalign.reports.notebook import MAX_ROWS
 from autoalign.reports.rows import escaped
 from tests.alignments import spec
 from tests.reports.examples import FUSED, HOSTILE, MIXED, hostile, many, unlike

@@ -105,7 +105,7 @@ function update() {
   state.visible.links.forEach((one, link) => { shown[kindOf[link]] += one; });
   state.visible.target.forEach((one, leaf) => { shown.missing += one && isMissing(leaf) ? 1 : 0; });
   state.visible.source.forEach((one, leaf) => { shown.unexpected += one && isUnexpected(leaf) ? 1 : 0; });
-  const all = `${loadedOf(counts).toLocaleString("en")} matches`;
+  const all = `${loadedOf(counts).toLocaleString("en")} ${DIFF ? "compared" : "matches"}`;
   const parts = [filtering() ? `${loadedOf(shown).toLocaleString("en")} of ${all}` : all];
   for (const kind of filtering() ? ["ambiguous", "mismatched", "missing", "unexpected"] : []) {
     if (shown[kind]) parts.push(`${shown[kind].toLocaleString("en")} ${kind}`);
@@ -115,7 +115,7 @@ function update() {
 }
 
 function makeChips() {
-  if (loadedOf(counts)) $("chips").append(el("span", { class: "legend" }, "Confidence"));
+  if (loadedOf(counts)) $("chips").append(el("span", { class: "legend" }, DIFF ? "Change" : "Confidence"));
   for (const [kind, title] of KINDS) {
     if (!counts[kind]) continue;
     const chip = el("button", { type: "button", class: "chip", "aria-pressed": "false", "data-kind": kind },
@@ -217,10 +217,10 @@ function listen() {
     });
   }
   document.addEventListener("keydown", (event) => {
-    const typing = /INPUT|SELECT|TEXTAREA/.test(event.target.tagName);
-    if (event.key === "/" && !typing) {
+    if (event.key === "/" && event.target !== $("search") && !event.ctrlKey && !event.metaKey && !event.altKey) {
       event.preventDefault();
       $("search").focus();
+      $("search").select();
     } else if (event.key === "Escape" && state.selected) {
       closePanel();
     }

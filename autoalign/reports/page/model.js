@@ -60,7 +60,12 @@ for (let link = 0; link < links.count; link++) {
 }
 
 // What a link or a tensor without a link is shown as: a colour, a filter and a place in the legend.
-const KINDS = [
+const DIFF = Boolean(data.links.change); // two checkpoints are compared, and the colours are those of changes
+const KINDS = DIFF ? [
+  ["sure", "equal"], ["good", "close"], ["low", "changed"], ["poor", "by 10 % and more"],
+  ["ambiguous", "ambiguous, not compared"], ["mismatched", "of other shapes, not compared"],
+  ["missing", "only in the second"], ["unexpected", "only in the first"],
+] : [
   ["sure", "0.99 and more"], ["good", "0.9 to 0.99"], ["low", "low: 0.7 to 0.9"], ["poor", "low: below 0.7"],
   ["adapted", "adapted"], ["ambiguous", "ambiguous, not loaded"], ["mismatched", "mismatched, not loaded"],
   ["missing", "missing"], ["unexpected", "unexpected"],
@@ -68,6 +73,7 @@ const KINDS = [
 const WORST = ["sure", "good", "adapted", "low", "poor", "ambiguous", "mismatched"];
 const kindOf = links.confidence.map((confidence, link) => {
   const status = data.statuses[links.status[link]];
+  if (DIFF && links.change[link]) return links.change[link][0];
   if (status !== "matched") return status;
   return confidence >= 0.99 ? "sure" : confidence >= 0.9 ? "good" : confidence >= 0.7 ? "low" : "poor";
 });

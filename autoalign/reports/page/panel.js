@@ -6,10 +6,13 @@ const CUES = {
   place: "the same place in a list of blocks", rule: "a rule that was given",
 };
 const VERDICTS = {
-  matched: "loaded", adapted: "loaded, with changed values", ambiguous: "not loaded: nothing says clearly that it is right",
-  mismatched: "not loaded: no operation reconciles the shapes",
+  matched: DIFF ? "compared" : "loaded", adapted: `${DIFF ? "compared" : "loaded"}, with changed values`,
+  ambiguous: `not ${DIFF ? "compared" : "loaded"}: nothing says clearly that it is right`,
+  mismatched: `not ${DIFF ? "compared" : "loaded"}: no operation reconciles the shapes`,
 };
 const LISTED = 60;
+const CHOICE_ROW = 22; // pixels
+const DRAWN = 8; // rows of a choice
 const percent = (value) => value.toFixed(2);
 
 function select(selection) {
@@ -52,7 +55,7 @@ function selectRibbon(ribbon) {
   select({ ribbon, row: layout.rows.target[ribbon.target], links: ribbon.links, loose: [] });
 }
 
-function showPanel(chosen = 0) {
+function showPanel() {
   const panel = $("panel");
   panel.hidden = !state.selected;
   document.body.classList.toggle("with-panel", Boolean(state.selected));
@@ -61,6 +64,7 @@ function showPanel(chosen = 0) {
     return;
   }
   const groups = groupsOf(state.selected);
+  const chosen = Math.max(0, groups.findIndex((group) => group.type === "link" && kindOf[group.items[0]] === "ambiguous"));
   const head = el("div", { class: "panel-head" },
     el("h2", {}, "Evidence"),
     el("button", { type: "button", class: "close", "aria-label": "Close the evidence", onclick: closePanel }, "✕"));
@@ -75,8 +79,8 @@ function showPanel(chosen = 0) {
           `${(groups.length - upTo).toLocaleString("en")} more`)));
       }
     };
-    show(LISTED);
-    list.querySelector("button")?.setAttribute("aria-current", "true");
+    show(Math.max(LISTED, chosen + 1));
+    list.querySelectorAll("button")[chosen].setAttribute("aria-current", "true");
     parts.push(list);
   }
   parts.push(detail);
@@ -166,6 +170,10 @@ function matchParts(link) {
   parts.push(el("div", { class: "operation" }, status === "mismatched" ? `≠ ${differing(link)}` : `↓ ${operation}`));
   parts.push(el("h3", {}, "Target tensor"), tensorList(target, [links.target[link]], "target"));
   if (status === "mismatched") return parts;
+  if (DIFF && links.change[link]) {
+    const [, mean, largest] = links.change[link];
+    parts.push(el("h3", {}, "Change"), el("p", { class: "change" }, `mean ${mean}, largest ${largest}`));
+  }
   parts.push(el("h3", {}, "Confidence"), meter(confidence, `k-${kind}`, percent(confidence), "Confidence"));
   const cues = Object.entries(data.evidence[links.evidence[link]]);
   if (cues.length) {
@@ -175,8 +183,7 @@ function matchParts(link) {
     ])));
   }
   if (links.choice[link] >= 0) {
-    parts.push(el("h3", {}, "To choose"), el("ul", { class: "choice" },
-      ...data.choices[links.choice[link]].map((line) => el("li", {}, line))));
+    parts.push(el("h3", {}, "To choose"), choiceList(data.choices[links.choice[link]]));
   } else if (links.alternatives[link]) {
     parts.push(el("h3", {}, "Alternatives, best first"), el("ol", { class: "alternatives" },
       ...links.alternatives[link].map(([sources, other]) => el("li", {},
@@ -186,6 +193,50 @@ function matchParts(link) {
     parts.push(el("p", { class: "none" }, "No alternative was close."));
   }
   return parts;
+}
+
+// The answers to a choice, each as ribbons from what it takes to what it fills, with the text that makes it.
+function choiceList(choice) {
+  const rows = { source: [], target: [] }; // in the order of the proposal, so that what another answer exchanges crosses
+  const placeOf = (side, leaf) => {
+    const node = side.shown[side.nodeOf[leaf]];
+    const found = rows[side.name].find((row) => row.node === node);
+    if (found) found.leaves.add(leaf);
+    else rows[side.name].push({ node, leaves: new Set([leaf]) });
+    return rows[side.name].findIndex((row) => row.node === node);
+  };
+  const pairs = choice.options.map((option) => new Set(option.pairs.flatMap(([sources, target]) =>
+    sources.map((leaf) => `${placeOf(sides.source, leaf)} ${placeOf(sides.target, target)}`))));
+  const labels = (name) => el("div", { class: "ends" }, ...rows[name].slice(0, DRAWN).map((row) =>
+    el("span", { class: "key" }, joinKeys(sides[name], [...row.leaves]).split(".").slice(-3).join("."))));
+  const drawing = (k) => {
+    const high = CHOICE_ROW * Math.min(DRAWN, Math.max(rows.source.length, rows.target.length));
+    const picture = svg("svg", { viewBox: `0 0 60 ${high}`, width: 60, height: high, "aria-hidden": "true" });
+    const ends = (place) => [place * CHOICE_ROW + 4, place * CHOICE_ROW + CHOICE_ROW - 4];
+    for (const [from, to] of [...pairs[k]].map((pair) => pair.split(" ").map(Number))) {
+      if (Math.max(from, to) >= DRAWN) continue;
+      picture.append(svg("path", { class: "ribbon k-ambiguous", d: ribbonPath({ from: ends(from), to: ends(to) }, 60, 0) }));
+    }
+    return el("div", { class: "crossing" }, labels("source"), picture, labels("target"));
+  };
+  return el("ul", { class: "choice" }, ...choice.options.map((option, k) => {
+    const same = k > 0 && [...pairs[k]].join() === [...pairs[0]].join();
+    const how = [k ? "or" : "as proposed", same ? `by ${option.operations.join(", ")}` : ""].filter(Boolean).join(", ");
+    return el("li", {}, `${how}:`, same ? "" : drawing(k), el("div", { class: "paste" }, el("code", {}, option.paste), copyButton(option.paste)));
+  }), ...choice.more.map((line) => el("li", {}, line)));
+}
+
+function copyButton(text) {
+  const button = el("button", { type: "button", class: "more", "aria-label": `Copy ${text}` }, "Copy");
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+      button.textContent = "Copied";
+    } catch { // where a page may not write there: the text is marked, to be copied with the keys
+      getSelection().selectAllChildren(button.previousSibling);
+    }
+  });
+  return button;
 }
 
 // In which dimensions the shapes of a mismatched pair differ.
@@ -207,7 +258,7 @@ function looseParts(group, index) {
   }
   const parts = [
     el("p", { class: `verdict k-${kind}` }, el("span", { class: `dot k-${kind}` }),
-      kind === "missing" ? "missing: in the model, and nothing fills it" : "unexpected: in the checkpoint, and not used"),
+      DIFF ? "only in this one" : kind === "missing" ? "missing: in the model, and nothing fills it" : "unexpected: in the checkpoint, and not used"),
     tensorList(side, [leaf], side.name), el("h3", {}, "Reason"), el("p", { class: "reason" }, data.texts[row[1]]),
   ];
   const near = row.length > 2 ? row : side.left.get(firstOf(side, leaf));

@@ -36,7 +36,7 @@ function kindsOfRow(row) {
   return kinds;
 }
 
-const PILLS = { ambiguous: "? ambiguous", mismatched: "≠ shape", adapted: "~ adapted", missing: "missing", unexpected: "unexpected" };
+const PILLS = { ambiguous: "? ambiguous", mismatched: "≠ shape", adapted: "~ adapted", missing: DIFF ? "only here" : "missing", unexpected: DIFF ? "only here" : "unexpected" };
 
 function rowElement(row) {
   const side = row.side;
@@ -225,7 +225,8 @@ function joint(row, width, top) {
 // What is done on the way, written on the ribbon, or beside the joint of several that it is done to together.
 function labelOf(ribbon, width, top) {
   const { source, target } = layout.rows;
-  const operations = [...ribbon.operations].slice(0, 2).join(", ");
+  const changed = DIFF && ["low", "poor"].includes(ribbon.kind) && changeText(ribbon.links);
+  const operations = [...(changed ? [changed] : []), ...ribbon.operations].slice(0, 2).join(", ");
   if (!operations && ribbon.kind !== "mismatched") return [];
   const joined = target[ribbon.target].ribbons;
   const parted = source[ribbon.source].ribbons;
@@ -246,6 +247,11 @@ function labelOf(ribbon, width, top) {
   node.textContent = ribbon.kind === "mismatched" ? "≠" : operations.length > fits ? `${operations.slice(0, fits - 1)}…` : operations;
   return [node];
 }
+
+const changeText = (found) => {
+  const worst = found.filter((link) => kindOf[link] === worstOf(found)).map((link) => links.change[link][1]);
+  return [...new Set([worst[0], worst[worst.length - 1]])].join(" to ");
+};
 
 function refresh() {
   layout = layOut(visibleRows());
