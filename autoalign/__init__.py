@@ -33,11 +33,15 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.errors import UnequalModelsError as UnequalModelsError
     from autoalign.errors import UnsafeCheckpointError as UnsafeCheckpointError
     from autoalign.errors import ValueWarning as ValueWarning
+    from autoalign.loading.diff import Difference as Difference
+    from autoalign.loading.diff import diff as diff
     from autoalign.options import AlignOptions as AlignOptions
     from autoalign.plan.matches import Candidate as Candidate
     from autoalign.plan.matches import Match as Match
     from autoalign.plan.matches import Mismatch as Mismatch
     from autoalign.plan.matches import Verified as Verified
+    from autoalign.reports.changes import Block as Block
+    from autoalign.reports.changes import Change as Change
     from autoalign.reports.choices import Choice as Choice
     from autoalign.reports.choices import Option as Option
     from autoalign.reports.explain import Explanation as Explanation
@@ -61,8 +65,10 @@ _MODULES = {
         *("PairMismatchError", "PartialLoadWarning", "PatternError"),
         *("RulesError", "TraceError", "UnequalModelsError", "UnsafeCheckpointError", "ValueWarning"),
     ),
+    "loading.diff": ("Difference", "diff"),
     "options": ("AlignOptions",),
     "plan.matches": ("Candidate", "Match", "Mismatch", "Verified"),
+    "reports.changes": ("Block", "Change"),
     "reports.choices": ("Choice", "Option"),
     "reports.explain": ("Explanation",),
     "rules.rule": ("Rule",),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -14,9 +13,8 @@ from torch import nn
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Side
 from autoalign.checkpoints.named_models import code_of
-from autoalign.errors import InputError, did_you_mean
 from autoalign.matching.match import Decide, match_tensors
-from autoalign.options import Adapt, AlignOptions, MatchOptions, NoOptions, PatternLike, RuleLike
+from autoalign.options import Adapt, AlignOptions, MatchOptions, NoOptions, PatternLike, RuleLike, check_options
 from autoalign.plan.matches import Plan
 
 if TYPE_CHECKING:
@@ -25,26 +23,6 @@ if TYPE_CHECKING:
     from autoalign.verification.verify import Verification
 
 _SURE = 0.9  # of matches that are not asked about
-
-
-def _check_options(function: Callable[..., object], given: Mapping[str, object], consequence: str) -> None:
-    """Refuse options that ``align`` does not have, naming the most similar option of it or of the function called.
-
-    >>> _check_options(sorted, {"exclude": "fc"}, "Nothing was sorted.")
-    >>> _check_options(sorted, {"revers": True}, "Nothing was sorted.")
-    Traceback (most recent call last):
-    autoalign.errors.InputError: sorted() got an unexpected keyword argument 'revers'. Did you mean 'reverse'? Nothing \
-was sorted.
-    """
-    known = AlignOptions.__annotations__.keys()
-    unknown = [name for name in given if name not in known]
-    if not unknown:
-        return
-    own = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind < 4]
-    names = list(dict.fromkeys((*own, *known)))
-    parts = [f"{name!r}.{did_you_mean(name, names)}" for name in unknown]
-    plural = "an unexpected keyword argument" if len(parts) == 1 else "unexpected keyword arguments"
-    raise InputError(f"{function.__name__}() got {plural} {' '.join(parts)} {consequence}")
 
 
 def align(
@@ -120,7 +98,7 @@ def align(
         PatternError: A rule or pattern is malformed, matches nothing, or joins tensors of incompatible shapes.
         CheckpointError: A file cannot be read.
     """
-    _check_options(align, unknown, "Nothing was aligned.")
+    check_options(align, unknown, "Nothing was aligned.")
     plan = match_tensors(
         source,
         target,
@@ -223,7 +201,7 @@ def load(
         ValueWarning: A tensor of the checkpoint has NaN, or the model's dtype cannot hold its values. Rounding to
             another floating-point type of 16 bits or more is not warned of.
     """
-    _check_options(load, align_options, "Nothing was loaded.")
+    check_options(load, align_options, "Nothing was loaded.")
     options: dict[str, Any] = {"strict": strict, "assign": assign, "progress": progress}
     options |= {"dtype": dtype, "device": device, "alignment": alignment}
     given = None if alignment is not None else checkpoint
@@ -239,7 +217,7 @@ def load(
 
 def convert(
     checkpoint: Side,
-    target: Side,
+    target: Side | None,
     output_path: str | os.PathLike[str],
     *,
     format: Format = "safetensors",  # noqa: A002, the field's own word
@@ -248,10 +226,11 @@ def convert(
     metadata: Mapping[str, str] | None = None,
     strict: bool = False,
     overwrite: bool = False,
+    unwrap: bool = False,
     progress: Progress | None = None,
     **align_options: Unpack[AlignOptions],
 ) -> Alignment:
-    """Rewrite a checkpoint in the target's names, shapes and layout.
+    """Rewrite a checkpoint in the target's names, shapes and layout, or in its own.
 
     Tensors are read, changed and written one by one, so that little more than the largest of them is in memory; what
     a file format maps into memory is not counted. All that ``align`` matches is written: each key of the target has a
@@ -270,7 +249,8 @@ def convert(
 
     Args:
         checkpoint: The source: a path, a mapping of tensors, a module, or an open ``Checkpoint``.
-        target: What to write it for, in any of the same forms. Its values are not needed; it may be on ``meta``.
+        target: What to write it for, in any of the same forms. Its values are not needed; it may be on ``meta``. None
+            for a copy under its own names, of all tensors of the container that is taken as they are.
         output_path: A file, ``NAME.safetensors``, or else a folder, in which the file is ``model.safetensors``.
         format: ``"safetensors"``, or ``"dcp"`` for a folder of ``torch.distributed.checkpoint``, which must be new or
             empty, and has neither a limit of size nor metadata.
@@ -283,9 +263,12 @@ def convert(
         metadata: Entries for the file's metadata, beside and before those of the source's. ``format`` is always ``pt``.
         strict: Raise unless every key of the target gets a tensor and every tensor of the checkpoint is used.
         overwrite: Replace an output that is there, with its index and shards.
+        unwrap: Without a target, take the modules of wrappers out of the names: those of torch, such as ``module`` and
+            ``_orig_mod``, and outer ones that all tensors are in.
         progress: Called with the number of tensors written and of all, while they are written.
         **align_options: As for ``align``: ``rules``, ``include``, ``exclude``, ``container``, ``min_confidence``,
-            ``dequantise``, ``merge_adapter``, ``source_model``, and ``adapt``.
+            ``dequantise``, ``merge_adapter``, ``source_model``, and ``adapt``; without a target no others than
+            ``include``, ``exclude`` and ``container``.
 
     Returns:
         The alignment; its ``matches`` are what was written.
@@ -301,20 +284,21 @@ def convert(
         ChoiceWarning: As of ``load``.
         PartialLoadWarning: Keys of the target that ``exclude`` and ``include`` did not leave out are not in the output.
     """
-    _check_options(convert, align_options, "Nothing was written.")
+    check_options(convert, align_options, "Nothing was written.")
     from autoalign.loading.convert import convert_checkpoint
 
     return convert_checkpoint(
         checkpoint,
         target,
         output_path,
-        _resolved(align_options, checkpoint),
+        _resolved(align_options, None if target is None else checkpoint),
         format=format,
         dtype=dtype,
         max_shard_size=max_shard_size,
         metadata=metadata,
         strict=strict,
         overwrite=overwrite,
+        unwrap=unwrap,
         progress=progress,
     )
 
@@ -391,7 +375,7 @@ def verify(
     Raises:
         InputError: A model cannot be called on the inputs, or the alignment is not one of these models.
     """
-    _check_options(verify, align_options, "Nothing was verified.")
+    check_options(verify, align_options, "Nothing was verified.")
     from autoalign.verification.verify import verify_models
 
     return verify_models(

@@ -1,8 +1,11 @@
-"""The options of ``align``: their types, and what the command line calls them; torch is not imported for them."""
+"""The options of ``align``: their types, what the command line calls them, and unknown ones; torch is not imported."""
 
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypedDict, get_args
+
+from autoalign.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,3 +74,27 @@ class AlignOptions(MatchOptions, TypedDict, total=False):
 
 class NoOptions(TypedDict):
     """No options: the type of ``**unknown``, which type checkers refuse as ``align`` does."""
+
+
+def check_options(
+    function: Callable[..., object],
+    given: Mapping[str, object],
+    consequence: str,
+    known: Collection[str] = AlignOptions.__annotations__,
+) -> None:
+    """Refuse options that are not ``known``, naming the most similar one of them or of the function called.
+
+    >>> check_options(sorted, {"exclude": "fc"}, "Nothing was sorted.")
+    >>> check_options(sorted, {"revers": True}, "Nothing was sorted.")
+    Traceback (most recent call last):
+    autoalign.errors.InputError: sorted() got an unexpected keyword argument 'revers'. Did you mean 'reverse'? Nothing \
+was sorted.
+    """
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    own = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind < 4]
+    names = list(dict.fromkeys((*own, *known)))
+    parts = [f"{name!r}.{did_you_mean(name, names)}" for name in unknown]
+    plural = "an unexpected keyword argument" if len(parts) == 1 else "unexpected keyword arguments"
+    raise InputError(f"{function.__name__}() got {plural} {' '.join(parts)} {consequence}")

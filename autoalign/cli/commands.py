@@ -129,13 +129,19 @@ def load_check(
 @command()
 def convert(
     checkpoint: Checkpoints,
-    target: Annotated[
-        str,
-        typer.Option(
-            "--to", metavar="TARGET", help="what to write it for, as in align", autocompletion=complete_models
-        ),
-    ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="OUT", help="NAME.safetensors, or a folder")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="TARGET",
+            help="what to write it for, as in align (default: a copy under its own names)",
+            autocompletion=complete_models,
+        ),
+    ] = None,
+    unwrap: Annotated[
+        bool, typer.Option("--unwrap", help="without --to: take wrappers such as module. out of the names")
+    ] = False,
     output_format: Annotated[
         Literal["safetensors", "dcp"],
         typer.Option(help="dcp is a folder of torch.distributed.checkpoint, new or empty"),
@@ -156,7 +162,7 @@ def convert(
     open_page: OpenPage = False,
     **options: Unpack[AlignOptions],
 ) -> int:
-    """Rewrite a checkpoint in a target's names, as safetensors or a distributed checkpoint.
+    """Rewrite a checkpoint in a target's names, or in its own, as safetensors or a distributed checkpoint.
 
     Shapes and layout are the target's too; it is written tensor by tensor, and appears when it is complete.
     """
@@ -166,7 +172,7 @@ def convert(
     alignment = autoalign.convert(
         side_of(checkpoint, values=True),
         # which may keep values of the target's own
-        side_of(target, values=bool(options.get("adapt") or options.get("merge_adapter"))),
+        target and side_of(target, values=bool(options.get("adapt") or options.get("merge_adapter"))),
         output,
         format=output_format,
         dtype=dtype,
@@ -174,6 +180,7 @@ def convert(
         metadata={key: value for key, _, value in parted},
         strict=strict,
         overwrite=overwrite,
+        unwrap=unwrap,
         progress=progress("Writing"),
         **options,
     )
@@ -182,7 +189,7 @@ def convert(
 
     verdict = f"Wrote {len(alignment.matches)} tensors to {escaped(output)}."
     return show_alignment(
-        alignment, checkpoint, target, form, verdict=verdict, everything=everything, open_page=open_page
+        alignment, checkpoint, target or output, form, verdict=verdict, everything=everything, open_page=open_page
     )
 
 
@@ -222,29 +229,27 @@ def rules(
 def diff(
     first: Annotated[str, side("A", "a checkpoint of any format")],
     second: Annotated[str, side("B", "another")],
-    container: Container = None,
     other_container: Annotated[str | None, typer.Option(metavar="NAME", help="which of several in B")] = None,
-    form: TableForm = "text",
+    tolerance: Annotated[
+        float | None, typer.Option(metavar="T", help="largest change that is called close (default: that of rounding)")
+    ] = None,
+    form: ReportForm = "text",
+    everything: Everything = False,
+    open_page: OpenPage = False,
+    **options: Unpack[MatchOptions],
 ) -> int:
-    """Compare two checkpoints key by key.
+    """Compare the values of two checkpoints, whatever their keys.
 
-    Shown are keys that are in one only, which have another shape or dtype, and which hold other values, with the
-    largest difference. Tensors are read one by one. To compare under other keys, convert one of them first.
+    Both are aligned, and what corresponds is compared: split, transposed, dequantised. Shown are the mean and largest
+    changes of each block, and what was not compared: what is ambiguous, of other shapes, or in one of them only.
     """
     from autoalign.checkpoints.checkpoint import checkpoint_of
-    from autoalign.cli.reports import difference_lines, differences_json
-    from autoalign.loading.values import differences
+    from autoalign.cli.reports import show_difference
 
-    one = checkpoint_of(side_of(first, values=True), container=container)
     other = checkpoint_of(side_of(second, values=True), container=other_container)
-    found = differences(one, other, progress("Comparing"))
-    if not set(one) & set(other):
-        complain("note: the two have no key in common; autoalign align shows which of them correspond")
-    if form == "json":
-        show_json({"first": first, "second": second, **differences_json(found)})
-    else:
-        show("\n".join(difference_lines(found, first, second, markdown=form == "markdown")))
-    return COMPLETE if found.none else INCOMPLETE
+    one, report = side_of(first, values=True), progress("Comparing")
+    found = autoalign.diff(one, other, tolerance=tolerance, progress=report, **options)
+    return show_difference(found, first, second, form, everything=everything, open_page=open_page)
 
 
 @command(exits=_UNEQUAL)

@@ -6,18 +6,18 @@ import tempfile
 import webbrowser
 from collections.abc import Sequence
 from inspect import signature
-from math import isfinite
 from pathlib import Path
 from pprint import pformat
 from typing import Any
 
 from autoalign.alignment import Alignment
 from autoalign.cli.terminal import COMPLETE, INCOMPLETE, show, show_json, width
-from autoalign.loading.values import Changed, Differences
+from autoalign.loading.diff import Difference
 from autoalign.plan.specs import TensorSpec
+from autoalign.reports.changes import render_changes, render_changes_markdown
 from autoalign.reports.html import document
-from autoalign.reports.rows import Row, escaped, fold, lay_out
-from autoalign.reports.text import SCREEN, escape_markdown, markdown_code, markdown_table, render_markdown, render_text
+from autoalign.reports.rows import escaped
+from autoalign.reports.text import SCREEN, markdown_code, render_markdown, render_text
 from autoalign.rules.rules import Rules
 
 
@@ -38,10 +38,8 @@ def show_alignment(
     source = " ".join(checkpoint)
     code = COMPLETE if set(alignment.missing_keys) <= alignment.excluded else INCOMPLETE
     if open_page:
-        page = Path(tempfile.mkdtemp(prefix="autoalign-"), "report.html")
-        page.write_text(document(alignment, title=f"{source} -> {target}"), encoding="utf-8")
-        webbrowser.open(page.as_uri())
-        show("\n".join([str(page), *([verdict] if verdict else [])]))
+        page = _opened(document(alignment, title=f"{source} -> {target}"))
+        show("\n".join([page, *([verdict] if verdict else [])]))
     elif form == "json":
         data = alignment.to_dict()
         data["source"]["name"], data["target"]["name"] = source, target
@@ -57,6 +55,14 @@ def show_alignment(
         lines = [f"{escaped(source)} -> {escaped(target)}", "", report]
         show("\n".join(lines + (["", verdict] if verdict else [])))
     return code
+
+
+def _opened(text: str) -> str:
+    """Show a page in a browser, and return the path of its file."""
+    page = Path(tempfile.mkdtemp(prefix="autoalign-"), "report.html")
+    page.write_text(text, encoding="utf-8")
+    webbrowser.open(page.as_uri())
+    return str(page)
 
 
 def rules_text(rules: Rules, form: str, name: str) -> str:
@@ -100,76 +106,25 @@ def _call_source(operation: Any) -> str:
     return f"{type(operation).__name__}({', '.join(shown)})"
 
 
-def difference_lines(found: Differences, first: str, second: str, *, markdown: bool) -> list[str]:
-    """Write in what two checkpoints differ."""
-    same_kind = [item for item in found.changed if item.first.kind == item.second.kind]
-    other_kind = [item for item in found.changed if item.first.kind != item.second.kind]
-    sections = {
-        f"Only in {escaped(first)}": _rows_of_one_side(found.only_first),
-        f"Only in {escaped(second)}": _rows_of_one_side(found.only_second),
-        "Other shapes or dtypes, and the largest difference of the values": _changed_rows(other_kind),
-        "Values that differ, the largest difference, and its share of the largest value": _changed_rows(same_kind),
-    }
-    lines = [f"Equal: {found.equal:,} tensors"]
-    for title, rows in sections.items():
-        if not rows:
-            continue
-        count = sum(row.tensors for row in rows)
-        if markdown:
-            lines += ["", f"### {escape_markdown(title)} ({count:,})", "", *markdown_table(rows)]
-        else:
-            lines += ["", f"{title}: {count:,}"]
-            lines += [line.rstrip() for row_lines in lay_out(rows, width()) for line in row_lines]
-    return lines
-
-
-def _rows_of_one_side(specs: Sequence[TensorSpec]) -> list[Row]:
-    folds = fold([((escaped(spec.key),), spec.kind) for spec in specs])
-    return [Row(row.texts, (row.fields,), len(row.members)) for row in folds]
-
-
-def _changed_rows(items: Sequence[Changed]) -> list[Row]:
-    rows = []
-    entries = []
-    for item in items:
-        kinds = " -> ".join(dict.fromkeys((item.first.kind, item.second.kind)))
-        entries.append(((escaped(item.key),), (kinds, item.difference is None)))
-    for row in fold(entries):
-        members = [items[member] for member in row.members]
-        most = max(members, key=lambda item: item.difference or 0.0)
-        if most.difference is None:
-            values = ""
-        elif not most.difference:
-            values = "equal values"
-        else:
-            share = f" ({most.difference / most.magnitude:.2g})" if most.magnitude else ""
-            where = f" in {escaped(most.key)}" if len(members) > 1 else ""
-            values = f"{most.difference:.3g}{share}{where}"
-        rows.append(Row(row.texts, (row.fields[0], values), len(members)))
-    return rows
-
-
-def differences_json(found: Differences) -> dict[str, object]:
-    """Return in what two checkpoints differ as JSON."""
-
-    def number(value: float | None) -> float | str | None:  # JSON has no infinity
-        return value if value is None or isfinite(value) else str(value)
-
-    return {
-        "equal": found.equal,
-        "only_first": [tensor_json(spec) for spec in found.only_first],
-        "only_second": [tensor_json(spec) for spec in found.only_second],
-        "changed": [
-            {
-                "key": item.key,
-                "first": tensor_json(item.first),
-                "second": tensor_json(item.second),
-                "difference": number(item.difference),
-                "magnitude": number(item.magnitude),
-            }
-            for item in found.changed
-        ],
-    }
+def show_difference(
+    found: Difference, first: str, second: str, form: str, *, everything: bool = False, open_page: bool = False
+) -> int:
+    """Write in what two checkpoints differ; return the exit code."""
+    title, parts = f"{first} -> {second}", (found.alignment, found.changes)
+    if open_page:
+        show(_opened(document(found.alignment, title=title, changes=found.changes)))
+    elif form == "json":
+        show_json({"first": first, "second": second, "equal": found.equal, **found.to_dict()})
+    elif form == "html":
+        show(document(found.alignment, title=title, changes=found.changes), plain=True)
+    elif form == "markdown":
+        lines = [f"{markdown_code(escaped(first))} → {markdown_code(escaped(second))}", ""]
+        show("\n".join([*lines, render_changes_markdown(*parts)]), plain=True)
+    else:
+        limit = None if everything else SCREEN
+        report = render_changes(*parts, width=width(), limit=limit, everything="--all", for_shell=True)
+        show("\n".join([escaped(title), "", report]))
+    return COMPLETE if found.equal else INCOMPLETE
 
 
 def tensor_json(spec: TensorSpec) -> dict[str, object]:

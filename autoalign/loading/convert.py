@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +28,16 @@ from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.formats.detection import index_of
 from autoalign.checkpoints.formats.safetensors import dense, header, in_file_order, write_safetensors
 from autoalign.checkpoints.stored import named_dtype
-from autoalign.errors import CheckpointError, InputError, OutputError
+from autoalign.errors import CheckpointError, InputError, OutputError, listed
 from autoalign.loading.fill import Progress, require_shape, require_values
 from autoalign.loading.prepare import prepared, warn_of_choices, warn_of_unfilled
 from autoalign.matching.match import match_tensors
+from autoalign.matching.scope import excluded_keys
+from autoalign.matching.vocabulary import WRAPPERS
 from autoalign.plan.adapters import AddTo
 from autoalign.plan.dequantise import is_dequantised, result_dtype
 from autoalign.plan.matches import Match
-from autoalign.plan.specs import TensorSpec
+from autoalign.plan.specs import TensorSpec, tied_groups
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ _MAX_PATH_LENGTH = 200  # in an error
 
 def convert_checkpoint(
     checkpoint: Side,
-    target: Side,
+    target: Side | None,
     output_path: str | os.PathLike[str],
     align_options: Mapping[str, Any],
     *,
@@ -63,6 +65,7 @@ def convert_checkpoint(
     metadata: Mapping[str, str] | None,
     strict: bool,
     overwrite: bool,
+    unwrap: bool,
     progress: Progress | None,
 ) -> Alignment:
     """Write a checkpoint anew; see ``autoalign.convert``. ``align_options`` are those of ``match_tensors``."""
@@ -72,6 +75,8 @@ def convert_checkpoint(
     if dtype is not None and not (isinstance(cast, torch.dtype) and cast.is_floating_point):
         raise InputError(f"dtype={dtype!r} is not a floating-point dtype, such as 'bfloat16'. {_UNDONE}")
     limit = shard_size(max_shard_size)
+    if unwrap and target is not None:
+        raise InputError(f"unwrap= is for a copy under its own names, and a target has names. {_UNDONE} Leave one out.")
     if progress is not None and not callable(progress):
         raise InputError(f"progress= takes a function, not {type(progress).__name__}. {_UNDONE}")
     is_folder = format == "dcp"
@@ -87,16 +92,22 @@ def convert_checkpoint(
         raise OutputError(
             f"{str(folder / kept[0])!r} exists. {_UNDONE} Pass overwrite=True to replace it, or name another output."
         )
-    source, wanted = checkpoint_of(checkpoint, container=align_options.get("container")), checkpoint_of(target)
-    alignment = Alignment.of(match_tensors(source, wanted, **{**align_options, "container": None}))
+    source = checkpoint_of(checkpoint, container=align_options.get("container"))
+    module, name = None, repr(str(output_path))
+    if target is None:
+        alignment = _with_own_names(source, align_options, unwrap=unwrap)
+    else:
+        wanted = checkpoint_of(target)
+        module, name = wanted.module, repr(wanted) if wanted.module is None else type(wanted.module).__name__
+        alignment = Alignment.of(match_tensors(source, wanted, **{**align_options, "container": None}))
     taken = alignment.tensors if isinstance(alignment.tensors, Checkpoint) else source
     if states := [key for key in taken.extras if key.rpartition(".")[2] == "_extra_state"]:
         note = f"{len(states)} extra states of modules are not tensors and are not written: {', '.join(states[:3])}."
         alignment = replace(alignment, notes=(*alignment.notes, note))
     ready = prepared(
         alignment,
-        wanted.module,
-        repr(wanted) if wanted.module is None else type(wanted.module).__name__,
+        module,
+        name,
         strict=strict,
         verb="write",
         undone=_UNDONE,
@@ -130,6 +141,56 @@ def convert_checkpoint(
         _write(shards, read, described, folder, stem, older)
     logger.info("Wrote %s to %s.", ready.summary, folder)
     return alignment
+
+
+def _with_own_names(source: Checkpoint, options: Mapping[str, Any], *, unwrap: bool) -> Alignment:
+    """Return the alignment that copies a checkpoint under its own names, or those without wrappers."""
+    if others := sorted(options.keys() - {"container", "include", "exclude"}):
+        raise InputError(f"{others[0]}= needs a target. {_UNDONE} Name one, or leave it out.")
+    if not source.is_decided:
+        copies = listed([source.container, *source.copies])
+        raise InputError(f"Nothing tells which of several copies to take: {copies}. {_UNDONE} Choose by container=.")
+    excluded, notes = excluded_keys(options.get("include"), options.get("exclude"), list(source), [])
+    specs = [spec for spec in source.specs if spec.key not in excluded]
+    if coded := [spec for spec in specs if spec.encoding]:
+        raise InputError(
+            f"{coded[0]} is in a form that the output does not have, as are {len(coded)} in all. {_UNDONE} "
+            "Name a target, for which they are dequantised."
+        )
+    names = unwrapped(spec.key for spec in specs) if unwrap else {spec.key: spec.key for spec in specs}
+    if len(set(names.values())) < len(names):
+        (key, name) = next((k, n) for k, n in names.items() if k != n and list(names.values()).count(n) > 1)
+        raise InputError(f"Without wrappers {key!r} would be {name!r}, which another is too. {_UNDONE}")
+    if tied := tied_groups(specs):
+        notes = (*notes, f"Tied tensors are written under each of their keys: {listed([' = '.join(k) for k in tied])}.")
+    return Alignment(
+        matches=tuple(Match(names[spec.key], (spec.key,)) for spec in specs),
+        ambiguous=(),
+        mismatched=(),
+        source_specs=source.all_specs,
+        target_specs=tuple(replace(spec, key=names[spec.key]) for spec in specs),
+        excluded=frozenset(excluded),
+        notes=(*source.notes, *notes),
+        tensors=source,
+    )
+
+
+def unwrapped(keys: Iterable[str]) -> dict[str, str]:
+    """Map keys to those without wrappers: modules of torch's wrappers, and outer ones that hold all others.
+
+    >>> unwrapped(["module._orig_mod.net.fc.weight", "module._orig_mod.net.head.weight"])
+    {'module._orig_mod.net.fc.weight': 'fc.weight', 'module._orig_mod.net.head.weight': 'head.weight'}
+    >>> unwrapped(["module.fc.weight", "module.fc.bias"])
+    {'module.fc.weight': 'fc.weight', 'module.fc.bias': 'fc.bias'}
+    """
+    names = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in keys}
+    while names:
+        heads, rests = zip(*(name.partition(".")[::2] for name in names.values()), strict=True)
+        is_named = heads[0] != "module"  # as DistributedDataParallel calls it, around a single layer too
+        if len({*heads}) > 1 or heads[0].isdecimal() or not all("." in rest if is_named else rest for rest in rests):
+            break
+        names = dict(zip(names, rests, strict=True))
+    return names
 
 
 def shard_size(size: int | str) -> int:

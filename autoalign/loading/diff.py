@@ -18,7 +18,7 @@ from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.errors import InputError
 from autoalign.loading.fill import Progress, copies_in_place, read_sources, require_values
 from autoalign.matching.match import match_tensors
-from autoalign.options import MatchOptions
+from autoalign.options import MatchOptions, check_options
 from autoalign.plan.matches import Match, Plan
 from autoalign.reports.changes import (
     Block,
@@ -118,6 +118,7 @@ def diff(
         CheckpointError: A file cannot be read, or was changed meanwhile.
         PairMismatchError: Keys or shapes are not those that ``alignment`` was made for.
     """
+    check_options(diff, align_options, _UNDONE, MatchOptions.__annotations__)
     container = align_options.pop("container", None)
     if alignment is None:
         own = checkpoint_of(first, container=container)
@@ -212,17 +213,20 @@ def _pieces(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     if first.numel() <= _PIECE:
         yield first, second
     elif first.is_contiguous() and second.is_contiguous():
-        yield from zip(first.view(-1).split(_PIECE), second.view(-1).split(_PIECE), strict=True)
+        yield from zip(torch.split(first.view(-1), _PIECE), torch.split(second.view(-1), _PIECE), strict=True)
     else:
         rows = max(_PIECE * len(first) // first.numel(), 1)
-        for own, other in zip(first.split(rows), second.split(rows), strict=True):
+        for own, other in zip(torch.split(first, rows), torch.split(second, rows), strict=True):
             yield from _pieces(own[0], other[0]) if rows == 1 else [(own, other)]
 
 
 def _apart(pair: tuple[Tensor, Tensor]) -> _Apart:
     """Measure a piece; the second tensor's device and dtype may be others."""
     first, second = (tensor.cpu().reshape(-1) for tensor in pair)
-    return _sum(list(starmap(_measured, zip(first.split(_CACHED), second.split(_CACHED), strict=True))) or [_Apart()])
+    return _sum(
+        list(starmap(_measured, zip(torch.split(first, _CACHED), torch.split(second, _CACHED), strict=True)))
+        or [_Apart()]
+    )
 
 
 def _size(tensor: Tensor) -> _Apart:

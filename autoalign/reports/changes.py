@@ -10,7 +10,7 @@ from typing import Any, Literal
 from autoalign.plan.matches import Plan
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.rows import Row, escaped, fold, key_block, paragraphs, render_sections
-from autoalign.reports.text import rows_of
+from autoalign.reports.text import escape_markdown, markdown_sections, rows_of
 
 Verdict = Literal["equal", "close", "changed"]
 VERDICTS: tuple[Verdict, ...] = ("equal", "close", "changed")  # the worst last
@@ -174,6 +174,12 @@ def render_changes(
     head = [headline(alignment, changes), *(f"Note: {escaped(note)}" for note in alignment.notes)]
     found = change_rows(alignment, changes, for_shell=for_shell)
     return render_sections(paragraphs(head, width), found, width, limit, everything)
+
+
+def render_changes_markdown(alignment: Plan, changes: Sequence[Change]) -> str:
+    """Write a comparison as Markdown."""
+    texts = [headline(alignment, changes), "", *(f"- {escaped(note)}" for note in alignment.notes)]
+    return markdown_sections(list(map(escape_markdown, texts)), change_rows(alignment, changes))
 
 
 def changes_to_plain(alignment: Plan, changes: Sequence[Change]) -> dict[str, Any]:

@@ -63,9 +63,9 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         cues = [(cue.name, f"{cue.value:.2f}", "" if cue.weight is None else f"{cue.weight:g}") for cue in self.cues]
-        tables = {
+        tables: dict[str, list[tuple[str, ...]]] = {
             "Why": [(line,) for line in self.why],
-            "Cue, value, weight": cues,
+            "Cue, value, weight": [*cues],
             "Instead": [(" + ".join(map(escaped, rival.sources)), str(rival.operation)) for rival in self.rivals],
             "To change it": [(line,) for line in self.remedies],
         }

@@ -125,7 +125,7 @@ def page_data(alignment: Plan, changes: Sequence[Change] | None = None) -> dict[
 def _link(status: Status, match: Match, change: Change | None = None) -> _Link:
     operation, numbers = _split_numbers(str(match.operation))
     kind = "" if change is None else _change_kind(change)
-    measured = change and (kind, share(change.mean), share(change.largest))
+    measured = None if change is None else (kind, share(change.mean), share(change.largest))
     return _Link(status, match, measured, (status, operation, match.warnings, kind), tuple(numbers))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor
 from typing import Literal
@@ -423,12 +423,16 @@ def _first(keys: Sequence[str]) -> str:
 def render_markdown(alignment: Plan) -> str:
     """Write an alignment as Markdown: totals, notes, and a table of the folded rows of each kind."""
     notes = [f"- {escape_markdown(escaped(note))}" for note in notes_of(alignment)]
-    lines = ["```text", *_totals(alignment), "```", *notes]
-    for title, rows in rows_of(alignment, most=None).items():
-        if not rows:
-            continue
-        name, _, meaning = title.partition(": ")
-        lines += ["", f"### {name}", "", f"{meaning}:" if meaning else "", "", *markdown_table(rows)]
+    return markdown_sections(["```text", *_totals(alignment), "```", *notes], rows_of(alignment, most=None))
+
+
+def markdown_sections(head: Sequence[str], found: Mapping[str, Sequence[Row]]) -> str:
+    """Write a report as Markdown: the lines of its head, and a table for each section that has rows."""
+    lines = list(head)
+    for title, rows in found.items():
+        if rows:
+            name, _, meaning = title.partition(": ")
+            lines += ["", f"### {name}", "", f"{meaning}:" if meaning else "", "", *markdown_table(rows)]
     return "\n".join(lines)
 
 

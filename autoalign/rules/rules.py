@@ -318,4 +318,5 @@ class Rules:
             for first, rest in (rule.sides for rule in self.rules)
         )
         notes = "".join(f"<div>{escape(note)}</div>" for note in self.notes)
-        return f"<div><strong>{len(self.rules):,} rules</strong><table><tbody>{rows}</tbody></table>{notes}</div>"
+        count = f"{len(self.rules):,} rule{'s' if len(self.rules) != 1 else ''}"
+        return f"<div><strong>{count}</strong><table><tbody>{rows}</tbody></table>{notes}</div>"

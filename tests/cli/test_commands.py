@@ -454,45 +454,42 @@ def test_inspect_names_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "  copies of one network: student, teacher\n" in capsys.readouterr().out
 
 
-def test_diff_lists_keys_kinds_and_values(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_compares_values_across_names(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["diff", checkpoint, checkpoint]) == cli.COMPLETE
-    assert capsys.readouterr() == ("Equal: 10 tensors\n", "")
-    other = load_file(checkpoint)
-    del other["out.bias"]
-    other["layer1.bias"][2] += 0.5
-    other["layer2.bias"] = other["layer2.bias"].double()
-    other["out.weight"] = torch.zeros(3, 6)
-    other["new"] = torch.zeros(1)
-    save_file(other, tmp_path / "b.safetensors")
-    paths = [checkpoint, str(tmp_path / "b.safetensors")]
-    assert cli.main(["diff", *paths]) == cli.INCOMPLETE
     output, errors = capsys.readouterr()
-    assert errors == ""
-    said = re.sub(r" +", " ", output)
-    assert said.startswith("Equal: 6 tensors\n")
-    assert f"Only in {checkpoint}: 1\n out.bias [3] float32\n" in said
-    assert "b.safetensors: 1\n new [1] float32\n" in said
-    assert " layer2.bias [5] float32 -> [5] float64 equal values\n" in said
-    assert " out.weight [3, 7] float32 -> [3, 6] float32\n" in said
-    assert re.search(r" layer1.bias \[4\] float32 0.5 \(0?\.?[\d.]+\)\n", said)
+    assert (output.splitlines()[2], errors) == ("10 equal", "")
+    other = autoalign.align(checkpoint, Network(renamed=True)).state_dict()
+    key = next(key for key in other if key.endswith("bias"))
+    torch.save({**other, key: other[key] * 1.5}, tmp_path / "b.pth")
+    paths = [checkpoint, str(tmp_path / "b.pth")]
+    assert cli.main(["diff", *paths]) == cli.INCOMPLETE
+    assert capsys.readouterr().out.splitlines()[2].startswith("9 equal, 1 changed (")
+    assert cli.main(["diff", *paths, "--tolerance", "0.6"]) == cli.COMPLETE
+    assert "9 equal, 1 close" in capsys.readouterr().out
     assert cli.main(["diff", *paths, "--format", "json"]) == cli.INCOMPLETE
     found = json.loads(capsys.readouterr().out)
-    assert [item["key"] for item in found["changed"]] == ["layer1.bias", "layer2.bias", "out.weight"]
-    assert [item["difference"] for item in found["changed"]] == [pytest.approx(0.5), 0.0, None]
+    assert (found["equal"], found["counts"]) == (False, {"equal": 9, "close": 0, "changed": 1})
+    assert [item["second"] for item in found["tensors"] if item["verdict"] == "changed"] == [key]
     assert cli.main(["diff", *paths, "--format", "markdown"]) == cli.INCOMPLETE
-    assert "| `layer1.bias` |" in capsys.readouterr().out
+    assert "### Changed" in capsys.readouterr().out
+    assert cli.main(["diff", *paths, "--format", "html"]) == cli.INCOMPLETE
+    assert "only in the second" in capsys.readouterr().out
 
 
-def test_diff_of_two_containers_and_of_nothing_in_common(
-    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_diff_of_two_containers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = Network().state_dict()
-    moved = {key: value + 1 for key, value in own.items()}
-    torch.save({"model": own, "ema": moved}, tmp_path / "two.pt")
+    torch.save({"model": own, "ema": {key: value + 1 for key, value in own.items()}}, tmp_path / "two.pt")
     path = str(tmp_path / "two.pt")
-    assert cli.main(["diff", path, path, "--other-container", "ema"]) == cli.INCOMPLETE
-    assert (
-        "Values that differ, the largest difference, and its share of the largest value: 10" in capsys.readouterr().out
-    )
-    assert cli.main(["diff", checkpoint, RENAMED]) == cli.INCOMPLETE
-    assert "note: the two have no key in common; autoalign align shows" in capsys.readouterr().err
+    assert cli.main(["diff", path, path, "--container", "model", "--other-container", "ema"]) == cli.INCOMPLETE
+    assert "10 changed" in capsys.readouterr().out
+
+
+def test_convert_without_a_target_is_a_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Network().state_dict()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in own.items()}}, tmp_path / "a.pth")
+    paths = [str(tmp_path / name) for name in ("a.pth", "a.safetensors", "b.safetensors")]
+    assert cli.main(["convert", paths[0], "-o", paths[1]]) == cli.COMPLETE
+    assert cli.main(["convert", paths[0], "-o", paths[2], "--unwrap"]) == cli.COMPLETE
+    assert "Wrote 10 tensors" in capsys.readouterr().out
+    assert load_file(paths[1]).keys() == {f"module.{key}" for key in own}
+    assert all(torch.equal(value, own[key]) for key, value in load_file(paths[2]).items())

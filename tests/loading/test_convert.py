@@ -484,3 +484,41 @@ def test_an_error_keeps_the_note_on_extra_states(tmp_path: Path) -> None:
     with pytest.raises(NothingLoadedError) as caught:
         convert(source, {"b.weight": torch.ones(5, 7)}, tmp_path / "out")
     assert any(note.startswith("1 extra states of modules") for note in caught.value.alignment.notes)
+
+
+def test_a_copy_without_a_target_has_its_own_names_and_ties(tmp_path: Path) -> None:
+    weight = torch.rand(4, 3)
+    side = {"module._orig_mod.embed.weight": weight, "module._orig_mod.head.weight": weight, "module.n.0.w": weight + 1}
+    torch.save({"model": side, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}}, tmp_path / "a.pth")
+    alignment = convert(tmp_path / "a.pth", None, tmp_path / "a.safetensors")
+    assert any("embed.weight = module._orig_mod.head.weight" in note for note in alignment.notes)
+    written = load_file(tmp_path / "a.safetensors")
+    assert written.keys() == side.keys()
+    assert all(torch.equal(written[key], value) for key, value in side.items())
+    convert(tmp_path / "a.pth", None, tmp_path / "b.safetensors", unwrap=True, exclude="n", dtype="bfloat16")
+    assert {key: value.dtype for key, value in load_file(tmp_path / "b.safetensors").items()} == {
+        "embed.weight": torch.bfloat16,
+        "head.weight": torch.bfloat16,
+    }
+
+
+def test_copies_that_cannot_be_made(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(InputError, match=r"rules= needs a target\. Nothing was written"):
+        convert({"a": torch.ones(2)}, None, path, rules={"a": "b"})
+    with pytest.raises(InputError, match="unwrap= is for a copy under its own names"):
+        convert({"a": torch.ones(2)}, {"b": torch.ones(2)}, path, unwrap=True)
+    both = {"a.weight": torch.ones(2), "_orig_mod.a.weight": torch.ones(2)}
+    with pytest.raises(InputError, match=r"'_orig_mod\.a\.weight' would be 'a\.weight', which another is too"):
+        convert(both, None, path, unwrap=True)
+    with pytest.raises(InputError, match="not a plain tensor of all its values"):
+        convert({"a": torch.ones(2).to_sparse()}, None, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_of_undecided_copies_is_refused(tmp_path: Path) -> None:
+    nets = {name: {"a.weight": torch.rand(3, 2), "b.weight": torch.rand(2, 2)} for name in ("G_A", "G_B")}
+    with pytest.raises(InputError, match=r"Nothing tells which of several copies to take: .* Choose by container="):
+        convert(nets, None, tmp_path / "a.safetensors")
+    convert(nets, None, tmp_path / "a.safetensors", container="G_B")
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a.weight"], nets["G_B"]["a.weight"])
