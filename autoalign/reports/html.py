@@ -282,7 +282,9 @@ def document(alignment: Plan, *, title: str | None = None, changes: Sequence[Cha
     script = f'"use strict";\n(() => {{\n{script}}})();\n'
     notes = "".join(f"<li>{escape(escaped(note))}</li>" for note in notes_of(alignment))
     names = side_names(alignment)
-    sides = ("Source", "Target") if changes is None else ("First", "Second")
+    sides, unnamed = ("Source", "Target"), ("the checkpoint", "the model")
+    if changes is not None:
+        sides, unnamed = ("First", "Second"), ("a checkpoint", "another")
     if title is None:
         title = f"{names[0]} → {names[1]}" if any(names) else TITLE
     if changes is None:
@@ -307,7 +309,7 @@ def document(alignment: Plan, *, title: str | None = None, changes: Sequence[Cha
         "lead": escape(found.lead if changes is None else headline(alignment, changes)),
         "heads": "".join(
             f"<h2>{side} <span>{escape(escaped(name or default))}</span></h2>"
-            for side, name, default in zip(sides, names, ("the checkpoint", "the model"), strict=True)
+            for side, name, default in zip(sides, names, unnamed, strict=True)
         ),
         "totals": "".join(totals),
         "notes": f'<ul class="notes" aria-label="Notes">{notes}</ul>' if notes else "",

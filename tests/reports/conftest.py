@@ -16,6 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from autoalign.alignment import Alignment
+from autoalign.loading.diff import Difference
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-extensions"),
@@ -31,8 +32,8 @@ class Browser:
         self._folder = folder
         self.ready = 0.0  # seconds until the last page could be used
 
-    def open(self, alignment: Alignment, *, dark: bool = False, width: int = 1300) -> None:
-        """Show the report of an alignment."""
+    def open(self, alignment: Alignment | Difference, *, dark: bool = False, width: int = 1300) -> None:
+        """Show the report of an alignment or a comparison."""
         self.size(width)
         self.media(dark=dark)
         path = self._folder / "report.html"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from selenium.webdriver.common.keys import Keys
 
+import autoalign
+from autoalign.alignment import Alignment
 from autoalign.reports.rows import escaped
 from tests.reports.conftest import Browser
 from tests.reports.examples import FUSED, HOSTILE, MIXED, fused, hostile, many, unlike
@@ -70,12 +75,82 @@ def test_a_click_shows_the_evidence(browser: Browser) -> None:
     panel = browser.text("#panel")
     for said in ("not loaded", "twin1.weight", "[7, 16] float32", "0.50", "To choose"):
         assert said in panel
-    assert 'or: rules=[("twin2.weight", "one.weight")]' in browser.texts(".choice li")
+    assert browser.texts(".choice code") == [
+        'rules=[("twin1.weight", "one.weight")]',
+        'rules=[("twin2.weight", "one.weight")]',
+    ]
     browser.click("#target .row", "patch.weight")
     assert [browser.texts(".cues dt")[0][:4], *browser.texts(".cues .value")] == ["name", "0.10", "1.00"]
     assert "No alternative was close" in browser.text("#panel")
     browser.click("#panel .close")
     assert not browser.run("return document.getElementById('panel').checkVisibility()")
+
+
+def undecided() -> Alignment:
+    """Align two sides whose norms could be exchanged, in all blocks at once, beside layers that are clear."""
+
+    def side(*names: str) -> dict[str, torch.Tensor]:
+        keys = [f"h.{i}.{name}.weight" for i in range(3) for name in names]
+        return {key: torch.ones(4) for key in keys} | {f"h.{i}.fc.weight": torch.ones(9, 4) for i in range(3)}
+
+    return autoalign.align(dict(sorted(side("a", "b").items())), dict(sorted(side("one", "two").items())))
+
+
+def test_a_choice_is_pairs_of_crossing_ribbons_with_the_rule_to_copy(browser: Browser) -> None:
+    alignment = undecided()
+    (choice,) = alignment.choices
+    browser.open(alignment)
+    browser.click("#target .row", "one")
+    pasted = [tuple(eval(text.removeprefix("rules="))) for text in browser.texts(".choice code")]
+    assert pasted == [option.rules for option in choice.options]
+    drawn = browser.run(
+        """
+        const slope = (path) => { const y = path.match(/-?[0-9.]+/g).map(Number); return Math.sign(y[7] - y[1]); };
+        return [...document.querySelectorAll(".crossing")].map((picture) =>
+          [...picture.querySelectorAll("path")].map((path) => slope(path.getAttribute("d"))))"""
+    )
+    assert drawn == [[0, 0], [-1, 1]]
+    browser.driver.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    )
+    browser.click(".paste button")
+    browser.until(lambda: browser.texts(".paste button")[0] == "Copied" or browser.run("return !!`${getSelection()}`"))
+
+
+def test_an_ambiguous_row_opens_on_what_is_ambiguous(browser: Browser) -> None:
+    browser.open(undecided())
+    browser.click("#detail label", "Blocks")
+    browser.run(
+        "const row = document.querySelector('#target .row'); if (row.row.open) row.querySelector('.twist').click()"
+    )
+    browser.click("#target .row", "h")
+    assert browser.run("return document.querySelectorAll('.groups button').length") == 3
+    assert "not loaded" in browser.text("#panel .verdict")
+    assert "fc" not in browser.text(".groups [aria-current] .key")
+
+
+def test_files_and_models_are_named(browser: Browser, tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "small.pth")
+    browser.open(autoalign.align(tmp_path / "small.pth", torch.nn.Linear(3, 2)))
+    assert browser.driver.title == browser.text("h1") == "small.pth → Linear"
+    assert browser.texts(".heads span") == ["small.pth", "Linear"]
+
+
+def test_a_comparison_is_coloured_by_change(browser: Browser) -> None:
+    torch.manual_seed(0)
+    first = {f"layers.{i}.fc.weight": torch.randn(8, 9) for i in range(4)} | {"head.weight": torch.randn(3, 8)}
+    second = {key: value.clone() for key, value in first.items()}
+    second["layers.3.fc.weight"] *= 1.03
+    second["head.weight"] = torch.randn(3, 8)
+    browser.open(autoalign.diff(first, second))
+    assert browser.texts(".chip") == ["equal3", "changed1", "by 10 % and more1"]
+    assert browser.text("#shown") == "5 compared"
+    assert [kind for _, _, kind in ribbons(browser)] == ["poor", "low", "sure"]
+    assert browser.texts(".heads h2") == ["First a checkpoint", "Second another"]
+    assert "3 %" in browser.texts(".on-ribbon")
+    browser.click("#target .row", "layers.3")
+    assert browser.text("#panel .change") == "mean 3 %, largest 3 %"
+    assert "compared" in browser.text("#panel .verdict")
 
 
 def test_the_evidence_of_repeats_is_gone_through_one_by_one(browser: Browser) -> None:
@@ -205,8 +280,16 @@ def test_the_keyboard_is_enough(browser: Browser) -> None:
     assert browser.run("return document.activeElement.id") == "source"
     browser.type("#source", Keys.TAB)
     assert browser.run("return document.activeElement.id") == "target"
-    browser.type("#target", "/")
+
+
+@pytest.mark.parametrize("focus", ["#target", "#operation", "#fold", "#detail-layers", "#reset", ".chip", "body"])
+def test_a_slash_searches_from_every_focus(browser: Browser, focus: str) -> None:
+    browser.open(MIXED)
+    browser.run("document.getElementById('reset').hidden = false; document.querySelector(arguments[0]).focus()", focus)
+    browser.type(focus, "/")
     assert browser.run("return document.activeElement.id") == "search"
+    browser.type("#search", "a/b")
+    assert browser.run("return document.getElementById('search').value") == "a/b"
 
 
 def test_what_readers_of_the_screen_hear(browser: Browser) -> None:

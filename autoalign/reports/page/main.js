@@ -96,7 +96,7 @@ function lightUp() {
   }
 }
 
-const loadedOf = (numbers) => ["sure", "good", "low", "poor", "adapted"].reduce((sum, kind) => sum + numbers[kind], 0);
+const loadedOf = (numbers) => ["sure", "good", "low", "poor", "adapted"].reduce((sum, kind) => sum + (numbers[kind] ?? 0), 0);
 
 function update() {
   applyFilters();

@@ -164,6 +164,7 @@ function matchParts(link) {
   const confidence = links.confidence[link];
   const parts = [el("p", { class: `verdict k-${kind}` }, el("span", { class: `dot k-${kind}` }), VERDICTS[status])];
   for (const text of links.warnings[link] || []) parts.push(el("p", { class: "warning" }, `⚠ ${data.texts[text]}`));
+  if (links.choice[link] >= 0) parts.push(el("h3", {}, "To choose"), choiceList(data.choices[links.choice[link]]));
   parts.push(el("h3", {}, links.sources[link].length > 1 ? `${links.sources[link].length} source tensors` : "Source tensor"));
   parts.push(tensorList(source, links.sources[link], "source"));
   const operation = data.operations[links.operation[link]][0];
@@ -182,9 +183,8 @@ function matchParts(link) {
       el("dd", {}, meter(value, "", value.toFixed(3).replace(/0$/, ""), cue)),
     ])));
   }
-  if (links.choice[link] >= 0) {
-    parts.push(el("h3", {}, "To choose"), choiceList(data.choices[links.choice[link]]));
-  } else if (links.alternatives[link]) {
+  if (links.choice[link] >= 0) return parts;
+  if (links.alternatives[link]) {
     parts.push(el("h3", {}, "Alternatives, best first"), el("ol", { class: "alternatives" },
       ...links.alternatives[link].map(([sources, other]) => el("li", {},
         tensorList(source, typeof sources === "number" ? [sources] : sources, "source"),

@@ -248,10 +248,12 @@ function labelOf(ribbon, width, top) {
   return [node];
 }
 
-const changeText = (found) => {
-  const worst = found.filter((link) => kindOf[link] === worstOf(found)).map((link) => links.change[link][1]);
-  return [...new Set([worst[0], worst[worst.length - 1]])].join(" to ");
-};
+// The largest mean change of some links, as it is written.
+function changeText(found) {
+  const size = (text) => parseFloat(text.replace(/[<, ]/g, "")) || Infinity; // what is not finite has no number
+  const texts = [...new Set(found.filter((link) => ["low", "poor"].includes(kindOf[link])).map((link) => links.change[link][1]))];
+  return `${texts.length > 1 ? "up to " : ""}${texts.sort((a, b) => size(b) - size(a))[0]}`;
+}
 
 function refresh() {
   layout = layOut(visibleRows());
