@@ -116,7 +116,7 @@ def test_the_recipes_and_the_command_line_run_as_printed(
     assert len(again) == len(first)
     assert all((first[key] == again[key]).all() for key in again)
     exec(compile(Path("filter.py").read_text(encoding="utf-8"), "filter.py", "exec"), {})
-    assert Path("report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert Path("diff.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_the_other_recipes_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ In order of use:
 * ``rows``: rows of keys, folded where they differ in numbers or last names alone, and laid out in a width.
 * ``choices``: what is ambiguous, as questions with their answers.
 * ``text``: totals, sections and error messages as plain text and Markdown; why a key is left, and what comes nearest.
+* ``changes``: how far corresponding tensors of two checkpoints are apart, folded by blocks.
 * ``explain``: one key explained, with what would change the decision.
 * ``module_tree``: the folded module tree that ``inspect`` prints and the page draws; prefixes and copies.
-* ``html``: the page, whose scripts and style are in ``page/``, and the short form for notebooks.
+* ``html``: the page, whose scripts and style are in ``page/``.
+* ``notebook``: what notebooks show of alignments, with the page as a picture, and of results of a few lines.
 * ``serialization``: the one JSON form: ``to_dict``, ``save``, ``read`` and ``--format json``; applied to another pair;
   both module trees and the matches between them as a networkx graph.
 

@@ -16,7 +16,7 @@ from autoalign.plan.operations import Shape
 from autoalign.plan.quantised import ADVICE, Members
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.choices import answers, choices_of, reasons
-from autoalign.reports.rows import Row, blocks_of, cut, escaped, fold, lay_out, paragraphs, render_sections
+from autoalign.reports.rows import Row, blocks_of, escaped, fold, lay_out, paragraphs, render_sections
 
 SCREEN = 40  # lines
 STATUSES: tuple[Status, ...] = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # as of the sections

@@ -59,7 +59,7 @@ def test_it_runs_as_a_module() -> None:
         (["demo", "--unknown"], "No such option: --unknown. See: autoalign demo --help"),
         (["align", "--exlude=fc"], "No such option: --exlude. Did you mean --exclude? See: autoalign align --help"),
         (["align", "a"], "Missing argument 'CKPT'. See: autoalign align --help"),
-        (["convert", "a", "-o", "b"], "Missing option '--to'. See: autoalign convert --help"),
+        (["convert", "a", "--to", "b"], "Missing option '--output' / '-o'. See: autoalign convert --help"),
         (["rules", "a", "b", "--format", "x"], "Invalid value for '--format': 'x' is not one of 'text', 'json', "),
         (["align", "a", "b", "--adapt", "hed"], "Invalid value for '--adapt': 'hed' is not one of 'head', 'vocab', "),
         (["align", "a", "b", "--min-confidence", "x"], "Invalid value for '--min-confidence': "),
