@@ -22,6 +22,7 @@ from autoalign.plan.operations import Operation, Shape
 Inputs = Mapping[str, Tensor]  # by role: "codes", and those of companions, see ``plan.quantised``
 Shapes = Mapping[str, Shape]  # the same
 
+GPTQ_FORMS = {"gptq": "GPTQ", "gptq_v2": "GPTQ v2", "gptq_p": "GPTQ v2 in planes"}  # by what a configuration states
 OF_CALLS = frozenset({"input", "output", "act", "activation"})  # scales of a layer's inputs or outputs
 
 
@@ -147,8 +148,8 @@ def _blocks(codes: Shape, scale: Shape) -> list[int] | None:
 
 
 def _same_shape(shapes: Shapes) -> Shape | None:
-    fits = all(_blocks(shapes["codes"], shapes[role]) is not None for role in ("scale", "zero") if role in shapes)
-    return shapes["codes"] if fits else None
+    of = (shapes[role] for role in ("scale", "zero") if role in shapes)
+    return None if None in (_blocks(shapes["codes"], shape) for shape in of) else shapes["codes"]
 
 
 def _scaled(inputs: Inputs, shape: Shape) -> Tensor:
@@ -265,24 +266,39 @@ def _shape_of_state(tensor: Tensor, shapes: Shapes) -> Shape | None:
     return shape if fits and is_nested == ("scale nested" in shapes) == ("table nested" in shapes) else None
 
 
-def _gptq(inputs: Inputs, shape: Shape, *, offset: int) -> Tensor:
+def _gptq(inputs: Inputs, shape: Shape, *, form: str) -> Tensor:
     """Return what GPTQ stores by columns: (codes - zero point) * scale of the group of each input.
 
-    Zero points are stored less one, which the format's second version does not. Where all of them are the middle of
-    the range, the codes are symmetric and this shows which version it is.
+    The first version stores zero points less one, which is taken from whole words where numbers fill them: that of 0
+    borrows from the next. Where all are the middle of the range, codes are symmetric and this shows the version.
     """
-    codes, groups = inputs["codes"], inputs["scale"].T.to(torch.float32)
+    codes, words = inputs["codes"], inputs["zero"]
     bits = _bits(tuple(codes.shape), shape)
-    zeros = _spread(inputs["zero"], bits).T
-    if not (zeros == 2 ** (bits - 1)).all():
-        zeros = (zeros + offset) % 2**bits
-    size = -(-shape[1] // groups.shape[1])
-    index = inputs["index"].long() if "index" in inputs else torch.arange(shape[1], device=codes.device) // size
-    values = _spread(codes.T, bits)
-    for rows in range(0, shape[0], step := max(_CHUNK // shape[1], 1)):
+    spread = _planes if form == "gptq_p" or bits in (5, 6, 7) else _spread
+    zeros = spread(words, bits)
+    if form == "gptq" and spread is _spread and not (zeros == 2 ** (bits - 1)).all():
+        ones = (2**32 - 1) // (2**bits - 1)
+        zeros = (zeros + 1) % 2**bits if 32 % bits else spread(words + ones, bits)
+    scale = inputs["scale"].T.to(torch.float32)
+    index = torch.arange(shape[1], device=codes.device) // -(-shape[1] // scale.shape[1])
+    return _of_groups(spread(codes.T, bits), zeros.T, scale, inputs.get("index", index).long())
+
+
+def _of_groups(values: Tensor, zeros: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+    """Take zero points from values and scale them, in place, by the group of each column in their row."""
+    for rows in range(0, len(values), step := max(_CHUNK // values.shape[1], 1)):
         part = slice(rows, rows + step)
-        values[part].sub_(zeros[part][:, index]).mul_(groups[part][:, index])
+        values[part].sub_(zeros[part][:, index]).mul_(scale[part][:, index])
     return values
+
+
+def _planes(codes: Tensor, bits: int) -> Tensor:
+    """Return numbers of which every 32 are in words for their lowest bits, then in words for those above."""
+    words, values, done = codes.reshape(len(codes), -1, bits), torch.zeros((), device=codes.device), 0
+    for width in (width for width in (8, 4, 2, 1) if bits & width):
+        values = values + _spread(words[..., done : done + width], width) * 2**done
+        done += width
+    return values.flatten(-2)
 
 
 def _gptq_shape(shapes: Shapes) -> Shape | None:
@@ -291,7 +307,7 @@ def _gptq_shape(shapes: Shapes) -> Shape | None:
         return None
     bits = 32 * zero[1] / codes[1]
     columns = 32 * codes[0] / bits if bits else 0
-    if bits not in (2, 3, 4, 8) or columns % 1 or shapes.get("index", (columns,)) != (columns,):
+    if bits not in range(2, 9) or columns % 1 or shapes.get("index", (columns,)) != (columns,):
         return None
     return (codes[1], int(columns)) if "index" in shapes or columns % scale[0] == 0 else None
 
@@ -370,17 +386,12 @@ def _packed(inputs: Inputs, shape: Shape) -> Tensor:
     codes, scale = inputs["codes"], inputs["scale"].to(torch.float32)
     (bits,) = _bits_of_words(shape[1], codes.shape[1])
     values = _spread(codes, bits)[:, : shape[1]]
-    zeros = torch.full_like(scale, 2 ** (bits - 1))
-    if "zero" in inputs:
-        zeros = _spread(inputs["zero"].T, bits).T[: len(scale)]
-    size = shape[1] // scale.shape[1]
-    index = torch.arange(shape[1], device=codes.device) // size
+    is_shifted = "zero" in inputs
+    zeros = _spread(inputs["zero"].T, bits).T[: len(scale)] if is_shifted else torch.full_like(scale, 2 ** (bits - 1))
+    index = torch.arange(shape[1], device=codes.device) // (shape[1] // scale.shape[1])
     if "index" in inputs and not (inputs["index"] == -1).all():
         index = inputs["index"].long()
-    for rows in range(0, shape[0], step := max(_CHUNK // shape[1], 1)):
-        part = slice(rows, rows + step)
-        values[part].sub_(zeros[part][:, index]).mul_(scale[part][:, index])
-    return values
+    return _of_groups(values, zeros, scale, index)
 
 
 def _bits_of_words(count: int, words: int) -> list[int]:
@@ -399,9 +410,6 @@ def _packed_shape(tensor: Tensor, shapes: Shapes) -> Shape | None:
     zeros = -(-shape[0] * bits[0] // 32), scale[1]
     fits = shapes.get("zero", zeros) == zeros and shapes.get("index", shape[1:]) == shape[1:]
     return shape if fits else None
-
-
-# Blocks of bytes, each with its own scale
 
 
 def _gguf(inputs: Inputs, shape: Shape, *, name: str) -> Tensor:
@@ -432,48 +440,40 @@ _GGUF = (
 _CHUNK = 2**18  # numbers that are worked on at a time
 
 
-def _shape_of_codes(shapes: Shapes) -> Shape | None:
-    return shapes["codes"]
-
-
-def _no_shape(_: Shapes) -> Shape | None:
-    return None
-
-
 _PLAIN = Scheme(_scaled, _same_shape, needs="scale")
-_TORCH = Scheme(_of_torch, _shape_of_codes, needs="", allows="scale, zero")
+_TORCH = Scheme(_of_torch, _same_shape, needs="", allows="scale, zero")
 _BITSANDBYTES = Scheme(
     _four_bits_of_bitsandbytes,
-    _no_shape,
+    lambda _: None,
     needs="scale, table, layout",
     allows="scale nested, table nested",
     stored=("layout", _shape_of_state),
     is_sure=False,
 )
-_WITH_ZEROS = Scheme(_scaled, _same_shape, needs="scale", allows="zero")
 SCHEMES: dict[str, Scheme] = {
     f"GGUF {name}": Scheme(partial(_gguf, name=name), partial(_gguf_shape, name=name), needs="")
     for name in _GGUF.split()
 } | {
     "torchao": replace(_TORCH, is_sure=False),
     **dict.fromkeys(("torch's qint8", "torch's quint8", "torch's qint32", "torch's packed bias"), _TORCH),
-    "FP8 by tensor": _PLAIN,
-    "FP8 by row": _PLAIN,
-    "FP8 in blocks": _PLAIN,
-    "MXFP8": _PLAIN,
-    "INT8 by tensor": _WITH_ZEROS,
-    "INT8 by row": _WITH_ZEROS,
-    "INT8 in blocks": _WITH_ZEROS,
+    **dict.fromkeys(("FP8 by tensor", "FP8 by row", "FP8 in blocks", "MXFP8"), _PLAIN),
+    **dict.fromkeys(("INT8 by tensor", "INT8 by row", "INT8 in blocks"), replace(_PLAIN, allows="zero")),
     "LLM.int8": Scheme(_int8_of_bitsandbytes, _rows, needs="scale", allows="format", is_sure=False),
-    "NF4": _BITSANDBYTES,
-    "FP4": _BITSANDBYTES,
-    "GPTQ": Scheme(partial(_gptq, offset=1), _gptq_shape, needs="scale, zero", allows="index", is_sure=False),
-    "GPTQ v2": Scheme(partial(_gptq, offset=0), _gptq_shape, needs="scale, zero", allows="index", is_sure=False),
+    **dict.fromkeys(("NF4", "FP4"), _BITSANDBYTES),
+    **{
+        name: Scheme(partial(_gptq, form=form), _gptq_shape, needs="scale, zero", allows="index", is_sure=False)
+        for form, name in GPTQ_FORMS.items()
+    },
     "AWQ": Scheme(_awq, _awq_shape, needs="scale, zero"),
     "MXFP4": Scheme(_fp4, partial(_fp4_shape, size=32), needs="scale"),
     "NVFP4": Scheme(_fp4, partial(_fp4_shape, size=16), needs="scale", allows="scale 2, scale global"),
     "MLX": Scheme(_mlx, partial(mlx_shape, group=64), needs="scale, zero"),
     "compressed-tensors": Scheme(
-        _packed, _no_shape, needs="scale, layout", allows="zero, index", stored=("layout", _packed_shape), is_sure=False
+        _packed,
+        lambda _: None,
+        needs="scale, layout",
+        allows="zero, index",
+        stored=("layout", _packed_shape),
+        is_sure=False,
     ),
 }

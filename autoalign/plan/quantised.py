@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from autoalign.plan.adaptations import needs_target
-from autoalign.plan.dequantise import OF_CALLS, SCHEMES, Dequantise, is_dequantised, mlx_shape, schemes_of
+from autoalign.plan.dequantise import GPTQ_FORMS, OF_CALLS, SCHEMES, Dequantise, is_dequantised, mlx_shape, schemes_of
 from autoalign.plan.keys import common_prefix, split_key
 from autoalign.plan.operations import Copy, Operation, Permute, chain, in_parallel, output_shapes
 from autoalign.plan.parametrised import Parametrised
@@ -104,8 +104,8 @@ class Quantised:
             config: What its makers wrote down of the network, which tells variants of a format apart.
         """
         stated = next((each for name in _STATEMENTS if isinstance(each := config.get(name), Mapping)), {})
-        is_second = self.scheme == "GPTQ" and stated.get("checkpoint_format") == "gptq_v2"
-        name = "GPTQ v2" if is_second else self.scheme
+        form = str(stated.get("checkpoint_format"))
+        name = GPTQ_FORMS.get(form, self.scheme) if self.scheme == "GPTQ" else self.scheme
         scheme = SCHEMES.get(name)
         if scheme is None or not self.is_whole or not scheme.takes(self.roles):
             return None

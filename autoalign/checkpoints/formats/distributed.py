@@ -1,7 +1,7 @@
 """Folders of ``torch.distributed.checkpoint``: a file of metadata, and files with pieces of tensors.
 
-Torch's own reader unpickles the metadata whatever it asks for; here it can name torch's own records and nothing else.
-The pieces are read by torch, tensor for tensor, with ``weights_only=True``.
+Torch's own reader unpickles the metadata whatever it asks for; here it gets torch's own records, stubs for the rest,
+such as the plan that Megatron keeps there. The pieces are read by torch, tensor for tensor, with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoalign.checkpoints.formats.records import finder
 from autoalign.checkpoints.formats.torch_pickle import check_zipped
 from autoalign.checkpoints.formats.unpickler import unpickle
 from autoalign.checkpoints.stored import Budget, Contents, StoredTensor, TooCostlyError, as_opened, reading
-from autoalign.errors import CheckpointError, UnsafeCheckpointError
+from autoalign.errors import CheckpointError
 from autoalign.plan.regions import Region
 from autoalign.plan.specs import TensorSpec
 
@@ -39,7 +40,6 @@ def open_distributed(folder: Path) -> Contents:
 
     Raises:
         CheckpointError: The metadata is damaged, or names files that are missing or not in the folder.
-        UnsafeCheckpointError: The metadata asks for code.
     """
     with reading(folder, _KIND):
         metadata = _read_metadata(folder / _METADATA)
@@ -55,29 +55,26 @@ def _read_metadata(file: Path) -> Any:
     size = file.stat().st_size
     if size > _MAX_METADATA_BYTES:
         raise TooCostlyError(f"metadata of {size:,} bytes, of {_MAX_METADATA_BYTES:,} at most")
-    metadata = unpickle(file.read_bytes(), size, _allowed, max_operations=size)
+    metadata = unpickle(file.read_bytes(), size, _finder(), max_operations=size)
     if type(metadata).__name__ != "Metadata":
         raise ValueError(f"there is a {type(metadata).__name__} where metadata should be")
     return metadata
 
 
-def _allowed(module: str, name: str) -> Any:
-    """Return what torch writes in its metadata, by name."""
+def _finder() -> Callable[[str, str], Any]:
+    """Return a function from the names of a module and of something in it to what stands for that."""
     from torch.distributed.checkpoint import filesystem, metadata
 
-    if module == metadata.__name__ and name in _RECORDS:
-        return getattr(metadata, name)
-    if module == filesystem.__name__ and name == "_StorageInfo":
-        return filesystem._StorageInfo
-    if (module, name) in _ALLOWED:
-        return _ALLOWED[module, name]
-    if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-        return found
-    raise UnsafeCheckpointError(
-        f"The metadata of a distributed checkpoint asks for {module}.{name}, which torch does not write there. "
-        "Nothing was read, since that may be code.",
-        (f"{module}.{name}",),
-    )
+    stub = finder()
+
+    def found(module: str, name: str) -> Any:
+        if module == metadata.__name__ and name in _RECORDS:
+            return getattr(metadata, name)
+        if module == filesystem.__name__ and name == "_StorageInfo":
+            return filesystem._StorageInfo
+        return _ALLOWED.get((module, name)) or stub(module, name)
+
+    return found
 
 
 _RECORDS = frozenset(

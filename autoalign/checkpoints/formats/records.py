@@ -162,7 +162,7 @@ def read_zipped(file: Path) -> tuple[object, Places]:
             for name, info in members.items()
             if name.startswith(start) and info.compress_type == zipfile.ZIP_STORED  # code may be compressed
         }
-    return unpickle(content, size, _finder(), _storage), Places.of(file, spans)
+    return unpickle(content, size, finder(), _storage), Places.of(file, spans)
 
 
 def _data_offset(stream: BinaryIO, header: int) -> int:
@@ -186,7 +186,7 @@ def read_legacy(file: Path) -> tuple[object, Places]:
             start = data.tell()
             check_cost(data, size)
             content = data[start : data.tell()]
-            found.append(unpickle(content, size, _finder(), storage))
+            found.append(unpickle(content, size, finder(), storage))
         _, _, system, value, names = found
         if not isinstance(system, dict) or system.get("little_endian") is not True or not isinstance(names, list):
             raise ValueError("it does not begin as files of torch do")
@@ -238,7 +238,7 @@ _FUNCTIONS: Mapping[str, Callable[..., object]] = {
 }
 
 
-def _finder() -> Callable[[str, str], Any]:
+def finder() -> Callable[[str, str], Any]:
     """Return a function from the names of a module and of something in it to what stands for that."""
     stubs: dict[str, type[Stub]] = {}
 

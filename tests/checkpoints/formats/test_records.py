@@ -169,17 +169,17 @@ def test_a_damaged_file_is_still_called_so(tmp_path: Path) -> None:
 
 
 def test_names_without_end_are_refused() -> None:
-    found = records._finder()
+    found = records.finder()
     for number in range(2**12):
         found("a", str(number))
     assert found("a", "1") is found("a", "1")
     with pytest.raises(ValueError, match=r"names more than 4,096 classes"):
         found("b", "1")
     assert found("torch", "float16") is torch.float16
-    assert issubclass(records._finder()("torch", "_dynamo"), records.Stub)  # which getattr would import
+    assert issubclass(records.finder()("torch", "_dynamo"), records.Stub)  # which getattr would import
 
 
 def test_a_stub_does_nothing() -> None:
-    stub = records._finder()("os", "system")("touch trace", option=1)
+    stub = records.finder()("os", "system")("touch trace", option=1)
     assert stub.given == ("touch trace",)
     assert stub.path == "os.system"

@@ -265,46 +265,6 @@ def assert_dequantised(path: Path, wanted: dict[str, torch.Tensor], scheme: str)
         assert torch.equal(tensor, wanted[key].float()), key
 
 
-def test_int8_of_bitsandbytes(tmp_path: Path) -> None:
-    functional: Any = pytest.importorskip("bitsandbytes.functional")
-    saved: dict[str, Tensor] = {}
-    wanted: dict[str, Tensor] = {}
-    for key, weight in weights().items():
-        codes, scale, _ = functional.int8_vectorwise_quant(weight.half())
-        saved |= {key: codes, key.replace("weight", "SCB"): scale}
-        wanted[key] = functional.int8_vectorwise_dequant(codes, scale)
-    save_file(saved, tmp_path / "a.safetensors")
-    assert_dequantised(tmp_path / "a.safetensors", wanted, "LLM.int8")
-
-
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("nested", [False, True])
-def test_four_bits_of_bitsandbytes(tmp_path: Path, kind: str, nested: bool) -> None:
-    functional: Any = pytest.importorskip("bitsandbytes.functional")
-    saved, wanted = {}, {}
-    for key, weight in weights().items():
-        codes, state = functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
-        saved[key] = codes
-        saved |= {f"{key}.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
-        wanted[key] = functional.dequantize_4bit(codes, state)
-    save_file(saved, tmp_path / "a.safetensors")
-    assert_dequantised(tmp_path / "a.safetensors", wanted, kind.upper())
-
-
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_mlx(tmp_path: Path, bits: int) -> None:
-    core: Any = pytest.importorskip("mlx.core")
-    saved: dict[str, Any] = {}
-    wanted: dict[str, Tensor] = {}
-    for key, weight in weights().items():
-        codes, scales, biases = core.quantize(core.array(weight.numpy()), group_size=64, bits=bits)
-        saved |= {key: codes, key.replace("weight", "scales"): scales, key.replace("weight", "biases"): biases}
-        values = core.dequantize(codes, scales, biases, group_size=64, bits=bits)
-        wanted[key] = torch.tensor(np.array(values))
-    core.save_safetensors(str(tmp_path / "a.safetensors"), saved)
-    assert_dequantised(tmp_path / "a.safetensors", wanted, "MLX")
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_torchao(tmp_path: Path) -> None:
     package: Any = pytest.importorskip("torchao.quantization")
@@ -337,38 +297,3 @@ def test_averages_of_torch_ema(tmp_path: Path) -> None:
     torch.save(average.state_dict(), tmp_path / "a.pt")
     load(model, tmp_path / "a.pt", strict=True)
     assert all(map(torch.equal, model.parameters(), average.shadow_params))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("form", "scheme"),
-    [
-        ("pack-quantized", "compressed-tensors"),
-        ("float-quantized", "FP8 by row"),
-        ("int-quantized", "compressed-tensors"),
-    ],
-)
-def test_compressed_tensors(tmp_path: Path, form: str, scheme: str) -> None:
-    package: Any = pytest.importorskip("compressed_tensors.quantization")
-    compressors: Any = pytest.importorskip("compressed_tensors.compressors")
-    utils: Any = pytest.importorskip("compressed_tensors.quantization.utils")
-    lifecycle: Any = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
-    bits, size = (4, 64) if form == "pack-quantized" else (8, 256)
-    kind, strategy = "float" if "float" in form else "int", "group" if bits == 4 else "channel"
-    sizes = {"group_size": size} if bits == 4 else {}
-    arguments = package.QuantizationArgs(num_bits=bits, type=kind, strategy=strategy, symmetric=True, **sizes)
-    groups = {"all": package.QuantizationScheme(targets=["Linear"], weights=arguments)}
-    status = package.QuantizationStatus.FROZEN
-    config = package.QuantizationConfig(config_groups=groups, format=form, quantization_status=status)
-    model, wanted = Layers(), {}
-    package.apply_quantization_config(model, config)
-    for name, layer in model.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            own: Any = layer
-            blocks = own.weight.data.unflatten(1, (-1, size))
-            scale, zero = utils.calculate_qparams(blocks.amin(-1), blocks.amax(-1), arguments)
-            own.weight_scale.data = scale
-            wanted[f"{name}.weight"] = lifecycle.fake_quantize(own.weight.data, scale, zero, arguments)
-    compressors.ModelCompressor(quantization_config=config).compress_model(model)
-    save_file(model.state_dict(), tmp_path / "a.safetensors")
-    assert_dequantised(tmp_path / "a.safetensors", wanted, scheme)

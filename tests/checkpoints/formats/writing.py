@@ -1,0 +1,263 @@
+"""The field's own quantisers: what each stores of one weight, and the values that its own library makes of that.
+
+``python -m tests.checkpoints.formats.writing`` writes ``written/`` anew with those that are installed; all of them run
+on a CPU. llama.cpp's is its library ``ggml``, at the path in ``GGML_LIBRARY``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+WRITTEN = Path(__file__).with_name("written")
+ROWS, COLUMNS, GROUP = 32, 64, 32
+GGUF = "Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS IQ3_S TQ1_0 TQ2_0 MXFP4"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a library stores of a layer, by the names after its own, and of the values."""
+
+    parts: dict[str, Tensor]
+    values: Tensor
+    config: dict[str, object] = field(default_factory=dict)  # what stands beside it
+
+
+def weight(columns: int = COLUMNS) -> Tensor:
+    torch.manual_seed(0)
+    made = torch.randn(ROWS * COLUMNS // columns, columns)
+    made[::5, :GROUP].abs_()  # whose zero points are 0
+    return made
+
+
+def linear(own: Tensor) -> nn.Linear:
+    layer = nn.Linear(own.shape[1], len(own), bias=False)
+    layer.weight.data = own.clone()
+    return layer
+
+
+def state(layer: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.detach().clone().contiguous() for key, tensor in layer.state_dict().items()}
+
+
+def rounded(own: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points, by outputs and groups of inputs."""
+    groups = own.reshape(len(own), -1, GROUP)
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2)
+    scale = ((high - low) / (2**bits - 1)).half().float()
+    return scale, (-low / scale).round()
+
+
+def gptq(bits: int, form: str, *, order: bool = False) -> Written:
+    layers: Any = import_module("gptqmodel.nn_modules.qlinear.torch")
+    formats: Any = import_module("gptqmodel.quantization").FORMAT
+    own = weight()
+    places = torch.randperm(COLUMNS) if order else torch.arange(COLUMNS)
+    packed = layers.TorchLinear(
+        bits=bits,
+        group_size=GROUP,
+        sym=False,
+        desc_act=order,
+        in_features=COLUMNS,
+        out_features=ROWS,
+        bias=False,
+        format=formats(form),
+        register_buffers=True,
+    )
+    packed.pack(linear(own), *rounded(own[:, places], bits), (torch.arange(COLUMNS) // GROUP)[places.argsort()].int())
+    packed.post_init()
+    parts = state(packed)
+    packed.scales = packed.scales.float()
+    values = packed.dequantize_weight().T
+    if form == "gptq":
+        convert: Any = import_module("gptqmodel.utils.model").convert_gptq_v2_to_v1_format_module
+        convert(packed, SimpleNamespace(bits=bits, pack_dtype=torch.int32))
+        parts["qzeros"] = state(packed)["qzeros"]
+    return Written(parts, values, {"quant_method": "gptq", "bits": bits, "checkpoint_format": form})
+
+
+def awq() -> Written:
+    layers: Any = import_module("awq.modules.linear.gemm")
+    packing: Any = import_module("awq.utils.packing_utils")
+    own = weight()
+    scale, zero = (part.T.contiguous() for part in rounded(own, 4))
+    packed = layers.WQLinear_GEMM.from_linear(linear(own), 4, GROUP, scales=scale, zeros=zero)
+    values = packing.dequantize_gemm(packed.qweight, packed.qzeros, packed.scales.float(), 4, GROUP).T
+    return Written(state(packed), values, {"quant_method": "awq", "bits": 4, "version": "gemm"})
+
+
+def modelopt_mxfp4() -> Written:
+    tensors: Any = import_module("modelopt.torch.quantization.qtensor")
+    packed, scale = tensors.MXFP4QTensor.quantize(weight(), 32)
+    values = packed.dequantize(torch.float32, scale=scale, block_sizes={-1: 32})
+    return Written({"weight": packed._quantized_data, "weight_scale": scale.reshape(ROWS, -1)}, values)
+
+
+def modelopt_nvfp4() -> Written:
+    tensors: Any = import_module("modelopt.torch.quantization.qtensor")
+    packed, scale, outer = tensors.NVFP4QTensor.quantize(weight(), 16)
+    values = packed.dequantize(torch.float32, scale=scale, double_scale=outer, block_sizes={-1: 16})
+    return Written({"weight": packed._quantized_data, "weight_scale": scale, "weight_scale_2": outer}, values)
+
+
+def compressed(preset: str) -> Written:
+    package: Any = import_module("compressed_tensors.quantization")
+    compressors: Any = import_module("compressed_tensors.compressors")
+    utils: Any = import_module("compressed_tensors.quantization.utils")
+    scheme = package.preset_name_to_scheme(preset, ["Linear"])
+    scheme.weights.group_size = scheme.weights.group_size and min(scheme.weights.group_size, GROUP)
+    config = package.QuantizationConfig(
+        config_groups={"all": scheme}, quantization_status=package.QuantizationStatus.FROZEN
+    )
+    model = nn.Sequential(linear(weight()))
+    package.apply_quantization_config(model, config)
+    layer: Any = model[0]
+    layer.weight_scale.data, values = fitted(layer, scheme.weights, utils)
+    compressors.ModelCompressor(quantization_config=config).compress_model(model)
+    return Written({key.removeprefix("0."): part for key, part in state(model).items()}, values)
+
+
+def fitted(layer: Any, arguments: Any, utils: Any) -> tuple[Tensor, Tensor]:
+    """Return the scales of a layer, and the values that are rounded by them."""
+    own, outer = layer.weight.data, None
+    if hasattr(layer, "weight_global_scale"):
+        outer = utils.generate_gparam(own.min(), own.max())
+        layer.weight_global_scale.data = outer
+    blocks = own.reshape(len(own), -1, arguments.group_size) if arguments.group_size else own[:, None]
+    scale, zero = utils.calculate_qparams(blocks.amin(-1), blocks.amax(-1), arguments, global_scale=outer)
+    forward: Any = import_module("compressed_tensors.quantization.lifecycle.forward")
+    return scale, forward.fake_quantize(own, scale, zero, arguments, global_scale=outer)
+
+
+def fp8_of_transformers(form: str) -> Written:
+    theirs: Any = import_module("transformers.integrations.finegrained_fp8")
+    config = SimpleNamespace(weight_block_size=(16, 16), scale_fmt=form)
+    parts = theirs.Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"weight": weight()})
+    scale = parts["weight_scale_inv"].to(torch.float32)
+    return Written(parts, theirs.Fp8Dequantize(None)._dequantize_one(parts["weight"], scale))
+
+
+def ggml(name: str) -> Written:
+    gguf: Any = import_module("gguf")
+    library = ctypes.CDLL(os.environ["GGML_LIBRARY"])
+    kind, own = gguf.GGMLQuantizationType[name], weight(256).numpy()
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    codes = np.zeros((len(own), own.shape[1] // block * size), np.uint8)
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (own, codes))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    rows = ctypes.c_int64(len(own)), ctypes.c_int64(own.shape[1])
+    assert library.ggml_quantize_chunk(int(kind), *pointers, ctypes.c_int64(0), *rows, None) == codes.size
+    values = np.zeros_like(own)
+    dequantise = library["dequantize_row_" + name.lower().replace("_k", "_K")]
+    dequantise(ctypes.c_void_p(codes.ctypes.data), ctypes.c_void_p(values.ctypes.data), ctypes.c_int64(own.size))
+    return Written({"weight": torch.from_numpy(codes)}, torch.from_numpy(values))
+
+
+def commit_of_ggml() -> str:
+    library = ctypes.CDLL(os.environ["GGML_LIBRARY"])
+    library.ggml_commit.restype = ctypes.c_char_p
+    return str(library.ggml_commit().decode())
+
+
+def int8_of_bitsandbytes() -> Written:
+    functional: Any = import_module("bitsandbytes.functional")
+    codes, scale, _ = functional.int8_vectorwise_quant(weight().half())
+    return Written({"weight": codes, "SCB": scale}, functional.int8_vectorwise_dequant(codes, scale))
+
+
+def four_bits_of_bitsandbytes(kind: str, *, nested: bool = False) -> Written:
+    functional: Any = import_module("bitsandbytes.functional")
+    codes, state = functional.quantize_4bit(weight(), quant_type=kind, compress_statistics=nested)
+    parts = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    return Written({"weight": codes, **parts}, functional.dequantize_4bit(codes, state))
+
+
+def mlx(bits: int) -> Written:
+    core: Any = import_module("mlx.core")
+    parts = core.quantize(core.array(weight().numpy()), group_size=64, bits=bits)
+    values = torch.tensor(np.array(core.dequantize(*parts, group_size=64, bits=bits)))
+    names = "weight", "scales", "biases"
+    return Written({name: torch.tensor(np.array(part)) for name, part in zip(names, parts, strict=True)}, values)
+
+
+WRITERS: dict[str, tuple[str, Callable[[], Written]]] = {
+    "gptq-4": ("gptqmodel", partial(gptq, 4, "gptq")),
+    "gptq-8": ("gptqmodel", partial(gptq, 8, "gptq")),
+    "gptq-3": ("gptqmodel", partial(gptq, 3, "gptq")),
+    "gptq-act-order": ("gptqmodel", partial(gptq, 4, "gptq", order=True)),
+    "gptq-v2": ("gptqmodel", partial(gptq, 4, "gptq_v2")),
+    "gptq-planar": ("gptqmodel", partial(gptq, 3, "gptq_p")),
+    "awq": ("autoawq", awq),
+    "mxfp4-modelopt": ("nvidia-modelopt", modelopt_mxfp4),
+    "nvfp4-modelopt": ("nvidia-modelopt", modelopt_nvfp4),
+    "mxfp4-compressed": ("compressed-tensors", partial(compressed, "MXFP4A16")),
+    "nvfp4-compressed": ("compressed-tensors", partial(compressed, "NVFP4A16")),
+    "int4-compressed": ("compressed-tensors", partial(compressed, "W4A16")),
+    "fp8-compressed": ("compressed-tensors", partial(compressed, "FP8_DYNAMIC")),
+    "int8-compressed": ("compressed-tensors", partial(compressed, "W8A8")),
+    "fp8-blocks": ("transformers", partial(fp8_of_transformers, "float")),
+    "fp8-blocks-ue8m0": ("transformers", partial(fp8_of_transformers, "ue8m0")),
+    "int8-bitsandbytes": ("bitsandbytes", int8_of_bitsandbytes),
+    "nf4-bitsandbytes": ("bitsandbytes", partial(four_bits_of_bitsandbytes, "nf4")),
+    "fp4-bitsandbytes": ("bitsandbytes", partial(four_bits_of_bitsandbytes, "fp4")),
+    "nf4-nested-bitsandbytes": ("bitsandbytes", partial(four_bits_of_bitsandbytes, "nf4", nested=True)),
+    **{f"mlx-{bits}": ("mlx", partial(mlx, bits)) for bits in (3, 4, 8)},
+    **{f"gguf-{name}": ("llama.cpp", partial(ggml, name)) for name in GGUF.split()},
+}
+
+
+def save(found: Written, folder: Path) -> None:
+    """Save a network of that layer and a norm."""
+    folder.mkdir(exist_ok=True)
+    parts = {f"fc.{name}": part.contiguous() for name, part in found.parts.items()}
+    norm = {"norm.weight": torch.ones(found.values.shape[1])}
+    if folder.name.startswith("gguf"):
+        gguf: Any = import_module("gguf")
+        writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+        kind = gguf.GGMLQuantizationType[folder.name.removeprefix("gguf-")]
+        writer.add_tensor("fc.weight", parts["fc.weight"].numpy(), raw_dtype=kind)
+        writer.add_tensor("norm.weight", norm["norm.weight"].numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return
+    save_file(parts | norm, folder / "model.safetensors")
+    if found.config:
+        (folder / "config.json").write_text(json.dumps({"quantization_config": found.config}) + "\n")
+
+
+def main() -> None:
+    """Write what can be written here anew."""
+    file, listed = WRITTEN / "values.npz", WRITTEN / "versions.json"
+    values = dict(np.load(file)) if file.is_file() else {}
+    versions = json.loads(listed.read_text()) if listed.is_file() else {}
+    for name, (library, write) in WRITERS.items():
+        try:
+            found = write()
+        except (ImportError, KeyError) as error:
+            print(f"{name} is left as it is: {error!r}")
+            continue
+        save(found, WRITTEN / name)
+        values[name] = found.values.float().numpy()
+        versions[library] = version(library) if library != "llama.cpp" else commit_of_ggml()
+    np.savez_compressed(file, **values)
+    listed.write_text(json.dumps(versions, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
