@@ -285,7 +285,7 @@ def _gptq(inputs: Inputs, shape: Shape, *, form: str) -> Tensor:
 
 
 def _of_groups(values: Tensor, zeros: Tensor, scale: Tensor, index: Tensor) -> Tensor:
-    """Take zero points from values and scale them, in place, by the group of each column in their row."""
+    """Subtract zero points from values and scale them, in place, by the group of each column in their row."""
     for rows in range(0, len(values), step := max(_CHUNK // values.shape[1], 1)):
         part = slice(rows, rows + step)
         values[part].sub_(zeros[part][:, index]).mul_(scale[part][:, index])
