@@ -86,6 +86,23 @@ def align(
     return show_alignment(alignment, checkpoint, target, form, everything=everything, open_page=open_page)
 
 
+@command(exits="exit codes: 0 explained; 2 an error, reported on stderr")
+def explain(
+    checkpoint: Checkpoints,
+    target: Target,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="of the target or of the checkpoint")],
+    form: Form = "text",
+    **options: Unpack[AlignOptions],
+) -> int:
+    """Explain why a key is filled from what it is, or is not, and what would change that."""
+    explanation = autoalign.align(side_of(checkpoint), side_of(target), **options).explain(key)
+    if form == "json":
+        show_json(explanation.to_dict())
+    else:
+        show(str(explanation))
+    return COMPLETE
+
+
 @command()
 def load_check(
     checkpoint: Checkpoints,

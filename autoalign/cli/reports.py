@@ -43,6 +43,9 @@ def show_alignment(
     elif form == "json":
         data = alignment.to_dict()
         data["source"]["name"], data["target"]["name"] = source, target
+        named = {"TARGET": target, "CKPT": source}
+        for action in (action for choice in data["choices"] for action in choice["next_actions"]):
+            action |= {"command": [named.get(part, part) for part in action["command"]]} if "command" in action else {}
         show_json(data | {"remarks": [verdict] if verdict else []})
     elif form == "html":
         show(document(alignment, title=f"{source} -> {target}"), plain=True)

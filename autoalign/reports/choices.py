@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from shlex import quote
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from autoalign.checkpoints.config import ROTARY_SETTINGS
 from autoalign.matching.assembly import SideParts
@@ -117,6 +117,21 @@ def answers(choice: Choice, place: int, *, for_shell: bool = False) -> list[str]
 def settling(choice: Choice) -> list[str]:
     """Write what would settle a choice without a person, a line each."""
     return [printable(t if t.startswith("To settle") else f"settled by {t}") for t in choice.settled_by]
+
+
+def next_actions(choice: Choice, place: int) -> list[dict[str, Any]]:
+    """Return what a program may do to decide a choice: to take one of the options, the proposal first, or to verify.
+
+    Rules are given as arguments of the command line, which are pairs of keys after ``--rule``.
+    """
+    options = f"alignment.choices[{place}].options"
+    actions: list[dict[str, Any]] = []
+    for number, option in enumerate(choice.options):
+        arguments = [part for first, second in option.rules for part in ("--rule", f"{first}={second}")]
+        actions.append({"do": "decide", "option": number, "call": f"alignment.decided({options}[{number}])"})
+        actions[-1] |= {"arguments": arguments} if arguments else {}
+    command = ["autoalign", "verify", "SOURCE", "TARGET", "--checkpoint", "CKPT", "--input", "SHAPE"]
+    return [*actions, {"do": "verify", "call": _CALL.replace("source", "source_model"), "command": command}]
 
 
 def reasons(choice: Choice) -> tuple[str, ...]:

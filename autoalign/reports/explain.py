@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import floor
-from typing import Literal
+from typing import Any, Literal
 
 from autoalign.errors import InputError
 from autoalign.matching.adapt import adapted
@@ -20,6 +20,7 @@ from autoalign.plan.specs import TensorSpec
 from autoalign.reports.choices import Choice, answers, choices_of
 from autoalign.reports.notebook import short_html
 from autoalign.reports.rows import escaped
+from autoalign.reports.serialization import choice_to_plain, way_to_plain
 from autoalign.reports.text import counterparts, difference, nearest, reason
 
 _MAX_SUGGESTIONS = 3  # keys that an unknown one may have meant
@@ -53,6 +54,7 @@ class Explanation:
     warnings: tuple[str, ...] = ()
     remedies: tuple[str, ...] = ()  # what would change the decision, a line each
     choice: Choice | None = None  # of those of the alignment, where it is ambiguous
+    place: int = -1  # of that choice among them
 
     def __str__(self) -> str:
         lines = [f"{escaped(self.key)} ({self.side}): {self.status}", f"  {self.what}"]
@@ -71,6 +73,15 @@ class Explanation:
         }
         warnings = [f"⚠ {warning}" for warning in self.warnings]
         return short_html(f"{escaped(self.key)} ({self.side}): {self.status}", [self.what, *warnings], tables)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the explanation as plain data, as JSON has it; a choice has its ``next_actions``."""
+        data = {name: getattr(self, name) for name in ("key", "side", "status", "what", "confidence")}
+        data |= {name: list(getattr(self, name)) for name in ("why", "warnings", "remedies")}
+        data["cues"] = [asdict(cue) for cue in self.cues]
+        data["rivals"] = [way_to_plain(rival) | {"score": rival.score} for rival in self.rivals]
+        data["choice"] = self.choice and choice_to_plain(self.choice, self.place)
+        return data
 
 
 def explain(alignment: Plan, key: str) -> Explanation:
@@ -150,7 +161,7 @@ def _of_match(
             why.append(f"one choice decides it with {len(choice.targets) - 1:,} others: alignment.choices[{place}]")
         loading = f"min_confidence={floor(100 * match.confidence) / 100:g} or less loads it as proposed"
         remedies = (*answers(choice, place), loading)
-        return Explanation(spec.key, "target", status, what, tuple(why), *grounds, remedies, choice)
+        return Explanation(spec.key, "target", status, what, tuple(why), *grounds, remedies, choice, place)
     for rival in rivals[:_MAX_SHOWN]:
         same = rival.sources == match.sources
         other = f"by '{rival.operation}'" if same else f"from {' + '.join(rival.sources)} by '{rival.operation}'"

@@ -26,7 +26,7 @@ from autoalign.plan.operations import Copy, Operation, Shape, output_shapes
 from autoalign.plan.quantised import ADVICE, can_fill
 from autoalign.plan.serialization import MAX_INTEGER, MAX_NUMBER, Plain, from_plain, to_plain
 from autoalign.plan.specs import TensorSpec, tied_groups
-from autoalign.reports.choices import Choice, choices_of
+from autoalign.reports.choices import Choice, choices_of, next_actions
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -45,7 +45,7 @@ def alignment_to_plain(alignment: Plan) -> Plain:
     return {
         "format": FORMAT,
         "version": VERSION,
-        # These follow from the rest, and are not read again.
+        # These follow from the rest and are not read again, and so do the choices.
         "coverage": alignment.coverage,
         "missing_keys": alignment.missing_keys,
         "unexpected_keys": alignment.unexpected_keys,
@@ -53,7 +53,7 @@ def alignment_to_plain(alignment: Plan) -> Plain:
         "target": _side_to_plain(alignment.target_specs),
         "matches": [_match_to_plain(match) for match in alignment.matches],
         "ambiguous": [_match_to_plain(match) for match in alignment.ambiguous],
-        "choices": [_choice_to_plain(choice) for choice in choices_of(alignment)],  # not read again
+        "choices": [choice_to_plain(choice, place) for place, choice in enumerate(choices_of(alignment))],
         "mismatched": [[mismatch.key, mismatch.source_key] for mismatch in alignment.mismatched],
         "excluded": sorted(alignment.excluded),
         "notes": list(alignment.notes),
@@ -98,7 +98,8 @@ def _side_to_plain(specs: Sequence[TensorSpec]) -> Plain:
     return {"tensors": tensors, "tied": [list(keys) for keys in tied_groups(specs)]}
 
 
-def _way_to_plain(way: Match | Candidate) -> Plain:
+def way_to_plain(way: Match | Candidate) -> Plain:
+    """Return what a target is filled from, and by which operation, as plain data."""
     return {"sources": list(way.sources), "operation": to_plain(way.operation)}
 
 
@@ -109,20 +110,21 @@ def _match_to_plain(match: Match) -> Plain:
     if match.evidence:
         data["evidence"] = dict(match.evidence)
     if match.alternatives:
-        data["alternatives"] = [_way_to_plain(other) | {"score": other.score} for other in match.alternatives]
+        data["alternatives"] = [way_to_plain(other) | {"score": other.score} for other in match.alternatives]
     return data | ({"warnings": list(match.warnings)} if match.warnings else {})
 
 
-def _choice_to_plain(choice: Choice) -> Plain:
+def choice_to_plain(choice: Choice, place: int) -> Plain:
+    """Return a choice as plain data, with what to do next; ``place`` is its place among the choices."""
     options = [
         {
-            "fills": [{"target": match.target} | _way_to_plain(match) for match in option.matches],
+            "fills": [{"target": match.target} | way_to_plain(match) for match in option.matches],
             "rules": [list(pair) for pair in option.rules],
         }
         for option in choice.options
     ]
     lists = {"targets": choice.targets, "why": choice.why, "options": options, "settled_by": choice.settled_by}
-    return {name: list(values) for name, values in lists.items()}
+    return {name: list(values) for name, values in lists.items()} | {"next_actions": next_actions(choice, place)}
 
 
 def alignment_from_plain(data: Mapping[str, Any]) -> Plan:

@@ -167,6 +167,30 @@ def test_align_gives_json(checkpoint: str, capsys: pytest.CaptureFixture[str]) -
     assert (found["source"]["name"], found["target"]["name"]) == (checkpoint, WIDER)
 
 
+def test_the_json_says_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, keys in (("source", ("twin1", "twin2")), ("target", ("one", "two"))):
+        save_file({f"{key}.weight": torch.zeros(3, 4) for key in keys}, tmp_path / f"{name}.safetensors")
+    sides = [str(tmp_path / f"{name}.safetensors") for name in ("source", "target")]
+    assert cli.main(["align", *sides, "--format", "json"]) == cli.INCOMPLETE
+    found = json.loads(capsys.readouterr().out)
+    (choice,) = found["choices"]
+    *options, proof = choice["next_actions"]
+    assert found["version"] == 1
+    assert proof["command"] == ["autoalign", "verify", "SOURCE", sides[1], "--checkpoint", sides[0], "--input", "SHAPE"]
+    for number, action in enumerate(options):
+        assert cli.main(["align", *sides, *action["arguments"], "--format", "json"]) == cli.COMPLETE
+        wanted = [fill["sources"] for fill in choice["options"][number]["fills"]]
+        assert [match["sources"] for match in json.loads(capsys.readouterr().out)["matches"]] == wanted
+    assert cli.main(["explain", *sides, "two.weight", "--format", "json"]) == cli.COMPLETE
+    explained = json.loads(capsys.readouterr().out)
+    assert (explained["version"], explained["status"]) == (1, "ambiguous")
+    assert explained["choice"]["next_actions"][: len(options)] == options
+    assert cli.main(["explain", *sides, "two.weight"]) == cli.COMPLETE
+    assert capsys.readouterr().out.startswith("two.weight (target): ambiguous\n")
+    assert cli.main(["explain", *sides, "two.wieght"]) == cli.ERROR
+    assert "Did you mean 'two.weight'" in capsys.readouterr().err
+
+
 def test_the_json_of_a_command_is_a_saved_alignment(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
