@@ -165,8 +165,8 @@ def load(
             parameters stay tied; an optimizer made before keeps the old ones. A tensor of a mapping may come to be
             shared with the model, as with torch. A tensor of a mapped file (safetensors, torch) is not copied: it is
             read when it is used, and the file must not be overwritten while the model is.
-        progress: True to show a bar on stderr; by default if stderr is a terminal and the load takes more than two
-            seconds. Or a function that is called with the number of tensors done and of all; it may raise to cancel
+        progress: True to show a bar on stderr; by default if stderr is a terminal and the load takes more than a
+            second. Or a function that is called with the number of tensors done and of all; it may raise to cancel
             the load, for which the old values are kept meanwhile.
         dtype: What to convert the model's floating-point tensors to, as ``model.to`` does, before they are filled; such
             as ``torch.bfloat16`` or ``"bfloat16"``.

@@ -6,6 +6,7 @@ They import what needs torch when they run, so that help needs none of it.
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from autoalign.cli.arguments import (
 )
 from autoalign.cli.completion import complete_models
 from autoalign.cli.targets import model_of, side_of
-from autoalign.cli.terminal import COMPLETE, INCOMPLETE, complain, progress, show, show_json
+from autoalign.cli.terminal import COMPLETE, INCOMPLETE, complain, progress, show, show_json, terminal_width
 from autoalign.errors import DependencyError, InputError, ValueWarning
 from autoalign.options import AlignOptions, MatchOptions
 
@@ -99,7 +100,9 @@ def explain(
     if form == "json":
         show_json(explanation.to_dict())
     else:
-        show(str(explanation))
+        from autoalign.reports.rows import paragraphs
+
+        show("\n".join(paragraphs(str(explanation).splitlines(), terminal_width() or sys.maxsize)))
     return COMPLETE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +12,11 @@ from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.formats.detection import format_of
 from autoalign.cli.reports import tensor_json
-from autoalign.cli.terminal import COMPLETE, show, show_json
+from autoalign.cli.terminal import COMPLETE, show, show_json, terminal_width
 from autoalign.plan.adapters import describe_adapters
 from autoalign.plan.quantised import describe_schemes
 from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text
-from autoalign.reports.rows import escaped
+from autoalign.reports.rows import escaped, paragraphs
 from autoalign.reports.text import escape_markdown, markdown_code
 
 _MAX_METADATA_CHARACTERS = 60  # of an entry
@@ -29,13 +30,15 @@ def show_checkpoint(checkpoint: Checkpoint, name: str, form: str, *, depth: int 
         listed = [tensor_json(spec) for spec in checkpoint.specs]
         show_json({"checkpoint": name, **facts, "tensors": listed})
         return COMPLETE
-    tree = render_tree(checkpoint.specs, dtype=next(iter(facts["dtypes"]), ""), depth=depth)
+    width = terminal_width() if form == "text" else None
+    tree = render_tree(checkpoint.specs, dtype=next(iter(facts["dtypes"]), ""), depth=depth, width=width)
     lines = _fact_lines(facts)
     if form == "markdown":
         head = [markdown_code(escaped(name)), "", *(f"- {escape_markdown(line)}" for line in lines)]
         show("\n".join([*head, "", "```text", *tree, "```"]))
     else:
-        show("\n".join([escaped(name), *(f"  {line}" for line in lines), "", *tree]))
+        facts_shown = [f"  {line}" for line in paragraphs(lines, (width or sys.maxsize) - 2)]
+        show("\n".join([escaped(name), *facts_shown, "", *tree]))
     return COMPLETE
 
 

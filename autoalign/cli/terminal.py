@@ -60,7 +60,12 @@ def has_colours(stream: TextIO) -> bool:
 
 def width() -> int:
     """Return the number of characters of a line: the terminal's, or 100 if stdout is not one."""
-    return max(shutil.get_terminal_size((_DEFAULT_WIDTH, 0)).columns, 40) if sys.stdout.isatty() else _DEFAULT_WIDTH
+    return terminal_width() or _DEFAULT_WIDTH
+
+
+def terminal_width() -> int | None:
+    """Return the number of characters of a line of the terminal; None if stdout is not one."""
+    return max(shutil.get_terminal_size((_DEFAULT_WIDTH, 0)).columns, 40) if sys.stdout.isatty() else None
 
 
 def show(text: str, *, plain: bool = False) -> None:

@@ -40,7 +40,7 @@ _MAX_SMALL_BYTES = 2**16  # of a tensor whose read of its own would take longer 
 _BATCH_BYTES = 2**24  # that a thread copies at a time
 _MIN_PARALLEL_BYTES = 2**26  # from which on threads are worth their start
 _MAX_THREADS = 4  # more do not copy faster, and these read ahead of each other from a disk
-_SECONDS_WITHOUT_BAR = 2.0
+_SECONDS_WITHOUT_BAR = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from autoalign.plan.specs import TensorSpec
 from autoalign.reports.rows import escaped, in_braces, write_range
 
 MAX_DEPTH = 40  # of a tree; what follows in a key is one name
+_MIN_COLUMN = 24  # characters of the last column of a narrow tree
 _MAX_NAMES = 4  # of tensors that are listed together, before the rest is left to an ellipsis
 _MAX_KINDS_IN_LINE = 3  # of the tensors of a layer that are written in its line
 _MIN_SHARE_WITH_PREFIX = 0.9  # of the tensors
@@ -151,10 +152,13 @@ def _runs_of(
     return runs
 
 
-def render_tree(specs: Sequence[TensorSpec], *, dtype: str = "", depth: int | None = None) -> list[str]:
+def render_tree(
+    specs: Sequence[TensorSpec], *, dtype: str = "", depth: int | None = None, width: int | None = None
+) -> list[str]:
     """Write tensors as the lines of their tree: modules with the number and size of their tensors, layers with shapes.
 
-    The usual ``dtype`` is not written, and no more levels of modules than ``depth``.
+    The usual ``dtype`` is not written, and no more levels of modules than ``depth``. What a line of some ``width`` does
+    not hold is wrapped between words, in its column.
 
     >>> import torch
     >>> keys = [f"h.{i}.fc.{leaf}" for i in range(3) for leaf in ("weight", "bias")]
@@ -186,10 +190,30 @@ def render_tree(specs: Sequence[TensorSpec], *, dtype: str = "", depth: int | No
 
     rows = list(rows_below(-1, "", depth))
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    if width is not None and sum(widths) + 6 + max((len(row[3]) for row in rows), default=0) > width:
+        return _wrapped(rows, width)
     return [
         f"{name:<{widths[0]}}  {times:>{widths[1]}}  {size:>{widths[2]}}  {what}".rstrip()
         for name, times, size, what in rows
     ]
+
+
+def _wrapped(rows: Sequence[tuple[str, str, str, str]], width: int) -> list[str]:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    for _ in range(2):
+        table.add_column(justify="right", no_wrap=True)
+    table.add_column(min_width=_MIN_COLUMN)
+    for row in rows:
+        table.add_row(*map(Text, (*row[:3], row[3].replace(",", ", ").replace(",  ", ", "))))
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return list(map(str.rstrip, captured.get().splitlines()))
 
 
 def _content(tree: Tree, leaves: Sequence[Leaf], module: int) -> tuple[dict[Hashable, list[str]], list[list[int]]]:

@@ -342,9 +342,9 @@ def _wrapped(text: str, width: int, mark: str) -> list[str]:
     return [_clip(line.replace("\N{NO-BREAK SPACE}", " "), width) for line in _filled(whole, width, mark)]
 
 
-def _filled(text: str, width: int, mark: str) -> list[str]:
+def _filled(text: str, width: int, mark: str, rest: str = " " * 6) -> list[str]:
     return textwrap.wrap(
-        text, width, initial_indent=mark, subsequent_indent=" " * 6, break_long_words=False, break_on_hyphens=False
+        text, width, initial_indent=mark, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -398,8 +398,8 @@ def cut(rows: Sequence[Row], table: Sequence[list[str]], budget: int, everything
 
 
 def paragraphs(texts: Iterable[str], width: int) -> list[str]:
-    """Wrap texts of a line each, of which all but the first lines are indented."""
-    return [line for text in texts for line in textwrap.wrap(text, width, subsequent_indent="  ")]
+    """Wrap texts of a line each, of which all but the first lines are indented, between words."""
+    return [line for text in texts for line in _filled(text, width, "", "  ")]
 
 
 def render_sections(
@@ -412,5 +412,5 @@ def render_sections(
     sizes = [sum(map(len, table)) for table in tables.values()]
     budgets = sizes if limit is None else share_out(sizes, limit - len(lines) - 2 * len(tables))
     for (title, table), budget in zip(tables.items(), budgets, strict=True):
-        lines += ["", title, *cut(sections[title], table, budget, everything)]
+        lines += ["", *paragraphs([title], width), *cut(sections[title], table, budget, everything)]
     return "\n".join(map(str.rstrip, lines))

@@ -20,6 +20,7 @@ from autoalign.reports.rows import Row, blocks_of, escaped, fold, lay_out, parag
 
 SCREEN = 40  # lines
 STATUSES: tuple[Status, ...] = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # as of the sections
+_NARROW = 64  # characters of a line, in which the columns of numbers stand closer
 _MAX_ROWS_OF_CHOICE = 4
 _FIRST_KEYS = 5  # that a message names
 _SEE_DETAILS = "error.details lists all."
@@ -107,18 +108,21 @@ def render_text(
     """
     found = rows_of(alignment, most=None if limit is None else _MAX_ROWS_OF_CHOICE, for_shell=for_shell)
     notes = paragraphs((f"Note: {escaped(note)}" for note in notes_of(alignment)), width)
-    return render_sections([*_totals(alignment), *notes], found, width, limit, everything)
+    return render_sections([*_totals(alignment, width), *notes], found, width, limit, everything)
 
 
-def _totals(alignment: Plan) -> list[str]:
+def _totals(alignment: Plan, width: int = 100) -> list[str]:
     found = totals_of(alignment)
-    lines = [found.filled, f"{'':<10}{'tensors':>10}{'elements':>20}"]
+    column = 20 if width > _NARROW else 15
+    lines = [*paragraphs([found.filled], width), f"{'':<10}{'tensors':>10}{'elements':>{column}}"]
     target = found.target if "matched" in alignment.status.values() else (Share("matched", 0, 0), *found.target)
     for side, shares in (("target", target), ("source", found.source)):
         for share in shares:
             if share.status != "used":
                 part = percent(share.elements, elements(shares))
-                lines.append(f"{share.status:<10}{share.tensors:>10,}{share.elements:>20,}{part:>9} of the {side}")
+                lines.append(
+                    f"{share.status:<10}{share.tensors:>10,}{share.elements:>{column},}{part:>9} of the {side}"
+                )
     if found.excluded:
         lines.append(f"excluded, of the missing and unexpected: {found.excluded:,}")
     return lines

@@ -471,6 +471,35 @@ def test_inspect_gives_json_and_markdown_and_stops_at_a_depth(
     assert "conv2" not in output
 
 
+def test_what_is_shown_fits_a_narrow_terminal_without_broken_words(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(checkpoint).parent)
+    monkeypatch.setenv("NO_COLOR", "1")
+    norms = "torchvision:resnet18"
+    for command in (
+        ["inspect", norms],
+        ["align", "net.safetensors", WIDER],
+        ["align", norms, "timm:resnet18", "--all"],
+        ["explain", "net.safetensors", WIDER, "head.weight"],
+        ["explain", norms, "timm:resnet18", "fc.weight"],
+        ["diff", "net.safetensors", RENAMED],
+    ):
+        torch.manual_seed(0)
+        cli.main(command)
+        wide = capsys.readouterr().out
+        with monkeypatch.context() as narrow:
+            narrow.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+            narrow.setenv("COLUMNS", "60")
+            torch.manual_seed(0)
+            cli.main(command)
+        shown = capsys.readouterr().out
+        lines = [line for line in shown.splitlines() if not line.startswith(("net.safetensors ->", norms))]
+        assert max(map(len, lines)) <= 60, command
+        words = [set(re.findall(r"[^\s,]*[a-z][^\s,]*", text)) for text in (shown, wide)]
+        assert {word for word in words[0] - words[1] if "…" not in word} == set(), command
+
+
 def test_inspect_names_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = {f"{side}.{key}": value for side in ("student", "teacher") for key, value in Network().state_dict().items()}
     save_file(both, tmp_path / "both.safetensors")
