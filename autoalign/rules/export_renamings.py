@@ -8,7 +8,8 @@ mmengine's ``revise_keys`` are applied by ``re.sub``. transformers' ``key_mappin
 item, which knows ``\1`` only: a rule with more captures becomes a renaming for each text that changes, and the key
 begins with another mark meanwhile. transformers 5 also has ``WeightConverter``, of which at most one takes a key, after
 all renamings and by a text that occurs in it. So a rule with an operation becomes both: renamings give its tensors the
-target's name with a placeholder for its last words, and a converter joins or splits what has the placeholder.
+target's name with a placeholder for its last words, and a converter joins or splits what has the placeholder. Weights
+that are dequantised or combined are converted by ``conversion_ops.Apply``, which needs this package where they load.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from autoalign.errors import DependencyError, RulesError
+from autoalign.plan.dequantise import Dequantise, schemes_of
 from autoalign.plan.operations import Concatenate, Grouped, Operation, Permute, Split, Stack, Transpose, steps_of
+from autoalign.plan.parametrised import Combine
 from autoalign.rules.rule import Rule, equal_parts, groups_of, literal, tokens_of
 from autoalign.rules.size_free import Sized
 
@@ -34,6 +37,9 @@ _GROUP = re.compile(r"(?<!\\)\((?!\?)((?:[^()\\]|\\.)*)\)")  # a capture without
 _SPECIAL = re.compile(r"(?<!\\)[()\[{.*+?|$^]|\\[A-Za-z0-9]")
 _MAX_CHOICES = 64  # of the words of a pattern, before it is assumed to match anything
 _LIST = r"(?P<n>\d+)"
+_CASTABLE = frozenset(  # schemes whose codes and scales are numbers, not bits
+    {"LLM.int8", *(f"{kind} {reach}" for kind in ("FP8", "INT8") for reach in ("by tensor", "by row", "in blocks"))}
+)
 _HINT = "Nothing was exported. Install it with: pip install 'transformers>=5.6'"
 
 
@@ -282,6 +288,9 @@ def _operations(rule: Rule) -> Iterator[ConversionOps]:
     from transformers import core_model_loading as theirs
 
     operations = [operation for _, operation in rule.fills]
+    if any(map(_computes, operations)):
+        yield _applied(rule)
+        return
     if len(rule.sources) > 1 or _LIST in rule.sources[0]:
         if len(operations) > 1:
             raise _InexpressibleError("several tensors make several")
@@ -303,6 +312,27 @@ def _operations(rule: Rule) -> Iterator[ConversionOps]:
     if not hasattr(theirs, "Split"):
         raise _InexpressibleError("its parts differ in size, which transformers splits from version 5.20 on")
     yield theirs.Split(dim)
+
+
+def _computes(operation: Operation) -> bool:
+    """True if an operation does more than to move values."""
+    return isinstance(operation, Dequantise | Combine) or any(map(_computes, operation.parts))
+
+
+def _applied(rule: Rule) -> ConversionOps:
+    """Write operations that transformers has none for, on tensors that it has cast to the model's dtype."""
+    from transformers.core_model_loading import ConversionOps
+
+    from autoalign.rules.conversion_ops import Apply
+
+    operations = [operation for _, operation in rule.fills]
+    if lost := sorted(frozenset().union(*map(schemes_of, operations)) - _CASTABLE):
+        raise _InexpressibleError(f"transformers casts what it loads to the model's dtype, which spoils {lost[0]}")
+    if any(_LIST in source for source in rule.sources):
+        raise _InexpressibleError("a list of quantised or parametrised tensors is joined")
+    if len(operations) > 1 and not hasattr(ConversionOps, "supports_many_to_many"):
+        raise _InexpressibleError("several tensors make several, which this version of transformers cannot")
+    return Apply(operations)
 
 
 def _joining(steps: Sequence[Operation], listed: bool, count: int) -> Iterator[ConversionOps]:

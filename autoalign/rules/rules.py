@@ -287,6 +287,9 @@ class Rules:
     def to_transformers(self) -> list[WeightRenaming | WeightConverter]:
         """Export as ``WeightRenaming`` and ``WeightConverter`` objects of transformers 5.6 and later.
 
+        Weights are dequantised from codes and scales as transformers gives them, in the model's dtype: those of FP8 and
+        int8. What packs several codes in a number would be spoiled and is refused.
+
         Raises:
             RulesError: Some rules cannot be expressed so; they are named.
             DependencyError: transformers 5.6 or later is not installed.

@@ -244,6 +244,36 @@ def test_experts_are_stacked_by_the_machinery_of_transformers(steps: tuple[Opera
     assert same(convert(rules.to_transformers(), source, torch.nn.Module()), rules.apply(source))
 
 
+def test_weights_are_dequantised_and_combined_by_the_machinery_of_transformers() -> None:
+    source: dict[str, Tensor] = {}
+    for layer in range(2):
+        for name in ("q", "k"):
+            source[f"layers.{layer}.{name}.weight"] = torch.randn(16, 32).to(torch.float8_e4m3fn)
+            source[f"layers.{layer}.{name}.weight_scale_inv"] = torch.rand(1, 2)
+        source |= {f"layers.{layer}.up.weight_v": torch.randn(8, 16), f"layers.{layer}.up.weight_g": torch.rand(8, 1)}
+    target = {
+        f"h.{layer}.{key}": torch.zeros(shape)
+        for layer in range(2)
+        for key, shape in {"qk.weight": (32, 32), "up.weight": (8, 16)}.items()
+    }
+    alignment = autoalign.align(source, target, min_confidence=0)
+    assert not alignment.missing_keys
+    conversions = alignment.rules().to_transformers()
+    assert "dequantise(FP8 in blocks)" in str([each.operations for each in conversions if hasattr(each, "operations")])
+    assert same(convert(conversions, source, torch.nn.Module()), alignment.state_dict())
+    converter = next(each for each in conversions if isinstance(each, WeightConverter))
+    with pytest.raises(RulesError, match=r"cannot be turned back.*save_original_format=False"):
+        converter.reverse_transform()
+
+
+def test_codes_that_a_cast_spoils_are_refused() -> None:
+    """transformers casts every tensor to the model's dtype before it converts it."""
+    codes = {"fc.weight": torch.zeros(4, 16, dtype=torch.uint8), "fc.weight_scale": torch.ones(4, 1, dtype=torch.uint8)}
+    rules = autoalign.align(codes, {"fc.weight": torch.zeros(4, 32)}, min_confidence=0).rules()
+    with pytest.raises(RulesError, match=r"dequantise\(MXFP4\)  \(transformers casts what it loads .*spoils MXFP4\)"):
+        rules.to_transformers()
+
+
 def test_a_key_mapping_is_taken_by_from_pretrained(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path)
