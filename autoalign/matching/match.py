@@ -201,21 +201,28 @@ def _notes_of_combined(combined: Sequence[Parametrised], matches: Sequence[Match
 
 
 def _notes_of_folded_norms(source: Specs, target: Specs, matches: Sequence[Match]) -> list[Caution]:
-    """Return a note if the model has batch norms folded into its convolutions, which the checkpoint has not."""
+    """Return a note if one side has batch norms folded into its convolutions, which the other has not."""
     filled, used = {match.target for match in matches}, {key for match in matches for key in match.sources}
-    kernels = {split_key(spec.key)[0] for spec in target if len(spec.shape) > 2 and spec.key in filled}
-    lost = [spec for spec in target if spec.key not in filled and split_key(spec.key)[0] in kernels]
-    lost = [spec for spec in lost if split_key(spec.key)[1] == "bias"]
-    live = {split_key(key)[0] for key in used}
-    norms = [spec for spec in source if spec.key.endswith("running_var") and split_key(spec.key)[0] not in live]
-    if not lost or Counter(spec.shape for spec in lost) - Counter(spec.shape for spec in norms):
-        return []
-    text = (
-        f"{len(lost)} convolutions of the model have biases that the checkpoint lacks, and {len(norms)} batch norms of "
-        f"that are unused, such as {split_key(norms[0].key)[0]}: the model has folded them into those, whose "
-        "weights here are those from before. Fold them first, as by torch.nn.utils.fuse_conv_bn_weights."
+    into_folded = (
+        "convolutions of the model have biases that the checkpoint lacks, and {} batch norms of that are unused, such "
+        "as {}: the model has folded them into those, whose weights here are those from before. Fold them first, as by "
+        "torch.nn.utils.fuse_conv_bn_weights."
     )
-    return [Caution(text)]
+    from_folded = (
+        "convolutions of the checkpoint have biases that the model lacks, and {} batch norms of that get nothing, such "
+        "as {}: the checkpoint has folded them into those, whose weights fit no norms any more. Load one from before, or "
+        "fold the model's first, as by torch.nn.utils.fuse_conv_bn_eval."
+    )
+    ways = (target, filled, source, used, into_folded), (source, used, target, filled, from_folded)
+    for folded, done, whole, live, text in ways:
+        kernels = {split_key(spec.key)[0] for spec in folded if len(spec.shape) > 2 and spec.key in done}
+        lost = [spec for spec in folded if spec.key not in done and split_key(spec.key)[0] in kernels]
+        lost = [spec for spec in lost if split_key(spec.key)[1] == "bias"]
+        modules = {split_key(key)[0] for key in live}
+        norms = [spec for spec in whole if spec.key.endswith("running_var") and split_key(spec.key)[0] not in modules]
+        if lost and not Counter(spec.shape for spec in lost) - Counter(spec.shape for spec in norms):
+            return [Caution(f"{len(lost)} {text.format(len(norms), split_key(norms[0].key)[0])}")]
+    return []
 
 
 def _as_listed(source: Specs, target: Specs, module: nn.Module | None) -> list[Match] | None:

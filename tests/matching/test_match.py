@@ -508,6 +508,8 @@ def test_batch_norms_that_the_model_has_folded_are_named(renamed: bool) -> None:
     plain = {key: tensor for key, tensor in source.items() if "bn" not in key}
     assert not [note for note in autoalign.align(plain, model).notes if "convolutions" in note]
     assert not [note for note in autoalign.align(source | biases, model).notes if "convolutions" in note]
+    (note,) = (note for note in autoalign.align(model.state_dict(), source).notes if "convolutions" in note)
+    assert re.match(r"[34] convolutions of the checkpoint have biases that the model lacks, and 4 batch norms of", note)
 
 
 @pytest.mark.parametrize("is_sorted", [False, True])

@@ -102,7 +102,7 @@ def _without_code(file: Path, refusal: Exception, *, zipped: bool) -> tuple[Mapp
     if not isinstance(loaded, Mapping):
         raise _read_error(file, refusal) from refusal
     kinds = list(dict.fromkeys(f"{name} in {where!r}" for name, where in values.ignored))
-    note = f"The file names code of others, and none of it was run; ignored: {listed(kinds)}." if kinds else ""
+    note = f"The file names code of others, and none of it was run; ignored: {listed(kinds, 12)}." if kinds else ""
     return loaded, (note,) if note else ()
 
 
