@@ -210,8 +210,8 @@ def _notes_of_folded_norms(source: Specs, target: Specs, matches: Sequence[Match
     )
     from_folded = (
         "convolutions of the checkpoint have biases that the model lacks, and {} batch norms of that get nothing, such "
-        "as {}: the checkpoint has folded them into those, whose weights fit no norms any more. Load one from before, or "
-        "fold the model's first, as by torch.nn.utils.fuse_conv_bn_eval."
+        "as {}: the checkpoint has folded them into those, whose weights fit no norms any more. Load one from before, "
+        "or fold the model's first, as by torch.nn.utils.fuse_conv_bn_eval."
     )
     ways = (target, filled, source, used, into_folded), (source, used, target, filled, from_folded)
     for folded, done, whole, live, text in ways:
