@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,7 +36,7 @@ from autoalign.matching.match import match_tensors
 from autoalign.matching.scope import excluded_keys
 from autoalign.matching.vocabulary import WRAPPERS
 from autoalign.plan.adapters import AddTo
-from autoalign.plan.dequantise import is_dequantised, result_dtype
+from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.matches import Match
 from autoalign.plan.specs import TensorSpec, tied_groups
 
@@ -271,10 +272,11 @@ def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[Tensor
     dtypes = {spec.key: spec.dtype for spec in alignment.source_specs}
     specs = []
     for match in alignment.matches:
-        dtype = result_dtype(match.operation, [dtypes[key] for key in match.sources])
+        has_values = is_dequantised(match.operation)
+        dtype = torch.float32 if has_values else reduce(torch.promote_types, (dtypes[key] for key in match.sources))
         if isinstance(match.operation, AddTo):
             dtype = targets[match.target].dtype
-        is_copy = any(key in alignment.quantised[0] for key in match.sources) and not is_dequantised(match.operation)
+        is_copy = any(key in alignment.quantised[0] for key in match.sources) and not has_values
         is_value = dtype.is_floating_point and not is_copy
         specs.append(TensorSpec(match.target, targets[match.target].shape, cast if cast and is_value else dtype))
     return specs

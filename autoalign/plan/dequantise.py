@@ -7,9 +7,9 @@ that an operation means the same wherever its tensors come from.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -91,11 +91,6 @@ class Dequantise(Operation):
         return f"dequantise({self.scheme})"
 
 
-def result_dtype(operation: Operation, dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the dtype of what an operation makes of inputs of some dtypes."""
-    return torch.float32 if is_dequantised(operation) else reduce(torch.promote_types, dtypes)
-
-
 def schemes_of(operation: Operation) -> frozenset[str]:
     """List the schemes of the quantised tensors that an operation takes for their values, without their versions."""
     own = {operation.scheme.partition(" v")[0]} if isinstance(operation, Dequantise) else set()
@@ -111,9 +106,6 @@ def is_sure(operation: Operation) -> bool:
 def is_dequantised(operation: Operation) -> bool:
     """True if an operation takes quantised tensors for their values."""
     return bool(schemes_of(operation))
-
-
-# Codes of the shape of the values, with scales for all, for each row or for blocks
 
 
 def block_size(size: int, count: int) -> int | None:
@@ -191,9 +183,6 @@ def _int8_of_bitsandbytes(inputs: Inputs, shape: Shape) -> Tensor:
 def _rows(shapes: Shapes) -> Shape | None:
     codes, scale = shapes["codes"], shapes["scale"]
     return codes if len(codes) == 2 and scale in ((codes[0],), (codes[0], 1)) else None
-
-
-# Codes of less than a byte, or in words of several
 
 
 def _spread(codes: Tensor, bits: int, table: Tensor | None = None) -> Tensor:
@@ -286,19 +275,27 @@ def _gptq(inputs: Inputs, shape: Shape, *, form: str) -> Tensor:
 
 def _of_groups(values: Tensor, zeros: Tensor, scale: Tensor, index: Tensor) -> Tensor:
     """Subtract zero points from values and scale them, in place, by the group of each column in their row."""
-    for rows in range(0, len(values), step := max(_CHUNK // values.shape[1], 1)):
-        part = slice(rows, rows + step)
-        values[part].sub_(zeros[part][:, index]).mul_(scale[part][:, index])
+    for part, zero, own in _by_rows(values, zeros, scale):
+        part.sub_(zero[:, index]).mul_(own[:, index])
     return values
 
 
 def _planes(codes: Tensor, bits: int) -> Tensor:
     """Return numbers of which every 32 are in words for their lowest bits, then in words for those above."""
-    words, values, done = codes.reshape(len(codes), -1, bits), torch.zeros((), device=codes.device), 0
-    for width in (width for width in (8, 4, 2, 1) if bits & width):
-        values = values + _spread(words[..., done : done + width], width) * 2**done
-        done += width
-    return values.flatten(-2)
+    words = codes.reshape(len(codes), -1, bits)
+    values = torch.zeros(*words.shape[:2], 32, device=codes.device)
+    for into, part in _by_rows(values, words):
+        done = 0
+        for width in (width for width in (8, 4, 2, 1) if bits & width):
+            into.add_(_spread(part[..., done : done + width], width).view(into.shape), alpha=2**done)
+            done += width
+    return values.flatten(1)
+
+
+def _by_rows(values: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split values and what has as many rows into parts that are worked on at a time."""
+    step = max(_CHUNK * len(values) // max(values.numel(), 1), 1)
+    return zip(*(torch.split(tensor, step) for tensor in (values, *others)), strict=True)
 
 
 def _gptq_shape(shapes: Shapes) -> Shape | None:
@@ -413,11 +410,13 @@ def _packed_shape(tensor: Tensor, shapes: Shapes) -> Shape | None:
 
 
 def _gguf(inputs: Inputs, shape: Shape, *, name: str) -> Tensor:
-    """Return what llama.cpp stores, by the package gguf, which works through some rows at a time."""
+    """Return what llama.cpp stores, by the package gguf, which holds twice what it is given at a time."""
     from gguf import GGMLQuantizationType, quants
 
-    rows = inputs["codes"].cpu().numpy()
-    return torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType[name])).reshape(shape)
+    codes, values = inputs["codes"].cpu(), torch.empty(shape)
+    for into, part in _by_rows(values.view(-1, shape[-1]), codes.reshape(-1, codes.shape[-1])):
+        into.copy_(torch.from_numpy(quants.dequantize(part.numpy(), GGMLQuantizationType[name])))
+    return values
 
 
 def _gguf_shape(shapes: Shapes, *, name: str) -> Shape | None:

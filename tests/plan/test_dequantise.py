@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -634,3 +636,73 @@ def test_a_trained_llama_answers_as_before_it_was_quantised(tmp_path: Path) -> N
         with torch.no_grad():
             got = model(input_ids=tokens).logits.argmax(-1)
         assert (got == wanted).float().mean() > 0.9, scheme
+
+
+_PEAKS = """
+import json, threading, time, torch
+from autoalign.plan.dequantise import Dequantise
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, resident())
+        time.sleep(0.001)
+
+def bits(*shape, dtype=torch.uint8):
+    return torch.randint(0, 64, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8).view(dtype)
+
+R, C, words, half, fp8 = 6144, 4096, torch.int32, torch.float16, torch.float8_e4m3fn
+state = {"blocksize": 64, "shape": [R, C]}
+nested = state | {"nested_blocksize": 256, "nested_offset": 0.5}
+as_bytes = lambda value: torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+group = torch.arange(C, dtype=words) // 128
+CASES = [
+    ("FP8 in blocks", {"codes": bits(R, C, dtype=fp8), "scale": torch.rand(R // 128, C // 128)}),
+    ("MXFP8", {"codes": bits(R, C, dtype=fp8), "scale": bits(R, C // 32)}),
+    ("INT8 by row", {"codes": bits(R, C, dtype=torch.int8), "scale": torch.rand(R, 1), "zero": torch.rand(R, 1)}),
+    ("LLM.int8", {"codes": bits(R, C, dtype=torch.int8), "scale": torch.rand(R)}),
+    ("NF4", {"codes": bits(R * C // 2, 1), "scale": torch.rand(R * C // 64), "table": torch.rand(16),
+             "layout": as_bytes(state)}),
+    ("NF4", {"codes": bits(R * C // 2, 1), "scale": bits(R * C // 64), "table": torch.rand(16),
+             "layout": as_bytes(nested), "scale nested": torch.rand(R * C // 2**14), "table nested": torch.rand(256)}),
+    ("GPTQ", {"codes": bits(C // 8, R, dtype=words), "scale": bits(C // 128, R, dtype=half),
+              "zero": bits(C // 128, R // 8, dtype=words), "index": group}),
+    ("GPTQ v2 in planes", {"codes": bits(C * 3 // 32, R, dtype=words), "scale": bits(C // 128, R, dtype=half),
+                           "zero": bits(C // 128, R * 3 // 32, dtype=words), "index": group}),
+    ("AWQ", {"codes": bits(C, R // 8, dtype=words), "scale": bits(C // 128, R, dtype=half),
+             "zero": bits(C // 128, R // 8, dtype=words)}),
+    ("MLX", {"codes": bits(R, C // 8, dtype=words), "scale": torch.rand(R, C // 64), "zero": torch.rand(R, C // 64)}),
+    ("MXFP4", {"codes": bits(R, C // 2), "scale": bits(R, C // 32)}),
+    ("NVFP4", {"codes": bits(R, C // 2), "scale": bits(R, C // 16, dtype=fp8), "scale 2": torch.tensor(0.5)}),
+    ("compressed-tensors", {"codes": bits(R, C // 8, dtype=words), "scale": torch.rand(R, C // 64),
+                            "layout": torch.tensor([R, C])}),
+    ("GGUF Q4_K", {"codes": bits(R, C // 256 * 144)}),
+    ("GGUF Q8_0", {"codes": bits(R, C // 32 * 34)}),
+]
+found = []
+for name, inputs in CASES:
+    step = Dequantise(name, tuple(inputs), (R, C))
+    peak, done = 0, False
+    before = resident()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    (values,) = step.apply(list(inputs.values()))
+    done = True
+    thread.join()
+    assert values.shape == (R, C)
+    del values
+    found.append((name, peak - before))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_values_of_each_scheme_take_little_more_memory_than_they_hold() -> None:
+    done = subprocess.run([sys.executable, "-c", _PEAKS], capture_output=True, text=True, check=True)
+    peaks = json.loads(done.stdout)
+    assert len(peaks) == 15
+    assert not [(name, peak) for name, peak in peaks if peak > 6144 * 4096 * 4 + 2**26]
