@@ -31,6 +31,7 @@ from benchmarks.cases.perturbations import RECIPES, Case, Recipe, perturbed
 from benchmarks.figures import tables
 from benchmarks.peers import PEERS, Peer
 from benchmarks.speed import baseline, dataflow, nameless, scaling
+from benchmarks.speed import diff as diff_time
 from benchmarks.speed import files as file_loading
 from benchmarks.speed import sharded as sharded_loading
 from benchmarks.speed.baseline import Figure
@@ -214,6 +215,15 @@ def test_files_load_with_the_right_values_in_every_way(format_: str, tmp_path: P
         assert len(seconds[way, False]) == (0 if way == "assign" else 2)
 
 
+def test_a_comparison_is_timed_against_reading_both_files() -> None:
+    found = list(diff_time.measure(5_000_000, 1))
+    assert [(way, from_disk) for way, from_disk, _ in found] == [
+        *(("equal", True), ("equal", False)),
+        *(("moved", True), ("moved", False)),
+    ]
+    assert all(ratio > 0 for *_, ratio in found)
+
+
 def test_a_wrong_value_in_a_file_is_noticed(tmp_path: Path) -> None:
     file_loading.write(tmp_path, "torch", 5_000_000)
     path = file_loading.path_of(tmp_path, "torch", "apart")
@@ -227,6 +237,7 @@ def test_a_wrong_value_in_a_file_is_noticed(tmp_path: Path) -> None:
 MEASURED = """
 import time, torch
 from torch import nn
+from benchmarks.speed import diff as diff_time
 from benchmarks.speed import files as file_loading
 
 def wasteful(_):

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import starmap
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -34,7 +33,7 @@ _UNDONE = "Nothing was compared."
 _TOLERANCE = 1e-6  # of changes of values that neither side rounded
 _PIECE = 2**20  # elements that a thread reads at a time, enough for a strided view to be read in whole cache lines
 _CACHED = 2**15  # elements that stay in a core's cache while they are compared, by one thread of torch
-_THREADS = 4
+_THREADS = 4  # more than cores, perhaps: some wait for the disk
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -132,7 +131,7 @@ def diff(
     source, target = alignment.tensors, alignment.target_tensors
     assert isinstance(source, Checkpoint) and isinstance(target, Checkpoint)  # noqa: PT018, both are
     changes = []
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         for match, sources in read_sources(source, alignment, _UNDONE):
             other = target[match.target]
             require_values(match, other, _UNDONE)
@@ -223,10 +222,10 @@ def _pieces(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _apart(pair: tuple[Tensor, Tensor]) -> _Apart:
     """Measure a piece; the second tensor's device and dtype may be others."""
     first, second = (tensor.cpu().reshape(-1) for tensor in pair)
-    return _sum(
-        list(starmap(_measured, zip(torch.split(first, _CACHED), torch.split(second, _CACHED), strict=True)))
-        or [_Apart()]
-    )
+    if first.dtype == second.dtype and torch.equal(_bits(first), _bits(second)):
+        return _Apart()
+    pieces = zip(torch.split(first, _CACHED), torch.split(second, _CACHED), strict=True)
+    return _sum([_measured(own, other) for own, other in pieces] or [_Apart()])
 
 
 def _size(tensor: Tensor) -> _Apart:
@@ -235,13 +234,12 @@ def _size(tensor: Tensor) -> _Apart:
 
 
 def _measured(first: Tensor, second: Tensor) -> _Apart:
-    if first.dtype == second.dtype and torch.equal(_bits(first), _bits(second)):
-        return _Apart()
     own, other = _wide(first), _wide(second)
     apart = torch.sub(other, own).abs_() if own.dtype == other.dtype else (other.double() - own.double()).abs()
     total, size = float(apart.sum()), own.abs()
     if total - total == 0:  # finite, as all values are then
-        whole = total or float(not first.is_floating_point())  # large integers are rounded, and their bits differ
+        is_rounded = not total and not first.is_floating_point() and first.dtype == second.dtype  # large integers
+        whole = total or float(is_rounded and not torch.equal(first, second))
         return _Apart(whole, float(apart.amax()) or whole, float(size.sum()), float(size.amax()), 0, True)
     own, other = own.double(), other.double()
     apart = (other - own).abs()

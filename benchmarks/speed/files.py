@@ -183,7 +183,7 @@ def timed(
         for repeat in range(repeats):
             first = repeat % len(taken)  # each way goes first at times: a disk is slower after much was read from it
             for way in taken[first:] + taken[:first]:
-                (_drop if from_disk else _bring)(path_of(folder, format_, way))
+                (drop if from_disk else bring)(path_of(folder, format_, way))
                 load = load_by(way, folder, format_)
                 start = time.perf_counter()
                 load(model)
@@ -197,14 +197,16 @@ def _is_right(model: nn.Module, own: Path) -> bool:
     return all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
 
 
-def _drop(file: Path) -> None:
+def drop(file: Path) -> None:
+    """Have the system forget the pages of a file that it has in memory."""
     descriptor = os.open(file, os.O_RDONLY)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
 
 
-def _bring(file: Path) -> None:
+def bring(file: Path) -> None:
+    """Read a file, so that its pages are in memory."""
     with file.open("rb") as stream:
         while stream.read(2**24):
             pass
