@@ -35,6 +35,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.errors import ValueWarning as ValueWarning
     from autoalign.loading.diff import Difference as Difference
     from autoalign.loading.diff import diff as diff
+    from autoalign.loading.identify import Identification as Identification
+    from autoalign.loading.identify import KnownArchitecture as KnownArchitecture
+    from autoalign.loading.identify import identify as identify
     from autoalign.options import AlignOptions as AlignOptions
     from autoalign.plan.matches import Candidate as Candidate
     from autoalign.plan.matches import Match as Match
@@ -66,6 +69,7 @@ _MODULES = {
         *("RulesError", "TraceError", "UnequalModelsError", "UnsafeCheckpointError", "ValueWarning"),
     ),
     "loading.diff": ("Difference", "diff"),
+    "loading.identify": ("Identification", "KnownArchitecture", "identify"),
     "options": ("AlignOptions",),
     "plan.matches": ("Candidate", "Match", "Mismatch", "Verified"),
     "reports.changes": ("Block", "Change"),

@@ -12,15 +12,15 @@ In order of use:
 
 It may import everything. A new command is a function in ``commands``::
 
-    @command(exits="exit codes: 0 known; 1 unknown; 2 an error, reported on stderr")
-    def identify(checkpoint: Checkpoints, container: Container = None, form: Form = "text") -> int:
-        \"\"\"Name the architecture of a checkpoint.\"\"\"
-        found = autoalign.identify(side_of(checkpoint), container=container)
+    @command(exits="exit codes: 0 shown; 2 an error, reported on stderr")
+    def count(checkpoint: Checkpoints, container: Container = None, form: Form = "text") -> int:
+        \"\"\"Count the tensors of a checkpoint.\"\"\"
+        found = checkpoint_of(side_of(checkpoint), container=container)
         if form == "json":
-            show_json({"checkpoint": checkpoint, **found.to_dict()})
+            show_json({"checkpoint": checkpoint, "tensors": len(found)})
         else:
-            show(str(found))
-        return COMPLETE if found.best else INCOMPLETE
+            show(f"{len(found)} tensors")
+        return COMPLETE
 
 Its name is the function's, its parameters are arguments and options with the types of ``arguments``, a TypedDict of the
 library gives its options (``**options: Unpack[AlignOptions]``), and options that are not given are not passed on. The

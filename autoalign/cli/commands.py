@@ -68,6 +68,22 @@ def inspect(
     )
 
 
+@command(exits="exit codes: 0 the architecture is known, or one is near; 1 unknown; 2 an error, reported on stderr")
+def identify(checkpoint: Checkpoints, container: Container = None, form: Form = "text") -> int:
+    """Say which known architecture a checkpoint is of.
+
+    The shapes of its tensors are compared with those of the architectures of torchvision, timm and transformers,
+    whatever they are called and in whatever order they are. Said are also the wrapper, copies inside, the classes of
+    the head, whether it was trained, and how to load it.
+    """
+    found = autoalign.identify(side_of(checkpoint), container=container)
+    if form == "json":
+        show_json({"checkpoint": " ".join(checkpoint), **found.to_dict()})
+    else:
+        show(str(found))
+    return COMPLETE if found.best else INCOMPLETE
+
+
 @command()
 def align(
     checkpoint: Checkpoints,

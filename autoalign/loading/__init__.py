@@ -11,6 +11,7 @@ In order of use, from the bottom up:
   lazy modules, conflicts, BatchNorm counters, extra states, versions; warnings.
 * ``sharded``: how the processes of a sharded model agree, and which parts each of them reads.
 * ``load`` and ``convert``: fill a model, all or nothing; write a checkpoint anew, tensor by tensor.
+* ``identify``: which known architecture a checkpoint is of, in words, and whether it was trained.
 * ``diff``: compares the values of two checkpoints, whatever their tensors are called.
 
 It may import ``errors``, ``plan``, ``checkpoints``, ``rules``, ``matching``, ``reports`` and ``alignment``. A new check

@@ -18,6 +18,7 @@ and ``checkpoints``):
 - ``relation``: are two networks related; of unlike ones, the tensors of equal names and shapes, and what differs
 - ``stacks``: tensors that hold what the other side lists, matched by their slices
 - ``repeats``, ``pipeline``: what needs no search; the stages in order
+- ``architectures``: fingerprints of networks, and the index of those of many libraries, which are looked up in it
 - ``positions``, ``adapt``, ``adapters``, ``match``: matches that change values; from options to a ``Plan``
 
 A new word is a row of ``vocabulary``, a new cue a row of ``cues``, a new kind of move a function of ``moves``; a new

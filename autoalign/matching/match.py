@@ -31,6 +31,7 @@ from autoalign.matching.repeats import (
     runs_of,
     with_same_names,
 )
+from autoalign.matching.relation import UNLIKE
 from autoalign.matching.rotary import rotary_settling
 from autoalign.matching.scope import checked_rules, excluded_keys, pinned_pairs
 from autoalign.matching.stacks import restacked, unstacked, whole_mismatches
@@ -163,6 +164,11 @@ def match_tensors(
     chosen = sorted(matches, key=lambda match: order[match.target])
     sure = {match.target for match in chosen if match.confidence >= min_confidence}
     notes = (*notes, *_notes_of_folded_norms(*sides, [m for m in matches if m.target in sure]))
+    if UNLIKE in notes:
+        from autoalign.matching.architectures import resemblance
+
+        looks = resemblance(own.specs, "source"), resemblance(other.specs, "target")
+        notes = (*notes, *filter(None, looks))
     rotated = [match for match in chosen if match.target not in sure and ROTARY in match.warnings]
     if rotated and (settling := rotary_settling((own, other), sized=all(len(m.alternatives) < 3 for m in rotated))):
         notes = (*notes, settling)

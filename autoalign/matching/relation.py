@@ -31,7 +31,7 @@ _MAX_SIZES_TOLD = 3
 _EVIDENCE = {"name": 1.0, "shape": 1.0}
 _ONLY_EQUALS = "The networks are unlike, so only tensors of equal names and shapes were matched"
 _NAMES_AGREE = "Most layers of source and target have equal names, but unequal shapes: "
-_UNLIKE = (
+UNLIKE = (
     "Source and target look like different architectures: single layers have matching shapes, but no complete block "
     "does, and names do not agree. Nothing was matched. If they are related, name a pair of keys in rules."
 )
@@ -149,7 +149,7 @@ def equal_tensors(source: SideParts, target: SideParts) -> tuple[dict[int, Found
     told = _same_at_another_size(source.parts, target.parts)
     if told:
         return {}, f"{told} Nothing was matched."
-    return {}, f"{_NAMES_AGREE}{sizes}. Nothing was matched." if sizes else _UNLIKE
+    return {}, f"{_NAMES_AGREE}{sizes}. Nothing was matched." if sizes else UNLIKE
 
 
 def equal_layers(

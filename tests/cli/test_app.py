@@ -22,7 +22,10 @@ from autoalign import cli
 from autoalign.cli.terminal import BROKEN_PIPE, INTERRUPTED
 from tests.cli.factories import Network
 
-NAMES = ["inspect", "align", "explain", "load-check", "convert", "rules", "diff", "verify", "demo", "completion"]
+NAMES = [
+    *("inspect", "identify", "align", "explain", "load-check", "convert"),
+    *("rules", "diff", "verify", "demo", "completion"),
+]
 
 
 def program(*arguments: str) -> list[str]:
