@@ -2,8 +2,8 @@
 
 It holds every architecture of torchvision (but the quantised ones, which are the same networks again) and of timm, the
 default configuration of every family of transformers, and the published sizes of ``cases/published.py``. All are built
-without memory, and nothing is downloaded. That takes half an hour; what was built is kept in ``build/index`` for the versions
-of the libraries that are installed.
+without memory, and nothing is downloaded. That takes a quarter of an hour; what was built is kept in ``build/index``
+for the versions of the libraries that are installed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import os
 import pickle
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -31,7 +31,8 @@ import torch
 import torchvision
 from torch import nn
 
-from autoalign.matching.architectures import INDEX_FILE, Shape, fingerprint, numeric, shapes_by_name
+from autoalign.matching.architectures import INDEX_FILE, fingerprint, numeric, shapes_by_name
+from autoalign.plan.operations import Shape
 from autoalign.plan.specs import TensorSpec, specs_of
 from benchmarks.cases.architectures import build_on_meta
 from benchmarks.cases.published import published
@@ -144,7 +145,7 @@ def arrays_of(networks: Iterable[Built], versions: Mapping[str, str]) -> dict[st
     groups, heads, name_sets = _Numbers(), _Numbers(), _Numbers()
     blocks: list[set[int]] = []
     depths: list[int] = []
-    entries, seen = [], set[tuple[int, str]]()
+    entries, seen = list[tuple[Any, ...]](), set[tuple[int, str]]()
     for network in networks:
         specs = [replace(spec, shape=head_of(spec.shape)) for spec in numeric(network.specs)]
         own = fingerprint(specs)
@@ -158,13 +159,16 @@ def arrays_of(networks: Iterable[Built], versions: Mapping[str, str]) -> dict[st
             depths.append(own.depth)
         blocks[group] |= set(own.blocks)
         kind = network.builder[0].partition("(")[0] if network.library == "transformers" else network.name
-        if (group, f"{network.library}:{kind}") in seen:  # the defaults of a configuration are among its published sizes
+        if (
+            group,
+            f"{network.library}:{kind}",
+        ) in seen:  # the defaults of a configuration are among its published sizes
             continue
         seen.add((group, f"{network.library}:{kind}"))
         by_name = {(names[name], shapes[shape]) for name, found in shapes_by_name(specs).items() for shape in found}
         numbered = heads[tuple(shapes[shape] for shape in head)], name_sets[frozenset(by_name)]
         entries.append((network.library, network.name, group, *numbered, *network.builder))
-    entries.sort(key=lambda entry: (entry[2], *_rank(*entry[:2])))
+    entries.sort(key=lambda entry: (entry[2], *_rank(entry[0], entry[1])))
     about = json.dumps({"versions": dict(versions), "entries": entries}, separators=(",", ":"))
     return {
         "about": np.frombuffer(about.encode(), dtype=np.uint8),

@@ -70,7 +70,7 @@ def inspect(
 
 @command(exits="exit codes: 0 the architecture is known, or one is near; 1 unknown; 2 an error, reported on stderr")
 def identify(checkpoint: Checkpoints, container: Container = None, form: Form = "text") -> int:
-    """Say which known architecture a checkpoint is of.
+    """Name the architecture that a checkpoint is of.
 
     The shapes of its tensors are compared with those of the architectures of torchvision, timm and transformers,
     whatever they are called and in whatever order they are. Said are also the wrapper, copies inside, the classes of

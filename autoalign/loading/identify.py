@@ -66,7 +66,7 @@ class KnownArchitecture:
     common: int  # tensors with a counterpart of the same shape
     tensors: int  # of the checkpoint, or of the part that was looked at
     total: int  # of the architecture, without a head that the checkpoint does not have
-    names: float  # share of the names, without their numbers, that the checkpoint and the first architecture have in common
+    names: float  # share of the names, without their numbers, that it has in common with the first
     classes: int | None  # of the checkpoint's head
     roles: tuple[str, ...]  # what is different, such as "another MLP ratio", where names tell
     differences: tuple[str, ...]  # the same by name and shape; none if it is this architecture
@@ -141,7 +141,8 @@ class Identification:
         where = f"In {escaped(self.part)}: " if self.part else ""
         if self.verdict == "known":
             head = f", head of {best.classes:,} classes" if best.classes is not None else ""
-            yield f"{where or 'It is '}{escaped(best.label)} ({share}){head}{f', {self.trained}' if self.trained else ''}."
+            trained = f", {self.trained}" if self.trained else ""
+            yield f"{where or 'It is '}{escaped(best.label)} ({share}){head}{trained}."
         else:
             roles = f", with {' and '.join(best.roles)}" if best.roles else ""
             size = size if where else size.capitalize()
@@ -153,15 +154,15 @@ class Identification:
 def identify(checkpoint: Side, *, container: str | None = None, limit: int = 3) -> Identification:
     """Find out which known architecture a checkpoint is of.
 
-    The shapes of its tensors are compared with those of all architectures of torchvision and timm, and of the families of
-    transformers at their default and published sizes, whatever its tensors are called and in whatever order they are.
-    Names decide between equals. Of the data only some small tensors are read, which show if it was trained.
+    The shapes of its tensors are compared with those of all architectures of torchvision and timm, and of the families
+    of transformers at their default and published sizes, whatever they are called and in whatever order they are. Names
+    decide between equals. Of the data only some small tensors are read, which show if it was trained.
 
     >>> import torch
     >>> widths = [(64, 3, 7, 7), (64,), (10, 64)]
     >>> print(identify({f"layer{n}": torch.empty(shape) for n, shape in enumerate(widths)}))
     3 tensors.
-    Unknown: it is near no known architecture (width 64, depth 0).
+    Unknown: it is near no known architecture (width 64 and depth 0).
 
     Args:
         checkpoint: A path, a mapping of tensors, a module, or an open ``Checkpoint``.
@@ -190,7 +191,9 @@ def identify(checkpoint: Side, *, container: str | None = None, limit: int = 3) 
         blocks_like=str(like) if like else None,
         format=format_of(path) if path and path.is_file() else None,
         path=given.path,
-        wrappers=tuple(_WRAPPERS.get(name, name) for name in prefix.split(".") if name in _WRAPPERS or (name and not part)),
+        wrappers=tuple(
+            _WRAPPERS.get(name, name) for name in prefix.split(".") if name in _WRAPPERS or (name and not part)
+        ),
         part=part.rstrip("."),
         copies=copies,
         trained=_trained(given, specs),
@@ -201,7 +204,9 @@ def identify(checkpoint: Side, *, container: str | None = None, limit: int = 3) 
 def _plain_wrapper(specs: Sequence[TensorSpec]) -> str:
     """Return what wrappers of known names have put before all keys."""
     prefix = ""
-    while name := next((name for name in _WRAPPERS if all(spec.key.startswith(f"{prefix}{name}.") for spec in specs)), ""):
+    while name := next(
+        (name for name in _WRAPPERS if all(spec.key.startswith(f"{prefix}{name}.") for spec in specs)), ""
+    ):
         prefix += f"{name}."
     return prefix
 
@@ -247,7 +252,12 @@ def _modules(specs: Sequence[TensorSpec]) -> list[tuple[str, list[TensorSpec]]]:
 def _candidate(found: Likeness, specs: Sequence[TensorSpec], known: Index, path: str | None) -> KnownArchitecture:
     best = found.architectures[0]
     changed = {} if found.is_exact else _changed(found, specs, known)
-    roles = (role for name in changed for word, role in _ROLES.items() if word in {each for part in name.split(".") for each in words(part)})
+    roles = (
+        role
+        for name in changed
+        for word, role in _ROLES.items()
+        if word in {each for part in name.split(".") for each in words(part)}
+    )
     return KnownArchitecture(
         architectures=tuple(map(str, found.architectures)),
         target=_target(best, found.classes),
@@ -282,8 +292,12 @@ def _construction(best: Architecture, classes: int | None) -> str:
 def _changed(found: Likeness, specs: Sequence[TensorSpec], known: Index) -> dict[str, tuple[Shape, Shape]]:
     """Find the names of an architecture that have one other shape in a network: its own, and the architecture's."""
     own, other = shapes_by_name(numeric(specs), found.prefix), known.shapes_by_name(found.architectures[0])
-    shapes = {name: (own[name] & found.extra.keys(), other[name] & found.missing.keys()) for name in own if name in other}
-    return {name: (*mine, *theirs) for name, (mine, theirs) in shapes.items() if len(mine) == len(theirs) == 1}
+    changed = {}
+    for name in [name for name in own if name in other]:
+        mine, theirs = own[name] & found.extra.keys(), other[name] & found.missing.keys()
+        if len(mine) == len(theirs) == 1:
+            changed[name] = mine.pop(), theirs.pop()
+    return changed
 
 
 def _differences(
@@ -318,7 +332,9 @@ def _in_order(sizes: Shape, like: Shape) -> list[int]:
 def _trained(given: Checkpoint, specs: Sequence[TensorSpec]) -> str | None:
     """Return what small tensors show: the counters of BatchNorm, or weights of norms that are not 1 any more."""
     counters = [spec for spec in specs if spec.key.endswith("num_batches_tracked")][:1]
-    norms = [spec for spec in specs if len(spec.shape) == 1 and spec.key.endswith("weight") and spec.dtype.is_floating_point]
+    norms = [
+        spec for spec in specs if len(spec.shape) == 1 and spec.key.endswith("weight") and spec.dtype.is_floating_point
+    ]
     values = [given[spec.key] for spec in (*counters, *norms[:_MAX_VALUES_READ])]
     if not values or any(value.is_meta for value in values):
         return None
@@ -326,4 +342,6 @@ def _trained(given: Checkpoint, specs: Sequence[TensorSpec]) -> str | None:
         seen = int(values[0].max())
         return f"trained (BatchNorm has seen {seen:,} batches)" if seen else "not trained (BatchNorm has seen no batch)"
     is_initial = all(bool(torch.all(value == 1)) for value in values)
-    return "not trained (the weights of all norms are 1)" if is_initial else "trained (the weights of norms differ from 1)"
+    return (
+        "not trained (the weights of all norms are 1)" if is_initial else "trained (the weights of norms differ from 1)"
+    )

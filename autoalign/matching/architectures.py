@@ -102,7 +102,8 @@ def fingerprint(specs: Iterable[TensorSpec]) -> Fingerprint:
             below.setdefault(module, []).append(shape)
             module = split_key(module)[0]
     lists = Counter((parent, stem(name)) for parent, name in map(split_key, below) if numbers(name))
-    blocks = _blocks([shapes for shapes in below.values() if len(shapes) < len(counted)])
+    outer = {parent for (parent, name), members in lists.items() if name == "#" and members > 1}  # lists are no blocks
+    blocks = _blocks(shapes for name, shapes in below.items() if name not in outer and len(shapes) < len(counted))
     return Fingerprint(Counter(essential(spec.shape) for spec in counted), blocks, max(lists.values(), default=0))
 
 
@@ -199,13 +200,16 @@ class Index:
         """Return the shapes under each name of an architecture, those of heads with a negative size."""
         part = slice(*self._arrays["name_starts"][architecture.names :][:2].tolist())
         found: dict[str, set[Shape]] = {}
-        for name, shape in zip(*(self._arrays[each][part].tolist() for each in ("name_numbers", "name_shapes")), strict=True):
+        for name, shape in zip(
+            *(self._arrays[each][part].tolist() for each in ("name_numbers", "name_shapes")), strict=True
+        ):
             found.setdefault(self._all_names[name], set()).add(self.shapes[shape])
         return found
 
     def _sums(self, values: NDArray[Any], starts: str) -> _Ints:
         total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-        return np.diff(total[self._arrays[starts]])
+        sums: _Ints = np.diff(total[self._arrays[starts]])
+        return sums
 
     def shapes_of(self, group: int) -> Counter[Shape]:
         """Return the shapes of a group, without those of heads."""
@@ -242,7 +246,8 @@ class Index:
         weights = np.array([own.blocks[value] for value in known.tolist()], dtype=np.int64)
         places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
         is_common = known[places] == hashes
-        kinds, all_kinds = self._sums(is_common, "block_starts"), np.diff(self._arrays["block_starts"].astype(np.int64))
+        kinds = self._sums(is_common, "block_starts")
+        all_kinds = self._sums(np.ones_like(hashes), "block_starts")
         shares = kinds / (all_kinds + len(known) - kinds)
         return self._sums(np.where(is_common, weights[places], 0), "block_starts"), shares
 
@@ -329,7 +334,7 @@ def _headed(heads: Sequence[Shape], extra: Counter[Shape]) -> tuple[list[Shape],
 
 
 def of_equal_blocks(own: Fingerprint, known: Index) -> Architecture | None:
-    """Find an architecture with the blocks that a network has, in whatever sizes; of several that of the nearest sizes."""
+    """Find an architecture with the blocks that a network has, in whatever sizes; of several the one of the nearest."""
     if not own.blocks:
         return None
     tensors, shares = known.common_blocks(own)
@@ -357,7 +362,7 @@ def _prefixes(specs: Sequence[TensorSpec]) -> Iterator[str]:
 
 
 def resemblance(specs: Sequence[TensorSpec], side: str) -> str:
-    """Say what a side looks like, for a message; "" if that is not known, or would take long."""
+    """Return what a side looks like, for a message; "" if that is not known, or would take long."""
     if len(specs) > _MAX_TENSORS_TO_MENTION:
         return ""
     found = likenesses(specs, fingerprint(specs), index(), 1)

@@ -21,6 +21,7 @@ from autoalign.matching.confidence import AMBIGUOUS, INFERRED
 from autoalign.matching.layouts import ROTARY
 from autoalign.matching.pipeline import Result, match_sides
 from autoalign.matching.positions import AdaptableSide
+from autoalign.matching.relation import UNLIKE
 from autoalign.matching.repeats import (
     MAX_PAIRS_OF_ALL,
     Specs,
@@ -31,7 +32,6 @@ from autoalign.matching.repeats import (
     runs_of,
     with_same_names,
 )
-from autoalign.matching.relation import UNLIKE
 from autoalign.matching.rotary import rotary_settling
 from autoalign.matching.scope import checked_rules, excluded_keys, pinned_pairs
 from autoalign.matching.stacks import restacked, unstacked, whole_mismatches

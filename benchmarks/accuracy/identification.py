@@ -1,10 +1,10 @@
 """How often ``identify`` is right: ``python -m benchmarks.accuracy.identification [--every N] [--held-out]``.
 
 All networks that the index is made of are given to it with a head of another number of classes and a prefix: as they
-are, with their keys sorted, with all names replaced, and with all of that and without counters. That is a figure in sample,
-since it is the index's own networks; it is right where the true name is in the first group of equal shapes. With
-``--held-out``, each group is left out of the index when it is looked for, and what is nearest should be of the same module of
-its library. Networks written by hand, which the index does not have, should be unknown.
+are, with their keys sorted, with all names replaced, and with all of that and without counters. That is a figure in
+sample, since it is the index's own networks; it is right where the true name is in the first group of equal shapes.
+With ``--held-out``, each group is left out of the index when it is looked for, and what is nearest should be of the
+same module of its library. Networks written by hand, which the index does not have, should be unknown.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def disguised(network: Built, way: str, seed: int) -> tuple[TensorSpec, ...]:
     >>> import torch
     >>> network = Built("timm", "tiny", (), (TensorSpec("fc.weight", (CLASSES, 8), torch.float32),))
     >>> disguised(network, WAYS[0], seed=0)[0].key, disguised(network, WAYS[2], seed=0)[0].shape[1]
-    ('_orig_mod.module.fc.weight', 8)
+    ('module.fc.weight', 8)
     """
     chance = random.Random(f"{seed}:{network.name}")
     classes, prefix = chance.randint(2, 300), chance.choice(PREFIXES)
@@ -49,7 +49,9 @@ def disguised(network: Built, way: str, seed: int) -> tuple[TensorSpec, ...]:
         specs = [spec for spec in specs if not spec.key.endswith("num_batches_tracked")]
     if "renamed" in way:
         known: dict[str, str] = {}
-        specs = [replace(spec, key=".".join(_renamed(name, known, chance) for name in spec.key.split("."))) for spec in specs]
+        specs = [
+            replace(spec, key=".".join(_renamed(name, known, chance) for name in spec.key.split("."))) for spec in specs
+        ]
     return tuple(sorted(specs, key=lambda spec: spec.key) if "sorted" in way else specs)
 
 
@@ -99,7 +101,7 @@ def held_out(networks: Sequence[Built]) -> Iterator[str]:
         names = [each.name for each in found[0].architectures if each.library == "timm"]
         near += 1
         right += any(modules[name] == modules[network.name] for name in names)
-    yield f"held out of the index: {near:,} near, {unknown:,} unknown; of those near, {right:,} are of the same module of timm"
+    yield f"held out of the index: {near:,} near, {unknown:,} unknown; of those near, {right:,} of the same timm module"
 
 
 def by_hand() -> Iterator[str]:
@@ -110,7 +112,7 @@ def by_hand() -> Iterator[str]:
         verdicts[found.verdict] += 1
         if found.verdict != "unknown":
             best = found.candidates[0]
-            yield f"  {style} was called {found.verdict}: {best.architectures[0]}, {best.common} of {best.tensors} and {best.total}"
+            yield f"  {style} is {found.verdict}: {best.architectures[0]}, {best.common} of {best.tensors}"
     yield f"networks written by hand: {dict(verdicts)}"
 
 
@@ -128,8 +130,8 @@ def look_up_times(networks: Sequence[Built]) -> Iterator[str]:
         autoalign.identify(checkpoint)
         times.append((time.perf_counter() - since, network.name, len(network.specs)))
     times.sort()
-    median, slowest = times[len(times) // 2], times[-3:]
-    yield f"identify: {1e3 * median[0]:.0f} ms in the median, {1e3 * times[int(0.99 * len(times))][0]:.0f} ms at 99 %; slowest {slowest}"
+    median, high = (1e3 * times[int(share * len(times))][0] for share in (0.5, 0.99))
+    yield f"identify: {median:.0f} ms in the median, {high:.0f} ms at 99 %; slowest {times[-3:]}"
 
 
 def main() -> None:
@@ -140,7 +142,12 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     networks = list(built())[:: options.every]
-    for lines in (in_sample(networks), by_hand(), held_out(networks) if options.held_out else (), look_up_times(networks[::10])):
+    for lines in (
+        in_sample(networks),
+        by_hand(),
+        held_out(networks) if options.held_out else (),
+        look_up_times(networks[::10]),
+    ):
         for line in lines:
             print(line, flush=True)
 

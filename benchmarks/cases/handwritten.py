@@ -1,13 +1,14 @@
 """Networks as people write them for a task of their own, in many styles and sizes that nobody published.
 
 Only their tensors count here, so they have no ``forward``. Each style chooses its sizes, its parts and its names by
-chance. What is in a textbook (LeNet, DCGAN, U-Net, a small GPT) is among them, as it is among people's files; no size is
-one that torchvision, timm or transformers have.
+chance. What is in a textbook (LeNet, DCGAN, U-Net, a small GPT) is among them, as it is among people's files; no
+size is one that torchvision, timm or transformers have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from random import Random
 
 import torch
@@ -62,7 +63,7 @@ def _norm(random: Random, width: int) -> nn.Module:
 
 def _dense(*sizes: int, norm: Callable[[int], nn.Module] | None = None, bias: bool = True) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for number, (inner, outer) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for number, (inner, outer) in enumerate(pairwise(sizes)):
         layers.append(nn.Linear(inner, outer, bias=bias))
         if number < len(sizes) - 2:
             layers += [norm(outer)] if norm else []
@@ -164,7 +165,7 @@ def _unet(random: Random) -> nn.Module:
 
 
 def _attention_unet(random: Random) -> nn.Module:
-    width, parts = random.choice((16, 24, 32)), {}
+    width, parts = random.choice((16, 24, 32)), dict[str, nn.Module]()
     for step in range(4):
         size = width << step
         parts[f"enc{step}"] = nn.Sequential(nn.Conv2d(size // 2 if step else 3, size, 3), nn.BatchNorm2d(size))
@@ -304,7 +305,9 @@ def _small_llama(random: Random) -> nn.Module:
 
 def _torch_encoder(random: Random) -> nn.Module:
     width = random.choice((60, 128, 200, 256, 320))
-    layer = nn.TransformerEncoderLayer(width, 4, random.choice((2, 4)) * width if random.random() < 0.5 else 200)
+    layer = nn.TransformerEncoderLayer(
+        width, 4, random.choice((2, 4)) * width if random.random() < 0.5 else 200, batch_first=True
+    )
     encoder = nn.TransformerEncoder(layer, random.randint(2, 6), enable_nested_tensor=False)
     return _Parts(
         embedding=nn.Embedding(random.randint(100, 28000), width), encoder=encoder, linear=nn.Linear(width, 2)
@@ -313,7 +316,7 @@ def _torch_encoder(random: Random) -> nn.Module:
 
 def _torch_transformer(random: Random) -> nn.Module:
     width, depth = random.choice((128, 192, 256, 320)), random.randint(2, 5)
-    network = nn.Transformer(width, 8, depth, depth, random.choice((256, 512, 1000)))
+    network = nn.Transformer(width, 8, depth, depth, random.choice((256, 512, 1000)), batch_first=True)
     return _Parts(
         src=nn.Embedding(7000, width),
         tgt=nn.Embedding(9000, width),
@@ -366,7 +369,7 @@ def _gcn(random: Random) -> nn.Module:
         *[_width(random, 16, 128)] * random.randint(1, 4),
         random.randint(3, 40),
     ]
-    layers = [_Parts(weight=torch.empty(a, b), bias=torch.empty(b)) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [_Parts(weight=torch.empty(a, b), bias=torch.empty(b)) for a, b in pairwise(sizes)]
     return _Parts(gc=nn.ModuleList(layers))
 
 
@@ -447,7 +450,7 @@ def _pointnet(random: Random) -> nn.Module:
     def stack(inner: int, outer: int) -> dict[str, nn.Module]:
         sizes = (inner, width, 2 * width, 16 * width)
         parts: dict[str, nn.Module] = {}
-        for number, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
+        for number, (a, b) in enumerate(pairwise(sizes), 1):
             parts |= {f"conv{number}": nn.Conv1d(a, b, 1), f"bn{number}": nn.BatchNorm1d(b)}
         return {**parts, "fc1": nn.Linear(16 * width, 8 * width), "fc2": nn.Linear(8 * width, outer)}
 

@@ -1,8 +1,9 @@
 """Sizes of networks of transformers as their authors published them, written down here: nothing is downloaded.
 
-They are from model cards, papers and the docstrings of the configurations, as far as the authors of this page know them. A row is
-a name, the class that is built, and what differs from the defaults of its configuration. The default configuration of
-every family is beside these, under the name of its class, whether or not anybody published weights of it.
+They are from model cards, papers and the docstrings of the configurations, as far as the authors of this page know
+them. A row is a name, the class that is built, and what differs from the defaults of its configuration. The default
+configuration of every family is beside these, under the name of its class, whether or not anybody published weights
+of it.
 """
 
 from __future__ import annotations
@@ -443,7 +444,9 @@ _OTHERS: tuple[tuple[str, str, Options], ...] = (
         "SamModel",
         {
             "vision_config": {
-                **{"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+                "hidden_size": 1024,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
                 "global_attn_indexes": [5, 11, 17, 23],
             }
         },
@@ -453,7 +456,9 @@ _OTHERS: tuple[tuple[str, str, Options], ...] = (
         "SamModel",
         {
             "vision_config": {
-                **{"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},
+                "hidden_size": 1280,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 16,
                 "global_attn_indexes": [7, 15, 23, 31],
             }
         },
@@ -462,7 +467,10 @@ _OTHERS: tuple[tuple[str, str, Options], ...] = (
         "falcon-40b",
         "FalconModel",
         {
-            **{"hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128, "num_kv_heads": 8},
+            "hidden_size": 8192,
+            "num_hidden_layers": 60,
+            "num_attention_heads": 128,
+            "num_kv_heads": 8,
             "new_decoder_architecture": True,
         },
     ),
@@ -471,7 +479,9 @@ _OTHERS: tuple[tuple[str, str, Options], ...] = (
         "Qwen3MoeModel",
         {
             **dict(zip(_KV.split(), (2048, 48, 32, 4, 6144), strict=True)),
-            **{"head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768},
+            "head_dim": 128,
+            "num_experts": 128,
+            "moe_intermediate_size": 768,
         },
     ),
 )
