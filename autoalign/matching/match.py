@@ -153,7 +153,7 @@ def match_tensors(
         matches = [_of_members(match, values) for match in matches]
         notes = (*notes, *_notes_of_combined(combined, matches))
         mismatched = [replace(item, source_key=values.codes_of(item.source_key)) for item in mismatched]
-        notes = (*notes, *_notes_of_codes(own, other, matches, out))
+        notes = (*notes, *_notes_of_codes(own, other, matches, out, dequantise=dequantise))
     matches = adapters.checked(matches)
     untouched = adapters.untouched(sides[1], matches)
     out |= untouched
@@ -281,17 +281,18 @@ def _of_members(match: Match, values: Values) -> Match:
 
 
 def _notes_of_codes(
-    own: Checkpoint, other: Checkpoint, matches: Sequence[Match], excluded: Collection[str]
+    own: Checkpoint, other: Checkpoint, matches: Sequence[Match], excluded: Collection[str], *, dequantise: bool
 ) -> list[str]:
     """Return notes on what is left out because it is quantised; checkpoints have notes on what torch itself packs."""
     packed = {spec.key for spec in (*own.left_out, *other.left_out)}
     used = {key for match in matches for key in match.sources}
     filled = {match.target for match in matches}
     read = {key for match in matches if is_dequantised(match.operation) for key in match.sources}
+    advice = ADVICE if dequantise else "To load their values, leave dequantise=False out."
     return [
         *(f"Dequantised to float32: {what}." for what in describe_schemes(own.quantised, own.quantised.keys() - read)),
         *(
-            f"Left out: {what}. Their elements are codes, not values. {ADVICE}"
+            f"Left out: {what}. Their elements are codes, not values. {advice}"
             for what in describe_schemes(own.quantised, used | packed | set(excluded))
         ),
         *(

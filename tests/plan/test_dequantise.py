@@ -613,6 +613,20 @@ def test_spoiled_companions_raise_errors_of_ours_alone() -> None:
             raise AssertionError(f"{name} with seed {seed}: {type(error).__name__}: {error}") from error
 
 
+def write_gguf(model: nn.Module, path: Path, name: str) -> None:
+    gguf: Any = pytest.importorskip("gguf")
+    kind, writer = gguf.GGMLQuantizationType[name], gguf.GGUFWriter(path, "llama")
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    for key, tensor in model.state_dict().items():
+        codes = gguf.quants.quantize(tensor.numpy(), kind) if "proj" in key else tensor.numpy()
+        writer.add_tensor(key, codes, raw_dtype=kind if "proj" in key else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_trained_llama_answers_as_before_it_was_quantised(tmp_path: Path) -> None:
     transformers: Any = pytest.importorskip("transformers")
@@ -628,11 +642,16 @@ def test_a_trained_llama_answers_as_before_it_was_quantised(tmp_path: Path) -> N
         optimizer.step()
     with torch.no_grad():
         wanted = source(input_ids=tokens).logits.argmax(-1)
-    for scheme in ("FP8 in blocks", "LLM.int8", "NF4", "GPTQ", "AWQ", "MXFP4"):
-        saved, _ = quantised(source, WRITERS[scheme])
-        save_file({key: tensor.contiguous() for key, tensor in saved.items()}, tmp_path / "a.safetensors")
+    schemes = ("FP8 in blocks", "LLM.int8", "NF4", "GPTQ", "AWQ", "MXFP4", "NVFP4", "MLX", "compressed-tensors")
+    for scheme in (*schemes, "Q8_0", "Q4_0"):
+        path = tmp_path / scheme
+        if scheme in WRITERS:
+            saved, _ = quantised(source, WRITERS[scheme])
+            save_file({key: tensor.contiguous() for key, tensor in saved.items()}, path)
+        else:
+            write_gguf(source, path, scheme)
         model = transformers.LlamaForCausalLM(config)
-        assert not autoalign.load(model, tmp_path / "a.safetensors").missing_keys, scheme
+        assert not autoalign.load(model, path).missing_keys, scheme
         with torch.no_grad():
             got = model(input_ids=tokens).logits.argmax(-1)
         assert (got == wanted).float().mean() > 0.9, scheme
