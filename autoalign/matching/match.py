@@ -288,7 +288,7 @@ def _notes_of_codes(
     used = {key for match in matches for key in match.sources}
     filled = {match.target for match in matches}
     read = {key for match in matches if is_dequantised(match.operation) for key in match.sources}
-    advice = ADVICE if dequantise else "To load their values, leave dequantise=False out."
+    advice = ADVICE if dequantise else f"{ADVICE} Without dequantise=False, the values of known schemes are loaded."
     return [
         *(f"Dequantised to float32: {what}." for what in describe_schemes(own.quantised, own.quantised.keys() - read)),
         *(

@@ -278,7 +278,7 @@ def test_codes_are_left_out_everywhere_and_named_with_their_scheme(
         assert torch.equal(tensor, before[key] if "proj" in key else source[key])
     assert set(alignment.unexpected_keys) == quantised
     assert all("proj" in key for key in alignment.missing_keys)
-    assert any(text in note and "leave dequantise=False out" in note for note in alignment.notes)
+    assert any(text in note and "Without dequantise=False" in note for note in alignment.notes)
     name = scheme.partition(" (")[0]
     assert f"quantised as {name}, and its elements are not values" in " ".join(str(alignment).split())
     assert any(f"quantised as {name}" in line for line in alignment.explain(min(quantised)).why)
