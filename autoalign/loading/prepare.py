@@ -304,6 +304,8 @@ def warn_of_unfilled(doing: str, alignment: Alignment, fate: str, advice: str = 
     parts = [f"{doing}. {len(status)} {fate}: {listed(named, _MAX_NAMED)} ({reasons})."]
     parts += [f"Left out: {', '.join(alignment.unused_schemes)}."] if alignment.unused_schemes else []
     parts += [f"Ambiguous: {'; '.join(open_choices)}."] if open_choices else []
+    unused = sum(key not in alignment.excluded for key in alignment.unexpected_keys)
+    parts += [f"Of the checkpoint, {unused} {'is' if unused == 1 else 'are'} not used."] if unused else []
     to_choose = ", alignment.choices what to choose from" if open_choices else ""
     see = f"alignment.explain({named[0]!r}) says why and what to do{to_choose}; print(alignment) shows all."
     warn(f"{' '.join(parts)}\n{see}{advice}", PartialLoadWarning)

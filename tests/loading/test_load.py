@@ -29,6 +29,8 @@ from autoalign.errors import (
     PartialLoadWarning,
     ValueWarning,
 )
+from tests.matching.test_operation_pairs import LLAMA
+from tests.reference_models.llama import MetaLlama
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -392,6 +394,12 @@ def test_nothing_to_load_names_mismatched_shapes() -> None:
         load(nn.Linear(3, 5, bias=False), {"weight": torch.zeros(5, 4)})
 
 
+def test_the_warning_names_ambiguous_layouts() -> None:
+    text = r"6 keep .*\(6 ambiguous\)\. Ambiguous: right shape, but rotary layouts differ .*\n.*alignment\.choices"
+    with pytest.warns(PartialLoadWarning, match=text):
+        load(LLAMA(), MetaLlama().state_dict())
+
+
 def test_the_warning_counts_all_that_keeps_its_values_by_reason() -> None:
     def block() -> nn.Module:
         return nn.ModuleDict({"fc1": nn.Linear(8, 16), "fc2": nn.Linear(16, 8)})
@@ -404,6 +412,10 @@ def test_the_warning_counts_all_that_keeps_its_values_by_reason() -> None:
     text = r"50 keep their values: fc.weight, fc.bias \(2 of another shape, 48 excluded\)"
     with pytest.warns(PartialLoadWarning, match=text):
         load(network(7), source, exclude="re:fc[12]")
+    with pytest.warns(
+        PartialLoadWarning, match=r"Of the checkpoint, 2 are not used\.\nalignment.explain\('fc.weight'\) says"
+    ):
+        load(network(7), source)
     text = r"4 keep their values: stem.weight, stem.bias \(2 without a source, 2 excluded\)"
     with pytest.warns(PartialLoadWarning, match=text):
         load(network(5), {key: source[key] for key in source if "stem" not in key}, exclude="fc")
