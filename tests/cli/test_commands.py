@@ -221,6 +221,18 @@ def test_html_is_what_the_alignment_writes(
     assert capsys.readouterr().out == f"<p>größe {checkpoint} -> {RENAMED}</p>\n"
 
 
+def test_a_report_is_opened_in_a_browser(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert cli.main(["load-check", checkpoint, RENAMED, "--open"]) == cli.COMPLETE
+    path, verdict = capsys.readouterr().out.splitlines()
+    assert opened == [Path(path).as_uri()]
+    assert Path(path).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert verdict.startswith("Loaded 10 of 10 tensors")
+
+
 def test_load_check_loads_and_looks_at_the_values(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["load-check", checkpoint, RENAMED]) == cli.COMPLETE
     output, errors = capsys.readouterr()
