@@ -1,9 +1,9 @@
 """Fit the weights of the matcher's cues: ``python -m benchmarks.fit [--write]``.
 
-The examples are all moves that the matcher considers on the gold cases, in both orders of their keys, and on
-perturbations: before and after it made the better ones. Of each it is known whether what is or the move gives more
-right tensors. A logistic regression gives the weights. Another one gives those of what two networks have in common, of
-gold cases, which are related, and of sides of cases of unlike families, which are not.
+The examples are all moves that the matcher considers on the gold cases, in both orders of their keys, on perturbations
+and on changed architectures: before and after it made the better ones. Of each it is known whether what is or the move
+gives more right tensors. A logistic regression gives the weights. Another one gives those of what two networks have in
+common, of gold cases, which are related, and of sides of cases of unlike families, which are not.
 
 ``--leave-out`` scores every gold case with weights that were fitted without the cases of its libraries, and prints a
 line for each library: a figure for code that the fit has not seen. The words and the rules of the matcher have seen it.
@@ -34,7 +34,10 @@ from autoalign.matching.candidates import paired_parts
 from autoalign.matching.confidence import WEIGHTS_FILE
 from autoalign.matching.layers import slots_of
 from autoalign.matching.state import State
+from autoalign.plan.specs import TensorSpec
 from benchmarks.cases import perturbations
+from benchmarks.cases.architectures import every_architecture, is_fitted, named_architecture
+from benchmarks.cases.changes import changed
 from benchmarks.cases.gold import index as gold_index
 from benchmarks.cases.gold import names, read
 from benchmarks.cases.gold.expressions import source_keys
@@ -44,6 +47,7 @@ SEED = 4242  # of the perturbations and of the unrelated pairs; figures are meas
 RELATED_ODDS = 9.0  # people mostly align what is related
 _MAX_TENSORS = 1200  # of a case's target, to save time
 _MAX_UNRELATED_TENSORS = 700  # the same for what is unrelated
+_CHANGES = ("renamed", "reordered", "numbered", "half renamed")  # of architectures
 _RIDGE = 1e-4
 _CASE_EXPONENT = 0.75  # a case with n moves counts as n ** 0.25: they are no independent witnesses
 
@@ -67,7 +71,8 @@ class Example:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit, print and, if asked to, write the weights or score what was left out."""
     options = _parser().parse_args(arguments)
-    examples = list(collected(options.only, options.perturbations, options.unrelated, options.processes))
+    counts = options.perturbations, options.changed, options.unrelated
+    examples = list(collected(options.only, *counts, processes=options.processes))
     weights = fitted(examples)
     print(json.dumps(weights, indent=1))
     for of in weights:
@@ -134,8 +139,8 @@ def _regression(examples: Sequence[Example], shares: Sequence[float]) -> dict[st
     return dict(zip(names, [round(value, 3) for value in weights.tolist()], strict=True))
 
 
-def collected(only: str, perturbed: int, unrelated: int, processes: int) -> Iterator[Example]:
-    """List the moves of the gold cases whose names contain a text, in both orders, and of some perturbations.
+def collected(only: str, perturbed: int, altered: int, unrelated: int, *, processes: int) -> Iterator[Example]:
+    """List the moves of the gold cases whose names contain a text, in both orders, and of some that were made.
 
     And what two networks have in common: of these, which are related, and of some pairs that are not.
     """
@@ -143,6 +148,7 @@ def collected(only: str, perturbed: int, unrelated: int, processes: int) -> Iter
         partial(_of_gold, name, with_sorted_keys=is_sorted) for name in names(only) for is_sorted in (False, True)
     ]
     jobs += [partial(_of_perturbation, index) for index in range(perturbed)]
+    jobs += [partial(_of_changed, index) for index in range(altered)]
     jobs += [partial(_of_unrelated, index) for index in range(unrelated)]
     with _pool(processes) as pool:
         for found in pool.map(_called, jobs, chunksize=4):
@@ -207,6 +213,20 @@ def _of_perturbation(index: int) -> list[Example]:
     return [Example(case.name, frozenset([case.name]), *one) for one in found]
 
 
+def _of_changed(index: int) -> list[Example]:
+    """Align one of the architectures that take part in fits to itself, changed so that names or order tell little."""
+    chosen = random.Random(f"{SEED} {index}")
+    name, change = chosen.choice([name for name in every_architecture() if is_fitted(name)]), chosen.choice(_CHANGES)
+    architecture = named_architecture(name)
+    if architecture is None or len(architecture.specs) > _MAX_TENSORS:
+        return []
+    entries = changed(architecture.specs, change, chosen)
+    truth = {entry.origin: frozenset([entry.key]) for entry in entries if entry.origin is not None}
+    source = tuple(TensorSpec(entry.key, entry.shape, entry.dtype) for entry in entries)
+    sides = perturbations.on_meta(source), perturbations.on_meta(architecture.specs)
+    return [Example(f"{name} {change}", frozenset([name]), *one) for one in _examples(*sides, truth, {})]
+
+
 def _of_unrelated(index: int) -> list[Example]:
     """Align a side of one case with a side of another, of an unlike family."""
     chosen = random.Random(f"{SEED} {index}")
@@ -250,13 +270,13 @@ def _examples(
         pairs = [(first_of.get(a, a), b) for a, b in pairs if b in truth]
         return sum(a in truth[b] for a, b in pairs), frozenset(pairs)
 
-    def settled(assignment: Any, own: Any, other: Any, kinds: Any, fixed: Collection[int] = ()) -> Any:
-        outcome = settle(assignment, own, other, kinds, fixed)
+    def settled(assignment: Any, own: Any, other: Any, kinds: Any, shapes: Any, fixed: Collection[int] = ()) -> Any:
+        outcome = settle(assignment, own, other, kinds, shapes, fixed)
         slots = slots_of(own.paths), slots_of(other.paths)
         if truth is None:
             return outcome
         for stage in (assignment, outcome.assignment):
-            for move in cues.moves_of(State(stage, own, other, kinds, slots)):
+            for move in cues.moves_of(State(stage, own, other, kinds, shapes, slots)):
                 before, after = ([right(*pair, truth) for pair in way] for way in (move.before, move.after))
                 gain = sum(a[0] - b[0] for a, b in zip(before, after, strict=True) if a[1] != b[1])
                 if gain and not {unit for _, unit in move.before} & set(fixed):
@@ -285,6 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only the cases whose name contains this")
     parser.add_argument("--perturbations", type=int, default=150, metavar="N", help="how many")
+    parser.add_argument("--changed", type=int, default=150, metavar="N", help="how many changed architectures")
     parser.add_argument("--unrelated", type=int, default=1500, metavar="N", help="how many pairs")
     parser.add_argument("--processes", type=int, default=1, metavar="N")
     parser.add_argument("--write", action="store_true", help="write the weights into the package")

@@ -14,7 +14,7 @@ from benchmarks import fit
 
 @pytest.fixture(scope="module")
 def examples() -> list[fit.Example]:
-    return list(fit.collected("resnet18->", 9, 9, 1))
+    return list(fit.collected("resnet18->", 9, 2, 9, processes=1))
 
 
 def test_moves_of_known_truth_are_collected(examples: list[fit.Example]) -> None:

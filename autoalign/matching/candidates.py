@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -45,6 +45,8 @@ class Kinds:
     members: tuple[list[list[int]], list[list[int]]]  # of each side: the units of each kind, in order
     source: NDArray[np.int64]  # [source units]: equal for units with the same kinds and shapes of tensors
     target: NDArray[np.int64]  # [target units]: numbers of its own
+    flat: tuple[NDArray[np.int64], NDArray[np.int64]]  # of each side's units: the same, whatever dimensions of size one
+    exact: tuple[NDArray[np.int64], NDArray[np.int64]]  # equal for units of both sides whose tensors have equal shapes
     source_class: NDArray[np.int64]  # [source units]: equal for units whose tensors have equal shapes
     target_class: NDArray[np.int64]  # [target units]: the same classes
     class_count: int
@@ -267,9 +269,15 @@ def kinds_of(
             if fit := unit_fit(entry, wanted):
                 fits[own, other] = fit
     kinds = _numbered(members[0]), _numbered(members[1])
+    flat, exact = (
+        [np.asarray(ids, dtype=np.int64)[kind] for ids, kind in zip(of_kinds, kinds, strict=True)]
+        for of_kinds in (_ids_of(members, _flat), _ids_of(members, _exact))
+    )
     return Kinds(
         (list(members[0].values()), list(members[1].values())),
         *kinds,
+        (flat[0], flat[1]),
+        (exact[0], exact[1]),
         np.asarray(class_of[0], dtype=np.int64)[kinds[0]],
         np.asarray(class_of[1], dtype=np.int64)[kinds[1]],
         len(classes),
@@ -280,6 +288,19 @@ def kinds_of(
         ],
         transposed,
     )
+
+
+def _ids_of(members: Sequence[Iterable[_Kind]], key: Callable[[_Kind], object]) -> list[list[int]]:
+    ids: dict[object, int] = {}
+    return [[ids.setdefault(key(of), len(ids)) for of in known] for known in members]
+
+
+def _flat(of: _Kind) -> object:
+    return tuple([(name, squeeze(shape), *rest) for name, shape, *rest in of[0]]), of[1]
+
+
+def _exact(of: _Kind) -> object:
+    return frozenset([shape for _, shape, _, _ in of[0]])
 
 
 def _told_words(

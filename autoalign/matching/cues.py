@@ -31,6 +31,7 @@ from autoalign.plan.keys import common_prefix, numbers, stem, template
 
 CERTAIN = 0.999  # the probability from which a move limits nothing
 SURE = 0.97  # from which the confidence is the probability
+_MIN_TRUST_IN_ORDER = 2 / 3  # from which order alone is enough to load
 _MAX_ROUNDS = 8  # of moves; each may make others better
 _NAMES_SCALE, _MODULES_SCALE = 0.1, 0.2  # of a difference of similarities that counts half
 _STEPS_SCALE = 0.5  # of steps in the tree of modules, the same
@@ -94,17 +95,17 @@ def settled(
     source: SideFeatures,
     target: SideFeatures,
     kinds: tuple[Ints, Ints],
+    shapes: tuple[Ints, Ints],
     fixed: Collection[int] = (),
 ) -> Settled:
     """Make the moves that are better, and cap the confidence of pairs by the best one that is left.
 
-    ``kinds`` are, for the units of each side, equal where all tensors have the same kinds and shapes; the matches of
-    the ``fixed`` target units do not change.
+    ``kinds`` and ``shapes`` are those of a ``State``; the matches of the ``fixed`` target units do not change.
     """
     held, slots = set(fixed), (slots_of(source.paths), slots_of(target.paths))
 
     def moves(assignment: Assignment) -> list[Move]:
-        state = State(assignment, source, target, kinds, slots)
+        state = State(assignment, source, target, kinds, shapes, slots)
         found = [move for move in moves_of(state) if held.isdisjoint(j for _, j in chain(move.before, move.after))]
         return sorted(found, key=lambda move: move.probability)
 
@@ -196,8 +197,8 @@ def weights() -> Mapping[str, float]:
 
 
 def likely() -> float:
-    """Return the probability from which a match is loaded: what order tells alone, by a hair."""
-    return 0.99 / (1 + exp(-weights()["bias"] - weights()["order"]))
+    """Return the probability from which a match is loaded: what an order tells that may mostly be believed."""
+    return 1 / (1 + exp(-weights()["bias"] - _MIN_TRUST_IN_ORDER * weights()["order"]))
 
 
 def cap_of(probability: float) -> float:
@@ -260,6 +261,12 @@ def _gains(one: Exchange) -> Iterator[tuple[int, int, int, int]]:
         return
     for place, new in enumerate(one.takes):
         yield place, place, place, new
+
+
+def _shapes(state: State, one: Exchange) -> float:
+    own, other = state.shapes
+    before, after = (sum([own[a] == other[b] for a, b in way]) for way in (one.before, one.after))
+    return float(before - after) / len(one.before)
 
 
 def _names(state: State, one: Exchange) -> float:
@@ -341,7 +348,7 @@ def _differ(places: Sequence[_Numbers]) -> bool:
 
 def _order(state: State, one: Exchange) -> float:
     """Compare the steps that go the same way on both sides: by registration, or where a side is sorted, by numbers."""
-    if _is_list(one):
+    if _is_list(one) and _is_counted(state, one):
         return 0
     by_number = not (state.source.ordered and state.target.ordered)
     own, other = (partial(side.precedes, by_number=by_number) for side in (state.source, state.target))
@@ -351,7 +358,7 @@ def _order(state: State, one: Exchange) -> float:
         ways = own(a, b), own(c, d), other(x, y)
         if None not in ways:
             gain += int(ways[0] == ways[2]) - int(ways[1] == ways[2])
-    return gain / max(len(one.ordered), 1)
+    return state.trust_in_order(one, of_list=by_number) * gain / max(len(one.ordered), 1)
 
 
 def _beside(state: State, one: Exchange) -> float:
@@ -389,13 +396,13 @@ def _shared(first: Path, second: Path) -> int:
     return depth
 
 
-def _list_order(_: State, one: Exchange) -> float:
-    if not _is_list(one):
+def _list_order(state: State, one: Exchange) -> float:
+    if not (_is_list(one) and _is_counted(state, one)):
         return 0
     members = sorted(range(len(one.modules)), key=lambda place: numbers(one.modules[place][-1]))
     ways = members, [one.takes[place] for place in members]
     rising, after = (_steps([numbers(one.ends[place][-1]) for place in way]) for way in ways)
-    return (rising - after) / max(2 * (len(members) - 1), 1)
+    return state.trust_in_order(one, of_list=True) * (rising - after) / max(2 * (len(members) - 1), 1)
 
 
 def _is_list(one: Exchange) -> bool:
@@ -403,6 +410,22 @@ def _is_list(one: Exchange) -> bool:
         len(paths) > 1 and all(numbers(path[-1]) for path in paths) and len({template(path) for path in paths}) == 1
         for paths in (one.modules, one.ends)
     )
+
+
+def _is_counted(state: State, one: Exchange) -> bool:
+    """True if no side in order registers siblings with numbers in their names otherwise than by these.
+
+    Names that are numbers are those of a list, whose order they are.
+    """
+    for side, paths, units in zip(
+        (state.source, state.target), (one.ends, one.modules), zip(*one.before, strict=True), strict=True
+    ):
+        line = sorted(units, key=side.ancestry.order.__getitem__) if side.ordered else []
+        members = [path for unit in line for path in paths if side.paths[unit][: len(path)] == path]
+        places = [numbers(path[-1]) for path in dict.fromkeys(members) if not path[-1].isdecimal()]
+        if places != sorted(places):
+            return False
+    return True
 
 
 def _steps(places: Sequence[_Numbers]) -> int:
@@ -425,7 +448,7 @@ def _run(state: State, one: Exchange) -> float:
             changed = [after.get(unit, own) for unit, own in zip(units, fills, strict=True)]
             rank = state.source.places_in_order.__getitem__
             gain += _directed(list(map(rank, fills))) - _directed(list(map(rank, changed)))
-    return gain
+    return state.trust_in_order(one, of_list=True) * _sign(gain)
 
 
 def _directed(places: Sequence[int]) -> int:
@@ -444,6 +467,11 @@ def _sign_of_sum(values: Sequence[float]) -> float:
     return float(_sign(sum(values)))
 
 
+def _more_of_many(values: Sequence[float]) -> float:
+    """Return the mean, and half of it for a single value."""
+    return sum(values) / (1 + len(values))
+
+
 def _log_of_sum(values: Sequence[float]) -> float:
     return copysign(log1p(abs(sum(values))), sum(values))
 
@@ -460,8 +488,9 @@ CUES = (
     Cue("ordinals", "words for a place", _ordinals, _sign_of_sum),
     Cue("order", "their order", _order, _mean),
     Cue("beside", "the layers beside them", _beside, _half_at(_STEPS_SCALE)),
-    Cue("list order", "the numbers of the list", _list_order, lambda values: sum(values) / (1 + abs(sum(values)))),
-    Cue("run", "the direction of the list", _run, _sign_of_sum),
+    Cue("list order", "the numbers of the list", _list_order, _more_of_many),
+    Cue("run", "the direction of the list", _run, _mean),
+    Cue("shapes", "the dimensions of size one", _shapes, _mean),
     Cue("whole", "what stands beside them", lambda _, one: one.anchors, _log_of_sum),
 )
 GRID, ELSEWHERE = "grid", "elsewhere"  # the names of the cues of a whole move

@@ -219,7 +219,9 @@ def match_parts(
         )
     ]
     known_units = {j for _, j in fixed}
-    outcome = settled(match_units(sides[0], sides[1], pairs), sides[0], sides[1], (kinds.source, kinds.target), held[1])
+    outcome = settled(
+        match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds.flat, kinds.exact, fixed=held[1]
+    )
     assignment = outcome.assignment
     confidence = confidence_of(assignment)
     confidence = calibrated(confidence * np.minimum(2 * coherence(assignment, own, other, confidence), 1))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from functools import cache, cached_property
+from itertools import combinations, pairwise
 
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.features import Ints, SideFeatures
 from autoalign.matching.layers import Path
-from autoalign.plan.keys import numbers, stem, template
+from autoalign.plan.keys import common_prefix, numbers, stem, template
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class State:
     assignment: Assignment
     source: SideFeatures
     target: SideFeatures
-    kinds: tuple[Ints, Ints]  # of the units of each side, equal where all shapes are
+    kinds: tuple[Ints, Ints]  # of the units of each side, equal where all shapes are, but for dimensions of size one
+    shapes: tuple[Ints, Ints]  # of the units of both sides, equal where all shapes are
     slots: tuple[Sequence[str], Sequence[str]]  # the names of each side's units without the numbers of their lists
 
     @cached_property
@@ -118,6 +120,54 @@ class State:
         """For each unit in such a group, the whole group."""
         return {unit: units for units in self.grids for unit in units}
 
+    def trust_in_order(self, one: Exchange, *, of_list: bool) -> float:
+        """Return how far the order around some modules may be believed, in [0, 1]: as far as shapes show it kept.
+
+        What shapes alone match, beside what is exchanged, tells whether both sides have it in one order. What they tell
+        elsewhere, and that networks mostly have one order, count as much as one layer beside. Numbers of a list are
+        compared with those of its other members only.
+        """
+        kept, count = self._kept(common_prefix(one.ends), common_prefix(one.modules), of_list)
+        return (self._trusts[of_list] + kept) / (1 + count)
+
+    @cached_property
+    def _trusts(self) -> tuple[float, float]:
+        """How far order may be believed in all modules together, those of one name once: of siblings, and of lists."""
+        modules = {template(module): module for module, units in self.below.items() if len(units) > 1}
+        ways = [(common_prefix(list(map(self.end, self.below[module]))), module) for module in modules.values()]
+        found = [[self._kept(*way, of_list) for way in ways] for of_list in (False, True)]
+        siblings, lists = ((1 + sum(kept for kept, _ in of)) / (1 + sum(count for _, count in of)) for of in found)
+        return siblings, lists
+
+    @cached_property
+    def _kept(self) -> Callable[[Path, Path, bool], tuple[float, int]]:
+        return cache(self._children_in_order)
+
+    def _children_in_order(self, end: Path, module: Path, of_list: bool) -> tuple[float, int]:
+        """Return how many children that shapes match stand as on the other side, beyond chance, and of how many.
+
+        The first of them does not count: there is nothing that it could follow.
+        """
+        inside = [unit for unit in self.below.get(module, self.own_of) if self.end(unit)[: len(end)] == end]
+        often = Counter([self.alike[unit] for unit in inside])
+        children: dict[tuple[Path, Path], int] = {}
+        for unit in inside:
+            if often[self.alike[unit]] == 1:
+                child = self.end(unit)[len(end) :][:1], self.target.paths[unit][len(module) :][:1]
+                children.setdefault(child, unit)
+        are_kept = []
+        for (own, first), (other, second) in combinations(children.items(), 2):
+            if any(a == b for a, b in zip(own, other, strict=True)) or any(map(_are_listed, own, other)) != of_list:
+                continue
+            before = self.source.precedes(self.own_of[first], self.own_of[second], by_number=of_list)
+            after = self.target.precedes(first, second, by_number=of_list)
+            if before is not None and after is not None:
+                are_kept.append(before == after)
+        if not are_kept:
+            return 0.0, 0
+        count = min(len({child[side] for child in children}) for side in (0, 1)) - 1
+        return max(2 * sum(are_kept) / len(are_kept) - 1, 0) * count, count
+
     def _is_ordered(self, is_target: bool, units: Sequence[int]) -> bool:
         """True if what the other side has for some units is in order: it is registered, or a list."""
         if (self.source if is_target else self.target).ordered:
@@ -151,3 +201,8 @@ def numbered_part(path: Path) -> Path:
     ('layers', '3')
     """
     return path[: max((depth for depth, name in enumerate(path, start=1) if numbers(name)), default=0)]
+
+
+def _are_listed(first: Path, second: Path) -> bool:
+    """True if two names are of members of one list."""
+    return all(map(numbers, (*first, *second))) and first != second and template(first) == template(second) != ()

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import timm
 import torch
@@ -109,6 +110,26 @@ def architectures() -> tuple[Architecture, ...]:
     return built
 
 
+def every_architecture() -> list[str]:
+    """List the names of all architectures of torchvision and timm, whatever their size."""
+    return [name for name, _ in (*_torchvision_builders(), *_all_of_timm())]
+
+
+def is_fitted(name: str) -> bool:
+    """True for the quarter of all architectures that take part in fits; figures are told of the others."""
+    return crc32(name.encode()) % 4 == 0
+
+
+def named_architecture(name: str) -> Architecture | None:
+    """Build one of ``every_architecture``; None if it can't be built without memory."""
+    builders = _torchvision_builders() if name.startswith("torchvision.") else _all_of_timm()
+    builder = next(builder for known, builder in builders if known == name)
+    try:
+        return architecture_of(name, build_on_meta(builder))
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
 def build_on_meta(builder: Callable[[], nn.Module]) -> nn.Module:
     """Build a model whose parameters take no memory.
 
@@ -167,6 +188,11 @@ def _timm_builders() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     picked = ([names[int(len(names) * share)] for names in lists if names] for share in shares)
     spread = dict.fromkeys(chain.from_iterable(picked))
     for name in spread:
+        yield f"timm.{name}", partial(timm.create_model, name)
+
+
+def _all_of_timm() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    for name in sorted(timm.list_models()):
         yield f"timm.{name}", partial(timm.create_model, name)
 
 

@@ -292,7 +292,9 @@ def test_layers_that_follow_one_another_stand_near_one_another() -> None:
     ]
     assignment = Assignment(size, size, score, score, np.full(len(size), -1), name_scores(*sides), {})
     slots = slots_of(sides[0]), slots_of(sides[1])
-    moves = cues.moves_of(State(assignment, features[0], features[1], (kinds[0], kinds[1]), slots))
+    moves = cues.moves_of(
+        State(assignment, features[0], features[1], (kinds[0], kinds[1]), (kinds[0], kinds[1]), slots)
+    )
     (norms,) = [move for move in moves if {name for *_, name in move.exchanges[0].modules} == {"foon", "barn"}]
     assert norms.cues["beside"] > 0
 
@@ -331,7 +333,7 @@ def settled(pairs: Mapping[str, str], unused: tuple[str, ...] = (), *, ordered: 
         side_features(paths, ancestry(paths), classes, 10, ordered=ordered)
         for paths, classes in zip(sides, kinds, strict=True)
     ]
-    return cues.settled(assignment, features[0], features[1], (kinds[0], kinds[1]))
+    return cues.settled(assignment, features[0], features[1], (kinds[0], kinds[1]), (kinds[0], kinds[1]))
 
 
 def kept(pairs: Mapping[str, str], *, ordered: bool = True) -> dict[str, str]:
@@ -527,3 +529,33 @@ def test_numbers_of_a_list_tell_the_order_of_a_sorted_side() -> None:
     for k in range(3):
         assert mapping[f"body.{k}.block.0.fc.weight"] == f"body.{k}.start.fc.weight"
         assert mapping[f"body.{k}.block.1.fc.weight"] == f"body.{k}.steps.0.fc.weight"
+
+
+def test_order_of_siblings_is_believed_as_far_as_shapes_show_it_kept() -> None:
+    shapes = {"up": (8, 4), "a": (8, 8), "down": (4, 8), "b": (8, 8), "out": (4, 4)}
+    renamed = dict(zip(shapes, ("kelx", "foon", "lomy", "barn", "dupe"), strict=True))
+
+    def aligned(order: str) -> autoalign.Alignment:
+        source = {f"h.{renamed[name]}.weight": torch.empty(shapes[name]) for name in order.split()}
+        target = {f"net.{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
+        return autoalign.align(source, target)
+
+    assert not aligned("up a down b out").ambiguous
+    shuffled = aligned("out b up down a")
+    assert {match.target for match in shuffled.ambiguous} == {"net.a.weight", "net.b.weight"}
+
+
+def test_a_convolution_of_one_position_is_not_filled_from_a_matrix_where_both_sides_have_either() -> None:
+    shapes = {"dw": (8, 1, 3, 3), "mlp.0": (16, 8, 1, 1), "mlp.2": (8, 16, 1, 1)}
+    other = {"qkv": (24, 8), "mlp.0": (16, 8), "mlp.2": (8, 16)}
+    target = {
+        f"blocks.{n}.{part}.{name}.weight": torch.empty(shape)
+        for n in range(2)
+        for part, of in (("conv", shapes), ("attn", other))
+        for name, shape in of.items()
+    }
+    names = {"conv": "zorn", "attn": "belk", "mlp": "foon", "dw": "pim", "qkv": "tad"}
+    moved = sorted(target, key=lambda key: (key.split(".")[1], "conv" in key))
+    source = {re.sub("[a-z]+", lambda found: names.get(found[0], found[0]), key): target[key] for key in moved}
+    found = autoalign.align(source, target)
+    assert found.mapping == dict(zip(source, moved, strict=True))
