@@ -21,9 +21,11 @@ import autoalign
 from autoalign.plan.specs import TensorSpec
 from benchmarks.__main__ import SMOKE, main
 from benchmarks.accuracy import code, contest_partial, proofs, reliability
+from benchmarks.accuracy.architectures import outcome, table
 from benchmarks.accuracy.contest import Attempt, TimeLimitError, attempt_on_keys, tallied, time_limit
 from benchmarks.cases import moe, perturbations
 from benchmarks.cases.architectures import Architecture, Choice, few_architectures
+from benchmarks.cases.changes import CHANGES
 from benchmarks.cases.content import shuffled
 from benchmarks.cases.module_trees import telling_words, tree_of
 from benchmarks.cases.naming import Entry
@@ -104,6 +106,17 @@ def test_siblings_of_one_form_stay_in_order_where_names_tell_nothing() -> None:
         assert [name for name in order if name not in shapes] == ["query", "key", "value"]
     free = {tuple(entry.path[1] for entry in shuffled(entries, Random(seed), names_tell=True)) for seed in range(40)}
     assert any([name for name in order if name not in shapes] != ["query", "key", "value"] for order in free)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_checkpoints_of_an_architecture_are_scored(change: str) -> None:
+    (architecture,) = (one for one in few_architectures() if one.name == "timm.mixer_s32_224")
+    found = outcome(architecture.name, architecture.specs, change, 0)
+    known = len(architecture.specs)
+    assert not found.error
+    assert found.known == {"resized": known - 3, "without last stage": known - 12}.get(change, known)
+    assert found.wrong == 0 or change == "anonymous"
+    assert change in list(table([found]))[1]
 
 
 def test_the_words_by_which_twins_differ_are_found() -> None:

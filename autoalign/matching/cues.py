@@ -9,7 +9,7 @@ confidence of the pairs that it concerns.
 
 from __future__ import annotations
 
-from collections import ChainMap, Counter
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from autoalign.matching.grids import grid_gain
 from autoalign.matching.layers import Path, cut_apart, slots_of
 from autoalign.matching.moves import exchanges_of
 from autoalign.matching.names import counts, likeness, ordinal, words
-from autoalign.matching.state import Exchange, State
+from autoalign.matching.state import Decided, Exchange, State
 from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
@@ -140,7 +140,7 @@ def moves_of(state: State) -> list[Move]:
         return []
     values = {cue.name: [cue.of(state, one) for one in found] for cue in CUES}
     open_units = {other for one in found for _, other in one.before}
-    decided = _Decided(state, [(own, other) for other, own in state.own_of.items() if other not in open_units])
+    decided = Decided(state, [(own, other) for other, own in state.own_of.items() if other not in open_units])
     groups: dict[object, list[int]] = {}
     for index, one in enumerate(found):
         key: object = one.modules if one.is_alone else tuple([template(p) for p in (*one.modules[:2], *one.ends[:2])])
@@ -153,42 +153,6 @@ def moves_of(state: State) -> list[Move]:
         cues = {cue.name: cue.pooled([values[cue.name][index] for index in indices]) for cue in CUES}
         result.append(Move(exchanges, {**cues, GRID: grid_gain(state, exchanges), ELSEWHERE: decided(exchanges)}))
     return result
-
-
-class _Decided:
-    """How layers are matched where nothing can be exchanged, in modules of the same content."""
-
-    def __init__(self, state: State, pairs: Sequence[tuple[int, int]]) -> None:
-        self._paths = state.source.paths, state.target.paths
-        self._contents = state.source.contents, state.target.contents
-        self._pairs = pairs
-        self._counts: dict[tuple[int, int], Counter[object]] = {}
-
-    def __call__(self, exchanges: Sequence[Exchange]) -> float:
-        """Compare how often layers of these names are matched as here and as after the exchanges."""
-        if len(exchanges[0].ends) < 2 or len(exchanges[0].modules) < 2:
-            return 0
-        before = after = 0
-        for one in exchanges:
-            around = len(common_prefix(one.ends)), len(common_prefix(one.modules))
-            before += sum([self._count(around, pair) for pair in one.before])
-            after += sum([self._count(around, pair) for pair in one.after])
-        return (before - after) / (before + after + 1)
-
-    def _count(self, around: tuple[int, int], pair: tuple[int, int]) -> int:
-        below = len(self._paths[0][pair[0]]) - around[0], len(self._paths[1][pair[1]]) - around[1]
-        if below not in self._counts:
-            self._counts[below] = Counter([self._way(other, *below) for other in self._pairs])
-        return self._counts[below][self._way(pair, *below)]
-
-    def _way(self, pair: tuple[int, int], *below: int) -> object:
-        """Name both layers from some modules on, with what these contain."""
-        way: list[object] = []
-        for unit, paths, contents, depth in zip(pair, self._paths, self._contents, below, strict=True):
-            path = paths[unit]
-            cut = max(len(path) - depth, 0)
-            way += path[cut:], contents.get(path[:cut])
-        return tuple(way)
 
 
 def weights() -> Mapping[str, float]:

@@ -194,6 +194,42 @@ class State:
         return self.source.paths[self.own_of[unit]]
 
 
+class Decided:
+    """How layers are matched where nothing can be exchanged, in modules of the same content."""
+
+    def __init__(self, state: State, pairs: Sequence[tuple[int, int]]) -> None:
+        self._paths = state.source.paths, state.target.paths
+        self._contents = state.source.contents, state.target.contents
+        self._pairs = pairs
+        self._counts: dict[tuple[int, int], Counter[object]] = {}
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> float:
+        """Compare how often layers of these names are matched as here and as after the exchanges."""
+        if len(exchanges[0].ends) < 2 or len(exchanges[0].modules) < 2:
+            return 0
+        before = after = 0
+        for one in exchanges:
+            around = len(common_prefix(one.ends)), len(common_prefix(one.modules))
+            before += sum([self._count(around, pair) for pair in one.before])
+            after += sum([self._count(around, pair) for pair in one.after])
+        return (before - after) / (before + after + 1)
+
+    def _count(self, around: tuple[int, int], pair: tuple[int, int]) -> int:
+        below = len(self._paths[0][pair[0]]) - around[0], len(self._paths[1][pair[1]]) - around[1]
+        if below not in self._counts:
+            self._counts[below] = Counter([self._way(other, *below) for other in self._pairs])
+        return self._counts[below][self._way(pair, *below)]
+
+    def _way(self, pair: tuple[int, int], *below: int) -> object:
+        """Name both layers from some modules on, with what these contain."""
+        way: list[object] = []
+        for unit, paths, contents, depth in zip(pair, self._paths, self._contents, below, strict=True):
+            path = paths[unit]
+            cut = max(len(path) - depth, 0)
+            way += path[cut:], contents.get(path[:cut])
+        return tuple(way)
+
+
 def numbered_part(path: Path) -> Path:
     """Return a path as far as its last number; nothing if it has none.
 

@@ -531,20 +531,6 @@ def test_numbers_of_a_list_tell_the_order_of_a_sorted_side() -> None:
         assert mapping[f"body.{k}.block.1.fc.weight"] == f"body.{k}.steps.0.fc.weight"
 
 
-def test_order_of_siblings_is_believed_as_far_as_shapes_show_it_kept() -> None:
-    shapes = {"up": (8, 4), "a": (8, 8), "down": (4, 8), "b": (8, 8), "out": (4, 4)}
-    renamed = dict(zip(shapes, ("kelx", "foon", "lomy", "barn", "dupe"), strict=True))
-
-    def aligned(order: str) -> autoalign.Alignment:
-        source = {f"h.{renamed[name]}.weight": torch.empty(shapes[name]) for name in order.split()}
-        target = {f"net.{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
-        return autoalign.align(source, target)
-
-    assert not aligned("up a down b out").ambiguous
-    shuffled = aligned("out b up down a")
-    assert {match.target for match in shuffled.ambiguous} == {"net.a.weight", "net.b.weight"}
-
-
 def test_a_convolution_of_one_position_is_not_filled_from_a_matrix_where_both_sides_have_either() -> None:
     shapes = {"dw": (8, 1, 3, 3), "mlp.0": (16, 8, 1, 1), "mlp.2": (8, 16, 1, 1)}
     other = {"qkv": (24, 8), "mlp.0": (16, 8), "mlp.2": (8, 16)}

@@ -131,7 +131,7 @@ def test_biases_go_with_their_weights() -> None:
 @pytest.mark.parametrize("names", [NAMES[0], NAMES[2], *FUSED])
 def test_one_line_settles_all(names: str, rotate: Rotation) -> None:
     source, model = _llama(), OwnLlama(names, rotate)
-    with pytest.warns(PartialLoadWarning, match=r"ambiguous.*as in model\.rotary_interleaved = False\."):
+    with pytest.warns(PartialLoadWarning, match=r"(?s)ambiguous.*as in model\.rotary_interleaved = False\."):
         alignment = load(model, source)
     assert "model.rotary_interleaved = False" in str(alignment).replace("\n  ", " ")
     remedies = alignment.explain(alignment.ambiguous[0].target).remedies
