@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.errors import UnequalModelsError as UnequalModelsError
     from autoalign.errors import UnsafeCheckpointError as UnsafeCheckpointError
     from autoalign.errors import ValueWarning as ValueWarning
+    from autoalign.integrations import hf as hf
     from autoalign.loading.diff import Difference as Difference
     from autoalign.loading.diff import diff as diff
     from autoalign.loading.identify import Identification as Identification
@@ -55,7 +56,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.verification.run import execution_order as execution_order
     from autoalign.verification.verify import Verification as Verification
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "alignment": ("Alignment",),
@@ -68,6 +69,7 @@ _MODULES = {
         *("PairMismatchError", "PartialLoadWarning", "PatternError"),
         *("RulesError", "TraceError", "UnequalModelsError", "UnsafeCheckpointError", "ValueWarning"),
     ),
+    "integrations": ("hf",),
     "loading.diff": ("Difference", "diff"),
     "loading.identify": ("Identification", "KnownArchitecture", "identify"),
     "options": ("AlignOptions",),

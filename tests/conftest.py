@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -16,3 +16,15 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """Take what a test registers out of transformers' conversions again."""
+    from transformers import conversion_mapping
+
+    known = set(conversion_mapping.USER_REGISTERED_MAPPINGS)
+    yield
+    for name in conversion_mapping.USER_REGISTERED_MAPPINGS - known:
+        (conversion_mapping._checkpoint_conversion_mapping_cache or {}).pop(name, None)
+    conversion_mapping.USER_REGISTERED_MAPPINGS &= known

@@ -16,7 +16,7 @@ import autoalign
 PACKAGE = Path(autoalign.__file__).parent
 ORDER = (
     *("errors", "options", "plan", "checkpoints", "rules", "matching", "reports", "alignment"),
-    *("loading", "verification", "api", "__init__", "cli", "__main__"),
+    *("loading", "verification", "api", "integrations", "__init__", "cli", "__main__"),
 )
 # needed for a match or a screen, not for an import
 LATE = ("gguf", "h5py", "huggingface_hub", "msgpack", "networkx", "rapidfuzz", "regex", "rich", "safetensors", "scipy")

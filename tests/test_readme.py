@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ import autoalign
 from autoalign import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "autoalign/loading/guide.md", "autoalign/matching/limits.md", "benchmarks/README.md")
+PAGES = (
+    *("README.md", "autoalign/loading/guide.md", "autoalign/integrations/guide.md"),
+    *("autoalign/matching/limits.md", "benchmarks/README.md"),
+)
 
 _BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _SET_UP = re.compile(r"(python3\.11 -m venv \.venv && )?\.venv/bin/")
@@ -130,6 +134,19 @@ def test_the_other_recipes_run_as_printed(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(ran) > 4
 
 
+@pytest.mark.usefixtures("registry")
+def test_the_hooks_run_as_printed_where_their_libraries_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "hooks"}
+    for block in blocks("autoalign/integrations/guide.md"):
+        library = block.mark.removeprefix("needs ")
+        if block.mark == "runs" or (library.isidentifier() and find_spec(library)):
+            run_python(block, namespace)
+    assert "alignment" in namespace
+
+
 def test_the_script_for_sharded_models_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,7 +215,10 @@ def test_the_reference_is_built_without_warnings(tmp_path: Path, capsys: pytest.
     pdoc.cli(arguments)  # a warning is an error
     assert capsys.readouterr() == ("", "")
     page = (tmp_path / "autoalign.html").read_text(encoding="utf-8")
-    assert all(f'id="{name}"' in page for name in autoalign.__all__ if name != "__version__")
+    assert all(f'id="{name}"' in page for name in autoalign.__all__ if name not in ("__version__", "hf"))
+    hooks = (tmp_path / "autoalign" / "integrations" / "hf.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in hooks for name in ("from_pretrained", "register"))
     assert 'id="Alignment.explain"' in page
     assert "A sharded 70B" in (tmp_path / "autoalign" / "loading.html").read_text(encoding="utf-8")  # its guide
+    assert "Where other libraries load models" in (tmp_path / "autoalign" / "integrations.html").read_text("utf-8")
     assert "Limits of matching" in (tmp_path / "autoalign" / "matching.html").read_text(encoding="utf-8")

@@ -255,15 +255,46 @@ def _require_same_tensors(model: nn.Module, alignment: Alignment, targets: Mappi
         )
 
 
+def state_dict_for(
+    model: nn.Module, alignment: Alignment, *, strict: bool, undone: str, fate: str
+) -> tuple[OrderedDict[str, Any], Alignment]:
+    """Compute the state dict, in the source's dtypes, by which ``load_state_dict`` loads what ``load`` would.
+
+    What ``load`` refuses or warns of, this does; texts say what is ``undone``, and the ``fate`` of keys left out.
+    """
+    name = type(model).__name__
+    ready = prepare.prepared(
+        alignment, model, name, strict=strict, verb="load", undone=undone, counters_fate="keep what they had"
+    )
+    targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    findings = Findings()
+    sources = fill.read_sources(ready.source, ready.alignment)
+    tensors = fill.tensors_of(
+        sources, ready.alignment, targets, findings, lambda *_: None, assign=False, dtype=None, device=None
+    )
+    prepare.warn_of_choices(f"Loading {ready.summary}", ready.alignment)
+    prepare.warn_of_unfilled(f"Loading {ready.summary}", ready.alignment, fate, _rotary_advice(ready.alignment))
+    _warn_of_values(ready, findings)
+    return _state_dict(ready, targets, tensors), findings.noted(ready.alignment)
+
+
+def _state_dict(
+    ready: prepare.Prepared, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> OrderedDict[str, Any]:
+    """Return tensors with what ``load_state_dict`` passes on to modules beside them."""
+    state_dict: OrderedDict[str, Any] = OrderedDict(tensors)
+    state_dict.update(prepare.extra_states(ready.source, targets, ready.modules))
+    metadata = prepare.state_metadata(ready.source, ready.alignment, targets, ready.modules, ready.counters)
+    state_dict._metadata = metadata  # type: ignore[attr-defined]
+    return state_dict
+
+
 def _load_state_dict(
     call: _Call, ready: prepare.Prepared, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Load by torch's own function, with what it passes on to modules beside tensors."""
-    model, source, alignment, modules = call.model, ready.source, ready.alignment, ready.modules
-    state_dict: OrderedDict[str, object] = OrderedDict(tensors)
-    state_dict.update(prepare.extra_states(source, targets, modules))
-    metadata = prepare.state_metadata(source, alignment, targets, modules, ready.counters)
-    state_dict._metadata = metadata  # type: ignore[attr-defined]
+    """Load by torch's own function."""
+    model, source, alignment = call.model, ready.source, ready.alignment
+    state_dict = _state_dict(ready, targets, tensors)
     is_kept = not cannot_fail(model, targets, tensors)
     with transaction(model, keep_values=is_kept):
         try:
@@ -388,10 +419,13 @@ def _may_raise(category: type[Warning]) -> bool:
 def _warn_of_keys(ready: prepare.Prepared, targets: Mapping[str, Tensor]) -> None:
     on_meta = any(key in targets and targets[key].is_meta for key in ready.alignment.missing_keys)
     fate = "stay on meta, without values" if on_meta else "keep their values"
-    advice = ""
-    if any(ROTARY in match.warnings for match in ready.alignment.ambiguous):
-        advice = "".join(f" {note}" for note in ready.alignment.notes if ROTARY_SETTINGS[0] in note)
-    prepare.warn_of_unfilled(f"Loading {ready.summary}", ready.alignment, fate, advice)
+    prepare.warn_of_unfilled(f"Loading {ready.summary}", ready.alignment, fate, _rotary_advice(ready.alignment))
+
+
+def _rotary_advice(alignment: Alignment) -> str:
+    if not any(ROTARY in match.warnings for match in alignment.ambiguous):
+        return ""
+    return "".join(f" {note}" for note in alignment.notes if ROTARY_SETTINGS[0] in note)
 
 
 def _warn_of_values(ready: prepare.Prepared, findings: Findings) -> None:

@@ -255,7 +255,9 @@ def conversions(rules: Sequence[Rule]) -> list[WeightRenaming | WeightConverter]
             f"{len(refused)} of {len(rules)} rules cannot be expressed as transformers' conversions. Nothing was "
             "exported. Use to_python, or apply.\n" + "\n".join(refused)
         )
-    renamings = [WeightRenaming(*renaming) for renaming in _in_order(steps, _one_by_one)]
+    # an end by itself would become a part of the name where transformers reverses a renaming to save a model
+    ends = re.compile(r"(?<!\\)\$$")
+    renamings = [WeightRenaming(ends.sub("(?=$)", first), second) for first, second in _in_order(steps, _one_by_one)]
     return [*renamings, *converters]
 
 
