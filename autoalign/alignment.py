@@ -275,10 +275,11 @@ class Alignment(Plan):
         >>> alignment = autoalign.align({"a.bias": torch.ones(2)}, {"b.bias": torch.ones(2)}, rules={"^a": "b"})
         >>> print(alignment.render(width=60))
         1 of 1 target tensors are filled from 1 of 1 source tensors.
-                     tensors            elements
-        matched            1                   2  100.0 % of the target
+                     tensors       elements
+        matched            1              2  100.0 % of the target
         <BLANKLINE>
-        Matched: source -> target, tensors x shape, lowest confidence, operation
+        Matched: source -> target, tensors x shape, lowest
+          confidence, operation
           a.bias -> b.bias  [2]  1.00  copy
 
         Args:
