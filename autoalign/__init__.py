@@ -39,11 +39,11 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.loading.identify import Identification as Identification
     from autoalign.loading.identify import KnownArchitecture as KnownArchitecture
     from autoalign.loading.identify import identify as identify
-    from autoalign.options import AlignOptions as AlignOptions
     from autoalign.plan.matches import Candidate as Candidate
     from autoalign.plan.matches import Match as Match
     from autoalign.plan.matches import Mismatch as Mismatch
     from autoalign.plan.matches import Verified as Verified
+    from autoalign.plan.options import AlignOptions as AlignOptions
     from autoalign.reports.changes import Block as Block
     from autoalign.reports.changes import Change as Change
     from autoalign.reports.choices import Choice as Choice
@@ -72,8 +72,8 @@ _MODULES = {
     "integrations": ("hf",),
     "loading.diff": ("Difference", "diff"),
     "loading.identify": ("Identification", "KnownArchitecture", "identify"),
-    "options": ("AlignOptions",),
     "plan.matches": ("Candidate", "Match", "Mismatch", "Verified"),
+    "plan.options": ("AlignOptions",),
     "reports.changes": ("Block", "Change"),
     "reports.choices": ("Choice", "Option"),
     "reports.explain": ("Explanation",),

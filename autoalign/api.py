@@ -14,8 +14,8 @@ from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Side
 from autoalign.checkpoints.named_models import code_of
 from autoalign.matching.match import Decide, match_tensors
-from autoalign.options import Adapt, AlignOptions, MatchOptions, NoOptions, PatternLike, RuleLike, check_options
 from autoalign.plan.matches import Plan
+from autoalign.plan.options import Adapt, AlignOptions, MatchOptions, NoOptions, PatternLike, RuleLike, check_options
 
 if TYPE_CHECKING:
     from autoalign.loading.convert import Format

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 import autoalign
-from autoalign import Alignment, AutoAlignError, Rule, Rules, options
-from autoalign.options import AlignOptions, MatchOptions
+from autoalign import Alignment, AutoAlignError, Rule, Rules
+from autoalign.plan import options
+from autoalign.plan.options import AlignOptions, MatchOptions
 
 ROOT = Path(__file__).parent.parent
 WRONG = "  # wrong"

@@ -15,7 +15,7 @@ import autoalign
 
 PACKAGE = Path(autoalign.__file__).parent
 ORDER = (
-    *("errors", "options", "plan", "checkpoints", "rules", "matching", "reports", "alignment"),
+    *("errors", "plan", "checkpoints", "rules", "matching", "reports", "alignment"),
     *("loading", "verification", "api", "integrations", "__init__", "cli", "__main__"),
 )
 # needed for a match or a screen, not for an import

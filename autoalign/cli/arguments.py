@@ -14,7 +14,7 @@ from autoalign.cli.completion import complete_models
 from autoalign.cli.targets import model_of
 from autoalign.cli.terminal import settings, working
 from autoalign.errors import PatternError
-from autoalign.options import Flag
+from autoalign.plan.options import Flag
 
 Command = TypeVar("Command", bound=Callable[..., int])
 app = typer.Typer(name="autoalign", add_completion=False, rich_markup_mode=None)

@@ -35,7 +35,7 @@ from autoalign.cli.completion import complete_models
 from autoalign.cli.targets import model_of, side_of
 from autoalign.cli.terminal import COMPLETE, INCOMPLETE, complain, progress, show, show_json, terminal_width
 from autoalign.errors import DependencyError, InputError, ValueWarning
-from autoalign.options import AlignOptions, MatchOptions
+from autoalign.plan.options import AlignOptions, MatchOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -10,7 +10,7 @@ import torch
 
 from autoalign.api import align, load
 from autoalign.checkpoints.checkpoint import Side, checkpoint_of
-from autoalign.options import AlignOptions
+from autoalign.plan.options import AlignOptions
 
 
 def from_single_file(

@@ -11,7 +11,7 @@ from autoalign.api import load
 from autoalign.checkpoints.checkpoint import Side
 from autoalign.errors import DependencyError
 from autoalign.integrations.state_dicts import aligned_state_dict
-from autoalign.options import AlignOptions
+from autoalign.plan.options import AlignOptions
 
 if TYPE_CHECKING:
     from torch import nn

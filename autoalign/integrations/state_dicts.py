@@ -11,7 +11,7 @@ from autoalign.alignment import Alignment
 from autoalign.api import align
 from autoalign.checkpoints.checkpoint import Side
 from autoalign.loading.load import state_dict_for
-from autoalign.options import AlignOptions
+from autoalign.plan.options import AlignOptions
 
 
 def aligned_state_dict(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autoalign.checkpoints.checkpoint import Side
 from autoalign.checkpoints.named_models import build
 from autoalign.integrations.state_dicts import aligned_state_dict
-from autoalign.options import AlignOptions
+from autoalign.plan.options import AlignOptions
 
 
 def checkpoint_filter_fn(

@@ -10,7 +10,7 @@ import torch
 from autoalign.api import align
 from autoalign.errors import DependencyError
 from autoalign.loading.prepare import warn_of_choices, warn_of_unfilled
-from autoalign.options import AlignOptions
+from autoalign.plan.options import AlignOptions
 from autoalign.rules.rules import Rules
 
 

@@ -17,8 +17,8 @@ from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.errors import InputError
 from autoalign.loading.fill import Progress, copies_in_place, read_sources, require_values
 from autoalign.matching.match import match_tensors
-from autoalign.options import MatchOptions, check_options
 from autoalign.plan.matches import Match, Plan
+from autoalign.plan.options import MatchOptions, check_options
 from autoalign.reports.changes import (
     Block,
     Change,

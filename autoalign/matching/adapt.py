@@ -27,11 +27,11 @@ from autoalign.matching.positions import (
     relative_plan,
 )
 from autoalign.matching.vocabulary import CLASSIFIER_WORDS, EMBEDDING_WORDS, NO_VOCABULARY
-from autoalign.options import ADAPTS, Adapt
 from autoalign.plan.adaptations import RepeatChannels, SumChannels, TakeRows
 from autoalign.plan.keys import components, numbers, template
 from autoalign.plan.matches import Match, Mismatch
 from autoalign.plan.operations import Copy, Operation, Parallel, Shape, chain
+from autoalign.plan.options import ADAPTS, Adapt
 from autoalign.plan.specs import TensorSpec
 
 _COLOURS = 3

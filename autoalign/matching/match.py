@@ -35,11 +35,11 @@ from autoalign.matching.repeats import (
 from autoalign.matching.rotary import rotary_settling
 from autoalign.matching.scope import checked_rules, excluded_keys, pinned_pairs
 from autoalign.matching.stacks import restacked, unstacked, whole_mismatches
-from autoalign.options import Adapt, PatternLike, RuleLike
 from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.keys import common_module, components, split_key
 from autoalign.plan.matches import Caution, Match, Plan
 from autoalign.plan.operations import Copy
+from autoalign.plan.options import Adapt, PatternLike, RuleLike
 from autoalign.plan.parametrised import Parametrised, parametrised, undotted
 from autoalign.plan.quantised import ADVICE, Members, Values, as_values, can_fill, describe_schemes, hidden_keys
 

@@ -18,10 +18,10 @@ from autoalign.errors import InputError, PatternError, did_you_mean
 from autoalign.matching.candidates import squeeze
 from autoalign.matching.layers import Part, Path, units_of
 from autoalign.matching.vocabulary import MOMENTUM_PAIR
-from autoalign.options import PatternLike, RuleLike
 from autoalign.plan.keys import TimeLimit, common_module, compiled, components
 from autoalign.plan.matches import Caution
 from autoalign.plan.operations import Shape
+from autoalign.plan.options import PatternLike, RuleLike
 
 if TYPE_CHECKING:
     import regex

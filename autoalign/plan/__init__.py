@@ -13,6 +13,7 @@ In order of use:
 * ``parametrised``: weights that are saved as what they are computed from, as weight norm's
 * ``adapters``: LoRA and its kin by their names, and the operations that add LoRA to a weight
 * ``quantised``: groups of tensors that are values only together, such as integer codes and their scales
+* ``options``: the options of ``align``, their types and flags of the command line; without torch
 * ``matches``: ``Match``, ``Plan`` with its statuses, missing and unexpected keys, and the inverse of a plan
 
 A new operation is a class in ``operations`` (or ``adaptations``), which registers itself for JSON; ``regions``

@@ -14,8 +14,8 @@ from autoalign.matching.assignment import WEIGHTS
 from autoalign.matching.candidates import operation_between
 from autoalign.matching.positions import AdaptableSide
 from autoalign.matching.scope import pattern_for
-from autoalign.options import ADAPTS
 from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, Status
+from autoalign.plan.options import ADAPTS
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.choices import Choice, answers, choices_of
 from autoalign.reports.notebook import short_html

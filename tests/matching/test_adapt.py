@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.alignment import Alignment
-from autoalign.options import Adapt
+from autoalign.plan.options import Adapt
 
 EVERYTHING: tuple[Adapt, ...] = ("head", "vocab", "pos_embed", "rel_pos", "in_channels")
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2}

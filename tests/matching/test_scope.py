@@ -12,9 +12,9 @@ from torch import Tensor
 import autoalign
 from autoalign.matching.layers import parts_of
 from autoalign.matching.scope import scope_of
-from autoalign.options import PatternLike
 from autoalign.plan.matches import Caution
 from autoalign.plan.operations import Permute, Transpose
+from autoalign.plan.options import PatternLike
 from autoalign.plan.specs import TensorSpec
 from benchmarks.cases.gold import read
 

@@ -1,4 +1,4 @@
-"""The options of ``align``: their types, what the command line calls them, and unknown ones; torch is not imported."""
+"""The options of ``align``: their types, their flags on the command line, and the error for unknown ones; no torch."""
 
 import inspect
 import re
