@@ -103,7 +103,7 @@ class Alignment(Plan):
         head.bias (target): missing
           [2] float32 is not filled and keeps its values
           why: the source tensors of this shape are excluded
-          why: The source holds no tensors.
+          why: The source has no tensors to match.
           to change it: exclude='head.bias', if it is to be trained anew
 
         Raises:

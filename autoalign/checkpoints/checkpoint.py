@@ -16,7 +16,6 @@ from autoalign.checkpoints.config import folder_config, module_config, saved_con
 from autoalign.checkpoints.containers import Container, containers_of, copies_of, named_container, preferred
 from autoalign.checkpoints.paths import Given, is_given, open_given
 from autoalign.errors import CheckpointError, InputError, kind_of, listed
-from autoalign.plan.adapters import adapters_of
 from autoalign.plan.keys import LEVELS
 from autoalign.plan.matches import Caution
 from autoalign.plan.quantised import Members, groups_of
@@ -205,7 +204,7 @@ def open_checkpoint(path: Given, *, container: str | None = None) -> Checkpoint:
         checkpoint,
         path=name,
         opened=contents.opened,
-        notes=(*checkpoint.notes, *contents.notes, *_adapter_notes(checkpoint), *notes),
+        notes=(*checkpoint.notes, *contents.notes, *notes),
         metadata=contents.metadata,
         config={**config, **contents.config, **checkpoint.config},
     )
@@ -258,17 +257,6 @@ def of_module(module: nn.Module, state_dict: Mapping[str, object], *, container:
     checkpoint = _of_mapping(state_dict, container)
     config, notes = module_config(module)
     return replace(checkpoint, module=module, config=config, notes=(*checkpoint.notes, *notes))
-
-
-def _adapter_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return a note if a file holds changes to the weights of a model, which look like weights of small layers."""
-    layers = len(adapters_of(checkpoint.specs).layers)
-    if not layers:
-        return ()
-    return (
-        f"{layers} layers are given as LoRA matrices, which are changes to another model's weights and no weights. "
-        "merge_adapter=True adds them to the weights that they change.",
-    )
 
 
 def _of_mapping(root: Mapping[str, object], container: str | None, path: str | None = None) -> Checkpoint:

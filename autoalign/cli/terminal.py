@@ -31,6 +31,7 @@ _DEFAULT_WIDTH = 100
 _OPTIONS = {  # what messages call arguments, and what they are called here
     "error.details lists": "--verbose lists",
     "Pass overwrite=True": "Pass --overwrite",
+    "merge_adapter=True adds": "--merge-adapter adds",
     "Pass strict=False": "Leave out --strict",
     "Pass max_shard_size=": "Pass --max-shard-size",
     "Pass container=": "Pass --container",

@@ -105,6 +105,13 @@ class AdapterScope:
                 f"The checkpoint is {self.own.alone} alone, of which the model has none: nothing was matched, since "
                 "these are no weights of the network that they are added to."
             )
+        whole = {spec.key for parts in self.own.layers.values() for spec in parts.values()}
+        if not (self.is_merged or self.other.keys) and self.own.layers:
+            notes.append(
+                f"{len(self.own.layers)} layers are given as LoRA matrices, which are changes to a network's weights "
+                "and no weights: they are not loaded. merge_adapter=True adds them to the weights that they change: "
+                "the model's, which has to hold the network's own by then, or those in the checkpoint as base_layer."
+            )
         layers = [parts for parts in self.own.layers.values() if parts["down"].key in used]
         if self.is_merged and layers:
             rest = f"; {untouched} other tensors of the model stay as they are" if untouched else ""
@@ -114,7 +121,8 @@ class AdapterScope:
                 "The scale of LoRA, alpha / rank, is in tensors 'alpha' of the checkpoint, for which the model has "
                 "none: set its own to that."
             )
-        lost = len(self.own.keys - used - {spec.key for parts in self.own.layers.values() for spec in parts.values()})
-        if lost and self.is_merged:
-            notes.append(f"Not added: {lost} tensors of adapters of other kinds than LoRA, such as DoRA and LoHa.")
+        lost = len(self.own.keys - used - whole)
+        if lost and (self.is_merged or not self.other.keys):
+            what = f"{lost} tensors of adapters of other kinds than LoRA, such as DoRA and LoHa"
+            notes.append(f"Not {'added' if self.is_merged else 'loaded'}: {what}.")
         return notes

@@ -97,7 +97,8 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         source, target = sides
         found, note = equal_tensors(source, target)
         if not found:
-            return [], mismatched, (f"The {' and the '.join(empty)} holds no tensors." if empty else note,)
+            has = "have" if len(empty) > 1 else "has"
+            return [], mismatched, (f"The {' and the '.join(empty)} {has} no tensors to match." if empty else note,)
         unlike = (note,)
     matches = assembled(source, target, found)
     if not (scope.is_decided and other_scope.is_decided):

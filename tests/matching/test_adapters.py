@@ -253,6 +253,19 @@ def test_what_is_no_lora_is_not_added_and_named() -> None:
     assert "Not added: 5 tensors of adapters of other kinds than LoRA, such as DoRA and LoHa." in alignment.notes
 
 
+def test_an_adapter_alone_is_not_called_empty(tmp_path: Path) -> None:
+    model = network()
+    path = write(tmp_path, peft_names, model)
+    for saved in (path, load_file(path)):
+        first, second = autoalign.align(saved, model).notes
+        assert first == "The source has no tensors to match."
+        assert second.startswith("12 layers are given as LoRA matrices")
+    (note,) = autoalign.align(path, model, merge_adapter=True).notes
+    assert note.startswith("Added: 12 layers")
+    other = autoalign.align({"down_blocks.0.attn_one.to_q.hada_w1_a": torch.ones(8, 2)}, model)
+    assert other.notes[-1] == "Not loaded: 1 tensors of adapters of other kinds than LoRA, such as DoRA and LoHa."
+
+
 def llama(transformers: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
