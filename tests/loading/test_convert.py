@@ -275,18 +275,9 @@ def test_sizes_are_read_as_hugging_face_does() -> None:
 
 
 _PEAK = """
-import sys, threading, time, torch
+import sys, torch
 from autoalign import align, convert
-
-def resident():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
+from tests.memory import peak_of
 
 with torch.device("meta"):
     target = {f"blocks.{i}.{name}": torch.empty(size) for i in range(6) for name, size in
@@ -294,14 +285,8 @@ with torch.device("meta"):
          ("up.weight", (1024, 4096))]}
 source = sys.argv[1]
 align(source, target)  # imports what it needs
-peak, done = 0, False
-before = resident()
-thread = threading.Thread(target=watch)
-thread.start()
-convert(source, target, sys.argv[2] + "/out", strict=True, dtype="float16", max_shard_size="50MB")
-done = True
-thread.join()
-print(peak - before)
+options = {"strict": True, "dtype": "float16", "max_shard_size": "50MB"}
+print(peak_of(lambda: convert(source, target, sys.argv[2] + "/out", **options)))
 """
 
 

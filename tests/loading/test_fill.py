@@ -253,31 +253,16 @@ def test_a_bar_that_fails_does_not_fail_the_load(monkeypatch: pytest.MonkeyPatch
 
 
 _PEAK = """
-import sys, threading, time, torch
+import sys
 from torch import nn
 from autoalign import load
-
-def resident():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
+from tests.memory import peak_of
 
 model = nn.ModuleDict({f"layer{number}": nn.Linear(4096, 3072, bias=False) for number in range(6)}).bfloat16()
 load(model, sys.argv[1])  # imports what it needs
 nn.init.zeros_(model["layer0"].weight)
-peak, done = 0, False
-before = resident()
-thread = threading.Thread(target=watch)
-thread.start()
-load(model, sys.argv[1], strict=True)
-done = True
-thread.join()
-print(peak - before, all(bool((layer.weight == 0.5).all()) for layer in model.values()))
+peak = peak_of(lambda: load(model, sys.argv[1], strict=True))
+print(peak, all(bool((layer.weight == 0.5).all()) for layer in model.values()))
 """
 
 

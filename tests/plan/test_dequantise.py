@@ -658,18 +658,9 @@ def test_a_trained_llama_answers_as_before_it_was_quantised(tmp_path: Path) -> N
 
 
 _PEAKS = """
-import json, threading, time, torch
+import json, torch
 from autoalign.plan.dequantise import Dequantise
-
-def resident():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
+from tests.memory import peak_of
 
 def bits(*shape, dtype=torch.uint8):
     return torch.randint(0, 64, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8).view(dtype)
@@ -705,16 +696,12 @@ CASES = [
 found = []
 for name, inputs in CASES:
     step = Dequantise(name, tuple(inputs), (R, C))
-    peak, done = 0, False
-    before = resident()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    (values,) = step.apply(list(inputs.values()))
-    done = True
-    thread.join()
-    assert values.shape == (R, C)
-    del values
-    found.append((name, peak - before))
+
+    def apply():
+        (values,) = step.apply(list(inputs.values()))
+        assert values.shape == (R, C)
+
+    found.append((name, peak_of(apply)))
 print(json.dumps(found))
 """
 
