@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from autoalign.plan.quantised import as_values
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.rows import escaped
 
-JSON_VERSION = 1
 MIN_SCORE_NEAR = 0.6  # share of the tensors that are common, from which an architecture is called near
 _MIN_TENSORS = 8  # of a network that is no coincidence
 _MIN_SHARE_OF_PART = 0.2  # of all tensors
@@ -111,19 +109,19 @@ class Identification:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as values that JSON has."""
-        return {"version": JSON_VERSION, **asdict(self)}
+        return asdict(self)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td>{escape(escaped(one.label))}</td><td>{one.common:,} of {one.tensors:,}</td>"
-            f"<td>{one.names:.0%}</td></tr>"
-            for one in self.candidates
-        )
-        table = f"<table><tr><th>architecture</th><th>shapes</th><th>names</th></tr>{rows}</table>" if rows else ""
-        return f'<div class="autoalign">{"<br>".join(map(escape, self._lines()))}{table}</div>'
+        from autoalign.reports.notebook import short_html
+
+        rows = [
+            (escaped(one.label), f"{one.common:,} of {one.tensors:,}", f"{one.names:.0%}") for one in self.candidates
+        ]
+        title, *lines = self._lines()
+        return short_html(title, lines, {"Architecture, shapes, names": rows})
 
     def _lines(self) -> Iterator[str]:
         facts = [f"{self.tensors:,} tensors", *([f"{self.format} file"] if self.format else [])]

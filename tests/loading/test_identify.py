@@ -45,7 +45,7 @@ def test_a_wrapped_file_with_an_average_inside(tmp_path: Path) -> None:
         f"Load it with: autoalign.load(torchvision.models.get_model('resnet18', num_classes=10), {path!r})",
     ]
     assert json.loads(json.dumps(found.to_dict()))["candidates"][0]["common"] == 102
-    assert "<td>102 of 102</td>" in found._repr_html_()
+    assert ">102 of 102</td>" in found._repr_html_()
 
 
 @pytest.mark.parametrize("name", ["resnet26d", "vit_small_patch16_224", "swin_tiny_patch4_window7_224", "ghostnet_100"])
