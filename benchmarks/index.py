@@ -159,12 +159,10 @@ def arrays_of(networks: Iterable[Built], versions: Mapping[str, str]) -> dict[st
             depths.append(own.depth)
         blocks[group] |= set(own.blocks)
         kind = network.builder[0].partition("(")[0] if network.library == "transformers" else network.name
-        if (
-            group,
-            f"{network.library}:{kind}",
-        ) in seen:  # the defaults of a configuration are among its published sizes
+        builder = group, f"{network.library}:{kind}"
+        if builder in seen:  # the defaults of a configuration are among its published sizes
             continue
-        seen.add((group, f"{network.library}:{kind}"))
+        seen.add(builder)
         by_name = {(names[name], shapes[shape]) for name, found in shapes_by_name(specs).items() for shape in found}
         numbered = heads[tuple(shapes[shape] for shape in head)], name_sets[frozenset(by_name)]
         entries.append((network.library, network.name, group, *numbered, *network.builder))
