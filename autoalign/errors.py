@@ -122,6 +122,16 @@ class DependencyError(AutoAlignError, ImportError):
             f"Install it with: pip install 'autoalign[{extra}]'"
         )
 
+    @classmethod
+    def of(cls, library: str, consequence: str, requirement: str = "") -> DependencyError:
+        """Return the error for a call that needs a library which is not installed.
+
+        >>> print(DependencyError.of("timm", "Nothing was done."))
+        timm is not installed. Nothing was done. Install it with: pip install timm
+        """
+        command = f"pip install {requirement or library.lower()}"
+        return cls(f"{library} is not installed. {consequence} Install it with: {command}")
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the question whether the most similar word was meant, after a space; nothing if none is similar.

@@ -210,9 +210,7 @@ def _library(name: str) -> Any:
     except ImportError as error:
         if error.name != name:  # it is installed, but something that it needs is not
             raise
-        raise DependencyError(
-            f"{name} is not installed. Nothing was done. Install it with: pip install {name}"
-        ) from error
+        raise DependencyError.of(name, "Nothing was done.") from error
 
 
 _MAKERS: dict[str, Callable[[str, Mapping[str, Any]], _Make]] = {

@@ -1,6 +1,6 @@
 """Integrations: the places where other libraries load models, with autoalign in them.
 
-A file for each library that needs one; none imports its library before it is used. The work is that of ``align`` and
+A file for each library that needs one; ``import autoalign`` imports none of them. The work is that of ``align`` and
 ``load``, and so are warnings and refusals.
 
 * ``state_dicts``: what is loaded as a state dict, for code that loads one itself; what the others are made of.

@@ -51,9 +51,7 @@ def load_checkpoint_and_dispatch(
         import accelerate
         from accelerate.utils import get_balanced_memory
     except ImportError as error:
-        raise DependencyError(
-            "Accelerate is not installed. Nothing was loaded. Install it with: pip install accelerate"
-        ) from error
+        raise DependencyError.of("Accelerate", "Nothing was loaded.") from error
     align_options = taken_from(options)
     limits = {name: options.pop(name) for name in _MAP_OPTIONS if name in options}
     load(model, checkpoint, assign=True, strict=strict, dtype=dtype, **align_options)

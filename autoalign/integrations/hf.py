@@ -107,9 +107,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise DependencyError(
-            "transformers is not installed. Nothing was loaded. Install it with: pip install 'autoalign[transformers]'"
-        ) from error
+        raise DependencyError.of("transformers", "Nothing was loaded.", "'autoalign[transformers]'") from error
     return transformers
 
 

@@ -40,7 +40,7 @@ class AlignedWeights(Callback):  # type: ignore[misc]
         self, checkpoint: Side, *, submodule: str = "", strict: bool = False, **align_options: Unpack[AlignOptions]
     ) -> None:
         if Callback is object:
-            raise DependencyError("Lightning is not installed. Install it with: pip install lightning")
+            raise DependencyError.of("Lightning", "Nothing was made.")
         self.checkpoint = checkpoint
         self.submodule = submodule
         self.strict = strict

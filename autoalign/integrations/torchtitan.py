@@ -30,9 +30,7 @@ def state_dict_adapter(**align_options: Unpack[AlignOptions]) -> type:
         from torchtitan.models.common.rope import ComplexRoPE, RoPE
         from torchtitan.protocols.state_dict_adapter import StateDictAdapter
     except ImportError as error:
-        raise DependencyError(
-            "torchtitan is not installed. Nothing was made. Install it with: pip install torchtitan"
-        ) from error
+        raise DependencyError.of("torchtitan", "Nothing was made.") from error
 
     class AlignedStateDictAdapter(StateDictAdapter):  # type: ignore[misc]
         """Converts between a model of torchtitan and the checkpoint in ``hf_assets_path``."""
