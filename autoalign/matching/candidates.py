@@ -47,7 +47,7 @@ class Kinds:
     target: NDArray[np.int64]  # [target units]: numbers of its own
     flat: tuple[NDArray[np.int64], NDArray[np.int64]]  # of each side's units: the same, whatever dimensions of size one
     exact: tuple[NDArray[np.int64], NDArray[np.int64]]  # equal for units of both sides whose tensors have equal shapes
-    source_class: NDArray[np.int64]  # [source units]: equal for units whose tensors have equal shapes
+    source_class: NDArray[np.int64]  # [source units]: equal for units whose largest tensors have equal sizes
     target_class: NDArray[np.int64]  # [target units]: the same classes
     class_count: int
     fits: dict[tuple[int, int], float]  # kinds of a source and of a target that fit, and how well, in (0, 1]

@@ -242,8 +242,8 @@ def _names(state: State, one: Exchange) -> float:
     return gain + _ROLE_GAIN * (roles - after_roles) / len(one.before)
 
 
-def _modules(_: State, one: Exchange) -> float:
-    if _is_list(one):
+def _modules(state: State, one: Exchange) -> float:
+    if _is_list(state, one):
         return 0  # numbers are cues of their own
     modules, ends = (
         [
@@ -312,7 +312,7 @@ def _differ(places: Sequence[_Numbers]) -> bool:
 
 def _order(state: State, one: Exchange) -> float:
     """Compare the steps that go the same way on both sides: by registration, or where a side is sorted, by numbers."""
-    if _is_list(one) and _is_counted(state, one):
+    if _is_list(state, one):
         return 0
     by_number = not (state.source.ordered and state.target.ordered)
     own, other = (partial(side.precedes, by_number=by_number) for side in (state.source, state.target))
@@ -361,7 +361,7 @@ def _shared(first: Path, second: Path) -> int:
 
 
 def _list_order(state: State, one: Exchange) -> float:
-    if not (_is_list(one) and _is_counted(state, one)):
+    if not _is_list(state, one):
         return 0
     members = sorted(range(len(one.modules)), key=lambda place: numbers(one.modules[place][-1]))
     ways = members, [one.takes[place] for place in members]
@@ -369,26 +369,21 @@ def _list_order(state: State, one: Exchange) -> float:
     return state.trust_in_order(one, of_list=True) * (rising - after) / max(2 * (len(members) - 1), 1)
 
 
-def _is_list(one: Exchange) -> bool:
-    return all(
-        len(paths) > 1 and all(numbers(path[-1]) for path in paths) and len({template(path) for path in paths}) == 1
-        for paths in (one.modules, one.ends)
-    )
+def _is_list(state: State, one: Exchange) -> bool:
+    """True if modules and ends differ in their numbers only, which no side in order registers otherwise.
 
-
-def _is_counted(state: State, one: Exchange) -> bool:
-    """True if no side in order registers siblings with numbers in their names otherwise than by these.
-
-    Names that are numbers are those of a list, whose order they are.
+    Names that are nothing but numbers are those of a list, whose order they are however it is registered.
     """
-    for side, paths, units in zip(
-        (state.source, state.target), (one.ends, one.modules), zip(*one.before, strict=True), strict=True
-    ):
-        line = sorted(units, key=side.ancestry.order.__getitem__) if side.ordered else []
-        members = [path for unit in line for path in paths if side.paths[unit][: len(path)] == path]
-        places = [numbers(path[-1]) for path in dict.fromkeys(members) if not path[-1].isdecimal()]
-        if places != sorted(places):
+    sides = (state.source, one.ends), (state.target, one.modules)
+    for (side, paths), units in zip(sides, zip(*one.before, strict=True), strict=True):
+        if len(paths) < 2 or not all(numbers(path[-1]) for path in paths) or len(set(map(template, paths))) > 1:
             return False
+        if side.ordered and not paths[0][-1].isdecimal():
+            line = sorted(units, key=side.ancestry.order.__getitem__)
+            members = dict.fromkeys(path for unit in line for path in paths if side.paths[unit][: len(path)] == path)
+            places = [numbers(path[-1]) for path in members]
+            if places != sorted(places):
+                return False
     return True
 
 
@@ -432,7 +427,7 @@ def _sign_of_sum(values: Sequence[float]) -> float:
 
 
 def _more_of_many(values: Sequence[float]) -> float:
-    """Return the mean, and half of it for a single value."""
+    """Return the mean of values and a 0: of a single one half, of many nearly their mean."""
     return sum(values) / (1 + len(values))
 
 

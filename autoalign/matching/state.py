@@ -13,6 +13,10 @@ from autoalign.matching.features import Ints, SideFeatures
 from autoalign.matching.layers import Path
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
+_MAX_CHILDREN_COMPARED = 64  # of a module, for whether their order is kept; of more, some at equal distances
+
+_Kept = tuple[float, int]  # how many stand as on the other side, beyond chance; and of how many
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -127,46 +131,48 @@ class State:
         elsewhere, and that networks mostly have one order, count as much as one layer beside. Numbers of a list are
         compared with those of its other members only.
         """
-        kept, count = self._kept(common_prefix(one.ends), common_prefix(one.modules), of_list)
+        kept, count = self._kept(common_prefix(one.ends), common_prefix(one.modules))[of_list]
         return (self._trusts[of_list] + kept) / (1 + count)
 
     @cached_property
     def _trusts(self) -> tuple[float, float]:
         """How far order may be believed in all modules together, those of one name once: of siblings, and of lists."""
         modules = {template(module): module for module, units in self.below.items() if len(units) > 1}
-        ways = [(common_prefix(list(map(self.end, self.below[module]))), module) for module in modules.values()]
-        found = [[self._kept(*way, of_list) for way in ways] for of_list in (False, True)]
-        siblings, lists = ((1 + sum(kept for kept, _ in of)) / (1 + sum(count for _, count in of)) for of in found)
+        found = [
+            self._kept(common_prefix(list(map(self.end, self.below[module]))), module) for module in modules.values()
+        ]
+        ways = [[kept[of_list] for kept in found] for of_list in (False, True)]
+        siblings, lists = ((1 + sum([kept for kept, _ in of])) / (1 + sum([count for _, count in of])) for of in ways)
         return siblings, lists
 
     @cached_property
-    def _kept(self) -> Callable[[Path, Path, bool], tuple[float, int]]:
+    def _kept(self) -> Callable[[Path, Path], tuple[_Kept, _Kept]]:
         return cache(self._children_in_order)
 
-    def _children_in_order(self, end: Path, module: Path, of_list: bool) -> tuple[float, int]:
-        """Return how many children that shapes match stand as on the other side, beyond chance, and of how many.
+    def _children_in_order(self, end: Path, module: Path) -> tuple[_Kept, _Kept]:
+        """Count the children that shapes match and that stand as on the other side: siblings, and members of lists.
 
         The first of them does not count: there is nothing that it could follow.
         """
         inside = [unit for unit in self.below.get(module, self.own_of) if self.end(unit)[: len(end)] == end]
         often = Counter([self.alike[unit] for unit in inside])
-        children: dict[tuple[Path, Path], int] = {}
+        known: dict[tuple[Path, Path], int] = {}
         for unit in inside:
             if often[self.alike[unit]] == 1:
                 child = self.end(unit)[len(end) :][:1], self.target.paths[unit][len(module) :][:1]
-                children.setdefault(child, unit)
-        are_kept = []
-        for (own, first), (other, second) in combinations(children.items(), 2):
-            if any(a == b for a, b in zip(own, other, strict=True)) or any(map(_are_listed, own, other)) != of_list:
-                continue
-            before = self.source.precedes(self.own_of[first], self.own_of[second], by_number=of_list)
-            after = self.target.precedes(first, second, by_number=of_list)
-            if before is not None and after is not None:
-                are_kept.append(before == after)
-        if not are_kept:
-            return 0.0, 0
-        count = min(len({child[side] for child in children}) for side in (0, 1)) - 1
-        return max(2 * sum(are_kept) / len(are_kept) - 1, 0) * count, count
+                known.setdefault(child, unit)
+        children = list(known.items())[:: len(known) // _MAX_CHILDREN_COMPARED + 1]
+        are_kept: tuple[list[bool], list[bool]] = ([], [])
+        for (own, first), (other, second) in combinations(children, 2):
+            if own[0] != other[0] and own[1] != other[1]:
+                of_list = any(map(_are_listed, own, other))
+                before = self.source.precedes(self.own_of[first], self.own_of[second], by_number=of_list)
+                after = self.target.precedes(first, second, by_number=of_list)
+                if before is not None and after is not None:
+                    are_kept[of_list].append(before == after)
+        count = min([len({child[side] for child, _ in children}) for side in (0, 1)]) - 1
+        siblings, lists = ((max(2 * sum(of) / len(of) - 1, 0) * count, count) if of else (0.0, 0) for of in are_kept)
+        return siblings, lists
 
     def _is_ordered(self, is_target: bool, units: Sequence[int]) -> bool:
         """True if what the other side has for some units is in order: it is registered, or a list."""
