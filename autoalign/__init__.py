@@ -1,6 +1,8 @@
 """Load any PyTorch checkpoint into any implementation of the same network.
 
 The names of the package are imported when they are first used, so that ``import autoalign`` costs nothing.
+
+.. include:: CHANGELOG.md
 """
 
 from importlib import import_module

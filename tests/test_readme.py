@@ -25,7 +25,7 @@ from autoalign import cli
 ROOT = Path(__file__).parent.parent
 PAGES = (
     *("README.md", "autoalign/loading/guide.md", "autoalign/integrations/guide.md"),
-    *("autoalign/matching/limits.md", "benchmarks/README.md"),
+    *("autoalign/matching/limits.md", "autoalign/CHANGELOG.md", "benchmarks/README.md"),
 )
 
 _BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -219,6 +219,7 @@ def test_the_reference_is_built_without_warnings(tmp_path: Path, capsys: pytest.
     hooks = (tmp_path / "autoalign" / "integrations" / "hf.html").read_text(encoding="utf-8")
     assert all(f'id="{name}"' in hooks for name in ("from_pretrained", "register"))
     assert 'id="Alignment.explain"' in page
+    assert f'id="{autoalign.__version__.replace(".", "")}"' in page  # the heading of the changelog
     assert "A sharded 70B" in (tmp_path / "autoalign" / "loading.html").read_text(encoding="utf-8")  # its guide
     assert "Where other libraries load models" in (tmp_path / "autoalign" / "integrations.html").read_text("utf-8")
     assert "Limits of matching" in (tmp_path / "autoalign" / "matching.html").read_text(encoding="utf-8")
