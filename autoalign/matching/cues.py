@@ -9,11 +9,12 @@ confidence of the pairs that it concerns.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, combinations, pairwise
+from itertools import chain, pairwise
 from math import copysign, exp, log1p
 
 import numpy as np
@@ -411,7 +412,13 @@ def _run(state: State, one: Exchange) -> float:
 
 
 def _directed(places: Sequence[int]) -> int:
-    return abs(sum((a < b) - (a > b) for a, b in combinations(places, 2)))
+    """Count how many more pairs of places rise than fall, or fall than rise."""
+    seen: list[int] = []
+    rising = 0
+    for place in places:
+        rising += bisect_left(seen, place) + bisect_right(seen, place) - len(seen)
+        insort(seen, place)
+    return abs(rising)
 
 
 def _sign(value: float) -> int:
