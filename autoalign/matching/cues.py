@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, pairwise
 from math import copysign, exp, log1p
 
@@ -407,11 +407,12 @@ def _run(state: State, one: Exchange) -> float:
             fills = [state.own_of[unit] for unit in units]
             changed = [after.get(unit, own) for unit, own in zip(units, fills, strict=True)]
             rank = state.source.places_in_order.__getitem__
-            gain += _directed(list(map(rank, fills))) - _directed(list(map(rank, changed)))
+            gain += _directed(tuple(map(rank, fills))) - _directed(tuple(map(rank, changed)))
     return state.trust_in_order(one, of_list=True) * _sign(gain)
 
 
-def _directed(places: Sequence[int]) -> int:
+@lru_cache(maxsize=64)  # many exchanges change one list
+def _directed(places: tuple[int, ...]) -> int:
     """Count how many more pairs of places rise than fall, or fall than rise."""
     seen: list[int] = []
     rising = 0
