@@ -67,6 +67,30 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "you mean 'state_dict'?": lambda load: load(
         Network(), {"state_dict": Network().state_dict()}, container="stat_dict"
     ),
+    "Expected an nn.Module, a mapping of tensors, a path or a Checkpoint, not SGD. Nothing was aligned.": lambda load: (
+        load(Network(), torch.optim.SGD(Network().parameters()))
+    ),
+    "There are no tensors in 'dict'; its first keys are ['state', 'param_groups']. Nothing was aligned. Give a state "
+    "dict, or a mapping or file that holds one.": lambda load: load(
+        Network(), torch.optim.SGD(Network().parameters()).state_dict()
+    ),
+    "'page.pth' is neither a file of torch nor of safetensors: it begins with b'<!DOCTYPE html>'. Nothing was read. "
+    "Other formats that are known are TorchScript, npz, GGUF, HDF5, msgpack, archive. Check that the download is "
+    "complete, and not a web page or a pointer file.": lambda load: load(Network(), "page.pth"),
+    "rules must be a mapping of regex to replacement or pairs of keys. Nothing was aligned.": lambda load: load(
+        Network(), FILE, rules="a=b"
+    ),
+    "The rule 'lyer1.bias' -> 'layer1.bias' matches no checkpoint key. Nothing was aligned. Rules go from checkpoint "
+    "key to model key; check the spelling or leave the rule out.": lambda load: load(
+        Network(), FILE, rules=[("lyer1.bias", "layer1.bias")]
+    ),
+    "alignment= takes an Alignment, not str. Nothing was loaded.": lambda load: load(
+        Network(), FILE, alignment="a.json"
+    ),
+    "10 tensors of the model are on the meta device, where a copy does nothing: layer1.weight, layer1.bias, "
+    "layer2.weight. The model was not changed. Pass assign=True to give it new tensors.": lambda load: load(
+        Network().to("meta"), FILE
+    ),
 }
 COMMANDS = {
     "alin a b": "No such command 'alin'. Did you mean 'align'? See: autoalign --help",
@@ -87,12 +111,23 @@ COMMANDS = {
     f"timm:resnet50 or package.module:factory. Nothing was done. Did you mean '{FILE}'?",
     f"align {FILE} transformers:ResNetModl": "transformers has no class 'ResNetModl'. Nothing was done. Did you mean "
     "'ResNetModel'?",
+    f"align {FILE} 'timm:resnet18(num_classes=ten)'": "The arguments (num_classes=ten) of "
+    "'timm:resnet18(num_classes=ten)' are not valid: only numbers, strings, lists and other literals are, as in "
+    "timm:resnet50(num_classes=10). Nothing was done.",
+    f"verify {RENAMED} {RENAMED} --input 1,3,x": "--input '1,3,x' is not a valid shape, such as 1,3,224,224 or "
+    "input_ids=1,16:int64. Nothing was done.",
+    f"explain {FILE} {FILE} layer1.wieght": "'layer1.wieght' is not a key of the target or of the source. Did you mean "
+    "'layer1.weight', 'layer2.weight', 'layer3.weight'?",
+    f"convert {FILE} -o {FILE}": f"'{FILE}' exists. Nothing was written. Pass --overwrite to replace it, or name "
+    "another output.",
+    f"convert {FILE} -o out.pth": "'out.pth' would be a safetensors file; name it *.safetensors. Nothing was written.",
 }
 
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_file(Network().state_dict(), tmp_path / FILE)
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

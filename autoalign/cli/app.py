@@ -17,7 +17,7 @@ import typer
 
 from autoalign import __version__
 from autoalign.cli import commands  # noqa: F401, which adds its commands
-from autoalign.cli.arguments import Quiet, Verbose, app, command
+from autoalign.cli.arguments import Quiet, Verbose, app, command, in_options
 from autoalign.cli.completion import COMPLETION_VARIABLE, complete
 from autoalign.cli.terminal import (
     BROKEN_PIPE,
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _failed(what: str, error: Exception, code: int) -> int:
     """Write an error, and its details where they are asked for; return the exit code."""
     details = getattr(error, "details", "") if settings.verbose else ""
-    complain("\n".join([f"{what}: {error}", *([details] if details else [])]))
+    complain(in_options("\n".join([f"{what}: {error}", *([details] if details else [])])))
     return code
 
 
@@ -132,7 +132,7 @@ def _warnings_shown() -> Iterator[None]:
     """Show warnings as notes of this program, without the lines of code that they come from."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        complain(f"warning: {message}")
+        complain(in_options(f"warning: {message}"))
 
     with warnings.catch_warnings():
         for category in (PartialLoadWarning, ChoiceWarning):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
+from ast import literal_eval
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import wraps
+from shlex import quote
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
@@ -16,6 +19,8 @@ from autoalign.cli.terminal import settings, working
 from autoalign.errors import PatternError
 from autoalign.plan.options import Flag
 
+_TEXT = r"""r?'(?:[^'\\\n]|\\.)*'|r?"(?:[^"\\\n]|\\.)*\""""
+_VALUE = rf"""{_TEXT}|\[(?:[^]'"\n]|{_TEXT})*\]|\w+(?:\.\d+)?"""  # of Python
 Command = TypeVar("Command", bound=Callable[..., int])
 app = typer.Typer(name="autoalign", add_completion=False, rich_markup_mode=None)
 
@@ -131,3 +136,34 @@ def pairs_of(rules: Sequence[str]) -> list[tuple[str, str]]:
             raise PatternError(f"--rule {rule!r} is not of the form A=B. Nothing was aligned.")
         pairs.append((first, second))
     return pairs
+
+
+def in_options(text: str) -> str:
+    """Return what the library says in the words of the command line: with options where it names its arguments.
+
+    >>> in_options("Pass strict=False, or rules=[('a', 'b c')]; exclude='fc' leaves it out.")
+    "Leave out --strict, or --rule 'a=b c'; --exclude fc leaves it out."
+    """
+    known = {
+        option.name: (max(option.opts, key=len), next(iter(option.secondary_opts), ""))
+        for command in typer.main.get_group(app).commands.values()
+        for option in command.params
+        if option.param_type_name == "option"
+    }
+
+    def replaced(found: re.Match[str]) -> str:
+        option, negated = known[found[2]]
+        try:
+            value = literal_eval(found[3]) if found[3] else True
+        except ValueError:  # a name, such as that of a choice
+            return found[0]
+        if value is True:
+            return f"{found[1]}{option}"
+        if value is False:
+            return f"{found[1]}{negated}" if negated else f"{'Leave out' if found[1] else 'no'} {option}"
+        values = value if isinstance(value, list) else [value]
+        given = ("=".join(each) if isinstance(each, tuple) else str(each) for each in values)
+        return found[1] + " ".join(f"{option} {quote(each)}" for each in given)
+
+    text = re.sub(rf"(Pass |)(?<![\w.])({'|'.join(map(str, known))})=({_VALUE})?", replaced, text)
+    return text.replace("error.details", "--verbose")

@@ -29,6 +29,7 @@ from autoalign.cli.arguments import (
     TableForm,
     Target,
     command,
+    in_options,
     side,
 )
 from autoalign.cli.completion import complete_models
@@ -118,7 +119,8 @@ def explain(
     else:
         from autoalign.reports.rows import paragraphs
 
-        show("\n".join(paragraphs(str(explanation).splitlines(), terminal_width() or sys.maxsize)))
+        lines = in_options(str(explanation)).splitlines()
+        show("\n".join(paragraphs(lines, terminal_width() or sys.maxsize)))
     return COMPLETE
 
 

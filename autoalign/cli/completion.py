@@ -35,16 +35,14 @@ def complete_models(incomplete: str) -> list[str]:
 
 def model_names(library: str) -> list[str]:
     """List the names of a library's models, which are kept in a file, since importing a library takes seconds."""
-    from autoalign.checkpoints.named_models import LIBRARIES
-
-    if library not in LIBRARIES:
-        return []
     with suppress(PackageNotFoundError, OSError):
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "autoalign"
         file = folder / f"{library}-{version(library)}.txt"
         if not file.exists():
-            from autoalign.checkpoints.named_models import names_in
+            from autoalign.checkpoints.named_models import LIBRARIES, names_in
 
+            if library not in LIBRARIES:
+                return []
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text("\n".join(names_in(library)), encoding="utf-8")
         return file.read_text(encoding="utf-8").splitlines()

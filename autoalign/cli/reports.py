@@ -11,6 +11,7 @@ from pprint import pformat
 from typing import Any
 
 from autoalign.alignment import Alignment
+from autoalign.cli.arguments import in_options
 from autoalign.cli.terminal import COMPLETE, INCOMPLETE, show, show_json, width
 from autoalign.loading.diff import Difference
 from autoalign.plan.specs import TensorSpec
@@ -55,7 +56,7 @@ def show_alignment(
     else:
         limit = None if everything else SCREEN
         report = render_text(alignment, width=width(), limit=limit, everything="--all", for_shell=True)
-        lines = [f"{escaped(source)} -> {escaped(target)}", "", report]
+        lines = [f"{escaped(source)} -> {escaped(target)}", "", in_options(report)]
         show("\n".join(lines + (["", verdict] if verdict else [])))
     return code
 
@@ -126,7 +127,7 @@ def show_difference(
     else:
         limit = None if everything else SCREEN
         report = render_changes(*parts, width=width(), limit=limit, everything="--all", for_shell=True)
-        show("\n".join([escaped(title), "", report]))
+        show("\n".join([escaped(title), "", in_options(report)]))
     return COMPLETE if found.equal else INCOMPLETE
 
 

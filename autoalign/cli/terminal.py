@@ -28,18 +28,6 @@ _STYLES = {
     r" -> ": "dim",
 }
 _DEFAULT_WIDTH = 100
-_OPTIONS = {  # what messages call arguments, and what they are called here
-    "error.details lists": "--verbose lists",
-    "Pass overwrite=True": "Pass --overwrite",
-    "merge_adapter=True adds": "--merge-adapter adds",
-    "Pass strict=False": "Leave out --strict",
-    "Pass max_shard_size=": "Pass --max-shard-size",
-    "Pass container=": "Pass --container",
-    "Pass dtype=": "Pass --dtype",
-    "Pass rules=": "Pass --rule",
-    "as rules=": "as --rule",
-    "leave this kind out of adapt": "leave this kind out of --adapt",
-}
 
 
 @dataclass(slots=True)
@@ -90,12 +78,10 @@ def show_json(data: Mapping[str, object]) -> None:
 
 
 def complain(message: str) -> None:
-    """Write a message on stderr, in the words of the command line; with ``--quiet`` errors alone."""
+    """Write a message on stderr; with ``--quiet`` errors alone."""
     if settings.quiet and message.startswith(("note: ", "warning: ")):
         return
     stop_display()
-    for argument, option in _OPTIONS.items():
-        message = message.replace(argument, option)
     shown = printable(message, kept="\n")  # text of any origin; keys in reports are escaped already
     print(f"autoalign: {shown}", file=sys.stderr)
 

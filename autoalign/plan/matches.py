@@ -201,7 +201,7 @@ class Plan:
             if tensors[-1].is_meta and not tensors[0].is_meta:
                 raise InputError(
                     f"{match.target} is on the meta device and has no values that '{match.operation}' could keep. "
-                    "Nothing was changed. Give a model with values, or leave this kind out of adapt."
+                    "Nothing was changed. Give a model with values, or leave this kind out of adapt=."
                 )
         (tensor,) = match.operation.apply(tensors)
         return tensor

@@ -186,7 +186,10 @@ def test_the_json_says_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFix
     assert (explained["version"], explained["status"]) == (1, "ambiguous")
     assert explained["choice"]["next_actions"][: len(options)] == options
     assert cli.main(["explain", *sides, "two.weight"]) == cli.COMPLETE
-    assert capsys.readouterr().out.startswith("two.weight (target): ambiguous\n")
+    shown = capsys.readouterr().out
+    assert shown.startswith("two.weight (target): ambiguous\n")
+    assert "  to change it: as proposed: --rule " in shown
+    assert "rules=" not in shown
     assert cli.main(["explain", *sides, "two.wieght"]) == cli.ERROR
     assert "Did you mean 'two.weight'" in capsys.readouterr().err
 
