@@ -94,14 +94,13 @@ def _weights(states: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, A
         if len(dtypes) > 1 or sum(length for _, _, length in pieces) < prod(shapes[key]):
             raise ValueError(f"the parts of {key} are not those of a tensor of shape {list(shapes[key])}")
     shared = _mapping(state.get("shared_params") or {})
-    buffers = set(state.get("buffer_names") or ())
     found: dict[str, object] = {}
     for key, value in _mapping(state["module"]).items():
         name = shared.get(key, key)
         if name in cut:
             dtype = cut[name][0][0].dtype if cut[name] else torch.float32
             found[key] = StoredTensor(shapes[name], dtype, partial(_joined, cut[name], shapes[name], dtype))
-        elif key in buffers:
+        else:  # a buffer, or a frozen weight of stage 1, which DeepSpeed's own conversion loses
             found[key] = value
     lost = [key for key in cut if key not in found]
     if lost:

@@ -28,6 +28,7 @@ _LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
 _RANK = re.compile(r"mp_rank_(\d+)(_\d+)?")
 _META = re.compile(r"consolidated\.(\d+)\.pth")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
+_STATES = "mp_rank_00_model_states.pt"  # beside files of layers, with the arguments of GPT-NeoX
 _WIDTHS = ("hidden_size", "hidden-size", "dim", "n_embd", "d_model")
 _STATED = re.compile(r"""^\s*["']?(hidden[-_]size|activation)["']?\s*:\s*["']?(\w+)""", re.MULTILINE)  # in YAML, too
 _MAX_CONFIG_BYTES = 2**16
@@ -81,6 +82,8 @@ def open_parts(folder: Path, parts: Parts, open_file: Callable[[Path], Contents]
     done: Counter[str] = Counter()
     opened = [stat for path in parts.values() for stat in as_opened(path)]
     with reading(folder, "a checkpoint of several processes"):
+        if count > 1 and (folder / _STATES).is_file():
+            config |= saved_config(open_file(folder / _STATES).root, "")
         for prefix in prefixes:
             contents = [open_file(parts[prefix, number]) for number in range(count)]
             notes.update((note, None) for each in contents for note in each.notes)

@@ -6,9 +6,9 @@ is installed writes today is tried as well.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from torch import nn
 
 import autoalign
 from tests.checkpoints.formats.writing import WRITERS, WRITTEN, save
-from tests.checkpoints.formats.writing_containers import ARCHIVE, HIDDEN, LAYERS, WIDTH
+from tests.checkpoints.formats.writing_containers import ARCHIVE, HIDDEN, MEGATRON, NEOX, WIDTH, WORDS, Trained
 
 VALUES = np.load(WRITTEN / "values.npz")
 SCHEMES = {
@@ -77,15 +77,45 @@ def test_an_archive_of_nemo_and_a_checkpoint_of_megatron(name: str) -> None:
     assert_filled(model, ARCHIVE)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_layers_of_a_pipeline_of_deepspeed(parts: int, tmp_path: Path) -> None:
-    shutil.copytree(WRITTEN / f"layers-{parts}", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": WIDTH}))  # as GPT-NeoX has it beside them
-    model = nn.Sequential(
-        *(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)) for _ in range(3))
-    )
-    autoalign.load(model, tmp_path, strict=True)
-    assert_filled(model, LAYERS)
+def written(name: str, folder: Path, *, is_packed: bool) -> Path:
+    archive = WRITTEN / f"{name}.zip"
+    if is_packed:
+        return archive
+    shutil.unpack_archive(archive, folder)
+    return folder
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize(("name", "whole"), [("neox-1", NEOX), ("neox-2", NEOX), ("megatron-lm", MEGATRON)])
+def test_layers_of_neox_and_parts_of_megatron(
+    name: str, whole: dict[str, torch.Tensor], is_packed: bool, tmp_path: Path
+) -> None:
+    checkpoint = autoalign.open_checkpoint(written(name, tmp_path, is_packed=is_packed))
+    assert checkpoint.keys() == whole.keys()
+    assert all(torch.equal(checkpoint[key], tensor) for key, tensor in whole.items())
+
+
+def test_layers_of_neox_are_loaded_into_its_model_of_transformers() -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_hidden_layers": 2, "vocab_size": WORDS}
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes, num_attention_heads=2))
+    mapping = autoalign.load(model, WRITTEN / "neox-2.zip", strict=True).mapping
+    values = model.state_dict()
+    assert all(torch.equal(values[mapping[key]], tensor) for key, tensor in NEOX.items())
+    assert mapping["layer.3.mlp.linear2.bias"] == "gpt_neox.layers.1.mlp.dense_4h_to_h.bias"
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_of_deepspeed(stage: int, is_packed: bool, tmp_path: Path) -> None:
+    """As its own conversion puts together what its engine saved, with what is frozen at stage 1, too."""
+    model = Trained()
+    with np.load(WRITTEN / f"zero-{stage}.npz") as file:
+        wanted = dict(file)
+    autoalign.load(model, written(f"zero-{stage}", tmp_path, is_packed=is_packed), strict=True)
+    values = model.state_dict()
+    assert values.keys() == wanted.keys()
+    assert all(torch.equal(tensor, torch.from_numpy(wanted[key])) for key, tensor in values.items())
 
 
 def assert_filled(model: nn.Module, wanted: dict[str, torch.Tensor]) -> None:
