@@ -7,6 +7,7 @@ that an operation means the same wherever its tensors come from.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +23,9 @@ from autoalign.plan.operations import Operation, Shape
 Inputs = Mapping[str, Tensor]  # by role: "codes", and those of companions, see ``plan.quantised``
 Shapes = Mapping[str, Shape]  # the same
 
+_VARIANT = re.compile(" (v|of ).*")  # in the names of schemes, whose tensors look alike
 GPTQ_FORMS = {"gptq": "GPTQ", "gptq_v2": "GPTQ v2", "gptq_p": "GPTQ v2 in planes"}  # by what a configuration states
+AWQ_IN_ORDER = "AWQ of GPTQModel"  # which writes other numbers of bits than four, and says that it did
 OF_CALLS = frozenset({"input", "output", "act", "activation"})  # scales of a layer's inputs or outputs
 
 
@@ -93,7 +96,7 @@ class Dequantise(Operation):
 
 def schemes_of(operation: Operation) -> frozenset[str]:
     """List the schemes of the quantised tensors that an operation takes for their values, without their versions."""
-    own = {operation.scheme.partition(" v")[0]} if isinstance(operation, Dequantise) else set()
+    own = {_VARIANT.sub("", operation.scheme)} if isinstance(operation, Dequantise) else set()
     return frozenset(own).union(*map(schemes_of, operation.parts))
 
 
@@ -309,17 +312,22 @@ def _gptq_shape(shapes: Shapes) -> Shape | None:
     return (codes[1], int(columns)) if "index" in shapes or columns % scale[0] == 0 else None
 
 
-_AWQ_ORDER = {4: (0, 4, 1, 5, 2, 6, 3, 7), 8: (0, 2, 1, 3)}  # by bits: where the columns stand in a word
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the columns stand in a word of four bits each
 
 
-def _awq(inputs: Inputs, _: Shape) -> Tensor:
-    """Return what AWQ stores by rows of inputs: (codes - zero point) * scale of the group of each."""
-    bits = 32 * inputs["codes"].shape[1] // inputs["scale"].shape[1]
+def _awq(inputs: Inputs, shape: Shape) -> Tensor:
+    """Return what AWQ stores by rows of inputs: (codes - zero point) * scale of the group of each.
+
+    Four bits are in an order of their own; GPTQModel writes others one after another.
+    """
+    codes, scale = inputs["codes"], inputs["scale"].to(torch.float32)
+    bits = _bits(tuple(codes.shape), shape)
 
     def ordered(codes: Tensor) -> Tensor:
-        return _spread(codes, bits).reshape(len(codes), -1, 32 // bits)[..., _AWQ_ORDER[bits]].flatten(1)
+        numbers = _spread(codes, bits)
+        return numbers.reshape(len(codes), -1, 8)[..., _AWQ_ORDER].flatten(1) if bits == 4 else numbers
 
-    codes, zeros, scale = inputs["codes"], ordered(inputs["zero"]), inputs["scale"].to(torch.float32)
+    zeros = ordered(inputs["zero"])
     values = torch.empty(len(codes), scale.shape[1], dtype=torch.float32, device=codes.device)
     size = len(codes) // len(scale)
     for into, part, zero, own in zip(torch.split(values, size), torch.split(codes, size), zeros, scale, strict=True):
@@ -327,10 +335,12 @@ def _awq(inputs: Inputs, _: Shape) -> Tensor:
     return values.T
 
 
-def _awq_shape(shapes: Shapes) -> Shape | None:
-    codes, scale, zero = shapes["codes"], shapes["scale"], shapes["zero"]
-    fits = len(codes) == len(scale) == 2 and zero == (scale[0], codes[1]) and scale[1] in (8 * codes[1], 4 * codes[1])
-    return (scale[1], codes[0]) if fits and scale[0] and codes[0] % scale[0] == 0 else None
+def _awq_shape(shapes: Shapes, *, widths: Sequence[int] = (4,)) -> Shape | None:
+    codes, scale = shapes["codes"], shapes["scale"]
+    if not len(codes) == len(scale) == 2 or shapes["zero"] != (scale[0], codes[1]) or not scale[0]:
+        return None
+    fits = any(32 * codes[1] == bits * scale[1] for bits in widths) and codes[0] % scale[0] == 0
+    return (scale[1], codes[0]) if fits else None
 
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -464,6 +474,7 @@ SCHEMES: dict[str, Scheme] = {
         for form, name in GPTQ_FORMS.items()
     },
     "AWQ": Scheme(_awq, _awq_shape, needs="scale, zero"),
+    AWQ_IN_ORDER: Scheme(_awq, partial(_awq_shape, widths=(2, 3, 4, 5, 6, 7, 8)), needs="scale, zero"),
     "MXFP4": Scheme(_fp4, partial(_fp4_shape, size=32), needs="scale"),
     "NVFP4": Scheme(_fp4, partial(_fp4_shape, size=16), needs="scale", allows="scale 2, scale global"),
     "MLX": Scheme(_mlx, partial(mlx_shape, group=64), needs="scale, zero"),

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from autoalign.plan.adaptations import needs_target
-from autoalign.plan.dequantise import GPTQ_FORMS, OF_CALLS, SCHEMES, Dequantise, is_dequantised, mlx_shape, schemes_of
+from autoalign.plan.dequantise import (
+    AWQ_IN_ORDER,
+    GPTQ_FORMS,
+    OF_CALLS,
+    SCHEMES,
+    Dequantise,
+    is_dequantised,
+    mlx_shape,
+    schemes_of,
+)
 from autoalign.plan.keys import common_prefix, split_key
 from autoalign.plan.operations import Copy, Operation, Permute, chain, in_parallel, output_shapes
 from autoalign.plan.parametrised import Parametrised
@@ -104,8 +113,11 @@ class Quantised:
             config: What its makers wrote down of the network, which tells variants of a format apart.
         """
         stated = next((each for name in _STATEMENTS if isinstance(each := config.get(name), Mapping)), {})
-        form = str(stated.get("checkpoint_format"))
-        name = GPTQ_FORMS.get(form, self.scheme) if self.scheme == "GPTQ" else self.scheme
+        name = self.scheme
+        if name == "GPTQ":
+            name = GPTQ_FORMS.get(str(stated.get("checkpoint_format")), name)
+        elif name == "AWQ" and "gptqmodel" in str(stated.get("meta")):
+            name = AWQ_IN_ORDER
         scheme = SCHEMES.get(name)
         if scheme is None or not self.is_whole or not scheme.takes(self.roles):
             return None

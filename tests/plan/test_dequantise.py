@@ -190,19 +190,15 @@ def gptq(bits: int, *, order: bool = False, index: bool = True, symmetric: bool 
     return write
 
 
-def awq(bits: int, *order: int) -> Writer:
-    """AutoAWQ's WQLinear_GEMM, and vLLM's awq_pack for eight bits: columns of outputs in a word, in some order."""
+def awq(weight: Tensor) -> Saved:
+    """AutoAWQ's WQLinear_GEMM: columns of outputs in a word, in some order."""
+    codes, zero, scale = rounded(weight, 4, 128)
 
-    def write(weight: Tensor) -> Saved:
-        codes, zero, scale = rounded(weight, bits, 128)
+    def words(numbers: Tensor) -> Tensor:
+        return packed(numbers.T.reshape(numbers.shape[1], -1, 8)[..., (0, 2, 4, 6, 1, 3, 5, 7)].flatten(1), 4)
 
-        def words(numbers: Tensor) -> Tensor:
-            return packed(numbers.T.reshape(numbers.shape[1], -1, len(order))[..., order].flatten(1), bits)
-
-        values = (codes - zero.repeat_interleave(128, 1)).float() * scale.repeat_interleave(128, 1).float()
-        return Saved({"qweight": words(codes), "qzeros": words(zero), "scales": scale.T.contiguous()}, values)
-
-    return write
+    values = (codes - zero.repeat_interleave(128, 1)).float() * scale.repeat_interleave(128, 1).float()
+    return Saved({"qweight": words(codes), "qzeros": words(zero), "scales": scale.T.contiguous()}, values)
 
 
 def mlx(bits: int) -> Writer:
@@ -292,8 +288,7 @@ WRITERS: dict[str, Writer] = {
     "GPTQ of 2 bits, symmetric": gptq(2, symmetric=True),
     "GPTQ without an index": gptq(4, index=False),
     "GPTQ, second version, symmetric": gptq(4, version=2, symmetric=True),
-    "AWQ": awq(4, 0, 2, 4, 6, 1, 3, 5, 7),
-    "AWQ of 8 bits": awq(8, 0, 2, 1, 3),
+    "AWQ": awq,
     "MLX": mlx(4),
     "MLX of 3 bits": mlx(3),
     "MLX of 8 bits": mlx(8),

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import autoalign
+from autoalign.plan.dequantise import is_dequantised
 from tests.checkpoints.formats.writing import WRITERS, WRITTEN, save
 from tests.checkpoints.formats.writing_containers import ARCHIVE, HIDDEN, MEGATRON, NEOX, WIDTH, WORDS, Trained
 
@@ -31,6 +33,7 @@ SCHEMES = {
     "fp4": "FP4",
     "fp8": "FP8 in blocks",
     "fp8-compressed": "FP8 by row",
+    "fp8-tensor-compressed": "FP8 by tensor",
     "int8-compressed": "INT8 by row",
     "fp8-blocks-ue8m0": "MXFP8",
     "mlx": "MLX",
@@ -50,6 +53,43 @@ def assert_read(path: Path, name: str, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_was_written(name: str) -> None:
     assert_read(WRITTEN / name, name, torch.from_numpy(VALUES[name]))
+
+
+@pytest.mark.filterwarnings("ignore::autoalign.errors.PartialLoadWarning")
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_codes_are_taken_for_values(name: str, tmp_path: Path) -> None:
+    checkpoint = autoalign.open_checkpoint(WRITTEN / name)
+    codes = {key for key, member in checkpoint.quantised.items() if member.role == "codes"}
+    assert len(codes) == 1
+    rows, columns = VALUES[name].shape
+    model = nn.ModuleDict({"proj": nn.Linear(columns, rows, bias=False), "norm": nn.RMSNorm(columns)})
+    before = model.state_dict()["proj.weight"].clone()
+    alignment = autoalign.load(model, WRITTEN / name, dequantise=False)
+    assert alignment.missing_keys == ["proj.weight"]
+    assert set(alignment.unexpected_keys) == checkpoint.quantised.keys()
+    assert any("Left out: 1 tensors quantised as" in note for note in alignment.notes)
+    assert torch.equal(model.state_dict()["proj.weight"], before)
+    autoalign.convert(WRITTEN / name, model, tmp_path / "a.safetensors", dequantise=False)
+    assert load_file(tmp_path / "a.safetensors").keys() == {"norm.weight"}
+    alone = {"norm.weight", *codes}
+    shapes = {spec.key: torch.empty(spec.shape) for spec in checkpoint.all_specs}
+    for target in (  # models that have tensors in the shapes of the codes themselves
+        shapes,
+        {f"net.{key}": tensor for key, tensor in shapes.items()},
+        {f"net.{s.key}": torch.empty(s.shape, dtype=s.dtype) for s in checkpoint.all_specs if s.key in alone},
+    ):
+        aligned = autoalign.align(checkpoint, target, min_confidence=0)
+        for match in (*aligned.matches, *aligned.ambiguous):
+            assert codes.isdisjoint(match.sources) or is_dequantised(match.operation), match
+
+
+def test_awq_of_other_bits_than_four_is_left_out_where_nothing_says_who_wrote_it() -> None:
+    """GPTQModel writes the numbers one after another, and vLLM reads them in an order as that of four bits."""
+    alignment = autoalign.align(WRITTEN / "awq-8" / "model.safetensors", {"fc.weight": torch.empty(32, 64)})
+    assert not alignment.missing_keys  # the configuration lies beside it
+    alignment = autoalign.align(load_file(WRITTEN / "awq-8" / "model.safetensors"), {"fc.weight": torch.empty(32, 64)})
+    assert alignment.missing_keys == ["fc.weight"]
+    assert "Left out: 1 tensors quantised as AWQ" in alignment.notes[0]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -100,6 +100,20 @@ def awq() -> Written:
     return Written(state(packed), values, {"quant_method": "awq", "bits": 4, "version": "gemm"})
 
 
+def awq_of_gptqmodel(bits: int) -> Written:
+    layers: Any = import_module("gptqmodel.nn_modules.qlinear.torch_awq")
+    own = weight()
+    sizes = {"in_features": COLUMNS, "out_features": ROWS}
+    packed = layers.AwqTorchLinear(bits=bits, group_size=GROUP, sym=False, desc_act=False, **sizes)
+    packed.pack(linear(own), *rounded(own, bits))
+    parts = state(packed)
+    values = layers.dequantize_gemm(
+        *(parts[name] for name in ("qweight", "qzeros")), parts["scales"].float(), bits, GROUP
+    )
+    meta = {"quantizer": [f"gptqmodel:{version('gptqmodel')}"]}
+    return Written(parts, values.T, {"quant_method": "awq", "bits": bits, "version": "gemm", "meta": meta})
+
+
 def modelopt_mxfp4() -> Written:
     tensors: Any = import_module("modelopt.torch.quantization.qtensor")
     packed, scale = tensors.MXFP4QTensor.quantize(weight(), 32)
@@ -138,6 +152,8 @@ def fitted(layer: Any, arguments: Any, utils: Any) -> tuple[Tensor, Tensor]:
         outer = utils.generate_gparam(own.min(), own.max())
         layer.weight_global_scale.data = outer
     blocks = own.reshape(len(own), -1, arguments.group_size) if arguments.group_size else own[:, None]
+    if arguments.strategy == "tensor":
+        blocks = own.reshape(1, -1)
     scale, zero = utils.calculate_qparams(blocks.amin(-1), blocks.amax(-1), arguments, global_scale=outer)
     forward: Any = import_module("compressed_tensors.quantization.lifecycle.forward")
     return scale, forward.fake_quantize(own, scale, zero, arguments, global_scale=outer)
@@ -202,11 +218,13 @@ WRITERS: dict[str, tuple[str, Callable[[], Written]]] = {
     "gptq-v2": ("gptqmodel", partial(gptq, 4, "gptq_v2")),
     "gptq-planar": ("gptqmodel", partial(gptq, 3, "gptq_p")),
     "awq": ("autoawq", awq),
+    **{f"awq-{bits}": ("gptqmodel", partial(awq_of_gptqmodel, bits)) for bits in (3, 4, 8)},
     "mxfp4-modelopt": ("nvidia-modelopt", modelopt_mxfp4),
     "nvfp4-modelopt": ("nvidia-modelopt", modelopt_nvfp4),
     "mxfp4-compressed": ("compressed-tensors", partial(compressed, "MXFP4A16")),
     "nvfp4-compressed": ("compressed-tensors", partial(compressed, "NVFP4A16")),
     "int4-compressed": ("compressed-tensors", partial(compressed, "W4A16")),
+    "fp8-tensor-compressed": ("compressed-tensors", partial(compressed, "FP8")),
     "fp8-compressed": ("compressed-tensors", partial(compressed, "FP8_DYNAMIC")),
     "int8-compressed": ("compressed-tensors", partial(compressed, "W8A8")),
     "fp8-blocks": ("transformers", partial(fp8_of_transformers, "float")),
