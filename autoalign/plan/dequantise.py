@@ -224,7 +224,7 @@ def _bits(codes: Shape, values: Shape) -> int:
 
 def _four_bits_of_bitsandbytes(inputs: Inputs, shape: Shape) -> Tensor:
     """Return what Linear4bit stores: places in a table, times the largest value of each block, which may be codes."""
-    state = _quant_state(inputs["layout"])
+    state: Any = json.loads(bytes(inputs["layout"].reshape(-1).tolist()))
     scale = inputs["scale"]
     if "scale nested" in inputs:
         largest = inputs["table nested"].to(torch.float32)[scale.long()]
@@ -242,15 +242,8 @@ def _four_bits_of_bitsandbytes(inputs: Inputs, shape: Shape) -> Tensor:
     return values.reshape(shape)
 
 
-def _quant_state(tensor: Tensor) -> dict[str, Any]:
-    state = json.loads(bytes(tensor.reshape(-1).tolist()))
-    if not isinstance(state, dict):
-        raise ValueError("its state is not a mapping")
-    return state
-
-
 def _shape_of_state(tensor: Tensor, shapes: Shapes) -> Shape | None:
-    state = _quant_state(tensor)
+    state: Any = json.loads(bytes(tensor.reshape(-1).tolist()))
     shape = tuple(int(size) for size in state["shape"])
     width = -(-prod(shape) // 2) / max(prod(shapes["codes"]), 1)  # of the dtype that the codes are kept in, in bytes
     fits = width in (1, 2, 4) and prod(shapes["scale"]) == -(-prod(shape) // state["blocksize"])
@@ -272,12 +265,14 @@ def _gptq(inputs: Inputs, shape: Shape, *, form: str) -> Tensor:
         ones = (2**32 - 1) // (2**bits - 1)
         zeros = (zeros + 1) % 2**bits if 32 % bits else spread(words + ones, bits)
     scale = inputs["scale"].T.to(torch.float32)
-    index = torch.arange(shape[1], device=codes.device) // -(-shape[1] // scale.shape[1])
-    return _of_groups(spread(codes.T, bits), zeros.T, scale, inputs.get("index", index).long())
+    return _of_groups(spread(codes.T, bits), zeros.T, scale, inputs.get("index"))
 
 
-def _of_groups(values: Tensor, zeros: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+def _of_groups(values: Tensor, zeros: Tensor, scale: Tensor, index: Tensor | None) -> Tensor:
     """Subtract zero points from values and scale them, in place, by the group of each column in their row."""
+    if index is None or (index == -1).all():  # groups of columns that follow each other
+        index = torch.arange(values.shape[1], device=values.device) // -(-values.shape[1] // scale.shape[1])
+    index = index.long()
     for part, zero, own in _by_rows(values, zeros, scale):
         part.sub_(zero[:, index]).mul_(own[:, index])
     return values
@@ -392,13 +387,10 @@ def _packed(inputs: Inputs, shape: Shape) -> Tensor:
     """Return what compressed-tensors packs: (codes - the zero point, or the middle of their range) * scale."""
     codes, scale = inputs["codes"], inputs["scale"].to(torch.float32)
     (bits,) = _bits_of_words(shape[1], codes.shape[1])
-    values = _spread(codes, bits)[:, : shape[1]]
-    is_shifted = "zero" in inputs
-    zeros = _spread(inputs["zero"].T, bits).T[: len(scale)] if is_shifted else torch.full_like(scale, 2 ** (bits - 1))
-    index = torch.arange(shape[1], device=codes.device) // (shape[1] // scale.shape[1])
-    if "index" in inputs and not (inputs["index"] == -1).all():
-        index = inputs["index"].long()
-    return _of_groups(values, zeros, scale, index)
+    values, zeros = _spread(codes, bits)[:, : shape[1]], torch.full_like(scale, 2 ** (bits - 1))
+    if "zero" in inputs:
+        zeros = _spread(inputs["zero"].T, bits).T[: len(scale)]
+    return _of_groups(values, zeros, scale, inputs.get("index"))
 
 
 def _bits_of_words(count: int, words: int) -> list[int]:
@@ -447,7 +439,6 @@ _GGUF = (
     "IQ1_M IQ4_NL IQ4_XS"
 )
 _CHUNK = 2**18  # numbers that are worked on at a time
-
 
 _PLAIN = Scheme(_scaled, _same_shape, needs="scale")
 _TORCH = Scheme(_of_torch, _same_shape, needs="", allows="scale, zero")
