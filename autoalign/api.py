@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from autoalign.loading.fill import Progress
     from autoalign.verification.verify import Verification
 
-_SURE = 0.9  # of matches that are not asked about
+_SURE = 0.9  # confidence in matches of which the code of both sides is not asked
+_SIMILAR = 0.6  # similarity of names by which the target's code is not asked either
 
 
 def align(
@@ -416,13 +417,14 @@ def _decide(source_model: nn.Module | str | None, source: Side | None, example_i
 
 def _decided_if_open(source: nn.Module | None, example_inputs: object, plan: Plan, min_confidence: float) -> Plan:
     """Ask the code at hand where keys leave anything open, or nothing but order tells which tensor it is."""
-    by_order = [match for match in plan.matches if match.confidence < _SURE and not match.evidence.get("name", 1.0)]
-    is_open = by_order or (plan.ambiguous and (source is not None or example_inputs is not None))
     target = getattr(plan.target_tensors, "module", None)
+    names = [match.evidence.get("name", 1.0) for match in plan.matches if source is None or match.confidence < _SURE]
+    is_open = not all(names) or (source is None and min(names, default=1.0) < _SIMILAR)
+    is_open |= bool(plan.ambiguous) and (source is not None or example_inputs is not None)
     if not is_open or not isinstance(target, nn.Module):
         return plan
     from autoalign.verification.decisions import decided_by_code, decided_by_target
 
     if source is None:
-        return decided_by_target(plan, target, example_inputs, by_order)
+        return decided_by_target(plan, target, example_inputs)
     return decided_by_code(source, example_inputs, plan, min_confidence, is_asked=False)

@@ -41,6 +41,7 @@ from autoalign.plan.operations import (
 from autoalign.plan.operations import chain as chained
 from autoalign.plan.specs import tied_groups
 from autoalign.verification.dataflow import traced
+from autoalign.verification.order import in_doubt, without_order
 from autoalign.verification.probe import PROBE, Inputs, probed, with_prices
 from autoalign.verification.refinement import PART, pairs_of
 
@@ -52,7 +53,6 @@ _MIN_SHARE = 0.9  # of the target's tensors that code alone has to tell apart to
 _WHOLE = (Copy, Permute, Reshape, Transpose)  # operations of one whole tensor
 
 _BY_PARTS = "the parts are told by code, and where they begin is assumed"
-_OUT_OF_ORDER = "only order tells which it is, and the model uses it in another order than it registers it"
 
 # the doubts of a match that are about which tensor it is, and not about its layout
 _OTHER_TENSOR = re.compile(
@@ -66,35 +66,10 @@ _OTHER_TENSOR = re.compile(
 _Way = tuple[tuple[str, ...], Operation]  # sources, and what is done to them
 
 
-def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: object, by_order: Collection[Match]) -> Plan:
-    """Return a plan with what the target's code alone shows of what order tells, or of layouts if it can be called."""
-    if example_inputs is None:
-        return _without_order(plan, target_model, by_order)
-    return with_prices(plan, target_model, example_inputs)
-
-
-def _without_order(plan: Plan, target_model: nn.Module, by_order: Collection[Match]) -> Plan:
-    """Return a plan without what order alone tells where the target uses tensors in another order than it has them."""
-    shapes = {spec.key: spec.shape for spec in plan.target_specs}
-    groups: dict[tuple[int, ...], list[Match]] = defaultdict(list)
-    for match in by_order:
-        groups[shapes[match.target]].append(match)
-    try:
-        graph = traced(target_model)[0] if any(len(group) > 1 for group in groups.values()) else nx.DiGraph()
-    except TraceError:
-        return plan
-    doubted: dict[str, Match] = {}
-    for group in groups.values():
-        known = [match for match in group if match.target in graph and graph.degree(match.target)]
-        used = sorted(known, key=lambda match: min(graph.successors(match.target)))
-        doubted |= {
-            own.target: _doubted(own, _OUT_OF_ORDER) for own, other in zip(known, used, strict=True) if own != other
-        }
-    return replace(
-        plan,
-        matches=tuple(match for match in plan.matches if match.target not in doubted),
-        ambiguous=(*plan.ambiguous, *doubted.values()),
-    )
+def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: object) -> Plan:
+    """Return a plan with what the target's code alone shows of what order tells, and of layouts if it can be called."""
+    plan = without_order(plan, target_model, example_inputs)
+    return plan if example_inputs is None else with_prices(plan, target_model, example_inputs)
 
 
 def decided_by_code(
@@ -172,7 +147,7 @@ def _with_doubts(plan: Plan, confirmed: Collection[object]) -> Plan:
     alike = Counter(shapes[key] for key in (*(match.target for match in doubted), *plan.missing_keys))
     doubted = [match for match in doubted if alike[shapes[match.target]] > 1]
     found = tuple(
-        _doubted(match, "neither its name nor what the model does with it tells which it is") for match in doubted
+        in_doubt(match, "neither its name nor what the model does with it tells which it is") for match in doubted
     )
     return replace(
         plan,
@@ -314,7 +289,7 @@ def _with_pairs(
         elif match and spec.key in contradicted and not overrules:
             others = [other for other in match.alternatives if other.sources != (own,)]
             match = replace(match, alternatives=(Candidate((own,), operation, 1.0), *others))
-            found[spec.key] = _doubted(match, f"by its code, the model uses it as the source uses {own}")
+            found[spec.key] = in_doubt(match, f"by its code, the model uses it as the source uses {own}")
         elif spec.key in was_open or spec.key in contradicted:
             found[spec.key] = Match(spec.key, (own,), operation, _DECIDED, evidence)
     for keys in tied_groups(plan.target_specs):
@@ -323,7 +298,7 @@ def _with_pairs(
     users = {match.sources[0]: key for key, match in found.items() if match.confidence > _CONTRADICTED}
     for key, match in known.items():
         if key not in found and key not in was_open and any(users.get(own, key) != key for own in match.sources):
-            found[key] = _doubted(match, "by its code, the model uses its source for another tensor")
+            found[key] = in_doubt(match, "by its code, the model uses its source for another tensor")
     merged = {key: match for spec in plan.target_specs if (match := (known | found).get(key := spec.key))}
     sure = {match.target for match in plan.matches if match.target not in found}
     sure |= {key for key, match in found.items() if match.confidence >= min_confidence}
@@ -432,8 +407,3 @@ def _operation(match: Match, own: str, shapes: Mapping[str, tuple[int, ...]]) ->
 def _is_other_tensor(match: Match) -> bool:
     """Return True if nothing but the choice of the tensor is in doubt."""
     return all(map(_OTHER_TENSOR.fullmatch, match.warnings))
-
-
-def _doubted(match: Match, reason: str) -> Match:
-    confidence = min(match.confidence, _CONTRADICTED)
-    return replace(match, confidence=confidence, warnings=(*match.warnings, reason))

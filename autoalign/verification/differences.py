@@ -17,6 +17,7 @@ _MIN_SLICE = 8  # values of a slice that counts by itself
 _IGNORED_ROUNDINGS = 4  # of the largest value, which are no difference of a slice with small ones
 _ROUNDINGS = 100  # by which the sums of equal tensors may differ, within these bounds
 _MIN_PRECISION, _MAX_PRECISION = 1e-5, 1e-2
+_CHUNK = 1 << 14  # values that are summed up at once, so that they stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +139,12 @@ def sums_of(tensor: Tensor) -> Sums:
     >>> sums.signed, sums.absolute, sums.like(sums_of(torch.tensor([[-2.0], [1.0]])))
     ((-1.0, -7.0), (3.0, 5.0, 9.0, 17.0), True)
     """
-    values = tensor.detach().double().flatten()
-    squares, sizes = values.square(), values.abs()
-    cubes = squares * sizes
-    absolute = tuple(float(power.sum()) for power in (sizes, squares, cubes, squares.square()))
-    signed = float(values.sum()), float((squares * values).sum())
+    sums = torch.zeros(6, dtype=torch.float64, device=tensor.device)
+    for part in torch.split(tensor.detach().flatten(), _CHUNK):
+        values = part.double()
+        squares, sizes = values * values, values.abs()
+        factors = ((values, squares), (sizes, squares), (squares, squares))
+        sums += torch.stack([values.sum(), sizes.sum(), squares.sum(), *(one.dot(other) for one, other in factors)])
+    first, absolute, second, third, absolute_third, fourth = sums.tolist()
     precision = min(max(_ROUNDINGS * torch.finfo(tensor.dtype).eps, _MIN_PRECISION), _MAX_PRECISION)
-    return Sums(values.numel(), signed, absolute, precision)
+    return Sums(tensor.numel(), (first, third), (absolute, second, absolute_third, fourth), precision)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ NEVER = 2**62  # a time after all others
 
 _VALUE_ATTRIBUTES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})  # of a tensor, that hold its values
 _MAX_NESTING = 8  # levels of lists and mappings in an output
+_RECENT = 4  # tensors whose sums are kept
 _CHANGED_ROUNDINGS = 32  # by which values are changed to measure how precise others are
 
 
@@ -227,7 +228,6 @@ class UseTracer(TorchFunctionMode):
         self.keys = [key for key, tensor in tensors.items() if isinstance(tensor, Tensor)]
         self.first_use: dict[str, int] = {}
         self.functions: list[tuple[int, str]] = []
-        self.paused = False
         self._clock = count()
         self._keys_of: dict[int, list[str]] = {}
         for key in self.keys:
@@ -244,8 +244,6 @@ class UseTracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.paused:
-            return result
         name = getattr(func, "__name__", "")
         if name == "__get__":  # an attribute, of which few are values
             name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -325,13 +323,22 @@ def record(
     open_calls: list[Call] = []
     counts: Counter[str] = Counter()
 
+    recent: deque[tuple[Tensor, int, Sums]] = deque(maxlen=_RECENT)  # what one module gives, the next is given
+
+    def summed(tensor: Tensor) -> Sums:
+        version = -1 if tensor.is_inference() else tensor._version
+        for known, its_version, sums in recent:
+            if known is tensor and version == its_version >= 0:
+                return sums
+        recent.append((tensor, version, sums_of(tensor)))
+        return recent[-1][2]
+
     def kept(name: str, value: Any) -> tuple[list[Tensor], Sums | None]:
-        tracer.paused = True
-        tensors = list(flat_tensors(value).values())
-        copies = [tensor.detach().clone() for tensor in tensors] if name in keep else []
-        sums = next((sums_of(tensor) for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta), None)
-        tracer.paused = False
-        return copies, sums
+        with torch._C.DisableTorchFunction():  # or the tracer would see it
+            tensors = list(flat_tensors(value).values())
+            copies = [tensor.detach().clone() for tensor in tensors] if name in keep else []
+            floats = (tensor for tensor in tensors if tensor.is_floating_point() and not tensor.is_meta)
+            return copies, next(map(summed, floats), None)
 
     def begin(name: str) -> Any:
         def hook(_: nn.Module, arguments: Any, options: Any) -> None:

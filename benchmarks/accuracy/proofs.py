@@ -10,14 +10,17 @@ half of them computed in another memory format, and so with other rounding; and 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -265,6 +268,17 @@ def right_loads_across_libraries(count: int) -> Tally:
     return found
 
 
+def judged(name: str, wrong: int, right: int, seed: int) -> tuple[dict[tuple[Way, Values], Tally], dict[Values, Tally]]:
+    """Load an architecture wrongly and rightly, so often with values of each kind, and count what ``verify`` says."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    every = {values: wrong_loads(name, values, wrong, seed) for values in get_args(Values)}
+    return (
+        {(way, values): tally for values, ways in every.items() for way, tally in ways.items()},
+        {values: right_loads(name, values, right, seed) for values in get_args(Values)},
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print a table, and on stderr what was judged wrongly; the exit status is 1 if anything was."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.proofs", description=__doc__)
@@ -278,22 +292,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--pairs", type=int, default=0, help="right loads from one library into another (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of all choices (default: 0)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N")
     options = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")
     wrong = {(way, values): Tally() for way in WAYS for values in get_args(Values)}
     right = {values: Tally() for values in get_args(Values)}
     names = [n for n in ARCHITECTURES if not options.only or any(part in n for part in options.only)]
-    for name in names[: options.architectures]:
-        for values in get_args(Values):
-            for way, tally in wrong_loads(name, values, options.wrong, options.seed).items():
-                wrong[way, values].add(tally)
-            right[values].add(right_loads(name, values, options.right, options.seed))
+    job = partial(judged, wrong=options.wrong, right=options.right, seed=options.seed)
+    for name, (bad, good) in _mapped(job, names[: options.architectures], options.processes):
+        for kind, tally in bad.items():
+            wrong[kind].add(tally)
+        for values, tally in good.items():
+            right[values].add(tally)
         print(f"{name}: {sum(t.loads for t in (*wrong.values(), *right.values()))} loads so far", file=sys.stderr)
     across = right_loads_across_libraries(options.pairs)
     print("\n".join(table(wrong, right, across)))
     false_proofs = sum(tally.called_equal for tally in wrong.values())
     denied = sum(tally.loads - tally.called_equal for tally in (*right.values(), across))
     return 0 if false_proofs + denied == 0 else 1
+
+
+def _mapped(job: Callable[[str], Any], names: Sequence[str], processes: int) -> Iterator[tuple[str, Any]]:
+    """Yield each name with what a job returns of it, in several processes if wanted."""
+    if processes == 1:
+        yield from ((name, job(name)) for name in names)
+        return
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from zip(names, pool.map(job, names), strict=True)
 
 
 def table(wrong: dict[tuple[Way, Values], Tally], right: dict[Values, Tally], across: Tally) -> Iterator[str]:

@@ -111,7 +111,8 @@ def test_code_at_hand_is_not_asked_where_keys_leave_nothing_open(monkeypatch: py
     def unasked(*_: object) -> None:
         raise AssertionError("code was asked")
 
-    monkeypatch.setattr("autoalign.verification.decisions.traced", unasked)
+    for place in ("decisions", "order"):
+        monkeypatch.setattr(f"autoalign.verification.{place}.traced", unasked)
     source = Chained("fc1", "fc2", "fc3")
     for side in (source, source.state_dict()):
         assert autoalign.align(side, Chained("linear1", "linear2", "linear3")).coverage == 1
