@@ -29,6 +29,7 @@ _SPREAD = 0.2  # of gains around one and of biases around zero
 _TABLE_SPREAD = 0.5  # of what is added to signals, such as position tables and class tokens
 _KEPT_DEVIATIONS = (0.5, 2.0)  # of a layer's output, which are not corrected
 _CHANGE = 0.5  # of values that are all alike, as a share of them
+_LARGE = 8.0  # what values are changed to, so as to see whether a tensor has any effect
 
 
 def fresh_values(model: nn.Module, inputs: object, keys: Collection[str]) -> dict[str, Tensor] | None:
@@ -125,7 +126,9 @@ def is_countable(key: str) -> bool:
     return _role(key) != "count"
 
 
-def noticed(session: Session, outcome: Outcome, fills: Mapping[str, Tensor], seconds: float) -> set[str]:
+def noticed(
+    session: Session, outcome: Outcome, fills: Mapping[str, Tensor], seconds: float
+) -> tuple[set[str], set[str]]:
     """Find the target's keys of which a change would have been noticed in a call that was compared.
 
     The target is called again with the same values. Each module whose output was compared is called on the inputs that
@@ -137,6 +140,9 @@ def noticed(session: Session, outcome: Outcome, fills: Mapping[str, Tensor], sec
         outcome: What came of it.
         fills: The target's values in it, by key.
         seconds: For how long to measure; what is left then counts as not noticed.
+
+    Returns:
+        These keys, and those whose values have no effect, however large a change of them: as a bias before a softmax.
     """
     values = session.tied({key: tensor.clone() for key, tensor in fills.items()})
     end = time.monotonic() + seconds
@@ -149,7 +155,7 @@ def noticed(session: Session, outcome: Outcome, fills: Mapping[str, Tensor], sec
             name = name.rpartition(".")[0]
         if key in outcome.compared.target.first_use and is_countable(key):
             waiting.setdefault(name, []).append(key)
-    found: set[str] = set()
+    found, idle, effective = set[str](), set[str](), set[str]()
     is_measuring = False
 
     def before(given: list[Any]) -> Any:
@@ -173,16 +179,24 @@ def noticed(session: Session, outcome: Outcome, fills: Mapping[str, Tensor], sec
 
     def measure(module: nn.Module, keys: Sequence[str], inputs: Any) -> None:
         base = _outputs(module, inputs)
+
+        def shows(key: str, changed: Tensor) -> bool:
+            kept = values[key].clone()
+            values[key].copy_(changed)
+            try:
+                return _differ(base, _outputs(module, inputs), outcome.compared.loose_tolerance)
+            finally:
+                values[key].copy_(kept)
+
         for key in keys:
             if key in found or time.monotonic() > end:
                 continue
-            kept = values[key].clone()
-            values[key].copy_(_changed(kept))
-            try:
-                if _differ(base, _outputs(module, inputs), outcome.compared.loose_tolerance):
-                    found.add(key)
-            finally:
-                values[key].copy_(kept)
+            if shows(key, _changed(values[key])):
+                found.add(key)
+            else:
+                spread = torch.linspace(-_LARGE, _LARGE, values[key].numel()).reshape(values[key].shape)
+                is_idle = not any(shows(key, large.to(values[key])) for large in (spread, -spread))
+                (idle if is_idle else effective).add(key)
 
     with ExitStack() as hooks:
         for name, keys in waiting.items():
@@ -191,7 +205,7 @@ def noticed(session: Session, outcome: Outcome, fills: Mapping[str, Tensor], sec
             hooks.callback(module.register_forward_hook(after(keys, given)).remove)
         with suppress(InputError):  # what was called more than once may have changed
             call(model, session.inputs, values)
-    return found
+    return found, idle - found - effective
 
 
 def _outputs(module: nn.Module, inputs: Any) -> list[Tensor]:

@@ -46,7 +46,7 @@ class Verification:
     notes: tuple[str, ...] = ()
     coverage: float = 0.0  # share of the tensors of which a change would have been noticed; 0 if not all agrees
     uncovered: tuple[str, ...] = ()  # the target's keys of the others
-    unproven: tuple[str, ...] = ()  # those of them that the call uses
+    unproven: tuple[str, ...] = ()  # those of them that the call uses, and that have an effect
 
     def __str__(self) -> str:
         how = "as it is" if self.as_it_is else "with the alignment's values"
@@ -222,11 +222,13 @@ def _verified(own: Session, fresh: Session, budget: Budget, *, given: bool) -> V
             wrong = {key: wrong[key] for key in wrong if as_it_is and key not in {match.target for match in taken}}
             base = own.call(own.known, own.fills(taken if as_it_is else own.matches.values()), wrong)
     agrees = base.equal and state.outcome.equal and not any(map(is_countable, wrong))
-    covered = noticed(fresh, state.outcome, state.values, _COVERAGE_SECONDS) if agrees else set()
+    covered, idle = noticed(fresh, state.outcome, state.values, _COVERAGE_SECONDS) if agrees else (set(), set())
     loaded = [key for key in state.values if is_countable(key)] if agrees else []
     uncovered = tuple(key for key in loaded if key not in covered)
     used = state.outcome.compared.target.first_use
-    unproven = tuple(key for key in uncovered if key in used and is_decisive(key, own.own[key]))
+    unproven = tuple(key for key in uncovered if key in used and is_decisive(key, own.own[key]) and key not in idle)
+    if idle:
+        notes.append(f"No value of {', '.join(sorted(idle)[:_MAX_LISTED])} has any effect on what this call computes.")
     coverage = len(covered) / max(len(loaded), 1)
     equal = agrees and bool(coverage) and not unproven
     return Verification(

@@ -151,7 +151,7 @@ USED = {"stem.weight", "stem.bias", "gain", "head.weight", "head.bias", "order"}
 USED |= {f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
 
 
-def measured(source: nn.Module, target: nn.Module, seconds: float = 60.0) -> set[str]:
+def measured(source: nn.Module, target: nn.Module, seconds: float = 60.0) -> tuple[set[str], set[str]]:
     alignment = autoalign.align(source, target)
     with preserved(source, target):
         session = Session(source, target, (ROWS, ROWS), alignment, None)
@@ -162,7 +162,7 @@ def measured(source: nn.Module, target: nn.Module, seconds: float = 60.0) -> set
 def test_what_is_used_in_vain_and_what_is_not_used_is_not_covered() -> None:
     source, target = Partial(), Partial()
     before = [tensor.clone() for tensor in (*source.state_dict().values(), *target.state_dict().values())]
-    assert measured(source, target) == USED
+    assert measured(source, target) == (USED, {"key_bias"})
     after = (*source.state_dict().values(), *target.state_dict().values())
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
@@ -170,13 +170,12 @@ def test_what_is_used_in_vain_and_what_is_not_used_is_not_covered() -> None:
 def test_a_tensor_of_its_own_module_is_measured_there_and_not_with_the_whole() -> None:
     model = Partial()
     measured(Partial(), model)
-    assert model.calls == 2 + 1 + len(
-        {"gain", "key_bias", "order"}
-    )  # both calls; the root again, and for each of its own
+    # both calls; the root again, and for each of its own, for that without effect with large changes too
+    assert model.calls == 2 + 1 + len({"gain", "key_bias", "order"}) + 2
 
 
 def test_what_there_is_no_time_for_is_not_covered() -> None:
-    assert measured(Partial(), Partial(), seconds=0) == set()
+    assert measured(Partial(), Partial(), seconds=0) == (set(), set())
 
 
 class Uncopied:
@@ -214,6 +213,6 @@ class Two(nn.Module):
 
 @pytest.mark.parametrize(("refuses", "other"), [(False, None), (True, None), (False, Uncopied())])
 def test_only_the_module_that_cannot_be_called_again_is_not_covered(*, refuses: bool, other: object) -> None:
-    found = measured(Two(Once(refuses=False), None), Two(Once(refuses=refuses), other))
+    found, _ = measured(Two(Once(refuses=False), None), Two(Once(refuses=refuses), other))
     inner = set() if refuses or other else {"inner.weight", "inner.bias"}
     assert found == {"layer.weight", "layer.bias"} | inner
