@@ -270,13 +270,13 @@ def _examples(
         pairs = [(first_of.get(a, a), b) for a, b in pairs if b in truth]
         return sum(a in truth[b] for a, b in pairs), frozenset(pairs)
 
-    def settled(assignment: Any, own: Any, other: Any, kinds: Any, shapes: Any, fixed: Collection[int] = ()) -> Any:
-        outcome = settle(assignment, own, other, kinds, shapes, fixed)
+    def settled(assignment: Any, own: Any, other: Any, kinds: Any, shapes: Any, entries: Any, fixed: Collection[int] = ()) -> Any:
+        outcome = settle(assignment, own, other, kinds, shapes, entries, fixed)
         slots = slots_of(own.paths), slots_of(other.paths)
         if truth is None:
             return outcome
         for stage in (assignment, outcome.assignment):
-            for move in cues.moves_of(State(stage, own, other, kinds, shapes, slots)):
+            for move in cues.moves_of(State(stage, own, other, kinds, shapes, entries, slots)):
                 before, after = ([right(*pair, truth) for pair in way] for way in (move.before, move.after))
                 gain = sum(a[0] - b[0] for a, b in zip(before, after, strict=True) if a[1] != b[1])
                 if gain and not {unit for _, unit in move.before} & set(fixed):

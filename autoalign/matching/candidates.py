@@ -24,6 +24,7 @@ _Value = TypeVar("_Value")
 _Label = TypeVar("_Label")
 Signature = tuple[tuple[str, Shape, str, bool], ...]  # kind, shape, numeric and transposed of each part of a unit
 _Kind = tuple[Signature, frozenset[str]]  # of a unit; with words that tell it apart
+Entries = Mapping[str, object]  # kind of a part -> what must agree of parts that are exchanged
 
 MAX_LAYER_PAIRS = 100_000_000  # of the one side times the other; the similarity of names takes four bytes for each
 MAX_COST = 40_000_000  # of the pairs that are compared; each unit of it takes some 15 bytes
@@ -46,6 +47,7 @@ class Kinds:
     source: NDArray[np.int64]  # [source units]: equal for units with the same kinds and shapes of tensors
     target: NDArray[np.int64]  # [target units]: numbers of its own
     flat: tuple[NDArray[np.int64], NDArray[np.int64]]  # of each side's units: the same, whatever dimensions of size one
+    entries: Sequence[Entries]  # of each number of ``flat``
     exact: tuple[NDArray[np.int64], NDArray[np.int64]]  # equal for units of both sides whose tensors have equal shapes
     source_class: NDArray[np.int64]  # [source units]: equal for units whose largest tensors have equal sizes
     target_class: NDArray[np.int64]  # [target units]: the same classes
@@ -269,14 +271,16 @@ def kinds_of(
             if fit := unit_fit(entry, wanted):
                 fits[own, other] = fit
     kinds = _numbered(members[0]), _numbered(members[1])
+    known = _ids_of(members, _flat), _ids_of(members, _exact)
     flat, exact = (
         [np.asarray(ids, dtype=np.int64)[kind] for ids, kind in zip(of_kinds, kinds, strict=True)]
-        for of_kinds in (_ids_of(members, _flat), _ids_of(members, _exact))
+        for of_kinds, _ in known
     )
     return Kinds(
         (list(members[0].values()), list(members[1].values())),
         *kinds,
         (flat[0], flat[1]),
+        [{name: (*of, words) for name, *of in entry} for entry, words in known[0][1]],
         (exact[0], exact[1]),
         np.asarray(class_of[0], dtype=np.int64)[kinds[0]],
         np.asarray(class_of[1], dtype=np.int64)[kinds[1]],
@@ -290,9 +294,9 @@ def kinds_of(
     )
 
 
-def _ids_of(members: Sequence[Iterable[_Kind]], key: Callable[[_Kind], object]) -> list[list[int]]:
-    ids: dict[object, int] = {}
-    return [[ids.setdefault(key(of), len(ids)) for of in known] for known in members]
+def _ids_of(members: Sequence[Iterable[_Kind]], key: Callable[[_Kind], _Value]) -> tuple[list[list[int]], list[_Value]]:
+    ids: dict[_Value, int] = {}
+    return [[ids.setdefault(key(of), len(ids)) for of in known] for known in members], list(ids)
 
 
 def _flat(of: _Kind) -> object:

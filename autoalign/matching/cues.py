@@ -20,6 +20,7 @@ from math import copysign, exp, log1p
 import numpy as np
 
 from autoalign.matching.assignment import Assignment, with_sources
+from autoalign.matching.candidates import Entries
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED, fitted_weights
 from autoalign.matching.features import Floats, Ints, SideFeatures
 from autoalign.matching.grids import grid_gain
@@ -97,6 +98,7 @@ def settled(
     target: SideFeatures,
     kinds: tuple[Ints, Ints],
     shapes: tuple[Ints, Ints],
+    entries: Sequence[Entries],
     fixed: Collection[int] = (),
 ) -> Settled:
     """Make the moves that are better, and cap the confidence of pairs by the best one that is left.
@@ -106,7 +108,7 @@ def settled(
     held, slots = set(fixed), (slots_of(source.paths), slots_of(target.paths))
 
     def moves(assignment: Assignment) -> list[Move]:
-        state = State(assignment, source, target, kinds, shapes, slots)
+        state = State(assignment, source, target, kinds, shapes, entries, slots)
         found = [move for move in moves_of(state) if held.isdisjoint(j for _, j in chain(move.before, move.after))]
         return sorted(found, key=lambda move: move.probability)
 

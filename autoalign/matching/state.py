@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import combinations, pairwise
 
+import numpy as np
+
 from autoalign.matching.assignment import Assignment
+from autoalign.matching.candidates import Entries
 from autoalign.matching.features import Ints, SideFeatures
 from autoalign.matching.layers import Path
 from autoalign.plan.keys import common_prefix, numbers, stem, template
@@ -41,6 +44,7 @@ class State:
     target: SideFeatures
     kinds: tuple[Ints, Ints]  # of the units of each side, equal where all shapes are, but for dimensions of size one
     shapes: tuple[Ints, Ints]  # of the units of both sides, equal where all shapes are
+    entries: Sequence[Entries]  # of each of the ``kinds``
     slots: tuple[Sequence[str], Sequence[str]]  # the names of each side's units without the numbers of their lists
 
     @cached_property
@@ -68,10 +72,16 @@ class State:
 
     @cached_property
     def alike(self) -> dict[int, int]:
-        """Equal for matched target units whose layers have the same shapes on both sides."""
-        width = int(self.kinds[1].max(initial=0)) + 1
-        ids = self.kinds[0][self.assignment.source] * width + self.kinds[1][self.assignment.target]
-        return dict(zip(self.assignment.target.tolist(), ids.tolist(), strict=True))
+        """Equal for matched target units of which the tensors that both sides have are of the same shapes."""
+        pairs = np.stack([self.kinds[0][self.assignment.source], self.kinds[1][self.assignment.target]])
+        ways, way_of = np.unique(pairs, axis=1, return_inverse=True)
+        ids: dict[object, int] = {}
+        found = [ids.setdefault(self._shared(*way), len(ids)) for way in ways.T.tolist()]
+        return {unit: found[way] for unit, way in zip(self.assignment.target.tolist(), way_of.tolist(), strict=True)}
+
+    def _shared(self, source: int, target: int) -> object:
+        own, other = self.entries[source], self.entries[target]
+        return tuple([(name, own[name], other[name]) for name in own if name in other]) or (source, target)
 
     @cached_property
     def below(self) -> dict[Path, list[int]]:
