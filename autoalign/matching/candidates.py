@@ -179,7 +179,7 @@ def _layout(parts: Sequence[Part]) -> int:
     for unit in units_of(parts):
         kinds = dict(unit.parts)
         if "bias" in kinds and "weight" in kinds and len(parts[kinds["weight"]].shape) == 2:
-            (rows, columns), bias = parts[kinds["weight"]].shape, parts[kinds["bias"]].shape
+            (rows, columns), bias = parts[kinds["weight"]].shape, squeeze(parts[kinds["bias"]].shape)
             votes += (bias == (rows,)) - (bias == (columns,))
     return (votes > 0) - (votes < 0)
 

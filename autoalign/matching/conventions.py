@@ -26,6 +26,7 @@ from autoalign.matching.vocabulary import (
     PARAMETRISED,
     ROLES,
     TORCH_NAMES,
+    TURNED,
 )
 from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, Unstack, chain, output_shapes
@@ -91,15 +92,15 @@ def _with_layers_of_pairs(parts: Sequence[Part]) -> Sequence[Part]:
         name = part.path[-1]
         if part.numeric == "float" and kind(name)[0] == "other":
             first, _, last = name.rpartition("_")
-            for shared, own in ((numbers(name), stem(name)), (first, last)):
+            for shared, own in ((numbers(name), stem(name)), (first, last), ((first, last[1:]), last[:1])):
                 if shared:
                     groups[part.path[:-1], shared][own] = place
     pairs: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for group in groups.values():
         if len(group) == 2:
-            (own, a), (other, b) = sorted(group.items(), key=lambda item: -len(parts[item[1]].shape))
-            shapes = parts[a].shape, parts[b].shape
-            if len(shapes[0]) == 2 and len(shapes[1]) == 1 and shapes[1][0] in shapes[0]:
+            (own, a), (other, b) = sorted(group.items(), key=lambda item: -prod(parts[item[1]].shape))
+            shape, vector = parts[a].shape, parts[b].shape
+            if len(shape) == 2 and vector in {of for size in shape for of in ((size,), (1, size))} - {shape}:
                 pairs[own, other].append((a, b))
     result = list(parts)
     named = [(place, *kind(part.path[-1])) for place, part in enumerate(parts)]
@@ -281,7 +282,8 @@ def with_counted_names(parts: Sequence[Part]) -> Sequence[Part]:
 def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     """Read a name as a mere number where the numbers beside it are counted otherwise, or its role has another name.
 
-    Those are of layers of its shapes: ``fc_1`` beside ``fc_0``, ``w1`` beside ``wg``.
+    Those are of layers of its shapes: ``fc_1`` beside ``fc_0``, ``w1`` beside ``wg``; or ``w1`` beside a ``w2`` that
+    does not lead back.
 
     >>> parts = [Part(k, (name, "weight"), (8, 4), "float") for k, name in enumerate(("w1", "wg", "fc_0", "fc_1"))]
     >>> [part.path[0] for part in with_claimed_roles(parts)]
@@ -292,10 +294,14 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
         if len(part.path) > 1:
             beside[part.path[:-2], part.path[-1], part.shape].add(part.path[-2])
     plain: dict[tuple[Path, str], str] = {}
-    for (module, _, _), names in beside.items():
+    for (module, _, shape), names in beside.items():
         for name in names:
             if words(name) != words(stem(name)):  # its number is a part of a word
-                otherwise = [other for other in names if _is_counted_otherwise(name, other)]
+                otherwise = [
+                    other
+                    for other in names
+                    if _is_counted_otherwise(name, other) or (shape != shape[::-1] and _is_turned(name, other))
+                ]
                 counted = [other for other in otherwise if numbers(other)]
                 for each in (name, *counted) if otherwise else ():
                     plain[module, each] = "".join(map(str, numbers(each)))
@@ -313,6 +319,11 @@ def _is_counted_otherwise(name: str, other: str) -> bool:
     if numbers(other):
         return stem(other) == stem(name) and words(other) == words(stem(other))
     return len(words(name)) == 1 and words(name)[0] in words(other)
+
+
+def _is_turned(name: str, other: str) -> bool:
+    """True if the roles of two names of one stem are of layers that lead to one another's inputs."""
+    return stem(name) == stem(other) and any((a, b) in TURNED for a in words(name) for b in words(other))
 
 
 def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProxyType({})) -> Parts:
