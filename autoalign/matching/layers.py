@@ -142,7 +142,9 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
         paths = [path[1:] if len(path) > 1 else path for path in paths]
     top = len(_top_module(paths))
     if not any(numbers(name) for path in paths for name in path[top + 1 : -1]):  # the module tree is in one name
-        paths = [(*path[:top], *_JOINT.split(path[top]), *path[top + 1 :]) for path in paths]
+        apart = [(*path[:top], *_JOINT.split(path[top]), *path[top + 1 :]) for path in paths]
+        modules = {path[:depth] for path in apart for depth in range(len(path))}
+        paths = paths if modules.intersection(apart) else apart  # no tensor is a module
     return [
         Part(index, path, spec.shape, _numeric(spec.dtype), count=count)
         for index, (path, spec, count) in enumerate(zip(paths, specs, counts or repeat(1, len(specs)), strict=True))
