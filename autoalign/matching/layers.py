@@ -108,8 +108,9 @@ _GLUED = re.compile(r"(?<=[^_])(?:weight|bias|running_(?:mean|var)|num_batches_t
 _PIECES = re.compile(rf"{_GLUED.pattern}|\d+|\D+?(?=\d|$|{_GLUED.pattern})")
 _MAX_SHARE_OF_LEAVES = 0.2  # of distinct names of tensors among all tensors; a norm has five tensors
 _MAX_NAMED_SIBLINGS = 3  # siblings that differ in a number and are no list of blocks
+_LETTERED = re.compile(r"(.*\d)([a-g])")  # not q, k and v
 _STEP = re.compile(r"(?<=\d)_(?=\d)")  # in "branch2_0": a branch, and a step of it
-_JOINT = re.compile(r"_(?=\d)|(?<=\d)_")  # in "features_5_conv_2"
+_JOINT = re.compile(r"_(?=\d)|(?<=\d)_|(?<=\d[a-z])_")  # in "features_5_conv_2" and "block2a_expand"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +146,36 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
         apart = [(*path[:top], *_JOINT.split(path[top]), *path[top + 1 :]) for path in paths]
         modules = {path[:depth] for path in apart for depth in range(len(path))}
         paths = paths if modules.intersection(apart) else apart  # no tensor is a module
+    paths = _with_numbers_for_letters(paths)
     return [
         Part(index, path, spec.shape, _numeric(spec.dtype), count=count)
         for index, (path, spec, count) in enumerate(zip(paths, specs, counts or repeat(1, len(specs)), strict=True))
     ]
+
+
+def _with_numbers_for_letters(paths: list[Path]) -> list[Path]:
+    """Read letters after a number as those of a list's members, as in ``block2a`` and ``block2b``.
+
+    >>> _with_numbers_for_letters([("res2a", "w"), ("res2b", "w"), ("res3a", "w"), ("fc6a", "w")])
+    [('res2', '0', 'w'), ('res2', '1', 'w'), ('res3', '0', 'w'), ('fc6a', 'w')]
+    """
+    lists: dict[tuple[Path, str], set[tuple[str, str]]] = {}
+    for path in paths:
+        for depth, name in enumerate(path):
+            if found := _LETTERED.fullmatch(name):
+                lists.setdefault((path[:depth], stem(found[1])), set()).add((found[1], found[2]))
+    read = {of for of, members in lists.items() if len(members) > len({name for name, _ in members})}
+
+    def names(path: Path) -> Iterator[str]:
+        for depth, name in enumerate(path):
+            found = _LETTERED.fullmatch(name) if read else None
+            if found and (path[:depth], stem(found[1])) in read:
+                yield from (found[1], str(ord(found[2]) - ord("a")))
+            else:
+                yield name
+
+    apart = [tuple(names(path)) for path in paths]
+    return paths if {path[:depth] for path in apart for depth in range(len(path))}.intersection(apart) else apart
 
 
 def _with_leaves(paths: list[Path]) -> list[Path]:
