@@ -270,7 +270,9 @@ def _examples(
         pairs = [(first_of.get(a, a), b) for a, b in pairs if b in truth]
         return sum(a in truth[b] for a, b in pairs), frozenset(pairs)
 
-    def settled(assignment: Any, own: Any, other: Any, kinds: Any, shapes: Any, entries: Any, fixed: Collection[int] = ()) -> Any:
+    def settled(
+        assignment: Any, own: Any, other: Any, kinds: Any, shapes: Any, entries: Any, fixed: Collection[int] = ()
+    ) -> Any:
         outcome = settle(assignment, own, other, kinds, shapes, entries, fixed)
         slots = slots_of(own.paths), slots_of(other.paths)
         if truth is None:

@@ -271,16 +271,17 @@ def kinds_of(
             if fit := unit_fit(entry, wanted):
                 fits[own, other] = fit
     kinds = _numbered(members[0]), _numbered(members[1])
-    known = _ids_of(members, _flat), _ids_of(members, _exact)
+    flat_ids, contents = _ids_of(members, _flat)
+    exact_ids, _ = _ids_of(members, _exact)
     flat, exact = (
-        [np.asarray(ids, dtype=np.int64)[kind] for ids, kind in zip(of_kinds, kinds, strict=True)]
-        for of_kinds, _ in known
+        [np.asarray(of_side, dtype=np.int64)[kind] for of_side, kind in zip(of_kinds, kinds, strict=True)]
+        for of_kinds in (flat_ids, exact_ids)
     )
     return Kinds(
         (list(members[0].values()), list(members[1].values())),
         *kinds,
         (flat[0], flat[1]),
-        [{name: (*of, words) for name, *of in entry} for entry, words in known[0][1]],
+        list(map(dict, contents)),
         (exact[0], exact[1]),
         np.asarray(class_of[0], dtype=np.int64)[kinds[0]],
         np.asarray(class_of[1], dtype=np.int64)[kinds[1]],
@@ -299,8 +300,8 @@ def _ids_of(members: Sequence[Iterable[_Kind]], key: Callable[[_Kind], _Value]) 
     return [[ids.setdefault(key(of), len(ids)) for of in known] for known in members], list(ids)
 
 
-def _flat(of: _Kind) -> object:
-    return tuple([(name, squeeze(shape), *rest) for name, shape, *rest in of[0]]), of[1]
+def _flat(of: _Kind) -> tuple[tuple[str, object], ...]:
+    return tuple([(name, (squeeze(shape), *rest, of[1])) for name, shape, *rest in of[0]])
 
 
 def _exact(of: _Kind) -> object:

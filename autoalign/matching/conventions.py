@@ -99,8 +99,9 @@ def _with_layers_of_pairs(parts: Sequence[Part]) -> Sequence[Part]:
     for group in groups.values():
         if len(group) == 2:
             (own, a), (other, b) = sorted(group.items(), key=lambda item: -prod(parts[item[1]].shape))
-            shape, vector = parts[a].shape, parts[b].shape
-            if len(shape) == 2 and vector in {of for size in shape for of in ((size,), (1, size))} - {shape}:
+            of_matrix, of_vector = parts[a].shape, parts[b].shape
+            vectors: set[Shape] = {of for size in of_matrix for of in ((size,), (1, size))}
+            if len(of_matrix) == 2 and of_vector in vectors - {of_matrix}:
                 pairs[own, other].append((a, b))
     result = list(parts)
     named = [(place, *kind(part.path[-1])) for place, part in enumerate(parts)]

@@ -126,7 +126,7 @@ def settled(
     place_of = {unit: place for place, unit in enumerate(assignment.target.tolist())}
     for move in found:
         cap = cap_of(move.probability)
-        doubt = _doubt(move, slots) if cap <= AMBIGUOUS else ""
+        doubt = _doubt(move, slots[1], target.paths) if cap <= AMBIGUOUS else ""
         for (_, other), (own, new) in zip(move.before, move.after, strict=True):
             place = place_of[other]
             caps[place] = min(caps[place], cap)
@@ -175,7 +175,7 @@ def cap_of(probability: float) -> float:
     return INFERRED if probability >= likely() else AMBIGUOUS
 
 
-def _doubt(move: Move, slots: tuple[Sequence[str], Sequence[str]]) -> str:
+def _doubt(move: Move, slots: Sequence[str], paths: Sequence[Path]) -> str:
     """Describe what could be exchanged, and what speaks for and against it."""
     sides: tuple[list[str], list[str]] = ([], [])
     for name, why in WHYS.items():
@@ -187,9 +187,11 @@ def _doubt(move: Move, slots: tuple[Sequence[str], Sequence[str]]) -> str:
     second = next((other for source, other in one.before if source == one.after[0][0]), None)
     if second is None:
         return LEFT_OVER
-    names = slots[1][first], slots[1][second]
+    names = slots[first], slots[second]
     if not any(sides):
-        return NOTHING_TELLS.format(*names)
+        ways = zip(paths[first], paths[second], strict=True) if names[0] == names[1] else ()
+        apart = [(a, b) if a != b else (stem(a), stem(b)) for a, b in ways if a or b]
+        return NOTHING_TELLS.format(*(map(".".join, zip(*apart, strict=True)) if apart else names))
     what = f"{names[0]} and {names[1]}" if names[0] != names[1] else f"members of the list of {names[0]}"
     told = "; ".join(f"{for_what}: {', '.join(cues)}" for for_what, cues in zip(_SIDES, sides, strict=True) if cues)
     return MAY_BE_EXCHANGED.format(what, told)

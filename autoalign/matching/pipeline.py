@@ -221,7 +221,13 @@ def match_parts(
     ]
     known_units = {j for _, j in fixed}
     outcome = settled(
-        match_units(sides[0], sides[1], pairs), sides[0], sides[1], kinds.flat, kinds.exact, kinds.entries, fixed=held[1]
+        match_units(sides[0], sides[1], pairs),
+        sides[0],
+        sides[1],
+        kinds.flat,
+        kinds.exact,
+        kinds.entries,
+        fixed=held[1],
     )
     assignment = outcome.assignment
     confidence = confidence_of(assignment)

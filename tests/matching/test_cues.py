@@ -81,7 +81,7 @@ def test_nothing_that_tells_is_ambiguous_with_the_exchange_as_alternative() -> N
         ("layers.1.m.y.weight",),
     }
     assert match.warnings == proposed["h.0.ffn.fc_2.weight"].warnings
-    assert "nothing tells h.#.ffn.fc_1 from h.#.ffn.fc_2" in match.warnings[0]
+    assert "nothing tells h.#.ffn.1 from h.#.ffn.2" in match.warnings[0]
 
 
 class Gated(nn.Module):
@@ -293,7 +293,7 @@ def test_layers_that_follow_one_another_stand_near_one_another() -> None:
     assignment = Assignment(size, size, score, score, np.full(len(size), -1), name_scores(*sides), {})
     slots = slots_of(sides[0]), slots_of(sides[1])
     moves = cues.moves_of(
-        State(assignment, features[0], features[1], (kinds[0], kinds[1]), (kinds[0], kinds[1]), slots)
+        State(assignment, features[0], features[1], (kinds[0], kinds[1]), (kinds[0], kinds[1]), [{}] * 3, slots)
     )
     (norms,) = [move for move in moves if {name for *_, name in move.exchanges[0].modules} == {"foon", "barn"}]
     assert norms.cues["beside"] > 0
@@ -333,7 +333,7 @@ def settled(pairs: Mapping[str, str], unused: tuple[str, ...] = (), *, ordered: 
         side_features(paths, ancestry(paths), classes, 10, ordered=ordered)
         for paths, classes in zip(sides, kinds, strict=True)
     ]
-    return cues.settled(assignment, features[0], features[1], (kinds[0], kinds[1]), (kinds[0], kinds[1]))
+    return cues.settled(assignment, features[0], features[1], (kinds[0], kinds[1]), (kinds[0], kinds[1]), [{}] * 11)
 
 
 def kept(pairs: Mapping[str, str], *, ordered: bool = True) -> dict[str, str]:
@@ -402,7 +402,7 @@ def test_two_that_have_the_numbers_of_each_other_are_exchanged() -> None:
 def test_what_speaks_for_and_against_an_exchange_is_said() -> None:
     one = Exchange((("h", "a"), ("h", "b")), (("g", "c"), ("g", "d")), (1, 0), ((0, 0), (1, 1)), ((1, 0), (0, 1)))
     move = cues.Move((one,), dict.fromkeys(cues.WHYS, 0.0) | {"names": -0.5, "order": 1.0})
-    assert cues._doubt(move, (["g.c", "g.d"], ["h.a", "h.b"])) == (
+    assert cues._doubt(move, ["h.a", "h.b"], [("h", "a"), ("h", "b")]) == (
         "right shape, but h.a and h.b may be exchanged (for that: the names in them; for what is proposed: their order)"
     )
 
