@@ -197,12 +197,8 @@ def with_literal_norms(parts: Sequence[Part], others: Sequence[Part]) -> Sequenc
     >>> with_literal_norms(parts, [])[0].path
     ('0', 'attn_post_norm')
     """
-    around = {
-        (part.path[:depth], AROUND_MLP.sub("", name))
-        for part in parts
-        for depth, name in enumerate(part.path)
-        if AROUND_MLP.match(name)
-    }
+    names = [(part.path[:depth], name) for part in parts for depth, name in enumerate(part.path)]
+    around = {(module, AROUND_MLP.sub("", name)) for module, name in names if AROUND_MLP.match(name)}
     if not around or any(AFTER_ATTENTION.match(name) for part in others for name in part.path):
         return parts
     return [
@@ -257,9 +253,9 @@ def with_parametrised_weights(parts: Sequence[Part]) -> Sequence[Part]:
     ]
     normalised = {path[:-1] for path in paths if path[-1] == "weight_g"}
     normalised &= {path[:-1] for path in paths if path[-1] == "weight_v"}
-    named = {"weight_g": "weight_gain", "weight_v": "weight"} if normalised else {}
+    named = {"weight_g": "weight_gain", "weight_v": "weight"}
     return [
-        replace(part, path=(*path[:-1], named.get(path[-1], path[-1]) if path[:-1] in normalised else path[-1]))
+        replace(part, path=(*path[:-1], named.get(path[-1], path[-1])) if path[:-1] in normalised else path)
         for part, path in zip(parts, paths, strict=True)
     ]
 
@@ -298,11 +294,7 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     for (module, _, shape), names in beside.items():
         for name in names:
             if words(name) != words(stem(name)):  # its number is a part of a word
-                otherwise = [
-                    other
-                    for other in names
-                    if _is_counted_otherwise(name, other) or (shape != shape[::-1] and _is_turned(name, other))
-                ]
+                otherwise = [other for other in names if _is_counted_otherwise(name, other, shape)]
                 counted = [other for other in otherwise if numbers(other)]
                 for each in (name, *counted) if otherwise else ():
                     plain[module, each] = "".join(map(str, numbers(each)))
@@ -316,15 +308,12 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     ]
 
 
-def _is_counted_otherwise(name: str, other: str) -> bool:
-    if numbers(other):
-        return stem(other) == stem(name) and words(other) == words(stem(other))
-    return len(words(name)) == 1 and words(name)[0] in words(other)
-
-
-def _is_turned(name: str, other: str) -> bool:
-    """True if the roles of two names of one stem are of layers that lead to one another's inputs."""
-    return stem(name) == stem(other) and any((a, b) in TURNED for a in words(name) for b in words(other))
+def _is_counted_otherwise(name: str, other: str, shape: Shape) -> bool:
+    own, beside = words(name), words(other)
+    if not numbers(other):
+        return len(own) == 1 and own[0] in beside
+    is_turned = shape != shape[::-1] and any((a, b) in TURNED for a in own for b in beside)
+    return stem(other) == stem(name) and (beside == words(stem(other)) or is_turned)
 
 
 def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProxyType({})) -> Parts:
