@@ -26,7 +26,6 @@ from autoalign.matching.vocabulary import (
     PARAMETRISED,
     ROLES,
     TORCH_NAMES,
-    TURNED,
 )
 from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, Unstack, chain, output_shapes
@@ -279,8 +278,7 @@ def with_counted_names(parts: Sequence[Part]) -> Sequence[Part]:
 def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     """Read a name as a mere number where the numbers beside it are counted otherwise, or its role has another name.
 
-    Those are of layers of its shapes: ``fc_1`` beside ``fc_0``, ``w1`` beside ``wg``; or ``w1`` beside a ``w2`` that
-    does not lead back.
+    Those are of layers of its shapes: ``fc_1`` beside ``fc_0``, ``w1`` beside ``wg``.
 
     >>> parts = [Part(k, (name, "weight"), (8, 4), "float") for k, name in enumerate(("w1", "wg", "fc_0", "fc_1"))]
     >>> [part.path[0] for part in with_claimed_roles(parts)]
@@ -291,10 +289,10 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
         if len(part.path) > 1:
             beside[part.path[:-2], part.path[-1], part.shape].add(part.path[-2])
     plain: dict[tuple[Path, str], str] = {}
-    for (module, _, shape), names in beside.items():
+    for (module, _, _), names in beside.items():
         for name in names:
             if words(name) != words(stem(name)):  # its number is a part of a word
-                otherwise = [other for other in names if _is_counted_otherwise(name, other, shape)]
+                otherwise = [other for other in names if _is_counted_otherwise(name, other)]
                 counted = [other for other in otherwise if numbers(other)]
                 for each in (name, *counted) if otherwise else ():
                     plain[module, each] = "".join(map(str, numbers(each)))
@@ -308,12 +306,10 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     ]
 
 
-def _is_counted_otherwise(name: str, other: str, shape: Shape) -> bool:
-    own, beside = words(name), words(other)
-    if not numbers(other):
-        return len(own) == 1 and own[0] in beside
-    is_turned = shape != shape[::-1] and any((a, b) in TURNED for a in own for b in beside)
-    return stem(other) == stem(name) and (beside == words(stem(other)) or is_turned)
+def _is_counted_otherwise(name: str, other: str) -> bool:
+    if numbers(other):
+        return stem(other) == stem(name) and words(other) == words(stem(other))
+    return len(words(name)) == 1 and words(name)[0] in words(other)
 
 
 def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProxyType({})) -> Parts:

@@ -343,7 +343,6 @@ def _rival_pairs(rows: tuple[str, ...]) -> frozenset[tuple[str, str]]:
 
 RIVAL_PAIRS = _rival_pairs(RIVALS)
 RIVAL_OUTPUTS = _rival_pairs(OUTPUTS)
-TURNED = _rival_pairs(("gate down", "up down", "in out"))  # one widens and the other narrows, if they are not square
 RELATED_PAIRS: dict[tuple[str, str], float] = {
     pair: value for first, second, value in RELATED for pair in ((first, second), (second, first))
 }

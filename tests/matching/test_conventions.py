@@ -287,3 +287,19 @@ def test_parameters_of_a_list_have_no_names() -> None:
     source |= {f"layers.{k}.linear.weight": torch.rand(8, 8) for k in range(3)}
     target = {key.replace("layers", "h"): tensor for key, tensor in source.items()}
     assert {key: source[taken] for taken, key in align(source, target).mapping.items()} == target
+
+
+def test_one_letter_tells_weights_and_biases_with_a_dimension_of_size_one() -> None:
+    """As in Marian's files: matrices are laid out as (in, out), the blocks stand in flat names."""
+    source, target = dict[str, Tensor](), dict[str, Tensor]()
+    for block in range(3):
+        for name, own, (rows, columns) in (("self", "q", (8, 8)), ("self", "o", (8, 8)), ("ffn", "1", (8, 20))):
+            source[f"encoder_l{block + 1}_{name}_W{own}"] = torch.rand(rows, columns)
+            source[f"encoder_l{block + 1}_{name}_b{own}"] = torch.rand(1, columns)
+            layer = f"layers.{block}." + {"q": "self_attn.q_proj", "o": "self_attn.out_proj", "1": "fc1"}[own]
+            target |= {f"{layer}.weight": torch.empty(columns, rows), f"{layer}.bias": torch.empty(columns)}
+    alignment = align(dict(sorted(source.items())), target)
+    assert alignment.mapping["encoder_l3_self_bq"] == "layers.2.self_attn.q_proj.bias"
+    loaded = alignment.state_dict()
+    assert len(loaded) == len(target)
+    assert torch.equal(loaded["layers.1.self_attn.q_proj.weight"], source["encoder_l2_self_Wq"].T)

@@ -81,7 +81,7 @@ def test_nothing_that_tells_is_ambiguous_with_the_exchange_as_alternative() -> N
         ("layers.1.m.y.weight",),
     }
     assert match.warnings == proposed["h.0.ffn.fc_2.weight"].warnings
-    assert "nothing tells h.#.ffn.1 from h.#.ffn.2" in match.warnings[0]
+    assert "nothing tells h.#.ffn.fc_1 from h.#.ffn.fc_2" in match.warnings[0]
 
 
 class Gated(nn.Module):
@@ -545,3 +545,16 @@ def test_a_convolution_of_one_position_is_not_filled_from_a_matrix_where_both_si
     source = {re.sub("[a-z]+", lambda found: names.get(found[0], found[0]), key): target[key] for key in moved}
     found = autoalign.align(source, target)
     assert found.mapping == dict(zip(source, moved, strict=True))
+
+
+def test_layers_may_be_exchanged_whatever_else_one_of_them_holds() -> None:
+    """Only one of two layers has a bias, and the target has none: still nothing but their order tells them apart."""
+    source = {
+        f"convs.{k}.lin_l.{name}": torch.empty((8, 8)[: 2 - (name == "bias")])
+        for k in range(3)
+        for name in ("weight", "bias")
+    }
+    source |= {f"convs.{k}.lin_r.weight": torch.empty(8, 8) for k in range(3)}
+    target = {f"layers.{k}.{name}.weight": torch.empty(8, 8) for k in range(3) for name in ("fc_self", "fc_neigh")}
+    alignment = autoalign.align(source, target)
+    assert max(match.confidence for match in (*alignment.matches, *alignment.ambiguous)) == pytest.approx(INFERRED)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,3 +65,13 @@ def test_names_without_dots_are_pulled_apart(is_sorted: bool) -> None:
     renamed = {key.replace("layer", "stages.").replace("_bn", ".norm"): tensor for key, tensor in target.items()}
     found = autoalign.align(source, renamed).mapping
     assert {key: name.replace("stages.", "layer").replace(".norm", "_bn") for key, name in found.items()} == names
+
+
+@pytest.mark.parametrize("is_sorted", [False, True], ids=["in order", "sorted"])
+def test_letters_after_numbers_count_the_members_of_lists(is_sorted: bool) -> None:
+    names = {
+        re.sub(r"^layer(\d)\.(\d)\.", lambda at: f"res{int(at[1]) + 1}{'abc'[int(at[2])]}.", key): key
+        for key in _network()
+    }
+    keys = sorted(names) if is_sorted else list(names)
+    assert autoalign.align({key: _network()[names[key]] for key in keys}, _network()).mapping == names
