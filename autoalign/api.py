@@ -210,6 +210,8 @@ def load(
         from autoalign.verification.verify import load_proved
 
         source_model = align_options["source_model"] = code_of(align_options.get("source_model"), checkpoint)
+        if alignment is None:
+            align_options.setdefault("example_inputs", verify)
         return load_proved(model, checkpoint, _resolved(align_options, given), verify, source_model, **options)
     from autoalign.loading.load import load_checkpoint
 

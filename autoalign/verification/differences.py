@@ -75,7 +75,7 @@ def relative_difference(got: Tensor, want: Tensor, sizes: Tensor | None = None) 
         if count > 1 and second.numel() >= _MIN_SLICE * count:
             others = [other for other in range(second.dim()) if other != dim]
             errors, scales = apart.amax(others), sizes.amax(others).clamp(max=whole)
-            shares = errors / scales.to(errors).clamp(min=torch.finfo(errors.dtype).tiny)
+            shares = errors / scales.to(errors)
             found = max(found, float(shares.masked_fill(errors <= ignored, 0).max()))
     return found
 
