@@ -74,8 +74,9 @@ def align(
         dequantise: Fill plain tensors from quantised ones, whose values are computed in float32: the operation
             ``dequantise``, of the codes with their scales. A model that is quantised by the same scheme gets them as
             they are. With False, and where a scheme is not known, they are left out, with a note.
-        merge_adapter: Add the LoRA in the checkpoint to the weights that it changes, W + scale * B @ A; each load adds
-            it again. Otherwise tensors of adapters fill those of adapters alone.
+        merge_adapter: Add the LoRA in the checkpoint to the weights that it changes, W + scale * B @ A: those that
+            stand beside it in the checkpoint, else the model's, to which each load adds it again. Otherwise tensors of
+            adapters fill those of adapters alone.
         example_inputs: What to call a module with, as ``execution_order`` takes it: the order in which a call uses the
             tensors then stands for that in which they are registered. Each side that is a module is called once and
             left as it was. With ``source_model`` they are what both are called with, where that works.

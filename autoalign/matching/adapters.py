@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from autoalign.plan.adapters import Adapters, AddTo, LowRank, adapters_of, merged_layers, of_kind, renamed_layers
+from autoalign.plan.adapters import (
+    Adapters,
+    AddTo,
+    LowRank,
+    adapters_of,
+    merged_layers,
+    of_kind,
+    renamed_layers,
+    shortened,
+)
 from autoalign.plan.matches import Match
+from autoalign.plan.operations import output_shapes
 from autoalign.plan.parametrised import Parametrised
 from autoalign.plan.specs import TensorSpec
 
-_MAX_WRAPPERS = 3  # names before a layer's own, such as unet, in an adapter's
 _ADDED = "what the adapter changes was added to the model's own weight"
 
 Specs = Sequence[TensorSpec]
@@ -32,11 +41,18 @@ class AdapterScope:
         own, other = adapters_of(source), adapters_of(target)
         combined: list[Parametrised] = []
         if merge:
-            combined = merged_layers(own, target, config)
+            combined = merged_layers(own, target, config, source)
         elif own.layers and other.layers:
             combined = renamed_layers(own, other, target)
         kind = frozenset[str]() if not own.alone or other.alone else of_kind(target, own.alone) or frozenset({""})
         return cls(own, other, tuple(combined), merge, kind)
+
+    @property
+    def added(self) -> list[Parametrised]:
+        """What is added to weights of the target, and not to those beside it."""
+        return [
+            each for each in self.combined if isinstance(step := each.operation, LowRank) and "base" not in step.roles
+        ]
 
     def within(self, source: Specs, target: Specs) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """Return the tensors of both sides that take part."""
@@ -44,7 +60,7 @@ class AdapterScope:
         hidden = frozenset() if are_alike else self.own.keys | self.other.keys
         pinned = set(self.pins(target).values())
         if pinned:  # what the model has none of the names of belongs to another one
-            lost = {each.key_of_values for each in self.combined if each.scheme and each.codes.key not in pinned}
+            lost = {each.key_of_values for each in self.added if each.codes.key not in pinned}
             source = [spec for spec in source if spec.key not in lost]
         others = [spec for spec in target if not self.others or spec.key in self.others]
         return tuple(spec for spec in source if spec.key not in hidden), tuple(
@@ -55,12 +71,7 @@ class AdapterScope:
         """Return the matches without those of adapters with other tensors, with the changes added to the weights."""
         if not self.own.keys | self.other.keys:
             return list(matches)
-        changes = {
-            spec.key
-            for each in self.combined
-            if each.scheme and not any(spec.key.endswith(".base_layer.weight") for spec in each.specs)
-            for spec in each.specs
-        }
+        changes = {spec.key for each in self.added for spec in each.specs}
         roles = self.own.roles, self.other.roles
         kept = []
         for match in matches:
@@ -88,11 +99,10 @@ class AdapterScope:
         """Pair the layers of an adapter with the weights of their names, but for the names of what holds them all."""
         shapes = {spec.key: spec.shape for spec in target}
         found = {}
-        for each in self.combined:
-            if isinstance(each.operation, LowRank):
-                ends = [each.key_of_values.split(".", depth)[-1] for depth in range(_MAX_WRAPPERS)]
-                key = next((end for end in ends if shapes.get(end) == each.operation.shape), "")
-                found[each.codes.key] = key
+        for each in self.added:
+            (shape,) = output_shapes(each.operation, [spec.shape for spec in each.specs])
+            ends = shortened(each.key_of_values)
+            found[each.codes.key] = next((end for end in ends if shapes.get(end) == shape), "")
         keys = [key for key in found.values() if key]
         return {key: codes for codes, key in found.items() if key} if len(keys) == len({*keys}) else {}
 
@@ -110,7 +120,7 @@ class AdapterScope:
             notes.append(
                 f"{len(self.own.layers)} layers are given as LoRA matrices, which are changes to a network's weights "
                 "and no weights: they are not loaded. merge_adapter=True adds them to the weights that they change: "
-                "the model's, which has to hold the network's own by then, or those in the checkpoint as base_layer."
+                "those beside them in the checkpoint, else the model's, which has to hold the network's own by then."
             )
         layers = [parts for parts in self.own.layers.values() if parts["down"].key in used]
         if self.is_merged and layers:
@@ -120,6 +130,11 @@ class AdapterScope:
             notes.append(
                 "The scale of LoRA, alpha / rank, is in tensors 'alpha' of the checkpoint, for which the model has "
                 "none: set its own to that."
+            )
+        unfit = len(self.own.layers) - len(self.combined)
+        if self.is_merged and unfit:
+            notes.append(
+                f"Not added: {unfit} layers of LoRA, whose weights beside them are quantised or of other shapes."
             )
         lost = len(self.own.keys - used - whole)
         if lost and (self.is_merged or not self.other.keys):

@@ -35,6 +35,7 @@ _ALONE = {  # what a file holds nothing but, if it is an adapter of the kind, an
 }
 _MIN_SHARE = 0.9  # of the tensors of a file that is an adapter alone
 _WRAPPER = "base_model.model."  # of PEFT
+_MAX_WRAPPERS = 3  # names before a layer's own, such as unet, in an adapter's
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,23 +197,39 @@ def of_kind(specs: Iterable[TensorSpec], kind: str) -> frozenset[str]:
     return frozenset(spec.key for spec in specs if _ALONE[kind].search(spec.key))
 
 
-def merged_layers(own: Adapters, other: Sequence[TensorSpec], config: Mapping[str, object]) -> list[Parametrised]:
-    """List what LoRA adds to weights, under their keys, in place of its tensors.
+def merged_layers(
+    own: Adapters, other: Sequence[TensorSpec], config: Mapping[str, object], beside: Sequence[TensorSpec] = ()
+) -> list[Parametrised]:
+    """List what LoRA adds to weights, under their keys, in place of its tensors; none for weights that it does not fit.
 
     Args:
         own: The adapters.
         other: The tensors of the network.
         config: What PEFT wrote beside the adapters.
+        beside: The tensors beside the adapters, to which they are added where they change them.
     """
-    names = _layer_names(own, other)
+    names, own_names = _layer_names(own, other), _layer_names(own, beside)
+    weights = {spec.key: spec for spec in beside}
     found = []
     for layer, parts in own.layers.items():
         shape = _changed(parts)
         is_turned = len(shape) == 2 and ("lora_embedding" in parts["down"].key or config.get("fan_in_fan_out") is True)
+        shape = shape[::-1] if is_turned else shape
+        keys = [f"{layer}.weight", *shortened(f"{own_names[layer]}.weight")]
+        base = parts.get("base") or next((weights[key] for key in keys if key in weights), None)
+        if base is not None and (base.shape != shape or not base.dtype.is_floating_point or base.dtype.itemsize < 2):
+            continue
+        key = base.key if base is not None and "base" not in parts else f"{names[layer]}.weight"
+        parts = {**parts, **({} if base is None else {"base": base})}
         roles = [role for role in ("base", "down", "mid", "up", "alpha") if role in parts]
-        step = LowRank(tuple(roles), _scale(layer, parts, config), shape[::-1] if is_turned else shape, is_turned)
-        found.append(Parametrised(f"{names[layer]}.weight", "LoRA", tuple(parts[role] for role in roles), step))
+        step = LowRank(tuple(roles), _scale(layer, parts, config), shape, is_turned)
+        found.append(Parametrised(key, "LoRA", tuple(parts[role] for role in roles), step))
     return found
+
+
+def shortened(key: str) -> list[str]:
+    """Return a key, and what is left of it without the names of what may hold all layers, such as unet."""
+    return [key.split(".", depth)[-1] for depth in range(_MAX_WRAPPERS)]
 
 
 def renamed_layers(own: Adapters, other: Adapters, others: Sequence[TensorSpec]) -> list[Parametrised]:

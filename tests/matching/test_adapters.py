@@ -168,21 +168,45 @@ def test_the_command_line_adds_adapters(tmp_path: Path, capsys: pytest.CaptureFi
     assert "Added: 12 layers of LoRA" in capsys.readouterr().out
 
 
-def test_an_adapter_beside_its_base_is_added_to_that(tmp_path: Path) -> None:
+def in_base_layers(path: str) -> tuple[str, str, str]:
+    return f"{path}.lora_A.default.weight", f"{path}.lora_B.default.weight", f"{path}.alpha"
+
+
+@pytest.mark.parametrize("names", [in_base_layers, *NAMES], ids=lambda names: names.__name__.removesuffix("_names"))
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_an_adapter_beside_its_base_is_added_to_that(tmp_path: Path, names: Any, prefix: str) -> None:
     source, model = network(1), network(2)
-    saved = {}
+    saved = load_file(write(tmp_path, names, source))
     for key, tensor in source.state_dict().items():
         path, _, name = key.rpartition(".")
-        saved[f"{path}.base_layer.{name}" if path in changes(source) else key] = tensor
-    for path, (down, up) in changes(source).items():
-        saved |= {f"{path}.lora_A.default.weight": down, f"{path}.lora_B.default.weight": up}
-    save_file(saved, tmp_path / "a.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA}))
-    autoalign.load(model, tmp_path / "a.safetensors", merge_adapter=True, strict=True)
+        is_inner = names is in_base_layers and path in changes(source)
+        saved[f"{path}.base_layer.{name}" if is_inner else key] = tensor
+    if names in (in_base_layers, comfy_names):  # whose names are those of the weights
+        saved = {prefix + key: tensor for key, tensor in saved.items()}
+    save_file(saved, tmp_path / "adapter_model.safetensors")
+    autoalign.load(model, tmp_path / "adapter_model.safetensors", merge_adapter=True, strict=True)
     assert_equal(model.state_dict(), merged(source))
     other = network(2)
-    autoalign.load(other, tmp_path / "a.safetensors")
+    autoalign.load(other, tmp_path / "adapter_model.safetensors")
     assert_equal(other.state_dict(), source.state_dict())
+
+
+def test_an_adapter_beside_a_quantised_base_is_not_added(tmp_path: Path) -> None:
+    """Neither to codes nor to the weights that they become."""
+    source, model = network(1), network(2)
+    path, wanted = "down_blocks.1.attn_one.to_k", source.state_dict()
+    scale = wanted[f"{path}.weight"].abs().amax(1, keepdim=True) / 127
+    saved = load_file(write(tmp_path, peft_names, source)) | wanted
+    saved |= {
+        f"{path}.weight": (wanted[f"{path}.weight"] / scale).round().to(torch.int8),
+        f"{path}.weight_scale": scale,
+    }
+    alignment = autoalign.load(model, saved, merge_adapter=True)
+    assert "Not added: 1 layers of LoRA, whose weights beside them are quantised or of other shapes." in alignment.notes
+    assert torch.equal(model.get_parameter(f"{path}.weight"), saved[f"{path}.weight"].float() * scale)
+    path = path.replace("to_k", "to_q")
+    down, up = changes(source)[path]
+    assert torch.allclose(model.get_parameter(f"{path}.weight"), wanted[f"{path}.weight"] + up @ down, atol=1e-5)
 
 
 def ip_adapter() -> dict[str, Tensor]:
