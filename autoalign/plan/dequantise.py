@@ -188,13 +188,14 @@ def _rows(shapes: Shapes) -> Shape | None:
     return codes if len(codes) == 2 and scale in ((codes[0],), (codes[0], 1)) else None
 
 
-def _spread(codes: Tensor, bits: int, table: Tensor | None = None) -> Tensor:
+def _spread(codes: Tensor, bits: int, table: Tensor | None = None, *, highest_first: bool = False) -> Tensor:
     """Return the numbers that are packed in the last dimension, the lowest bits first, in float32.
 
     Args:
         codes: Of any integers; a number may reach from one into the next.
         bits: Of each number.
         table: From numbers to values; by default themselves.
+        highest_first: In each byte, instead.
     """
     codes = codes.contiguous().view(torch.uint8)
     if table is None:
@@ -202,13 +203,14 @@ def _spread(codes: Tensor, bits: int, table: Tensor | None = None) -> Tensor:
     step = bits if 8 % bits else 1  # bytes that hold whole numbers
     count = 8 * step // bits
     shifts = torch.arange(0, 8 * step, bits, device=codes.device)
+    shifts = shifts.flip(0) if highest_first else shifts
     if step == 1:
         whole = (torch.arange(256, device=codes.device)[:, None] >> shifts) & ((1 << bits) - 1)
         by_byte = table[whole]  # all numbers of a byte at once
     source = codes.reshape(-1, step)
     result = torch.empty(len(source), count, dtype=torch.float32, device=codes.device)
     powers = 256 ** torch.arange(step, device=codes.device)
-    for part, into in zip(torch.split(source, _CHUNK), torch.split(result, _CHUNK), strict=True):
+    for into, part in _by_rows(result, source):
         if step == 1:
             torch.index_select(by_byte, 0, part[:, 0].int(), out=into)
         else:
@@ -231,10 +233,8 @@ def _four_bits_of_bitsandbytes(inputs: Inputs, shape: Shape) -> Tensor:
         for part, own in zip(torch.split(largest, state["nested_blocksize"]), inputs["scale nested"], strict=True):
             part.mul_(own)
         scale = largest.add_(state["nested_offset"])
-    codes = inputs["codes"].reshape(-1).view(torch.uint8)
     table = inputs["table"].to(torch.float32)
-    swapped = (codes >> 4) | (codes << 4)  # the first of two is in the upper bits
-    values = _spread(swapped, 4, table)[: prod(shape)]
+    values = _spread(inputs["codes"].reshape(-1), 4, table, highest_first=True)[: prod(shape)]
     size = state["blocksize"]
     whole = len(values) // size
     values[: whole * size].view(-1, size).mul_(scale[:whole, None])
