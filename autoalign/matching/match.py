@@ -382,9 +382,9 @@ def _check_rules(rules: Sequence[tuple[str, str]], source: Specs, target: Specs,
     shapes = {spec.key: spec.shape for spec in source}, {spec.key: spec.shape for spec in target}
     for first, second in rules:
         shape, wanted = shapes[0].get(first), shapes[1].get(second)
-        if shape is None or wanted is None or (first, second) in made:
-            continue
-        if not any(operation_between(shape, wanted, transposed=way) for way in (False, True)):
+        if not (shape is None or wanted is None or (first, second) in made) and not any(
+            operation_between(shape, wanted, transposed=way) for way in (False, True)
+        ):
             raise PatternError(
                 f"The rules fill {second!r} {list(wanted)} from {first!r} {list(shape)}, and no operation reconciles "
                 "these shapes. Nothing was aligned; correct the rule or leave it out."

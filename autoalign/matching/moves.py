@@ -109,8 +109,7 @@ def _straightened(state: State) -> Iterator[Exchange]:
                 spread.setdefault((template(block[:-1]), end), []).append(block)
     for (_, end), modules in spread.items():
         for first, second in combinations(modules, 2) if len(modules) <= _MAX_SIBLINGS_COMPARED else pairwise(modules):
-            if first != second[: len(first)] and second != first[: len(second)]:
-                yield from _crossed(state, first, second, len(end))
+            yield from _crossed(state, first, second, len(end))
 
 
 def _crossed(state: State, first: Path, second: Path, depth: int) -> Iterator[Exchange]:
@@ -216,8 +215,6 @@ def _reordered(state: State) -> Iterator[Exchange]:
 def _permuted(state: State, members: Sequence[tuple[Path, Path]]) -> Iterator[Exchange]:
     modules, ends = zip(*members, strict=True)
     places = [tuple([number for name in end for number in numbers(name)]) for end in ends]
-    if len(set(places)) < len(places):
-        return
     depth = len(common_prefix(ends)) + 1  # so far they differ
     rising = sorted(range(len(places)), key=places.__getitem__)
     by_number = {numbers(end[depth - 1]): place for place, end in enumerate(ends) if len(end) >= depth}

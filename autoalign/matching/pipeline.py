@@ -280,10 +280,8 @@ def match_parts(
                 found[b] = Found(a, operation, sureness, evidence, rivals.get(b), doubt)
     matched = {b: piece.source for b, piece in found.items()}
     for b, a in unmatched_parameter_pairs(source.parts, target.parts, matched).items():
-        if target.key(target.parts[b]) in pins or source.key(source.parts[a]) in pinned:
-            continue
         operation = _operation(source.parts[a], target.parts[b], transposed=False)
-        if operation is not None:
+        if operation and target.key(target.parts[b]) not in pins and source.key(source.parts[a]) not in pinned:
             found[b] = Found(a, operation, INFERRED, {"structure": 1.0, "shape": 1.0}, None)
     partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)

@@ -91,8 +91,7 @@ def pinned_pairs(rules: RuleLike, source: Sequence[str], target: Sequence[str]) 
                 continue
             trail.append(number)
             if renamed in other:
-                if renamed not in pins:
-                    _pin(pins, key, renamed)
+                pins.setdefault(renamed, key)
                 fixed.update(trail)
                 renamed, trail, is_fixed = key, [], True  # the rules that follow may fill another key from it
         used.update(trail if not is_fixed else ())

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 import autoalign
 from autoalign import cli
 from autoalign.errors import NothingLoadedError
+from autoalign.matching.adapters import AdapterScope
+from autoalign.plan.adapters import adapters_of
+from autoalign.plan.matches import Match
+from autoalign.plan.operations import Copy
+from autoalign.plan.parametrised import Parametrised
+from autoalign.plan.specs import TensorSpec
 
 RANK, ALPHA = 2, 6.0
 
@@ -328,3 +334,13 @@ def test_as_peft_itself_merges(tmp_path: Path, make: Any, options: dict[str, Any
     autoalign.load(model, tmp_path, merge_adapter=True)
     wanted = adapted.merge_and_unload().state_dict()
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
+
+
+def test_tensors_of_adapters_fill_no_others() -> None:
+    lora = [TensorSpec(f"fc.lora_{name}.weight", (2, 2), torch.float32) for name in "AB"]
+    combined = Parametrised("fc.weight", "LoRA", tuple(lora))
+    keys = tuple(spec.key for spec in lora)
+    alone = AdapterScope(adapters_of(lora), adapters_of(()), (), False, frozenset())
+    assert alone.checked([Match("fc.weight", keys[:1], Copy())]) == []
+    merged = AdapterScope(adapters_of(lora), adapters_of(()), (combined,), True, frozenset())
+    assert merged.checked([Match("fc.weight", (*keys, "fc.weight"), Copy())]) == []

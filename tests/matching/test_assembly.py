@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from autoalign import Alignment, align
-from autoalign.matching.assembly import unmatched_parameter_pairs
+from autoalign.matching.assembly import _by_blocks, _Piece, unmatched_parameter_pairs
 from autoalign.matching.layers import Part
+from autoalign.matching.layouts import Blocks, Doubt
+from autoalign.plan.operations import Copy, Flip, Split, chain
 
 
 def _blocks(block: str, names: dict[str, tuple[int, ...]], more: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -77,3 +79,11 @@ def test_a_module_that_holds_more_than_its_counterpart_tells_nothing() -> None:
     assert unmatched_parameter_pairs([*source, lone[0]], [*target, lone[1]], {0: 0, 1: 1}) == {2: 2}  # at the root
     more = Part(3, ("c", "own_bias"), (4,), "float")
     assert unmatched_parameter_pairs([*source, lone[0]], [*target, lone[1], more], {0: 0, 1: 1}) == {}
+
+
+def test_what_is_not_doubted_stays_as_it_is_between_blocks() -> None:
+    pieces, halves = [_Piece("a", Copy(), (4, 2)), _Piece("b", Copy(), (4, 2))], (Split(0, 0, 2), Split(0, 2, 2))
+    doubt = Doubt("", blocks=(Blocks((Flip(0), Copy()), halves),))
+    filling, taken = _by_blocks(pieces, [Split(0, 0, 4), Split(0, 4, 4)], {1: doubt}, 0)
+    assert [piece.key for piece in filling] == ["a", "b", "b"]
+    assert taken == [Split(0, 0, 4), chain(Split(0, 4, 4), halves[0]), chain(Split(0, 4, 4), halves[1])]

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 import autoalign
-from autoalign.matching.assignment import _sparse_assignment
+from autoalign.matching import assignment
+from autoalign.matching.assignment import _exact_assignment, _sparse_assignment
 
 
 def _table(height: int, width: int, seed: int) -> NDArray[np.float64]:
@@ -37,3 +38,13 @@ def test_a_large_assignment_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("autoalign.matching.assignment._MAX_DENSE_CELLS", 0)
     assert autoalign.align(source, target).mapping == mapping
     assert len(mapping) == 9
+
+
+def test_the_sparse_way_chooses_as_well_as_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = _table(30, 20, 0) + 2
+    rows, columns = np.nonzero(table > 2)
+    score = table[rows, columns].astype(np.float32) + 1
+    dense = _exact_assignment(score, rows, columns, table.shape)
+    monkeypatch.setattr(assignment, "_MAX_DENSE_CELLS", 0)
+    sparse = _exact_assignment(score, rows, columns, table.shape)
+    assert score[sparse].sum() == pytest.approx(score[dense].sum())

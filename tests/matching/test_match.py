@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ import autoalign
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.errors import ChoiceWarning, PartialLoadWarning
+from autoalign.matching.match import collection_paused
 from autoalign.plan.matches import Caution
 from autoalign.plan.operations import steps_of
 
@@ -532,3 +534,28 @@ def test_a_tensor_under_several_keys_is_matched_once(is_sorted: bool) -> None:
     assert {match.target for match in alignment.matches} == target.keys()
     assert all(source[match.sources[0]].shape == target[match.target].shape for match in alignment.matches)
     assert not alignment.ambiguous
+
+
+def test_a_frozen_collector_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        with collection_paused():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+
+
+def test_a_transposed_fused_tensor_is_doubted_by_the_rows_that_it_gets() -> None:
+    names = {"h.": "layers.", "attn.c_attn": "attn.query_key_value", "attn.c_proj": "attn.dense"}
+    source = blocks(CONV1D)
+    target: Shapes = {}
+    for key, shape in source.items():
+        for own, other in names.items():
+            key = key.replace(own, other)
+        target[key] = shape[::-1]
+    alignment = autoalign.align(state(source), state(target))
+    match = next(match for match in alignment.ambiguous if match.target.endswith("query_key_value.weight"))
+    ways = [str(candidate.operation) for candidate in match.alternatives]
+    assert "transpose + reshape[3, 8, 8, 64] + permute[1, 0, 2, 3] + reshape[192, 64]" in ways

@@ -14,7 +14,8 @@ from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import checkpoint_of
 from autoalign.matching import match as aligning
 from autoalign.matching import repeats
-from autoalign.matching.layers import parts_of
+from autoalign.matching.confidence import INFERRED
+from autoalign.matching.layers import Part, parts_of
 from autoalign.matching.repeats import is_renamed, with_same_names
 from autoalign.plan.matches import Match, Mismatch
 from autoalign.plan.operations import Copy
@@ -251,3 +252,45 @@ def test_wrappers_and_a_consistent_renaming_are_seen_through() -> None:
     alignment = autoalign.align(tensors(wrapped), tensors(target))
     assert alignment.mapping == dict(zip(wrapped, target, strict=True))
     assert min(match.confidence for match in alignment.matches) > 0.9
+
+
+def test_layers_that_only_look_alike_are_no_only_ones() -> None:
+    same = {"a.weight": (7, 5), "b.weight": (5, 9)}
+    source, target = ({**same, f"{name}.weight": (4, *shape)} for name, shape in (("c", (2, 3, 1)), ("d", (3, 2, 1))))
+    assert with_same_names(specs_of(state(source)), specs_of(state(target))) is None
+
+
+def test_two_modules_are_not_renamed_to_one() -> None:
+    own, other = (
+        [Part(n, (*name.split("."), "weight"), (n + 1, n + 2), "float") for n, name in enumerate(names)]
+        for names in (["a.x", "b.x", *"cdefgh"], ["a.x", "a.y", *"cdefgh"])
+    )
+    assert not is_renamed(own, other)
+
+
+def test_the_root_is_above_keys_of_any_depth() -> None:
+    above = list(repeats._above(".".join("m" * 100)))
+    assert (len(above), above[0], above[-1]) == (65, ".".join("m" * 99), "")
+
+
+def test_a_block_is_told_from_one_whose_number_begins_alike() -> None:
+    specs = specs_of(state({f"h.{n}.weight": (2, 2) for n in range(6)}))
+    runs = repeats.runs_of(specs)
+    last = "h.3.weight"
+    assert [key for _, key, _ in repeats._in_last_blocks({last: 0, "h.31.weight": 0}, runs)] == [last]
+    (match,) = repeats.less_sure(runs, [Match(last, (last,), Copy())])
+    assert match.confidence < 1
+
+
+def test_a_mismatch_in_the_last_block_alone_is_not_continued() -> None:
+    runs = repeats.runs_of(specs_of(state({f"h.{n}.weight": (2, 2) for n in range(6)})))
+    alone = Mismatch("h.3.weight", "h.3.weight", (2, 2), (3, 3))
+    assert repeats.extended([], [alone], runs, runs) == ([], [alone])
+
+
+def test_too_many_blocks_to_be_compared_are_believed_no_more_than_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aligning, "is_settled", lambda *_: False)
+    monkeypatch.setattr(aligning, "MAX_PAIRS_OF_ALL", -1)
+    sides = [state({f"{name}.{n}.{part}.weight": (2, 3) for n in range(6) for part in "ab"}) for name in ("h", "net")]
+    alignment = autoalign.align(*sides)
+    assert {match.confidence for match in (*alignment.matches, *alignment.ambiguous)} <= {INFERRED}

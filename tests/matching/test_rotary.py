@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import autoalign
 from autoalign import Alignment, align, load
 from autoalign.errors import PartialLoadWarning
-from autoalign.matching.rotary import rotation_of
+from autoalign.matching.rotary import layouts_of, rotation_of
 from autoalign.plan.specs import TensorSpec
 from tests.matching.test_operation_pairs import LLAMA, TOKENS, TOLERANCE, hf, output, randomise
 from tests.pairs import relative_difference
@@ -317,3 +318,10 @@ def test_an_alignment_in_doubt_is_saved_and_verified(tmp_path: Path) -> None:
     verification = autoalign.verify(source, model, TOKENS, alignment=alignment)
     assert verification.equal
     assert {match.target for match in verification.taken} == {f"blocks.{n}.attn.Wqkv.weight" for n in range(DEPTH)}
+
+
+def test_the_layout_of_hugging_faces_names_is_taken_where_the_other_side_shows_published_ones() -> None:
+    unknown = rotation_of([], {})
+    theirs, published = replace(unknown, hugging_face=True), replace(unknown, published=True)
+    assert layouts_of(theirs, published) == ("halves", None)
+    assert layouts_of(published, theirs) == (None, "halves")

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from autoalign import align
-from autoalign.plan.operations import Stack, Unstack
+from autoalign.matching.stacks import Slice, restacked
+from autoalign.plan.matches import Match
+from autoalign.plan.operations import Copy, Stack, Unstack
+from autoalign.plan.specs import TensorSpec
 from tests.matching.round_trips import Tensors, aligned_both_ways, is_equal, linear, meta
 
 _WIDTH, _HIDDEN, _HEADS, _LAYERS = 12, 20, 3, 5
@@ -162,3 +165,11 @@ def test_stacks_of_another_width_are_mismatched_as_a_whole() -> None:
     alignment = align(listed, meta(stacked))
     assert not alignment.matches
     assert {item.key for item in alignment.mismatched} <= stacked.keys()
+
+
+def test_a_tensor_with_a_slice_that_nothing_fills_gets_no_match() -> None:
+    slices = {f"w.{n}": Slice("w", Unstack(0, n)) for n in range(2)}
+    target = [TensorSpec("w", (2, 3), torch.float32)]
+    assert restacked([Match("w.1", ("a.1",), Copy())], {}, slices, target) == []
+    several = [Match(f"w.{n}", tuple(f"{part}.{n}" for part in "ab"[: n + 1]), Copy()) for n in range(2)]
+    assert restacked(several, {}, slices, target) == []
