@@ -21,7 +21,7 @@ from benchmarks.cases.perturbations import ALL
 from benchmarks.figures import plots, tables
 from benchmarks.peers import PEERS, Peer
 from benchmarks.speed import align as align_time
-from benchmarks.speed import baseline, nameless, scaling
+from benchmarks.speed import baseline, scaling, worst_cases
 from benchmarks.speed import files as file_loading
 from benchmarks.speed import imports as import_time
 from benchmarks.speed import sharded as sharded_loading
@@ -45,7 +45,7 @@ class Plan:
     contested: Choice = _QUICK  # what is perturbed for all matchers, the slow ones too
     slow_peers: bool = True  # whether the peers take part in the scaling series
     sizes: tuple[int, ...] = tuple(moe.SIZES)
-    nameless_share: float = 1.0  # of the full size of each case
+    worst_cases_share: float = 1.0  # of the full size of each case
     file_bytes: int = 2_000_000_000
     file_ways: tuple[str, ...] = file_loading.WAYS
     sharded_bytes: int = 500_000_000
@@ -65,7 +65,7 @@ SMOKE = Plan(
     contested=_FEW,
     slow_peers=False,
     sizes=(1_000,),
-    nameless_share=0.03,
+    worst_cases_share=0.03,
     file_bytes=30_000_000,
     file_ways=("own", "renamed"),
     sharded_bytes=30_000_000,
@@ -84,7 +84,7 @@ class Results:
     attempts: list[Attempt] = field(default_factory=list)
     judged: list[JudgedCase] = field(default_factory=list)
     points: list[scaling.Point] = field(default_factory=list)
-    nameless_points: list[nameless.Point] = field(default_factory=list)
+    worst_points: list[worst_cases.Point] = field(default_factory=list)
     loads: list[file_loading.Load] = field(default_factory=list)
     sharded_loads: list[sharded_loading.ShardedLoad] = field(default_factory=list)
 
@@ -180,9 +180,9 @@ def _scaling(results: Results, plan: Plan, peers: Sequence[Peer]) -> Iterator[st
     return tables.scaling_table(results.points)
 
 
-def _nameless(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
-    results.nameless_points = list(nameless.measure(plan.nameless_share))
-    return tables.nameless_table(results.nameless_points)
+def _worst_cases(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
+    results.worst_points = list(worst_cases.measure(plan.worst_cases_share))
+    return tables.worst_cases_table(results.worst_points)
 
 
 def _files(results: Results, plan: Plan, _: Sequence[Peer]) -> Iterator[str]:
@@ -205,7 +205,7 @@ PARTS: dict[str, Callable[[Results, Plan, Sequence[Peer]], Iterator[str]]] = {
     "gold": _gold,
     "reliability": _reliability,
     "scaling": _scaling,
-    "nameless": _nameless,
+    "worst cases": _worst_cases,
     "files": _files,
     "sharded": _sharded,
 }
@@ -219,10 +219,10 @@ def mistakes(results: Results) -> Iterator[str]:
         if point.peer == "autoalign" and is_faulty:
             counts = f"{point.right:,} of {point.tensors:,} right, {point.wrong:,} wrong"
             yield f"scaling, {point.case}, {point.size:,}: {point.error or counts}"
-    for case in results.nameless_points:
+    for case in results.worst_points:
         if case.error or not case.is_within_budget:
             figures = f"{case.cpu_seconds:.1f} CPU seconds, {case.peak_bytes / 1e6:.0f} MB"
-            yield f"nameless, {case.case}, {case.size:,}: {case.error or figures}"
+            yield f"worst cases, {case.case}, {case.size:,}: {case.error or figures}"
     for load in results.loads:
         if not load.is_right:
             yield f"{load.format}, {load.way}: values differ after the load"
@@ -269,7 +269,7 @@ def _as_json(results: Results) -> dict[str, Any]:
         "first_use_seconds": results.first_uses,
         "accuracy": [asdict(tally) for tally in results.tallies],
         "scaling": [asdict(point) for point in results.points],
-        "nameless": [asdict(point) for point in results.nameless_points],
+        "worst_cases": [asdict(point) for point in results.worst_points],
         "files": [asdict(load) for load in results.loads],
         "sharded": [asdict(load) for load in results.sharded_loads],
         "figures": {name: figure.value for name, figure in results.figures().items()},

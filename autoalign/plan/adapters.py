@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import isfinite
 
 import torch
@@ -172,8 +173,9 @@ def adapters_of(specs: Sequence[TensorSpec]) -> Adapters:
         for layer, parts in layers.items()
         if layer not in spoiled and {"down", "up"} <= parts.keys() and changed_shape(_shapes(parts)) is not None
     }
-    counts = {kind: sum(bool(pattern.search(spec.key)) for spec in specs) for kind, pattern in _ALONE.items()}
-    alone = next((kind for kind, count in counts.items() if count and count >= _MIN_SHARE * len(specs)), "")
+    most = len(specs) - _MIN_SHARE * len(specs)  # of others
+    others = {kind: (spec for spec in specs if not pattern.search(spec.key)) for kind, pattern in _ALONE.items()}
+    alone = next((kind for kind, of in others.items() if specs and len(list(islice(of, int(most) + 1))) <= most), "")
     return Adapters(frozenset(keys), whole, alone)
 
 

@@ -7,7 +7,7 @@ from statistics import median
 
 from benchmarks.accuracy.contest import Attempt, Tally, time_ratios
 from benchmarks.speed import imports as import_time
-from benchmarks.speed import nameless
+from benchmarks.speed import worst_cases
 from benchmarks.speed.align import Timing
 from benchmarks.speed.files import MEMORY_BUDGET, SMALLEST_FILE, TIME_BUDGET, Load, ratio
 from benchmarks.speed.scaling import Point, growth
@@ -120,10 +120,10 @@ def scaling_table(points: Sequence[Point]) -> Iterator[str]:
         yield f"\nFrom about 9,100 to 91,991 tensors the time of autoalign grows {grown:.1f}-fold."
 
 
-def nameless_table(points: Sequence[nameless.Point]) -> Iterator[str]:
-    """Write a line for each case of layers whose names mean nothing."""
-    budgets = f"{nameless.SECONDS_BUDGET:g} CPU seconds, {nameless.MEMORY_BUDGET / 1e6:.0f} MB"
-    yield f"| names that mean nothing | size | matched | ambiguous | CPU seconds | peak memory, MB | {budgets} |"
+def worst_cases_table(points: Sequence[worst_cases.Point]) -> Iterator[str]:
+    """Write a line for each of the inputs that are worst for ``align``."""
+    budgets = f"{worst_cases.SECONDS_BUDGET:g} CPU seconds, {worst_cases.MEMORY_BUDGET / 1e6:.0f} MB"
+    yield f"| worst cases | size | matched | ambiguous | CPU seconds | peak memory, MB | {budgets} |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
     for point in points:
         figures = f"{point.cpu_seconds:.1f} | {point.peak_bytes / 1e6:.0f}"
