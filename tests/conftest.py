@@ -7,7 +7,8 @@ import torch
 from hypothesis import settings
 
 # A shared machine may be slow at any moment; what a property costs is measured in benchmarks/.
-settings.register_profile("default", deadline=None, derandomize=True)
+settings.register_profile("default", deadline=None, derandomize=True, database=None)
+settings.register_profile("thorough", deadline=None, max_examples=5_000)
 settings.load_profile("default")
 
 
