@@ -1,9 +1,10 @@
 """Write the index of known architectures that ``identify`` looks them up in: ``python -m benchmarks.index``.
 
-It holds every architecture of torchvision (but the quantised ones, which are the same networks again) and of timm, the
-default configuration of every family of transformers, and the published sizes of ``cases/published.py``. All are built
-without memory, and nothing is downloaded. That takes a quarter of an hour; what was built is kept in ``build/index``
-for the versions of the libraries that are installed.
+It holds every architecture of torchvision (but the quantised ones, which are the same networks again), of timm and of
+mmpretrain, the default configuration of every family of transformers, and the published sizes of
+``cases/published.py``. All are built without memory, and nothing is downloaded. That takes a quarter of an hour; what
+was built is kept in ``build/index`` for the versions of the libraries that are installed. mmpretrain 1.2 wants
+``pip install 'mmcv-lite<2.2' mmengine model-index einops mat4py`` beside it, and ``--no-deps`` itself.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from benchmarks.cases.architectures import build_on_meta
 from benchmarks.cases.published import published
 
 CLASSES = 1237  # a prime that no size of a network is a multiple of, so that heads are seen
-LIBRARIES = ("torchvision", "timm", "transformers")
+LIBRARIES = ("torchvision", "timm", "transformers", "mmpretrain")
 _CACHE = Path("build/index")
 _MAX_BYTES = 3_000_000
 
@@ -49,13 +50,14 @@ class Built:
 
     library: str
     name: str
-    builder: tuple[str, ...]  # of transformers: as the command line takes it, and the class of its configuration
+    builder: tuple[str, ...]  # of transformers: as the command line takes it, and the class of its configuration; of
+    # mmpretrain: its whole name, with how it was trained
     specs: tuple[TensorSpec, ...]
 
 
 def built() -> Iterator[Built]:
     """Build all networks, or read those that were built before; what cannot be built is named on stderr."""
-    for library, builders in (("torchvision", _torchvision), ("timm", _timm), ("transformers", _transformers)):
+    for library, builders in zip(LIBRARIES, (_torchvision, _timm, _transformers, _mmpretrain), strict=True):
         path = _CACHE / f"{library}-{version(library)}.gz"
         if path.is_file():
             yield from (Built(*each) for each in pickle.loads(gzip.decompress(path.read_bytes())))
@@ -125,6 +127,19 @@ def _transformers() -> Iterator[_Builder]:
                 yield kind.__name__, (f"{kind.__name__}()", config.__name__), [partial(_of_config, kind, config, {})]
 
 
+def _mmpretrain() -> Iterator[_Builder]:
+    """A name is that of a network, then how it was trained; of what is no classifier the method comes first."""
+    from mmpretrain import get_model, list_models
+    from mmpretrain.apis.model import ModelHub
+
+    for name in sorted(list_models(), key=len):
+        with suppress(Exception):  # of a configuration that cannot be read
+            is_classifier = ModelHub.get(name).config.model.type == "ImageClassifier"
+            short = "_".join(name.split("_")[: 1 if is_classifier else 2])
+            make = partial(get_model, name)
+            yield short, (name,), [partial(make, head={"num_classes": CLASSES}), make]
+
+
 def _of_config(kind: type[nn.Module], config: Callable[..., Any], options: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
         return kind(config(**options))
@@ -189,9 +204,9 @@ class _Numbers(dict[Any, int]):
         return self[value]
 
 
-def _rank(library: str, name: str) -> tuple[int, int, str]:
+def _rank(library: str, name: str) -> tuple[bool, int, int, str]:
     """Order names of one network: a short name is the original, and longer ones are what was done to it."""
-    return len(name), LIBRARIES.index(library), name
+    return library == "mmpretrain", len(name), LIBRARIES.index(library), name
 
 
 def _ragged(starts: str, lists: Iterable[Sequence[tuple[int, ...]]], **columns: Any) -> dict[str, Any]:

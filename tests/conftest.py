@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes test at once, each with one thread
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 # A shared machine may be slow at any moment; what a property costs is measured in benchmarks/.
 settings.register_profile("default", deadline=None, derandomize=True, database=None)

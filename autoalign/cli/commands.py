@@ -73,9 +73,9 @@ def inspect(
 def identify(checkpoint: Checkpoints, container: Container = None, form: Form = "text") -> int:
     """Name the architecture that a checkpoint is of.
 
-    The shapes of its tensors are compared with those of the architectures of torchvision, timm and transformers,
-    whatever they are called and in whatever order they are. Said are also the wrapper, copies inside, the classes of
-    the head, whether it was trained, and how to load it.
+    The shapes of its tensors are compared with those of the architectures of torchvision, timm, transformers and
+    mmpretrain, whatever they are called and in whatever order they are. Said are also the wrapper, copies inside, the
+    classes of the head, whether it was trained, and how to load it.
     """
     found = autoalign.identify(side_of(checkpoint), container=container)
     if form == "json":

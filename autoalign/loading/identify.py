@@ -79,7 +79,7 @@ class KnownArchitecture:
             libraries.setdefault(name, []).append(library)
         names: dict[str, list[str]] = {}
         for name, found in libraries.items():
-            names.setdefault(" and ".join(found), []).append(name)
+            names.setdefault(" and ".join(filter(None, (", ".join(found[:-1]), found[-1]))), []).append(name)
         return listed([f"{listed(own)} of {library}" for library, own in names.items()])
 
 
@@ -152,9 +152,9 @@ class Identification:
 def identify(checkpoint: Side, *, container: str | None = None, limit: int = 3) -> Identification:
     """Find out which known architecture a checkpoint is of.
 
-    The shapes of its tensors are compared with those of all architectures of torchvision and timm, and of the families
-    of transformers at their default and published sizes, whatever they are called and in whatever order they are. Names
-    decide between equals. Of the data only some small tensors are read, which show if it was trained.
+    The shapes of its tensors are compared with those of all architectures of torchvision, timm and mmpretrain, and of
+    the families of transformers at their default and published sizes, whatever they are called and in whatever order
+    they are. Names decide between equals. Of the data only some small tensors are read, which show if it was trained.
 
     >>> import torch
     >>> widths = [(64, 3, 7, 7), (64,), (10, 64)]
@@ -274,6 +274,9 @@ def _target(best: Architecture, classes: int | None) -> str:
     """Write what the command line builds an architecture of."""
     if best.library == "transformers":
         return f"{best.library}:{best.builder}"
+    if best.library == "mmpretrain":
+        options = "" if classes is None else f", head={{'num_classes': {classes}}}"
+        return f"{best.library}:get_model(model={best.builder!r}{options})"
     return f"{best}{'' if classes is None else f'(num_classes={classes})'}"
 
 
@@ -282,6 +285,8 @@ def _construction(best: Architecture, classes: int | None) -> str:
     if best.library == "transformers":
         kind, _, arguments = best.builder.partition("(")
         return f"transformers.{kind}(transformers.{best.config}({arguments})"
+    if best.library == "mmpretrain":
+        return _target(best, classes).replace(":", ".", 1)
     make = "timm.create_model" if best.library == "timm" else "torchvision.models.get_model"
     options = (repr(best.name), best.builder, "" if classes is None else f"num_classes={classes}")
     return f"{make}({', '.join(filter(None, options))})"

@@ -144,7 +144,7 @@ class Architecture:
     group: int  # of those with the same shapes but for heads
     heads: tuple[Shape, ...]  # of tensors that depend on the number of classes: -n is n times that
     names: int  # the number of its set of names
-    builder: str = ""  # of transformers, as in "BertModel(num_hidden_layers=24)"; of torchvision, options
+    builder: str = ""  # of transformers, as in "BertModel(num_hidden_layers=24)"; of mmpretrain a name; else options
     config: str = ""  # of transformers, the class of its configuration
 
     def __str__(self) -> str:

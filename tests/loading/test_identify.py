@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign import cli
+from autoalign.matching.architectures import index
 from benchmarks.cases.handwritten import handwritten
 
 
@@ -36,12 +37,12 @@ def test_a_wrapped_file_with_an_average_inside(tmp_path: Path) -> None:
     found = autoalign.identify(path)
     assert found.verdict == "known"
     assert found.best is not None
-    assert {"torchvision:resnet18", "timm:resnet18"} < set(found.best.architectures)
+    assert {"torchvision:resnet18", "timm:resnet18", "mmpretrain:resnet18"} < set(found.best.architectures)
     assert (found.best.classes, found.best.target) == (10, "torchvision:resnet18(num_classes=10)")
     assert str(found).splitlines() == [
         "122 tensors, torch file, wrapped by DDP or DataParallel, EMA inside (ema).",
-        "It is resnet18 of torchvision and timm, resnetblur18 of timm, resnet-18 of transformers (102 of 102 shapes, "
-        "100% of the names), head of 10 classes, trained (BatchNorm has seen 12,000 batches).",
+        "It is resnet18 of torchvision, timm and mmpretrain, resnetblur18 of timm, resnet-18 of transformers (102 of "
+        "102 shapes, 100% of the names), head of 10 classes, trained (BatchNorm has seen 12,000 batches).",
         f"Load it with: autoalign.load(torchvision.models.get_model('resnet18', num_classes=10), {path!r})",
     ]
     assert json.loads(json.dumps(found.to_dict()))["candidates"][0]["common"] == 102
@@ -108,3 +109,13 @@ def test_the_command_exits_with_1_for_what_is_unknown(tmp_path: Path, capsys: py
     assert json.loads(capsys.readouterr().out)["candidates"][0]["architectures"] == ["timm:test_resnet"]
     assert cli.main(["identify", unknown]) == cli.INCOMPLETE
     assert "near no known architecture" in capsys.readouterr().out
+
+
+def test_what_only_mmpretrain_has_is_named_as_it_is_built() -> None:
+    known = index()
+    (group,) = {one.group for group in known.architectures for one in group if one.name == "mff_vit-base-p16"}
+    shapes = enumerate(known.shapes_of(group).elements())
+    found = autoalign.identify({str(place): torch.empty(shape, device="meta") for place, shape in shapes})
+    assert found.best is not None
+    assert found.best.target.startswith("mmpretrain:get_model(model='mff_vit-base-p16_8xb512-")
+    assert found.best.load_with.startswith("autoalign.load(mmpretrain.get_model(model='mff_vit-base-p16_8xb512-")

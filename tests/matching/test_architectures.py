@@ -18,7 +18,7 @@ def specs(name: str, **options: object) -> tuple[TensorSpec, ...]:
 
 def test_the_index_is_small_and_knows_its_versions() -> None:
     assert INDEX_FILE.stat().st_size < 3_000_000
-    assert index().versions.keys() == {"torchvision", "timm", "transformers"}
+    assert index().versions.keys() == {"torchvision", "timm", "transformers", "mmpretrain"}
     assert len(index()) > 2_200
 
 
