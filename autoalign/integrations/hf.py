@@ -48,7 +48,10 @@ def from_pretrained(
         AlignmentError: transformers did not load all that it was given.
         DependencyError: transformers is not installed.
     """
-    transformers = _transformers()
+    try:
+        import transformers
+    except ImportError as error:
+        raise DependencyError.of("transformers", "Nothing was loaded.", "'autoalign[transformers]'") from error
     align_options = taken_from(options)
     source = checkpoint_of(checkpoint, container=align_options.get("container"))
     if not isinstance(config, transformers.PreTrainedConfig):
@@ -101,14 +104,6 @@ def register(model_class: type | str, conversion: Alignment | Rules, *, overwrit
     except ValueError as error:
         raise InputError(f"{error} Nothing was registered.") from error
     return conversions
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise DependencyError.of("transformers", "Nothing was loaded.", "'autoalign[transformers]'") from error
-    return transformers
 
 
 def _config_beside(source: Checkpoint, config_class: Any) -> Any:

@@ -174,8 +174,12 @@ def adapters_of(specs: Sequence[TensorSpec]) -> Adapters:
         if layer not in spoiled and {"down", "up"} <= parts.keys() and changed_shape(_shapes(parts)) is not None
     }
     most = len(specs) - _MIN_SHARE * len(specs)  # of others
-    others = {kind: (spec for spec in specs if not pattern.search(spec.key)) for kind, pattern in _ALONE.items()}
-    alone = next((kind for kind, of in others.items() if specs and len(list(islice(of, int(most) + 1))) <= most), "")
+
+    def is_alone(pattern: re.Pattern[str]) -> bool:
+        others = (spec for spec in specs if not pattern.search(spec.key))
+        return bool(specs) and len(list(islice(others, int(most) + 1))) <= most
+
+    alone = next((kind for kind, pattern in _ALONE.items() if is_alone(pattern)), "")
     return Adapters(frozenset(keys), whole, alone)
 
 

@@ -16,7 +16,7 @@ import autoalign
 from autoalign import cli
 from autoalign.errors import NothingLoadedError
 from autoalign.matching.adapters import AdapterScope
-from autoalign.plan.adapters import adapters_of
+from autoalign.plan.adapters import LowRank, adapters_of
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy
 from autoalign.plan.parametrised import Parametrised
@@ -338,7 +338,7 @@ def test_as_peft_itself_merges(tmp_path: Path, make: Any, options: dict[str, Any
 
 def test_tensors_of_adapters_fill_no_others() -> None:
     lora = [TensorSpec(f"fc.lora_{name}.weight", (2, 2), torch.float32) for name in "AB"]
-    combined = Parametrised("fc.weight", "LoRA", tuple(lora))
+    combined = Parametrised("fc.weight", "LoRA", tuple(lora), LowRank(("down", "up"), 1.0, (2, 2)))
     keys = tuple(spec.key for spec in lora)
     alone = AdapterScope(adapters_of(lora), adapters_of(()), (), False, frozenset())
     assert alone.checked([Match("fc.weight", keys[:1], Copy())]) == []
