@@ -41,17 +41,17 @@ from autoalign.plan.operations import (
 from autoalign.plan.operations import chain as chained
 from autoalign.plan.specs import tied_groups
 from autoalign.verification.dataflow import traced
-from autoalign.verification.order import in_doubt, without_order
+from autoalign.verification.order import MAX_DOUBTED, in_doubt, with_doubts, without_order
 from autoalign.verification.probe import PROBE, Inputs, probed, with_prices
 from autoalign.verification.refinement import PART, pairs_of
 
 CODE = "code"  # the cue
 _SURE = 0.9  # of matches that the refinement starts from
 _DECIDED = 0.97  # the confidence in what code decides
-_CONTRADICTED = 0.4  # the most in what it contradicts
 _MIN_SHARE = 0.9  # of the target's tensors that code alone has to tell apart to overrule what keys say
 _WHOLE = (Copy, Permute, Reshape, Transpose)  # operations of one whole tensor
 
+_UNTOLD = "neither its name nor what the model does with it tells which it is"
 _BY_PARTS = "the parts are told by code, and where they begin is assumed"
 
 # the doubts of a match that are about which tensor it is, and not about its layout
@@ -132,10 +132,10 @@ def decided_by_code(
     known = _renamed(refined, {old: new for new, old in keys.items()})
     decided, is_equal = probed(known, source_model, target_model, inputs, is_search=is_asked)
     decided = _renamed(decided, keys) if decided is not known else refined
-    return _with_doubts(decided, {key for key, count in target.degree() if count} if is_equal else set())
+    return _without_guesses(decided, {key for key, count in target.degree() if count} if is_equal else set())
 
 
-def _with_doubts(plan: Plan, confirmed: Collection[object]) -> Plan:
+def _without_guesses(plan: Plan, confirmed: Collection[object]) -> Plan:
     """Return a plan in which what neither names nor code distinguish from others of its shape is ambiguous."""
     shapes = {spec.key: spec.shape for spec in plan.target_specs}
     doubted = [
@@ -145,15 +145,7 @@ def _with_doubts(plan: Plan, confirmed: Collection[object]) -> Plan:
         if match.confidence < _SURE or not match.evidence.get("name", 1.0)
     ]
     alike = Counter(shapes[key] for key in (*(match.target for match in doubted), *plan.missing_keys))
-    doubted = [match for match in doubted if alike[shapes[match.target]] > 1]
-    found = tuple(
-        in_doubt(match, "neither its name nor what the model does with it tells which it is") for match in doubted
-    )
-    return replace(
-        plan,
-        matches=tuple(match for match in plan.matches if match not in doubted),
-        ambiguous=plan.ambiguous + found,
-    )
+    return with_doubts(plan, {match.target: _UNTOLD for match in doubted if alike[shapes[match.target]] > 1})
 
 
 def _renamed(plan: Plan, keys: Mapping[str, str]) -> Plan:
@@ -295,7 +287,7 @@ def _with_pairs(
     for keys in tied_groups(plan.target_specs):
         for first in [key for key in keys if key in found][:1]:
             found |= {key: replace(found[first], target=key) for key in keys}
-    users = {match.sources[0]: key for key, match in found.items() if match.confidence > _CONTRADICTED}
+    users = {match.sources[0]: key for key, match in found.items() if match.confidence > MAX_DOUBTED}
     for key, match in known.items():
         if key not in found and key not in was_open and any(users.get(own, key) != key for own in match.sources):
             found[key] = in_doubt(match, "by its code, the model uses its source for another tensor")
@@ -351,7 +343,7 @@ def _with_parts(plan: Plan, parts: Mapping[str, str]) -> Plan:
             is_known = any(_is_same(joined, (way.sources, way.operation), shapes) for way in ways)
             if is_known or not isinstance(before.operation, Copy):
                 continue
-        made[spec.key] = Match(spec.key, *joined, _CONTRADICTED, {CODE: 1.0}, ways, (_BY_PARTS,))
+        made[spec.key] = Match(spec.key, *joined, MAX_DOUBTED, {CODE: 1.0}, ways, (_BY_PARTS,))
     return replace(
         plan,
         matches=tuple(match for match in plan.matches if match.target not in made),

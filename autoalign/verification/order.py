@@ -22,7 +22,7 @@ from autoalign.verification.refinement import pairs_of
 
 _ORDERED = 0.9  # confidence below which a match without a name is told by order alone
 _SIMILAR = 0.6  # similarity of names that tells which layer it is
-_MAX_DOUBTED = 0.4  # confidence in what is doubted
+MAX_DOUBTED = 0.4  # confidence in what is doubted
 _MAX_MODULES = 2000  # whose order is compared
 _SHUFFLES = 20
 _MIN_DEVIATIONS = 4.0  # of chance, between its agreement and the best one: with less, none can be told from the other
@@ -36,8 +36,15 @@ _APART = "only order tells which it is, and what the model computes with it neve
 
 def in_doubt(match: Match, reason: str) -> Match:
     """Return a match as a proposal that nothing decides."""
-    confidence = min(match.confidence, _MAX_DOUBTED)
+    confidence = min(match.confidence, MAX_DOUBTED)
     return replace(match, confidence=confidence, warnings=(*match.warnings, reason))
+
+
+def with_doubts(plan: Plan, reasons: Mapping[str, str]) -> Plan:
+    """Return a plan in which the matches of some target keys are ambiguous, for a reason each."""
+    found = tuple(in_doubt(match, reasons[match.target]) for match in plan.matches if match.target in reasons)
+    kept = tuple(match for match in plan.matches if match.target not in reasons)
+    return replace(plan, matches=kept, ambiguous=(*plan.ambiguous, *found))
 
 
 def without_order(plan: Plan, target_model: nn.Module, example_inputs: object) -> Plan:
@@ -74,9 +81,7 @@ def without_order(plan: Plan, target_model: nn.Module, example_inputs: object) -
         reasons |= {key: _APART for key in known if any(leads_to[key].isdisjoint(other) for other in leads_to.values())}
         alike = [key for key in known if key not in told]
         reasons |= dict.fromkeys(alike if len(alike) > 1 else (), _SYMMETRIC)
-    found = tuple(in_doubt(match, reasons[match.target]) for match in plan.matches if match.target in reasons)
-    kept = tuple(match for match in plan.matches if match.target not in reasons)
-    return replace(plan, matches=kept, ambiguous=(*plan.ambiguous, *found)) if found else plan
+    return with_doubts(plan, reasons)
 
 
 def _in_order_of_use(shapes: Mapping[str, Shape], graph: nx.DiGraph) -> dict[str, Shape]:

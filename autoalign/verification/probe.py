@@ -22,7 +22,7 @@ from autoalign.reports.choices import Choice
 from autoalign.verification.differences import relative_difference
 from autoalign.verification.proof import fresh_values, is_decisive
 from autoalign.verification.run import NEVER, call, flat_tensors, preserved
-from autoalign.verification.search import Budget, State, search
+from autoalign.verification.search import Budget, State, refilled, search
 from autoalign.verification.session import Session, tensors_of
 
 PROBE = "probe"  # the cue
@@ -133,14 +133,8 @@ def _best(session: Session, state: State, choice: Choice, end: float) -> State |
     for option in choice.options[1:]:
         if time.monotonic() > end:
             return None
-        matches = {**state.matches, **{match.target: match for match in option.matches}}
-        try:
-            values = {**state.values, **session.fills(option.matches)}
-            if any(values[key].shape != tensor.shape for key, tensor in session.own.items() if key in values):
-                continue
-            states.append(State(matches, values, session.call(matches, values)))
-        except (RuntimeError, LookupError, InputError):  # what does not fit these shapes, or is not the model's
-            continue
+        if (new := refilled(session, state, option.matches)) is not None:
+            states.append(new)
     states.sort(key=lambda each: -each.outcome.position)
     if len(states) == 1:
         return state if state.outcome.equal else None

@@ -9,7 +9,7 @@ makes them equal is believed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations, product
 from math import inf, prod
@@ -17,6 +17,7 @@ from math import inf, prod
 import torch
 from torch import Tensor
 
+from autoalign.errors import InputError
 from autoalign.plan.keys import common_module, components, stem
 from autoalign.plan.matches import Candidate, Match
 from autoalign.plan.operations import (
@@ -258,6 +259,19 @@ def search(session: Session, base: State, budget: Budget, *, listed_only: bool) 
     return state
 
 
+def refilled(session: Session, state: State, changes: Collection[Match]) -> State | None:
+    """Call the target with some of it filled otherwise; None where that does not fit its shapes."""
+    try:
+        new = session.fills(changes)
+        if any(tensor.shape != session.own[key].shape for key, tensor in new.items()):
+            return None
+        matches, values = {**state.matches, **{match.target: match for match in changes}}, {**state.values, **new}
+        found = tuple(dict.fromkeys((*state.found, *new)))
+        return State(matches, values, session.call(matches, values), found)
+    except (RuntimeError, LookupError, InputError):
+        return None
+
+
 def _step(session: Session, state: State, budget: Budget, *, listed_only: bool) -> State | None:
     """Find an option that makes the networks agree for longer, and for equal outputs if one does."""
     best: State | None = None
@@ -268,17 +282,10 @@ def _step(session: Session, state: State, budget: Budget, *, listed_only: bool) 
         changes = {key: m for key, m in option.items() if key in session.own and m != state.matches.get(key)}
         if not changes or not budget.take():
             return False
-        try:
-            new = {key: session.value(match) for key, match in changes.items()}
-        except (RuntimeError, IndexError):  # an operation that does not fit these shapes
+        new = refilled(session, state, changes.values())
+        if new is None or new.outcome.position <= (best or state).outcome.position:
             return False
-        if any(tensor.shape != session.own[key].shape for key, tensor in new.items()):
-            return False
-        matches, values = {**state.matches, **changes}, {**state.values, **new}
-        outcome = session.call(matches, values)
-        if outcome.position <= (best or state).outcome.position:
-            return False
-        best = State(matches, values, outcome, tuple(dict.fromkeys((*state.found, *changes))))
+        best = new
         return True
 
     for option, listed in _suggested(session, state, options):
