@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from itertools import product, zip_longest
+from itertools import accumulate, product, zip_longest
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -163,12 +163,10 @@ def _taken_apart(source: str) -> tuple[str, list[str], list[str]]:
     body = source.removeprefix("^")
     avoided = ""
     if body.startswith("(?!"):
-        depth = 0
-        for place, found in enumerate(re.finditer(r"(?<!\\)[()]", body)):
-            depth += 1 if found[0] == "(" else -1
-            if place and not depth:
-                avoided, body = body[: found.end()], body[found.end() :]
-                break
+        brackets = list(re.finditer(r"(?<!\\)[()]", body))
+        depths = accumulate(1 if found[0] == "(" else -1 for found in brackets)
+        end = next((found.end() for found, depth in zip(brackets, depths, strict=True) if not depth), 0)
+        avoided, body = body[:end], body[end:]
     parts = _GROUP.split(body)
     if any(re.search(r"(?<!\\)[()|]", text) for text in parts[0::2]):
         raise _InexpressibleError(f"The pattern {source!r} is not made of text and plain groups")

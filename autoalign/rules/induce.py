@@ -93,10 +93,7 @@ def _corrected(
         if not wrong:
             used = {id(result.rule_of(key)) for key in shapes}
             return Rules(tuple(rule for rule in result.rules if id(rule) in used))
-        before = len(extra)
         extra.update((move.keys, _rule(spelled_out(move))) for move in map(of_key.__getitem__, sorted(wrong)))
-        if len(extra) == before:
-            return None
     return None
 
 

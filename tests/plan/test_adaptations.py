@@ -142,3 +142,9 @@ def test_an_operation_adapts_if_any_part_of_it_does() -> None:
         "sum 3 channels",
         "repeat to 4 channels, rescaled",
     ]
+
+
+def test_what_keeps_its_size_says_so() -> None:
+    assert str(ResizePositions((2, 2), (2, 2), 1, (0,))) == "keep positions 2x2"
+    table = torch.rand(1, 3)
+    assert torch.equal(ResizeBiases((1, 1), (3, 3)).apply([table])[0], table.expand(25, 3))

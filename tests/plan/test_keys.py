@@ -214,3 +214,13 @@ def test_a_pattern_of_thousands_of_words_is_soon_compiled() -> None:
     alignment = autoalign.align(side, {}, exclude="re:" + "|".join(rf"\bw{number}\b" for number in range(3000)))
     assert len(alignment.excluded) == 3000
     assert time.process_time() - since < 10
+
+
+def test_parts_are_counted_with_what_repeats_them() -> None:
+    with pytest.raises(PatternError, match="repeats parts in each other more than 100,000 times"):
+        compiled("(a*b{1000}){1000}")
+
+
+def test_without_time_left_nothing_is_matched() -> None:
+    with pytest.raises(PatternError, match="takes too long"):
+        TimeLimit(0, "Nothing was done.", seconds=0).search(compiled("a"), "a")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import autoalign
 from autoalign.alignment import Alignment
 from autoalign.plan.adaptations import TakeRows
-from autoalign.plan.matches import Match
+from autoalign.plan.matches import Match, Verified
 from autoalign.plan.operations import (
     Concatenate,
     Copy,
@@ -164,3 +164,36 @@ def test_the_inverse_of_a_load_is_the_model_as_it_is_now(assign: bool) -> None:
     back = alignment.inverse().state_dict()
     assert torch.equal(back["net.0.weight"], first.weight)
     assert torch.equal(back["net.1.weight"], checkpoint["net.1.weight"])
+
+
+def test_what_takes_a_part_of_what_it_joins_cannot_be_undone() -> None:
+    source, target = (
+        {key: torch.zeros(shape) for key, shape in side}
+        for side in ([("a", (2,)), ("b", (2,)), ("c", (3,))], [("ab", (3,)), ("d", (3,))])
+    )
+    matches = (Match("ab", ("a", "b"), chain(Concatenate(0), Split(0, 0, 3))), Match("d", ("c",)))
+    inverse = Alignment(matches, (), (), specs_of(source), specs_of(target)).inverse()
+    assert inverse.mapping == {"d": "c"}
+    assert Verified(False, 0.5, 0.0, ()).describe([]) == "NOT equal; the outputs differ by 5.0e-01"
+    with pytest.raises(ValueError, match="takes 2 inputs, not 3"):
+        Parallel((Copy(), Copy())).runs("abc")
+
+
+@pytest.mark.parametrize(
+    ("shape", "views"),
+    [
+        ((4,), [Copy(), Split(0, 0, 2)]),
+        ((2, 3), [Transpose(), Flip(0)]),
+        ((4, 4), [Split(0, 0, 2), Split(1, 0, 2)]),
+        (
+            (4, 4),
+            [
+                chain(Split(0, 0, 2), Split(1, 0, 2)),
+                chain(Split(0, 0, 2), Split(1, 2, 2)),
+                chain(Split(0, 2, 2), Flip(0)),
+            ],
+        ),
+    ],
+)
+def test_parts_that_do_not_make_up_a_tensor_are_not_joined(shape: Shape, views: list[Operation]) -> None:
+    assert joined(shape, views) is None

@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -65,9 +65,10 @@ def regional(source: Tensor) -> Regional:
     return Regional(tuple(source.shape), source.dtype, lambda region: narrowed(source, region))
 
 
-@given(st.data())
-def test_a_region_is_that_of_the_whole_result(data: st.DataObject) -> None:
-    operation, shapes = data.draw(st.sampled_from(CASES))
+@pytest.mark.parametrize(("operation", "shapes"), CASES, ids=str)
+@settings(max_examples=5)
+@given(data=st.data())
+def test_a_region_is_that_of_the_whole_result(operation: Operation, shapes: list[Shape], data: st.DataObject) -> None:
     sources = tensors(shapes)
     regionals = [regional(source) for source in sources]
     (expected,), (result,) = operation.apply(sources), evaluated(operation, regionals)

@@ -17,8 +17,17 @@ from hypothesis import strategies as st
 import autoalign
 from autoalign import InputError, Match, Rule, Rules, RulesError
 from autoalign.plan.adaptations import SumChannels
-from autoalign.plan.operations import Concatenate, Transpose
-from autoalign.rules.size_free import Portion
+from autoalign.plan.operations import (
+    Chain,
+    Concatenate,
+    Flip,
+    InsertZeros,
+    Operation,
+    Parallel,
+    Reshape,
+    Transpose,
+)
+from autoalign.rules.size_free import Portion, Sized, ZerosLike
 from tests.rules.test_export_renamings import RENAMINGS, gpt_like, halved, llama, same
 from tests.rules.test_induce import few, made, renamings
 from tests.rules.test_rules import EVERY_KIND, tensors
@@ -123,3 +132,21 @@ def test_parts_are_written_as_they_are_applied(of: int, length: int, dim: int) -
         rules = Rules((Rule(("^w",), ("v",), (Portion(dim, start, length, of),)),))
         source = {"w": torch.rand(12, 24, 36)}
         assert same(function_of(rules)(source), rules.apply(source))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        Chain((InsertZeros(1, (2, 3)), Concatenate(0))),
+        Chain((ZerosLike(1, 0), Concatenate(0))),
+        Sized(((2, 3), (2, 3)), Concatenate(0)),
+        Chain((Parallel((Flip(0), Reshape((2, 3)))), Concatenate(0))),
+        Chain((Concatenate(0), Flip(0))),
+        Chain((Concatenate(0), Reshape((12,)))),
+    ],
+    ids=str,
+)
+def test_operations_are_written_as_they_are_applied(operation: Operation) -> None:
+    rules = Rules((Rule(("^a$", "^b$"), ("c",), (operation,)),))
+    source = {key: torch.rand(2, 3) for key in "ab"}
+    assert same(function_of(rules)(source), rules.apply(source))

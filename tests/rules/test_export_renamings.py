@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
@@ -23,7 +24,9 @@ from transformers.core_model_loading import (
 
 import autoalign
 from autoalign import DependencyError, Match, Rule, Rules, RulesError
-from autoalign.plan.operations import Chain, Concatenate, Grouped, Operation, Stack, Transpose
+from autoalign.plan.dequantise import Dequantise
+from autoalign.plan.operations import Chain, Concatenate, Flip, Grouped, Operation, Permute, Split, Stack, Transpose
+from autoalign.rules.size_free import Sized
 from tests.rules.test_induce import few, made, renamings
 from tests.rules.test_rules import EVERY_KIND
 from tests.strategies import Case, perturbed, written_cases
@@ -297,3 +300,48 @@ def test_conversions_that_cannot_be_said_are_refused() -> None:
     with pytest.raises(RulesError, match="2 of 7 rules cannot be expressed as transformers' conversions") as caught:
         EVERY_KIND.to_transformers()
     assert "numbers in names are computed" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Rule(("^a",), ("b",), (Transpose(),)), ["Transpose"]),
+        (Rule(("^a",), ("b",), (Permute((0, 2, 1)),)), ["Transpose"]),
+        (Rule(("^a",), ("b",), (Permute((1, 2, 0)),)), "has no counterpart"),
+        (Rule(("^q", "^k"), ("qk",), (Chain((Transpose(), Concatenate(0))),)), ["Concatenate", "Transpose"]),
+        (Rule(("^q", "^k"), ("qk",), (Flip(0),)), "what joins its tensors has no counterpart"),
+        (Rule((r"^e\.(?P<n>\d+)\.w",), ("e",), (Stack(0),)), ["MergeModulelist"]),
+        (Rule(("^a", "^b"), ("c", "d"), (Concatenate(0), Concatenate(1))), "several tensors make several"),
+        (Rule(("^a",), ("b", "c"), (Flip(0), Chain((Transpose(), Flip(0))))), "laid out in different ways"),
+        (Rule(("^a",), ("b", "c"), (Flip(0), Flip(1))), "has no counterpart"),
+        (Rule((r"^a(\d+)",), (r"x.\1.b", r"y.\1.c"), (Flip(0), Flip(1))), "differ in more than their last words"),
+        (Rule((r"^a(b|(c))\.",), ("d.",)), "is not made of text and plain groups"),
+        (Rule(("^a",), ("b", "c"), tuple(Sized(((5,),), Split(0, start, 2)) for start in (0, 3))), "do not follow"),
+        (
+            Rule(("^a",), ("b", "c"), tuple(Sized(((5,),), Split(0, start, 2)) for start in (0, 2))),
+            "not all of a tensor",
+        ),
+        (Rule((r"^e\.(?P<n>\d+)\.w",), ("e",), (Dequantise("FP8 by row", ("codes", "scale")),)), "a list of quantised"),
+    ],
+    ids=str,
+)
+def test_each_operation_is_written_as_one_of_transformers_or_refused(rule: Rule, expected: list[str] | str) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(RulesError, match=expected):
+            Rules((rule,)).to_transformers()
+    else:
+        (converter,) = (each for each in Rules((rule,)).to_transformers() if isinstance(each, WeightConverter))
+        assert [type(operation).__name__ for operation in converter.operations] == expected
+
+
+def test_without_transformers_there_are_no_objects_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
+    with pytest.raises(DependencyError, match="which is not installed"):
+        RENAMINGS.to_transformers()
+
+
+def test_a_transformers_that_makes_no_several_tensors_of_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(core_model_loading.ConversionOps, "supports_many_to_many", raising=False)
+    made = Dequantise("FP8 by row", ("codes", "scale"))
+    with pytest.raises(RulesError, match="several tensors make several"):
+        Rules((Rule(("^a", "^s"), ("b", "c"), (made, made)),)).to_transformers()

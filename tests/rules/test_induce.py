@@ -20,6 +20,7 @@ from autoalign import Alignment, Match, Rules
 from autoalign.alignment import Alignment as Made
 from autoalign.plan.operations import Chain, Concatenate, Operation, Permute, Reshape, Split, Transpose, Unstack, chain
 from autoalign.plan.specs import specs_of
+from autoalign.rules import induce
 from autoalign.rules.size_free import size_free
 from tests.strategies import Case, perturbed, tensors, written_cases
 
@@ -342,3 +343,13 @@ def test_numbers_that_run_on_from_stage_to_stage_are_counted_back() -> None:
     for converted in (rules.apply(source), namespace["checkpoint_filter_fn"](source)):
         assert converted.keys() == target.keys()
         assert all(converted[match.target] is source[match.sources[0]] for match in alignment.matches)
+
+
+def test_what_cannot_be_corrected_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(induce, "_MAX_CORRECTIONS", 0)
+    source = {f"h.{n}.w": torch.rand(2) for n in range(3)}
+    target = {f"blocks.{n}.w": torch.rand(2) for n in range(3)}
+    matches = [Match(f"blocks.{n}.w", (f"h.{n}.w",)) for n in range(3)]
+    rules = made(source, target, *matches).rules()
+    assert len(rules) == 3
+    assert list(rules.apply(source)) == list(target)

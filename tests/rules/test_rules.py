@@ -11,17 +11,21 @@ import torch
 
 from autoalign import InputError, PatternError, Rule, Rules, RulesError
 from autoalign.plan.adaptations import ResizeGrid, TakeRows
+from autoalign.plan.keys import TimeLimit
 from autoalign.plan.operations import (
     Chain,
     Concatenate,
+    Copy,
     Grouped,
     InsertZeros,
     Operation,
+    Parallel,
     Split,
     Stack,
     Transpose,
     Unstack,
 )
+from autoalign.rules.rule import fitted
 from autoalign.rules.size_free import Each, Portion, Regroup, Sized, ZerosLike
 
 EVERY_KIND = Rules(
@@ -189,6 +193,11 @@ def test_a_rule_of_fewer_operations_than_targets_is_refused() -> None:
         (Rule((r"^a(\d+)",), (r"b{\1 * \1}",)), "a number over 10"),
         (Rule((r"^(.*)",), (r"b{\1 + 1}",)), "'a1111111111' is not a number"),
         (Rule((r"^a(?P<n>.*)",), ("b",), (Stack(0),)), "'' is not a number of at most 18 digits"),
+        (Rule((r"^a(\d+)",), (r"b{\1 // (\1 - \1)}",)), "a division by zero"),
+        (Rule((r"^a(\d+)",), (r"b{-\1}",)), "gives -1111111111"),
+        (Rule((r"^a(\d+)",), (r"b{(1, 2)}",)), "is not a number"),
+        (Rule((r"^a(\d+)",), (r"b{n}",)), "n is not captured"),
+        (Rule(("^a",), ("b",), (Parallel((Copy(), Copy())),)), "does not make one tensor|Nothing was converted"),
         (Rule(("^a",), ("b",), (Unstack(0, 9),)), "Nothing was converted"),
         (Rule(("^a",), ("b",), (TakeRows(0, 1, 1),)), "Nothing was converted"),
         (Rule(("^a",), ("b",), (ResizeGrid((9, 9), (2, 2)),)), "Nothing was converted"),
@@ -292,3 +301,29 @@ def test_zeros_take_the_shape_of_an_input() -> None:
     operation = Chain((ZerosLike(1, 0), Concatenate(0)))
     rules = Rules((Rule(("^q", "^v"), ("qkv",), (operation,)),))
     assert rules.apply({"q": torch.ones(1), "v": torch.ones(1)})["qkv"].tolist() == [1, 0, 1]
+
+
+def test_json_with_a_pattern_that_is_none_is_refused() -> None:
+    rule = {"sources": ["("], "targets": ["b"]}
+    with pytest.raises(PatternError, match="not a valid regular expression.*Nothing was read"):
+        Rules.from_json(json.dumps({"version": 1, "rules": [rule], "notes": []}))
+
+
+def test_patterns_that_take_long_together_alone_are_an_error_too() -> None:
+    with pytest.raises(PatternError, match="takes too long"):
+        EVERY_KIND._taken("fc.weight", TimeLimit(0, "", seconds=0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "arithmetic"),
+    [
+        ({(0,): 0, (1,): 3, (2,): 4}, r"(0, 3, 4)[\1]"),
+        ({(0,): 0, (1,): 3, (4,): 8}, None),
+        ({(0, 0): 0, (0, 1): 1, (1, 0): 5, (1, 1): 6, (4, 0): 7}, None),
+    ],
+)
+def test_arithmetic_is_found_where_numbers_have_no_gaps(
+    rows: dict[tuple[int, ...], int], arithmetic: str | None
+) -> None:
+    found = fitted(rows)
+    assert (found and found[1]) == arithmetic
