@@ -305,7 +305,7 @@ def test_zeros_take_the_shape_of_an_input() -> None:
 
 def test_json_with_a_pattern_that_is_none_is_refused() -> None:
     rule = {"sources": ["("], "targets": ["b"]}
-    with pytest.raises(PatternError, match="not a valid regular expression.*Nothing was read"):
+    with pytest.raises(PatternError, match=r"not a valid regular expression.*Nothing was read"):
         Rules.from_json(json.dumps({"version": 1, "rules": [rule], "notes": []}))
 
 
