@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from autoalign.checkpoints.config import folder_config, module_config, saved_config
+from autoalign.checkpoints.config import folder_config, header_config, module_config, saved_config
 from autoalign.checkpoints.containers import Container, containers_of, copies_of, named_container, preferred
 from autoalign.checkpoints.paths import Given, is_given, open_given
 from autoalign.errors import CheckpointError, InputError, kind_of, listed
@@ -206,7 +206,7 @@ def open_checkpoint(path: Given, *, container: str | None = None) -> Checkpoint:
         opened=contents.opened,
         notes=(*checkpoint.notes, *contents.notes, *notes),
         metadata=contents.metadata,
-        config={**config, **contents.config, **checkpoint.config},
+        config={**config, **header_config(contents.metadata), **contents.config, **checkpoint.config},
     )
 
 

@@ -80,6 +80,19 @@ def saved_config(root: Mapping[str, object], container: str) -> Config:
     return config
 
 
+def header_config(metadata: Mapping[str, str]) -> Config:
+    """Read the configuration of an adapter that diffusers writes into the header of a safetensors file.
+
+    >>> header_config({"lora_adapter_metadata": '{"r": 4, "lora_alpha": 8}'})
+    {'r': 4, 'lora_alpha': 8}
+    """
+    try:
+        found = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):  # it may say anything
+        return {}
+    return _plain_mapping(found) if isinstance(found, dict) else {}
+
+
 def module_config(module: nn.Module) -> tuple[Config, tuple[str, ...]]:
     """Read the configuration of a module, or of the only one inside it; also return a note where that fails.
 

@@ -268,10 +268,14 @@ def _layer_names(own: Adapters, other: Sequence[TensorSpec]) -> dict[str, str]:
 
 
 def _scale(layer: str, parts: Mapping[str, TensorSpec], config: Mapping[str, object]) -> float:
-    """Return alpha / rank, or what of it is not in the tensors."""
+    """Return alpha / rank, or what of it is not in the tensors.
+
+    Of several networks, diffusers states ``unet.lora_alpha`` and the like.
+    """
     if "alpha" in parts:
         return 1.0
-    rank = parts["down"].shape[0]
+    rank, lead = parts["down"].shape[0], f"{layer.partition('.')[0]}."
+    config = {**config, **{name.removeprefix(lead): value for name, value in config.items() if name.startswith(lead)}}
     alpha: object = config.get("lora_alpha", rank)
     patterns = config.get("alpha_pattern")
     for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign import cli
+from autoalign.checkpoints.checkpoint import open_checkpoint
 from autoalign.errors import NothingLoadedError
 from autoalign.matching.adapters import AdapterScope
 from autoalign.plan.adapters import LowRank, adapters_of
@@ -172,6 +173,19 @@ def test_the_command_line_adds_adapters(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert cli.main(["align", str(file), str(tmp_path / "base.safetensors"), "--merge-adapter"]) == cli.COMPLETE
     assert "Added: 12 layers of LoRA" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lead", ["", "unet."])
+def test_the_scale_that_diffusers_states_in_the_header(tmp_path: Path, lead: str) -> None:
+    model = network()
+    wanted, saved = merged(model), load_file(write(tmp_path, comfy_names, model))
+    saved = {f"{lead}{key}": tensor for key, tensor in saved.items() if "alpha" not in key}
+    stated = {f"{lead}r": RANK, f"{lead}lora_alpha": ALPHA, "text_encoder.lora_alpha": 1}
+    save_file(saved, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(stated)})
+    autoalign.load(model, tmp_path / "a.safetensors", merge_adapter=True)
+    assert_equal(model.state_dict(), wanted)
+    save_file(saved, tmp_path / "a.safetensors", {"lora_adapter_metadata": "[" * 10_000})
+    assert not open_checkpoint(tmp_path / "a.safetensors").config
 
 
 def in_base_layers(path: str) -> tuple[str, str, str]:

@@ -233,6 +233,44 @@ def test_adapters_alone_are_said_to_be_no_weights_of_the_model(tmp_path: Path) -
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_motion_modules_and_an_ip_adapter_of_diffusers(tmp_path: Path) -> None:
+    package: Any = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 32, "norm_num_groups": 8}
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    kinds |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    network = package.UNet2DConditionModel(**sizes, **kinds)
+    motion = package.MotionAdapter(
+        block_out_channels=(32, 64), motion_layers_per_block=1, motion_num_attention_heads=4, motion_norm_num_groups=8
+    )
+    motion.save_pretrained(tmp_path / "motion")
+    layers = {
+        f"{2 * number + 1}.to_{name}_ip.weight": torch.randn(network.get_submodule(path).to_k.weight.shape)
+        for number, path in enumerate(key[: -len(".processor")] for key in network.attn_processors if "attn2" in key)
+        for name in "kv"
+    }
+    projection = {"proj.weight": torch.randn(128, 16), "proj.bias": torch.randn(128)}
+    projection |= {"norm.weight": torch.randn(32), "norm.bias": torch.randn(32)}
+    adapter = {"image_proj": projection, "ip_adapter": layers}  # as its authors save it, and diffusers takes it
+    torch.save(adapter, tmp_path / "ip.bin")
+    for name in ("motion", "ip.bin"):
+        with pytest.raises(NothingLoadedError, match="alone, of which the model has none"):
+            load(network, tmp_path / name)
+    with_motion = package.UNetMotionModel.from_unet2d(network, package.MotionAdapter.from_config(motion.config))
+    load(with_motion, tmp_path / "motion")
+    values = with_motion.state_dict()
+    assert all(torch.equal(values[key], tensor) for key, tensor in motion.state_dict().items())
+    with_images = package.UNet2DConditionModel.from_config(network.config)
+    with_images._load_ip_adapter_weights([adapter])
+    wanted = {key: tensor.clone() for key, tensor in with_images.state_dict().items()}
+    for key, parameter in with_images.named_parameters():
+        if "_ip." in key or "proj_layers" in key:
+            nn.init.zeros_(parameter)
+    load(with_images, tmp_path / "ip.bin")
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in with_images.state_dict().items())
+
+
 def test_a_merged_adapter_is_loaded(tmp_path: Path) -> None:
     merged = adapted(0).merge_and_unload()
     save_file(merged.state_dict(), tmp_path / "model.safetensors")
