@@ -113,14 +113,14 @@ def test_a_header_that_announces_other_bytes_than_there_are(tmp_path: Path, shap
 
 
 def test_a_bomb_is_opened_without_being_unpacked(tmp_path: Path) -> None:
-    path, count = tmp_path / "a.npz", 2**26
+    path, count = tmp_path / "a.npz", 2**24
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.npy", "w") as member:
         member.write(header((2**20, count // 2**20)) + bytes(4 * count))
-    assert path.stat().st_size < 2**20
-    assert open_checkpoint(path).specs[0].shape == (2**20, 64)
+    assert path.stat().st_size < 2**18
+    assert open_checkpoint(path).specs[0].shape == (2**20, 16)
     # and a header that never ends
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.npy", "w") as member:
-        member.write(b"\x93NUMPY\x02\x00" + (2**28).to_bytes(4, "little") + bytes(2**28))
+        member.write(b"\x93NUMPY\x02\x00" + (2**28).to_bytes(4, "little") + bytes(2**26))
     with pytest.raises(CheckpointError, match="could not be read as a file of numpy"):
         open_checkpoint(path)
 
