@@ -20,7 +20,7 @@ from torch import nn
 import autoalign
 from autoalign.plan.specs import TensorSpec
 from benchmarks.__main__ import SMOKE, main
-from benchmarks.accuracy import code, contest_partial, proofs, reliability
+from benchmarks.accuracy import code, contest_partial, conversions, proofs, reliability
 from benchmarks.accuracy.architectures import outcome, table
 from benchmarks.accuracy.contest import Attempt, TimeLimitError, attempt_on_keys, tallied, time_limit
 from benchmarks.cases import moe, perturbations
@@ -395,3 +395,9 @@ def test_code_tells_what_keys_do_not(capsys: pytest.CaptureFixture[str]) -> None
 def test_the_share_of_networks_that_can_be_traced_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert dataflow.main(["--only", "timm", "--sample", "2"]) == 0
     assert capsys.readouterr().out.startswith("timm: 2 of 2 traced; ")
+
+
+def test_what_transformers_converts_by_hand_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert conversions.main(["--only", "mixtral"]) == 0
+    assert "1 of 1 families; 20 of 20 tensors right, 0 wrong" in capsys.readouterr().out
+    assert not replace(conversions.Row("a", 3, 1, 3, 0, 0), wrong=1).is_found

@@ -1,8 +1,4 @@
-"""Metamorphic properties: how the alignments of inputs that are made of each other must be related.
-
-``pytest tests/test_relations.py tests/test_loads.py tests/matching/test_properties.py --hypothesis-profile thorough``
-tries fifty times as many examples.
-"""
+"""Metamorphic properties: how the alignments of inputs that are made of each other must be related."""
 
 from __future__ import annotations
 
@@ -48,8 +44,9 @@ def pairs(alignment: Alignment) -> Pairs:
     return {match.target: (match.sources, match.operation) for match in alignment.matches}
 
 
-def mapping(alignment: Alignment) -> dict[str, str]:
-    return {target: source for source, target in alignment.mapping.items()}
+def sure(alignment: Alignment) -> dict[str, tuple[str, ...]]:
+    """What fills each target tensor at 0.9 and more: where names tell nothing, orders may differ on the way."""
+    return {match.target: match.sources for match in alignment.matches if match.confidence >= 0.9}
 
 
 def rewritten(cases: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
@@ -69,19 +66,24 @@ def chains(draw: st.DrawFn) -> tuple[Shapes, Shapes, Shapes]:
 
 @few
 @given(changes(written_cases))
-def test_an_alignment_inverted_is_that_of_the_sides_exchanged(case: Case) -> None:
-    assert pairs(align(case.source, case.target).inverse()) == pairs(align(case.target, case.source))
+def test_an_alignment_inverted_does_not_contradict_that_of_the_sides_exchanged(case: Case) -> None:
+    inverse, exchanged = (
+        pairs(one) for one in (align(case.source, case.target).inverse(), align(case.target, case.source))
+    )
+    assert {key: way for key, way in inverse.items() if key in exchanged} == {
+        key: way for key, way in exchanged.items() if key in inverse
+    }
 
 
 @few
 @given(chains())
-def test_one_alignment_after_another_is_that_of_the_first_with_the_last(chain: tuple[Shapes, Shapes, Shapes]) -> None:
+def test_one_alignment_after_another_does_not_contradict_that_of_the_first_with_the_last(
+    chain: tuple[Shapes, Shapes, Shapes],
+) -> None:
     first, second, third = chain
-    before, after = mapping(align(first, second)), mapping(align(second, third))
-    whole = mapping(align(first, third))
-    assert {key: before[own] for key, own in after.items() if own in before and key in whole} == {
-        key: own for key, own in whole.items() if after.get(key) in before
-    }
+    before, after, whole = (sure(align(*sides)) for sides in ((first, second), (second, third), (first, third)))
+    joined = {key: before[own] for key, (own,) in after.items() if own in before}
+    assert all(whole[key] == sources for key, sources in joined.items() if key in whole)
 
 
 @few
@@ -140,11 +142,11 @@ def test_rules_give_what_they_were_made_from(case: Case) -> None:
 @given(written_cases, st.data())
 def test_no_match_is_surer_with_less_evidence(case: Case, data: st.DataObject) -> None:
     less = data.draw(renamed(st.just(case), LEAVES))
-    sure = {match.target: match.confidence for match in align(case.source, case.target).matches}
+    known = {match.target: match.confidence for match in align(case.source, case.target).matches}
     names = dict(zip(case.source, less.source, strict=True))
     for match in align(less.source, case.target).matches:
-        if names[case.truth[match.target]] == match.sources[0] and match.target in sure:
-            assert match.confidence <= sure[match.target] + 0.01, match
+        if names[case.truth[match.target]] == match.sources[0] and match.target in known:
+            assert match.confidence <= known[match.target] + 0.01, match
 
 
 @settings(few, max_examples=settings().max_examples // 4)
