@@ -23,6 +23,7 @@ from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 import autoalign
+from autoalign.plan.specs import specs_of, tied_groups
 
 _LAYERS = 2
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers", "depth")
@@ -94,7 +95,12 @@ def row(family: str) -> Row | None:
         found = autoalign.align(tensors, dict(model.state_dict()))
     except autoalign.AutoAlignError as error:
         return Row(family, len(truth), converted, 0, 0, 0, type(error).__name__)
-    right = sum(frozenset(match.sources) == truth.get(match.target) for match in found.matches)
+    first_of = {key: keys[0] for keys in tied_groups(specs_of(tensors)) for key in keys}  # one tensor under several
+    right = sum(
+        {first_of.get(key, key) for key in match.sources}
+        == {first_of.get(key, key) for key in truth.get(match.target, ())}
+        for match in found.matches
+    )
     return Row(family, len(truth), converted, right, len(found.matches) - right, len(found.ambiguous))
 
 
