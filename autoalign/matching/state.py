@@ -142,7 +142,7 @@ class State:
         compared with those of its other members only.
         """
         kept, count = self._kept(common_prefix(one.ends), common_prefix(one.modules))[of_list]
-        return (self._trusts[of_list] + kept) / (1 + count)
+        return max(self._trusts[of_list] + kept, 0) / (1 + count)
 
     @cached_property
     def _trusts(self) -> tuple[float, float]:
@@ -152,7 +152,7 @@ class State:
             self._kept(common_prefix(list(map(self.end, self.below[module]))), module) for module in modules.values()
         ]
         ways = [[kept[of_list] for kept in found] for of_list in (False, True)]
-        siblings, lists = ((1 + sum([kept for kept, _ in of])) / (1 + sum([count for _, count in of])) for of in ways)
+        siblings, lists = (max(1 + sum([kept for kept, _ in of]), 0) / (1 + sum([count for _, count in of])) for of in ways)
         return siblings, lists
 
     @cached_property
@@ -175,13 +175,13 @@ class State:
         are_kept: tuple[list[bool], list[bool]] = ([], [])
         for (own, first), (other, second) in combinations(children, 2):
             if own[0] != other[0] and own[1] != other[1]:
-                of_list = any(map(_are_listed, own, other))
+                of_list = all(map(_are_listed, own, other))
                 before = self.source.precedes(self.own_of[first], self.own_of[second], by_number=of_list)
                 after = self.target.precedes(first, second, by_number=of_list)
                 if before is not None and after is not None:
                     are_kept[of_list].append(before == after)
         count = min([len({child[side] for child, _ in children}) for side in (0, 1)]) - 1
-        siblings, lists = ((max(2 * sum(of) / len(of) - 1, 0) * count, count) if of else (0.0, 0) for of in are_kept)
+        siblings, lists = (((2 * sum(of) / len(of) - 1) * count, count) if of else (0.0, 0) for of in are_kept)
         return siblings, lists
 
     def _is_ordered(self, is_target: bool, units: Sequence[int]) -> bool:
