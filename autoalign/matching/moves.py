@@ -11,7 +11,7 @@ Each kind is found by a function of ``FINDERS``; ``cues`` judges them all alike.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, combinations, pairwise, product
 
 from autoalign.matching.features import Ints
@@ -29,7 +29,8 @@ _MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its m
 
 def exchanges_of(state: State) -> list[Exchange]:
     """Find all exchanges that shapes allow."""
-    return [one for find in FINDERS for one in find(state)]
+    found = [one for find in FINDERS for one in find(state)]
+    return found + list(_elsewhere(state, {unit for one in found for _, unit in one.before}))
 
 
 def _swapped(state: State) -> Iterator[Exchange]:
@@ -61,10 +62,26 @@ def _swapped(state: State) -> Iterator[Exchange]:
     for within in layers.values():
         for first, second in _compared(within, len) if len(within) > 1 else ():
             if first[:-1] != second[:-1]:  # siblings were compared already
-                tops = cut_apart(first, second) or (first, second)
-                pair = unit_at[first], unit_at[second]
-                rest = [unit for top in tops for unit in below[top] if unit not in pair]
-                yield from _exchanged(state, (first, second), [pair], rest, tops[0])
+                yield from _exchanged_alone(state, unit_at[first], unit_at[second])
+
+
+def _elsewhere(state: State, compared: Collection[int]) -> Iterator[Exchange]:
+    """Find layers of one shape that were not compared with any other, as those of unlike blocks."""
+    alike: dict[int, list[int]] = {}
+    for unit in sorted(state.own_of, key=state.target.places_in_order.__getitem__):
+        alike.setdefault(state.alike[unit], []).append(unit)
+    for units in alike.values():
+        for first, second in pairwise(units):
+            if first not in compared or second not in compared:
+                yield from _exchanged_alone(state, first, second)
+
+
+def _exchanged_alone(state: State, first: int, second: int) -> Iterator[Exchange]:
+    """Yield the exchange of two layers and nothing around them."""
+    modules = state.target.paths[first], state.target.paths[second]
+    tops = cut_apart(*modules) or modules
+    rest = [unit for top in tops for unit in state.below[top] if unit not in (first, second)]
+    yield from _exchanged(state, modules, [(first, second)], rest, tops[0])
 
 
 def _exchanged(
