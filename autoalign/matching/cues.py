@@ -27,13 +27,12 @@ from autoalign.matching.grids import grid_gain
 from autoalign.matching.layers import Path, cut_apart, slots_of
 from autoalign.matching.moves import exchanges_of
 from autoalign.matching.names import counts, likeness, ordinal, words
-from autoalign.matching.state import Decided, Exchange, State
+from autoalign.matching.state import MIN_TRUST_IN_ORDER, Decided, Exchange, State
 from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
 CERTAIN = 0.999  # the probability from which a move limits nothing
 SURE = 0.97  # from which the confidence is the probability
-_MIN_TRUST_IN_ORDER = 2 / 3  # from which order alone is enough to load
 _MAX_ROUNDS = 8  # of moves; each may make others better
 _NAMES_SCALE, _MODULES_SCALE = 0.1, 0.2  # of a difference of similarities that counts half
 _STEPS_SCALE = 0.5  # of steps in the tree of modules, the same
@@ -165,7 +164,7 @@ def weights() -> Mapping[str, float]:
 
 def likely() -> float:
     """Return the probability from which a match is loaded: what an order tells that may mostly be believed."""
-    return 1 / (1 + exp(-weights()["bias"] - _MIN_TRUST_IN_ORDER * weights()["order"]))
+    return 1 / (1 + exp(-weights()["bias"] - MIN_TRUST_IN_ORDER * weights()["order"]))
 
 
 def cap_of(probability: float) -> float:

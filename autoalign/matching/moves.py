@@ -11,13 +11,13 @@ Each kind is found by a function of ``FINDERS``; ``cues`` judges them all alike.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, combinations, pairwise, product
 
 from autoalign.matching.features import Ints
 from autoalign.matching.grids import filled_by_axes
 from autoalign.matching.layers import Path, block_around, cut_apart, steps_inside
-from autoalign.matching.state import Exchange, State
+from autoalign.matching.state import MIN_TRUST_IN_ORDER, Exchange, State
 from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 
 _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no counterpart in the other
@@ -65,15 +65,16 @@ def _swapped(state: State) -> Iterator[Exchange]:
                 yield from _exchanged_alone(state, unit_at[first], unit_at[second])
 
 
-def _elsewhere(state: State, compared: Collection[int]) -> Iterator[Exchange]:
-    """Find layers of one shape that were not compared with any other, as those of unlike blocks."""
+def _elsewhere(state: State, compared: set[int]) -> Iterator[Exchange]:
+    """Find layers of one shape that were not compared with any other, where their order may not be believed."""
     alike: dict[int, list[int]] = {}
     for unit in sorted(state.own_of, key=state.target.places_in_order.__getitem__):
         alike.setdefault(state.alike[unit], []).append(unit)
     for units in alike.values():
         for first, second in pairwise(units):
-            if first not in compared or second not in compared:
-                yield from _exchanged_alone(state, first, second)
+            for one in () if compared.issuperset((first, second)) else _exchanged_alone(state, first, second):
+                if state.trust_in_order(one, of_list=False) < MIN_TRUST_IN_ORDER:
+                    yield one
 
 
 def _exchanged_alone(state: State, first: int, second: int) -> Iterator[Exchange]:

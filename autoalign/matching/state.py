@@ -16,6 +16,7 @@ from autoalign.matching.features import Ints, SideFeatures
 from autoalign.matching.layers import Path
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
+MIN_TRUST_IN_ORDER = 2 / 3  # from which order alone is enough to load
 _MAX_CHILDREN_COMPARED = 64  # of a module, for whether their order is kept; of more, some at equal distances
 
 _Kept = tuple[float, int]  # how many stand as on the other side, beyond chance; and of how many
