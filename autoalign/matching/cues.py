@@ -334,7 +334,7 @@ def _beside(state: State, one: Exchange) -> float:
     gain = _nearness(state, one, (state.source.companions, state.target.companions))
     if gain or min(len(one.modules), len(one.ends)) < 2:
         return gain  # what is unused has no place in the line
-    return _nearness(state, one, state.neighbours)
+    return _nearness(state, one, state.neighbours) if state.have_common_order(None) else 0
 
 
 def _nearness(state: State, one: Exchange, besides: tuple[_Neighbours, _Neighbours]) -> float:

@@ -14,9 +14,11 @@ from autoalign.matching.assignment import Assignment
 from autoalign.matching.candidates import Entries
 from autoalign.matching.features import Ints, SideFeatures
 from autoalign.matching.layers import Path
+from autoalign.matching.list_order import have_common_order
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
 MIN_TRUST_IN_ORDER = 2 / 3  # from which order alone is enough to load
+_MAX_LAYERS_COMPARED = 2000  # for whether they stand in one order
 _MAX_CHILDREN_COMPARED = 64  # of a module, for whether their order is kept; of more, some at equal distances
 
 _Kept = tuple[float, int]  # how many stand as on the other side, beyond chance; and of how many
@@ -142,7 +144,10 @@ class State:
         elsewhere, and that networks mostly have one order, count as much as one layer beside. Numbers of a list are
         compared with those of its other members only.
         """
-        kept, count = self._kept(common_prefix(one.ends), common_prefix(one.modules))[of_list]
+        around = common_prefix(one.ends), common_prefix(one.modules)
+        if not all(map(self.have_common_order, enumerate(around) if of_list else [None])):
+            return 0.0
+        kept, count = self._kept(*around)[of_list]
         return max(self._trusts[of_list] + kept, 0) / (1 + count)
 
     @cached_property
@@ -153,8 +158,42 @@ class State:
             self._kept(common_prefix(list(map(self.end, self.below[module]))), module) for module in modules.values()
         ]
         ways = [[kept[of_list] for kept in found] for of_list in (False, True)]
-        siblings, lists = (max(1 + sum([kept for kept, _ in of]), 0) / (1 + sum([count for _, count in of])) for of in ways)
+        siblings, lists = (
+            max(1 + sum([kept for kept, _ in of]), 0) / (1 + sum([count for _, count in of])) for of in ways
+        )
         return siblings, lists
+
+    @cached_property
+    def have_common_order(self) -> Callable[[tuple[int, Path] | None], bool]:
+        """Tells whether layers do not stand as if at random: all, or the members of a list of the source (0) or target.
+
+        Those of a list are layers themselves, and stand by their numbers.
+        """
+        return cache(self._stand_in_one_order)
+
+    def _stand_in_one_order(self, listed: tuple[int, Path] | None) -> bool:
+        units = list(self.own_of)[:_MAX_LAYERS_COMPARED]
+        paths = [list(map(self.end, units)), [self.target.paths[unit] for unit in units]]
+        ranks = [[self.source.ancestry.order[self.own_of[unit]] for unit in units]]
+        ranks.append([self.target.ancestry.order[unit] for unit in units])
+        places = list(range(len(units)))
+        if listed is not None:
+            side, around = listed
+            places = [k for k, path in enumerate(paths[side]) if path[:-1] == around and numbers(path[-1])]
+        kinds: list[list[int]] = []
+        for of, side_of in enumerate((self.source, self.target)):
+            if (
+                listed is not None
+                and len({paths[of][k][:-1] for k in places}) == 1
+                and all(numbers(paths[of][k][-1]) for k in places)
+            ):
+                way = sorted(places, key=lambda k: numbers(paths[of][k][-1]))
+            elif side_of.ordered:
+                way = sorted(places, key=ranks[of].__getitem__)
+            else:
+                return True
+            kinds.append([self.alike[units[k]] for k in way])
+        return have_common_order(*kinds)
 
     @cached_property
     def _kept(self) -> Callable[[Path, Path], tuple[_Kept, _Kept]]:

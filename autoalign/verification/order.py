@@ -14,6 +14,7 @@ from torch import nn
 
 from autoalign.errors import TraceError
 from autoalign.matching.candidates import squeeze
+from autoalign.matching.list_order import MIN_AGREEMENT, common_length
 from autoalign.plan.keys import natural, numbers, split_key, stem
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Shape
@@ -26,7 +27,6 @@ MAX_DOUBTED = 0.4  # confidence in what is doubted
 _MAX_MODULES = 2000  # whose order is compared
 _SHUFFLES = 20
 _MIN_DEVIATIONS = 4.0  # of chance, between its agreement and the best one: with less, none can be told from the other
-_MIN_AGREEMENT = 0.25  # 0 at random: 20 networks in an order at random have 0.15 at most
 
 _AT_RANDOM = "neither its name nor its shape tells which it is, and the two sides have no common order"
 _OUT_OF_ORDER = "only order tells which it is, and the model uses it in another order than it registers it"
@@ -163,25 +163,9 @@ def has_common_order(sides: Sequence[tuple[Mapping[str, Hashable], Mapping[str, 
             [source[module] for module in modules if source[module] in shared][:_MAX_MODULES]
             for modules in (source, sorted(source, key=natural))
         ]
-        found += max(_common_length(first, second) for first in ways)
+        found += max(common_length(first, second) for first in ways)
         best += (Counter(ways[0]) & Counter(second)).total()
         shuffled = (draw.sample(ways[0], len(ways[0])) for _ in by_chance)
-        by_chance = [sum(each) for each in zip(by_chance, (_common_length(f, second) for f in shuffled), strict=True)]
+        by_chance = [sum(each) for each in zip(by_chance, (common_length(f, second) for f in shuffled), strict=True)]
     mean = fmean(by_chance)
-    return best - mean < _MIN_DEVIATIONS * stdev(by_chance) or found - mean >= _MIN_AGREEMENT * (best - mean)
-
-
-def _common_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """Return the length of the longest common subsequence, by bits as in Hyyrö, "Bit-parallel LCS-length", 2004.
-
-    >>> _common_length("banana", "atana")
-    4
-    """
-    places: Counter[Hashable] = Counter()
-    for place, item in enumerate(first):
-        places[item] |= 1 << place
-    row = every = (1 << len(first)) - 1
-    for item in second:
-        kept = row & places[item]
-        row = (row + kept | row - kept) & every
-    return len(first) - row.bit_count()
+    return best - mean < _MIN_DEVIATIONS * stdev(by_chance) or found - mean >= MIN_AGREEMENT * (best - mean)
