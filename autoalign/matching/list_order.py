@@ -23,7 +23,7 @@ _MAX_REVERSIBLE_LENGTH = 6  # members of a list that may as well be in reverse o
 _MIN_LEVELS = 3  # unlike members from which on a list is one of levels; the last two may be alike
 _SHUFFLES = 8
 _MIN_DEVIATIONS = 4.0  # of chance, between its agreement and the best one: with less, none can be told from the other
-MIN_AGREEMENT = 0.25  # 0 at random: 20 networks in an order at random have 0.15 at most
+_MIN_AGREEMENT = 0.25  # 0 at random: 20 networks in an order at random have 0.15 at most
 
 _Side = tuple[Units, Sequence[Part]]
 _Members = Mapping[Path, Sequence[int]]  # of a list: each with the layers in it
@@ -134,16 +134,16 @@ def have_common_order(first: Sequence[Hashable], second: Sequence[Hashable]) -> 
     True
     """
     draw = random.Random(0)
-    by_chance = [common_length(draw.sample(first, len(first)), second) for _ in range(_SHUFFLES)]
+    by_chance = [_common_length(draw.sample(first, len(first)), second) for _ in range(_SHUFFLES)]
     mean, best = fmean(by_chance), min(len(first), len(second))
-    agreed = common_length(first, second) - mean
-    return best - mean < _MIN_DEVIATIONS * pstdev(by_chance) or agreed >= MIN_AGREEMENT * (best - mean)
+    agreed = _common_length(first, second) - mean
+    return best - mean < _MIN_DEVIATIONS * pstdev(by_chance) or agreed >= _MIN_AGREEMENT * (best - mean)
 
 
-def common_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+def _common_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Return the length of the longest common subsequence, by bits as in Hyyrö, "Bit-parallel LCS-length", 2004.
 
-    >>> common_length("banana", "atana")
+    >>> _common_length("banana", "atana")
     4
     """
     places: Counter[Hashable] = Counter()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+import timm
 import torch
 
 import autoalign
@@ -17,3 +20,17 @@ def test_siblings_of_other_names_are_told_by_their_order_if_shapes_show_it_kept(
     target = {f"net.{name}.weight": torch.empty(shape) for name, shape in SHAPES.items()}
     found = {match.target for match in autoalign.align(source, target).ambiguous}
     assert found == ({"net.a.weight", "net.b.weight"} if is_open else set())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_stands_at_random_has_no_order(seed: int) -> None:
+    """Modules with a number for a name, in an order at random: only shapes tell, and all else is ambiguous."""
+    with torch.device("meta"):
+        state_dict = timm.create_model("vit_tiny_patch16_224", depth=4).state_dict()
+    modules = list(dict.fromkeys(key.rpartition(".")[0] for key in state_dict))
+    numbers = {module: place for place, module in enumerate(random.Random(seed).sample(modules, len(modules)))}
+    names = {f"m{numbers[module]}.{name}": key for key in state_dict for module, _, name in [key.rpartition(".")]}
+    source = {name: state_dict[names[name]] for name in sorted(names, key=lambda name: int(name.partition(".")[0][1:]))}
+    alignment = autoalign.align(source, state_dict)
+    assert alignment.mapping.items() <= names.items()
+    assert len(alignment.matches) < len(alignment.ambiguous)
