@@ -165,7 +165,7 @@ class State:
 
     @cached_property
     def have_common_order(self) -> Callable[[tuple[int, Path] | None], bool]:
-        """False for layers that stand as if at random: all (None), or members of a list of the source (0) or target (1).
+        """False for layers that stand as if at random: all (None) or members of a list of source (0) or target (1).
 
         Those of a list are layers themselves, and stand by their numbers.
         """
