@@ -12,8 +12,8 @@ and ``checkpoints``):
 - ``scope``, ``fusion``: what takes part; fused tensors split as the other side holds them
 - ``assignment``: the joint optimisation, exact at its end
 - ``confidence``: from score and margin to a calibrated probability
-- ``state``, ``moves``, ``cues``, ``list_order``: what fills what; what could be exchanged as well; what speaks for and
-  against it; lists that may run in reverse
+- ``list_order``, ``state``, ``moves``, ``cues``: whether there is one order, and lists that may run in reverse; what
+  fills what; what could be exchanged as well; what speaks for and against it
 - ``rotary``, ``layouts``, ``assembly``: rows in an order that no shape shows; parts put back together to tensors
 - ``relation``: are two networks related; of unlike ones, the tensors of equal names and shapes, and what differs
 - ``stacks``: tensors that hold what the other side lists, matched by their slices
