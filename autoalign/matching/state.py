@@ -172,28 +172,29 @@ class State:
         return cache(self._stand_in_one_order)
 
     def _stand_in_one_order(self, listed: tuple[int, Path] | None) -> bool:
-        units = list(self.own_of)[:_MAX_LAYERS_COMPARED]
-        paths = [list(map(self.end, units)), [self.target.paths[unit] for unit in units]]
-        ranks = [[self.source.ancestry.order[self.own_of[unit]] for unit in units]]
-        ranks.append([self.target.ancestry.order[unit] for unit in units])
-        places = list(range(len(units)))
-        if listed is not None:
-            side, around = listed
-            places = [k for k, path in enumerate(paths[side]) if path[:-1] == around and numbers(path[-1])]
+        units = self._listed.get(listed, ()) if listed else list(self.own_of)[:_MAX_LAYERS_COMPARED]
         kinds: list[list[int]] = []
-        for of, side_of in enumerate((self.source, self.target)):
-            if (
-                listed is not None
-                and len({paths[of][k][:-1] for k in places}) == 1
-                and all(numbers(paths[of][k][-1]) for k in places)
-            ):
-                way = sorted(places, key=lambda k: numbers(paths[of][k][-1]))
-            elif side_of.ordered:
-                way = sorted(places, key=ranks[of].__getitem__)
+        for place, side in enumerate((self.source, self.target)):
+            own = [unit if place else self.own_of[unit] for unit in units]
+            paths = [side.paths[unit] for unit in own]
+            if listed and len({path[:-1] for path in paths}) == 1 and all(numbers(path[-1]) for path in paths):
+                ranks = [numbers(path[-1]) for path in paths]
+            elif side.ordered:
+                ranks = [(int(side.ancestry.order[unit]),) for unit in own]
             else:
                 return True
-            kinds.append([self.alike[units[k]] for k in way])
+            kinds.append([self.alike[units[k]] for k in sorted(range(len(units)), key=ranks.__getitem__)])
         return have_common_order(*kinds)
+
+    @cached_property
+    def _listed(self) -> dict[tuple[int, Path] | None, list[int]]:
+        """The matched target units whose layer is itself a member of a list, of the source (0) or of the target (1)."""
+        found: dict[tuple[int, Path] | None, list[int]] = {}
+        for unit in list(self.own_of)[:_MAX_LAYERS_COMPARED]:
+            for side, path in enumerate((self.end(unit), self.target.paths[unit])):
+                if numbers(path[-1]):
+                    found.setdefault((side, path[:-1]), []).append(unit)
+        return found
 
     @cached_property
     def _kept(self) -> Callable[[Path, Path], tuple[_Kept, _Kept]]:
