@@ -64,8 +64,8 @@ def scores(*, most_tensors: int, with_sorted_keys: bool) -> tuple[gold.Total, st
 def test_of_the_smaller_cases_with_sorted_keys_no_figure_gets_worse() -> None:
     total, faulty = scores(most_tensors=400, with_sorted_keys=True)
     assert (total.cases, total.gold) == (843, 153_126)
-    assert total.perfect >= 703, faulty
-    assert total.right >= 150_137, faulty
+    assert total.perfect >= 705, faulty
+    assert total.right >= 150_177, faulty
     assert total.wrong <= 302, faulty
     assert total.sure_wrong <= 166, faulty
     assert total.right + total.named >= 152_318, faulty
@@ -74,8 +74,8 @@ def test_of_the_smaller_cases_with_sorted_keys_no_figure_gets_worse() -> None:
 def test_of_the_small_cases_in_their_own_order_no_figure_gets_worse() -> None:
     total, faulty = scores(most_tensors=250, with_sorted_keys=False)
     assert (total.cases, total.gold) == (581, 68_636)
-    assert total.perfect >= 462, faulty
-    assert total.right >= 67_182, faulty
+    assert total.perfect >= 463, faulty
+    assert total.right >= 67_202, faulty
     assert total.wrong <= 157, faulty
     assert total.sure_wrong <= 104, faulty
     assert total.right + total.named >= 68_145, faulty

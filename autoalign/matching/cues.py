@@ -370,7 +370,7 @@ def _list_order(state: State, one: Exchange) -> float:
     members = sorted(range(len(one.modules)), key=lambda place: numbers(one.modules[place][-1]))
     ways = members, [one.takes[place] for place in members]
     rising, after = (_steps([numbers(one.ends[place][-1]) for place in way]) for way in ways)
-    return state.trust_in_order(one, of_list=True) ** 2 * (rising - after) / max(2 * (len(members) - 1), 1)
+    return state.trust_in_order(one, of_list=True) * (rising - after) / max(2 * (len(members) - 1), 1)
 
 
 def _is_list(state: State, one: Exchange) -> bool:
@@ -411,7 +411,7 @@ def _run(state: State, one: Exchange) -> float:
             changed = [after.get(unit, own) for unit, own in zip(units, fills, strict=True)]
             rank = state.source.places_in_order.__getitem__
             gain += _directed(tuple(map(rank, fills))) - _directed(tuple(map(rank, changed)))
-    return state.trust_in_order(one, of_list=_is_list(state, one)) ** 2 * _sign(gain)
+    return state.trust_in_order(one, of_list=_is_list(state, one)) * _sign(gain)
 
 
 @lru_cache(maxsize=64)  # many exchanges change one list

@@ -148,7 +148,7 @@ class State:
         if not all(map(self.have_common_order, enumerate(around) if of_list else [None])):
             return 0.0
         kept, count = self._kept(*around)[of_list]
-        return max(self._trusts[of_list] + kept, 0) / (1 + count)
+        return (self._trusts[of_list] + kept) / (1 + count)
 
     @cached_property
     def _trusts(self) -> tuple[float, float]:
@@ -158,9 +158,7 @@ class State:
             self._kept(common_prefix(list(map(self.end, self.below[module]))), module) for module in modules.values()
         ]
         ways = [[kept[of_list] for kept in found] for of_list in (False, True)]
-        siblings, lists = (
-            max(1 + sum([kept for kept, _ in of]), 0) / (1 + sum([count for _, count in of])) for of in ways
-        )
+        siblings, lists = ((1 + sum([kept for kept, _ in of])) / (1 + sum([count for _, count in of])) for of in ways)
         return siblings, lists
 
     @cached_property
@@ -222,7 +220,7 @@ class State:
                 if before is not None and after is not None:
                     are_kept[of_list].append(before == after)
         count = min([len({child[side] for child, _ in children}) for side in (0, 1)]) - 1
-        siblings, lists = (((2 * sum(of) / len(of) - 1) * count, count) if of else (0.0, 0) for of in are_kept)
+        siblings, lists = ((max(2 * sum(of) / len(of) - 1, 0) * count, count) if of else (0.0, 0) for of in are_kept)
         return siblings, lists
 
     def _is_ordered(self, is_target: bool, units: Sequence[int]) -> bool:
