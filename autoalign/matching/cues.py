@@ -188,7 +188,7 @@ def _doubt(move: Move, slots: Sequence[str], paths: Sequence[Path]) -> str:
         return LEFT_OVER
     names = slots[first], slots[second]
     if not any(sides):
-        ways = zip(paths[first], paths[second], strict=True) if names[0] == names[1] else ()
+        ways = zip(paths[first], paths[second], strict=False) if names[0] == names[1] else ()
         apart = [(a, b) if a != b else (stem(a), stem(b)) for a, b in ways if a or b]
         return NOTHING_TELLS.format(*(map(".".join, zip(*apart, strict=True)) if apart else names))
     what = f"{names[0]} and {names[1]}" if names[0] != names[1] else f"members of the list of {names[0]}"

@@ -1,4 +1,4 @@
-"""What nothing but order tells is believed as far as shapes and the target's code bear it out."""
+"""What nothing but order tells is believed as far as shapes and the target's code bear it out; shapes are looked at by the matcher."""
 
 from __future__ import annotations
 
