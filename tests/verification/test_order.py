@@ -1,4 +1,4 @@
-"""What nothing but order tells is believed as far as shapes and the target's code bear it out; shapes are looked at by the matcher."""
+"""What nothing but order tells is believed as far as shapes, to the matcher, and the target's code bear it out."""
 
 from __future__ import annotations
 
