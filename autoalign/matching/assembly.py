@@ -15,7 +15,6 @@ from autoalign.matching.confidence import AMBIGUOUS, INFERRED, SPLIT_BY_ORDER_FA
 from autoalign.matching.conventions import (
     as_in_torch,
     with_claimed_roles,
-    with_counted_names,
     with_own_statistics,
     with_parametrised_weights,
     with_torch_names,
@@ -57,7 +56,7 @@ class SideParts:
         named = with_torch_names(
             with_own_statistics(with_parametrised_weights(parts_of(specs, counts))), ordered=ordered
         )
-        parts = as_in_torch(with_claimed_roles(with_counted_names(named)), Counter(spec.shape for spec in others))
+        parts = as_in_torch(with_claimed_roles(named), Counter(spec.shape for spec in others))
         return SideParts(tuple(specs), parts, config=config, ordered=ordered)
 
     def key(self, part: Part) -> str:

@@ -259,22 +259,6 @@ def with_parametrised_weights(parts: Sequence[Part]) -> Sequence[Part]:
     ]
 
 
-def with_counted_names(parts: Sequence[Part]) -> Sequence[Part]:
-    """Count a name as the first of those with a number after it, as Haiku and Keras name what they make.
-
-    >>> parts = [Part(k, (name, "w"), (8, 4), "float") for k, name in enumerate(("linear", "linear_1"))]
-    >>> [part.path[0] for part in with_counted_names(parts)]
-    ['linear_0', 'linear_1']
-    """
-    modules = {part.path[:depth] for part in parts for depth in range(1, len(part.path))}
-    ways = {path: [(*path[:-1], f"{path[-1]}_{number}") for number in (0, 1)] for path in modules}
-    first = {path: zeroth[-1] for path, (zeroth, other) in ways.items() if other in modules and zeroth not in modules}
-    return [
-        replace(part, path=tuple(first.get(part.path[: k + 1], name) for k, name in enumerate(part.path)))
-        for part in (parts if first else ())
-    ] or parts
-
-
 def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     """Read a name as a mere number where the numbers beside it are counted otherwise, or its role has another name.
 

@@ -77,11 +77,12 @@ class SideFeatures:
     def precedes(self, first: int, second: int, *, by_number: bool) -> bool | None:
         """Return whether a unit comes before another, by registration; None if it is not known.
 
-        With ``by_number``, the numbers of members of a list tell it first.
+        The numbers of members of a list tell it first, where they are all of its names, or ``by_number``.
         """
-        members = cut_apart(self.paths[first], self.paths[second]) if by_number else None
-        if members and numbers(members[0][-1]) and template(members[0]) == template(members[1]):
-            return numbers(members[0][-1]) < numbers(members[1][-1])
+        own, other = (names[-1] for names in cut_apart(self.paths[first], self.paths[second]) or (("",), ("",)))
+        is_list = by_number or (self.ordered and own.isdecimal())
+        if is_list and numbers(own) and stem(own) == stem(other):
+            return numbers(own) < numbers(other)
         return bool(self.ancestry.order[first] < self.ancestry.order[second]) if self.ordered else None
 
     @cached_property

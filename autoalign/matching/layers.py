@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise, repeat
+from itertools import combinations, pairwise, repeat
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from autoalign.matching.names import kind, words
-from autoalign.matching.vocabulary import COLLECTIONS
+from autoalign.matching.vocabulary import COLLECTIONS, LAYER_TYPES
 from autoalign.plan.keys import common_module, common_prefix, components, numbers, stem
 from autoalign.plan.operations import Copy, Operation
 from autoalign.plan.specs import TensorSpec
@@ -110,6 +110,7 @@ _MAX_SHARE_OF_LEAVES = 0.2  # of distinct names of tensors among all tensors; a 
 _MAX_NAMED_SIBLINGS = 3  # siblings that differ in a number and are no list of blocks
 _LETTERED = re.compile(r"(.*\d)([a-g])")  # not q, k and v
 _STEP = re.compile(r"(?<=\d)_(?=\d)")  # in "branch2_0": a branch, and a step of it
+_TYPED = re.compile(r"(.+?)_?(\d+)")  # in "conv2d_4"
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_|(?<=\d[a-z])_")  # in "features_5_conv_2" and "block2a_expand"
 
 
@@ -142,7 +143,9 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
     if len(tops := {path[0] for path in paths if len(path) > 1}) > 1 and tops <= COLLECTIONS:
         paths = [path[1:] if len(path) > 1 else path for path in paths]
     top = len(_top_module(paths))
-    if not any(numbers(name) for path in paths for name in path[top + 1 : -1]):  # the module tree is in one name
+    is_flat = not any(numbers(name) for path in paths for name in path[top + 1 : -1])
+    paths = _in_steps(_counted(paths), [spec.shape for spec in specs])
+    if is_flat:  # the module tree is in one name
         apart = [(*path[:top], *_JOINT.split(path[top]), *path[top + 1 :]) for path in paths]
         modules = {path[:depth] for path in apart for depth in range(len(path))}
         paths = paths if modules.intersection(apart) else apart  # no tensor is a module
@@ -150,6 +153,48 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
     return [
         Part(index, path, spec.shape, _numeric(spec.dtype), count=count)
         for index, (path, spec, count) in enumerate(zip(paths, specs, counts or repeat(1, len(specs)), strict=True))
+    ]
+
+
+def _counted(paths: list[Path]) -> list[Path]:
+    """Count a name as the first of those with a number after it, as Haiku and Keras name what they make.
+
+    >>> _counted([("linear", "w"), ("linear_1", "w")])
+    [('linear_0', 'w'), ('linear_1', 'w')]
+    """
+    modules = {path[:depth] for path in paths for depth in range(1, len(path))}
+    ways = {path: [(*path[:-1], f"{path[-1]}_{number}") for number in (0, 1)] for path in modules}
+    first = {path: zeroth[-1] for path, (zeroth, other) in ways.items() if other in modules and zeroth not in modules}
+    if not first:
+        return paths
+    return [tuple(first.get(path[: k + 1], name) for k, name in enumerate(path)) for path in paths]
+
+
+def _in_steps(paths: list[Path], shapes: Sequence[tuple[int, ...]]) -> list[Path]:
+    """Read lists of layers named by their types as one list, whose members hold one layer of each.
+
+    They have the same numbers and the same widths, as TensorFlow and Keras count the layers of each type.
+
+    >>> names = [f"{name}_{k}" for k in range(4) for name in ("conv2d", "batch_norm")]
+    >>> _in_steps([(name, "w") for name in names], [(8,)] * 8)[:2]
+    [('0', 'conv2d', 'w'), ('0', 'batch_norm', 'w')]
+    """
+    widths: dict[tuple[Path, str], dict[str, set[int]]] = {}  # module, name of a type -> number -> sizes
+    inner = {path[:depth] for path in paths for depth in range(len(path) - 1)}
+    found = [_TYPED.fullmatch(path[-2]) if len(path) > 1 and path[:-1] not in inner else None for path in paths]
+    for path, shape, match in zip(paths, shapes, found, strict=True):
+        if match and LAYER_TYPES.issuperset(words(match[1])):
+            widths.setdefault((path[:-2], match[1]), {}).setdefault(match[2], set()).update(shape)
+    steps: set[tuple[Path, str]] = set()
+    for (first, own), (second, other) in combinations(widths.items(), 2):
+        if first[0] == second[0] and len(own) > _MAX_NAMED_SIBLINGS and own.keys() == other.keys():
+            if all(own[number] & other[number] for number in own):
+                steps |= {first, second}
+    if not steps:
+        return paths
+    return [
+        (*path[:-2], match[2], match[1], path[-1]) if match and (path[:-2], match[1]) in steps else path
+        for path, match in zip(paths, found, strict=True)
     ]
 
 

@@ -66,23 +66,41 @@ def _swapped(state: State) -> Iterator[Exchange]:
 
 
 def _elsewhere(state: State, compared: set[int]) -> Iterator[Exchange]:
-    """Find layers of one shape that were not compared with any other, where their order may not be believed."""
-    alike: dict[int, list[int]] = {}
-    for unit in sorted(state.own_of, key=state.target.places_in_order.__getitem__):
-        alike.setdefault(state.alike[unit], []).append(unit)
-    for units in alike.values():
+    """Find layers of one shape that were not compared with any other, and stand in an order that is not to be believed.
+
+    Or in another one than those that fill them; then with the layer that has what would be theirs in order.
+    """
+    own, rank = state.own_of, state.source.places_in_order
+    by_number = not (state.source.ordered and state.target.ordered)
+    for units in state.in_order:
         for first, second in pairwise(units):
             for one in () if compared.issuperset((first, second)) else _exchanged_alone(state, first, second):
                 if state.trust_in_order(one, of_list=False) < MIN_TRUST_IN_ORDER:
                     yield one
+        for unit, holder in zip(units, sorted(units, key=lambda unit: rank[own[unit]]), strict=True):
+            if unit != holder and unit not in compared:
+                ways = (
+                    state.source.precedes(own[unit], own[holder], by_number=by_number),
+                    state.target.precedes(unit, holder, by_number=by_number),
+                )
+                if None not in ways and ways[0] != ways[1]:
+                    yield from _exchanged_alone(state, unit, holder)
 
 
 def _exchanged_alone(state: State, first: int, second: int) -> Iterator[Exchange]:
-    """Yield the exchange of two layers and nothing around them."""
+    """Yield the exchange of two layers, with the modules of the same shapes that they are in, and nothing around."""
     modules = state.target.paths[first], state.target.paths[second]
+    while all(modules) and modules[0][:-1] != modules[1][:-1]:
+        around = modules[0][:-1], modules[1][:-1]
+        pairs, rest = _counterparts(state, *around)
+        if rest or len(pairs) != len(state.below[around[0]]):
+            break
+        modules = around
     tops = cut_apart(*modules) or modules
-    rest = [unit for top in tops for unit in state.below[top] if unit not in (first, second)]
-    yield from _exchanged(state, modules, [(first, second)], rest, tops[0])
+    pairs, _ = _counterparts(state, *modules)
+    moved = {unit for pair in pairs for unit in pair}
+    rest = [unit for top in tops for unit in state.below[top] if unit not in moved]
+    yield from _exchanged(state, modules, pairs, rest, tops[0])
 
 
 def _exchanged(
@@ -288,6 +306,16 @@ def _sequenced(state: State) -> Iterator[Exchange]:
         )
 
 
+def _lined_up(state: State) -> Iterator[Exchange]:
+    """Find layers of one shape, wherever they are, that could be filled in the order of registration."""
+    own, rank = state.own_of, state.source.places_in_order
+    if state.source.ordered and state.target.ordered:
+        for units in state.in_order:
+            if len(units) > 2:
+                ends = sorted([own[unit] for unit in units], key=rank.__getitem__)
+                yield from _filled_anew(state, dict(zip(units, ends, strict=True)))
+
+
 def _regridded(state: State) -> Iterator[Exchange]:
     """Find lists of lists that are filled across, although they could be filled axis by axis."""
     for takes in filled_by_axes(state):
@@ -408,4 +436,4 @@ def _unused_siblings(
                 yield first, rows[0], second, rows[1]
 
 
-FINDERS = (_swapped, _straightened, _reordered, _sequenced, _regridded, _accompanied, _strayed, _unused)
+FINDERS = (_swapped, _straightened, _reordered, _sequenced, _lined_up, _regridded, _accompanied, _strayed, _unused)

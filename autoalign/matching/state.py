@@ -87,6 +87,14 @@ class State:
         return tuple([(name, own[name], other[name]) for name in own if name in other]) or (source, target)
 
     @cached_property
+    def in_order(self) -> list[list[int]]:
+        """The matched target units of each shape, in order, lists in that of their numbers."""
+        found: dict[int, list[int]] = {}
+        for unit in sorted(self.own_of, key=self.target.places_in_order.__getitem__):
+            found.setdefault(self.alike[unit], []).append(unit)
+        return list(found.values())
+
+    @cached_property
     def below(self) -> dict[Path, list[int]]:
         """The matched target units in each module, and each layer itself."""
         below: dict[Path, list[int]] = {}

@@ -13,7 +13,8 @@ from itertools import permutations
 SYNONYMS: dict[str, str] = {
     # layer types
     "conv": "convolution conv1d conv2d conv3d",
-    "norm": "normalization layernorm ln lnorm bn batchnorm batchnorm2d bnorm gn groupnorm rmsnorm nrm",
+    "norm": "normalization batchnormalization layernormalization groupnormalization layernorm ln lnorm bn batchnorm "
+    "batchnorm2d bnorm gn groupnorm rmsnorm nrm",
     "proj": "projection projector",
     "linear": "lin dense",
     "embed": "embedding embeddings embeds emb",
