@@ -31,6 +31,7 @@ from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, Unstack, chain, output_shapes
 
 _NORM_KINDS = {2: ("weight", "bias"), 4: ("weight", "bias", "mean", "var")}  # by their number, as they are registered
+_STATISTICS = frozenset({"mean", "var", "count"})
 _MIN_VOTES = 2  # of layers for what a name means
 _MIN_SHARE_OF_VOTES = 0.9
 _ATTENTION_ROLES = frozenset(role for word in ("qkv", "gateup") for roles in FUSED[word] for role in roles)
@@ -215,25 +216,34 @@ def with_literal_norms(parts: Sequence[Part], others: Sequence[Part]) -> Sequenc
 
 
 def with_own_statistics(parts: Sequence[Part]) -> Sequence[Part]:
-    """Move the statistics of a norm that are in a module of their own, directly below it, to the norm.
+    """Move the statistics of a norm that are in modules of their own, directly below it, to the norm.
 
-    >>> names = ("bn.weight", "bn.bias", "bn.stats.mean", "bn.stats.var")
+    One module has all of them, or each has one, as the moving averages of Haiku.
+
+    >>> names = ("bn.weight", "bn.bias", "bn.stats.mean", "bn.var_ema.hidden", "bn.var_ema.average")
     >>> parts = [Part(k, (*name.split("."),), (8,), "float") for k, name in enumerate(names)]
     >>> [".".join(part.path) for part in with_own_statistics(parts)]
-    ['bn.weight', 'bn.bias', 'bn.mean', 'bn.var']
+    ['bn.weight', 'bn.bias', 'bn.running_mean', 'bn.var_ema.hidden', 'bn.running_var']
     """
     kinds: dict[Path, set[str]] = defaultdict(set)
     shapes: dict[Path, set[Shape]] = defaultdict(set)
     for part in parts:
         kinds[part.path[:-1]].add(kind(part.path[-1])[0])
         shapes[part.path[:-1]].add(part.shape)
-    apart = {path for path, of in kinds.items() if path and "mean" in of and of <= {"mean", "var", "count"}}
-    apart = {
-        path for path in apart if shapes[path] & shapes.get(path[:-1], set()) and not kinds[path] & kinds[path[:-1]]
-    }
-    if not apart:
-        return parts
-    return [replace(part, path=(*part.path[:-2], part.path[-1])) if part.path[:-1] in apart else part for part in parts]
+    below: dict[tuple[Path, str], list[int]] = defaultdict(list)  # norm and statistic -> what may be it
+    for place, part in enumerate(parts):
+        *norm, module, name = ("", *part.path)
+        for of in _STATISTICS.intersection((kind(name)[0], *words(module))):
+            around, beside = tuple(norm[1:]), kinds[part.path[:-1]]
+            is_apart = part.shape in shapes.get(around, ()) or (of == "count" and "mean" in beside)
+            if around and is_apart and beside.isdisjoint(("weight", "bias")) and of not in kinds[around]:
+                below[around, of].append(place)
+    result = list(parts)
+    for (around, of), places in below.items():
+        averages = [place for place in places if "average" in parts[place].path[-1]] or places
+        if len(averages) == 1:
+            result[averages[0]] = replace(parts[averages[0]], path=(*around, TORCH_NAMES[of]))
+    return result
 
 
 def with_parametrised_weights(parts: Sequence[Part]) -> Sequence[Part]:
@@ -262,23 +272,23 @@ def with_parametrised_weights(parts: Sequence[Part]) -> Sequence[Part]:
 def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     """Read a name as a mere number where the numbers beside it are counted otherwise, or its role has another name.
 
-    Those are of layers of its shapes: ``fc_1`` beside ``fc_0``, ``w1`` beside ``wg``.
+    So ``fc_1`` beside ``fc_0``, and ``w1`` beside ``wg`` of the same shape.
 
     >>> parts = [Part(k, (name, "weight"), (8, 4), "float") for k, name in enumerate(("w1", "wg", "fc_0", "fc_1"))]
     >>> [part.path[0] for part in with_claimed_roles(parts)]
     ['1', 'wg', '0', '1']
     """
-    beside: dict[tuple[Path, str, Shape], set[str]] = defaultdict(set)
+    beside: dict[tuple[Path, str], dict[str, Shape]] = defaultdict(dict)
     for part in parts:
         if len(part.path) > 1:
-            beside[part.path[:-2], part.path[-1], part.shape].add(part.path[-2])
+            beside[part.path[:-2], part.path[-1]][part.path[-2]] = part.shape
     plain: dict[tuple[Path, str], str] = {}
-    for (module, _, _), names in beside.items():
-        for name in names:
+    for (module, _), shapes in beside.items():
+        for name, shape in shapes.items():
             if words(name) != words(stem(name)):  # its number is a part of a word
-                otherwise = [other for other in names if _is_counted_otherwise(name, other)]
-                counted = [other for other in otherwise if numbers(other)]
-                for each in (name, *counted) if otherwise else ():
+                counted = [other for other in shapes if numbers(other) and _is_counted_otherwise(name, other)]
+                claimed = [other for other in shapes if shapes[other] == shape and _has_its_role(name, other)]
+                for each in (name, *counted) if counted or claimed else ():
                     plain[module, each] = "".join(map(str, numbers(each)))
     if not plain:
         return parts
@@ -291,9 +301,11 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
 
 
 def _is_counted_otherwise(name: str, other: str) -> bool:
-    if numbers(other):
-        return stem(other) == stem(name) and words(other) == words(stem(other))
-    return len(words(name)) == 1 and words(name)[0] in words(other)
+    return stem(other) == stem(name) and words(other) == words(stem(other))
+
+
+def _has_its_role(name: str, other: str) -> bool:
+    return not numbers(other) and len(words(name)) == 1 and words(name)[0] in words(other)
 
 
 def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProxyType({})) -> Parts:

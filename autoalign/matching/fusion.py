@@ -319,9 +319,10 @@ class _Siblings:
             if plan := self._spelled(word, shape):
                 return plan
         if not fused:
-            for sizes in sorted(self.by_role.get((_QKV, shape[1:], 0), ())):
-                if sum(sizes) == shape[0]:
-                    return SplitPlan(0, sizes, _QKV, BY_ORDER if len(set(sizes)) == 1 else "", unnamed=True)
+            for roles in (_QKV, _QKV[1:]):
+                for sizes in sorted(self.by_role.get((roles, shape[1:], 0), ())):
+                    if sum(sizes) == shape[0]:
+                        return SplitPlan(0, sizes, roles, BY_ORDER if len(set(sizes)) == 1 else "", unnamed=True)
             for sizes in sorted(self.beside.get(shape[1:], ())):
                 if sum(sizes) == shape[0]:
                     return SplitPlan(0, sizes, (*_QKV, "mlp"), BY_ORDER)

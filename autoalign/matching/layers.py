@@ -110,6 +110,7 @@ _MAX_SHARE_OF_LEAVES = 0.2  # of distinct names of tensors among all tensors; a 
 _MAX_NAMED_SIBLINGS = 3  # siblings that differ in a number and are no list of blocks
 _LETTERED = re.compile(r"(.*\d)([a-g])")  # not q, k and v
 _STEP = re.compile(r"(?<=\d)_(?=\d)")  # in "branch2_0": a branch, and a step of it
+_INIT = "~"  # that modules of Haiku were made in ``__init__``
 _TYPED = re.compile(r"(.+?)_?(\d+)")  # in "conv2d_4"
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_|(?<=\d[a-z])_")  # in "features_5_conv_2" and "block2a_expand"
 
@@ -139,7 +140,7 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
     >>> parts_of([spec])[0].path
     ('conv2', 'block1', 'bn', 'gamma')
     """
-    paths = _with_leaves([components(spec.key) for spec in specs])
+    paths = _with_leaves([tuple([name for name in components(spec.key) if name != _INIT]) for spec in specs])
     if len(tops := {path[0] for path in paths if len(path) > 1}) > 1 and tops <= COLLECTIONS:
         paths = [path[1:] if len(path) > 1 else path for path in paths]
     top = len(_top_module(paths))

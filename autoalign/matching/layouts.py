@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, permutations
 from math import gcd, isqrt, prod
 
+from autoalign.matching.candidates import squeeze
 from autoalign.matching.fusion import ALTERNATING, UNCERTAIN_ORDER, Fusion
 from autoalign.matching.layers import Part, Path
 from autoalign.matching.names import kind, role_words, words
@@ -122,10 +123,10 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
 
 
 def _flattened(parts: Sequence[Part]) -> dict[Path, list[int]]:
-    """Find the one or two layers with more columns than a layer before them has rows, a multiple of some channels."""
-    channels = {part.shape[0] for part in parts if len(part.shape) == 4} - {0}
+    """Find the one or two layers with other columns than any layer has outputs, a multiple of some channels."""
+    channels = {part.shape[0] for part in parts if len(part.shape) == 4} - {0, 1}
     matrices = [part for part in (parts if channels else ()) if len(part.shape) == 2]
-    known = channels.union(part.shape[0] for part in matrices)
+    known = {shape[0] for part in parts if (shape := squeeze(part.shape))}
     found = {}
     for part in matrices:
         columns = part.shape[1]
