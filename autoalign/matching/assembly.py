@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.matching.candidates import operation_between, squeeze
+from autoalign.matching.candidates import operation_between
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED, SPLIT_BY_ORDER_FACTOR
 from autoalign.matching.conventions import (
     as_in_torch,
@@ -21,7 +21,7 @@ from autoalign.matching.conventions import (
 )
 from autoalign.matching.features import SideFeatures, is_alphabetical, name_scores
 from autoalign.matching.fusion import BY_ORDER, Fusion
-from autoalign.matching.layers import Part, Parts, Path, Unit, Units, block_around, parts_of
+from autoalign.matching.layers import Part, Parts, Path, Unit, Units, block_around, parts_of, squeeze
 from autoalign.matching.layouts import ROTARY, Doubt, Style, doubt_about, other_layouts, style_of
 from autoalign.matching.names import kind, words
 from autoalign.plan.keys import common_module, components

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.errors import InputError
-from autoalign.matching.layers import Part, Path, Unit, Units, units_of
-from autoalign.matching.names import kind, words
+from autoalign.matching.conventions import is_layer, layout_of
+from autoalign.matching.layers import Part, Path, Unit, Units, squeeze
+from autoalign.matching.names import words
 from autoalign.matching.vocabulary import KNOWN
 from autoalign.plan.keys import numbers
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, chain
@@ -74,15 +75,6 @@ class Candidates:
 
 
 @lru_cache(maxsize=4096)
-def squeeze(shape: Shape) -> Shape:
-    """Leave out the dimensions of size one.
-
-    >>> squeeze((1, 1, 768))
-    (768,)
-    """
-    return tuple(size for size in shape if size != 1)
-
-
 @lru_cache(maxsize=4096)
 def operation_between(source: Shape, target: Shape, *, transposed: bool = False) -> Operation | None:
     """Find the operation on one tensor that turns one shape into another, if the shapes admit one.
@@ -149,16 +141,16 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
     """
     matrices = [[part for part in parts if _is_matrix(part)] for parts in (source, target)]
     shapes = [Counter(part.shape for part in parts) for parts in matrices]
-    layers = [Counter(part.shape for part in parts if _is_layer(part)) for parts in matrices]
+    layers = [Counter(part.shape for part in parts if is_layer(part)) for parts in matrices]
     only_transposed = {
         s for s in shapes[0] if s not in shapes[1] and (t := transposed_shape(s)) in shapes[1] and t not in shapes[0]
     }
     only_as_is = {s for s in shapes[0] if s in shapes[1] and transposed_shape(s) not in shapes[1]}
     votes_to_transpose = sum(layers[0][shape] for shape in only_transposed if layers[1][transposed_shape(shape)])
-    votes_to_copy = sum(part.shape in only_as_is and _is_layer(part) for part in matrices[0])
+    votes_to_copy = sum(part.shape in only_as_is and is_layer(part) for part in matrices[0])
     split = [part.shape for parts in (source, target) for part in parts if part.is_transposed]
     votes_to_transpose += sum(len(shape) == 2 for shape in split)
-    layouts = _layout(source), _layout(target)
+    layouts = layout_of(source), layout_of(target)
     turned = {shape[0] for shape in split if len(shape) == 3}  # lengths of stacks whose parts show it
     most = layouts[0] != layouts[1] if all(layouts) else votes_to_transpose > votes_to_copy and votes_to_transpose > 1
     stacks = any(len(shape) == 3 for shape in only_transposed) and not any(len(shape) == 3 for shape in only_as_is)
@@ -168,31 +160,14 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
             return True
         if len(part.shape) == 3:
             return part.shape[0] in turned or (stacks and part.shape[1] == part.shape[2])
-        return most and part.shape not in only_as_is and _is_layer(part)
+        return most and part.shape not in only_as_is and is_layer(part)
 
     return frozenset(index for index, part in enumerate(source) if _is_matrix(part) and is_transposed(part))
-
-
-def _layout(parts: Sequence[Part]) -> int:
-    """Return 1 if the biases show that matrices are stored as (out, in), -1 if as (in, out), else 0."""
-    votes = 0
-    for unit in units_of(parts):
-        kinds = dict(unit.parts)
-        if "bias" in kinds and "weight" in kinds and len(parts[kinds["weight"]].shape) == 2:
-            (rows, columns), bias = parts[kinds["weight"]].shape, squeeze(parts[kinds["bias"]].shape)
-            votes += (bias == (rows,)) - (bias == (columns,))
-    return (votes > 0) - (votes < 0)
 
 
 def _is_matrix(part: Part) -> bool:
     """True for a matrix or a stack of matrices."""
     return len(part.shape) in (2, 3) and min(part.shape) > 1
-
-
-def _is_layer(part: Part) -> bool:
-    """True for the matrix of a linear layer, not for a bare parameter or an embedding."""
-    embeds = any(word == "embed" for component in part.path[-2:] for word in words(component))
-    return len(part.shape) == 2 and kind(part.path[-1])[0] == "weight" and not embeds
 
 
 def unit_fit(source: Signature, target: Signature) -> float:

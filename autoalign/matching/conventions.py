@@ -15,7 +15,7 @@ from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
 
-from autoalign.matching.layers import Part, Parts, Path
+from autoalign.matching.layers import Part, Parts, Path, squeeze, units_of
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import (
     AFTER_ATTENTION,
@@ -319,21 +319,42 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
     """
     parts = _with_separate_biases(parts)
     apart = _shapes_with_heads_apart(parts, others)
+    layout = layout_of(parts)
     parts = _with_joined_heads(parts, others, apart)
-    layers = [(unit, kinds) for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
-    shapes = [{values: parts[index].shape for values, index in kinds.items()} for _, kinds in layers]
-    named = [_is_kernel(parts[kinds["weight"]]) for _, kinds in layers]
+    layers = [kinds for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
+    shapes = [{values: parts[index].shape for values, index in kinds.items()} for kinds in layers]
+    named = [_is_kernel(parts[kinds["weight"]]) for kinds in layers]
     is_named = any(named)
-    if not is_named and sum(map(_spatial_first, shapes)) <= 0:
+    are_last = is_named or sum(map(_spatial_first, shapes)) > 0  # the outputs of convolutions
+    if not are_last and layout >= 0:
         return parts
     result = [_viewed(part, Permute((0, 2, 1))) if is_named and _is_stack(part) else part for part in parts]
-    for (_, kinds), of, is_kernel in zip(layers, shapes, named, strict=True):
+    for kinds, of, is_kernel in zip(layers, shapes, named, strict=True):
         weight = parts[kinds["weight"]]
-        is_turned = weight.shape not in apart and isinstance(weight.view, Copy)
-        if is_turned and len(weight.shape) > (1 if is_kernel else 3):
-            view = Transpose() if len(weight.shape) == 2 else _convolution(weight.shape, of.get("bias"))
-            result[kinds["weight"]] = _viewed(weight, view)
+        if weight.shape in apart or not isinstance(weight.view, Copy):
+            continue
+        if len(weight.shape) == 2 and (is_kernel or (layout < 0 and not is_named and is_layer(weight))):
+            result[kinds["weight"]] = _viewed(weight, Transpose())
+        elif are_last and len(weight.shape) > (2 if is_kernel else 3):
+            result[kinds["weight"]] = _viewed(weight, _convolution(weight.shape, of.get("bias")))
     return Parts(result)
+
+
+def layout_of(parts: Sequence[Part]) -> int:
+    """Return 1 if the biases show that matrices are stored as (out, in), -1 if as (in, out), else 0."""
+    votes = 0
+    for unit in units_of(parts):
+        kinds = dict(unit.parts)
+        if "bias" in kinds and "weight" in kinds and len(parts[kinds["weight"]].shape) == 2:
+            (rows, columns), bias = parts[kinds["weight"]].shape, squeeze(parts[kinds["bias"]].shape)
+            votes += (bias == (rows,)) - (bias == (columns,))
+    return (votes > 0) - (votes < 0)
+
+
+def is_layer(part: Part) -> bool:
+    """True for the matrix of a linear layer, not for a bare parameter or an embedding."""
+    embeds = any(word == "embed" for component in part.path[-2:] for word in words(component))
+    return len(part.shape) == 2 and kind(part.path[-1])[0] == "weight" and not embeds
 
 
 def _is_kernel(part: Part) -> bool:

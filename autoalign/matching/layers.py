@@ -24,6 +24,15 @@ Path = tuple[str, ...]
 _Tree = dict[tuple[str, bool], "_Tree | int"]  # name, True for a tensor -> the content of the module, or the leaf
 
 
+def squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Leave out the dimensions of size one.
+
+    >>> squeeze((1, 1, 768))
+    (768,)
+    """
+    return tuple(size for size in shape if size != 1)
+
+
 def block_around(path: Path) -> Path:
     """Find the innermost numbered module around a layer, or the root.
 
@@ -188,9 +197,9 @@ def _in_steps(paths: list[Path], shapes: Sequence[tuple[int, ...]]) -> list[Path
             widths.setdefault((path[:-2], match[1]), {}).setdefault(match[2], set()).update(shape)
     steps: set[tuple[Path, str]] = set()
     for (first, own), (second, other) in combinations(widths.items(), 2):
-        if first[0] == second[0] and len(own) > _MAX_NAMED_SIBLINGS and own.keys() == other.keys():
-            if all(own[number] & other[number] for number in own):
-                steps |= {first, second}
+        is_long = len(own) > _MAX_NAMED_SIBLINGS and first[0] == second[0]
+        if is_long and own.keys() == other.keys() and all(own[number] & other[number] for number in own):
+            steps |= {first, second}
     if not steps:
         return paths
     return [

@@ -12,10 +12,10 @@ import numpy as np
 
 from autoalign.matching.assembly import Found, SideParts
 from autoalign.matching.assignment import Assignment
-from autoalign.matching.candidates import paired_parts, squeeze
+from autoalign.matching.candidates import paired_parts
 from autoalign.matching.confidence import INFERRED, MIN_LIKELY, fitted_weights
 from autoalign.matching.features import Floats, namesakes, share_of
-from autoalign.matching.layers import Part, Units, counts_of, units_of
+from autoalign.matching.layers import Part, Units, counts_of, squeeze, units_of
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import EMBEDDING_WORDS, NO_VOCABULARY
 from autoalign.plan.operations import Copy, Shape

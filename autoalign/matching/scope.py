@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoalign.checkpoints.containers import COPY_WORDS, name_words
 from autoalign.errors import InputError, PatternError, did_you_mean
-from autoalign.matching.candidates import squeeze
-from autoalign.matching.layers import Part, Path, units_of
+from autoalign.matching.layers import Part, Path, squeeze, units_of
 from autoalign.matching.vocabulary import MOMENTUM_PAIR
 from autoalign.plan.keys import TimeLimit, common_module, compiled, components
 from autoalign.plan.matches import Caution

@@ -14,10 +14,9 @@ from functools import lru_cache
 from itertools import combinations, product
 from math import prod
 
-from autoalign.matching.candidates import squeeze
 from autoalign.matching.confidence import AMBIGUOUS
 from autoalign.matching.features import is_alphabetical
-from autoalign.matching.layers import Path
+from autoalign.matching.layers import Path, squeeze
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import FUSED, KERNELS, ROLES
 from autoalign.plan.keys import components, natural, numbers, stem, template

@@ -9,7 +9,7 @@ from math import floor
 from typing import Literal
 
 from autoalign.errors import listed
-from autoalign.matching.candidates import squeeze
+from autoalign.matching.layers import squeeze
 from autoalign.plan.keys import stem
 from autoalign.plan.matches import FILLED, Match, Plan, Status
 from autoalign.plan.operations import Shape

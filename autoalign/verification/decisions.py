@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from autoalign.errors import InputError, TraceError
-from autoalign.matching.candidates import squeeze
 from autoalign.matching.cues import LEFT_OVER, MAY_BE_EXCHANGED, NOTHING_TELLS
+from autoalign.matching.layers import squeeze
 from autoalign.matching.list_order import REVERSIBLE
 from autoalign.matching.match import match_tensors
 from autoalign.matching.pipeline import CROWDED, ONLY_SHAPES

@@ -9,7 +9,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from autoalign.matching.candidates import squeeze
+from autoalign.matching.layers import squeeze
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of outputs
 
