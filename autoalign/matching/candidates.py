@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.errors import InputError
-from autoalign.matching.conventions import is_layer, layout_of
+from autoalign.matching.conventions import layout_of
 from autoalign.matching.layers import Part, Path, Unit, Units, squeeze
-from autoalign.matching.names import words
+from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import KNOWN
 from autoalign.plan.keys import numbers
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, chain
@@ -141,13 +141,13 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
     """
     matrices = [[part for part in parts if _is_matrix(part)] for parts in (source, target)]
     shapes = [Counter(part.shape for part in parts) for parts in matrices]
-    layers = [Counter(part.shape for part in parts if is_layer(part)) for parts in matrices]
+    layers = [Counter(part.shape for part in parts if _is_layer(part)) for parts in matrices]
     only_transposed = {
         s for s in shapes[0] if s not in shapes[1] and (t := transposed_shape(s)) in shapes[1] and t not in shapes[0]
     }
     only_as_is = {s for s in shapes[0] if s in shapes[1] and transposed_shape(s) not in shapes[1]}
     votes_to_transpose = sum(layers[0][shape] for shape in only_transposed if layers[1][transposed_shape(shape)])
-    votes_to_copy = sum(part.shape in only_as_is and is_layer(part) for part in matrices[0])
+    votes_to_copy = sum(part.shape in only_as_is and _is_layer(part) for part in matrices[0])
     split = [part.shape for parts in (source, target) for part in parts if part.is_transposed]
     votes_to_transpose += sum(len(shape) == 2 for shape in split)
     layouts = layout_of(source), layout_of(target)
@@ -160,7 +160,7 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
             return True
         if len(part.shape) == 3:
             return part.shape[0] in turned or (stacks and part.shape[1] == part.shape[2])
-        return most and part.shape not in only_as_is and is_layer(part)
+        return most and part.shape not in only_as_is and _is_layer(part)
 
     return frozenset(index for index, part in enumerate(source) if _is_matrix(part) and is_transposed(part))
 
@@ -168,6 +168,12 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
 def _is_matrix(part: Part) -> bool:
     """True for a matrix or a stack of matrices."""
     return len(part.shape) in (2, 3) and min(part.shape) > 1
+
+
+def _is_layer(part: Part) -> bool:
+    """True for the matrix of a linear layer, not for a bare parameter or an embedding."""
+    embeds = any(word == "embed" for component in part.path[-2:] for word in words(component))
+    return len(part.shape) == 2 and kind(part.path[-1])[0] == "weight" and not embeds
 
 
 def unit_fit(source: Signature, target: Signature) -> float:

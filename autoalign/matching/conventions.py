@@ -333,9 +333,10 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
         weight = parts[kinds["weight"]]
         if weight.shape in apart or not isinstance(weight.view, Copy):
             continue
-        if len(weight.shape) == 2 and (is_kernel or (layout < 0 and not is_named and is_layer(weight))):
+        is_turned = is_kernel or (layout < 0 and not is_named and "bias" in of and len(squeeze(weight.shape)) == 2)
+        if is_turned and len(weight.shape) == 2:
             result[kinds["weight"]] = _viewed(weight, Transpose())
-        elif are_last and len(weight.shape) > (2 if is_kernel else 3):
+        elif len(weight.shape) > (2 if is_turned else 3) and (are_last or is_turned):
             result[kinds["weight"]] = _viewed(weight, _convolution(weight.shape, of.get("bias")))
     return Parts(result)
 
@@ -345,16 +346,10 @@ def layout_of(parts: Sequence[Part]) -> int:
     votes = 0
     for unit in units_of(parts):
         kinds = dict(unit.parts)
-        if "bias" in kinds and "weight" in kinds and len(parts[kinds["weight"]].shape) == 2:
-            (rows, columns), bias = parts[kinds["weight"]].shape, squeeze(parts[kinds["bias"]].shape)
-            votes += (bias == (rows,)) - (bias == (columns,))
+        if "bias" in kinds and "weight" in kinds:
+            weight, bias = squeeze(parts[kinds["weight"]].shape), squeeze(parts[kinds["bias"]].shape)
+            votes += (bias == weight[:1]) - (bias == weight[1:]) if len(weight) == 2 else 0
     return (votes > 0) - (votes < 0)
-
-
-def is_layer(part: Part) -> bool:
-    """True for the matrix of a linear layer, not for a bare parameter or an embedding."""
-    embeds = any(word == "embed" for component in part.path[-2:] for word in words(component))
-    return len(part.shape) == 2 and kind(part.path[-1])[0] == "weight" and not embeds
 
 
 def _is_kernel(part: Part) -> bool:

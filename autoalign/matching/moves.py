@@ -307,13 +307,20 @@ def _sequenced(state: State) -> Iterator[Exchange]:
 
 
 def _lined_up(state: State) -> Iterator[Exchange]:
-    """Find layers of one shape, wherever they are, that could be filled in the order of registration."""
+    """Find layers of one shape, wherever they are, that could be filled in the order of registration.
+
+    Layers of one name in every block are then filled by ones of no more names than before.
+    """
     own, rank = state.own_of, state.source.places_in_order
-    if state.source.ordered and state.target.ordered:
-        for units in state.in_order:
-            if len(units) > 2:
-                ends = sorted([own[unit] for unit in units], key=rank.__getitem__)
-                yield from _filled_anew(state, dict(zip(units, ends, strict=True)))
+
+    def ways(pairs: Iterable[tuple[int, int]]) -> int:
+        return len({(state.slots[0][own], state.slots[1][other]) for own, other in pairs})
+
+    for units in state.in_order if state.source.ordered and state.target.ordered else ():
+        ends = sorted([own[unit] for unit in units], key=rank.__getitem__)
+        for one in _filled_anew(state, dict(zip(units, ends, strict=True))) if len(units) > 2 else ():
+            if ways(one.after) <= ways(one.before):
+                yield one
 
 
 def _regridded(state: State) -> Iterator[Exchange]:
