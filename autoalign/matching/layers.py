@@ -154,11 +154,13 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
         paths = [path[1:] if len(path) > 1 else path for path in paths]
     top = len(_top_module(paths))
     is_flat = not any(numbers(name) for path in paths for name in path[top + 1 : -1])
-    paths = _in_steps(_counted(paths), [spec.shape for spec in specs])
+    paths = _counted(paths)
     if is_flat:  # the module tree is in one name
         apart = [(*path[:top], *_JOINT.split(path[top]), *path[top + 1 :]) for path in paths]
         modules = {path[:depth] for path in apart for depth in range(len(path))}
-        paths = paths if modules.intersection(apart) else apart  # no tensor is a module
+        is_flat = not modules.intersection(apart)  # no tensor is a module
+        paths = apart if is_flat else paths
+    paths = _in_steps(paths, [spec.shape for spec in specs], top, is_flat=is_flat)
     paths = _with_numbers_for_letters(paths)
     return [
         Part(index, path, spec.shape, _numeric(spec.dtype), count=count)
@@ -180,31 +182,47 @@ def _counted(paths: list[Path]) -> list[Path]:
     return [tuple(first.get(path[: k + 1], name) for k, name in enumerate(path)) for path in paths]
 
 
-def _in_steps(paths: list[Path], shapes: Sequence[tuple[int, ...]]) -> list[Path]:
-    """Read lists of layers named by their types as one list, whose members hold one layer of each.
+def _in_steps(paths: list[Path], shapes: Sequence[tuple[int, ...]], top: int, *, is_flat: bool) -> list[Path]:
+    """Read lists with the same numbers as one list of steps, each with one member of all.
 
-    They have the same numbers and the same widths, as TensorFlow and Keras count the layers of each type.
+    They are lists of layers named by their types that have the same widths, as TensorFlow and Keras count the layers of
+    each type, or lists in one flat name of which members of one number follow one another.
 
     >>> names = [f"{name}_{k}" for k in range(4) for name in ("conv2d", "batch_norm")]
-    >>> _in_steps([(name, "w") for name in names], [(8,)] * 8)[:2]
+    >>> _in_steps([(name, "w") for name in names], [(8,)] * 8, 0, is_flat=False)[:2]
     [('0', 'conv2d', 'w'), ('0', 'batch_norm', 'w')]
     """
-    widths: dict[tuple[Path, str], dict[str, set[int]]] = {}  # module, name of a type -> number -> sizes
     inner = {path[:depth] for path in paths for depth in range(len(path) - 1)}
-    found = [_TYPED.fullmatch(path[-2]) if len(path) > 1 and path[:-1] not in inner else None for path in paths]
-    for path, shape, match in zip(paths, shapes, found, strict=True):
-        if match and LAYER_TYPES.issuperset(words(match[1])):
-            widths.setdefault((path[:-2], match[1]), {}).setdefault(match[2], set()).update(shape)
+
+    def member(path: Path) -> tuple[Path, str, str, Path] | None:
+        """Split a path around the name of a list and the number in it."""
+        if is_flat:
+            is_one = len(path) > top + 2 and path[top + 1].isdecimal()
+            return (path[:top], path[top], path[top + 1], path[top + 2 :]) if is_one else None
+        found = _TYPED.fullmatch(path[-2]) if len(path) > 1 and path[:-1] not in inner else None
+        return (path[:-2], found[1], found[2], path[-1:]) if found else None
+
+    sizes: dict[tuple[Path, str], dict[str, set[int]]] = {}  # list -> number -> sizes of its tensors
+    places: dict[tuple[Path, str], dict[str, int]] = {}
+    for place, (path, shape) in enumerate(zip(paths, shapes, strict=True)):
+        if found := member(path):
+            sizes.setdefault(found[:2], {}).setdefault(found[2], set()).update(shape)
+            places.setdefault(found[:2], {}).setdefault(found[2], place)
+    long = {of: members for of, members in sizes.items() if len(members) > _MAX_NAMED_SIBLINGS}
     steps: set[tuple[Path, str]] = set()
-    for (first, own), (second, other) in combinations(widths.items(), 2):
-        is_long = len(own) > _MAX_NAMED_SIBLINGS and first[0] == second[0]
-        if is_long and own.keys() == other.keys() and all(own[number] & other[number] for number in own):
+    for (first, own), (second, other) in combinations(long.items(), 2):
+        if first[0] != second[0] or own.keys() != other.keys():
+            continue
+        of_types = LAYER_TYPES.issuperset((*words(first[1]), *words(second[1])))
+        line = sorted((place, int(number)) for of in (first, second) for number, place in places[of].items())
+        in_turn = [number for _, number in line]
+        if all(own[number] & other[number] for number in own) if of_types else is_flat and in_turn == sorted(in_turn):
             steps |= {first, second}
     if not steps:
         return paths
     return [
-        (*path[:-2], match[2], match[1], path[-1]) if match and (path[:-2], match[1]) in steps else path
-        for path, match in zip(paths, found, strict=True)
+        (*found[0], found[2], found[1], *found[3]) if (found := member(path)) and found[:2] in steps else path
+        for path in paths
     ]
 
 
