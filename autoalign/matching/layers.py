@@ -319,13 +319,17 @@ def slots_of(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def under_one_root(parts: Sequence[Part]) -> list[Part]:
+def under_one_root(parts: Sequence[Part], others: Sequence[Part] = ()) -> list[Part]:
     """Put all parts into one module without a name, instead of the modules that all of them are in.
+
+    The last of these stays if the other side has most of its parts in one of that name, beside others.
 
     >>> [part.path for part in under_one_root(parts_of([TensorSpec("module.net.fc.weight", (8,), torch.float32)]))]
     [('', 'fc', 'weight')]
     """
     top = len(_top_module([part.path for part in parts]))
+    beside = len(_top_module([part.path for part in others])) if top else 0
+    top -= 2 * sum(part.path[beside : beside + 1] == parts[0].path[top - 1 : top] for part in others) > len(others) > 0
     return [replace(part, path=("", *part.path[top:])) for part in parts]
 
 

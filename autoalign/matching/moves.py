@@ -330,15 +330,19 @@ def _regridded(state: State) -> Iterator[Exchange]:
 
 
 def _accompanied(state: State) -> Iterator[Exchange]:
-    """Find layers, of one list or alone, that could be filled from beside what fills their companions."""
+    """Find layers, of one list or alone, that could be filled from beside what fills their companions.
+
+    Or by what has companions that fill what is beside them.
+    """
     lists: dict[tuple[Path, Path], list[int]] = {}
     for unit in state.own_of:
-        if unit in state.target.companions:
-            path = state.target.paths[unit]
-            around = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), len(path))
-            lists.setdefault((path[:around], template(path)), []).append(unit)
+        path = state.target.paths[unit]
+        around = next((depth for depth in reversed(range(len(path))) if numbers(path[depth])), len(path))
+        lists.setdefault((path[:around], template(path)), []).append(unit)
     for units in lists.values():
-        yield from _filled_anew(state, {unit: state.beside_companions(unit) for unit in units})
+        yield from _filled_anew(state, {unit: state.beside_companions(unit, of_target=True) for unit in units})
+        ends = {state.beside_companions(state.own_of[unit], of_target=False): state.own_of[unit] for unit in units}
+        yield from _filled_anew(state, {unit: own for unit, own in ends.items() if unit in state.own_of})
 
 
 def _strayed(state: State) -> Iterator[Exchange]:

@@ -203,7 +203,9 @@ def match_parts(
 ) -> tuple[dict[int, Found] | None, list[Mismatch]]:
     """Match the parts of two sides; None if the sides are not related and nothing is pinned."""
     named = source.parts, target.parts
-    source, target = (_with(side, under_one_root(side.parts)) for side in (source, target))
+    source, target = (
+        _with(side, under_one_root(side.parts, other.parts)) for side, other in ((source, target), (target, source))
+    )
     own, other = units_of(source.parts), units_of(target.parts)
     kinds = kinds_of(own, source.parts, other, target.parts)
     counts = counts_of(own, source.parts), counts_of(other, target.parts)

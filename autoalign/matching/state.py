@@ -237,17 +237,18 @@ class State:
             return True
         return len({template(self.end(unit) if is_target else self.target.paths[unit]) for unit in units}) == 1
 
-    def beside_companions(self, unit: int) -> int | None:
-        """Return the one source unit like that of a target unit that stands beside those of its companions, if any."""
-        kinds, paths, own = self.kinds[0], self.source.paths, self.own_of[unit]
-        for other in self.target.companions[unit]:
-            if (end := self.own_of.get(other)) is None:
+    def beside_companions(self, unit: int, *, of_target: bool) -> int | None:
+        """Return the one unit of the other side, like that matched, beside those matched with a unit's companions."""
+        sides = (self.target, self.source) if of_target else (self.source, self.target)
+        matched, kinds = (self.own_of, self.kinds[0]) if of_target else (self.other_of, self.kinds[1])
+        paths = sides[1].paths
+        for companion in sides[0].companions.get(unit, ()):
+            if (end := matched.get(companion)) is None:
                 continue
-            near = [each for each in self.source.companions.get(end, ()) if kinds[each] == kinds[own]]
+            like = kinds[matched[unit]]
+            near = [each for each in sides[1].companions.get(end, ()) if kinds[each] == like]
             if not near and len(paths[end]) > 1:
-                near = [
-                    each for each in self.source.inside[paths[end][:-1]] if kinds[each] == kinds[own] and each != end
-                ]
+                near = [each for each in sides[1].inside[paths[end][:-1]] if kinds[each] == like and each != end]
             if len(near) == 1:
                 return near[0]
         return None
