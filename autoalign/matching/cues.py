@@ -174,7 +174,7 @@ def cap_of(probability: float) -> float:
     return INFERRED if probability >= likely() else AMBIGUOUS
 
 
-def _doubt(move: Move, slots: Sequence[str], paths: Sequence[Path]) -> str:
+def _doubt(move: Move, slots: Sequence[Path], paths: Sequence[Path]) -> str:
     """Describe what could be exchanged, and what speaks for and against it."""
     sides: tuple[list[str], list[str]] = ([], [])
     for name, why in WHYS.items():
@@ -186,7 +186,7 @@ def _doubt(move: Move, slots: Sequence[str], paths: Sequence[Path]) -> str:
     second = next((other for source, other in one.before if source == one.after[0][0]), None)
     if second is None:
         return LEFT_OVER
-    names = slots[first], slots[second]
+    names = [".".join(filter(None, slots[unit])) for unit in (first, second)]  # the root has no name
     if not any(sides):
         ways = zip(paths[first], paths[second], strict=False) if names[0] == names[1] else ()
         apart = [(a, b) if a != b else (stem(a), stem(b)) for a, b in ways if a or b]

@@ -301,11 +301,11 @@ def lists_of(paths: Sequence[Path]) -> dict[tuple[Path, str], dict[Path, list[in
     return lists
 
 
-def slots_of(paths: Sequence[Path]) -> list[str]:
-    """Write the names of layers without the numbers of their lists; numbers of a few siblings stay.
+def slots_of(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths of layers without the numbers of their lists; numbers of a few siblings stay.
 
-    >>> slots_of([("h", str(n), f"norm{k}") for n in range(2) for k in (1, 2)])
-    ['h.#.norm1', 'h.#.norm2', 'h.#.norm1', 'h.#.norm2']
+    >>> slots_of([("h", str(n), f"norm{k}") for n in range(2) for k in (1, 2)])[:2]
+    [('h', '#', 'norm1'), ('h', '#', 'norm2')]
     """
     long = {
         member
@@ -313,9 +313,8 @@ def slots_of(paths: Sequence[Path]) -> list[str]:
         if name == "#" or len(members) > _MAX_NAMED_SIBLINGS
         for member in members
     }
-    return [  # the root has no name
-        ".".join([stem(name) if path[: depth + 1] in long else name for depth, name in enumerate(path) if name])
-        for path in paths
+    return [
+        tuple([stem(name) if path[: depth + 1] in long else name for depth, name in enumerate(path)]) for path in paths
     ]
 
 

@@ -48,7 +48,7 @@ class State:
     kinds: tuple[Ints, Ints]  # of the units of each side, equal where all shapes are, but for dimensions of size one
     shapes: tuple[Ints, Ints]  # of the units of both sides, equal where all shapes are
     entries: Sequence[Entries]  # of each of the ``kinds``
-    slots: tuple[Sequence[str], Sequence[str]]  # the names of each side's units without the numbers of their lists
+    slots: tuple[Sequence[Path], Sequence[Path]]  # the paths of each side's units without the numbers of their lists
 
     @cached_property
     def own_of(self) -> dict[int, int]:
@@ -259,38 +259,45 @@ class State:
 
 
 class Decided:
-    """How layers are matched where nothing can be exchanged, in modules of the same content."""
+    """How layers are matched where nothing can be exchanged, in modules of the same content.
+
+    Layers of the same names tell it; where there are none, those whose names differ in the numbers of lists.
+    """
 
     def __init__(self, state: State, pairs: Sequence[tuple[int, int]]) -> None:
-        self._paths = state.source.paths, state.target.paths
+        self._named = (state.source.paths, state.target.paths), state.slots
         self._contents = state.source.contents, state.target.contents
         self._pairs = pairs
-        self._counts: dict[tuple[int, int], Counter[object]] = {}
+        self._counts: dict[tuple[bool, int, int], Counter[object]] = {}
 
     def __call__(self, exchanges: Sequence[Exchange]) -> float:
         """Compare how often layers of these names are matched as here and as after the exchanges."""
         if len(exchanges[0].ends) < 2 or len(exchanges[0].modules) < 2:
             return 0
-        before = after = 0
-        for one in exchanges:
-            around = len(common_prefix(one.ends)), len(common_prefix(one.modules))
-            before += sum([self._count(around, pair) for pair in one.before])
-            after += sum([self._count(around, pair) for pair in one.after])
+        for by_slot in (False, True):
+            before = after = 0
+            for one in exchanges:
+                around = len(common_prefix(one.ends)), len(common_prefix(one.modules))
+                before += sum([self._count(around, pair, by_slot) for pair in one.before])
+                after += sum([self._count(around, pair, by_slot) for pair in one.after])
+            if before or after:
+                break
         return (before - after) / (before + after + 1)
 
-    def _count(self, around: tuple[int, int], pair: tuple[int, int]) -> int:
-        below = len(self._paths[0][pair[0]]) - around[0], len(self._paths[1][pair[1]]) - around[1]
+    def _count(self, around: tuple[int, int], pair: tuple[int, int], by_slot: bool) -> int:
+        paths = self._named[0]
+        below = by_slot, len(paths[0][pair[0]]) - around[0], len(paths[1][pair[1]]) - around[1]
         if below not in self._counts:
             self._counts[below] = Counter([self._way(other, *below) for other in self._pairs])
         return self._counts[below][self._way(pair, *below)]
 
-    def _way(self, pair: tuple[int, int], *below: int) -> object:
+    def _way(self, pair: tuple[int, int], by_slot: bool, *below: int) -> object:
         """Name both layers from some modules on, with what these contain."""
         way: list[object] = []
-        for unit, paths, contents, depth in zip(pair, self._paths, self._contents, below, strict=True):
-            path = paths[unit]
+        for side, (unit, contents, depth) in enumerate(zip(pair, self._contents, below, strict=True)):
+            path = self._named[0][side][unit]
             cut = max(len(path) - depth, 0)
-            way += path[cut:], contents.get(path[:cut])
+            way += self._named[by_slot][side][unit][cut:], contents.get(path[:cut])
         return tuple(way)
 
 
