@@ -149,7 +149,8 @@ def parts_of(specs: Sequence[TensorSpec], counts: Sequence[int] | None = None) -
     >>> parts_of([spec])[0].path
     ('conv2', 'block1', 'bn', 'gamma')
     """
-    paths = _with_leaves([tuple([name for name in components(spec.key) if name != _INIT]) for spec in specs])
+    paths = [tuple([name for name in components(spec.key) if name != _INIT]) for spec in specs]
+    paths = _with_leaves(_without_endings(paths))
     if len(tops := {path[0] for path in paths if len(path) > 1}) > 1 and tops <= COLLECTIONS:
         paths = [path[1:] if len(path) > 1 else path for path in paths]
     top = len(_top_module(paths))
@@ -249,6 +250,26 @@ def _with_numbers_for_letters(paths: list[Path]) -> list[Path]:
 
     apart = [tuple(names(path)) for path in paths]
     return paths if {path[:depth] for path in apart for depth in range(len(path))}.intersection(apart) else apart
+
+
+def _without_endings(paths: list[Path]) -> list[Path]:
+    """Leave out what follows the names of the tensors: as in TensorFlow's ``bias/.ATTRIBUTES/VARIABLE_VALUE``.
+
+    Most end with it, and have names before it that say what values they are.
+
+    >>> _without_endings([("fc", "w", "ema"), ("fc", "b", "ema"), ("fc", "u")])
+    [('fc', 'w'), ('fc', 'b'), ('fc', 'u')]
+    """
+    last, _ = Counter(path[-1] for path in paths).most_common(1)[0] if paths else ("weight", 0)
+    named = [path for path in paths if path[-1] == last]
+    ending = common_prefix([path[::-1] for path in named])[::-1] if kind(last)[0] == "other" else ()
+    if not ending or min(map(len, named)) == len(ending):
+        return paths
+    shorter = [path[: -len(ending)] if path[-1] == last else path for path in paths]
+    known = sum(kind(path[-len(ending) - 1])[0] != "other" for path in named)
+    modules = {path[:depth] for path in shorter for depth in range(len(path))}
+    is_one = 2 * known > len(paths) and len(set(shorter)) == len(paths) and modules.isdisjoint(shorter)
+    return shorter if is_one else paths
 
 
 def _with_leaves(paths: list[Path]) -> list[Path]:
