@@ -7,7 +7,8 @@ departs from the papers. The files, in order of use (each imports only what stan
 and ``checkpoints``):
 
 - ``vocabulary``, ``names``: every table of words; the words, the kind of values and the similarity of names
-- ``layers``, ``conventions``: parts, units (layers) and the tree of modules; a side as torch names it and lays it out
+- ``paths``, ``layers``, ``conventions``: the modules in a key; parts, units (layers) and the tree of modules; a side as
+  torch names it and lays it out
 - ``candidates``, ``features``: pairs of layers that an operation reconciles; what speaks for a pair before matching
 - ``scope``, ``fusion``: what takes part; fused tensors split as the other side holds them
 - ``assignment``: the joint optimisation, exact at its end

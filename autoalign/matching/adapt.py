@@ -14,8 +14,8 @@ from math import isqrt, prod
 from autoalign.errors import InputError, did_you_mean
 from autoalign.matching.candidates import operation_between
 from autoalign.matching.confidence import ADAPTED, ADAPTED_BY_RULE
-from autoalign.matching.layers import Path
 from autoalign.matching.names import kind, words
+from autoalign.matching.paths import Path
 from autoalign.matching.positions import (
     AdaptableSide,
     Adaptation,

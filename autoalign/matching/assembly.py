@@ -21,9 +21,10 @@ from autoalign.matching.conventions import (
 )
 from autoalign.matching.features import SideFeatures, is_alphabetical, name_scores
 from autoalign.matching.fusion import BY_ORDER, Fusion
-from autoalign.matching.layers import Part, Parts, Path, Unit, Units, block_around, parts_of, squeeze
+from autoalign.matching.layers import Part, Parts, Unit, Units, block_around, parts_of, squeeze
 from autoalign.matching.layouts import ROTARY, Doubt, Style, doubt_about, other_layouts, style_of
 from autoalign.matching.names import kind, words
+from autoalign.matching.paths import Path
 from autoalign.plan.keys import common_module, components
 from autoalign.plan.matches import Candidate, Match, Mismatch
 from autoalign.plan.operations import Copy, InsertZeros, Operation, Shape, chain, in_parallel, output_shapes

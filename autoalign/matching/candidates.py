@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from autoalign.errors import InputError
 from autoalign.matching.conventions import layout_of
-from autoalign.matching.layers import Part, Path, Unit, Units, squeeze
+from autoalign.matching.layers import Part, Unit, Units, squeeze
 from autoalign.matching.names import kind, words
+from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import KNOWN
 from autoalign.plan.keys import numbers
 from autoalign.plan.operations import Copy, Operation, Permute, Reshape, Shape, Transpose, chain

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.features import Floats
-from autoalign.matching.layers import Part, Path, Unit, Units, counts_of
+from autoalign.matching.layers import Part, Unit, Units, counts_of
 from autoalign.matching.names import similar_words, words
+from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import LAYER_TYPES, MODULE_TYPES
 from autoalign.plan.keys import numbers, template
 

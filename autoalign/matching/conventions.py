@@ -15,8 +15,9 @@ from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
 
-from autoalign.matching.layers import Part, Parts, Path, squeeze, units_of
+from autoalign.matching.layers import Part, Parts, squeeze, units_of
 from autoalign.matching.names import kind, words
+from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import (
     AFTER_ATTENTION,
     AROUND_MLP,
@@ -286,9 +287,10 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
     for (module, _), shapes in beside.items():
         for name, shape in shapes.items():
             if words(name) != words(stem(name)):  # its number is a part of a word
-                counted = [other for other in shapes if numbers(other) and _is_counted_otherwise(name, other)]
-                claimed = [other for other in shapes if shapes[other] == shape and _has_its_role(name, other)]
-                for each in (name, *counted) if counted or claimed else ():
+                counted = [each for each in shapes if stem(each) == stem(name) and words(each) == words(stem(each))]
+                like = [each for each in shapes if shapes[each] == shape and not numbers(each)]
+                has_other_name = len(words(name)) == 1 and any(words(name)[0] in words(each) for each in like)
+                for each in (name, *counted) if counted or has_other_name else ():
                     plain[module, each] = "".join(map(str, numbers(each)))
     if not plain:
         return parts
@@ -298,14 +300,6 @@ def with_claimed_roles(parts: Sequence[Part]) -> Sequence[Part]:
         else part
         for part in parts
     ]
-
-
-def _is_counted_otherwise(name: str, other: str) -> bool:
-    return stem(other) == stem(name) and words(other) == words(stem(other))
-
-
-def _has_its_role(name: str, other: str) -> bool:
-    return not numbers(other) and len(words(name)) == 1 and words(name)[0] in words(other)
 
 
 def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProxyType({})) -> Parts:

@@ -24,9 +24,10 @@ from autoalign.matching.candidates import Entries
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED, fitted_weights
 from autoalign.matching.features import Floats, Ints, SideFeatures
 from autoalign.matching.grids import grid_gain
-from autoalign.matching.layers import Path, cut_apart, slots_of
+from autoalign.matching.layers import cut_apart, slots_of
 from autoalign.matching.moves import exchanges_of
 from autoalign.matching.names import counts, likeness, ordinal, words
+from autoalign.matching.paths import Path
 from autoalign.matching.state import MIN_TRUST_IN_ORDER, Decided, Exchange, State
 from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import common_prefix, numbers, stem, template

@@ -13,8 +13,9 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from autoalign.matching.layers import Ancestry, Path, cut_apart
+from autoalign.matching.layers import Ancestry, cut_apart
 from autoalign.matching.names import shared_with_companions, similar_words, word_similarity, words
+from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import ROLES
 from autoalign.plan.keys import numbers, stem, template
 

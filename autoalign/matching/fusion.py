@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
-from autoalign.matching.layers import Part, Path, Unit, squeeze, units_of
+from autoalign.matching.layers import Part, Unit, squeeze, units_of
 from autoalign.matching.names import kind, words
+from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import FUSED, GATE_FIRST, LAYER_TYPES
 from autoalign.plan.keys import numbers
 from autoalign.plan.operations import Operation, Split, chain

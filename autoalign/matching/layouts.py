@@ -12,8 +12,9 @@ from itertools import islice, permutations
 from math import gcd, isqrt, prod
 
 from autoalign.matching.fusion import ALTERNATING, UNCERTAIN_ORDER, Fusion
-from autoalign.matching.layers import Part, Path, squeeze
+from autoalign.matching.layers import Part, squeeze
 from autoalign.matching.names import kind, role_words, words
+from autoalign.matching.paths import Path
 from autoalign.matching.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
 from autoalign.matching.vocabulary import CONFIG_HEADS, FUSED, GATE_FIRST, GROUPED, INTERLEAVED, MODULATION, UNFOLDING
 from autoalign.plan.keys import numbers, stem

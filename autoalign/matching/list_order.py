@@ -14,7 +14,8 @@ from functools import cache
 from statistics import fmean, pstdev
 
 from autoalign.matching.assignment import Assignment
-from autoalign.matching.layers import Part, Path, Unit, Units, lists_of
+from autoalign.matching.layers import Part, Unit, Units, lists_of
+from autoalign.matching.paths import Path
 from autoalign.plan.keys import numbers
 
 REVERSIBLE = "right shape, but the members of this list are alike, and one side may list them in reverse order"

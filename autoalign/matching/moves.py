@@ -16,7 +16,8 @@ from itertools import chain, combinations, pairwise, product
 
 from autoalign.matching.features import Ints
 from autoalign.matching.grids import filled_by_axes
-from autoalign.matching.layers import Path, block_around, cut_apart, steps_inside
+from autoalign.matching.layers import block_around, cut_apart, steps_inside
+from autoalign.matching.paths import Path
 from autoalign.matching.state import MIN_TRUST_IN_ORDER, Exchange, State
 from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 

@@ -13,8 +13,9 @@ from math import isqrt, prod
 
 from torch import nn
 
-from autoalign.matching.layers import Path, squeeze
+from autoalign.matching.layers import squeeze
 from autoalign.matching.names import kind, role_words, words
+from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import (
     GRID_ATTRIBUTES,
     IMAGE_ATTRIBUTES,

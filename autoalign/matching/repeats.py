@@ -17,8 +17,9 @@ from math import prod
 from autoalign.matching.assembly import Found, SideParts, assembled
 from autoalign.matching.candidates import operation_between
 from autoalign.matching.confidence import INFERRED, PROVEN
-from autoalign.matching.layers import Part, Path, Unit
+from autoalign.matching.layers import Part, Unit
 from autoalign.matching.names import kind, words
+from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import RIVAL_PAIRS
 from autoalign.plan.keys import LEVELS, common_module, components, numbers, split_key, stem
 from autoalign.plan.matches import Candidate, Match, Mismatch

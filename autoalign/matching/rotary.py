@@ -14,8 +14,8 @@ from typing import Literal
 
 from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.checkpoints.config import ROTARY_SETTINGS, Config
-from autoalign.matching.layers import Path
 from autoalign.matching.names import role_words, words
+from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import (
     GGUF_HALVES,
     GGUF_PAIRS,

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from autoalign.checkpoints.containers import COPY_WORDS, name_words
 from autoalign.errors import InputError, PatternError, did_you_mean
-from autoalign.matching.layers import Part, Path, squeeze, units_of
+from autoalign.matching.layers import Part, squeeze, units_of
+from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import MOMENTUM_PAIR
 from autoalign.plan.keys import TimeLimit, common_module, compiled, components
 from autoalign.plan.matches import Caution

@@ -16,8 +16,9 @@ from math import prod
 
 from autoalign.matching.confidence import AMBIGUOUS
 from autoalign.matching.features import is_alphabetical
-from autoalign.matching.layers import Path, squeeze
+from autoalign.matching.layers import squeeze
 from autoalign.matching.names import kind, words
+from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import FUSED, KERNELS, ROLES
 from autoalign.plan.keys import components, natural, numbers, stem, template
 from autoalign.plan.matches import Candidate, Match, Mismatch

@@ -13,8 +13,8 @@ import numpy as np
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.candidates import Entries
 from autoalign.matching.features import Ints, SideFeatures
-from autoalign.matching.layers import Path
 from autoalign.matching.list_order import have_common_order
+from autoalign.matching.paths import Path
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
 MIN_TRUST_IN_ORDER = 2 / 3  # from which order alone is enough to load

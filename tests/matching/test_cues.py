@@ -402,7 +402,7 @@ def test_two_that_have_the_numbers_of_each_other_are_exchanged() -> None:
 def test_what_speaks_for_and_against_an_exchange_is_said() -> None:
     one = Exchange((("h", "a"), ("h", "b")), (("g", "c"), ("g", "d")), (1, 0), ((0, 0), (1, 1)), ((1, 0), (0, 1)))
     move = cues.Move((one,), dict.fromkeys(cues.WHYS, 0.0) | {"names": -0.5, "order": 1.0})
-    assert cues._doubt(move, ["h.a", "h.b"], [("h", "a"), ("h", "b")]) == (
+    assert cues._doubt(move, [("h", "a"), ("h", "b")], [("h", "a"), ("h", "b")]) == (
         "right shape, but h.a and h.b may be exchanged (for that: the names in them; for what is proposed: their order)"
     )
 

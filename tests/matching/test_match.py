@@ -67,8 +67,8 @@ def test_square_matrices_are_transposed_with_their_siblings(parts: tuple[str, ..
     alignment = autoalign.align(state(blocks(source)), state(blocks(target)))
     assert not alignment.missing_keys
     done = operations(alignment)
-    assert done["layers.1.attn.q_proj.weight"] == "split(dim 1, 0:64) + transpose"
-    assert done["layers.1.attn.v_proj.weight"] == "split(dim 1, 128:192) + transpose"
+    assert done["layers.1.attn.q_proj.weight"] == "transpose + split(dim 0, 0:64)"
+    assert done["layers.1.attn.v_proj.weight"] == "transpose + split(dim 0, 128:192)"
     assert done["layers.1.attn.k_proj.bias"] == "split(dim 0, 64:128)"
     assert done["layers.1.attn.out_proj.weight"] == "transpose"
 
@@ -76,7 +76,7 @@ def test_square_matrices_are_transposed_with_their_siblings(parts: tuple[str, ..
 def test_square_matrices_are_transposed_into_a_fused_one_too() -> None:
     alignment = autoalign.align(state(blocks(LINEAR)), state(blocks(CONV1D)))
     assert not alignment.missing_keys
-    assert operations(alignment)["h.2.attn.c_attn.weight"] == "transpose + concatenate(dim 1)"
+    assert operations(alignment)["h.2.attn.c_attn.weight"] == "concatenate(dim 0) + transpose"
     assert operations(alignment)["h.2.attn.c_proj.weight"] == "transpose"
 
 

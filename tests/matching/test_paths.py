@@ -1,0 +1,61 @@
+"""Paths: the modules in keys that are flat, count layers, or end with more than the name of a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import autoalign
+from autoalign.matching.paths import paths_of
+
+
+def _paths(keys: list[str], shapes: list[tuple[int, ...]] | None = None) -> list[str]:
+    return [".".join(path) for path in paths_of(keys, shapes or [(8,)] * len(keys))]
+
+
+def test_layers_counted_by_their_types_are_steps_of_one_list() -> None:
+    keys = [f"net/{name}{f'_{k}' * (k > 0)}/w" for name in ("batch_normalization", "conv2d") for k in range(5)]
+    assert _paths(keys)[1] == "net.1.batch_normalization.w"
+    assert _paths(keys)[5] == "net.0.conv2d.w"
+    shapes = [(8,)] * 5 + [(3, 3, 4, 9)] * 5  # no norm is as wide as its convolution
+    assert _paths(keys, shapes)[1] == "net.batch_normalization.1.w"
+
+
+def test_lists_in_flat_names_are_steps_where_their_members_take_turns() -> None:
+    turns = [f"{name}_{k}/w" for k in range(1, 6) for name in ("conv_dw", "conv_pw")]
+    assert _paths(turns)[3] == "2.conv_pw.w"
+    apart = [f"{name}_{k}/w" for name in ("enc", "dec") for k in range(1, 6)]
+    assert _paths(apart)[6] == "dec.2.w"
+
+
+def test_endings_of_most_keys_are_left_out() -> None:
+    ending = ".ATTRIBUTES/VARIABLE_VALUE"
+    assert _paths([f"dense/kernel/{ending}", f"dense/bias/{ending}"]) == ["dense.kernel", "dense.bias"]
+    mixed = ["a/w/ema_0.99", "a/b/ema_0.99", "b/w/ema_0.99", "a/u0"]
+    assert _paths(mixed) == ["a.w", "a.b", "b.w", "a.u0"]
+    assert _paths(["a/w/ema", "a/w/step", "b/w/ema"])[0] == "a.w.ema"  # it tells two tensors apart
+
+
+class _Step(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+
+
+def test_numbers_of_types_in_a_sorted_file_pair_norms_with_their_convolutions() -> None:
+    widths = [3, 16, 16, 24, 24, 24, 32, 32, 32, 32, 32, 48, 48]
+    target = nn.Sequential(*[_Step(*sizes) for sizes in zip(widths, widths[1:], strict=False)])
+    source: dict[str, Tensor] = {}
+    for k, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        number = f"_{k}" * (k > 0)
+        source[f"conv2d{number}/kernel"] = torch.rand(3, 3, inputs, outputs)
+        for name in ("beta", "moving_mean", "moving_variance"):  # and no gain
+            source[f"batch_normalization{number}/{name}"] = torch.rand(outputs)
+    alignment = autoalign.align({key: source[key] for key in sorted(source)}, target)
+    found = {match.target: match.sources[0] for match in alignment.matches}
+    assert len(found) == 4 * len(target)
+    for k in range(len(target)):
+        number = f"_{k}" * (k > 0)
+        assert found[f"{k}.conv.weight"] == f"conv2d{number}/kernel"
+        assert found[f"{k}.bn.bias"] == f"batch_normalization{number}/beta"
