@@ -25,6 +25,8 @@ _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no co
 _MAX_UNPAIRED_SHARE_OF_BRANCHES = 0.9  # the same for layers of the same names in members of one list
 _MAX_LIST_COMPARED = 6  # members of a list that are all compared: they may be branches rather than blocks
 _MAX_SIBLINGS_COMPARED = 12  # siblings of unlike content that are compared; of twice as many, neighbours only
+_MIN_LAYERS_OF_BLOCK = 3  # of which most are filled from one module
+_MIN_SHARE_OF_BLOCK = 0.6  # of these layers
 _MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its margin
 
 
@@ -347,25 +349,37 @@ def _accompanied(state: State) -> Iterator[Exchange]:
 
 
 def _strayed(state: State) -> Iterator[Exchange]:
-    """Find layers of a block that are filled from outside what fills most of it, where that has one left for them."""
-    blocks: dict[Path, list[int]] = {}
-    for unit in state.own_of:
-        blocks.setdefault(block_around(state.target.paths[unit]), []).append(unit)
+    """Find layers of a block that are filled from outside what fills most of it, where that has as many left for them.
+
+    Where that is so in several blocks, what one gives up may be what the next one lacks.
+    """
+    own, kinds, paths = state.own_of, state.kinds[0], state.source.paths
     ends: dict[Path, list[int]] = {}
-    for unit, path in enumerate(state.source.paths):
-        ends.setdefault(block_around(path), []).append(unit)
-    own, kinds = state.own_of, state.kinds[0]
-    for block, units in blocks.items():
-        counts = Counter([block_around(state.end(unit)) for unit in units])
-        end, count = counts.most_common(1)[0]
-        if block and end and 2 * count > len(units) > count:
-            left = set(ends[end]) - {own[unit] for unit in units}
-            takes: dict[int, int | None] = {}
-            for unit in units:
-                if block_around(state.end(unit)) != end:
-                    fits = [each for each in left if kinds[each] == kinds[own[unit]]]
-                    takes[unit] = fits[0] if len(fits) == 1 else None
-            yield from _filled_anew(state, takes)
+    for unit in sorted(range(len(paths)), key=state.source.places_in_order.__getitem__):
+        for depth in range(1, len(paths[unit])):
+            ends.setdefault(paths[unit][:depth], []).append(unit)
+    together: dict[int, int | None] = {}
+    for block, units in state.below.items():
+        if len(units) < _MIN_LAYERS_OF_BLOCK or not numbers(block[-1]):
+            continue
+        counts = Counter([end[:depth] for end in map(state.end, units) for depth in range(1, len(end))])
+        least = _MIN_SHARE_OF_BLOCK * len(units)
+        most = [(len(end), end) for end, count in counts.items() if least <= count < len(units) and any(end)]
+        if not most:
+            continue
+        _, end = max(most)
+        taken = {own[unit] for unit in units}
+        strayed: dict[int, list[int]] = {}
+        for unit in sorted(units, key=state.target.places_in_order.__getitem__):
+            if state.end(unit)[: len(end)] != end:
+                strayed.setdefault(kinds[own[unit]], []).append(unit)
+        takes: dict[int, int | None] = {}
+        for kind, like in strayed.items():
+            left = [each for each in ends[end] if kinds[each] == kind and each not in taken]
+            takes |= zip(like, left, strict=True) if len(left) == len(like) else ()
+        yield from _filled_anew(state, takes)
+        together |= takes
+    yield from _filled_anew(state, together)
 
 
 def _filled_anew(state: State, fills: Mapping[int, int | None]) -> Iterator[Exchange]:

@@ -261,8 +261,8 @@ def match_parts(
         has_name = evidence["name"] >= _MIN_SIMILARITY_ALONE
         runner_up = lists.reverse.get(place, int(assignment.runner_up[place]))
         rivals = {b: a for a, b in paired_parts(own[runner_up], other[j])} if runner_up >= 0 else {}
-        mine, wanted = set(own[i].kinds), set(other[j].kinds)
-        is_stranded = mine & wanted == {"bias"} and "weight" in mine ^ wanted
+        kept, needed = set(own[i].kinds), set(other[j].kinds)
+        is_stranded = kept & needed == {"bias"} and "weight" in kept ^ needed
         is_stranded &= j not in special or not has_name
         is_crowded = j not in known_units and (kinds.source[i], kinds.target[j]) in pairs.crowded
         is_crowded &= (i, j) not in pairs.same_numbers and not has_name

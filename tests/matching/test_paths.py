@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +12,7 @@ import autoalign
 from autoalign.matching.paths import paths_of
 
 
-def _paths(keys: list[str], shapes: list[tuple[int, ...]] | None = None) -> list[str]:
+def _paths(keys: Sequence[str], shapes: Sequence[tuple[int, ...]] | None = None) -> list[str]:
     return [".".join(path) for path in paths_of(keys, shapes or [(8,)] * len(keys))]
 
 
@@ -45,9 +48,9 @@ class _Step(nn.Module):
 
 def test_numbers_of_types_in_a_sorted_file_pair_norms_with_their_convolutions() -> None:
     widths = [3, 16, 16, 24, 24, 24, 32, 32, 32, 32, 32, 48, 48]
-    target = nn.Sequential(*[_Step(*sizes) for sizes in zip(widths, widths[1:], strict=False)])
+    target = nn.Sequential(*[_Step(*sizes) for sizes in pairwise(widths)])
     source: dict[str, Tensor] = {}
-    for k, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for k, (inputs, outputs) in enumerate(pairwise(widths)):
         number = f"_{k}" * (k > 0)
         source[f"conv2d{number}/kernel"] = torch.rand(3, 3, inputs, outputs)
         for name in ("beta", "moving_mean", "moving_variance"):  # and no gain
