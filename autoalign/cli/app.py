@@ -52,7 +52,9 @@ def program(
     context: typer.Context,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show it")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version")
+    ] = False,
 ) -> None:
     """Load any PyTorch checkpoint into any implementation of the same network."""
     settings.quiet, settings.verbose = quiet, verbose

@@ -6,7 +6,6 @@ They import what needs torch when they run, so that help needs none of it.
 from __future__ import annotations
 
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ from autoalign.cli.arguments import (
 )
 from autoalign.cli.completion import complete_models
 from autoalign.cli.targets import model_of, side_of
-from autoalign.cli.terminal import COMPLETE, INCOMPLETE, complain, progress, show, show_json, terminal_width
+from autoalign.cli.terminal import COMPLETE, INCOMPLETE, complain, progress, show, show_json, show_lines
 from autoalign.errors import DependencyError, InputError, ValueWarning
 from autoalign.plan.options import AlignOptions, MatchOptions
 
@@ -81,7 +80,7 @@ def identify(checkpoint: Checkpoints, container: Container = None, form: Form = 
     if form == "json":
         show_json({"checkpoint": " ".join(checkpoint), **found.to_dict()})
     else:
-        show(str(found))
+        show_lines(str(found))
     return COMPLETE if found.best else INCOMPLETE
 
 
@@ -117,10 +116,7 @@ def explain(
     if form == "json":
         show_json(explanation.to_dict())
     else:
-        from autoalign.reports.rows import paragraphs
-
-        lines = in_options(str(explanation)).splitlines()
-        show("\n".join(paragraphs(lines, terminal_width() or sys.maxsize)))
+        show_lines(in_options(str(explanation)))
     return COMPLETE
 
 

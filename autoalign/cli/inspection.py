@@ -11,6 +11,7 @@ from typing import Any
 from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.formats.detection import format_of
+from autoalign.cli.arguments import in_options
 from autoalign.cli.reports import tensor_json
 from autoalign.cli.terminal import COMPLETE, show, show_json, terminal_width
 from autoalign.plan.adapters import describe_adapters
@@ -105,4 +106,4 @@ def _fact_lines(facts: dict[str, Any]) -> list[str]:
         entries.append(f"{escaped(key)}={text[:_MAX_METADATA_CHARACTERS]}{more}")
     if entries:
         lines.append(f"metadata: {', '.join(entries)}")
-    return lines + [f"Note: {escaped(note)}" for note in facts["notes"]]
+    return lines + [f"Note: {in_options(escaped(note))}" for note in facts["notes"]]

@@ -44,7 +44,7 @@ class Totals:
 
     target: tuple[Share, ...]
     source: tuple[Share, ...]  # used and unexpected
-    excluded: int
+    excluded: int  # of both sides
 
     @property
     def filled(self) -> str:
@@ -69,7 +69,9 @@ def totals_of(alignment: Plan) -> Totals:
     source: dict[str, list[int]] = {}
     for spec in alignment.source_specs:
         source.setdefault("unexpected" if spec.key in unexpected else "used", []).append(spec.numel)
-    return Totals(_shares(STATUSES, target), _shares(("used", "unexpected"), source), len(alignment.excluded))
+    both = (*alignment.target_specs, *alignment.source_specs)
+    excluded = sum(spec.key in alignment.excluded for spec in both)
+    return Totals(_shares(STATUSES, target), _shares(("used", "unexpected"), source), excluded)
 
 
 def elements(shares: Iterable[Share]) -> int:
