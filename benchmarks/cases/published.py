@@ -3,7 +3,10 @@
 They are from model cards, papers and the docstrings of the configurations, as far as the authors of this page know
 them. A row is a name, the class that is built, and what differs from the defaults of its configuration. The default
 configuration of every family is beside these, under the name of its class, whether or not anybody published weights
-of it.
+of it; where it cannot be built, since a default lacks a size, it stands here with that size. Left out are, of
+transformers 5.24, Dinat and LayoutLMv2, which need libraries that no registry has built (natten, detectron2);
+Granite4Vision, DiffusionGemma, Qwen4Exp and the talker of Qwen3Omni, whose defaults lack sizes that are not known here;
+and the wrappers of timm, whose models are timm's.
 """
 
 from __future__ import annotations
@@ -405,6 +408,37 @@ _DEBERTA = {
 _LARGE = dict(zip(_BERT.split(), (1024, 24, 16, 4096), strict=True))
 _SO400M = dict(zip(_BERT.split(), (1152, 27, 16, 4304), strict=True))
 
+_SMALL_VITDET = {
+    "model_type": "vitdet",
+    **dict(zip(["hidden_size", "num_attention_heads", "num_channels", "image_size"], (384, 6, 4, 512), strict=True)),
+    "window_block_indices": [0, 1, 3, 4, 6, 7, 9, 10],
+    "residual_block_indices": [2, 5, 8, 11],
+    "use_relative_position_embeddings": True,
+    "out_features": ["stage12"],
+}
+_PADDLE_DETECTOR = {
+    "scale_factor_list": [1, 2, 4, 8],
+    "kernel_list": [3, 2, 2],
+    "intraclass_block_config": {
+        **{key: [1, 1, 0] for key in ("reduce_channel", "return_channel")},
+        **{
+            f"{name}_{ratio}ratio": values
+            for ratio, size in (("long", 7), ("mid", 5), ("short", 3))
+            for name, values in (
+                ("vertical_long_to_small_conv", [[size, 1], 1, [size // 2, 0]]),
+                ("horizontal_small_to_long_conv", [[1, size], 1, [0, size // 2]]),
+                ("symmetric_conv_long", [size, 1, size // 2]),
+            )
+        },
+    },
+}
+_FULL_ROPE = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
+
+
+def _sizes(*values: int) -> dict[str, int]:
+    return dict(zip(["vocab_size", *_KV.split()], values, strict=True))
+
+
 _OTHERS: tuple[tuple[str, str, Options], ...] = (
     *(
         (name, "DebertaV2Model", {**_DEBERTA, **dict(zip(_BERT.split(), sizes, strict=True))})
@@ -484,4 +518,148 @@ _OTHERS: tuple[tuple[str, str, Options], ...] = (
             "moe_intermediate_size": 768,
         },
     ),
+    *(
+        (name, name, {"prediction_length": 24})
+        for name in ("AutoformerModel", "InformerModel", "TimeSeriesTransformerModel")
+    ),
+    *((name, name, {"head_dim": 128}) for name in ("HunYuanDenseV1Model", "HunYuanMoEV1Model", "HunYuanVLTextModel")),
+    ("HunYuanVLModel", "HunYuanVLModel", {"text_config": {"head_dim": 128}}),
+    ("Ministral-8B", "MinistralModel", {"head_dim": 128, **_sizes(131072, 4096, 36, 32, 8, 12288)}),
+    ("internlm3-8b", "LlamaModel", {"head_dim": 128, **_sizes(128512, 4096, 48, 32, 2, 10240)}),
+    ("IQuest-Coder", "LlamaModel", {"head_dim": 128, **_sizes(76800, 5120, 80, 40, 8, 27648)}),
+    (
+        "sarvam MLA",
+        "DeepseekV3Model",
+        {
+            **_sizes(262144, 4096, 32, 64, 64, 16384),
+            "n_routed_experts": 128,
+            "q_lora_rank": None,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    (
+        "sarvam MoE",
+        "Glm4MoeModel",
+        {
+            **_sizes(262144, 4096, 19, 64, 4, 8192),
+            "head_dim": 64,
+            "moe_intermediate_size": 1024,
+            "use_qk_norm": True,
+        },
+    ),
+    ("nemotron", "NemotronModel", {"num_key_value_heads": 8}),
+    ("Minitron-4B", "NemotronModel", {"head_dim": 128, **_sizes(256000, 3072, 32, 24, 8, 9216)}),
+    ("Minitron-8B", "NemotronModel", {"head_dim": 128, **_sizes(256000, 4096, 32, 48, 8, 16384)}),
+    (
+        "dbrx",
+        "DbrxModel",
+        {
+            "d_model": 6144,
+            "n_heads": 48,
+            "n_layers": 40,
+            "vocab_size": 100352,
+            "attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500000.0},
+            "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+        },
+    ),
+    (
+        "dots.llm1",
+        "Dots1Model",
+        {
+            "hidden_size": 4096,
+            "n_routed_experts": 128,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    (
+        "LFM2-8B-A1B",
+        "Lfm2MoeModel",
+        {
+            "num_hidden_layers": 24,
+            "layer_types": ["full_attention" if n in (2, 6, 10, 14, 18, 21) else "conv" for n in range(24)],
+        },
+    ),
+    (
+        "DeepSeek-OCR-2",
+        "DeepseekOcr2Model",
+        {
+            "text_config": {
+                "vocab_size": 129280,
+                "hidden_size": 1280,
+                "intermediate_size": 6848,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 10,
+                "moe_intermediate_size": 896,
+                "num_experts_per_tok": 6,
+                "mlp_layer_types": ["dense", *["sparse"] * 11],
+            },
+            "vision_config": {"encoder_config": dict(zip(_KV.split(), (896, 24, 14, 2, 4864), strict=True))},
+        },
+    ),
+    (
+        "aya-vision-8b",
+        "AyaVisionModel",
+        {
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                **_SO400M,
+                "patch_size": 14,
+                "image_size": 364,
+                "vision_use_head": False,
+            },
+            "text_config": {"model_type": "cohere2", **_sizes(256000, 4096, 32, 32, 8, 14336)},
+        },
+    ),
+    (
+        "Perception-LM-1B",
+        "PerceptionLMModel",
+        {
+            "text_config": {"model_type": "llama", **_sizes(128256, 2048, 16, 32, 8, 8192)},
+            "vision_config": {
+                "model_type": "timm_wrapper",
+                "architecture": "vit_pe_core_large_patch14_336",
+                "model_args": {
+                    "depth": 23,
+                    "embed_dim": 1024,
+                    "global_pool": "",
+                    "img_size": [448, 448],
+                    "init_values": 0.1,
+                    "ref_feat_shape": [32, 32],
+                    "use_post_transformer_norm": False,
+                },
+            },
+        },
+    ),
+    ("chameleon-7b", "ChameleonModel", {"vocabulary_map": {"<image>": 8711}}),
+    ("Emu3", "Emu3Model", {"vocabulary_map": {"<image>": 151859}}),
+    ("CohereCompassTextModel", "CohereCompassTextModel", _FULL_ROPE),
+    ("CohereCompassModel", "CohereCompassModel", {"text_config": _FULL_ROPE}),
+    (
+        "Gemma4AssistantForCausalLM",
+        "Gemma4AssistantForCausalLM",
+        {
+            "text_config": {
+                "model_type": "gemma4_text",
+                "hidden_size_per_layer_input": 0,
+                "vocab_size_per_layer_input": 0,
+            }
+        },
+    ),
+    ("T5Gemma2Encoder", "T5Gemma2Encoder", {"text_config": {"dropout_rate": 0.0}}),
+    ("moonshine-streaming-tiny", "MoonshineStreamingModel", {"num_key_value_heads": 8}),
+    (
+        "vitmatte-small",
+        "VitMatteForImageMatting",
+        {
+            "backbone_config": _SMALL_VITDET,
+            "fusion_hidden_sizes": [256, 128, 64, 32],
+            "convstream_hidden_sizes": [48, 96, 192],
+        },
+    ),
+    ("PP-OCRv5_server_det", "PPOCRV5ServerDetForObjectDetection", _PADDLE_DETECTOR),
+    ("PP-OCRv6_medium_det", "PPOCRV6MediumDetForObjectDetection", _PADDLE_DETECTOR),
+    *((name, name, {}) for name in ("MusicgenForConditionalGeneration", "MusicgenMelodyForConditionalGeneration")),
+    ("Qwen3OmniMoeThinker", "Qwen3OmniMoeThinkerForConditionalGeneration", {}),
 )
