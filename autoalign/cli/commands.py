@@ -5,6 +5,7 @@ They import what needs torch when they run, so that help needs none of it.
 
 from __future__ import annotations
 
+import gc
 import re
 import tempfile
 import warnings
@@ -60,12 +61,17 @@ def inspect(
     and sizes; which container of several is taken; and prefixes that a wrapper may have put before the names. No tensor
     data is read.
     """
-    from autoalign.checkpoints.checkpoint import checkpoint_of
-    from autoalign.cli.inspection import show_checkpoint
+    is_collecting = gc.isenabled()
+    gc.disable()  # all that is made is kept, and to look for garbage in it takes a third of the time
+    try:
+        from autoalign.checkpoints.checkpoint import checkpoint_of
+        from autoalign.cli.inspection import show_checkpoint
 
-    return show_checkpoint(
-        checkpoint_of(side_of(checkpoint), container=container), " ".join(checkpoint), form, depth=depth
-    )
+        opened = checkpoint_of(side_of(checkpoint), container=container)
+        return show_checkpoint(opened, " ".join(checkpoint), form, depth=depth)
+    finally:
+        if is_collecting:
+            gc.enable()
 
 
 @command(exits="exit codes: 0 the architecture is known, or one is near; 1 unknown; 2 an error, reported on stderr")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor
@@ -16,7 +15,17 @@ from autoalign.plan.operations import Shape
 from autoalign.plan.quantised import ADVICE, Members
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.choices import answers, choices_of, reasons
-from autoalign.reports.rows import Row, blocks_of, escaped, fold, lay_out, paragraphs, render_sections
+from autoalign.reports.rows import (
+    Row,
+    blocks_of,
+    escape_markdown,
+    escaped,
+    fold,
+    lay_out,
+    markdown_code,
+    paragraphs,
+    render_sections,
+)
 
 SCREEN = 40  # lines
 STATUSES: tuple[Status, ...] = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # as of the sections
@@ -26,7 +35,6 @@ _FIRST_KEYS = 5  # that a message names
 _SEE_DETAILS = "error.details lists all."
 _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 _MIN_SIMILARITY = 40.0  # of 100; names that are less similar say nothing about each other
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -452,24 +460,3 @@ def markdown_table(rows: Sequence[Row]) -> list[str]:
         cells[-1] += "".join(f"<br>{escape_markdown(line)}" for line in row.advice)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def escape_markdown(text: str) -> str:
-    r"""Write text so that Markdown shows it as it is.
-
-    >>> print(escape_markdown("a_b [2] | c"))
-    a\_b \[2\] \| c
-    """
-    return _MARKDOWN.sub(r"\\\1", text)
-
-
-def markdown_code(text: str) -> str:
-    r"""Write text as code in a table, whatever backticks and bars it has.
-
-    >>> print(markdown_code("layers.{0...3}.weight"), markdown_code("a`b|c"))
-    `layers.{0...3}.weight` ``a`b\|c``
-    """
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") or not text.strip() else ""
-    return f"{fence}{pad}{text}{pad}{fence}".replace("|", r"\|")

@@ -195,7 +195,7 @@ def index_of(file: Path) -> dict[str, str]:
         CheckpointError: The file is not an index, is damaged, or leads out of its folder.
     """
     files_of = _listed(file)
-    outside = sorted({name for name in files_of.values() if Path(name).name != name or name == ".." or "\\" in name})
+    outside = sorted({name for name in {*files_of.values()} if Path(name).name != name or name == ".." or "\\" in name})
     if outside:
         raise CheckpointError(
             f"The index {str(file)!r} lists {_quoted(outside)}, and only files in its own folder are read. "
