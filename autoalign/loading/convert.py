@@ -35,9 +35,12 @@ from autoalign.loading.prepare import prepared, warn_of_choices, warn_of_unfille
 from autoalign.matching.match import match_tensors
 from autoalign.matching.scope import excluded_keys
 from autoalign.matching.vocabulary import WRAPPERS
+from autoalign.plan.adaptations import needs_target
 from autoalign.plan.adapters import AddTo
 from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.matches import Match
+from autoalign.plan.operations import output_shapes
+from autoalign.plan.regions import divided, put_together
 from autoalign.plan.specs import TensorSpec, tied_groups
 
 logger = logging.getLogger(__name__)
@@ -128,7 +131,7 @@ def convert_checkpoint(
 
     def read(spec: TensorSpec) -> torch.Tensor:
         nonlocal done
-        tensor = read_match(alignment, matches[spec.key], spec.shape)
+        tensor = read_match(alignment, matches[spec.key], spec)
         done += 1
         if done == len(matches):
             source.require_unchanged(_UNDONE)  # while it was read
@@ -292,11 +295,16 @@ def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dic
     return entries
 
 
-def read_match(alignment: Alignment, match: Match, shape: tuple[int, ...]) -> torch.Tensor:
+def read_match(alignment: Alignment, match: Match, spec: TensorSpec) -> torch.Tensor:
     """Read the tensor of a match; its values are there and it has the shape of the target."""
-    tensor = alignment.tensor(match)
+    if is_dequantised(match.operation) and not needs_target(match.operation):
+        sources = [alignment.tensors[key] for key in match.sources]
+        require_shape(match, output_shapes(match.operation, [each.shape for each in sources])[0], spec.shape, _UNDONE)
+        tensor = put_together(divided(match.operation, sources), spec.shape, spec.dtype)
+    else:
+        tensor = alignment.tensor(match)
     require_values(match, tensor, _UNDONE)
-    require_shape(match, tensor.shape, shape, _UNDONE)
+    require_shape(match, tensor.shape, spec.shape, _UNDONE)
     return tensor
 
 
