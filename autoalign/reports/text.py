@@ -9,6 +9,7 @@ from typing import Literal
 
 from autoalign.errors import listed
 from autoalign.matching.candidates import squeeze
+from autoalign.plan.adapters import describe_adapters
 from autoalign.plan.keys import stem
 from autoalign.plan.matches import FILLED, Match, Plan, Status
 from autoalign.plan.operations import Shape
@@ -425,9 +426,10 @@ def nothing_message(alignment: Plan) -> tuple[str, str]:
     for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
         rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST_KEYS]]
         details += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
-    check = "Check that both are the same network, or pass what is known as rules=."
-    what = [f"None of {len(alignment.target_specs)} target tensors has a source.", *alignment.notes]
-    return "\n".join([" ".join(what), *([] if alignment.unused_schemes else [check])]), "\n".join(details)
+    what = " ".join([f"None of {len(alignment.target_specs)} target tensors has a source.", *alignment.notes])
+    if not (alignment.unused_schemes or describe_adapters(alignment.source_specs)):
+        what += "\nCheck that both are the same network, or pass what is known as rules=."
+    return what, "\n".join(details)
 
 
 def _first(keys: Sequence[str]) -> str:

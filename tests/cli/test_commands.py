@@ -94,7 +94,7 @@ def test_inspect_shows_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[st
     saved = {f"fc{n}.lora_{name}.weight": torch.ones(n, n) for n in (2, 4) for name in "AB"}
     save_file(saved | {"fc3.lokr_w1": torch.ones(3)}, tmp_path / "a.safetensors")
     assert cli.main(["inspect", str(tmp_path / "a.safetensors")]) == cli.COMPLETE
-    assert "adapters: LoRA of 2 layers, rank 2 to 4, 1 tensors of other kinds than LoRA" in capsys.readouterr().out
+    assert "adapters: LoRA of 2 layers, rank 2 to 4, LoKr of 1 layers" in capsys.readouterr().out
     save_file({"ip_adapter.1.to_k_ip.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
     assert cli.main(["inspect", str(tmp_path / "a.safetensors"), "--format", "json"]) == cli.COMPLETE
     assert json.loads(capsys.readouterr().out)["adapters"] == ["an IP-Adapter"]

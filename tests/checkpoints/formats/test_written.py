@@ -1,4 +1,4 @@
-"""Files that the field's own quantisers wrote are loaded as the values that their own libraries make of them.
+"""Files that the field's own libraries wrote are loaded as the values that these make of them.
 
 ``written/`` holds one of each, see ``writing.py``; ``versions.json`` names the libraries' versions. What a library that
 is installed writes today is tried as well.
@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import autoalign
+from autoalign.errors import NothingLoadedError
 from autoalign.plan.dequantise import is_dequantised
 from tests.checkpoints.formats.writing import WRITERS, WRITTEN, save
-from tests.checkpoints.formats.writing_containers import ARCHIVE, HIDDEN, MEGATRON, NEOX, WIDTH, WORDS, Trained
+from tests.checkpoints.formats.writing_adapters import Network
+from tests.checkpoints.formats.writing_containers import ARCHIVE, HIDDEN, MEGATRON, META, NEOX, WIDTH, WORDS, Trained
 
 VALUES = np.load(WRITTEN / "values.npz")
 SCHEMES = {
@@ -143,6 +145,68 @@ def test_layers_of_neox_are_loaded_into_its_model_of_transformers() -> None:
     values = model.state_dict()
     assert all(torch.equal(values[mapping[key]], tensor) for key, tensor in NEOX.items())
     assert mapping["layer.3.mlp.linear2.bias"] == "gpt_neox.layers.1.mlp.dense_4h_to_h.bias"
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_parts_of_metas_llama(is_packed: bool, tmp_path: Path) -> None:
+    path = written("meta-2", tmp_path, is_packed=is_packed)
+    checkpoint = autoalign.open_checkpoint(path)
+    assert {key: tuple(tensor.shape) for key, tensor in checkpoint.items()} == {k: t.shape for k, t in META.items()}
+    assert all(torch.equal(checkpoint[key].float(), tensor) for key, tensor in META.items())
+
+
+@pytest.mark.parametrize("name", ["lora-peft", "lora-kohya", "tucker-kohya", "lora-comfy"])
+def test_lora_is_added_as_by_the_library_that_made_it(name: str) -> None:
+    (path,), model = (WRITTEN / name).glob("*.safetensors"), Network()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(NothingLoadedError, match=r"15 layers are given as LoRA.*merge_adapter=True"):
+        autoalign.load(model, path)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert "Added: 15 layers of LoRA" in autoalign.load(model, path, merge_adapter=True).notes[0]
+    assert_as_merged(name, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("dora-peft", "DoRA"), ("loha-peft", "LoHa"), ("lokr-peft", "LoKr")),
+        *(("dora-kohya", "DoRA"), ("loha-kohya", "LoHa"), ("lokr-kohya", "LoKr")),
+    ],
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_adapters_whose_arithmetic_is_another_are_refused_by_their_name(name: str, kind: str, merge: bool) -> None:
+    (path,), model = (WRITTEN / name).glob("*.safetensors"), Network()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    text = rf"Not {'added' if merge else 'loaded'}: 15 layers of {kind}\. LoRA alone can be added: merge others with"
+    with pytest.raises(NothingLoadedError, match=text):
+        autoalign.load(model, path, merge_adapter=merge)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_an_ip_adapter_fills_what_diffusers_fills() -> None:
+    with np.load(WRITTEN / "ip-adapter" / "merged.npz") as file:
+        wanted = {key: torch.from_numpy(array) for key, array in file.items()}
+    target = {key: torch.zeros_like(tensor) for key, tensor in wanted.items()}
+    found = autoalign.align(WRITTEN / "ip-adapter" / "ip-adapter.bin", target).state_dict()
+    assert found.keys() == {key for key in wanted if "_ip." in key or "projection_layers" in key}
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in found.items())
+
+
+def test_averages_of_lit_ema() -> None:
+    model = Network()
+    autoalign.load(model, WRITTEN / "litema" / "last.ckpt", exclude="model")
+    assert_as_merged("litema", model.state_dict())
+    with pytest.warns(autoalign.ChoiceWarning, match=r"'model.diffusion_model' was taken, not 'model_ema'"):
+        autoalign.load(model, WRITTEN / "litema" / "last.ckpt")
+    saved = autoalign.open_checkpoint(WRITTEN / "litema" / "last.ckpt")
+    assert all(torch.equal(tensor, saved[f"model.diffusion_model.{key}"]) for key, tensor in model.state_dict().items())
+
+
+def assert_as_merged(name: str, values: dict[str, torch.Tensor]) -> None:
+    with np.load(WRITTEN / name / "merged.npz") as file:
+        assert file.keys() == values.keys()
+        for key, array in file.items():
+            torch.testing.assert_close(values[key], torch.from_numpy(array), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
