@@ -61,7 +61,10 @@ def test_it_runs_as_a_module() -> None:
         (["nothing-like-it"], "No such command 'nothing-like-it'. See: autoalign --help"),
         (["demo", "--unknown"], "No such option: --unknown. See: autoalign demo --help"),
         (["align", "--exlude=fc"], "No such option: --exlude. Did you mean --exclude? See: autoalign align --help"),
-        (["align", "a"], "Missing argument 'CKPT'. See: autoalign align --help"),
+        (
+            ["align", "a"],
+            "An argument is missing. Usage: autoalign align [OPTIONS] CKPT... TARGET. See: autoalign align --help",
+        ),
         (["convert", "a", "--to", "b"], "Missing option '--output' / '-o'. See: autoalign convert --help"),
         (["rules", "a", "b", "--format", "x"], "Invalid value for '--format': 'x' is not one of 'text', 'json', "),
         (["align", "a", "b", "--adapt", "hed"], "Invalid value for '--adapt': 'hed' is not one of 'head', 'vocab', "),
