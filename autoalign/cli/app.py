@@ -126,7 +126,7 @@ def _usage_text(error: Any) -> str:
     text = error.format_message().replace("Value error, ", "").strip()  # the last are words of pydantic
     if similar := getattr(error, "possibilities", ()):
         text = f"{error.message}. Did you mean {similar[0]}?"
-    elif context and text.startswith("Missing argument"):  # which one it names is a guess where the first may be several
+    elif context and text.startswith("Missing argument"):  # it guesses which where one may be several
         usage = " ".join([context.command_path, *context.command.collect_usage_pieces(context)])
         text = f"An argument is missing. Usage: {re.sub('[{}]', '', usage)}"
     text += "" if text.endswith(("?", ".")) else "."
