@@ -21,7 +21,7 @@ from torch import nn
 import autoalign
 from autoalign.errors import NothingLoadedError
 from autoalign.plan.dequantise import is_dequantised
-from tests.checkpoints.formats.writing import WRITERS, WRITTEN, save
+from tests.checkpoints.formats.writing import WRITERS, WRITTEN, save, weight
 from tests.checkpoints.formats.writing_adapters import Network
 from tests.checkpoints.formats.writing_containers import ARCHIVE, HIDDEN, MEGATRON, META, NEOX, WIDTH, WORDS, Trained
 
@@ -126,7 +126,7 @@ def test_awq_of_other_bits_than_four_is_left_out_where_nothing_says_who_wrote_it
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_is_written_today(name: str, tmp_path: Path) -> None:
     try:
-        found = WRITERS[name][1]()
+        found = WRITERS[name][1](weight(name))
     except (ImportError, KeyError) as error:
         pytest.skip(f"not installed: {error}")
     save(found, tmp_path / name)
