@@ -7,8 +7,11 @@ import mmap
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -58,7 +61,7 @@ def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
             stream.seek(0)
             # torch.load takes this suffix at its word, and would write to a mapping of swapped bytes
             mapped = zipped and file.suffix != ".safetensors" and not _is_swapped(file)
-            loaded = torch.load(file if mapped else stream, map_location="cpu", weights_only=True, mmap=mapped)
+            loaded = _loaded(file if mapped else stream)
     except TooCostlyError as error:
         raise CheckpointError(
             f"{str(file)!r} was not read, since it is of a kind that exhausts time or memory: {error}. "
@@ -85,6 +88,25 @@ def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
             "Nothing was aligned. Name their folder, or merge them with the zero_to_fp32.py that lies beside them."
         )
     return Contents(loaded, notes=notes)
+
+
+def _loaded(file: Path | BinaryIO) -> Any:
+    """Unpickle with torch, which knows the tensors of torchao once that is imported; a path is mapped."""
+
+    def load() -> Any:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path))
+
+    try:
+        return load()
+    except pickle.UnpicklingError as error:
+        if "GLOBAL torchao." not in str(error) or "torchao" in sys.modules or find_spec("torchao") is None:
+            raise
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import_module("torchao")
+    if not isinstance(file, Path):
+        file.seek(0)
+    return load()
 
 
 def _without_code(file: Path, refusal: Exception, *, zipped: bool) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
