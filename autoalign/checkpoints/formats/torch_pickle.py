@@ -7,7 +7,6 @@ import mmap
 import pickle
 import re
 import sys
-import warnings
 import zipfile
 from collections.abc import Mapping
 from importlib import import_module
@@ -101,9 +100,7 @@ def _loaded(file: Path | BinaryIO) -> Any:
     except pickle.UnpicklingError as error:
         if "GLOBAL torchao." not in str(error) or "torchao" in sys.modules or find_spec("torchao") is None:
             raise
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import_module("torchao")
+    import_module("torchao")
     if not isinstance(file, Path):
         file.seek(0)
     return load()
