@@ -209,6 +209,13 @@ def convert(
     parted = [entry.partition("=") for entry in metadata or ()]
     if wrong := ["".join(entry) for entry in parted if not entry[1]]:
         raise InputError(f"--metadata {wrong[0]!r} is not of the form KEY=VALUE. Nothing was written.")
+    shown, written = progress("Writing"), 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal written
+        written = done
+        shown(done, total)
+
     alignment = autoalign.convert(
         side_of(checkpoint, values=True),
         # which may keep values of the target's own
@@ -221,13 +228,13 @@ def convert(
         strict=strict,
         overwrite=overwrite,
         unwrap=unwrap,
-        progress=progress("Writing"),
+        progress=report,
         **options,
     )
     from autoalign.cli.reports import show_alignment
     from autoalign.reports.rows import escaped
 
-    verdict = f"Wrote {len(alignment.matches)} tensors to {escaped(output)}."
+    verdict = f"Wrote {written} tensors to {escaped(output)}."
     return show_alignment(
         alignment, checkpoint, target or output, form, verdict=verdict, everything=everything, open_page=open_page
     )

@@ -118,7 +118,7 @@ def convert_checkpoint(
         counters_fate="are not written",
     )
     source, alignment = ready.source, ready.alignment
-    specs = _output_specs(alignment, cast)
+    specs = [*_output_specs(alignment, cast), *_unchanged(alignment, source, align_options, cast)]
     shards = [] if is_folder else shards_of(specs, limit)
     described = _metadata(source.metadata, metadata)
     for shard in shards:
@@ -131,12 +131,13 @@ def convert_checkpoint(
 
     def read(spec: TensorSpec) -> torch.Tensor:
         nonlocal done
-        tensor = read_match(alignment, matches[spec.key], spec)
+        match = matches.get(spec.key)
+        tensor = alignment.target_tensors[spec.key] if match is None else read_match(alignment, match, spec)
         done += 1
-        if done == len(matches):
+        if done == len(specs):
             source.require_unchanged(_UNDONE)  # while it was read
         if progress is not None:
-            progress(done, len(matches))
+            progress(done, len(specs))
         return tensor
 
     if is_folder:
@@ -283,6 +284,24 @@ def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[Tensor
         is_value = dtype.is_floating_point and not is_copy
         specs.append(TensorSpec(match.target, targets[match.target].shape, cast if cast and is_value else dtype))
     return specs
+
+
+def _unchanged(
+    alignment: Alignment, source: Checkpoint, options: Mapping[str, Any], cast: torch.dtype | None
+) -> list[TensorSpec]:
+    """List the target's own tensors that an adapter does not change, which make a whole with those that it does."""
+    if not any(isinstance(match.operation, AddTo) for match in alignment.matches):
+        return []
+    keys = [spec.key for spec in alignment.target_specs]
+    out = {match.target for match in alignment.matches}
+    out |= excluded_keys(options.get("include"), options.get("exclude"), list(source), keys)[0]
+    return [
+        replace(spec, dtype=cast)
+        if cast and spec.dtype.is_floating_point and spec.key not in alignment.quantised[1]
+        else spec
+        for spec in alignment.target_specs
+        if spec.key not in out and not spec.encoding and not alignment.target_tensors[spec.key].is_meta
+    ]
 
 
 def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dict[str, str]:

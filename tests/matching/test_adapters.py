@@ -161,6 +161,7 @@ def test_convert_writes_the_merged_weights(tmp_path: Path, dtype: torch.dtype) -
     found = load_file(tmp_path / "out.safetensors")
     wanted = merged(network().to(dtype).float())
     assert {tensor.dtype for tensor in found.values()} == {dtype}
+    assert found.keys() == wanted.keys()  # those that it does not change, too
     for key, tensor in found.items():
         torch.testing.assert_close(
             tensor.float(), wanted[key], rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=2e-2
