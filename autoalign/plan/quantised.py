@@ -95,7 +95,7 @@ class Quantised:
 
     @property
     def sides_of_scale(self) -> list[bool]:
-        """True for the rows, and the columns, of which a matrix has as many as its scale of one dimension has values."""
+        """True for the rows, and for the columns, if a matrix has as many as its scale has values in one dimension."""
         scale = next((spec.shape for role, spec in zip(self.roles, self.specs, strict=True) if role == "scale"), ())
         return [scale == (size,) for size in self.codes.shape[:2]]
 
