@@ -139,8 +139,13 @@ def _open_unpacked(folder: Path) -> Contents | None:
 
 
 def _open_member(file: Path) -> Contents:
+    is_archive = format_of(file) == "archive"
+    return open_archive(file, _open_innermost, _open_unpacked) if is_archive else open_file(file)
+
+
+def _open_innermost(file: Path) -> Contents:
     if format_of(file) == "archive":
-        raise CheckpointError("It holds an archive in turn, which is not opened. Nothing was read. Unpack it.")
+        raise CheckpointError("It holds archives in archives, which are not opened. Nothing was read. Unpack it.")
     return open_file(file)
 
 
