@@ -389,6 +389,140 @@ _TABLES: tuple[tuple[str, str, tuple[tuple[Any, ...], ...]], ...] = (
         ),
     ),
     (
+        "Gemma3TextModel",
+        f"head_dim {_KV}",
+        (
+            ("gemma-3-270m", 256, 640, 18, 4, 1, 2048),
+            ("gemma-3-1b", 256, 1152, 26, 4, 1, 6912),
+            ("gemma-3-4b text", 256, 2560, 34, 8, 4, 10240),
+            ("gemma-3-12b text", 256, 3840, 48, 16, 8, 15360),
+            ("gemma-3-27b text", 128, 5376, 62, 32, 16, 21504),
+        ),
+    ),
+    (
+        "Phi3Model",
+        f"vocab_size {_KV}",
+        (
+            ("Phi-3-mini", 32064, 3072, 32, 32, 32, 8192),
+            ("Phi-3-medium", 32064, 5120, 40, 40, 10, 17920),
+            ("phi-4", 100352, 5120, 40, 40, 10, 17920),
+        ),
+    ),
+    (
+        "OlmoModel",
+        f"vocab_size {_KV}",
+        (("OLMo-1B", 50304, 2048, 16, 16, 16, 8192), ("OLMo-7B", 50304, 4096, 32, 32, 32, 11008)),
+    ),
+    (
+        "Olmo2Model",
+        f"vocab_size {_KV}",
+        (
+            ("OLMo-2-1B", 100352, 2048, 16, 16, 16, 8192),
+            ("OLMo-2-7B", 100352, 4096, 32, 32, 32, 11008),
+            ("OLMo-2-13B", 100352, 5120, 40, 40, 40, 13824),
+            ("OLMo-2-32B", 100352, 5120, 64, 40, 8, 27648),
+        ),
+    ),
+    (
+        "StableLmModel",
+        f"use_qkv_bias vocab_size {_KV}",
+        (
+            ("stablelm-3b-4e1t", False, 50304, 2560, 32, 32, 32, 6912),
+            ("stablelm-2-1_6b", True, 100352, 2048, 24, 32, 32, 5632),
+        ),
+    ),
+    (
+        "Starcoder2Model",
+        f"vocab_size {_KV}",
+        (
+            ("starcoder2-3b", 49152, 3072, 30, 24, 2, 12288),
+            ("starcoder2-7b", 49152, 4608, 32, 36, 4, 18432),
+            ("starcoder2-15b", 49152, 6144, 40, 48, 4, 24576),
+        ),
+    ),
+    (
+        "MptModel",
+        "vocab_size d_model n_layers n_heads",
+        (("mpt-7b", 50432, 4096, 32, 32), ("mpt-30b", 50432, 7168, 48, 64)),
+    ),
+    (
+        "CodeGenModel",
+        "vocab_size n_embd n_layer n_head rotary_dim",
+        (
+            ("codegen-350M", 51200, 1024, 20, 16, 32),
+            ("codegen-2B", 51200, 2560, 32, 32, 64),
+            ("codegen-6B", 51200, 4096, 33, 16, 64),
+            ("codegen-16B", 51200, 6144, 34, 24, 64),
+        ),
+    ),
+    (
+        "M2M100Model",
+        "vocab_size encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim",
+        (
+            ("m2m100_418M", 128112, 12, 12, 4096, 4096),
+            ("m2m100_1.2B", 128112, 24, 24, 8192, 8192),
+            ("nllb-200-distilled-600M", 256206, 12, 12, 4096, 4096),
+            ("nllb-200-1.3B", 256206, 24, 24, 8192, 8192),
+        ),
+    ),
+    (
+        "PegasusModel",
+        "vocab_size d_model encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim",
+        (("pegasus-large", 96103, 1024, 16, 16, 4096, 4096),),
+    ),
+    (
+        "LongformerModel",
+        f"vocab_size max_position_embeddings type_vocab_size {_BERT}",
+        (
+            ("longformer-base-4096", 50265, 4098, 1, 768, 12, 12, 3072),
+            ("longformer-large-4096", 50265, 4098, 1, 1024, 24, 16, 4096),
+        ),
+    ),
+    (
+        "XLNetModel",
+        "d_model n_layer n_head d_inner",
+        (("xlnet-base-cased", 768, 12, 12, 3072), ("xlnet-large-cased", 1024, 24, 16, 4096)),
+    ),
+    (
+        "Swinv2Model",
+        "embed_dim depths num_heads window_size image_size",
+        (
+            ("swinv2-tiny-patch4-window8-256", 96, [2, 2, 6, 2], [3, 6, 12, 24], 8, 256),
+            ("swinv2-small-patch4-window8-256", 96, [2, 2, 18, 2], [3, 6, 12, 24], 8, 256),
+            ("swinv2-base-patch4-window8-256", 128, [2, 2, 18, 2], [4, 8, 16, 32], 8, 256),
+            ("swinv2-base-patch4-window16-256", 128, [2, 2, 18, 2], [4, 8, 16, 32], 16, 256),
+        ),
+    ),
+    (
+        "Dinov2WithRegistersModel",
+        "patch_size image_size hidden_size num_hidden_layers num_attention_heads use_swiglu_ffn",
+        (
+            ("dinov2-with-registers-small", 14, 518, 384, 12, 6, False),
+            ("dinov2-with-registers-base", 14, 518, 768, 12, 12, False),
+            ("dinov2-with-registers-large", 14, 518, 1024, 24, 16, False),
+            ("dinov2-with-registers-giant", 14, 518, 1536, 40, 24, True),
+        ),
+    ),
+    (
+        "DINOv3ViTModel",
+        f"num_register_tokens {_BERT}",
+        (
+            ("dinov3-vits16", 4, 384, 12, 6, 1536),
+            ("dinov3-vitb16", 4, 768, 12, 12, 3072),
+            ("dinov3-vitl16", 4, 1024, 24, 16, 4096),
+        ),
+    ),
+    (
+        "MobileViTModel",
+        "hidden_sizes neck_hidden_sizes expand_ratio",
+        (
+            ("mobilevit-small", [144, 192, 240], [16, 32, 64, 96, 128, 160, 640], 4.0),
+            ("mobilevit-x-small", [96, 120, 144], [16, 32, 48, 64, 80, 96, 384], 4.0),
+            ("mobilevit-xx-small", [64, 80, 96], [16, 16, 24, 48, 64, 80, 320], 2.0),
+        ),
+    ),
+    ("CvtModel", "depth", (("cvt-13", [1, 2, 10]), ("cvt-21", [1, 4, 16]))),
+    (
         "VideoMAEModel",
         _BERT,
         (("videomae-base", 768, 12, 12, 3072), ("videomae-large", 1024, 24, 16, 4096)),
