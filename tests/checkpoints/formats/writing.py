@@ -1,7 +1,7 @@
 """The field's own quantisers: what each stores of one weight, and the values that its own library makes of that.
 
 ``python -m tests.checkpoints.formats.writing`` writes ``written/`` anew with those that are installed; all of them run
-on a CPU. llama.cpp's is its library ``ggml``, at the path in ``GGML_LIBRARY``.
+on a CPU. llama.cpp's is its library ``ggml``, at the path in ``GGML_LIBRARY``; that in the package xllamacpp serves.
 """
 
 from __future__ import annotations
