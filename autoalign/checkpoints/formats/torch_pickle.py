@@ -26,6 +26,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C  # the first value of a file from before torch 1
 _END, _END_64, _PLACE_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"  # how the records at the end of a zip file begin
 _TAIL_BYTES = 56 + 20 + 22  # of the three of them
 _OWN_RECORDS = ("/version", "/byteorder", "/serialization_id", "/.format_version", "/.storage_alignment")
+_IS_FOLDER = 0x10  # among the attributes of a member
 _SIZES_64 = 1  # the kind of a member's extra field that holds sizes beyond 32 bits
 
 
@@ -169,6 +170,8 @@ def check_archive(file: Path | IO[bytes], size: int) -> int:
         raise TooCostlyError(f"it is a compressed zip file, as torch writes none, of {total} bytes when unpacked")
     if packed := [info.filename for info in members if info.compress_type and info.filename.endswith(_OWN_RECORDS)]:
         raise ValueError(f"{packed[0]} is compressed, which torch reads as whatever is in memory")
+    if folders := [info.filename for info in members if info.external_attr & _IS_FOLDER and not info.is_dir()]:
+        raise ValueError(f"{folders[0]} is marked as a folder, of which torch reads whatever is in memory")
     return max((info.file_size for info in members if info.filename.lower().endswith("/data.pkl")), default=0)
 
 
