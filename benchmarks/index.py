@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,19 @@ def _transformers() -> Iterator[_Builder]:
     for model_type in transformers.CONFIG_MAPPING:
         config = transformers.CONFIG_MAPPING[model_type]
         with suppress(Exception):  # of a family whose code needs what is not installed
-            kind = next(mapping[config] for mapping in mappings if config in mapping)
+            kind = next((mapping[config] for mapping in mappings if config in mapping), None) or _part_of(config)
             kind = kind[0] if isinstance(kind, Sequence) else kind
             if kind not in seen:
                 seen.add(kind)
                 yield kind.__name__, (f"{kind.__name__}()", config.__name__), [partial(_of_config, kind, config, {})]
+
+
+def _part_of(config: type) -> type[nn.Module]:
+    """Return the class of a part of a model, which transformers builds by no name, such as a text tower alone."""
+    module = import_module(config.__module__.replace("configuration_", "modeling_"))
+    classes = (vars(module)[name] for name in module.__all__ if not name.endswith("PreTrainedModel"))
+    kind: type[nn.Module] = next(kind for kind in classes if getattr(kind, "config_class", None) is config)
+    return kind
 
 
 def _mmpretrain() -> Iterator[_Builder]:

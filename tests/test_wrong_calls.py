@@ -96,7 +96,10 @@ COMMANDS = {
     "alin a b": "No such command 'alin'. Did you mean 'align'? See: autoalign --help",
     f"align {FILE} {FILE} --exlude out": "No such option: --exlude. Did you mean --exclude? See: "
     "autoalign align --help",
-    f"align {FILE}": "Missing argument 'CKPT'. See: autoalign align --help",
+    f"align {FILE}": "An argument is missing. Usage: autoalign align [OPTIONS] CKPT... TARGET. See: autoalign align "
+    "--help",
+    f"align {FILE} resnet18": "'resnet18' is not a file or folder, and not the name of a model, such as timm:resnet50 "
+    "or package.module:factory. Nothing was done. Did you mean 'timm:resnet18'?",
     f"align {FILE} microsoft/resnet-50": "'microsoft/resnet-50' is not a file or folder, and not the name of a model, "
     "such as timm:resnet50 or package.module:factory. Nothing was done. Did you mean 'hf://microsoft/resnet-50'?",
     f"load-check {FILE} hf://microsoft/resnet-50": "'hf://microsoft/resnet-50' is a checkpoint, not a model such as "

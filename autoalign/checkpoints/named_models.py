@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from inspect import signature
@@ -35,7 +35,7 @@ def build(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
     if not found:
         raise InputError(
             f"{text!r} is not a file or folder, and not the name of a model, such as timm:resnet50 or "
-            f"package.module:factory. Nothing was done.{meant_by(text)}"
+            f"package.module:factory. Nothing was done.{meant_by(text) or _meant_library(text)}"
         )
     library, name, arguments = found[1], found[2], found[3] or "()"
     positional, named = _arguments(arguments, text)
@@ -117,6 +117,16 @@ def _meant_model(library: str, name: str) -> str:
     names = names_in(library)
     near = "" if name in names else most_similar(name, names)
     return f" Did you mean '{library}:{near}'?" if near else ""
+
+
+def _meant_library(name: str) -> str:
+    """Return the question whether a model of a library was meant, if one has it."""
+    libraries = ("transformers",) if name[:1].isupper() else ("timm", "torchvision")  # whose models are classes, or not
+    for library in libraries if name.isidentifier() else ():
+        with suppress(DependencyError):
+            if name in names_in(library):
+                return f" Did you mean '{library}:{name}'?"
+    return ""
 
 
 def _arguments(text: str, spec: str) -> tuple[list[Any], dict[str, Any]]:

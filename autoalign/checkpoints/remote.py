@@ -249,4 +249,7 @@ def _chosen(names: Sequence[str], within: str, address: str) -> str:
 
 def _unreachable(address: str, error: Exception) -> CheckpointError:
     lines = str(error).strip().splitlines() or [""]
-    return CheckpointError(f"{address!r} could not be downloaded ({type(error).__name__}: {lines[0]}).")
+    return CheckpointError(
+        f"{address!r} could not be downloaded ({type(error).__name__}: {lines[0].rstrip('.')}). Nothing was read. "
+        "Check the address and the connection, and that you have access."
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,9 @@ def program(
     context: typer.Context,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    _version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show it")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version")
+    ] = False,
 ) -> None:
     """Load any PyTorch checkpoint into any implementation of the same network."""
     settings.quiet, settings.verbose = quiet, verbose
@@ -123,6 +126,9 @@ def _usage_text(error: Any) -> str:
     text = error.format_message().replace("Value error, ", "").strip()  # the last are words of pydantic
     if similar := getattr(error, "possibilities", ()):
         text = f"{error.message}. Did you mean {similar[0]}?"
+    elif context and text.startswith("Missing argument"):  # it guesses which where one may be several
+        usage = " ".join([context.command_path, *context.command.collect_usage_pieces(context)])
+        text = f"An argument is missing. Usage: {re.sub('[{}]', '', usage)}"
     text += "" if text.endswith(("?", ".")) else "."
     return f"{text} See: {context.command_path if context else 'autoalign'} --help"
 

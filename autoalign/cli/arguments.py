@@ -74,8 +74,8 @@ def command(*, exits: str = EXIT_CODES) -> Callable[[Command], Command]:
                 known["rules"] = pairs_of(known["rules"])
             if known.get("source_model") not in (None, "auto"):
                 known["source_model"] = model_of(known["source_model"], values=False)
-            sides = known.get("checkpoint", ())
-            with working(f"Opening {', '.join(sides)}" if sides else "Working"):
+            sides = known.get("checkpoint") or [known[name] for name in ("first", "second") if name in known]
+            with working(f"Opening {sides if isinstance(sides, str) else ', '.join(sides)}" if sides else "Working"):
                 return function(**known)
 
         run.__annotations__ = {}

@@ -11,13 +11,12 @@ from typing import Any
 from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.formats.detection import format_of
-from autoalign.cli.reports import tensor_json
+from autoalign.cli.arguments import in_options
 from autoalign.cli.terminal import COMPLETE, show, show_json, terminal_width
 from autoalign.plan.adapters import describe_adapters
 from autoalign.plan.quantised import describe_schemes
 from autoalign.reports.module_tree import copies_of, prefix_of, render_tree, size_text
-from autoalign.reports.rows import escaped, paragraphs
-from autoalign.reports.text import escape_markdown, markdown_code
+from autoalign.reports.rows import escape_markdown, escaped, markdown_code, paragraphs
 
 _MAX_METADATA_CHARACTERS = 60  # of an entry
 _MAX_LISTED = 8  # parts of the state of a training
@@ -27,7 +26,7 @@ def show_checkpoint(checkpoint: Checkpoint, name: str, form: str, *, depth: int 
     """Show what a checkpoint holds."""
     facts = _facts_of(checkpoint)
     if form == "json":
-        listed = [tensor_json(spec) for spec in checkpoint.specs]
+        listed = [{"key": spec.key, "shape": list(spec.shape), "dtype": spec.dtype_name} for spec in checkpoint.specs]
         show_json({"checkpoint": name, **facts, "tensors": listed})
         return COMPLETE
     width = terminal_width() if form == "text" else None
@@ -68,9 +67,11 @@ def _training_of(root: Mapping[str, object]) -> list[str]:
     """List what a file holds of the state of a training: optimizers and the like, and single numbers."""
     found = []
     for name, value in root.items():
-        if isinstance(name, str) and name_words(name) & TRAINING_WORDS:
+        if not isinstance(name, str) or "." in name:  # a key
+            continue
+        if name_words(name) & TRAINING_WORDS:
             found.append(name)
-        elif isinstance(name, str) and isinstance(value, int | float):
+        elif isinstance(value, int | float):
             found.append(f"{name}={value}")
     return found[:_MAX_LISTED] + (["..."] if len(found) > _MAX_LISTED else [])
 
@@ -105,4 +106,4 @@ def _fact_lines(facts: dict[str, Any]) -> list[str]:
         entries.append(f"{escaped(key)}={text[:_MAX_METADATA_CHARACTERS]}{more}")
     if entries:
         lines.append(f"metadata: {', '.join(entries)}")
-    return lines + [f"Note: {escaped(note)}" for note in facts["notes"]]
+    return lines + [f"Note: {in_options(escaped(note))}" for note in facts["notes"]]

@@ -14,11 +14,10 @@ from autoalign.alignment import Alignment
 from autoalign.cli.arguments import in_options
 from autoalign.cli.terminal import COMPLETE, INCOMPLETE, show, show_json, width
 from autoalign.loading.diff import Difference
-from autoalign.plan.specs import TensorSpec
 from autoalign.reports.changes import render_changes, render_changes_markdown
 from autoalign.reports.html import document
-from autoalign.reports.rows import escaped
-from autoalign.reports.text import SCREEN, markdown_code, render_markdown, render_text
+from autoalign.reports.rows import escaped, markdown_code
+from autoalign.reports.text import SCREEN, render_markdown, render_text
 from autoalign.rules.rules import Rules
 
 
@@ -129,8 +128,3 @@ def show_difference(
         report = render_changes(*parts, width=width(), limit=limit, everything="--all", for_shell=True)
         show("\n".join([escaped(title), "", in_options(report)]))
     return COMPLETE if found.equal else INCOMPLETE
-
-
-def tensor_json(spec: TensorSpec) -> dict[str, object]:
-    """Return a tensor's key, shape and dtype."""
-    return {"key": spec.key, "shape": list(spec.shape), "dtype": spec.dtype_name}

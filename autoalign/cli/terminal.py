@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from autoalign.reports.rows import printable
+from autoalign.reports.rows import paragraphs, printable
 
 COMPLETE, INCOMPLETE, ERROR = 0, 1, 2  # exit codes
 JSON_VERSION = 1  # of what commands print; fields may be added without a new one
@@ -70,6 +70,11 @@ def show(text: str, *, plain: bool = False) -> None:
     for pattern, style in _STYLES.items():
         styled.highlight_regex(f"(?m){pattern}", style)
     Console(highlight=False, soft_wrap=True).print(styled)
+
+
+def show_lines(text: str) -> None:
+    """Write a result of lines, wrapped between words on a terminal."""
+    show("\n".join(paragraphs(text.splitlines(), terminal_width() or sys.maxsize)))
 
 
 def show_json(data: Mapping[str, object]) -> None:

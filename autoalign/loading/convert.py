@@ -35,9 +35,12 @@ from autoalign.loading.prepare import prepared, warn_of_choices, warn_of_unfille
 from autoalign.matching.match import match_tensors
 from autoalign.matching.scope import excluded_keys
 from autoalign.matching.vocabulary import WRAPPERS
+from autoalign.plan.adaptations import needs_target
 from autoalign.plan.adapters import AddTo
 from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.matches import Match
+from autoalign.plan.operations import output_shapes
+from autoalign.plan.regions import divided, put_together
 from autoalign.plan.specs import TensorSpec, tied_groups
 
 logger = logging.getLogger(__name__)
@@ -115,7 +118,7 @@ def convert_checkpoint(
         counters_fate="are not written",
     )
     source, alignment = ready.source, ready.alignment
-    specs = _output_specs(alignment, cast)
+    specs = [*_output_specs(alignment, cast), *_unchanged(alignment, source, align_options, cast)]
     shards = [] if is_folder else shards_of(specs, limit)
     described = _metadata(source.metadata, metadata)
     for shard in shards:
@@ -128,12 +131,13 @@ def convert_checkpoint(
 
     def read(spec: TensorSpec) -> torch.Tensor:
         nonlocal done
-        tensor = read_match(alignment, matches[spec.key], spec.shape)
+        match = matches.get(spec.key)
+        tensor = alignment.target_tensors[spec.key] if match is None else read_match(alignment, match, spec)
         done += 1
-        if done == len(matches):
+        if done == len(specs):
             source.require_unchanged(_UNDONE)  # while it was read
         if progress is not None:
-            progress(done, len(matches))
+            progress(done, len(specs))
         return tensor
 
     if is_folder:
@@ -282,6 +286,24 @@ def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[Tensor
     return specs
 
 
+def _unchanged(
+    alignment: Alignment, source: Checkpoint, options: Mapping[str, Any], cast: torch.dtype | None
+) -> list[TensorSpec]:
+    """List the target's own tensors that an adapter does not change, which make a whole with those that it does."""
+    if not any(isinstance(match.operation, AddTo) for match in alignment.matches):
+        return []
+    keys = [spec.key for spec in alignment.target_specs]
+    out = {match.target for match in alignment.matches}
+    out |= excluded_keys(options.get("include"), options.get("exclude"), list(source), keys)[0]
+    return [
+        replace(spec, dtype=cast)
+        if cast and spec.dtype.is_floating_point and spec.key not in alignment.quantised[1]
+        else spec
+        for spec in alignment.target_specs
+        if spec.key not in out and not spec.encoding and not alignment.target_tensors[spec.key].is_meta
+    ]
+
+
 def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dict[str, str]:
     if given is not None and not isinstance(given, Mapping):
         raise InputError(f"metadata= takes a mapping of texts, not {type(given).__name__}. {_UNDONE}")
@@ -292,11 +314,16 @@ def _metadata(source: Mapping[str, str], given: Mapping[str, str] | None) -> dic
     return entries
 
 
-def read_match(alignment: Alignment, match: Match, shape: tuple[int, ...]) -> torch.Tensor:
+def read_match(alignment: Alignment, match: Match, spec: TensorSpec) -> torch.Tensor:
     """Read the tensor of a match; its values are there and it has the shape of the target."""
-    tensor = alignment.tensor(match)
+    if is_dequantised(match.operation) and not needs_target(match.operation):
+        sources = [alignment.tensors[key] for key in match.sources]
+        require_shape(match, output_shapes(match.operation, [each.shape for each in sources])[0], spec.shape, _UNDONE)
+        tensor = put_together(divided(match.operation, sources), spec.shape, spec.dtype)
+    else:
+        tensor = alignment.tensor(match)
     require_values(match, tensor, _UNDONE)
-    require_shape(match, tensor.shape, shape, _UNDONE)
+    require_shape(match, tensor.shape, spec.shape, _UNDONE)
     return tensor
 
 

@@ -31,8 +31,9 @@ from autoalign.reports.changes import (
 
 _UNDONE = "Nothing was compared."
 _TOLERANCE = 1e-6  # of changes of values that neither side rounded
-_PIECE = 2**20  # elements that a thread reads at a time, enough for a strided view to be read in whole cache lines
-_CACHED = 2**15  # elements that stay in a core's cache while they are compared, by one thread of torch
+_PIECE = 2**22  # elements that a thread reads at a time
+_COPIED = 2**20  # the same of a strided view, which is copied: enough to be read in whole cache lines
+_CACHED = 2**16  # elements that stay in a core's cache while they are compared, by one thread of torch
 _THREADS = 4  # more than cores, perhaps: some wait for the disk
 
 
@@ -209,12 +210,12 @@ def _sum(found: Sequence[_Apart]) -> _Apart:
 
 def _pieces(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Divide two tensors of one shape alike, into views."""
-    if first.numel() <= _PIECE:
-        yield first, second
-    elif first.is_contiguous() and second.is_contiguous():
+    if first.is_contiguous() and second.is_contiguous():
         yield from zip(torch.split(first.view(-1), _PIECE), torch.split(second.view(-1), _PIECE), strict=True)
+    elif first.numel() <= _COPIED:
+        yield first, second
     else:
-        rows = max(_PIECE * len(first) // first.numel(), 1)
+        rows = max(_COPIED * len(first) // first.numel(), 1)
         for own, other in zip(torch.split(first, rows), torch.split(second, rows), strict=True):
             yield from _pieces(own[0], other[0]) if rows == 1 else [(own, other)]
 

@@ -27,7 +27,8 @@ from autoalign.loading.values import Findings
 from autoalign.plan.adaptations import needs_target
 from autoalign.plan.dequantise import is_dequantised, is_sure
 from autoalign.plan.matches import Match
-from autoalign.plan.operations import Copy, Operation
+from autoalign.plan.operations import Copy, Operation, output_shapes
+from autoalign.plan.regions import Piece, divided, narrowed, put_together
 
 Sources = tuple[Match, list[Tensor]]  # a match, and the tensors that it is made of
 Progress = Callable[[int, int], object]  # called with the tensors that are done and all of them
@@ -49,7 +50,7 @@ class Fill:
 
     target: Tensor  # without gradient
     copies: tuple[tuple[Tensor, Tensor], ...]  # of target and source, of equal shapes
-    compute: Callable[[], Tensor] | None = None  # the source, which is on meta here
+    compute: Callable[[], Iterable[Piece]] | None = None  # the source, which is on meta here
 
     @property
     def size(self) -> int:
@@ -171,20 +172,19 @@ def fills_of(
             findings.examine(match, sources, target.dtype)
         fill = None if needs_target(match.operation) else copies_in_place(match.operation, sources, target)
         if fill is None:
-            compute = partial(_computed, alignment, match, sources, files, findings, target.dtype)
+            compute = partial(_computed, alignment, match, sources, files, findings, target.shape, target.dtype)
             is_late = postpone and not is_own and target.numel() <= largest and is_sure(match.operation)
-            tensor = alignment.tensor(match, [each.to("meta") for each in sources]) if is_late else compute()
-            require_shape(match, tensor.shape, target.shape)
             if is_late:
                 findings.postponed.append((match, (), target.dtype))
             else:
-                largest = max(largest, tensor.numel())
-                room -= tensor.nbytes
+                largest = max(largest, target.numel())
+                room -= 4 * target.numel()
             if is_late or (room < 0 and not is_own and not needs_target(match.operation)):
-                fill = Fill(target, ((target, torch.empty_like(tensor, device="meta")),), compute)
+                if not is_late:
+                    deque(compute(), maxlen=0)
+                fill = Fill(target, ((target, torch.empty_like(target, device="meta")),), compute)
             else:
-                fill = Fill(target, ((target, tensor),))
-            del tensor  # before the next one is computed
+                fill = Fill(target, tuple((narrowed(target, region), values) for region, values in compute()))
         # the model's own values may change before they are copied
         copies = [(part, new.clone() if memory_of(new) in memories else new) for part, new in fill.copies]
         fills.append(replace(fill, copies=tuple(copies)))
@@ -199,11 +199,18 @@ def _computed(
     sources: Sequence[Tensor],
     files: MappedFiles,
     findings: Findings,
+    shape: Sequence[int],
     dtype: torch.dtype,
-) -> Tensor:
-    tensor = alignment.tensor(match, files.read_together(sources))
-    findings.examine_result(match, tensor, dtype)
-    return tensor
+) -> Iterable[Piece]:
+    """Compute the tensor of a match, piece by piece where it is quantised."""
+    if is_dequantised(match.operation) and not needs_target(match.operation):
+        require_shape(match, output_shapes(match.operation, [tuple(each.shape) for each in sources])[0], shape)
+        pieces: Iterable[Piece] = divided(match.operation, sources, files.read_part)
+    else:
+        tensor = alignment.tensor(match, files.read_together(sources))
+        require_shape(match, tensor.shape, shape)
+        pieces = [(tuple((0, size) for size in shape), tensor)]
+    return findings.examined(match, pieces, dtype) if is_dequantised(match.operation) else pieces
 
 
 def copies_in_place(operation: Operation, sources: Sequence[Tensor], target: Tensor) -> Fill | None:
@@ -257,8 +264,11 @@ def tensors_of(
         if isinstance(match.operation, Copy) and not is_lazy(target):
             sources = [_in_layout_of(target, tensor) for tensor in sources]
         findings.examine(match, sources, wanted)
-        tensor = alignment.tensor(match, sources)
-        findings.examine_result(match, tensor, wanted)
+        if is_dequantised(match.operation) and not is_lazy(target):
+            pieces = _computed(alignment, match, sources, MappedFiles(frozenset()), findings, target.shape, wanted)
+            tensor = put_together(pieces, target.shape, wanted)
+        else:
+            tensor = alignment.tensor(match, sources)
         if not is_lazy(target):
             require_shape(match, tensor.shape, target.shape)
         if assign:
@@ -325,7 +335,8 @@ def copy_all(fills: Sequence[Fill], step: Step, files: MappedFiles | None = None
                 for fill in batch:
                     for part, given in fill.copies:
                         if fill.compute is not None:
-                            _copy_values(part, fill.compute())
+                            for region, values in fill.compute():
+                                _copy_values(narrowed(part, region), values)
                         elif files is None or not files.read(given, part):
                             _copy_values(part, given)
         except BaseException as error:  # raised again in the thread that waits for it

@@ -256,12 +256,13 @@ def _candidate(found: Likeness, specs: Sequence[TensorSpec], known: Index, path:
         for word, role in _ROLES.items()
         if word in {each for part in name.split(".") for each in words(part)}
     )
+    uncounted = len(specs) - found.own  # counters and other scalars, which any architecture has beside its norms
     return KnownArchitecture(
         architectures=tuple(map(str, found.architectures)),
         target=_target(best, found.classes),
-        common=found.common,
-        tensors=found.own,
-        total=found.total,
+        common=found.common + uncounted,
+        tensors=len(specs),
+        total=found.total + uncounted,
         names=found.names,
         classes=found.classes,
         roles=tuple(dict.fromkeys(roles)),

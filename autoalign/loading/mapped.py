@@ -79,6 +79,11 @@ class MappedFiles:
             return False
         return True
 
+    def read_part(self, tensor: Tensor) -> Tensor:
+        """Read a view of a mapped tensor into memory, without what is between its rows; any other is returned."""
+        found = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return found if self._found(tensor) and self.read(tensor, found) else tensor
+
     def pieces(self, tensor: Tensor) -> Iterator[Tensor]:
         """Yield the values of a mapped tensor piece by piece, in some order and in memory; any other as it is.
 

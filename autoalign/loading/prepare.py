@@ -31,6 +31,7 @@ from autoalign.errors import (
 from autoalign.matching.assembly import tie_warning
 from autoalign.matching.match import match_tensors
 from autoalign.matching.names import kind
+from autoalign.plan.adapters import describe_adapters
 from autoalign.plan.keys import LEVELS, split_key
 from autoalign.plan.matches import FILLED, Caution, Match
 from autoalign.plan.operations import Copy
@@ -189,7 +190,8 @@ def _nothing_message(alignment: Alignment, source: Checkpoint, target: str, undo
     what = (
         f"No tensor of {name_of(source)} could be aligned with the {len(alignment.target_specs)} tensors of {target}."
     )
-    advice = [] if left_out else ["Check that both are the same network, or pass what you know as rules=."]
+    is_explained = left_out or describe_adapters(source.specs)
+    advice = [] if is_explained else ["Check that both are the same network, or pass what you know as rules=."]
     return "\n".join([" ".join([what, undone, *reasons, *alignment.notes]), *advice]), "\n".join(lines)
 
 

@@ -36,6 +36,7 @@ from autoalign.loading.mapped import MappedFiles
 from autoalign.loading.transaction import is_sharded, local_part, supports_plain_copy
 from autoalign.loading.values import Findings
 from autoalign.plan.adaptations import needs_target
+from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy
 from autoalign.plan.regions import Region, Regional, evaluated, narrowed
@@ -440,12 +441,13 @@ def _part(plan: ShardPlan, match: Match, region: Region, findings: Findings, dty
     """Compute a part of the tensor of a match."""
 
     def read(key: str, inner: Region) -> Tensor:
-        (tensor,) = plan.files.read_together([plan.source.region(key, inner)])
+        tensor = plan.files.read_part(plan.source.region(key, inner))
         findings.examine(replace(match, sources=(key,)), [tensor], dtype)
         return tensor
 
     result = _evaluated(plan.source, match, plan.wholes, read).read(region)
-    findings.examine_result(match, result, dtype)
+    if is_dequantised(match.operation):
+        list(findings.examined(match, [(region, result)], dtype))
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +13,7 @@ from autoalign.errors import listed
 from autoalign.loading.mapped import CutError
 from autoalign.plan.dequantise import is_dequantised
 from autoalign.plan.matches import Match
+from autoalign.plan.regions import Piece
 from autoalign.reports.rows import escaped
 
 Pieces = Callable[[Tensor], Iterable[Tensor]]  # from a tensor to its values, piece by piece
@@ -152,10 +153,19 @@ class Findings:
         if not is_dequantised(match.operation):
             self._examine(match.target, match.sources, sources, dtype)
 
-    def examine_result(self, match: Match, tensor: Tensor, dtype: torch.dtype) -> None:
-        """Examine the values of quantised tensors."""
-        if is_dequantised(match.operation):
-            self._examine(match.target, match.sources[:1], [tensor], dtype)
+    def examined(self, match: Match, pieces: Iterable[Piece], dtype: torch.dtype) -> Iterator[Piece]:
+        """Examine the values of quantised tensors as they are computed."""
+        own, size = Findings(), 0
+        for region, values in pieces:
+            part = Findings()
+            part._examine(match.target, match.sources[:1], [values], dtype)
+            own.merge(part)
+            size += values.numel()
+            yield region, values
+        for key, (count, _) in own.nan.items():
+            self.nan.setdefault(key, (count, size))
+        for key, loss in own.losses.items():
+            self.losses.setdefault(key, loss)
 
     def _examine(self, target: str, keys: Sequence[str], tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
         for key, tensor in zip(keys, tensors, strict=True):

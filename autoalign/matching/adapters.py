@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -115,7 +116,6 @@ class AdapterScope:
                 f"The checkpoint is {self.own.alone} alone, of which the model has none: nothing was matched, since "
                 "these are no weights of the network that they are added to."
             )
-        whole = {spec.key for parts in self.own.layers.values() for spec in parts.values()}
         if not (self.is_merged or self.other.keys) and self.own.layers:
             notes.append(
                 f"{len(self.own.layers)} layers are given as LoRA matrices, which are changes to a network's weights "
@@ -136,8 +136,10 @@ class AdapterScope:
             notes.append(
                 f"Not added: {unfit} layers of LoRA, whose weights beside them are quantised or of other shapes."
             )
-        lost = len(self.own.keys - used - whole)
-        if lost and (self.is_merged or not self.other.keys):
-            what = f"{lost} tensors of adapters of other kinds than LoRA, such as DoRA and LoHa"
-            notes.append(f"Not {'added' if self.is_merged else 'loaded'}: {what}.")
+        kinds = Counter(self.own.others.values())
+        named = [f"{count} layers of {kind}" for kind, count in kinds.items()]
+        named += [f"{self.own.lost} tensors of LoRA whose layers are not whole"] if self.own.lost else []
+        if named and (self.is_merged or not self.other.keys):
+            advice = " LoRA alone can be added: merge others with the library that made them." if kinds else ""
+            notes.append(f"Not {'added' if self.is_merged else 'loaded'}: {', '.join(named)}.{advice}")
         return notes

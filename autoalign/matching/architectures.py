@@ -292,7 +292,7 @@ def likenesses(specs: Sequence[TensorSpec], own: Fingerprint, known: Index, limi
     counted = numeric(specs)
     names = {prefix: frozenset(shapes_by_name(counted, prefix)) for prefix in _prefixes(specs)}
     found = [_likeness(own, group, known, names) for group in nearest if common[group]]
-    found.sort(key=lambda one: -one.score - _WORTH_OF_NAMES * one.names)
+    found.sort(key=lambda one: (not one.is_exact, -one.score - _WORTH_OF_NAMES * one.names))
     return found[:limit]
 
 

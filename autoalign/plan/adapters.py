@@ -8,7 +8,7 @@ W + scale * B @ A, where the scale is alpha / rank, or alpha / sqrt(rank) where 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +27,8 @@ _LORA = re.compile(
     r"(?P<layer>.+?)[._]lora(?:_linear_layer)?[._](?P<role>(?:embedding_)?[AB]|down|up|mid)(?:\.[\w-]+)*"
 )
 _OTHER = re.compile(
-    r"(?P<layer>.+?)[._](?:hada_\w+|lokr_\w+|ia3_\w+|oft_\w+|lora_magnitude_vector|dora_scale)(?:\.[\w-]+)*"
+    r"(?P<layer>.+?)[._](?:(?P<LoHa>hada_\w+)|(?P<LoKr>lokr_\w+)|(?P<IA3>ia3_\w+)|(?P<OFT>oft_\w+)"
+    r"|(?P<DoRA>lora_magnitude_vector|dora_scale))(?:\.[\w-]+)*"
 )
 _ROLES = {"A": "down", "B": "up", "embedding_A": "down", "embedding_B": "up"}
 _ALONE = {  # what a file holds nothing but, if it is an adapter of the kind, and how a network calls it
@@ -130,7 +131,9 @@ class Adapters:
     """The tensors of adapters on one side."""
 
     keys: frozenset[str]  # all of them
-    layers: Mapping[str, Mapping[str, TensorSpec]]  # by layer and role, of those that are whole
+    layers: Mapping[str, Mapping[str, TensorSpec]]  # by layer and role, of LoRA's that are whole
+    others: Mapping[str, str]  # the kinds of other layers, such as LoHa
+    lost: int  # how many tensors of LoRA are in no whole layer
     alone: str  # what the side is nothing but, such as "an IP-Adapter"
 
     @property
@@ -148,18 +151,18 @@ def adapters_of(specs: Sequence[TensorSpec]) -> Adapters:
     ['down', 'up']
     """
     layers: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
-    keys, spoiled = set(), set()
+    keys, others = set(), dict[str, str]()
     for spec in specs:
         if found := _LORA.fullmatch(spec.key):
             role = _ROLES.get(found["role"], found["role"])
             layers[found["layer"]][role] = spec
         elif found := _OTHER.fullmatch(spec.key):
-            spoiled.add(found["layer"])
+            others[found["layer"]] = str(found.lastgroup)
         if found:
             keys.add(spec.key)
     for spec in specs if keys else ():
         layer, _, name = spec.key.rpartition(".")
-        if name == "alpha" and spec.numel == 1 and (layer in layers or layer in spoiled):
+        if name == "alpha" and spec.numel == 1 and (layer in layers or layer in others):
             keys.add(spec.key)
             layers[layer]["alpha"] = spec
         elif (
@@ -171,7 +174,7 @@ def adapters_of(specs: Sequence[TensorSpec]) -> Adapters:
     whole = {
         layer: parts
         for layer, parts in layers.items()
-        if layer not in spoiled and {"down", "up"} <= parts.keys() and changed_shape(_shapes(parts)) is not None
+        if layer not in others and {"down", "up"} <= parts.keys() and changed_shape(_shapes(parts)) is not None
     }
     most = len(specs) - _MIN_SHARE * len(specs)  # of others
 
@@ -180,7 +183,8 @@ def adapters_of(specs: Sequence[TensorSpec]) -> Adapters:
         return bool(specs) and len(list(islice(others, int(most) + 1))) <= most
 
     alone = next((kind for kind, pattern in _ALONE.items() if is_alone(pattern)), "")
-    return Adapters(frozenset(keys), whole, alone)
+    lost = sum(len(parts.keys() - {"base"}) for layer, parts in layers.items() if layer not in {*whole, *others})
+    return Adapters(frozenset(keys), whole, others, lost, alone)
 
 
 def describe_adapters(specs: Sequence[TensorSpec]) -> list[str]:
@@ -193,8 +197,8 @@ def describe_adapters(specs: Sequence[TensorSpec]) -> list[str]:
     ranks = {parts["down"].shape[0] for parts in found.layers.values()}
     rank = f"{min(ranks)} to {max(ranks)}" if len(ranks) > 1 else str(*ranks)
     described = [f"LoRA of {len(found.layers)} layers, rank {rank}"] if ranks else []
-    whole = {spec.key for parts in found.layers.values() for spec in parts.values()}
-    described += [f"{count} tensors of other kinds than LoRA"] if (count := len(found.keys - whole)) else []
+    described += [f"{kind} of {count} layers" for kind, count in Counter(found.others.values()).items()]
+    described += [f"{found.lost} tensors of LoRA whose layers are not whole"] if found.lost else []
     return described + ([found.alone] if found.alone else [])
 
 

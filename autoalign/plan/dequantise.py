@@ -39,6 +39,9 @@ class Scheme:
     allows: str = ""  # and of those that it may have
     stored: tuple[str, Callable[[Tensor, Shapes], Shape | None]] | None = None  # what tells the shape, and how
     is_sure: bool = True  # no value of the inputs can make it fail
+    rows: int | None = 0  # the dimension of the inputs that has the rows of the values; None where there is none
+    is_flat: bool = False  # that dimension runs through all rows, without a break between them
+    judged: str = ""  # the role of an input of which all counts for a part of the values too
 
     def takes(self, roles: Sequence[str]) -> bool:
         """True if these are the roles of all that the values are computed from."""
@@ -73,17 +76,20 @@ class Dequantise(Operation):
         return [self._values(tensors[start : start + self.arity]) for start in starts]
 
     def _values(self, tensors: Sequence[Tensor]) -> Tensor:
-        scheme, shapes = SCHEMES[self.scheme], [tuple(tensor.shape) for tensor in tensors]
-        shape = None
-        if len(shapes) == self.arity:
-            shape = self.shape or scheme.shape(dict(zip(self.roles, shapes, strict=True)))
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        fits = len(shapes) == self.arity
+        shape = (self.shape or SCHEMES[self.scheme].shape(dict(zip(self.roles, shapes, strict=True)))) if fits else None
         if shape is None:
             listed = ", ".join(str(list(own)) for own in shapes)
             raise InputError(f"'{self}' does not fit tensors of shapes {listed}. Nothing was converted.")
-        if tensors[0].is_meta:
+        return self.values(dict(zip(self.roles, tensors, strict=True)), shape)
+
+    def values(self, inputs: Inputs, shape: Shape) -> Tensor:
+        """Return the values of one quantised tensor, or of some rows of it."""
+        if inputs["codes"].is_meta:
             return torch.empty(shape, dtype=torch.float32, device="meta")
         try:
-            return scheme.values(dict(zip(self.roles, tensors, strict=True)), shape)
+            return SCHEMES[self.scheme].values(inputs, shape)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"'{self}' of a tensor of shape {list(shape)} failed: {error}. Nothing was converted. Its scales, zero "
@@ -261,7 +267,8 @@ def _gptq(inputs: Inputs, shape: Shape, *, form: str) -> Tensor:
     bits = _bits(tuple(codes.shape), shape)
     spread = _planes if form == "gptq_p" or bits in (5, 6, 7) else _spread
     zeros = spread(words, bits)
-    if form == "gptq" and spread is _spread and not (zeros == 2 ** (bits - 1)).all():
+    every = spread(inputs["every zero"], bits) if "every zero" in inputs else zeros
+    if form == "gptq" and spread is _spread and not (every == 2 ** (bits - 1)).all():
         ones = (2**32 - 1) // (2**bits - 1)
         zeros = (zeros + 1) % 2**bits if 32 % bits else spread(words + ones, bits)
     scale = inputs["scale"].T.to(torch.float32)
@@ -441,15 +448,11 @@ _GGUF = (
 _CHUNK = 2**18  # numbers that are worked on at a time
 
 _PLAIN = Scheme(_scaled, _same_shape, needs="scale")
-_TORCH = Scheme(_of_torch, _same_shape, needs="", allows="scale, zero")
-_BITSANDBYTES = Scheme(
-    _four_bits_of_bitsandbytes,
-    lambda _: None,
-    needs="scale, table, layout",
-    allows="scale nested, table nested",
-    stored=("layout", _shape_of_state),
-    is_sure=False,
-)
+_TORCH = Scheme(_of_torch, _same_shape, needs="", allows="scale, zero", rows=None)
+_STORED = Scheme(_four_bits_of_bitsandbytes, lambda _: None, needs="scale, table, layout", is_sure=False)
+_BITSANDBYTES = replace(_STORED, allows="scale nested, table nested", stored=("layout", _shape_of_state), is_flat=True)
+_IN_WORDS = Scheme(_awq, _awq_shape, needs="scale, zero", rows=-1)
+_GPTQ = replace(_IN_WORDS, shape=_gptq_shape, allows="index", is_sure=False, judged="zero")
 SCHEMES: dict[str, Scheme] = {
     f"GGUF {name}": Scheme(partial(_gguf, name=name), partial(_gguf_shape, name=name), needs="")
     for name in _GGUF.split()
@@ -460,21 +463,13 @@ SCHEMES: dict[str, Scheme] = {
     **dict.fromkeys(("INT8 by tensor", "INT8 by row", "INT8 in blocks"), replace(_PLAIN, allows="zero")),
     "LLM.int8": Scheme(_int8_of_bitsandbytes, _rows, needs="scale", allows="format", is_sure=False),
     **dict.fromkeys(("NF4", "FP4"), _BITSANDBYTES),
-    **{
-        name: Scheme(partial(_gptq, form=form), _gptq_shape, needs="scale, zero", allows="index", is_sure=False)
-        for form, name in GPTQ_FORMS.items()
-    },
-    "AWQ": Scheme(_awq, _awq_shape, needs="scale, zero"),
-    AWQ_IN_ORDER: Scheme(_awq, partial(_awq_shape, widths=(2, 3, 4, 5, 6, 7, 8)), needs="scale, zero"),
+    **{name: replace(_GPTQ, values=partial(_gptq, form=form)) for form, name in GPTQ_FORMS.items()},
+    "AWQ": _IN_WORDS,
+    AWQ_IN_ORDER: replace(_IN_WORDS, shape=partial(_awq_shape, widths=(2, 3, 4, 5, 6, 7, 8))),
     "MXFP4": Scheme(_fp4, partial(_fp4_shape, size=32), needs="scale"),
     "NVFP4": Scheme(_fp4, partial(_fp4_shape, size=16), needs="scale", allows="scale 2, scale global"),
     "MLX": Scheme(_mlx, partial(mlx_shape, group=64), needs="scale, zero"),
-    "compressed-tensors": Scheme(
-        _packed,
-        lambda _: None,
-        needs="scale, layout",
-        allows="zero, index",
-        stored=("layout", _packed_shape),
-        is_sure=False,
+    "compressed-tensors": replace(
+        _STORED, values=_packed, needs="scale, layout", allows="zero, index", stored=("layout", _packed_shape)
     ),
 }

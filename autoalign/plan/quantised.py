@@ -94,6 +94,12 @@ class Quantised:
         return self.scheme, self.codes.dtype
 
     @property
+    def sides_of_scale(self) -> list[bool]:
+        """True for the rows, and for the columns, if a matrix has as many as its scale has values in one dimension."""
+        scale = next((spec.shape for role, spec in zip(self.roles, self.specs, strict=True) if role == "scale"), ())
+        return [scale == (size,) for size in self.codes.shape[:2]]
+
+    @property
     def specs(self) -> tuple[TensorSpec, ...]:
         """The codes and the companions."""
         return self.codes, *self.companions
@@ -333,7 +339,7 @@ def _scheme(codes: TensorSpec, companions: Sequence[_Companion]) -> str:
         return f"FP8{reach}"
     if dtype == torch.int8:
         return "LLM.int8" if any(name.endswith("SCB") for name, _, _ in companions) else f"INT8{reach}"
-    if any(name.endswith("shape") for name, _, _ in companions):
+    if any(name.endswith("_shape") for name, _, _ in companions):
         return "compressed-tensors"
     if scale is not None and zero is not None:
         if (zero.shape, zero.dtype) == (scale.shape, scale.dtype) and dtype == torch.uint32:
@@ -406,8 +412,11 @@ def as_values(
     groups: dict[str, tuple[Quantised | Parametrised, Operation]] = {
         each.key_of_values: (each, each.operation) for each in combined
     }
+    turned = {member.group.names for member in own.values() if member.group.sides_of_scale == [False, True]}
     for key, member in own.items():
         group = member.group
+        if group.names in turned and group.sides_of_scale == [True, True]:  # which are scales of columns there, too
+            continue
         is_free = group.kind not in shared or bool(group.codes.encoding)  # which no other file would keep
         if member.role == "codes" and is_free and given.issuperset(spec.key for spec in group.specs):
             step = group.dequantise(tensors, config)

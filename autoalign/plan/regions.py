@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import lcm, prod
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from autoalign.plan.dequantise import Dequantise
+from autoalign.plan.dequantise import SCHEMES, Dequantise, Scheme, block_size
 from autoalign.plan.operations import (
     Chain,
     Concatenate,
@@ -34,6 +34,9 @@ from autoalign.plan.operations import (
 )
 
 Region: TypeAlias = tuple[tuple[int, int], ...]  # of a tensor: where it starts and how long it is, in each dimension
+Piece: TypeAlias = tuple[Region, Tensor]  # the values of a region
+PIECE_ELEMENTS = 2**21
+_OF_ROWS = frozenset({"codes", "scale", "zero", "scale nested"})  # roles of inputs that have the rows of the values
 
 
 def narrowed(tensor: Tensor, region: Region) -> Tensor:
@@ -172,6 +175,9 @@ def evaluated(operation: Operation, inputs: Sequence[Regional]) -> list[Regional
         case InsertZeros(index, shape):
             dtype = inputs[0].dtype
             return [*inputs[:index], Regional(shape, dtype, lambda region: _zeros(region, dtype)), *inputs[index:]]
+        case Dequantise():
+            starts = range(0, len(inputs), operation.arity)
+            return [_dequantised(operation, inputs[start : start + operation.arity]) for start in starts]
         case Reshape(shape):
             return [_reshaped(given, _known(shape, given.shape)) for given in inputs]
         case _:
@@ -320,11 +326,123 @@ def _rows(sizes: Sequence[int], start: int, length: int) -> tuple[list[tuple[int
     return regions, start
 
 
+def _dequantised(operation: Dequantise, inputs: Sequence[Regional]) -> Regional:
+    """Compute the rows of a region, with those that share a number with one of them."""
+    shapes = [given.shape for given in inputs]
+    (shape,) = output_shapes(operation, shapes)
+    scheme = SCHEMES[operation.scheme]
+    shares = [_share(scheme, *each, shape) for each in zip(operation.roles, shapes, strict=True)]
+    step = lcm(*(rows for _, rows in filter(None, shares) if rows))
+    if None in shares:
+        (whole,) = _evaluated_whole(operation, inputs)
+        return replace(whole, dtype=torch.float32)
+
+    def read(region: Region) -> Tensor:
+        (start, count), *rest = region
+        if not count:
+            return _zeros(region, torch.float32)
+        first, last = start - start % step, min(-(-(start + count) // step) * step, shape[0])
+        found = {}
+        for role, given, (elements, rows) in zip(operation.roles, inputs, filter(None, shares), strict=True):
+            inner = [(0, size) for size in given.shape]
+            if rows and scheme.rows is not None:
+                begin, end = first // rows * elements, min(-(-last // rows) * elements, given.shape[scheme.rows])
+                inner[scheme.rows] = begin, end - begin
+            found[role] = given.read(tuple(inner))
+            if role == scheme.judged:
+                found[f"every {role}"] = given.whole()
+        values = operation.values(found, (last - first, *shape[1:]))
+        return narrowed(values, ((start - first, count), *rest))
+
+    return Regional(shape, torch.float32, read)
+
+
+def _share(scheme: Scheme, role: str, own: Shape, shape: Shape) -> tuple[int, int] | None:
+    """Return how many elements of an input belong to how many rows of the values: 0 to 0 where all belong to each.
+
+    None is returned where rows have no share of their own. Blocks are of a power of two, so that they stay the same in
+    a part; the last may be shorter, but not where they run on from row to row.
+    """
+    rows = shape[0] if shape else 0
+    if scheme.rows is None or rows < 2:
+        return None
+    count = own[scheme.rows] if own else 1
+    if count == 1 or role not in _OF_ROWS:
+        return 0, 0
+    if scheme.rows == -1:  # words of 32 bits, whose numbers may be of 3 or in planes
+        return (32 * count // rows, 32) if rows % 32 == 0 == 32 * count % rows else None
+    if not count or (scheme.is_flat and (prod(shape) % count or not _is_power(prod(shape) // count))):
+        return None
+    if count % rows == 0:
+        return count // rows, 1
+    block = block_size(rows, count)
+    return (1, block) if block and _is_power(block) and not (scheme.is_flat and rows % count) else None
+
+
+def _is_power(size: int) -> bool:
+    return size & (size - 1) == 0
+
+
+def put_together(pieces: Iterable[Piece], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return the tensor that pieces make up, in some dtype."""
+    result: Tensor | None = None
+    for region, values in pieces:
+        if tuple(values.shape) == tuple(shape):
+            return values.to(dtype)
+        result = torch.empty(tuple(shape), dtype=dtype, device=values.device) if result is None else result
+        narrowed(result, region).copy_(values)
+    return torch.empty(tuple(shape), dtype=dtype) if result is None else result
+
+
+def divided(
+    operation: Operation,
+    tensors: Sequence[Tensor],
+    read: Callable[[Tensor], Tensor] = lambda part: part,
+    most: int = PIECE_ELEMENTS,
+) -> Iterator[Piece]:
+    """Compute the result of an operation piece by piece, where each of them takes no more than its share of the inputs.
+
+    >>> weight = torch.arange(8).reshape(4, 2)
+    >>> [(region[0], values.tolist()) for region, values in divided(Transpose(), [weight], most=4)]
+    [((0, 1), [[0, 2, 4, 6]]), ((1, 1), [[1, 3, 5, 7]])]
+
+    Args:
+        operation: With one result.
+        tensors: Of the inputs.
+        read: What is done with a view of an input before anything is computed of it.
+        most: Elements of a piece, about.
+    """
+    inputs = [
+        Regional(tuple(each.shape), each.dtype, lambda region, each=each: read(narrowed(each, region)))  # type: ignore[misc]
+        for each in tensors
+    ]
+    taken: list[int] = []
+
+    def counted(region: Region) -> Tensor:
+        lengths = [length for _, length in region]
+        taken.append(prod(lengths))
+        return torch.empty(lengths, device="meta")
+
+    (trial,) = evaluated(operation, [replace(given, read=counted) for given in inputs])
+    (result,) = evaluated(operation, inputs)
+    whole = tuple((0, size) for size in trial.shape)
+    every = sum(prod(given.shape) for given in inputs)
+    for dim, size in enumerate(trial.shape if prod(trial.shape) > most else ()):
+        length = max(most * size // prod(trial.shape), 1)
+        taken.clear()
+        trial.read((*whole[:dim], (0, length), *whole[dim + 1 :]))
+        if length < size and sum(taken) * size <= 2 * every * length:
+            for start in range(0, size, length):
+                region = (*whole[:dim], (start, min(length, size - start)), *whole[dim + 1 :])
+                yield region, result.read(region)
+            return
+    yield whole, result.whole()
+
+
 def _evaluated_whole(operation: Operation, inputs: Sequence[Regional]) -> list[Regional]:
     shapes = output_shapes(operation, [given.shape for given in inputs])
 
     def reader(place: int) -> Callable[[Region], Tensor]:
         return lambda region: narrowed(operation.apply([given.whole() for given in inputs])[place], region)
 
-    dtype = torch.float32 if isinstance(operation, Dequantise) else inputs[0].dtype
-    return [Regional(shape, dtype, reader(place)) for place, shape in enumerate(shapes)]
+    return [Regional(shape, inputs[0].dtype, reader(place)) for place, shape in enumerate(shapes)]

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from autoalign.plan.matches import Plan
 from autoalign.plan.specs import TensorSpec
-from autoalign.reports.rows import Row, escaped, fold, key_block, paragraphs, render_sections
-from autoalign.reports.text import escape_markdown, markdown_sections, rows_of
+from autoalign.reports.rows import Row, escape_markdown, escaped, fold, key_block, paragraphs, render_sections
+from autoalign.reports.text import markdown_sections, rows_of
 
 Verdict = Literal["equal", "close", "changed"]
 VERDICTS: tuple[Verdict, ...] = ("equal", "close", "changed")  # the worst last

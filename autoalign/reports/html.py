@@ -12,12 +12,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
-from importlib.metadata import version
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import autoalign
 from autoalign.checkpoints.atomic import replace_text
 from autoalign.errors import InputError
 from autoalign.plan.keys import NUMBER
@@ -304,7 +304,7 @@ def document(alignment: Plan, *, title: str | None = None, changes: Sequence[Cha
     values = {
         "policy": "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"style-src '{_digest(style)}'; script-src '{_digest(script)}'",
-        "version": escape(version("autoalign")),
+        "version": escape(autoalign.__version__),
         "title": escape(escaped(title)),
         "lead": escape(found.lead if changes is None else headline(alignment, changes)),
         "heads": "".join(

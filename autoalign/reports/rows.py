@@ -23,6 +23,7 @@ _Template = tuple[tuple[str, ...], ...]  # for each key of a row, the text aroun
 _LEAF = re.compile(r"(.*\.)([^.{}0-9]+)", re.DOTALL)
 _COMPONENT = r"(?:[^.{}]|\{[^}]*\})*\."  # of a key, whose lists in braces may hold dots
 _BLOCK = re.compile(rf"(?:{_COMPONENT})*?(?=[^.]*[0-9]){_COMPONENT}")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
 _MAX_PARTS = 6  # of a list of numbers, before the rest is left to an ellipsis
 _MAX_LEAVES = 3  # of a list of names
 
@@ -248,6 +249,27 @@ def escaped(text: str) -> str:
     weight\n
     """
     return printable(text.replace("\\", r"\\"))
+
+
+def escape_markdown(text: str) -> str:
+    r"""Write text so that Markdown shows it as it is.
+
+    >>> print(escape_markdown("a_b [2] | c"))
+    a\_b \[2\] \| c
+    """
+    return _MARKDOWN.sub(r"\\\1", text)
+
+
+def markdown_code(text: str) -> str:
+    r"""Write text as code in a table, whatever backticks and bars it has.
+
+    >>> print(markdown_code("layers.{0...3}.weight"), markdown_code("a`b|c"))
+    `layers.{0...3}.weight` ``a`b\|c``
+    """
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") or not text.strip() else ""
+    return f"{fence}{pad}{text}{pad}{fence}".replace("|", r"\|")
 
 
 def blocks_of(rows: Sequence[Row]) -> dict[tuple[int, tuple[str, ...]], list[Row]]:

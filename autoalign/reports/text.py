@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor
@@ -10,13 +9,24 @@ from typing import Literal
 
 from autoalign.errors import listed
 from autoalign.matching.layers import squeeze
+from autoalign.plan.adapters import describe_adapters
 from autoalign.plan.keys import stem
 from autoalign.plan.matches import FILLED, Match, Plan, Status
 from autoalign.plan.operations import Shape
 from autoalign.plan.quantised import ADVICE, Members
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.choices import answers, choices_of, reasons
-from autoalign.reports.rows import Row, blocks_of, escaped, fold, lay_out, paragraphs, render_sections
+from autoalign.reports.rows import (
+    Row,
+    blocks_of,
+    escape_markdown,
+    escaped,
+    fold,
+    lay_out,
+    markdown_code,
+    paragraphs,
+    render_sections,
+)
 
 SCREEN = 40  # lines
 STATUSES: tuple[Status, ...] = ("matched", "adapted", "mismatched", "ambiguous", "missing")  # as of the sections
@@ -26,7 +36,6 @@ _FIRST_KEYS = 5  # that a message names
 _SEE_DETAILS = "error.details lists all."
 _MESSAGE_WIDTH = 160  # characters; what shows an error message wraps it
 _MIN_SIMILARITY = 40.0  # of 100; names that are less similar say nothing about each other
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +53,7 @@ class Totals:
 
     target: tuple[Share, ...]
     source: tuple[Share, ...]  # used and unexpected
-    excluded: int
+    excluded: int  # of both sides
 
     @property
     def filled(self) -> str:
@@ -69,7 +78,9 @@ def totals_of(alignment: Plan) -> Totals:
     source: dict[str, list[int]] = {}
     for spec in alignment.source_specs:
         source.setdefault("unexpected" if spec.key in unexpected else "used", []).append(spec.numel)
-    return Totals(_shares(STATUSES, target), _shares(("used", "unexpected"), source), len(alignment.excluded))
+    both = (*alignment.target_specs, *alignment.source_specs)
+    excluded = sum(spec.key in alignment.excluded for spec in both)
+    return Totals(_shares(STATUSES, target), _shares(("used", "unexpected"), source), excluded)
 
 
 def elements(shares: Iterable[Share]) -> int:
@@ -415,9 +426,10 @@ def nothing_message(alignment: Plan) -> tuple[str, str]:
     for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
         rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST_KEYS]]
         details += [f"The first of the {len(specs)} {side} tensors:", *_listed(rows)] if rows else []
-    check = "Check that both are the same network, or pass what is known as rules=."
-    what = [f"None of {len(alignment.target_specs)} target tensors has a source.", *alignment.notes]
-    return "\n".join([" ".join(what), *([] if alignment.unused_schemes else [check])]), "\n".join(details)
+    what = " ".join([f"None of {len(alignment.target_specs)} target tensors has a source.", *alignment.notes])
+    if not (alignment.unused_schemes or describe_adapters(alignment.source_specs)):
+        what += "\nCheck that both are the same network, or pass what is known as rules=."
+    return what, "\n".join(details)
 
 
 def _first(keys: Sequence[str]) -> str:
@@ -450,24 +462,3 @@ def markdown_table(rows: Sequence[Row]) -> list[str]:
         cells[-1] += "".join(f"<br>{escape_markdown(line)}" for line in row.advice)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def escape_markdown(text: str) -> str:
-    r"""Write text so that Markdown shows it as it is.
-
-    >>> print(escape_markdown("a_b [2] | c"))
-    a\_b \[2\] \| c
-    """
-    return _MARKDOWN.sub(r"\\\1", text)
-
-
-def markdown_code(text: str) -> str:
-    r"""Write text as code in a table, whatever backticks and bars it has.
-
-    >>> print(markdown_code("layers.{0...3}.weight"), markdown_code("a`b|c"))
-    `layers.{0...3}.weight` ``a`b\|c``
-    """
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") or not text.strip() else ""
-    return f"{fence}{pad}{text}{pad}{fence}".replace("|", r"\|")

@@ -312,7 +312,8 @@ class Rules:
     def __str__(self) -> str:
         sides = [rule.sides for rule in self.rules]
         width = min(max((len(first) for first, _ in sides), default=0), _MAX_WIDTH)
-        return "\n".join([*(f"{first:<{width}} -> {rest}" for first, rest in sides), *self.notes])
+        lines = [f"{first:<{width}} -> {rest}" for first, rest in sides] or ["No rules: every key stays as it is."]
+        return "\n".join([*lines, *self.notes])
 
     def _repr_html_(self) -> str:
         rows = "".join(

@@ -1,29 +1,33 @@
-"""Networks as people write them for a task of their own, in many styles and sizes that nobody published.
+"""Networks as people write them for a task of their own, each written by hand, in sizes that nobody published.
 
-Only their tensors count here, so they have no ``forward``. Each style chooses its sizes, its parts and its names by
-chance. What is in a textbook (LeNet, DCGAN, U-Net, a small GPT) is among them, as it is among people's files; no
-size is one that torchvision, timm or transformers have.
+Only their tensors count here, so they have no ``forward``. Those of this file choose their sizes by chance, those of
+``handwritten_plain`` have them written out. What is in a textbook (LeNet, DCGAN, U-Net, a small GPT) is among them, as
+it is among people's files; no size is one that torchvision, timm or transformers have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from random import Random
 
 import torch
 from torch import nn
 
-COUNT = 100
+from benchmarks.cases.handwritten_plain import PLAIN, Parts, dense
+
 _SEED = 20
 
 
-def handwritten(count: int = COUNT) -> Iterator[tuple[str, nn.Module]]:
-    """Yield networks of all styles in turn, on meta, with the name of the style."""
-    for number in range(count):
-        make = _STYLES[number % len(_STYLES)]
+def handwritten() -> Iterator[tuple[str, nn.Module]]:
+    """Yield each network once, on meta, with its name."""
+    networks: dict[str, Callable[[], nn.Module]] = {plain.__name__: plain for plain in PLAIN}
+    networks |= {style.__name__: partial(style, Random(f"{_SEED}:{n}")) for n, style in enumerate(_STYLES)}
+    for name, make in networks.items():
         with torch.device("meta"):
-            yield make.__name__.lstrip("_"), make(Random(f"{_SEED}:{number}"))
+            model = make()
+        yield name.lstrip("_"), model
 
 
 def _width(random: Random, low: int = 16, high: int = 256) -> int:
@@ -61,45 +65,26 @@ def _norm(random: Random, width: int) -> nn.Module:
     return random.choice((nn.BatchNorm2d, lambda size: nn.GroupNorm(2, size), nn.InstanceNorm2d))(width)
 
 
-def _dense(*sizes: int, norm: Callable[[int], nn.Module] | None = None, bias: bool = True) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for number, (inner, outer) in enumerate(pairwise(sizes)):
-        layers.append(nn.Linear(inner, outer, bias=bias))
-        if number < len(sizes) - 2:
-            layers += [norm(outer)] if norm else []
-            layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
-
-
-class _Parts(nn.Module):
-    """A module of the given parts."""
-
-    def __init__(self, **parts: nn.Module | torch.Tensor) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part if isinstance(part, nn.Module) else nn.Parameter(part))
-
-
 def _mlp(random: Random) -> nn.Module:
     width = _width(random, 64, 512)
     norm = random.choice((None, nn.BatchNorm1d, nn.LayerNorm))
     sizes = [random.choice((784, 13, 30, 561)), *[max(width >> step, 8) for step in range(random.randint(2, 5))]]
-    return _Parts(net=_dense(*sizes, random.choice((1, 2, 10)), norm=norm))
+    return Parts(net=dense(*sizes, random.choice((1, 2, 10)), norm=norm))
 
 
 def _residual_mlp(random: Random) -> nn.Module:
     width = _width(random, 64, 400)
     blocks = [
-        _Parts(norm=nn.LayerNorm(width), lin1=nn.Linear(width, 2 * width), lin2=nn.Linear(2 * width, width))
+        Parts(norm=nn.LayerNorm(width), lin1=nn.Linear(width, 2 * width), lin2=nn.Linear(2 * width, width))
         for _ in range(random.randint(3, 9))
     ]
-    return _Parts(first=nn.Linear(random.randint(20, 90), width), blocks=nn.ModuleList(blocks), out=nn.Linear(width, 3))
+    return Parts(first=nn.Linear(random.randint(20, 90), width), blocks=nn.ModuleList(blocks), out=nn.Linear(width, 3))
 
 
 def _lenet(random: Random) -> nn.Module:
     first, second, hidden = random.randint(4, 12), random.randint(12, 40), _width(random, 50, 512)
     kernel = random.choice((3, 5))
-    return _Parts(
+    return Parts(
         conv1=nn.Conv2d(random.choice((1, 3)), first, kernel),
         conv2=nn.Conv2d(first, second, kernel),
         fc1=nn.Linear(second * random.choice((16, 25, 36)), hidden),
@@ -115,7 +100,7 @@ def _plain_cnn(random: Random) -> nn.Module:
         for _ in range(random.randint(1, 3)):
             layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), _norm(random, outer), nn.LeakyReLU()]
             inner = outer
-    return _Parts(features=nn.Sequential(*layers), classifier=_dense(inner * 4, _width(random), random.randint(2, 40)))
+    return Parts(features=nn.Sequential(*layers), classifier=dense(inner * 4, _width(random), random.randint(2, 40)))
 
 
 def _cifar_resnet(random: Random) -> nn.Module:
@@ -124,7 +109,7 @@ def _cifar_resnet(random: Random) -> nn.Module:
     for step in range(3):
         outer, blocks = width << step, []
         for _ in range(depth):
-            block = _Parts(
+            block = Parts(
                 conv_a=nn.Conv2d(inner, outer, 3, bias=False),
                 bn_a=nn.BatchNorm2d(outer),
                 conv_b=nn.Conv2d(outer, outer, 3, bias=False),
@@ -135,7 +120,7 @@ def _cifar_resnet(random: Random) -> nn.Module:
             blocks.append(block)
             inner = outer
         stages.append(nn.Sequential(*blocks))
-    return _Parts(stem=nn.Conv2d(3, width, 3), stages=nn.ModuleList(stages), head=nn.Linear(inner, 100))
+    return Parts(stem=nn.Conv2d(3, width, 3), stages=nn.ModuleList(stages), head=nn.Linear(inner, 100))
 
 
 def _unet(random: Random) -> nn.Module:
@@ -152,7 +137,7 @@ def _unet(random: Random) -> nn.Module:
         )
 
     widths = [width << step for step in range(depth + 1)]
-    return _Parts(
+    return Parts(
         down=nn.ModuleList(
             double(inner, outer) for inner, outer in zip([random.choice((1, 3, 4)), *widths], widths, strict=False)
         ),
@@ -169,11 +154,11 @@ def _attention_unet(random: Random) -> nn.Module:
     for step in range(4):
         size = width << step
         parts[f"enc{step}"] = nn.Sequential(nn.Conv2d(size // 2 if step else 3, size, 3), nn.BatchNorm2d(size))
-        parts[f"gate{step}"] = _Parts(
+        parts[f"gate{step}"] = Parts(
             g=nn.Conv2d(size, size // 2, 1), x=nn.Conv2d(size, size // 2, 1), psi=nn.Conv2d(size // 2, 1, 1)
         )
         parts[f"dec{step}"] = nn.ConvTranspose2d(2 * size, size, 2)
-    return _Parts(**parts, final=nn.Conv2d(width, 1, 1))
+    return Parts(**parts, final=nn.Conv2d(width, 1, 1))
 
 
 def _conv_vae(random: Random) -> nn.Module:
@@ -182,7 +167,7 @@ def _conv_vae(random: Random) -> nn.Module:
         random.choice((10, 20, 32, 128)),
     )
     flat = widths[-1] * random.choice((16, 49))
-    return _Parts(
+    return Parts(
         encoder=nn.Sequential(*[nn.Conv2d(a, b, 4, 2) for a, b in zip([3, *widths], widths, strict=False)]),
         fc_mu=nn.Linear(flat, latent),
         fc_logvar=nn.Linear(flat, latent),
@@ -196,7 +181,7 @@ def _conv_vae(random: Random) -> nn.Module:
 def _mlp_vae(random: Random) -> nn.Module:
     hidden, latent = _width(random, 100, 512), random.choice((2, 8, 20, 50))
     heads = {name: nn.Linear(hidden // 2, latent) for name in ("mean", "log_var")}
-    return _Parts(enc=_dense(784, hidden, hidden // 2), **heads, dec=_dense(latent, hidden // 2, hidden, 784))
+    return Parts(enc=dense(784, hidden, hidden // 2), **heads, dec=dense(latent, hidden // 2, hidden, 784))
 
 
 def _vq_vae(random: Random) -> nn.Module:
@@ -205,7 +190,7 @@ def _vq_vae(random: Random) -> nn.Module:
     def residual() -> nn.Module:
         return nn.Sequential(nn.ReLU(), nn.Conv2d(width, width // 4, 3), nn.ReLU(), nn.Conv2d(width // 4, width, 1))
 
-    return _Parts(
+    return Parts(
         enc=nn.Sequential(
             nn.Conv2d(3, width // 2, 4), nn.ReLU(), nn.Conv2d(width // 2, width, 4), residual(), residual()
         ),
@@ -220,27 +205,27 @@ def _lstm_tagger(random: Random) -> nn.Module:
     embed, hidden, both = _width(random, 50, 300), _width(random, 64, 512), random.random() < 0.5
     kind = random.choice((nn.LSTM, nn.GRU))
     rnn = kind(embed, hidden, random.randint(1, 3), batch_first=True, bidirectional=both)
-    return _Parts(
+    return Parts(
         embedding=nn.Embedding(random.randint(2000, 30000), embed), rnn=rnn, fc=nn.Linear(hidden * (1 + both), 9)
     )
 
 
 def _attention_seq2seq(random: Random) -> nn.Module:
     hidden, embed = _width(random, 128, 400), _width(random, 64, 300)
-    encoder = _Parts(
+    encoder = Parts(
         embed=nn.Embedding(8014, embed), gru=nn.GRU(embed, hidden, bidirectional=True), fc=nn.Linear(2 * hidden, hidden)
     )
-    attention = _Parts(attn=nn.Linear(3 * hidden, hidden), v=nn.Linear(hidden, 1, bias=False))
-    decoder = _Parts(
+    attention = Parts(attn=nn.Linear(3 * hidden, hidden), v=nn.Linear(hidden, 1, bias=False))
+    decoder = Parts(
         embed=nn.Embedding(6191, embed), gru=nn.GRU(2 * hidden + embed, hidden), out=nn.Linear(3 * hidden + embed, 6191)
     )
-    return _Parts(encoder=encoder, attention=attention, decoder=decoder)
+    return Parts(encoder=encoder, attention=attention, decoder=decoder)
 
 
 def _small_gpt(random: Random) -> nn.Module:
     width, bias = random.choice((96, 144, 240, 288, 360, 384, 480)), random.random() < 0.5
     blocks = [
-        _Parts(
+        Parts(
             ln_1=nn.LayerNorm(width, bias=bias),
             c_attn=nn.Linear(width, 3 * width, bias=bias),
             c_proj=nn.Linear(width, width, bias=bias),
@@ -251,7 +236,7 @@ def _small_gpt(random: Random) -> nn.Module:
         for _ in range(random.randint(3, 9))
     ]
     table = nn.Embedding(random.choice((65, 96, 5000, 50304)), width)
-    return _Parts(wte=table, wpe=nn.Embedding(256, width), h=nn.ModuleList(blocks), ln_f=nn.LayerNorm(width))
+    return Parts(wte=table, wpe=nn.Embedding(256, width), h=nn.ModuleList(blocks), ln_f=nn.LayerNorm(width))
 
 
 def _heads_gpt(random: Random) -> nn.Module:
@@ -259,23 +244,23 @@ def _heads_gpt(random: Random) -> nn.Module:
     width = heads * size
 
     def head() -> nn.Module:
-        return _Parts(
+        return Parts(
             key=nn.Linear(width, size, bias=False),
             query=nn.Linear(width, size, bias=False),
             value=nn.Linear(width, size, bias=False),
         )
 
     blocks = [
-        _Parts(
+        Parts(
             heads=nn.ModuleList(head() for _ in range(heads)),
             proj=nn.Linear(width, width),
-            ff=_dense(width, 4 * width, width),
+            ff=dense(width, 4 * width, width),
             ln1=nn.LayerNorm(width),
             ln2=nn.LayerNorm(width),
         )
         for _ in range(random.randint(2, 6))
     ]
-    return _Parts(
+    return Parts(
         tok=nn.Embedding(65, width),
         pos=nn.Embedding(128, width),
         blocks=nn.Sequential(*blocks),
@@ -287,7 +272,7 @@ def _small_llama(random: Random) -> nn.Module:
     width, groups = random.choice((192, 288, 320, 448, 640)), random.choice((1, 2, 4))
     hidden = int(width * 8 / 3) // 32 * 32
     layers = [
-        _Parts(
+        Parts(
             wq=nn.Linear(width, width, bias=False),
             wk=nn.Linear(width, width // groups, bias=False),
             wv=nn.Linear(width, width // groups, bias=False),
@@ -300,7 +285,7 @@ def _small_llama(random: Random) -> nn.Module:
         )
         for _ in range(random.randint(4, 10))
     ]
-    return _Parts(tok_embeddings=nn.Embedding(4096, width), layers=nn.ModuleList(layers), norm=torch.ones(width))
+    return Parts(tok_embeddings=nn.Embedding(4096, width), layers=nn.ModuleList(layers), norm=torch.ones(width))
 
 
 def _torch_encoder(random: Random) -> nn.Module:
@@ -309,15 +294,13 @@ def _torch_encoder(random: Random) -> nn.Module:
         width, 4, random.choice((2, 4)) * width if random.random() < 0.5 else 200, batch_first=True
     )
     encoder = nn.TransformerEncoder(layer, random.randint(2, 6), enable_nested_tensor=False)
-    return _Parts(
-        embedding=nn.Embedding(random.randint(100, 28000), width), encoder=encoder, linear=nn.Linear(width, 2)
-    )
+    return Parts(embedding=nn.Embedding(random.randint(100, 28000), width), encoder=encoder, linear=nn.Linear(width, 2))
 
 
 def _torch_transformer(random: Random) -> nn.Module:
     width, depth = random.choice((128, 192, 256, 320)), random.randint(2, 5)
     network = nn.Transformer(width, 8, depth, depth, random.choice((256, 512, 1000)), batch_first=True)
-    return _Parts(
+    return Parts(
         src=nn.Embedding(7000, width),
         tgt=nn.Embedding(9000, width),
         transformer=network,
@@ -331,7 +314,7 @@ def _small_vit(random: Random) -> nn.Module:
     layers = [
         nn.ModuleList(
             [
-                _Parts(
+                Parts(
                     norm=nn.LayerNorm(width),
                     to_qkv=nn.Linear(width, 3 * inner, bias=False),
                     to_out=nn.Linear(inner, width),
@@ -341,7 +324,7 @@ def _small_vit(random: Random) -> nn.Module:
         )
         for _ in range(random.randint(3, 8))
     ]
-    return _Parts(
+    return Parts(
         pos_embedding=torch.empty(1, 65, width),
         cls_token=torch.empty(1, 1, width),
         to_patch=nn.Sequential(nn.LayerNorm(3 * patch**2), nn.Linear(3 * patch**2, width), nn.LayerNorm(width)),
@@ -360,7 +343,7 @@ def _dcgan(random: Random) -> nn.Module:
     for inner, outer in zip(widths[:0:-1], widths[-2::-1], strict=True):
         critic += [nn.Conv2d(inner, outer, 4, bias=False), nn.BatchNorm2d(outer), nn.LeakyReLU()]
     parts = {"netG": nn.Sequential(*generator, nn.ConvTranspose2d(width, 3, 4)), "netD": nn.Sequential(*critic)}
-    return _Parts(**{name: parts[name] for name in random.choice((("netG",), ("netG", "netD")))})
+    return Parts(**{name: parts[name] for name in random.choice((("netG",), ("netG", "netD")))})
 
 
 def _gcn(random: Random) -> nn.Module:
@@ -369,15 +352,15 @@ def _gcn(random: Random) -> nn.Module:
         *[_width(random, 16, 128)] * random.randint(1, 4),
         random.randint(3, 40),
     ]
-    layers = [_Parts(weight=torch.empty(a, b), bias=torch.empty(b)) for a, b in pairwise(sizes)]
-    return _Parts(gc=nn.ModuleList(layers))
+    layers = [Parts(weight=torch.empty(a, b), bias=torch.empty(b)) for a, b in pairwise(sizes)]
+    return Parts(gc=nn.ModuleList(layers))
 
 
 def _gat(random: Random) -> nn.Module:
     width, heads, inner, layers = random.choice((8, 16, 32)), random.choice((4, 8)), 1433, []
     for _ in range(random.randint(2, 4)):
         layers.append(
-            _Parts(
+            Parts(
                 lin=nn.Linear(inner, heads * width, bias=False),
                 att_src=torch.empty(1, heads, width),
                 att_dst=torch.empty(1, heads, width),
@@ -385,19 +368,17 @@ def _gat(random: Random) -> nn.Module:
             )
         )
         inner = heads * width
-    return _Parts(convs=nn.ModuleList(layers), out=nn.Linear(inner, 7))
+    return Parts(convs=nn.ModuleList(layers), out=nn.Linear(inner, 7))
 
 
 def _gin(random: Random) -> nn.Module:
     width, depth = random.choice((64, 128, 300)), random.randint(3, 6)
     layers = [
-        _Parts(
-            mlp=_dense(width, 2 * width, width, norm=nn.BatchNorm1d), eps=torch.empty(1), edge=nn.Embedding(6, width)
-        )
+        Parts(mlp=dense(width, 2 * width, width, norm=nn.BatchNorm1d), eps=torch.empty(1), edge=nn.Embedding(6, width))
         for _ in range(depth)
     ]
     norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(depth))
-    return _Parts(
+    return Parts(
         atom=nn.Embedding(120, width), gnns=nn.ModuleList(layers), batch_norms=norms, pred=nn.Linear(width, 12)
     )
 
@@ -409,16 +390,16 @@ def _tcn(random: Random) -> nn.Module:
             nn.utils.parametrizations.weight_norm(nn.Conv1d(size, width, kernel)) for size in (inner, width)
         )
         blocks.append(
-            _Parts(conv1=conv1, conv2=conv2, downsample=nn.Conv1d(inner, width, 1) if inner != width else nn.Identity())
+            Parts(conv1=conv1, conv2=conv2, downsample=nn.Conv1d(inner, width, 1) if inner != width else nn.Identity())
         )
         inner = width
-    return _Parts(tcn=nn.Sequential(*blocks), linear=nn.Linear(width, 5))
+    return Parts(tcn=nn.Sequential(*blocks), linear=nn.Linear(width, 5))
 
 
 def _wavenet(random: Random) -> nn.Module:
     residual, skip = random.choice((24, 32, 64)), random.choice((128, 256))
     layers = [
-        _Parts(
+        Parts(
             filter=nn.Conv1d(residual, residual, 2),
             gate=nn.Conv1d(residual, residual, 2),
             res=nn.Conv1d(residual, residual, 1),
@@ -426,7 +407,7 @@ def _wavenet(random: Random) -> nn.Module:
         )
         for _ in range(random.randint(6, 20))
     ]
-    return _Parts(
+    return Parts(
         causal=nn.Conv1d(256, residual, 2),
         stack=nn.ModuleList(layers),
         end1=nn.Conv1d(skip, skip, 1),
@@ -439,7 +420,7 @@ def _crnn(random: Random) -> nn.Module:
     convs: list[nn.Module] = []
     for inner, outer in ((1, width), (width, 2 * width), (2 * width, 4 * width), (4 * width, 4 * width)):
         convs += [nn.Conv2d(inner, outer, 3), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2)]
-    return _Parts(
+    return Parts(
         cnn=nn.Sequential(*convs), rnn=nn.LSTM(4 * width, hidden, 2, bidirectional=True), fc=nn.Linear(2 * hidden, 37)
     )
 
@@ -454,7 +435,7 @@ def _pointnet(random: Random) -> nn.Module:
             parts |= {f"conv{number}": nn.Conv1d(a, b, 1), f"bn{number}": nn.BatchNorm1d(b)}
         return {**parts, "fc1": nn.Linear(16 * width, 8 * width), "fc2": nn.Linear(8 * width, outer)}
 
-    return _Parts(stn=_Parts(**stack(3, 9)), feat=_Parts(**stack(3, 40)))
+    return Parts(stn=Parts(**stack(3, 9)), feat=Parts(**stack(3, 40)))
 
 
 def _dqn(random: Random) -> nn.Module:
@@ -462,24 +443,24 @@ def _dqn(random: Random) -> nn.Module:
     convs = nn.Sequential(
         nn.Conv2d(frames, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3)
     )
-    return _Parts(conv=convs, advantage=_dense(3136, hidden, random.randint(4, 18)), value=_dense(3136, hidden, 1))
+    return Parts(conv=convs, advantage=dense(3136, hidden, random.randint(4, 18)), value=dense(3136, hidden, 1))
 
 
 def _actor_critic(random: Random) -> nn.Module:
     width, seen, acts = _width(random, 64, 400), random.randint(3, 376), random.randint(1, 17)
     parts: dict[str, nn.Module | torch.Tensor] = {
-        "actor": _dense(seen, width, width, acts),
+        "actor": dense(seen, width, width, acts),
         "log_std": torch.empty(1, acts),
     }
     for number in range(random.randint(1, 2)):
-        parts[f"critic{number + 1}"] = _dense(seen + acts, width, width, 1)
-    return _Parts(**parts)
+        parts[f"critic{number + 1}"] = dense(seen + acts, width, width, 1)
+    return Parts(**parts)
 
 
 def _nerf(random: Random) -> nn.Module:
     width, depth, points = _width(random, 64, 256), random.randint(4, 9), random.choice((39, 63))
     layers = [nn.Linear(points, width), *[nn.Linear(width + points * (step == 4), width) for step in range(depth)]]
-    return _Parts(
+    return Parts(
         pts_linears=nn.ModuleList(layers),
         alpha=nn.Linear(width, 1),
         feature=nn.Linear(width, width),
@@ -492,7 +473,7 @@ def _diffusion_unet(random: Random) -> nn.Module:
     width = random.choice((32, 48, 64, 96))
 
     def block(inner: int, outer: int) -> nn.Module:
-        part = _Parts(
+        part = Parts(
             mlp=nn.Sequential(nn.SiLU(), nn.Linear(4 * width, 2 * outer)),
             block1=nn.Sequential(nn.Conv2d(inner, outer, 3), nn.GroupNorm(8, outer)),
             block2=nn.Sequential(nn.Conv2d(outer, outer, 3), nn.GroupNorm(8, outer)),
@@ -502,7 +483,7 @@ def _diffusion_unet(random: Random) -> nn.Module:
         return part
 
     def attention(size: int) -> nn.Module:
-        return _Parts(
+        return Parts(
             to_qkv=nn.Conv2d(size, 384, 1, bias=False), to_out=nn.Conv2d(128, size, 1), g=torch.empty(1, size, 1, 1)
         )
 
@@ -515,9 +496,9 @@ def _diffusion_unet(random: Random) -> nn.Module:
         nn.ModuleList([block(a + b, b), block(a + b, b), attention(b), nn.Conv2d(b, a, 3)])
         for a, b in list(zip([width, *widths], widths, strict=False))[::-1]
     ]
-    return _Parts(
+    return Parts(
         init_conv=nn.Conv2d(3, width, 7),
-        time_mlp=_dense(width, 4 * width, 4 * width),
+        time_mlp=dense(width, 4 * width, 4 * width),
         downs=nn.ModuleList(downs),
         ups=nn.ModuleList(ups),
         final=nn.Conv2d(width, 3, 1),
@@ -530,7 +511,7 @@ def _super_resolution(random: Random) -> nn.Module:
         nn.Sequential(nn.Conv2d(width, width, 3), nn.PReLU(), nn.Conv2d(width, width, 3))
         for _ in range(random.randint(4, 16))
     ]
-    return _Parts(
+    return Parts(
         head=nn.Conv2d(3, width, 9),
         body=nn.Sequential(*body),
         tail=nn.Sequential(nn.Conv2d(width, width * scale**2, 3), nn.PixelShuffle(scale), nn.Conv2d(width, 3, 9)),
@@ -540,7 +521,7 @@ def _super_resolution(random: Random) -> nn.Module:
 def _text_cnn(random: Random) -> nn.Module:
     embed, filters = _width(random, 50, 300), random.choice((64, 100, 128))
     convs = nn.ModuleList(nn.Conv2d(1, filters, (size, embed)) for size in random.choice(((3, 4, 5), (2, 3, 4, 5))))
-    return _Parts(
+    return Parts(
         embed=nn.Embedding(random.randint(5000, 40000), embed), convs=convs, fc=nn.Linear(filters * len(convs), 5)
     )
 
@@ -548,10 +529,10 @@ def _text_cnn(random: Random) -> nn.Module:
 def _recommender(random: Random) -> nn.Module:
     width, fields = random.choice((8, 16, 32, 64)), random.randint(4, 26)
     tables = nn.ModuleList(nn.Embedding(random.randint(10, 20000), width) for _ in range(fields))
-    return _Parts(
+    return Parts(
         tables=tables,
-        bottom=_dense(13, 4 * width, width),
-        top=_dense(width * fields + width, 256, 64, 1),
+        bottom=dense(13, 4 * width, width),
+        top=dense(width * fields + width, 256, 64, 1),
         bias=torch.empty(1, fields),
     )
 
@@ -559,24 +540,24 @@ def _recommender(random: Random) -> nn.Module:
 def _flow(random: Random) -> nn.Module:
     seen, hidden = random.choice((2, 6, 43, 63)), _width(random, 50, 256)
     couplings = [
-        _Parts(s=_dense(seen, hidden, hidden, seen), t=_dense(seen, hidden, hidden, seen))
+        Parts(s=dense(seen, hidden, hidden, seen), t=dense(seen, hidden, hidden, seen))
         for _ in range(random.randint(4, 10))
     ]
-    return _Parts(couplings=nn.ModuleList(couplings), mask=torch.empty(len(couplings), seen))
+    return Parts(couplings=nn.ModuleList(couplings), mask=torch.empty(len(couplings), seen))
 
 
 def _mixer(random: Random) -> nn.Module:
     width, tokens = random.choice((96, 128, 160, 320)), random.choice((64, 81, 100))
     blocks = [
-        _Parts(
+        Parts(
             n1=nn.LayerNorm(width),
-            tokens=_dense(tokens, 2 * width, tokens),
+            tokens=dense(tokens, 2 * width, tokens),
             n2=nn.LayerNorm(width),
-            channels=_dense(width, 3 * width, width),
+            channels=dense(width, 3 * width, width),
         )
         for _ in range(random.randint(3, 8))
     ]
-    return _Parts(
+    return Parts(
         patches=nn.Conv2d(3, width, 4), mixer=nn.Sequential(*blocks), norm=nn.LayerNorm(width), fc=nn.Linear(width, 10)
     )
 
@@ -593,7 +574,7 @@ def _own_mobilenet(random: Random) -> nn.Module:
             nn.BatchNorm2d(outer),
         ]
         inner = outer
-    return _Parts(model=nn.Sequential(*layers), fc=nn.Linear(inner, 6))
+    return Parts(model=nn.Sequential(*layers), fc=nn.Linear(inner, 6))
 
 
 def _own_densenet(random: Random) -> nn.Module:
@@ -605,7 +586,7 @@ def _own_densenet(random: Random) -> nn.Module:
             width += growth
         layers.append(nn.Conv2d(width, width // 2, 1))
         width //= 2
-    return _Parts(stem=stem, dense=nn.ModuleList(layers), out=nn.Linear(width, 10))
+    return Parts(stem=stem, dense=nn.ModuleList(layers), out=nn.Linear(width, 10))
 
 
 def _own_detector(random: Random) -> nn.Module:
@@ -615,7 +596,7 @@ def _own_detector(random: Random) -> nn.Module:
         layers.append(nn.Sequential(nn.Conv2d(inner, outer, 3, bias=False), nn.BatchNorm2d(outer), nn.LeakyReLU(0.1)))
         inner = outer
     anchors, classes = random.choice((3, 5)), random.randint(1, 20)
-    return _Parts(
+    return Parts(
         backbone=nn.Sequential(*layers),
         neck=nn.Conv2d(inner, inner // 2, 1),
         detect=nn.Conv2d(inner // 2, anchors * (5 + classes), 1),
@@ -630,20 +611,20 @@ def _video_cnn(random: Random) -> nn.Module:
             for step in range(1, 5)
         }
     )
-    return _Parts(**convs, fc6=nn.Linear(width * 8 * 4, _width(random, 128, 512)), gru=nn.GRU(width * 8, 64))
+    return Parts(**convs, fc6=nn.Linear(width * 8 * 4, _width(random, 128, 512)), gru=nn.GRU(width * 8, 64))
 
 
 def _forecaster(random: Random) -> nn.Module:
     back, width = random.choice((96, 168, 336)), random.choice((128, 256, 512))
     blocks = [
-        _Parts(
-            fc=_dense(back, width, width, width, width),
+        Parts(
+            fc=dense(back, width, width, width, width),
             theta_b=nn.Linear(width, back, bias=False),
             theta_f=nn.Linear(width, 24, bias=False),
         )
         for _ in range(random.randint(4, 12))
     ]
-    return _Parts(stacks=nn.ModuleList(blocks))
+    return Parts(stacks=nn.ModuleList(blocks))
 
 
 def _two_towers(random: Random) -> nn.Module:
@@ -655,8 +636,8 @@ def _two_towers(random: Random) -> nn.Module:
         nn.BatchNorm2d(width),
         nn.Conv2d(width, 2 * width, 3),
     )
-    text = _Parts(table=nn.Embedding(10000, embed), gru=nn.GRU(embed, width, 2))
-    return _Parts(
+    text = Parts(table=nn.Embedding(10000, embed), gru=nn.GRU(embed, width, 2))
+    return Parts(
         image=image,
         image_proj=nn.Linear(2 * width, embed),
         text=text,
@@ -668,15 +649,15 @@ def _two_towers(random: Random) -> nn.Module:
 def _experts(random: Random) -> nn.Module:
     width, experts = random.choice((80, 128, 192)), random.choice((4, 6, 8))
     layers = [
-        _Parts(
+        Parts(
             attn=nn.MultiheadAttention(width, 4),
             gate=nn.Linear(width, experts),
-            experts=nn.ModuleList(_dense(width, 2 * width, width) for _ in range(experts)),
+            experts=nn.ModuleList(dense(width, 2 * width, width) for _ in range(experts)),
             norm=nn.LayerNorm(width),
         )
         for _ in range(random.randint(2, 5))
     ]
-    return _Parts(embed=nn.Linear(random.randint(8, 60), width), layers=nn.ModuleList(layers), head=nn.Linear(width, 1))
+    return Parts(embed=nn.Linear(random.randint(8, 60), width), layers=nn.ModuleList(layers), head=nn.Linear(width, 1))
 
 
 _STYLES: tuple[Callable[[Random], nn.Module], ...] = (

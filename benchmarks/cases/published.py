@@ -3,7 +3,10 @@
 They are from model cards, papers and the docstrings of the configurations, as far as the authors of this page know
 them. A row is a name, the class that is built, and what differs from the defaults of its configuration. The default
 configuration of every family is beside these, under the name of its class, whether or not anybody published weights
-of it.
+of it; where it cannot be built, since a default lacks a size, it stands here with that size. Left out are, of
+transformers 5.24, Dinat and LayoutLMv2, which need libraries that no registry has built (natten, detectron2);
+Granite4Vision, DiffusionGemma, Qwen4Exp and the talker of Qwen3Omni, whose defaults lack sizes that are not known here;
+and the wrappers of timm, whose models are timm's.
 """
 
 from __future__ import annotations
@@ -386,6 +389,140 @@ _TABLES: tuple[tuple[str, str, tuple[tuple[Any, ...], ...]], ...] = (
         ),
     ),
     (
+        "Gemma3TextModel",
+        f"head_dim {_KV}",
+        (
+            ("gemma-3-270m", 256, 640, 18, 4, 1, 2048),
+            ("gemma-3-1b", 256, 1152, 26, 4, 1, 6912),
+            ("gemma-3-4b text", 256, 2560, 34, 8, 4, 10240),
+            ("gemma-3-12b text", 256, 3840, 48, 16, 8, 15360),
+            ("gemma-3-27b text", 128, 5376, 62, 32, 16, 21504),
+        ),
+    ),
+    (
+        "Phi3Model",
+        f"vocab_size {_KV}",
+        (
+            ("Phi-3-mini", 32064, 3072, 32, 32, 32, 8192),
+            ("Phi-3-medium", 32064, 5120, 40, 40, 10, 17920),
+            ("phi-4", 100352, 5120, 40, 40, 10, 17920),
+        ),
+    ),
+    (
+        "OlmoModel",
+        f"vocab_size {_KV}",
+        (("OLMo-1B", 50304, 2048, 16, 16, 16, 8192), ("OLMo-7B", 50304, 4096, 32, 32, 32, 11008)),
+    ),
+    (
+        "Olmo2Model",
+        f"vocab_size {_KV}",
+        (
+            ("OLMo-2-1B", 100352, 2048, 16, 16, 16, 8192),
+            ("OLMo-2-7B", 100352, 4096, 32, 32, 32, 11008),
+            ("OLMo-2-13B", 100352, 5120, 40, 40, 40, 13824),
+            ("OLMo-2-32B", 100352, 5120, 64, 40, 8, 27648),
+        ),
+    ),
+    (
+        "StableLmModel",
+        f"use_qkv_bias vocab_size {_KV}",
+        (
+            ("stablelm-3b-4e1t", False, 50304, 2560, 32, 32, 32, 6912),
+            ("stablelm-2-1_6b", True, 100352, 2048, 24, 32, 32, 5632),
+        ),
+    ),
+    (
+        "Starcoder2Model",
+        f"vocab_size {_KV}",
+        (
+            ("starcoder2-3b", 49152, 3072, 30, 24, 2, 12288),
+            ("starcoder2-7b", 49152, 4608, 32, 36, 4, 18432),
+            ("starcoder2-15b", 49152, 6144, 40, 48, 4, 24576),
+        ),
+    ),
+    (
+        "MptModel",
+        "vocab_size d_model n_layers n_heads",
+        (("mpt-7b", 50432, 4096, 32, 32), ("mpt-30b", 50432, 7168, 48, 64)),
+    ),
+    (
+        "CodeGenModel",
+        "vocab_size n_embd n_layer n_head rotary_dim",
+        (
+            ("codegen-350M", 51200, 1024, 20, 16, 32),
+            ("codegen-2B", 51200, 2560, 32, 32, 64),
+            ("codegen-6B", 51200, 4096, 33, 16, 64),
+            ("codegen-16B", 51200, 6144, 34, 24, 64),
+        ),
+    ),
+    (
+        "M2M100Model",
+        "vocab_size encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim",
+        (
+            ("m2m100_418M", 128112, 12, 12, 4096, 4096),
+            ("m2m100_1.2B", 128112, 24, 24, 8192, 8192),
+            ("nllb-200-distilled-600M", 256206, 12, 12, 4096, 4096),
+            ("nllb-200-1.3B", 256206, 24, 24, 8192, 8192),
+        ),
+    ),
+    (
+        "PegasusModel",
+        "vocab_size d_model encoder_layers decoder_layers encoder_ffn_dim decoder_ffn_dim",
+        (("pegasus-large", 96103, 1024, 16, 16, 4096, 4096),),
+    ),
+    (
+        "LongformerModel",
+        f"vocab_size max_position_embeddings type_vocab_size {_BERT}",
+        (
+            ("longformer-base-4096", 50265, 4098, 1, 768, 12, 12, 3072),
+            ("longformer-large-4096", 50265, 4098, 1, 1024, 24, 16, 4096),
+        ),
+    ),
+    (
+        "XLNetModel",
+        "d_model n_layer n_head d_inner",
+        (("xlnet-base-cased", 768, 12, 12, 3072), ("xlnet-large-cased", 1024, 24, 16, 4096)),
+    ),
+    (
+        "Swinv2Model",
+        "embed_dim depths num_heads window_size image_size",
+        (
+            ("swinv2-tiny-patch4-window8-256", 96, [2, 2, 6, 2], [3, 6, 12, 24], 8, 256),
+            ("swinv2-small-patch4-window8-256", 96, [2, 2, 18, 2], [3, 6, 12, 24], 8, 256),
+            ("swinv2-base-patch4-window8-256", 128, [2, 2, 18, 2], [4, 8, 16, 32], 8, 256),
+            ("swinv2-base-patch4-window16-256", 128, [2, 2, 18, 2], [4, 8, 16, 32], 16, 256),
+        ),
+    ),
+    (
+        "Dinov2WithRegistersModel",
+        "patch_size image_size hidden_size num_hidden_layers num_attention_heads use_swiglu_ffn",
+        (
+            ("dinov2-with-registers-small", 14, 518, 384, 12, 6, False),
+            ("dinov2-with-registers-base", 14, 518, 768, 12, 12, False),
+            ("dinov2-with-registers-large", 14, 518, 1024, 24, 16, False),
+            ("dinov2-with-registers-giant", 14, 518, 1536, 40, 24, True),
+        ),
+    ),
+    (
+        "DINOv3ViTModel",
+        f"num_register_tokens {_BERT}",
+        (
+            ("dinov3-vits16", 4, 384, 12, 6, 1536),
+            ("dinov3-vitb16", 4, 768, 12, 12, 3072),
+            ("dinov3-vitl16", 4, 1024, 24, 16, 4096),
+        ),
+    ),
+    (
+        "MobileViTModel",
+        "hidden_sizes neck_hidden_sizes expand_ratio",
+        (
+            ("mobilevit-small", [144, 192, 240], [16, 32, 64, 96, 128, 160, 640], 4.0),
+            ("mobilevit-x-small", [96, 120, 144], [16, 32, 48, 64, 80, 96, 384], 4.0),
+            ("mobilevit-xx-small", [64, 80, 96], [16, 16, 24, 48, 64, 80, 320], 2.0),
+        ),
+    ),
+    ("CvtModel", "depth", (("cvt-13", [1, 2, 10]), ("cvt-21", [1, 4, 16]))),
+    (
         "VideoMAEModel",
         _BERT,
         (("videomae-base", 768, 12, 12, 3072), ("videomae-large", 1024, 24, 16, 4096)),
@@ -404,6 +541,37 @@ _DEBERTA = {
 }
 _LARGE = dict(zip(_BERT.split(), (1024, 24, 16, 4096), strict=True))
 _SO400M = dict(zip(_BERT.split(), (1152, 27, 16, 4304), strict=True))
+
+_SMALL_VITDET = {
+    "model_type": "vitdet",
+    **dict(zip(["hidden_size", "num_attention_heads", "num_channels", "image_size"], (384, 6, 4, 512), strict=True)),
+    "window_block_indices": [0, 1, 3, 4, 6, 7, 9, 10],
+    "residual_block_indices": [2, 5, 8, 11],
+    "use_relative_position_embeddings": True,
+    "out_features": ["stage12"],
+}
+_PADDLE_DETECTOR = {
+    "scale_factor_list": [1, 2, 4, 8],
+    "kernel_list": [3, 2, 2],
+    "intraclass_block_config": {
+        **{key: [1, 1, 0] for key in ("reduce_channel", "return_channel")},
+        **{
+            f"{name}_{ratio}ratio": values
+            for ratio, size in (("long", 7), ("mid", 5), ("short", 3))
+            for name, values in (
+                ("vertical_long_to_small_conv", [[size, 1], 1, [size // 2, 0]]),
+                ("horizontal_small_to_long_conv", [[1, size], 1, [0, size // 2]]),
+                ("symmetric_conv_long", [size, 1, size // 2]),
+            )
+        },
+    },
+}
+_FULL_ROPE = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
+
+
+def _sizes(*values: int) -> dict[str, int]:
+    return dict(zip(["vocab_size", *_KV.split()], values, strict=True))
+
 
 _OTHERS: tuple[tuple[str, str, Options], ...] = (
     *(
@@ -484,4 +652,148 @@ _OTHERS: tuple[tuple[str, str, Options], ...] = (
             "moe_intermediate_size": 768,
         },
     ),
+    *(
+        (name, name, {"prediction_length": 24})
+        for name in ("AutoformerModel", "InformerModel", "TimeSeriesTransformerModel")
+    ),
+    *((name, name, {"head_dim": 128}) for name in ("HunYuanDenseV1Model", "HunYuanMoEV1Model", "HunYuanVLTextModel")),
+    ("HunYuanVLModel", "HunYuanVLModel", {"text_config": {"head_dim": 128}}),
+    ("Ministral-8B", "MinistralModel", {"head_dim": 128, **_sizes(131072, 4096, 36, 32, 8, 12288)}),
+    ("internlm3-8b", "LlamaModel", {"head_dim": 128, **_sizes(128512, 4096, 48, 32, 2, 10240)}),
+    ("IQuest-Coder", "LlamaModel", {"head_dim": 128, **_sizes(76800, 5120, 80, 40, 8, 27648)}),
+    (
+        "sarvam MLA",
+        "DeepseekV3Model",
+        {
+            **_sizes(262144, 4096, 32, 64, 64, 16384),
+            "n_routed_experts": 128,
+            "q_lora_rank": None,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    (
+        "sarvam MoE",
+        "Glm4MoeModel",
+        {
+            **_sizes(262144, 4096, 19, 64, 4, 8192),
+            "head_dim": 64,
+            "moe_intermediate_size": 1024,
+            "use_qk_norm": True,
+        },
+    ),
+    ("nemotron", "NemotronModel", {"num_key_value_heads": 8}),
+    ("Minitron-4B", "NemotronModel", {"head_dim": 128, **_sizes(256000, 3072, 32, 24, 8, 9216)}),
+    ("Minitron-8B", "NemotronModel", {"head_dim": 128, **_sizes(256000, 4096, 32, 48, 8, 16384)}),
+    (
+        "dbrx",
+        "DbrxModel",
+        {
+            "d_model": 6144,
+            "n_heads": 48,
+            "n_layers": 40,
+            "vocab_size": 100352,
+            "attn_config": {"kv_n_heads": 8, "clip_qkv": 8, "rope_theta": 500000.0},
+            "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+        },
+    ),
+    (
+        "dots.llm1",
+        "Dots1Model",
+        {
+            "hidden_size": 4096,
+            "n_routed_experts": 128,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    (
+        "LFM2-8B-A1B",
+        "Lfm2MoeModel",
+        {
+            "num_hidden_layers": 24,
+            "layer_types": ["full_attention" if n in (2, 6, 10, 14, 18, 21) else "conv" for n in range(24)],
+        },
+    ),
+    (
+        "DeepSeek-OCR-2",
+        "DeepseekOcr2Model",
+        {
+            "text_config": {
+                "vocab_size": 129280,
+                "hidden_size": 1280,
+                "intermediate_size": 6848,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 10,
+                "moe_intermediate_size": 896,
+                "num_experts_per_tok": 6,
+                "mlp_layer_types": ["dense", *["sparse"] * 11],
+            },
+            "vision_config": {"encoder_config": dict(zip(_KV.split(), (896, 24, 14, 2, 4864), strict=True))},
+        },
+    ),
+    (
+        "aya-vision-8b",
+        "AyaVisionModel",
+        {
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                **_SO400M,
+                "patch_size": 14,
+                "image_size": 364,
+                "vision_use_head": False,
+            },
+            "text_config": {"model_type": "cohere2", **_sizes(256000, 4096, 32, 32, 8, 14336)},
+        },
+    ),
+    (
+        "Perception-LM-1B",
+        "PerceptionLMModel",
+        {
+            "text_config": {"model_type": "llama", **_sizes(128256, 2048, 16, 32, 8, 8192)},
+            "vision_config": {
+                "model_type": "timm_wrapper",
+                "architecture": "vit_pe_core_large_patch14_336",
+                "model_args": {
+                    "depth": 23,
+                    "embed_dim": 1024,
+                    "global_pool": "",
+                    "img_size": [448, 448],
+                    "init_values": 0.1,
+                    "ref_feat_shape": [32, 32],
+                    "use_post_transformer_norm": False,
+                },
+            },
+        },
+    ),
+    ("chameleon-7b", "ChameleonModel", {"vocabulary_map": {"<image>": 8711}}),
+    ("Emu3", "Emu3Model", {"vocabulary_map": {"<image>": 151859}}),
+    ("CohereCompassTextModel", "CohereCompassTextModel", _FULL_ROPE),
+    ("CohereCompassModel", "CohereCompassModel", {"text_config": _FULL_ROPE}),
+    (
+        "Gemma4AssistantForCausalLM",
+        "Gemma4AssistantForCausalLM",
+        {
+            "text_config": {
+                "model_type": "gemma4_text",
+                "hidden_size_per_layer_input": 0,
+                "vocab_size_per_layer_input": 0,
+            }
+        },
+    ),
+    ("T5Gemma2Encoder", "T5Gemma2Encoder", {"text_config": {"dropout_rate": 0.0}}),
+    ("moonshine-streaming-tiny", "MoonshineStreamingModel", {"num_key_value_heads": 8}),
+    (
+        "vitmatte-small",
+        "VitMatteForImageMatting",
+        {
+            "backbone_config": _SMALL_VITDET,
+            "fusion_hidden_sizes": [256, 128, 64, 32],
+            "convstream_hidden_sizes": [48, 96, 192],
+        },
+    ),
+    ("PP-OCRv5_server_det", "PPOCRV5ServerDetForObjectDetection", _PADDLE_DETECTOR),
+    ("PP-OCRv6_medium_det", "PPOCRV6MediumDetForObjectDetection", _PADDLE_DETECTOR),
+    *((name, name, {}) for name in ("MusicgenForConditionalGeneration", "MusicgenMelodyForConditionalGeneration")),
+    ("Qwen3OmniMoeThinker", "Qwen3OmniMoeThinkerForConditionalGeneration", {}),
 )

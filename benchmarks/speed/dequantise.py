@@ -1,7 +1,8 @@
-"""Memory of loading a quantised file into a plain model, for each scheme: beyond the model, in MiB.
+"""Memory of loading or converting a quantised file, for each scheme, beyond the plain model that is filled, in MiB.
 
 The file holds two matrices and a norm. What is measured is the most that the anonymous memory of the process grows
-during ``load``, looked at every millisecond. It may be as much as the largest tensor takes in float32, and 64 MiB.
+during ``load`` and ``convert``, looked at every millisecond. It may be as much as the largest tensor takes in float32,
+and 64 MiB; ``load`` takes a few pieces of it alone.
 
     python -m benchmarks.speed.dequantise [ROWS]
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ def _write(folder: Path, scheme: str, parts: Parts, config: dict[str, object]) -
     return folder
 
 
-def peaks(rows: int) -> Iterator[tuple[str, int]]:
-    """Yield the bytes beyond the model that each scheme takes."""
+def peaks(rows: int, calls: Sequence[str] = ("load", "convert")) -> Iterator[tuple[str, list[int]]]:
+    """Yield the bytes beyond the model that each scheme takes in these calls."""
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(COLUMNS, rows, bias=False) for _ in range(2))
     model = nn.ModuleDict({"layers": layers, "norm": nn.RMSNorm(COLUMNS)})
@@ -126,17 +127,21 @@ def peaks(rows: int) -> Iterator[tuple[str, int]]:
             def load(path: Path = path) -> None:
                 assert not autoalign.load(model, path).missing_keys
 
-            if not number:
-                load()  # which imports all that it needs
-            yield scheme, peak_of(load)
+            def convert(path: Path = path, folder: str = folder) -> None:
+                autoalign.convert(path, model, Path(folder, "out.safetensors"), strict=True, overwrite=True)
+
+            measured = [{"load": load, "convert": convert}[name] for name in calls]
+            for call in measured if not number else ():
+                call()  # which imports all that it needs
+            yield scheme, list(map(peak_of, measured))
 
 
 def main() -> None:
     """Measure all schemes, with tensors of so many rows."""
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 6144
-    print(f"| scheme, a tensor of {rows * COLUMNS * 4 >> 20} MiB | beyond the model, MiB |\n| --- | ---: |")
-    for scheme, peak in peaks(rows):
-        print(f"| {scheme} | {peak / 2**20:.0f} |", flush=True)
+    print(f"| scheme, a tensor of {rows * COLUMNS * 4 >> 20} MiB | load | convert |\n| --- | ---: | ---: |")
+    for scheme, found in peaks(rows):
+        print(f"| {scheme} | {' | '.join(f'{peak / 2**20:.0f}' for peak in found)} |", flush=True)
 
 
 if __name__ == "__main__":

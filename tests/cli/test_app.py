@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -61,7 +62,10 @@ def test_it_runs_as_a_module() -> None:
         (["nothing-like-it"], "No such command 'nothing-like-it'. See: autoalign --help"),
         (["demo", "--unknown"], "No such option: --unknown. See: autoalign demo --help"),
         (["align", "--exlude=fc"], "No such option: --exlude. Did you mean --exclude? See: autoalign align --help"),
-        (["align", "a"], "Missing argument 'CKPT'. See: autoalign align --help"),
+        (
+            ["align", "a"],
+            "An argument is missing. Usage: autoalign align [OPTIONS] CKPT... TARGET. See: autoalign align --help",
+        ),
         (["convert", "a", "--to", "b"], "Missing option '--output' / '-o'. See: autoalign convert --help"),
         (["rules", "a", "b", "--format", "x"], "Invalid value for '--format': 'x' is not one of 'text', 'json', "),
         (["align", "a", "b", "--adapt", "hed"], "Invalid value for '--adapt': 'hed' is not one of 'head', 'vocab', "),
@@ -176,6 +180,26 @@ def test_ctrl_c_in_the_middle_of_a_conversion_leaves_nothing(tmp_path: Path) -> 
     assert process.returncode == INTERRUPTED
     assert errors.strip() == "autoalign: interrupted"
     assert os.listdir(tmp_path) == ["source.safetensors"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    ("command", "opened"),
+    [
+        (["inspect", "a.pt"], "Opening a.pt"),
+        (["diff", "a.pt", "b.pt"], "Opening a.pt, b.pt"),
+        (["verify", "m:f", "m:f", "--input", "1", "--checkpoint", "a.pt"], "Opening a.pt"),
+    ],
+)
+def test_what_is_opened_is_named_at_once(command: list[str], opened: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = []
+
+    def working(text: str) -> AbstractContextManager[None]:
+        described.append(text)
+        return nullcontext()
+
+    monkeypatch.setattr("autoalign.cli.arguments.working", working)
+    assert cli.main(command) == cli.ERROR  # there is no such file
+    assert described == [opened]
 
 
 def test_a_reader_that_goes_is_no_error(tmp_path: Path) -> None:

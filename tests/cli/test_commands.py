@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import textwrap
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,13 +52,13 @@ def test_align_reports_and_its_exit_code_is_1_if_incomplete(
 
 
 def write_sparse(folder: Path, shards: int, per_shard: int) -> None:
-    """Write files of safetensors in FP8 that take no place, of 1 GB a tensor."""
+    """Write files of safetensors in FP8 that take no place, of 27 MB a tensor."""
     files_of = {}
     for shard in range(1, shards + 1):
         name, header, size = f"model-{shard:05}-of-{shards:05}.safetensors", {}, 0
         for number in range(per_shard):
             key = f"model.layers.{shard}.experts.{number}.weight"
-            for suffix, dtype, side in (("", "F8_E4M3", 2**15), ("_scale_inv", "F32", 2**8)):
+            for suffix, dtype, side in (("", "F8_E4M3", 5120), ("_scale_inv", "F32", 40)):
                 end = size + side * side * (4 if dtype == "F32" else 1)
                 header[key + suffix] = {"dtype": dtype, "shape": [side, side], "data_offsets": [size, end]}
                 files_of[key + suffix], size = name, end
@@ -67,16 +69,33 @@ def write_sparse(folder: Path, shards: int, per_shard: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files_of}))
 
 
+def write_sparse_gguf(path: Path) -> None:
+    """Write a file of GGUF that takes no place, of 1 GB a tensor."""
+    gguf: Any = pytest.importorskip("gguf")
+    writer, size = gguf.GGUFWriter(path, "llama"), 2**30 // 32 * 34
+    for number in range(100):
+        shape = [2**15, 2**15 // 32 * 34]
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor_info(f"blk.{number}.ffn_up.weight", shape, np.dtype("uint8"), size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    os.truncate(path, path.stat().st_size + 100 * size + 32)
+
+
 def test_inspect_of_100_gigabytes_reads_no_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "shards").mkdir()
-    write_sparse(tmp_path / "shards", shards=20, per_shard=5)
+    write_sparse(tmp_path / "shards", shards=20, per_shard=225)
     one = partial(torch.from_file, str(tmp_path / "data"), shared=True, size=2**29, dtype=torch.bfloat16)
     model = {f"layers.{number}.weight": one().view(2**13, 2**16) for number in range(100)}
     saved = {"state_dict": model, "epoch": 3, "optimizer": {"state": {}}, "args": {"lr": 0.1}}
     with torch.serialization.skip_data():  # the file has the places of the values, and no values
         torch.save(saved, tmp_path / "a.pt")
+    write_sparse_gguf(tmp_path / "a.gguf")
     wanted = {
-        "shards": ("folder: 200 tensors, ", "quantised: 100 tensors quantised as FP8 in blocks (weight with"),
+        "a.gguf": ("GGUF: 100 tensors, ", "quantised: 100 tensors quantised as GGUF Q8_0 (weight)"),
+        "shards": ("folder: 9,000 tensors, ", "quantised: 4500 tensors quantised as FP8 in blocks (weight with"),
         "a.pt": ("torch: 100 tensors, 53,687,091,200 elements, 107.4 GB", "training: epoch=3, optimizer"),
     }
     for name, texts in wanted.items():
@@ -94,7 +113,7 @@ def test_inspect_shows_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[st
     saved = {f"fc{n}.lora_{name}.weight": torch.ones(n, n) for n in (2, 4) for name in "AB"}
     save_file(saved | {"fc3.lokr_w1": torch.ones(3)}, tmp_path / "a.safetensors")
     assert cli.main(["inspect", str(tmp_path / "a.safetensors")]) == cli.COMPLETE
-    assert "adapters: LoRA of 2 layers, rank 2 to 4, 1 tensors of other kinds than LoRA" in capsys.readouterr().out
+    assert "adapters: LoRA of 2 layers, rank 2 to 4, LoKr of 1 layers" in capsys.readouterr().out
     save_file({"ip_adapter.1.to_k_ip.weight": torch.ones(2, 2)}, tmp_path / "a.safetensors")
     assert cli.main(["inspect", str(tmp_path / "a.safetensors"), "--format", "json"]) == cli.COMPLETE
     assert json.loads(capsys.readouterr().out)["adapters"] == ["an IP-Adapter"]

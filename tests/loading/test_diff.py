@@ -76,6 +76,7 @@ def test_another_dtype_is_close_and_a_small_change_beside_it_is_seen(dtype: torc
 
 def test_large_and_strided_tensors_are_compared_in_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PIECE", 64)
+    monkeypatch.setattr(module, "_COPIED", 64)
     one = torch.arange(3 * 1000.0).reshape(3, 1000).T
     for other in (one.clone(memory_format=torch.contiguous_format), one.clone()):
         assert compared(one, other).verdict == "equal"

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
@@ -295,18 +295,19 @@ def test_what_cannot_fail_is_dequantised_once(
     source["layer2." + name][0] = torch.nan
     save_file(source, tmp_path / "a.safetensors")
     model = nn.ModuleDict({f"layer{number}": nn.Linear(2560, 2048, bias=False) for number in range(4)})
-    calls, apply = [], Dequantise.apply
+    made, values = [], Dequantise.values
 
-    def counted(self: Dequantise, tensors: Sequence[Tensor]) -> list[Tensor]:
-        if not tensors[0].is_meta:
-            calls.append(self)
-        return apply(self, tensors)
+    def counted(self: Dequantise, inputs: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        if not inputs["codes"].is_meta:
+            made.append(prod(shape))
+        return values(self, inputs, shape)
 
-    monkeypatch.setattr(Dequantise, "apply", counted)
+    monkeypatch.setattr(Dequantise, "values", counted)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         load(model, tmp_path / "a.safetensors", strict=True)
-    assert len(calls) == count
-    assert "1 tensors of the checkpoint have NaN: layer2.weight" in str(found[-1].message)
+    assert sum(made) == count * 2048 * 2560
+    assert max(made) <= 2**21
+    assert "1 tensors of the checkpoint have NaN: layer2.weight (2,560 of 5,242,880)" in str(found[-1].message)
     wanted = source["layer3.weight"].float() * source[f"layer3.{name}"].reshape(-1, 1) / (127 if name == "SCB" else 1)
     torch.testing.assert_close(model.state_dict()["layer3.weight"], wanted)

@@ -41,12 +41,12 @@ def test_a_wrapped_file_with_an_average_inside(tmp_path: Path) -> None:
     assert (found.best.classes, found.best.target) == (10, "torchvision:resnet18(num_classes=10)")
     assert str(found).splitlines() == [
         "122 tensors, torch file, wrapped by DDP or DataParallel, EMA inside (ema).",
-        "It is resnet18 of torchvision, timm and mmpretrain, resnetblur18 of timm, resnet-18 of transformers (102 of "
-        "102 shapes, 100% of the names), head of 10 classes, trained (BatchNorm has seen 12,000 batches).",
+        "It is resnet18 of torchvision, timm and mmpretrain, resnetblur18 of timm, resnet-18 of transformers (122 of "
+        "122 shapes, 100% of the names), head of 10 classes, trained (BatchNorm has seen 12,000 batches).",
         f"Load it with: autoalign.load(torchvision.models.get_model('resnet18', num_classes=10), {path!r})",
     ]
-    assert json.loads(json.dumps(found.to_dict()))["candidates"][0]["common"] == 102
-    assert ">102 of 102</td>" in found._repr_html_()
+    assert json.loads(json.dumps(found.to_dict()))["candidates"][0]["common"] == 122
+    assert ">122 of 122</td>" in found._repr_html_()
 
 
 @pytest.mark.parametrize("name", ["resnet26d", "vit_small_patch16_224", "swin_tiny_patch4_window7_224", "ghostnet_100"])
@@ -85,8 +85,10 @@ def test_a_part_is_named_where_the_whole_is_unknown() -> None:
 
 
 def test_networks_written_by_hand_are_unknown() -> None:
-    verdicts = [autoalign.identify(model).verdict for _, model in handwritten(20)]
-    assert verdicts.count("unknown") >= 19
+    networks = [model for _, model in handwritten()]
+    assert len(networks) >= 100
+    verdicts = [autoalign.identify(model).verdict for model in networks[::5]]
+    assert verdicts.count("unknown") >= 0.95 * len(verdicts)
 
 
 def test_what_was_not_trained_is_said_to_be() -> None:

@@ -24,6 +24,7 @@ from autoalign.plan.parametrised import Parametrised
 from autoalign.plan.specs import TensorSpec
 
 RANK, ALPHA = 2, 6.0
+MERGE = "LoRA alone can be added: merge others with the library that made them."
 
 
 class Attention(nn.Module):
@@ -160,6 +161,7 @@ def test_convert_writes_the_merged_weights(tmp_path: Path, dtype: torch.dtype) -
     found = load_file(tmp_path / "out.safetensors")
     wanted = merged(network().to(dtype).float())
     assert {tensor.dtype for tensor in found.values()} == {dtype}
+    assert found.keys() == wanted.keys()  # those that it does not change, too
     for key, tensor in found.items():
         torch.testing.assert_close(
             tensor.float(), wanted[key], rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=2e-2
@@ -294,7 +296,7 @@ def test_what_is_no_lora_is_not_added_and_named() -> None:
     saved |= {f"{path}.lora_A.weight": torch.ones(2, 8), f"{path}.lora_B.weight": torch.ones(8, 2)}
     alignment = autoalign.align(saved, model, merge_adapter=True)
     assert [match.target for match in alignment.matches] == ["down_blocks.1.attn_one.to_k.weight"]
-    assert "Not added: 5 tensors of adapters of other kinds than LoRA, such as DoRA and LoHa." in alignment.notes
+    assert f"Not added: 1 layers of LoHa, 1 layers of DoRA. {MERGE}" in alignment.notes
 
 
 def test_an_adapter_alone_is_not_called_empty(tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_an_adapter_alone_is_not_called_empty(tmp_path: Path) -> None:
     (note,) = autoalign.align(path, model, merge_adapter=True).notes
     assert note.startswith("Added: 12 layers")
     other = autoalign.align({"down_blocks.0.attn_one.to_q.hada_w1_a": torch.ones(8, 2)}, model)
-    assert other.notes[-1] == "Not loaded: 1 tensors of adapters of other kinds than LoRA, such as DoRA and LoHa."
+    assert other.notes[-1] == f"Not loaded: 1 layers of LoHa. {MERGE}"
 
 
 def llama(transformers: Any) -> nn.Module:

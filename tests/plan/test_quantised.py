@@ -329,6 +329,20 @@ def test_a_wholly_quantised_checkpoint_is_refused_by_its_scheme(layout: Layout, 
         autoalign.align(source, model, dequantise=False).raise_if_nothing_matched()
 
 
+def test_scales_of_square_matrices_belong_to_columns_where_those_of_others_do() -> None:
+    """EETQ saves matrices turned, in an order of a GPU, with scales that would fit the rows of the square ones."""
+
+    def eetq(rows: int, columns: int) -> dict[str, Tensor]:
+        return {".weight": codes((columns, rows), torch.int8), ".weight_scales": torch.rand(rows).half()}
+
+    source, quantised = state_dict(eetq)
+    assert source["layers.0.q_proj.weight"].shape == (WIDTH, WIDTH)
+    alignment = autoalign.align(source, Network(), min_confidence=0)
+    assert set(alignment.unexpected_keys) == quantised
+    alone = {key: tensor for key, tensor in state_dict(int8_by_row)[0].items() if "q_proj" in key}
+    assert len(autoalign.align(alone, Network()).matches) == 2
+
+
 @pytest.mark.parametrize("layout", [hqq, aqlm])
 def test_a_scheme_whose_values_are_not_known_is_left_out(layout: Layout) -> None:
     source, quantised = state_dict(layout)

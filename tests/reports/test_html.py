@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 import json
 import re
 import sys
@@ -110,6 +111,11 @@ def test_the_page_says_what_the_text_says() -> None:
     assert "The container &#x27;ema&#x27; was taken." in text
     assert "Ambiguous: proposed, but not loaded" in text  # for readers without scripts
     assert 'aria-label="matched 13, mismatched 2, ambiguous 1, missing 2"' in text
+
+
+def test_the_package_need_not_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: pytest.fail(f"asked for {name}"))
+    assert autoalign.__version__ in document(MIXED)
 
 
 def test_a_file_is_written_whole(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoalign.reports.rows import fold, printable
+from autoalign.reports.rows import escape_markdown, fold, markdown_code, printable
 
 
 def folded(*rows: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -130,3 +130,17 @@ def test_text_is_printable_and_keeps_its_lines(text: str) -> None:
     made = printable(text, kept="\n")
     assert made.count("\n") == text.count("\n")
     assert all(line.isprintable() for line in made.split("\n"))
+
+
+@given(st.text("a`|", min_size=1))
+def test_code_is_closed_by_what_opens_it(text: str) -> None:
+    written = markdown_code(text)
+    fence = written[: len(written) - len(written.lstrip("`"))]
+    inner = written[len(fence) : -len(fence)]
+    assert written.endswith(fence)
+    assert fence not in inner
+    assert inner.strip().replace(r"\|", "|") == text
+
+
+def test_words_are_shown_as_they_are() -> None:
+    assert escape_markdown("<b> a*b* `c`") == r"\<b\> a\*b\* \`c\`"

@@ -17,7 +17,7 @@ from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, 
 from autoalign.plan.matches import Candidate, Match
 from autoalign.plan.operations import Reshape, Transpose
 from autoalign.plan.specs import TensorSpec
-from autoalign.reports.text import SCREEN, escape_markdown, markdown_code, render_markdown
+from autoalign.reports.text import SCREEN, render_markdown
 from tests.alignments import MIXED, spec
 
 
@@ -350,20 +350,6 @@ def test_tables_have_whole_rows_whatever_the_keys(one: dict[str, int], other: di
             width = line.count("|")
         if line.startswith("|"):
             assert line.replace(r"\|", "").count("|") == width
-
-
-@given(st.text("a`|", min_size=1))
-def test_code_is_closed_by_what_opens_it(text: str) -> None:
-    written = markdown_code(text)
-    fence = written[: len(written) - len(written.lstrip("`"))]
-    inner = written[len(fence) : -len(fence)]
-    assert written.endswith(fence)
-    assert fence not in inner
-    assert inner.strip().replace(r"\|", "|") == text
-
-
-def test_words_are_shown_as_they_are() -> None:
-    assert escape_markdown("<b> a*b* `c`") == r"\<b\> a\*b\* \`c\`"
 
 
 PARTLY = Alignment(

@@ -292,7 +292,7 @@ def test_text_of_rules() -> None:
 
 def test_rules_of_nothing() -> None:
     rules = Rules(())
-    assert str(rules) == ""
+    assert str(rules) == "No rules: every key stays as it is."
     assert len(rules) == 0
     assert list(rules.apply({"a": torch.ones(1)})) == ["a"]
 

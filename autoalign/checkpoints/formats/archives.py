@@ -23,6 +23,7 @@ from autoalign.checkpoints.stored import MAX_MEMBERS, Contents, TooCostlyError, 
 from autoalign.errors import CheckpointError, listed
 
 _SUFFIXES = frozenset({".bin", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".npz", ".pt", ".pth", ".safetensors"})
+_ARCHIVES = frozenset({".keras", ".nemo", ".tar", ".tgz", ".zip"})
 _BESIDE = frozenset({".metadata", "config.json", "latest", "params.json"})  # what readers of checkpoints look at
 _MAX_RATIO = 16  # of what is unpacked to the archive
 _FREE_BYTES = 2**26  # that may be unpacked from any
@@ -35,6 +36,8 @@ def is_archive(head: bytes) -> bool:
 
 class _Copied(OrderedDict[str, object]):
     """What was read of files in a temporary folder, which is removed when nothing refers to this any more."""
+
+    inner: object = None  # another, which an archive in this one was copied to
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,18 +72,21 @@ def open_archive(
     root = _Copied()
     names: list[str] = []
     copies: list[Path] = []
+    inner: list[Path] = []  # archives
     with reading(file, "an archive"):
         for name, stream in _files(file):
             names.append(name)
             path = PurePosixPath(name.lstrip("/"))
             is_model = path.suffix in _SUFFIXES
-            if ".." in path.parts or not (is_model or path.name in _BESIDE or path.name.endswith(".index.json")):
+            is_beside = path.name in _BESIDE or path.name.endswith(".index.json")
+            if ".." in path.parts or not (is_model or is_beside or path.suffix in _ARCHIVES):
                 continue
             copy = root.folder / path
             copy.parent.mkdir(parents=True, exist_ok=True)
             with copy.open("xb") as target:  # since what is mapped must not be written to again
                 shutil.copyfileobj(stream, target)
             copies += [copy] if is_model else []
+            inner += [copy] if path.suffix in _ARCHIVES else []
         folders = sorted({above for copy in copies for above in copy.relative_to(root.folder).parents})
         for folder in folders:
             if (contents := open_parted(root.folder / folder)) is not None:
@@ -93,6 +99,11 @@ def open_archive(
             contents = open_member(copy)
             root[copy.stem if copy.stem not in root else str(copy.relative_to(root.folder))] = contents.root
             notes += contents.notes
+    if not root and len(inner) == 1:
+        contents = open_member(inner[0])
+        root.update(contents.root)
+        root.inner = contents.root
+        return replace(contents, root=root, opened=())
     if not root:
         raise CheckpointError(
             f"{str(file)!r} is an archive, and none of its {len(names)} files is a checkpoint: "

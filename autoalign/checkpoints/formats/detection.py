@@ -139,8 +139,13 @@ def _open_unpacked(folder: Path) -> Contents | None:
 
 
 def _open_member(file: Path) -> Contents:
+    is_archive = format_of(file) == "archive"
+    return open_archive(file, _open_innermost, _open_unpacked) if is_archive else open_file(file)
+
+
+def _open_innermost(file: Path) -> Contents:
     if format_of(file) == "archive":
-        raise CheckpointError("It holds an archive in turn, which is not opened. Nothing was read. Unpack it.")
+        raise CheckpointError("It holds archives in archives, which are not opened. Nothing was read. Unpack it.")
     return open_file(file)
 
 
@@ -195,7 +200,7 @@ def index_of(file: Path) -> dict[str, str]:
         CheckpointError: The file is not an index, is damaged, or leads out of its folder.
     """
     files_of = _listed(file)
-    outside = sorted({name for name in files_of.values() if Path(name).name != name or name == ".." or "\\" in name})
+    outside = sorted({name for name in {*files_of.values()} if Path(name).name != name or name == ".." or "\\" in name})
     if outside:
         raise CheckpointError(
             f"The index {str(file)!r} lists {_quoted(outside)}, and only files in its own folder are read. "

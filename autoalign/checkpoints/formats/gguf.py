@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.stored import DTYPES, Contents, StoredTensor, as_tensor, reading
+from autoalign.checkpoints.stored import DTYPES, Contents, StoredTensor, as_tensor, mapped_bytes, reading
 from autoalign.errors import DependencyError
 
 _MAX_HEADER_VALUES = 2**22  # a vocabulary has some hundred thousand
@@ -71,15 +71,16 @@ def open_gguf(file: Path) -> Contents:
             return end - orig_offs, [kind, count, self._get(begin, np.uint8, end - begin)], [], types
 
     with reading(file, "a GGUF file"):
-        reader = Reader(file, "c")  # mapped so that a write to a tensor stays in memory
+        reader = Reader(file, "r")
         end = int(reader.data_offset)
         for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
             if tensor.data_offset < end:
                 raise ValueError(f"{tensor.name} overlaps what is before it")
             end = int(tensor.data_offset) + int(tensor.n_bytes)
         config = {name: value for name, field in reader.fields.items() if (value := _value(field)) is not None}
+        data = mapped_bytes(file).numpy()  # for which no memory is set aside, as for a map that can be written to
         root = {
-            str(tensor.name): _stored(tensor, is_big_endian=reader.endianess == GGUFEndian.BIG)
+            str(tensor.name): _stored(tensor, data, is_big_endian=reader.endianess == GGUFEndian.BIG)
             for tensor in reader.tensors
         }
     return Contents(root, "GGUF file", config=config)
@@ -93,9 +94,9 @@ def _value(field: Any) -> object:
     return value
 
 
-def _stored(tensor: Any, *, is_big_endian: bool) -> StoredTensor:
-    name = tensor.tensor_type.name
-    data: np.ndarray = tensor.data  # mapped into memory
+def _stored(tensor: Any, whole: np.ndarray, *, is_big_endian: bool) -> StoredTensor:
+    name, start = tensor.tensor_type.name, int(tensor.data_offset)
+    data = whole[start : start + int(tensor.n_bytes)].view(tensor.data.dtype).reshape(tensor.data.shape)
     dtype, encoding = DTYPES.get(name, torch.uint8), ""
     shape = tuple(reversed([int(size) for size in tensor.shape]))
     if name not in DTYPES:

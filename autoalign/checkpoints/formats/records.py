@@ -345,7 +345,9 @@ class Reading:
         if isinstance(found, list | tuple):
             return type(found)(self.value(item, f"{path}.{place}", depth) for place, item in enumerate(found))
         if isinstance(found, Stub) or (isinstance(found, type) and issubclass(found, Stub)):
-            self.ignored.append((found.path, path))
+            kind = next(iter(getattr(found, "given", ())), found)  # of the tensors of a subclass
+            is_tensor = found.path == "torch._utils._rebuild_wrapper_subclass" and hasattr(kind, "path")
+            self.ignored.append((kind.path if is_tensor else found.path, path))
         return found
 
 

@@ -9,6 +9,8 @@ import re
 import sys
 import zipfile
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -24,6 +26,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C  # the first value of a file from before torch 1
 _END, _END_64, _PLACE_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"  # how the records at the end of a zip file begin
 _TAIL_BYTES = 56 + 20 + 22  # of the three of them
 _OWN_RECORDS = ("/version", "/byteorder", "/serialization_id", "/.format_version", "/.storage_alignment")
+_IS_FOLDER = 0x10  # among the attributes of a member
 _SIZES_64 = 1  # the kind of a member's extra field that holds sizes beyond 32 bits
 
 
@@ -58,7 +61,7 @@ def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
             stream.seek(0)
             # torch.load takes this suffix at its word, and would write to a mapping of swapped bytes
             mapped = zipped and file.suffix != ".safetensors" and not _is_swapped(file)
-            loaded = torch.load(file if mapped else stream, map_location="cpu", weights_only=True, mmap=mapped)
+            loaded = _loaded(file if mapped else stream)
     except TooCostlyError as error:
         raise CheckpointError(
             f"{str(file)!r} was not read, since it is of a kind that exhausts time or memory: {error}. "
@@ -85,6 +88,23 @@ def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
             "Nothing was aligned. Name their folder, or merge them with the zero_to_fp32.py that lies beside them."
         )
     return Contents(loaded, notes=notes)
+
+
+def _loaded(file: Path | BinaryIO) -> Any:
+    """Unpickle with torch, which knows the tensors of torchao once that is imported; a path is mapped."""
+
+    def load() -> Any:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=isinstance(file, Path))
+
+    try:
+        return load()
+    except pickle.UnpicklingError as error:
+        if "GLOBAL torchao." not in str(error) or "torchao" in sys.modules or find_spec("torchao") is None:
+            raise
+    import_module("torchao")
+    if not isinstance(file, Path):
+        file.seek(0)
+    return load()
 
 
 def _without_code(file: Path, refusal: Exception, *, zipped: bool) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
@@ -150,6 +170,8 @@ def check_archive(file: Path | IO[bytes], size: int) -> int:
         raise TooCostlyError(f"it is a compressed zip file, as torch writes none, of {total} bytes when unpacked")
     if packed := [info.filename for info in members if info.compress_type and info.filename.endswith(_OWN_RECORDS)]:
         raise ValueError(f"{packed[0]} is compressed, which torch reads as whatever is in memory")
+    if folders := [info.filename for info in members if info.external_attr & _IS_FOLDER and not info.is_dir()]:
+        raise ValueError(f"{folders[0]} is marked as a folder, of which torch reads whatever is in memory")
     return max((info.file_size for info in members if info.filename.lower().endswith("/data.pkl")), default=0)
 
 

@@ -106,12 +106,19 @@ def test_the_configuration_in_an_archive_is_read(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "a.zip").config == {"heads": 4}
 
 
-def test_an_archive_in_an_archive_is_not_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.nemo", "model.ckpt"])
+def test_one_archive_in_an_archive_is_opened_and_none_in_that(tmp_path: Path, name: str) -> None:
     write_nemo(tmp_path / "a.nemo")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
-        archive.write(tmp_path / "a.nemo", "model.ckpt")
-    with pytest.raises(CheckpointError, match="It holds an archive in turn"):
-        open_checkpoint(tmp_path / "b.zip")
+        archive.write(tmp_path / "a.nemo", name)
+    outer, inner = (open_checkpoint(tmp_path / each) for each in ("b.zip", "a.nemo"))
+    gc.collect()
+    assert outer.keys() == inner.keys()
+    assert all(torch.equal(outer[key], inner[key]) for key in inner)
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.write(tmp_path / "b.zip", "b.zip")
+    with pytest.raises(CheckpointError, match="It holds archives in archives, which are not opened"):
+        open_checkpoint(tmp_path / "c.zip")
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])

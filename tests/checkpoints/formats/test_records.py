@@ -50,6 +50,19 @@ class Called:
         return sys.exit, ("it ran",)
 
 
+class Wrapped(Tensor):
+    """A tensor of another, as torchao's are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: object, **__: object) -> Any:
+        raise NotImplementedError
+
+
+def wrapped() -> Tensor:
+    made: Tensor = Tensor._make_wrapper_subclass(Wrapped, (2,), dtype=torch.float32)
+    return made
+
+
 def state_dict() -> dict[str, Tensor]:
     return {"fc.weight": torch.arange(6.0).reshape(3, 2), "fc.bias": torch.ones(3, dtype=torch.bfloat16)}
 
@@ -70,6 +83,7 @@ VALUES: dict[str, tuple[object, str]] = {
     "partial": (partial(os.path.join, "a"), "functools.partial"),
     "call": (Called(), "sys.exit"),
     "texts": (np.array(["a", "b"]), "numpy"),
+    "subclass": (wrapped(), "test_records.Wrapped"),
     "generator": (torch.optim.SGD, "torch.optim.sgd.SGD"),
 }
 

@@ -157,6 +157,17 @@ def test_what_torch_and_python_write_is_taken(tmp_path: Path, count: int) -> Non
     assert len(members_of(tmp_path / "a", size)) >= count
 
 
+def test_a_record_that_is_marked_as_a_folder_is_refused(tmp_path: Path) -> None:
+    """Torch reads the data of a tensor in such a one as whatever was in memory, where the file is not mapped."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as old, zipfile.ZipFile(tmp_path / "b.pt", "w") as new:
+        for info in old.infolist():
+            info.external_attr = 0x10 if info.filename.endswith("/data/0") else 0
+            new.writestr(info, old.read(info))
+    with pytest.raises(CheckpointError, match=r"data/0 is marked as a folder, of which torch reads whatever"):
+        open_checkpoint(tmp_path / "b.pt")
+
+
 def test_a_record_of_torch_that_is_compressed_is_refused(tmp_path: Path) -> None:
     """Torch reads it as whatever was in memory, so that what comes of it is left to chance."""
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")

@@ -1,4 +1,4 @@
-"""Files that the field's own quantisers wrote are loaded as the values that their own libraries make of them.
+"""Files that the field's own libraries wrote are loaded as the values that these make of them.
 
 ``written/`` holds one of each, see ``writing.py``; ``versions.json`` names the libraries' versions. What a library that
 is installed writes today is tried as well.
@@ -7,6 +7,8 @@ is installed writes today is tried as well.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import autoalign
+from autoalign.errors import NothingLoadedError
 from autoalign.plan.dequantise import is_dequantised
-from tests.checkpoints.formats.writing import WRITERS, WRITTEN, save
-from tests.checkpoints.formats.writing_containers import ARCHIVE, HIDDEN, MEGATRON, NEOX, WIDTH, WORDS, Trained
+from tests.checkpoints.formats.writing import WRITERS, WRITTEN, save, weight
+from tests.checkpoints.formats.writing_adapters import Network
+from tests.checkpoints.formats.writing_containers import ARCHIVE, HIDDEN, MEGATRON, META, NEOX, WIDTH, WORDS, Trained
 
 VALUES = np.load(WRITTEN / "values.npz")
 SCHEMES = {
@@ -55,23 +59,49 @@ def test_what_was_written(name: str) -> None:
     assert_read(WRITTEN / name, name, torch.from_numpy(VALUES[name]))
 
 
-@pytest.mark.filterwarnings("ignore::autoalign.errors.PartialLoadWarning")
-@pytest.mark.parametrize("name", WRITERS)
+def of_torch(path: Path) -> Path:
+    module: Any = torch.ao.nn.quantized
+    layer = module.Linear(64, 32)
+    scales, zeros = torch.rand(32).double(), torch.zeros(32, dtype=torch.int64)
+    layer.set_weight_bias(torch.quantize_per_channel(torch.randn(32, 64), scales, zeros, 0, torch.qint8), None)
+    torch.save(nn.ModuleDict({"proj": layer, "norm": nn.RMSNorm(64)}).state_dict(), path)
+    return path
+
+
+def of_torchao(kind: str, path: Path) -> Path:
+    package: Any = pytest.importorskip("torchao.quantization")
+    model = nn.ModuleDict({"proj": nn.Linear(64, 32, bias=False), "norm": nn.RMSNorm(64)})
+    package.quantize_(model, getattr(package, f"{kind}Config")())
+    torch.save(model.state_dict(), path)
+    return path
+
+
+OTHERS: dict[str, Callable[[Path], Path]] = {
+    "torch.ao": of_torch,
+    **{kind: partial(of_torchao, kind) for kind in ("Int8WeightOnly", "Float8WeightOnly", "IntxWeightOnly")},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*WRITERS, *OTHERS])
 def test_no_codes_are_taken_for_values(name: str, tmp_path: Path) -> None:
-    checkpoint = autoalign.open_checkpoint(WRITTEN / name)
+    path = OTHERS[name](tmp_path / "a.pt") if name in OTHERS else WRITTEN / name
+    checkpoint = autoalign.open_checkpoint(path)
     codes = {key for key, member in checkpoint.quantised.items() if member.role == "codes"}
     assert len(codes) == 1
-    rows, columns = VALUES[name].shape
+    rows, columns = VALUES[name].shape if name in WRITERS else (32, 64)
     model = nn.ModuleDict({"proj": nn.Linear(columns, rows, bias=False), "norm": nn.RMSNorm(columns)})
     before = model.state_dict()["proj.weight"].clone()
-    alignment = autoalign.load(model, WRITTEN / name, dequantise=False)
+    alignment = autoalign.load(model, path, dequantise=False)
     assert alignment.missing_keys == ["proj.weight"]
     assert set(alignment.unexpected_keys) == checkpoint.quantised.keys()
     assert any("Left out: 1 tensors quantised as" in note for note in alignment.notes)
     assert torch.equal(model.state_dict()["proj.weight"], before)
-    autoalign.convert(WRITTEN / name, model, tmp_path / "a.safetensors", dequantise=False)
+    autoalign.convert(path, model, tmp_path / "a.safetensors", dequantise=False)
     assert load_file(tmp_path / "a.safetensors").keys() == {"norm.weight"}
     alone = {"norm.weight", *codes}
+    if name == "torch.ao":  # whose dtype no empty tensor has
+        alone -= codes
     shapes = {spec.key: torch.empty(spec.shape) for spec in checkpoint.all_specs}
     for target in (  # models that have tensors in the shapes of the codes themselves
         shapes,
@@ -96,7 +126,7 @@ def test_awq_of_other_bits_than_four_is_left_out_where_nothing_says_who_wrote_it
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_is_written_today(name: str, tmp_path: Path) -> None:
     try:
-        found = WRITERS[name][1]()
+        found = WRITERS[name][1](weight(name))
     except (ImportError, KeyError) as error:
         pytest.skip(f"not installed: {error}")
     save(found, tmp_path / name)
@@ -143,6 +173,68 @@ def test_layers_of_neox_are_loaded_into_its_model_of_transformers() -> None:
     values = model.state_dict()
     assert all(torch.equal(values[mapping[key]], tensor) for key, tensor in NEOX.items())
     assert mapping["layer.3.mlp.linear2.bias"] == "gpt_neox.layers.1.mlp.dense_4h_to_h.bias"
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_parts_of_metas_llama(is_packed: bool, tmp_path: Path) -> None:
+    path = written("meta-2", tmp_path, is_packed=is_packed)
+    checkpoint = autoalign.open_checkpoint(path)
+    assert {key: tuple(tensor.shape) for key, tensor in checkpoint.items()} == {k: t.shape for k, t in META.items()}
+    assert all(torch.equal(checkpoint[key].float(), tensor) for key, tensor in META.items())
+
+
+@pytest.mark.parametrize("name", ["lora-peft", "lora-kohya", "tucker-kohya", "lora-comfy"])
+def test_lora_is_added_as_by_the_library_that_made_it(name: str) -> None:
+    (path,), model = (WRITTEN / name).glob("*.safetensors"), Network()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(NothingLoadedError, match=r"15 layers are given as LoRA.*merge_adapter=True"):
+        autoalign.load(model, path)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert "Added: 15 layers of LoRA" in autoalign.load(model, path, merge_adapter=True).notes[0]
+    assert_as_merged(name, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("dora-peft", "DoRA"), ("loha-peft", "LoHa"), ("lokr-peft", "LoKr")),
+        *(("dora-kohya", "DoRA"), ("loha-kohya", "LoHa"), ("lokr-kohya", "LoKr")),
+    ],
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_adapters_whose_arithmetic_is_another_are_refused_by_their_name(name: str, kind: str, merge: bool) -> None:
+    (path,), model = (WRITTEN / name).glob("*.safetensors"), Network()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    text = rf"Not {'added' if merge else 'loaded'}: 15 layers of {kind}\. LoRA alone can be added: merge others with"
+    with pytest.raises(NothingLoadedError, match=text):
+        autoalign.load(model, path, merge_adapter=merge)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_an_ip_adapter_fills_what_diffusers_fills() -> None:
+    with np.load(WRITTEN / "ip-adapter" / "merged.npz") as file:
+        wanted = {key: torch.from_numpy(array) for key, array in file.items()}
+    target = {key: torch.zeros_like(tensor) for key, tensor in wanted.items()}
+    found = autoalign.align(WRITTEN / "ip-adapter" / "ip-adapter.bin", target).state_dict()
+    assert found.keys() == {key for key in wanted if "_ip." in key or "projection_layers" in key}
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in found.items())
+
+
+def test_averages_of_lit_ema() -> None:
+    model = Network()
+    autoalign.load(model, WRITTEN / "litema" / "last.ckpt", exclude="model")
+    assert_as_merged("litema", model.state_dict())
+    with pytest.warns(autoalign.ChoiceWarning, match=r"'model.diffusion_model' was taken, not 'model_ema'"):
+        autoalign.load(model, WRITTEN / "litema" / "last.ckpt")
+    saved = autoalign.open_checkpoint(WRITTEN / "litema" / "last.ckpt")
+    assert all(torch.equal(tensor, saved[f"model.diffusion_model.{key}"]) for key, tensor in model.state_dict().items())
+
+
+def assert_as_merged(name: str, values: dict[str, torch.Tensor]) -> None:
+    with np.load(WRITTEN / name / "merged.npz") as file:
+        assert file.keys() == values.keys()
+        for key, array in file.items():
+            torch.testing.assert_close(values[key], torch.from_numpy(array), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("is_packed", [False, True])

@@ -1,7 +1,7 @@
 """The field's own quantisers: what each stores of one weight, and the values that its own library makes of that.
 
 ``python -m tests.checkpoints.formats.writing`` writes ``written/`` anew with those that are installed; all of them run
-on a CPU. llama.cpp's is its library ``ggml``, at the path in ``GGML_LIBRARY``.
+on a CPU. llama.cpp's is its library ``ggml``, at the path in ``GGML_LIBRARY``; that in the package xllamacpp serves.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class Written:
     config: dict[str, object] = field(default_factory=dict)  # what stands beside it
 
 
-def weight(columns: int = COLUMNS) -> Tensor:
+def weight(name: str) -> Tensor:
+    """Return what is quantised in ``written/``: for GGUF in rows of whole blocks."""
     torch.manual_seed(0)
+    columns = 256 if name.startswith("gguf") else COLUMNS
     made = torch.randn(ROWS * COLUMNS // columns, columns)
     made[::5, :GROUP].abs_()  # whose zero points are 0
     return made
@@ -62,23 +64,23 @@ def rounded(own: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round()
 
 
-def gptq(bits: int, form: str, *, order: bool = False) -> Written:
+def gptq(own: Tensor, *, bits: int = 4, form: str = "gptq", order: bool = False) -> Written:
     layers: Any = import_module("gptqmodel.nn_modules.qlinear.torch")
     formats: Any = import_module("gptqmodel.quantization").FORMAT
-    own = weight()
-    places = torch.randperm(COLUMNS) if order else torch.arange(COLUMNS)
+    rows, columns = own.shape
+    places = torch.randperm(columns) if order else torch.arange(columns)
     packed = layers.TorchLinear(
         bits=bits,
         group_size=GROUP,
         sym=False,
         desc_act=order,
-        in_features=COLUMNS,
-        out_features=ROWS,
+        in_features=columns,
+        out_features=rows,
         bias=False,
         format=formats(form),
         register_buffers=True,
     )
-    packed.pack(linear(own), *rounded(own[:, places], bits), (torch.arange(COLUMNS) // GROUP)[places.argsort()].int())
+    packed.pack(linear(own), *rounded(own[:, places], bits), (torch.arange(columns) // GROUP)[places.argsort()].int())
     packed.post_init()
     parts = state(packed)
     packed.scales = packed.scales.float()
@@ -90,20 +92,18 @@ def gptq(bits: int, form: str, *, order: bool = False) -> Written:
     return Written(parts, values, {"quant_method": "gptq", "bits": bits, "checkpoint_format": form})
 
 
-def awq() -> Written:
+def awq(own: Tensor) -> Written:
     layers: Any = import_module("awq.modules.linear.gemm")
     packing: Any = import_module("awq.utils.packing_utils")
-    own = weight()
     scale, zero = (part.T.contiguous() for part in rounded(own, 4))
     packed = layers.WQLinear_GEMM.from_linear(linear(own), 4, GROUP, scales=scale, zeros=zero)
     values = packing.dequantize_gemm(packed.qweight, packed.qzeros, packed.scales.float(), 4, GROUP).T
     return Written(state(packed), values, {"quant_method": "awq", "bits": 4, "version": "gemm"})
 
 
-def awq_of_gptqmodel(bits: int) -> Written:
+def awq_of_gptqmodel(own: Tensor, *, bits: int) -> Written:
     layers: Any = import_module("gptqmodel.nn_modules.qlinear.torch_awq")
-    own = weight()
-    sizes = {"in_features": COLUMNS, "out_features": ROWS}
+    sizes = {"in_features": own.shape[1], "out_features": len(own)}
     packed = layers.AwqTorchLinear(bits=bits, group_size=GROUP, sym=False, desc_act=False, **sizes)
     packed.pack(linear(own), *rounded(own, bits))
     parts = state(packed)
@@ -114,21 +114,21 @@ def awq_of_gptqmodel(bits: int) -> Written:
     return Written(parts, values.T, {"quant_method": "awq", "bits": bits, "version": "gemm", "meta": meta})
 
 
-def modelopt_mxfp4() -> Written:
+def modelopt_mxfp4(own: Tensor) -> Written:
     tensors: Any = import_module("modelopt.torch.quantization.qtensor")
-    packed, scale = tensors.MXFP4QTensor.quantize(weight(), 32)
+    packed, scale = tensors.MXFP4QTensor.quantize(own, 32)
     values = packed.dequantize(torch.float32, scale=scale, block_sizes={-1: 32})
-    return Written({"weight": packed._quantized_data, "weight_scale": scale.reshape(ROWS, -1)}, values)
+    return Written({"weight": packed._quantized_data, "weight_scale": scale.reshape(len(own), -1)}, values)
 
 
-def modelopt_nvfp4() -> Written:
+def modelopt_nvfp4(own: Tensor) -> Written:
     tensors: Any = import_module("modelopt.torch.quantization.qtensor")
-    packed, scale, outer = tensors.NVFP4QTensor.quantize(weight(), 16)
+    packed, scale, outer = tensors.NVFP4QTensor.quantize(own, 16)
     values = packed.dequantize(torch.float32, scale=scale, double_scale=outer, block_sizes={-1: 16})
     return Written({"weight": packed._quantized_data, "weight_scale": scale, "weight_scale_2": outer}, values)
 
 
-def compressed(preset: str) -> Written:
+def compressed(own: Tensor, *, preset: str) -> Written:
     package: Any = import_module("compressed_tensors.quantization")
     compressors: Any = import_module("compressed_tensors.compressors")
     utils: Any = import_module("compressed_tensors.quantization.utils")
@@ -137,7 +137,7 @@ def compressed(preset: str) -> Written:
     config = package.QuantizationConfig(
         config_groups={"all": scheme}, quantization_status=package.QuantizationStatus.FROZEN
     )
-    model = nn.Sequential(linear(weight()))
+    model = nn.Sequential(linear(own))
     package.apply_quantization_config(model, config)
     layer: Any = model[0]
     layer.weight_scale.data, values = fitted(layer, scheme.weights, utils)
@@ -159,18 +159,19 @@ def fitted(layer: Any, arguments: Any, utils: Any) -> tuple[Tensor, Tensor]:
     return scale, forward.fake_quantize(own, scale, zero, arguments, global_scale=outer)
 
 
-def fp8_of_transformers(form: str) -> Written:
+def fp8_of_transformers(own: Tensor, *, form: str) -> Written:
     theirs: Any = import_module("transformers.integrations.finegrained_fp8")
-    config = SimpleNamespace(weight_block_size=(16, 16), scale_fmt=form)
-    parts = theirs.Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"weight": weight()})
+    size = min(128, len(own) // 2, own.shape[1] // 4)
+    config = SimpleNamespace(weight_block_size=(size, size), scale_fmt=form)
+    parts = theirs.Fp8Quantize(SimpleNamespace(quantization_config=config)).convert({"weight": own})
     scale = parts["weight_scale_inv"].to(torch.float32)
     return Written(parts, theirs.Fp8Dequantize(None)._dequantize_one(parts["weight"], scale))
 
 
-def ggml(name: str) -> Written:
+def ggml(weight: Tensor, *, name: str) -> Written:
     gguf: Any = import_module("gguf")
     library = ctypes.CDLL(os.environ["GGML_LIBRARY"])
-    kind, own = gguf.GGMLQuantizationType[name], weight(256).numpy()
+    kind, own = gguf.GGMLQuantizationType[name], weight.numpy()
     block, size = gguf.GGML_QUANT_SIZES[kind]
     codes = np.zeros((len(own), own.shape[1] // block * size), np.uint8)
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (own, codes))
@@ -189,52 +190,52 @@ def commit_of_ggml() -> str:
     return str(library.ggml_commit().decode())
 
 
-def int8_of_bitsandbytes() -> Written:
+def int8_of_bitsandbytes(own: Tensor) -> Written:
     functional: Any = import_module("bitsandbytes.functional")
-    codes, scale, _ = functional.int8_vectorwise_quant(weight().half())
+    codes, scale, _ = functional.int8_vectorwise_quant(own.half())
     return Written({"weight": codes, "SCB": scale}, functional.int8_vectorwise_dequant(codes, scale))
 
 
-def four_bits_of_bitsandbytes(kind: str, *, nested: bool = False) -> Written:
+def four_bits_of_bitsandbytes(own: Tensor, *, kind: str, nested: bool = False) -> Written:
     functional: Any = import_module("bitsandbytes.functional")
-    codes, state = functional.quantize_4bit(weight(), quant_type=kind, compress_statistics=nested)
+    codes, state = functional.quantize_4bit(own, quant_type=kind, compress_statistics=nested)
     parts = {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
     return Written({"weight": codes, **parts}, functional.dequantize_4bit(codes, state))
 
 
-def mlx(bits: int) -> Written:
+def mlx(own: Tensor, *, bits: int) -> Written:
     core: Any = import_module("mlx.core")
-    parts = core.quantize(core.array(weight().numpy()), group_size=64, bits=bits)
+    parts = core.quantize(core.array(own.numpy()), group_size=64, bits=bits)
     values = torch.tensor(np.array(core.dequantize(*parts, group_size=64, bits=bits)))
     names = "weight", "scales", "biases"
     return Written({name: torch.tensor(np.array(part)) for name, part in zip(names, parts, strict=True)}, values)
 
 
-WRITERS: dict[str, tuple[str, Callable[[], Written]]] = {
-    "gptq-4": ("gptqmodel", partial(gptq, 4, "gptq")),
-    "gptq-8": ("gptqmodel", partial(gptq, 8, "gptq")),
-    "gptq-3": ("gptqmodel", partial(gptq, 3, "gptq")),
-    "gptq-act-order": ("gptqmodel", partial(gptq, 4, "gptq", order=True)),
-    "gptq-v2": ("gptqmodel", partial(gptq, 4, "gptq_v2")),
-    "gptq-planar": ("gptqmodel", partial(gptq, 3, "gptq_p")),
+WRITERS: dict[str, tuple[str, Callable[[Tensor], Written]]] = {
+    "gptq-4": ("gptqmodel", partial(gptq, bits=4, form="gptq")),
+    "gptq-8": ("gptqmodel", partial(gptq, bits=8, form="gptq")),
+    "gptq-3": ("gptqmodel", partial(gptq, bits=3, form="gptq")),
+    "gptq-act-order": ("gptqmodel", partial(gptq, bits=4, form="gptq", order=True)),
+    "gptq-v2": ("gptqmodel", partial(gptq, bits=4, form="gptq_v2")),
+    "gptq-planar": ("gptqmodel", partial(gptq, bits=3, form="gptq_p")),
     "awq": ("autoawq", awq),
-    **{f"awq-{bits}": ("gptqmodel", partial(awq_of_gptqmodel, bits)) for bits in (3, 4, 8)},
+    **{f"awq-{bits}": ("gptqmodel", partial(awq_of_gptqmodel, bits=bits)) for bits in (3, 4, 8)},
     "mxfp4-modelopt": ("nvidia-modelopt", modelopt_mxfp4),
     "nvfp4-modelopt": ("nvidia-modelopt", modelopt_nvfp4),
-    "mxfp4-compressed": ("compressed-tensors", partial(compressed, "MXFP4A16")),
-    "nvfp4-compressed": ("compressed-tensors", partial(compressed, "NVFP4A16")),
-    "int4-compressed": ("compressed-tensors", partial(compressed, "W4A16")),
-    "fp8-tensor-compressed": ("compressed-tensors", partial(compressed, "FP8")),
-    "fp8-compressed": ("compressed-tensors", partial(compressed, "FP8_DYNAMIC")),
-    "int8-compressed": ("compressed-tensors", partial(compressed, "W8A8")),
-    "fp8-blocks": ("transformers", partial(fp8_of_transformers, "float")),
-    "fp8-blocks-ue8m0": ("transformers", partial(fp8_of_transformers, "ue8m0")),
+    "mxfp4-compressed": ("compressed-tensors", partial(compressed, preset="MXFP4A16")),
+    "nvfp4-compressed": ("compressed-tensors", partial(compressed, preset="NVFP4A16")),
+    "int4-compressed": ("compressed-tensors", partial(compressed, preset="W4A16")),
+    "fp8-tensor-compressed": ("compressed-tensors", partial(compressed, preset="FP8")),
+    "fp8-compressed": ("compressed-tensors", partial(compressed, preset="FP8_DYNAMIC")),
+    "int8-compressed": ("compressed-tensors", partial(compressed, preset="W8A8")),
+    "fp8-blocks": ("transformers", partial(fp8_of_transformers, form="float")),
+    "fp8-blocks-ue8m0": ("transformers", partial(fp8_of_transformers, form="ue8m0")),
     "int8-bitsandbytes": ("bitsandbytes", int8_of_bitsandbytes),
-    "nf4-bitsandbytes": ("bitsandbytes", partial(four_bits_of_bitsandbytes, "nf4")),
-    "fp4-bitsandbytes": ("bitsandbytes", partial(four_bits_of_bitsandbytes, "fp4")),
-    "nf4-nested-bitsandbytes": ("bitsandbytes", partial(four_bits_of_bitsandbytes, "nf4", nested=True)),
-    **{f"mlx-{bits}": ("mlx", partial(mlx, bits)) for bits in (3, 4, 8)},
-    **{f"gguf-{name}": ("llama.cpp", partial(ggml, name)) for name in GGUF.split()},
+    "nf4-bitsandbytes": ("bitsandbytes", partial(four_bits_of_bitsandbytes, kind="nf4")),
+    "fp4-bitsandbytes": ("bitsandbytes", partial(four_bits_of_bitsandbytes, kind="fp4")),
+    "nf4-nested-bitsandbytes": ("bitsandbytes", partial(four_bits_of_bitsandbytes, kind="nf4", nested=True)),
+    **{f"mlx-{bits}": ("mlx", partial(mlx, bits=bits)) for bits in (3, 4, 8)},
+    **{f"gguf-{name}": ("llama.cpp", partial(ggml, name=name)) for name in GGUF.split()},
 }
 
 
@@ -266,7 +267,7 @@ def main() -> None:
     versions = json.loads(listed.read_text()) if listed.is_file() else {}
     for name, (library, write) in WRITERS.items():
         try:
-            found = write()
+            found = write(weight(name))
         except (ImportError, KeyError) as error:
             print(f"{name} is left as it is: {error!r}")
             continue

@@ -1,4 +1,4 @@
-"""Containers by their own writers: NeMo, Megatron-core, Megatron-LM, GPT-NeoX and DeepSpeed's ZeRO.
+"""Containers by their own writers: NeMo, Megatron-core, Megatron-LM, GPT-NeoX, DeepSpeed's ZeRO, and Meta's Llama.
 
 ``python -m tests.checkpoints.formats.writing_containers KIND`` writes one into ``written/`` anew, on a CPU. ``neox``
 and ``lm`` need a checkout of GPT-NeoX or Megatron-LM in ``PYTHONPATH``, since neither is a package of an index. What
@@ -7,6 +7,7 @@ several processes write is started as two, by ``torchrun --nproc-per-node 2 -m .
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -90,6 +91,32 @@ MEGATRON = values(
         ),
         "decoder.final_layernorm.weight": (WIDTH,),
         "decoder.final_layernorm.bias": (WIDTH,),
+    }
+)
+
+
+META_PARAMS: dict[str, Any] = {"dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": WORDS}
+META_PARAMS |= {"multiple_of": 4, "norm_eps": 1e-5, "rope_theta": 500000.0}
+META = values(
+    {
+        "tok_embeddings.weight": (WORDS, 16),
+        **{
+            f"layers.{layer}.{name}.weight": shape
+            for layer in range(2)
+            for name, shape in {
+                "attention.wq": (16, 16),
+                "attention.wk": (8, 16),
+                "attention.wv": (8, 16),
+                "attention.wo": (16, 16),
+                "feed_forward.w1": (44, 16),
+                "feed_forward.w2": (16, 44),
+                "feed_forward.w3": (44, 16),
+                "attention_norm": (16,),
+                "ffn_norm": (16,),
+            }.items()
+        },
+        "norm.weight": (16,),
+        "output.weight": (WORDS, 16),
     }
 )
 
@@ -270,6 +297,23 @@ def write_zero(stage: int) -> None:
             np.savez_compressed(WRITTEN / f"zero-{stage}.npz", **found)
 
 
+def write_meta() -> None:
+    """Parts of the model that Meta publishes as llama-models; what writes its files was never published."""
+    with processes("meta-{}") as (count, folder):
+        parallel: Any = import_module("fairscale.nn.model_parallel.initialize")
+        parallel.initialize_model_parallel(count)
+        package: Any = import_module("llama_models.llama3.model")
+        arguments: Any = import_module("llama_models.llama3.args")
+        model = package.Transformer(arguments.ModelArgs(**META_PARAMS, max_seq_len=8))
+        for key, parameter in model.named_parameters():
+            whole, rank = META[key], torch.distributed.get_rank()
+            dim = next((dim for dim, size in enumerate(parameter.shape) if size != whole.shape[dim]), None)
+            parameter.data = (whole if dim is None else whole.chunk(count, dim)[rank]).to(torch.bfloat16)
+        folder.mkdir(exist_ok=True)
+        torch.save(model.state_dict(), folder / f"consolidated.{torch.distributed.get_rank():02}.pth")
+        (folder / "params.json").write_text(json.dumps(META_PARAMS))
+
+
 def write_megatron() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513", "RANK": "0", "WORLD_SIZE": "1"}
     torch.distributed.init_process_group("gloo")
@@ -286,6 +330,7 @@ KINDS: dict[str, Callable[..., None]] = {
     "nemo": write_nemo,
     "core": write_megatron,
     "lm": write_lm,
+    "meta": write_meta,
     "neox": write_neox,
     "zero": write_zero,
 }
