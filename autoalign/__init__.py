@@ -2,7 +2,7 @@
 
 The names of the package are imported when they are first used, so that ``import autoalign`` costs nothing.
 
-.. include:: ../CHANGELOG.md
+.. include:: loading/CHANGELOG.md
 """
 
 from importlib import import_module

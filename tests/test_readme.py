@@ -25,7 +25,7 @@ from autoalign import cli
 ROOT = Path(__file__).parent.parent
 PAGES = (
     *("README.md", "autoalign/loading/guide.md", "autoalign/integrations/guide.md"),
-    *("autoalign/matching/limits.md", "CHANGELOG.md", "benchmarks/README.md"),
+    *("autoalign/matching/limits.md", "autoalign/loading/CHANGELOG.md", "benchmarks/README.md"),
 )
 
 _BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -73,7 +73,6 @@ def test_what_is_built_is_valid_and_complete(built: Sequence[Path], tmp_path: Pa
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name for name in names if ".dist-info/" not in name} == ours
-    assert any(name.endswith("/CHANGELOG.md") for name in names)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders of an environment as on posix")
@@ -99,7 +98,7 @@ def test_newer_interpreters_compile_and_import_it(python: str, built: Sequence[P
 
 
 def test_the_changelog_begins_with_this_version() -> None:
-    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    changes = (ROOT / "autoalign" / "loading" / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (.*)$", changes, re.MULTILINE)[0] == autoalign.__version__
 
 

@@ -558,3 +558,22 @@ def test_layers_may_be_exchanged_whatever_else_one_of_them_holds() -> None:
     target = {f"layers.{k}.{name}.weight": torch.empty(8, 8) for k in range(3) for name in ("fc_self", "fc_neigh")}
     alignment = autoalign.align(source, target)
     assert max(match.confidence for match in (*alignment.matches, *alignment.ambiguous)) == pytest.approx(INFERRED)
+
+
+def test_a_norm_follows_the_convolution_that_only_its_shape_tells() -> None:
+    source: dict[str, Tensor] = {}
+    target: dict[str, Tensor] = {}
+    truth: dict[str, str] = {}
+    for block in range(4):
+        for branch, letter in ((1, "d"), (2, "dd")):
+            for step, sizes in ((1, (3, 1)), (2, (1, 3))):
+                own = f"b_{block}.{letter}{sizes[0]}x{sizes[1]}"
+                other = f"blocks.{block}.br{branch}.conv{step}"
+                source[f"{own}.conv.weight"] = target[f"{other}.conv.weight"] = torch.empty(24, 1, *sizes)
+                source |= norm(f"{own}.bn_act.bn", 24)
+                target |= norm(f"{other}.bn", 24)
+                truth |= {f"{other}.conv.weight": f"{own}.conv.weight"}
+                truth |= {f"{other}.bn.{name}": f"{own}.bn_act.bn.{name}" for name in ("weight", "bias")}
+    alignment = autoalign.align(source, target)
+    found = {match.target: match.sources[0] for match in alignment.matches}
+    assert {key: found.get(key) for key in truth} == truth
