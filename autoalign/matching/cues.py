@@ -40,7 +40,7 @@ _STEPS_SCALE = 0.5  # of steps in the tree of modules, the same
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
 _MODULE_NAME_WEIGHT = 0.5  # of the own names of modules beside those of their layers, to tell exchanges apart
 _EARLY, _LATE = (2,), (9,)  # ordinals up to and from which a layer comes before or after those without any
-# they speak alike in the exchanges of a move
+# They speak alike in the exchanges of a move.
 _CUES_OF_ONE_KIND = ("numbers", "ordinals", "list order", "run", "shapes", "whole")
 _LETTERS = frozenset("abcdefg")  # that count members; q, k and v are roles
 
@@ -251,15 +251,15 @@ def _names(state: State, one: Exchange) -> float:
 def _modules(state: State, one: Exchange) -> float:
     if _is_list(state, one):
         return 0  # numbers are cues of their own
-    modules, ends = (
-        [
-            _own_words(path)
-            for path in ([path[len(common_prefix(side)) :] for path in side] if len(side) > 1 else [side[0][-1:]])
-        ]
-        for side in (one.modules, one.ends)
-    )
+    modules, ends = (list(map(_own_words, _apart(side))) for side in (one.modules, one.ends))
     gains = [likeness(ends[b], modules[a]) - likeness(ends[d], modules[c]) for a, b, c, d in _gains(one)]
     return 2 * sum(gains) / len(gains)
+
+
+def _apart(paths: Sequence[Path]) -> list[Path]:
+    """Return what paths do not share; of one alone, its last name."""
+    depth = len(common_prefix(paths)) if len(paths) > 1 else -1
+    return [path[depth:] for path in paths]
 
 
 def _own_words(path: Path) -> tuple[str, ...]:
