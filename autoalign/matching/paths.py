@@ -30,7 +30,7 @@ _JOINT = re.compile(r"_(?=\d)|(?<=\d)_|(?<=\d[a-z])_")  # in "features_5_conv_2"
 
 
 def paths_of(keys: Sequence[str], shapes: Sequence[Shape]) -> list[Path]:
-    """Return the path of each key; no two are the same.
+    """Return the path of each key.
 
     A layer's statistics that stand in a collection of their own, as those of Flax do, are taken back to the layer, and
     the names of a flat list of layers are taken apart at their numbers.
