@@ -165,7 +165,7 @@ def open_checkpoint(path: Given, *, container: str | None = None) -> Checkpoint:
     archives, npz files, GGUF, msgpack and HDF5 files (which need ``autoalign[formats]``), sharded checkpoints with or
     without an index, folders as Hugging Face, PEFT and training scripts leave them, of DeepSpeed's ZeRO (put together
     in float32), of ``torch.distributed.checkpoint``, and of layers and parts of tensor parallelism (GPT-NeoX, Megatron,
-    Meta; joined where a configuration says how). Archives with such files are copied to a temporary folder first.
+    Meta; joined where a configuration says how). Files in archives are read where they stand, unless these are packed.
 
     No code of a file ever runs: pickles are read with ``weights_only=True``, or, where that refuses a class or
     function, without looking it up: tensors are kept, also those of whole modules, and a note says what was ignored.

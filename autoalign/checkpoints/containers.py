@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from autoalign.checkpoints.stored import StoredTensor, as_tensor, torch_dtype
+from autoalign.checkpoints.stored import StoredTensor, as_tensor, region_of, torch_dtype
 from autoalign.errors import CheckpointError, InputError, did_you_mean
 from autoalign.plan.regions import Region, narrowed
 from autoalign.plan.specs import TensorSpec, packing_of, spec_of
@@ -58,9 +58,7 @@ class Entry:
     def read_region(self, region: Region) -> Tensor:
         """Read a part of the tensor; most formats give a view of what is mapped, or read the whole."""
         value = self.owner[self.name]
-        if isinstance(value, StoredTensor) and value.read_region is not None:
-            return value.read_region(region)
-        return narrowed(self.read(), region)
+        return region_of(value, region) if isinstance(value, StoredTensor) else narrowed(self.read(), region)
 
     def packing(self) -> str | None:
         """Return the kind of a tensor whose elements are not its values, else None."""

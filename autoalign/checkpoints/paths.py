@@ -115,7 +115,7 @@ def _open_stream(stream: IO[bytes], name: str) -> Contents:
         start = stream.read(0)
         if not isinstance(start, bytes):
             raise InputError(f"{name} is open as text, not as bytes. Nothing was read. Open it with mode 'rb'.")
-        contents = open_copy(stream, open_path)
+        contents = open_copy(stream, name, open_path)
         stream.seek(place)
     except (OSError, ValueError) as error:  # closed, or a pipe
         raise CheckpointError(f"{name} could not be read: {error}. Nothing was read.") from error

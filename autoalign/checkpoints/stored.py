@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from autoalign.errors import AutoAlignError, CheckpointError
-from autoalign.plan.regions import Region
+from autoalign.plan.regions import Region, narrowed
 
 MAX_MEMBERS = 2**18  # tensors, arrays or records in a file
 FREE_STEPS = 2**23  # whatever the size; a step is a byte, a character of text or an element of a tensor
@@ -58,6 +63,46 @@ class StoredTensor:
     is_mapped: bool = False  # the file is mapped into memory: reading allocates nothing and cannot fail
     read_region: Callable[[Region], Tensor] | None = field(default=None, repr=False)  # where that reads less
     encoding: str = ""  # as of ``TensorSpec``
+
+
+Value: TypeAlias = Tensor | StoredTensor
+
+
+def tensor_of(value: Value) -> Tensor:
+    """Read a tensor that may be in its file."""
+    return value if isinstance(value, Tensor) else value.read()
+
+
+def region_of(value: Value, region: Region) -> Tensor:
+    """Read a part of a tensor that may be in its file."""
+    if isinstance(value, Tensor) or value.read_region is None:
+        return narrowed(tensor_of(value), region)
+    return value.read_region(region)
+
+
+def unaligned(data: Tensor, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> StoredTensor:
+    """Return a tensor in bytes that do not begin where its numbers may: what is read of it is copied.
+
+    >>> tensor = unaligned(torch.arange(9, dtype=torch.uint8)[1:], (2, 2), (2, 1), torch.int16)
+    >>> tensor.read().tolist() == [[0x0201, 0x0403], [0x0605, 0x0807]], region_of(tensor, ((1, 1), (0, 1))).tolist()
+    (True, [[1541]])
+
+    Args:
+        data: Flat, of uint8.
+        shape: Of the tensor.
+        stride: In elements.
+        dtype: Of the tensor.
+    """
+    size = dtype.itemsize
+
+    def read_region(region: Region) -> Tensor:
+        first = size * sum(start * step for (start, _), step in zip(region, stride, strict=True))
+        lengths = (*(length for _, length in region), size)
+        found = data.as_strided(lengths, (*(size * step for step in stride), 1), int(data.storage_offset()) + first)
+        return found.clone(memory_format=torch.contiguous_format).view(dtype).squeeze(-1)
+
+    whole = tuple((0, length) for length in shape)
+    return StoredTensor(tuple(shape), dtype, lambda: read_region(whole), read_region=read_region)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +164,177 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         ) from error
 
 
+class Part(io.RawIOBase):
+    """A part of an open file, as a file of its own; it closes the whole if it is the only one to read it."""
+
+    def __init__(self, whole: Any, start: int, size: int, *, is_only: bool = False) -> None:
+        self.whole, self.start, self.size, self.at, self.is_only = whole, start, size, 0, is_only
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = max(offset + (0, self.at, self.size)[whence], 0)
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.whole.seek(self.start + self.at)
+        count: int = self.whole.readinto(memoryview(buffer)[: max(self.size - self.at, 0)])
+        self.at += count
+        return count
+
+    def close(self) -> None:
+        super().close()
+        if self.is_only:
+            self.whole.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a file stand."""
+
+    file: Path  # that the system knows
+    start: int
+    size: int
+
+    @classmethod
+    def of(cls, file: Path) -> Place:
+        """Look up where a file is, which may be a member of an archive."""
+        return file.places[str(file)] if isinstance(file, Member) else cls(file, 0, file.stat().st_size)
+
+    @property
+    def is_whole(self) -> bool:
+        """True if there is nothing else in the file."""
+        return not self.start and self.size == self.file.stat().st_size
+
+
+class Copies:
+    """Temporary copies, which are removed when nothing refers to this any more."""
+
+    folder: Path | None = None
+    count = size = 0
+
+    def add(self, stream: IO[bytes]) -> Place:
+        """Copy what is left of a stream."""
+        if self.folder is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="autoalign-"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.count += 1
+        file = self.folder / str(self.count)
+        with file.open("xb") as target:  # since what is mapped must not be written to again
+            shutil.copyfileobj(stream, target)
+            self.size += target.tell()
+            return Place(file, 0, target.tell())
+
+
+if TYPE_CHECKING:
+    _LocalPath = Path
+else:
+    _LocalPath = type(Path())
+
+
+class Member(_LocalPath):
+    """A path below that of an archive: a file in it, which is read where it stands, or a folder of such.
+
+    It is opened and listed as any path; the system does not know it (see ``local_file``). The members of an archive are
+    of a class of their own, so that paths made of them are, too.
+    """
+
+    places: ClassVar[dict[str, Place]]  # by path
+    names: ClassVar[dict[str, list[str]]]  # what is in a folder, by its path
+    copies: ClassVar[Copies]
+
+    @classmethod
+    def of(cls, archive: Path, places: Mapping[str, Place], copies: Copies) -> Member:
+        """Return the path of an archive as a folder; ``places`` are by paths in it."""
+        names: dict[str, dict[str, None]] = {}
+        kind: Any = type("Member", (cls,), {"copies": copies})
+        root: Member = kind(archive)
+        kind.places = {str(root / name): place for name, place in places.items()}
+        for name in places:
+            path = root / name
+            for each, folder in zip((path, *path.parents), path.parents, strict=False):
+                if each == root:
+                    break
+                names.setdefault(str(folder), {})[each.name] = None
+        kind.names = {folder: list(found) for folder, found in names.items()}
+        return root
+
+    def open(self, *_: Any, **__: Any) -> Any:
+        """Open it for reading bytes."""
+        place = Place.of(self)
+        return io.BufferedReader(Part(place.file.open("rb", 0), place.start, place.size, is_only=True))
+
+    def read_bytes(self) -> bytes:
+        with self.open() as stream:
+            return bytes(stream.read())
+
+    def read_text(self, *arguments: Any, **options: Any) -> str:
+        return self.read_bytes().decode(*arguments, **options)
+
+    def stat(self, **_: Any) -> os.stat_result:
+        """Return the state of the archive with the size of the member."""
+        place = Place.of(self)
+        found = list(place.file.stat())
+        found[6] = place.size
+        return os.stat_result(found)
+
+    def is_file(self, **_: Any) -> bool:
+        return str(self) in self.places
+
+    def is_dir(self, **_: Any) -> bool:
+        return str(self) in self.names
+
+    def exists(self, **_: Any) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def iterdir(self) -> Any:
+        return (self / name for name in self.names[str(self)])
+
+
+def local_file(file: Path) -> Path:
+    """Return a file that the system knows, for libraries that open it; of a part of another one it is a copy."""
+    if not isinstance(file, Member):
+        return file
+    place = Place.of(file)
+    if not place.is_whole:
+        with file.open() as stream:
+            place = file.copies.add(stream)
+        file.places[str(file)] = place
+    return place.file
+
+
+def mapped_file(file: Path, max_bytes: int = sys.maxsize, **options: int) -> mmap.mmap:
+    """Map the bytes of a file that is not empty; the map may begin before them, and stands where they do."""
+    place = Place.of(file)
+    before = place.start % mmap.ALLOCATIONGRANULARITY
+    if not place.size:
+        raise ValueError("it is empty")
+    with place.file.open("rb") as stream:
+        length = before + min(place.size, max_bytes)
+        area = mmap.mmap(stream.fileno(), length, offset=place.start - before, **options)
+    area.seek(before)
+    return area
+
+
 def mapped_bytes(file: Path) -> Tensor:
     """Map a file that is not empty into memory; what is written to the tensor stays in memory.
 
     No memory is set aside for such writes, without which a file may be larger than all memory.
     """
     if sys.platform == "win32":
-        return torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+        place = Place.of(file)
+        whole = torch.from_file(str(place.file), shared=False, size=place.start + place.size, dtype=torch.uint8)
+        return whole[place.start :]
     flags = mmap.MAP_PRIVATE | (_MAP_NORESERVE if sys.platform == "linux" else 0)
-    with file.open("rb") as stream:
-        area = mmap.mmap(stream.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.frombuffer(area, dtype=torch.uint8)
+    area = mapped_file(file, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return torch.frombuffer(area, dtype=torch.uint8)[area.tell() :]
 
 
 def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:

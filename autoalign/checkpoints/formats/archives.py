@@ -1,25 +1,22 @@
 """Zip and tar archives with checkpoints in them, such as those of Stable-Baselines3 and NeMo.
 
-What may be a checkpoint is copied to a temporary folder, which is removed when nothing refers to its contents any more.
-An archive is a mapping of its files, each without its suffix, so that one of them is chosen as any state dict is.
+Their files are read where they stand. What is compressed, and files of GGUF and HDF5, whose libraries open paths alone,
+are copied to a temporary folder first, which is removed when nothing refers to its contents any more. An archive is a
+mapping of its files, each without its suffix, so that one of them is chosen as any state dict is.
 """
 
 from __future__ import annotations
 
-import shutil
 import tarfile
-import tempfile
-import weakref
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from autoalign.checkpoints.config import folder_config
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
-from autoalign.checkpoints.stored import MAX_MEMBERS, Contents, TooCostlyError, reading
+from autoalign.checkpoints.stored import MAX_MEMBERS, Contents, Copies, Member, Place, TooCostlyError, reading
 from autoalign.errors import CheckpointError, listed
 
 _SUFFIXES = frozenset({".bin", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".npz", ".pt", ".pth", ".safetensors"})
@@ -27,33 +24,24 @@ _ARCHIVES = frozenset({".keras", ".nemo", ".tar", ".tgz", ".zip"})
 _BESIDE = frozenset({".metadata", "config.json", "latest", "params.json"})  # what readers of checkpoints look at
 _MAX_RATIO = 16  # of what is unpacked to the archive
 _FREE_BYTES = 2**26  # that may be unpacked from any
+_HEADER, _HEADER_BYTES = b"PK\x03\x04", 30  # of a member of a zip file: its begin, and how long it is before the name
+_IS_ENCRYPTED = 1  # among the flags of a member
 
 
 def is_archive(head: bytes) -> bool:
     """Return True if a file that begins with ``head`` is a tar archive, maybe packed by gzip."""
-    return head.startswith(b"\x1f\x8b\x08") or head[257:262] == b"ustar"
+    return head.startswith(b"\x1f\x8b\x08") or _is_plain_tar(head)
 
 
-class _Copied(OrderedDict[str, object]):
-    """What was read of files in a temporary folder, which is removed when nothing refers to this any more."""
-
-    inner: object = None  # another, which an archive in this one was copied to
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="autoalign-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+def _is_plain_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
 
 
-def open_copy(stream: IO[bytes], open_member: Callable[[Path], Contents]) -> Contents:
+def open_copy(stream: IO[bytes], name: str, open_member: Callable[[Path], Contents]) -> Contents:
     """Open a temporary copy of what a stream holds from its place on; ``open_member`` opens files."""
-    root = _Copied()
-    with (root.folder / "stream").open("wb") as target:
-        shutil.copyfileobj(stream, target)
-    contents = open_member(root.folder / "stream")
-    root.update(contents.root)
-    vars(root).update(getattr(contents.root, "__dict__", {}))  # torch's `_metadata`
-    return replace(contents, root=root)
+    copies, path = Copies(), Path(name or "stream")
+    contents = open_member(Member.of(path.parent, {path.name: copies.add(stream)}, copies) / path.name)
+    return replace(contents, opened=())
 
 
 def open_archive(
@@ -69,77 +57,117 @@ def open_archive(
     Raises:
         CheckpointError: It is damaged, holds no checkpoint, or one that cannot be read.
     """
-    root = _Copied()
-    names: list[str] = []
-    copies: list[Path] = []
-    inner: list[Path] = []  # archives
     with reading(file, "an archive"):
-        for name, stream in _files(file):
-            names.append(name)
-            path = PurePosixPath(name.lstrip("/"))
-            is_model = path.suffix in _SUFFIXES
-            is_beside = path.name in _BESIDE or path.name.endswith(".index.json")
-            if ".." in path.parts or not (is_model or is_beside or path.suffix in _ARCHIVES):
-                continue
-            copy = root.folder / path
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with copy.open("xb") as target:  # since what is mapped must not be written to again
-                shutil.copyfileobj(stream, target)
-            copies += [copy] if is_model else []
-            inner += [copy] if path.suffix in _ARCHIVES else []
-        folders = sorted({above for copy in copies for above in copy.relative_to(root.folder).parents})
-        for folder in folders:
-            if (contents := open_parted(root.folder / folder)) is not None:
-                root.update(contents.root)
-                return replace(contents, root=root, opened=())
+        members = _Members(file)
+        archive = Member.of(file, members.places, members.copies)
+        paths = {archive / name: name.suffix for name in map(PurePosixPath, members.places)}
+        models = [path for path, suffix in paths.items() if suffix in _SUFFIXES]
+        inner = [path for path, suffix in paths.items() if suffix in _ARCHIVES]
+        for folder in sorted({above for model in models for above in model.relative_to(archive).parents}):
+            if (contents := open_parted(archive / folder)) is not None:
+                return replace(contents, notes=(*contents.notes, *members.notes), opened=())
+        root: dict[str, object] = {}
         notes: list[str] = []
-        for copy in copies:
-            if name_words(copy.name) & TRAINING_WORDS:
+        for model in models:
+            if name_words(model.name) & TRAINING_WORDS:
                 continue
-            contents = open_member(copy)
-            root[copy.stem if copy.stem not in root else str(copy.relative_to(root.folder))] = contents.root
+            contents = open_member(model)
+            root[model.stem if model.stem not in root else str(model.relative_to(archive))] = contents.root
             notes += contents.notes
     if not root and len(inner) == 1:
         contents = open_member(inner[0])
-        root.update(contents.root)
-        root.inner = contents.root
-        return replace(contents, root=root, opened=())
+        return replace(contents, notes=(*contents.notes, *members.notes), opened=())
     if not root:
         raise CheckpointError(
-            f"{str(file)!r} is an archive, and none of its {len(names)} files is a checkpoint: "
-            f"{listed([repr(name[:100]) for name in names])}. Nothing was read. Unpack it, and name the file to read."
+            f"{str(file)!r} is an archive, and none of its {len(members.names)} files is a checkpoint: "
+            f"{listed([repr(name[:100]) for name in members.names])}. Nothing was read. Unpack it, and name the file "
+            "to read."
         )
-    config, more = folder_config(copies[0].parent)
-    return Contents(root, config=config, notes=(*notes, *more))
+    config, more = folder_config(models[0].parent)
+    return Contents(root, config=config, notes=(*notes, *members.notes, *more))
 
 
-def _files(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield the files of an archive in turn, each with a stream of its bytes that holds until the next.
+class _Members:
+    """The files of an archive.
+
+    Attributes:
+        names: Of all.
+        places: Where those are that may be of a checkpoint, by path.
+        copies: Of what cannot be read where it stands.
 
     Raises:
         TooCostlyError: There are too many, or they are too large for the archive.
     """
-    left = _FREE_BYTES + _MAX_RATIO * file.stat().st_size
 
-    def charged(count: int, size: int) -> None:
-        nonlocal left
-        left -= size
-        if count >= MAX_MEMBERS or left < 0:
-            raise TooCostlyError("it holds too many files, or is many times larger when it is unpacked")
+    def __init__(self, file: Path) -> None:
+        self.whole, self.places, self.names = Place.of(file), dict[str, Place](), list[str]()
+        self.copies, self.unpacked = Copies(), 0  # bytes
+        with file.open("rb") as stream:
+            head = stream.read(512)
+            stream.seek(0)
+            if head.startswith(b"PK"):
+                self._list_zip(stream)
+            else:
+                self._list_tar(stream, "r:" if _is_plain_tar(head) else "r|*")
 
-    with file.open("rb") as start:
-        is_zip = start.read(2) == b"PK"
-    if is_zip:
-        with zipfile.ZipFile(file) as archive:
-            for count, info in enumerate(archive.infolist()):
-                charged(count, info.file_size)
-                if not info.is_dir():
-                    with archive.open(info) as stream:
-                        yield info.filename, stream
-        return
-    with tarfile.open(file, "r|*") as packed:
-        for count, member in enumerate(packed):
-            charged(count, member.size)
-            content = packed.extractfile(member) if member.isfile() else None
-            if content is not None:
-                yield member.name, content
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A note on what was copied."""
+        what = f"{self.copies.size:,} bytes of the archive were copied out of it first"
+        return (f"{what}: only plain files are read where they stand.",) if self.copies.count else ()
+
+    def _list_zip(self, stream: IO[bytes]) -> None:
+        with zipfile.ZipFile(stream) as archive:
+            for info in archive.infolist():
+                if info.is_dir() or (path := self._path_of(info.filename)) is None:
+                    continue
+                stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+                if stored and not info.flag_bits & _IS_ENCRYPTED:
+                    stream.seek(info.header_offset)
+                    header = stream.read(_HEADER_BYTES)
+                    if not header.startswith(_HEADER):
+                        raise ValueError(f"{path[:100]!r} is not where it was announced")
+                    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:], "little")
+                    self._add(path, info.header_offset + _HEADER_BYTES + lengths, info.file_size)
+                else:
+                    self._charge(info.file_size)
+                    with archive.open(info) as content:
+                        self._copy(path, content)
+
+    def _list_tar(self, stream: IO[bytes], mode: str) -> None:
+        with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
+            for member in archive:
+                if mode != "r:":
+                    self._charge(member.size)
+                if not member.isfile() or (path := self._path_of(member.name)) is None:
+                    continue
+                if mode == "r:" and not member.issparse():
+                    self._add(path, member.offset_data, member.size)
+                elif content := archive.extractfile(member):
+                    self._copy(path, content)
+
+    def _path_of(self, name: str) -> str | None:
+        """Return the path of a file that may be of a checkpoint, in the archive."""
+        self.names.append(name)
+        if len(self.names) > MAX_MEMBERS:
+            raise TooCostlyError(f"it holds more than {MAX_MEMBERS:,} files")
+        path = PurePosixPath(name.lstrip("/"))
+        is_wanted = path.suffix in _SUFFIXES | _ARCHIVES or path.name in _BESIDE or path.name.endswith(".index.json")
+        if not is_wanted or ".." in path.parts:
+            return None
+        if str(path) in self.places:
+            raise ValueError(f"it holds two files {str(path)[:100]!r}")
+        return str(path)
+
+    def _add(self, path: str, start: int, size: int) -> None:
+        if start + size > self.whole.size:
+            raise ValueError(f"{path[:100]!r} is not all in it")
+        self.places[path] = Place(self.whole.file, self.whole.start + start, size)
+
+    def _charge(self, size: int) -> None:
+        self.unpacked += size
+        if self.unpacked > _FREE_BYTES + _MAX_RATIO * self.whole.size:
+            raise TooCostlyError("it is many times larger when it is unpacked")
+
+    def _copy(self, path: str, content: IO[bytes]) -> None:
+        self.places[path] = self.copies.add(content)

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from autoalign.checkpoints.formats.torch_pickle import open_pickled
-from autoalign.checkpoints.stored import Contents, StoredTensor, as_opened, reading
+from autoalign.checkpoints.stored import Contents, StoredTensor, Value, as_opened, reading, region_of, tensor_of
 from autoalign.errors import CheckpointError, listed
 
 _OPTIMIZER = re.compile(r"(?:\w+_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _BY_GROUP, _BY_PARAMETER = "single_partition_of_fp32_groups", "fp32_flat_groups"  # stages 1 and 2; stage 3
 
-Piece = tuple[Tensor, int, int]  # of a vector: where it starts, and how long it is
+Piece = tuple[Value, int, int]  # of a vector: where it starts, and how long it is
 
 
 def is_zero(folder: Path) -> bool:
@@ -87,8 +87,9 @@ def _weights(states: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, A
             start += share
     for key, shape in _mapping(state.get("frozen_param_shapes") or {}).items():
         shapes[key] = tuple(map(int, shape))
-        whole = [each["frozen_param_fragments"][key].reshape(-1) for each in states]
-        cut[key] = [(vector, 0, len(vector)) for vector in (whole if _BY_PARAMETER in parts[0] else whole[:1])]
+        whole = [each["frozen_param_fragments"][key] for each in states]
+        vectors = [tensor_of(each).reshape(-1) for each in whole]
+        cut[key] = [(vector, 0, len(vector)) for vector in (vectors if _BY_PARAMETER in parts[0] else vectors[:1])]
     for key, pieces in cut.items():
         dtypes = {vector.dtype for vector, _, _ in pieces}
         if len(dtypes) > 1 or sum(length for _, _, length in pieces) < prod(shapes[key]):
@@ -108,24 +109,24 @@ def _weights(states: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, A
     return found
 
 
-def _pieces(vectors: Sequence[Tensor], start: int, length: int) -> list[Piece]:
+def _pieces(vectors: Sequence[Value], start: int, length: int) -> list[Piece]:
     """Cut a part of vectors that follow each other."""
     found, left = [], length
     for vector in vectors:
-        if vector.dim() != 1:
+        if len(vector.shape) != 1:
             raise ValueError("a part of a group is not a vector")
-        size = min(len(vector) - start, left)
+        size = min(vector.shape[0] - start, left)
         if size > 0:
             found.append((vector, start, size))
             left -= size
-        start = max(start - len(vector), 0)
+        start = max(start - vector.shape[0], 0)
     if left:
         raise ValueError(f"its groups have {left} elements fewer than its parameters")
     return found
 
 
 def _joined(pieces: Sequence[Piece], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    parts = [vector.narrow(0, start, length) for vector, start, length in pieces]
+    parts = [region_of(vector, ((start, length),)) for vector, start, length in pieces]
     return torch.cat(parts or [torch.empty(0, dtype=dtype)]).narrow(0, 0, prod(shape)).reshape(shape)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from autoalign.checkpoints.formats.records import finder
 from autoalign.checkpoints.formats.torch_pickle import check_zipped
 from autoalign.checkpoints.formats.unpickler import unpickle
-from autoalign.checkpoints.stored import Budget, Contents, StoredTensor, TooCostlyError, as_opened, reading
+from autoalign.checkpoints.stored import Budget, Contents, Part, StoredTensor, TooCostlyError, as_opened, reading
 from autoalign.errors import CheckpointError
 from autoalign.plan.regions import Region
 from autoalign.plan.specs import TensorSpec
@@ -177,7 +177,7 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -
             """Checks a piece before torch loads it."""
 
             def _slice_file(self, file: Any, place: Any) -> Any:
-                piece = _Part(file, place.offset, place.length)
+                piece = Part(file, place.offset, place.length)
                 if (place.relative_path, place.offset) not in checked:
                     _check_piece(piece, place, self, prod(shape) * dtype.itemsize, budget)
                     checked.add((place.relative_path, place.offset))
@@ -196,32 +196,6 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -
         return tensor
 
     return StoredTensor(shape, dtype, lambda: read_region(tuple((0, size) for size in shape)), read_region=read_region)
-
-
-class _Part(io.RawIOBase):
-    """A part of a file, as a file of its own; torch's is wrong about places that are counted from the end."""
-
-    def __init__(self, file: Any, start: int, size: int) -> None:
-        self.file, self.start, self.size, self.at = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = max(offset + (0, self.at, self.size)[whence], 0)
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.start + self.at)
-        count: int = self.file.readinto(memoryview(buffer)[: max(self.size - self.at, 0)])
-        self.at += count
-        return count
 
 
 def _check_piece(piece: Any, place: Any, reader: Any, needed: int, budget: Budget) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.stored import DTYPES, Contents, StoredTensor, as_tensor, mapped_bytes, reading
+from autoalign.checkpoints.stored import DTYPES, Contents, StoredTensor, as_tensor, local_file, mapped_bytes, reading
 from autoalign.errors import DependencyError
 
 _MAX_HEADER_VALUES = 2**22  # a vocabulary has some hundred thousand
@@ -71,6 +71,7 @@ def open_gguf(file: Path) -> Contents:
             return end - orig_offs, [kind, count, self._get(begin, np.uint8, end - begin)], [], types
 
     with reading(file, "a GGUF file"):
+        file = local_file(file)
         reader = Reader(file, "r")
         end = int(reader.data_offset)
         for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from autoalign.checkpoints.config import folder_config, saved_config
-from autoalign.checkpoints.stored import Contents, StoredTensor, as_opened, reading
+from autoalign.checkpoints.stored import Contents, StoredTensor, Value, as_opened, reading, tensor_of
 from autoalign.errors import CheckpointError, listed
 from autoalign.plan.keys import natural, split_key
 
@@ -105,10 +105,10 @@ def open_parts(folder: Path, parts: Parts, open_file: Callable[[Path], Contents]
     return Contents(root, "" if prefixes == [""] else "checkpoint of layers", {}, config, tuple(notes), tuple(opened))
 
 
-def _flat(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _flat(value: object, prefix: str) -> Iterator[tuple[str, Value]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            if isinstance(inner, Tensor):
+            if isinstance(inner, Value):
                 yield f"{prefix}{name}", inner
             elif isinstance(name, str):
                 yield from _flat(inner, f"{prefix}{name}.")
@@ -119,7 +119,8 @@ def _stated(folder: Path, config: Mapping[str, object]) -> tuple[int, bool]:
     known: dict[str, object] = {}
     for place in (folder.parent, folder):
         known |= folder_config(place)[0]
-        for file in sorted((place / "configs").glob("*.*")):
+        configs = place / "configs"
+        for file in sorted(configs.iterdir()) if configs.is_dir() else ():
             known |= dict(_STATED.findall(file.read_bytes()[:_MAX_CONFIG_BYTES].decode(errors="replace")))
     known |= config
     widths = {int(str(known[name])) for name in _WIDTHS if str(known.get(name)).isdigit()}
@@ -132,7 +133,7 @@ def _stated(folder: Path, config: Mapping[str, object]) -> tuple[int, bool]:
 
 
 def _joined(
-    parts: Sequence[Mapping[str, Tensor]], width: int, is_gated: bool, done: Counter[str]
+    parts: Sequence[Mapping[str, Value]], width: int, is_gated: bool, done: Counter[str]
 ) -> Iterator[tuple[str, object]]:
     first = parts[0]
     if any(part.keys() != first.keys() for part in parts):
@@ -140,36 +141,41 @@ def _joined(
     kinds = {key: {(part[key].shape, part[key].dtype) for part in parts} for key in first}
     if unlike := [key for key, found in kinds.items() if len(found) > 1]:
         raise ValueError(f"{unlike[0]} has other shapes or dtypes in other parts")
-    dims = {key: _dim(key, [part[key] for part in parts], width) for key, tensor in first.items() if tensor.dim() > 1}
+    matrices = [key for key, tensor in first.items() if len(tensor.shape) > 1]
+    dims = {key: _dim(key, [part[key] for part in parts], width) for key in matrices}
     sizes = {split_key(key)[0]: first[key].shape[1] for key, dim in dims.items() if dim == 1}  # of inner layers
     for key, tensor in first.items():
         own = [part[key] for part in parts]
         module = split_key(key)[0]
         dim = dims.get(key)
-        if tensor.dim() < 2:
+        if key not in dims:
             dim = 0 if dims.get(f"{module}.weight") == 0 else None
         if dim is None:
-            if tensor.dim() < 2 and not _are_equal(own):
+            if key not in dims and not _are_equal(own):
                 raise CheckpointError(f"{key} {list(tensor.shape)} is not the same in all parts. Nothing was read.")
             done["alike in all"] += 1
             yield key, tensor
             continue
         done["by columns" if dim else "by rows"] += 1
         after = next((size for name, size in sizes.items() if split_key(name)[0] == split_key(module)[0]), 0)
-        if is_gated and not dim and tensor.shape[0] == 2 * after:  # a gate and what it gates, in each part
-            own = [half for place in (0, 1) for half in (each.chunk(2)[place] for each in own)]
+        is_pair = is_gated and not dim and tensor.shape[0] == 2 * after  # a gate and what it gates, in each part
         shape = list(tensor.shape)
         shape[dim] *= len(parts)
-        yield key, StoredTensor(tuple(shape), tensor.dtype, partial(torch.cat, own, dim))
+        yield key, StoredTensor(tuple(shape), tensor.dtype, partial(_concatenated, own, dim, is_pair))
 
 
-def _dim(key: str, own: Sequence[Tensor], width: int) -> int | None:
+def _concatenated(own: Sequence[Value], dim: int, is_pair: bool) -> Tensor:
+    found = [tensor_of(value) for value in own]
+    return torch.cat([each.chunk(2)[place] for place in (0, 1) for each in found] if is_pair else found, dim)
+
+
+def _dim(key: str, own: Sequence[Value], width: int) -> int | None:
     """Return the dimension along which a matrix was split, None for one that was not."""
     rows, columns = own[0].shape[:2]
     if _are_equal(own):
         return None
     fits = [rows != width == columns, columns != width and width in (rows, columns * len(own))]
-    if own[0].dim() > 2 or sum(fits) != 1:
+    if len(own[0].shape) > 2 or sum(fits) != 1:
         raise CheckpointError(
             f"{key} {list(own[0].shape)} is one of {len(own)} parts, and that the network is {width} wide does not "
             "tell along which dimension they are to be joined. Nothing was read. Convert it with its own tools."
@@ -177,6 +183,6 @@ def _dim(key: str, own: Sequence[Tensor], width: int) -> int | None:
     return fits.index(True)
 
 
-def _are_equal(tensors: Sequence[Tensor]) -> bool:
-    first, *rest = (tensor.reshape(-1) for tensor in tensors)
+def _are_equal(values: Sequence[Value]) -> bool:
+    first, *rest = (tensor_of(value).reshape(-1) for value in values)
     return all(torch.equal(first[:_SAMPLE], each[:_SAMPLE]) and torch.equal(first, each) for each in rest)

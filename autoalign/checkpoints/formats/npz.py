@@ -17,6 +17,7 @@ from autoalign.checkpoints.stored import (
     MAX_MEMBERS,
     Budget,
     Contents,
+    Member,
     StoredTensor,
     as_tensor,
     left_out_notes,
@@ -48,7 +49,7 @@ def open_npz(file: Path) -> Contents:
 
     @cache
     def opened() -> zipfile.ZipFile:
-        return zipfile.ZipFile(file)
+        return zipfile.ZipFile(file.open("rb") if isinstance(file, Member) else file)
 
     def stored(member: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredTensor:
         def read() -> Tensor:
@@ -60,7 +61,7 @@ def open_npz(file: Path) -> Contents:
     root: dict[str, object] = {}
     budget = Budget(file.stat().st_size)
     left_out: dict[str, str] = {}  # from a name to why
-    with reading(file, _KIND), zipfile.ZipFile(file) as archive:
+    with reading(file, _KIND), file.open("rb") as whole, zipfile.ZipFile(whole) as archive:
         if len(archive.infolist()) > MAX_MEMBERS:
             raise ValueError(f"{len(archive.infolist()):,} members, and no more than {MAX_MEMBERS:,} are read")
         for info in archive.infolist():

@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from autoalign.checkpoints.formats.unpickler import check_cost, span, unpickle
-from autoalign.checkpoints.stored import TooCostlyError, mapped_bytes
+from autoalign.checkpoints.stored import TooCostlyError, Value, mapped_bytes, mapped_file, unaligned
 from autoalign.errors import CheckpointError
 
 _STORAGES = {
@@ -109,15 +109,15 @@ class Places:
     file: Path
     spans: Mapping[str, tuple[int, int]]  # by name, first byte and length
     data: Tensor  # all of the file, mapped into memory
-    copies: dict[str, Tensor] = field(default_factory=dict)  # of what does not begin where numbers may
+    copies: dict[str, Tensor] | None  # of storages that do not begin where numbers may; None to copy tensors when read
 
     @classmethod
-    def of(cls, file: Path, spans: Mapping[str, tuple[int, int]]) -> Places:
+    def of(cls, file: Path, spans: Mapping[str, tuple[int, int]], *, copies: bool) -> Places:
         """Map a file."""
-        return cls(file, spans, mapped_bytes(file))
+        return cls(file, spans, mapped_bytes(file), {} if copies else None)
 
-    def tensor(self, view: View) -> Tensor:
-        """Return a tensor over the mapped file; it is copied only where its data is not aligned.
+    def tensor(self, view: View) -> Value:
+        """Return a tensor over the mapped file, or one that is copied when it is read where its data is not aligned.
 
         Raises:
             ValueError: It is not within its storage.
@@ -129,10 +129,12 @@ class Places:
         if span(view.offset, view.shape, view.stride) * size > min(length, len(self.data) - start):
             raise ValueError(f"a tensor {list(view.shape)} is not within its record {view.storage.name!r}")
         data = self.data[start : start + length // size * size]
-        if start % size:
+        if data.storage_offset() % size and self.copies is not None:
             if view.storage.name not in self.copies:
                 self.copies[view.storage.name] = data.clone()
             data = self.copies[view.storage.name]
+        elif data.storage_offset() % size:
+            return unaligned(data[view.offset * size :], view.shape, view.stride, view.dtype)
         whole = data.view(view.dtype)
         return whole.as_strided(view.shape, view.stride, whole.storage_offset() + view.offset)
 
@@ -145,7 +147,7 @@ def read_zipped(file: Path) -> tuple[object, Places]:
         Exception: It is damaged, and may lead anywhere.
     """
     size = file.stat().st_size
-    with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+    with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickled = next((name for name in members if name.lower().endswith("/data.pkl")), None)
         if pickled is None:
@@ -162,7 +164,7 @@ def read_zipped(file: Path) -> tuple[object, Places]:
             for name, info in members.items()
             if name.startswith(start) and info.compress_type == zipfile.ZIP_STORED  # code may be compressed
         }
-    return unpickle(content, size, finder(), _storage), Places.of(file, spans)
+    return unpickle(content, size, finder(), _storage), Places.of(file, spans, copies=False)
 
 
 def _data_offset(stream: BinaryIO, header: int) -> int:
@@ -180,8 +182,8 @@ def read_legacy(file: Path) -> tuple[object, Places]:
         found = _storage(identity)
         return storages.setdefault(found.name, found) if isinstance(found, Storage) else found
 
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        found = []
+    with mapped_file(file, access=mmap.ACCESS_READ) as data:
+        found, before = [], data.tell()
         for _ in range(5):
             start = data.tell()
             check_cost(data, size)
@@ -190,12 +192,12 @@ def read_legacy(file: Path) -> tuple[object, Places]:
         _, _, system, value, names = found
         if not isinstance(system, dict) or system.get("little_endian") is not True or not isinstance(names, list):
             raise ValueError("it does not begin as files of torch do")
-        at, spans = data.tell(), {}
+        at, spans = data.tell(), dict[str, tuple[int, int]]()
         for name in names:
             length = int.from_bytes(data[at : at + 8], "little") * storages[str(name)].dtype.itemsize
-            spans[str(name)] = at + 8, length
+            spans[str(name)] = at + 8 - before, length
             at += 8 + length
-    return value, Places.of(file, spans)
+    return value, Places.of(file, spans, copies=True)
 
 
 def _storage(identity: Any) -> Any:
@@ -312,7 +314,7 @@ class Reading:
         self.places = places
         self.ignored: list[tuple[str, str]] = []
         self._known: dict[int, object] = {}
-        self._tensors: dict[View, Tensor] = {}
+        self._tensors: dict[View, Value] = {}
 
     def value(self, found: object, path: str = "", depth: int = 0) -> object:
         """Return what stands for a value; ``path`` is where it stands."""

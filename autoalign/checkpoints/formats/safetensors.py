@@ -17,14 +17,20 @@ from autoalign.checkpoints.stored import (
     DTYPES,
     MAX_MEMBERS,
     Contents,
+    Place,
     StoredTensor,
+    Value,
     left_out_notes,
     mapped_bytes,
     reading,
+    region_of,
+    tensor_of,
+    unaligned,
     unique_names,
 )
 from autoalign.errors import InputError, listed
 from autoalign.plan.keys import natural
+from autoalign.plan.regions import Region
 from autoalign.plan.specs import TensorSpec
 
 _KIND = "a file of safetensors"
@@ -43,36 +49,39 @@ def open_safetensors(file: Path) -> Contents:
     Raises:
         CheckpointError: The file is damaged, or has only dtypes that torch does not have.
     """
-    from safetensors import safe_open
-
     with reading(file, _KIND):
         content = _header_of(file)
+        first, known = 8 + len(content), hash(content)
         count = content.count(_ENTRY)  # which a name may hold too
         if count > MAX_MEMBERS:  # which would take long and much memory to read
             raise ValueError(f"it announces {count:,} tensors, and no more than {MAX_MEMBERS:,} are read")
-        # for torch, the file would be mapped writable, which fails for one that is larger than the memory
-        with safe_open(file, framework="numpy") as sound:
-            metadata, size = sound.metadata() or {}, len(sound.keys())
-        entries = json.loads(content, object_pairs_hook=unique_names if count > size else None)
-    entries.pop("__metadata__", None)
-    first, known = 8 + len(content), hash(content)
+        entries = json.loads(content)
+        if count > len(entries.keys() - {"__metadata__"}):
+            entries = json.loads(content, object_pairs_hook=unique_names)
+        metadata = entries.pop("__metadata__", {})
+        _check(metadata, entries, file.stat().st_size - first)
+        place = Place.of(file).start  # in an archive, whose makers align nothing
 
     @cache
-    def mapped() -> Any:
+    def mapped() -> tuple[Any, int]:
         if hash(_header_of(file)) != known:
             raise ValueError("its header was changed after it was opened")
-        return mapped_bytes(file).untyped_storage()
+        whole = mapped_bytes(file)
+        return whole.untyped_storage(), int(whole.storage_offset()) + first
 
-    def read(key: str, offsets: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def found(key: str, offsets: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> Value:
         """Return a tensor whose memory is not touched; what is cut from the file ends the process that does."""
-        start, end = (first + offset for offset in offsets)
         with reading(file, _KIND):
-            tensor = torch.empty(0, dtype=dtype, device="cpu")
-            if end - start != prod(shape) * dtype.itemsize or end > mapped().nbytes():
+            data, begin = mapped()
+            start, end = (begin + offset for offset in offsets)
+            if end > data.nbytes():
                 raise ValueError(f"{key} is not where it was announced")
-            if start < end:
-                tensor.set_(mapped()[start:end])
-            return tensor.reshape(shape)
+            if start == end:
+                return torch.empty(shape, dtype=dtype, device="cpu")
+            if place % dtype.itemsize == 0:
+                return torch.empty(0, dtype=dtype, device="cpu").set_(data[start:end]).reshape(shape)
+            there = torch.empty(0, dtype=torch.uint8, device="cpu").set_(data[start:end])
+            return unaligned(there, shape, torch.empty(shape, device="meta").stride(), dtype)
 
     root: dict[str, object] = {}
     left_out = []
@@ -81,8 +90,10 @@ def open_safetensors(file: Path) -> Contents:
         entry = entries[key]
         shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
         if dtype is not None:
-            read_it = partial(read, key, entry["data_offsets"], shape, dtype)
-            root[key] = StoredTensor(shape, dtype, read_it, is_mapped=True)
+            find = partial(found, key, entry["data_offsets"], shape, dtype)
+            read, read_region = partial(_read, find), partial(_read_region, find)
+            is_mapped = place % dtype.itemsize == 0
+            root[key] = StoredTensor(shape, dtype, read, is_mapped=is_mapped, read_region=read_region)
         else:
             left_out.append(f"{key} {list(shape)} {entry['dtype']}")
     if not left_out:
@@ -92,10 +103,41 @@ def open_safetensors(file: Path) -> Contents:
     return Contents(root, "safetensors file", metadata, notes=left_out_notes(file, root, what, advice))
 
 
+def _read(find: Callable[[], Value]) -> Tensor:
+    return tensor_of(find())
+
+
+def _read_region(find: Callable[[], Value], region: Region) -> Tensor:
+    return region_of(find(), region)
+
+
 def _header_of(file: Path) -> bytes:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        return stream.read(length) if length <= _MAX_HEADER_BYTES else b""  # which the library refuses
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {length:,} bytes, of {_MAX_HEADER_BYTES:,} at most")
+        return bytes(stream.read(length))
+
+
+def _check(metadata: object, entries: Mapping[str, Any], size: int) -> None:
+    """Make sure that a header is sound, as the format's own library does: the tensors make up all of the data.
+
+    Raises:
+        Exception: It is not.
+    """
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is more than texts")
+    at = 0
+    for start, end, key in sorted((*entry["data_offsets"], key) for key, entry in entries.items()):
+        entry = entries[key]
+        if any(type(number) is not int or not 0 <= number < 2**63 for number in (start, end, *entry["shape"])):
+            raise ValueError(f"{key[:100]} has numbers that are none of a tensor")
+        dtype = DTYPES.get(entry["dtype"])
+        if start != at or end < at or (dtype and end - at != prod(entry["shape"]) * dtype.itemsize):
+            raise ValueError(f"{key[:100]} {entry['shape']} {entry['dtype']} is not the bytes {start} to {end}")
+        at = end
+    if at != size:
+        raise ValueError(f"it announces {at:,} bytes of tensors and has {size:,}")
 
 
 BLOCK_ELEMENTS = 2**20  # few megabytes, and enough for a strided view to be read in whole cache lines

@@ -8,7 +8,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from autoalign.checkpoints.formats.records import Reading, read_legacy, read_zipped
 from autoalign.checkpoints.formats.unpickler import check_cost, count_of
-from autoalign.checkpoints.stored import MAX_MEMBERS, Budget, Contents, TooCostlyError
+from autoalign.checkpoints.stored import MAX_MEMBERS, Budget, Contents, Place, TooCostlyError, mapped_file
 from autoalign.errors import CheckpointError, DependencyError, UnsafeCheckpointError, listed
 
 _MAX_PICKLE_BYTES = 2**27  # of one beside the data of its tensors; a second is enough for two million of them
@@ -26,6 +26,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C  # the first value of a file from before torch 1
 _END, _END_64, _PLACE_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"  # how the records at the end of a zip file begin
 _TAIL_BYTES = 56 + 20 + 22  # of the three of them
 _OWN_RECORDS = ("/version", "/byteorder", "/serialization_id", "/.format_version", "/.storage_alignment")
+_OWN_TENSORS = ("torch._utils._rebuild_", "torchao.")  # functions and classes of tensors that torch makes itself
 _IS_FOLDER = 0x10  # among the attributes of a member
 _SIZES_64 = 1  # the kind of a member's extra field that holds sizes beyond 32 bits
 
@@ -57,11 +58,13 @@ def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
             if zipped:
                 check_zipped(stream, size, Budget(size))
             else:
-                _check_legacy(stream, size)
+                _check_legacy(file, size)
             stream.seek(0)
+            place = Place.of(file)
+            found = None if place.is_whole or not zipped else _in_place(file)
             # torch.load takes this suffix at its word, and would write to a mapping of swapped bytes
-            mapped = zipped and file.suffix != ".safetensors" and not _is_swapped(file)
-            loaded = _loaded(file if mapped else stream)
+            mapped = zipped and place.is_whole and file.suffix != ".safetensors" and not _is_swapped(place.file)
+            loaded, notes = found or (_loaded(place.file if mapped else stream), ())
     except TooCostlyError as error:
         raise CheckpointError(
             f"{str(file)!r} was not read, since it is of a kind that exhausts time or memory: {error}. "
@@ -75,8 +78,6 @@ def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
         if "unable to mmap" not in str(error):
             raise _read_error(file, error) from error
         loaded, notes = _without_code(file, error, zipped=zipped)  # which maps what is larger than memory, too
-    else:
-        notes = ()
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
             f"{str(file)!r} holds a {type(loaded).__name__}, not a mapping of tensors. Nothing was aligned. "
@@ -114,16 +115,35 @@ def _without_code(file: Path, refusal: Exception, *, zipped: bool) -> tuple[Mapp
         CheckpointError: It is damaged, or holds nothing but such values.
     """
     try:
-        found, places = read_zipped(file) if zipped else read_legacy(file)
-        values = Reading(places)
-        loaded = values.value(found)
+        loaded, ignored = _read(file, zipped=zipped)
     except Exception as error:
         raise _read_error(file, refusal) from error
     if not isinstance(loaded, Mapping):
         raise _read_error(file, refusal) from refusal
-    kinds = list(dict.fromkeys(f"{name} in {where!r}" for name, where in values.ignored))
-    note = f"The file names code of others, and none of it was run; ignored: {listed(kinds, 12)}." if kinds else ""
-    return loaded, (note,) if note else ()
+    return loaded, _ignored_notes(ignored)
+
+
+def _read(file: Path, *, zipped: bool) -> tuple[object, list[tuple[str, str]]]:
+    found, places = read_zipped(file) if zipped else read_legacy(file)
+    values = Reading(places)
+    return values.value(found), values.ignored
+
+
+def _ignored_notes(ignored: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    kinds = list(dict.fromkeys(f"{name} in {where!r}" for name, where in ignored))
+    note = f"The file names code of others, and none of it was run; ignored: {listed(kinds, 12)}."
+    return (note,) if kinds else ()
+
+
+def _in_place(file: Path) -> tuple[Mapping[Any, Any], tuple[str, ...]] | None:
+    """Map a file that stands in another one, which torch would copy; None for what only torch can read."""
+    try:
+        loaded, ignored = _read(file, zipped=True)
+    except Exception:  # torch reads it, or says what is wrong
+        return None
+    if not isinstance(loaded, Mapping) or any(name.startswith(_OWN_TENSORS) for name, _ in ignored):
+        return None
+    return loaded, _ignored_notes(ignored)
 
 
 def _may_run_code(version: str) -> bool:
@@ -230,10 +250,10 @@ def _number(data: bytes, at: int, width: int) -> int:
     return int.from_bytes(data[at : at + width], "little")
 
 
-def _check_legacy(stream: BinaryIO, size: int) -> None:
+def _check_legacy(file: Path, size: int) -> None:
     """Do what ``check_zipped`` does for a file from before torch 1.6."""
     budget = Budget(size)
-    with mmap.mmap(stream.fileno(), min(size, _MAX_PICKLE_BYTES), access=mmap.ACCESS_READ) as start:
+    with mapped_file(file, _MAX_PICKLE_BYTES, access=mmap.ACCESS_READ) as start:
         if check_cost(start, size, budget=budget) != _MAGIC:  # which is all that torch would read of it
             return
         for content in ("version", "system", "saved", "storages"):
