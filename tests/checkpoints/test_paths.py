@@ -121,10 +121,7 @@ def test_what_torch_saved_to_memory_keeps_its_versions() -> None:
 
 def test_a_temporary_copy_lasts_as_long_as_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    stream = io.BytesIO()
-    torch.save(tensors(), stream, _use_new_zipfile_serialization=False)
-    stream.seek(0)
-    checkpoint = open_checkpoint(stream)
+    checkpoint = open_checkpoint(io.BytesIO(save(tensors())))
     alignment = autoalign.align(checkpoint, tensors())
     del checkpoint
     gc.collect()
