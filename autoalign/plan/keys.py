@@ -26,6 +26,7 @@ NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
 NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,8})([^0-9]*)", re.DOTALL)  # a name with one; its last
 _OUTPUT = re.compile(r":\d+$")  # of a TensorFlow variable, as in "kernel:0"
 _DIGITS = re.compile(r"\d{1,18}")
+_NUMBER = re.compile(r"([0-9]+)")
 
 _KeyT = TypeVar("_KeyT", str, tuple[str, ...])
 _SECONDS_PER_CALL = 3.0  # of matching, and
@@ -46,15 +47,18 @@ _SEPARATOR = r"(?<=[\s\S]|\A)"  # always holds
 _FLAGS = ("ASCII", "IGNORECASE", "MULTILINE", "DOTALL", "VERBOSE")
 
 
-def natural(key: str) -> list[tuple[int, str]]:
+@lru_cache(maxsize=65536)
+def natural(key: str) -> tuple[str | int, ...]:
     """Split a key for sorting, so that ``layers.10`` comes after ``layers.9``, however long numbers are.
 
     >>> sorted(["layers.10", "layers.9", "layers.a"], key=natural)
     ['layers.9', 'layers.10', 'layers.a']
     """
-    parts = re.split(r"([0-9]+)", key)
-    parts[1::2] = [number.lstrip("0") for number in parts[1::2]]
-    return [(len(part), part) if place % 2 else (-1, part) for place, part in enumerate(parts)]
+    text, *rest = _NUMBER.split(key)
+    parts: list[str | int] = [text]
+    for number, text in zip(rest[::2], rest[1::2], strict=True):
+        parts += len(known := number.lstrip("0")), known, text
+    return tuple(parts)
 
 
 def components(key: str) -> tuple[str, ...]:

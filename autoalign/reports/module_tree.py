@@ -112,7 +112,7 @@ def _add_runs(tree: Tree, leaves: Sequence[Leaf], *, apart: bool) -> None:
             kinds[node] = known.setdefault(("tensor", leaves[tree.tensors[node]].signature), len(known))
             continue
         below = list(tree.children(node))
-        values = {child: flat[starts[child] : starts[tree.ends[child]]] for child in below}
+        values = {} if apart else {child: flat[starts[child] : starts[tree.ends[child]]] for child in below}
         runs = _runs_of(below, tree.names, kinds, values, apart=apart)
         tree.runs.update(runs)
         if node >= 0:
@@ -300,16 +300,15 @@ def copies_of(specs: Sequence[TensorSpec]) -> tuple[str, ...]:
     >>> copies_of([TensorSpec(key, (), torch.float32) for key in keys])
     ('student', 'teacher')
     """
-    below: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+    below: dict[str, list[TensorSpec]] = {}
     for spec in specs:
-        parts = spec.key.split(".")
-        for depth in range(1, min(len(parts) - 1, _MAX_DEPTH_OF_COPIES) + 1):
-            below.setdefault(".".join(parts[:depth]), set()).add((".".join(parts[depth:]), spec.shape))
+        for path in accumulate(spec.key.split(".", _MAX_DEPTH_OF_COPIES)[:-1], "{}.{}".format):
+            below.setdefault(path, []).append(spec)
     groups: dict[Hashable, list[str]] = {}
-    for path, tensors in below.items():
-        is_large = len(tensors) > 1 and len(tensors) >= _MIN_SHARE_OF_COPY * len(specs)
+    for path, inner in below.items():
+        is_large = len(inner) > 1 and len(inner) >= _MIN_SHARE_OF_COPY * len(specs)
         if is_large and not path.rpartition(".")[2].isdecimal():
-            groups.setdefault(frozenset(tensors), []).append(path)
+            groups.setdefault(frozenset((spec.key[len(path) :], spec.shape) for spec in inner), []).append(path)
     for paths in groups.values():  # outer modules come first
         outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
         if len(outer) > 1:
