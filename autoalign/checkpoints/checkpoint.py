@@ -167,8 +167,8 @@ def open_checkpoint(path: Given, *, container: str | None = None) -> Checkpoint:
     in float32), of ``torch.distributed.checkpoint``, and of layers and parts of tensor parallelism (GPT-NeoX, Megatron,
     Meta; joined where a configuration says how). Files in archives are read where they stand, unless these are packed.
 
-    No code of a file ever runs: pickles are read with ``weights_only=True``, or, where that refuses a class or
-    function, without looking it up: tensors are kept, also those of whole modules, and a note says what was ignored.
+    No code of a file ever runs: pickles are read without looking up what classes and functions they name, or by torch
+    with ``weights_only=True``. Tensors are kept, also those of whole modules, and a note says what was ignored.
     Tensors are mapped into memory or read one by one; only msgpack files and older ones of torch are read as a whole.
     Mapping is what makes this fast, and its price is that a file that another process cuts while a tensor of it is used
     ends this one; put a new file in its place instead of writing to it, as ``convert`` does.

@@ -125,7 +125,8 @@ def test_zip_files_are_mapped_and_code_is_always_refused(
         options.update(given)
         return torch_load(file, **given)  # type: ignore[arg-type]
 
-    torch.save(state_dict, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
+    saved = {"model": state_dict, "device": torch.device("cpu")}  # which torch reads itself
+    torch.save(saved, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
     monkeypatch.setattr(torch, "load", recording_load)
     open_checkpoint(tmp_path / "model.pt")
     assert options["weights_only"] is True

@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,17 +104,26 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the data of storages is in a file."""
+    """Where the data of storages is in a file.
+
+    Attributes:
+        file: The file.
+        spans: Of each storage, by name, the first byte and the length.
+        data: All of the file, mapped into memory.
+        is_copied: Storages that do not begin where numbers may are copied, else what is read of them.
+        storages: Of torch, those of tensors that were asked for.
+    """
 
     file: Path
-    spans: Mapping[str, tuple[int, int]]  # by name, first byte and length
-    data: Tensor  # all of the file, mapped into memory
-    copies: dict[str, Tensor] | None  # of storages that do not begin where numbers may; None to copy tensors when read
+    spans: Mapping[str, tuple[int, int]]
+    data: Tensor
+    is_copied: bool
+    storages: dict[str, torch.UntypedStorage] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, file: Path, spans: Mapping[str, tuple[int, int]], *, copies: bool) -> Places:
+    def of(cls, file: Path, spans: Mapping[str, tuple[int, int]], *, is_copied: bool = False) -> Places:
         """Map a file."""
-        return cls(file, spans, mapped_bytes(file), {} if copies else None)
+        return cls(file, spans, mapped_bytes(file), is_copied)
 
     def tensor(self, view: View) -> Value:
         """Return a tensor over the mapped file, or one that is copied when it is read where its data is not aligned.
@@ -124,23 +133,24 @@ class Places:
         """
         if not prod(view.shape):
             return torch.empty(view.shape, dtype=view.dtype, device="cpu")
-        size = view.dtype.itemsize
-        start, length = self.spans.get(view.storage.name, (0, 0))
+        size, name = view.dtype.itemsize, view.storage.name
+        start, length = self.spans.get(name, (0, 0))
         if span(view.offset, view.shape, view.stride) * size > min(length, len(self.data) - start):
-            raise ValueError(f"a tensor {list(view.shape)} is not within its record {view.storage.name!r}")
-        data = self.data[start : start + length // size * size]
-        if data.storage_offset() % size and self.copies is not None:
-            if view.storage.name not in self.copies:
-                self.copies[view.storage.name] = data.clone()
-            data = self.copies[view.storage.name]
-        elif data.storage_offset() % size:
+            raise ValueError(f"a tensor {list(view.shape)} is not within its record {name!r}")
+        data = self.data[start : start + length]
+        if data.storage_offset() % size and not self.is_copied:
             return unaligned(data[view.offset * size :], view.shape, view.stride, view.dtype)
-        whole = data.view(view.dtype)
-        return whole.as_strided(view.shape, view.stride, whole.storage_offset() + view.offset)
+        if name not in self.storages:  # each of its own, so that who saves a tensor does not save the file
+            data = data.clone() if data.storage_offset() % size else data
+            begin = int(data.storage_offset())
+            self.storages[name] = data.untyped_storage()[begin : begin + len(data)]
+        return torch.empty(0, dtype=view.dtype, device="cpu").set_(
+            self.storages[name], view.offset, view.shape, view.stride
+        )
 
 
-def read_zipped(file: Path) -> tuple[object, Places]:
-    """Unpickle a zip file of torch, whose tensors are views yet.
+def read_zipped(file: Path, checked: bytes = b"") -> tuple[object, Places]:
+    """Unpickle a zip file of torch, whose tensors are views yet; the cost of a pickle that was ``checked`` is known.
 
     Raises:
         TooCostlyError: Reading it would take too much time or memory.
@@ -164,7 +174,7 @@ def read_zipped(file: Path) -> tuple[object, Places]:
             for name, info in members.items()
             if name.startswith(start) and info.compress_type == zipfile.ZIP_STORED  # code may be compressed
         }
-    return unpickle(content, size, finder(), _storage), Places.of(file, spans, copies=False)
+    return unpickle(content, size, finder(), _storage, is_checked=content == checked), Places.of(file, spans)
 
 
 def _data_offset(stream: BinaryIO, header: int) -> int:
@@ -197,7 +207,7 @@ def read_legacy(file: Path) -> tuple[object, Places]:
             length = int.from_bytes(data[at : at + 8], "little") * storages[str(name)].dtype.itemsize
             spans[str(name)] = at + 8 - before, length
             at += 8 + length
-    return value, Places.of(file, spans, copies=True)
+    return value, Places.of(file, spans, is_copied=True)
 
 
 def _storage(identity: Any) -> Any:
@@ -214,6 +224,8 @@ def _view(storage: Any, offset: int, shape: Any, stride: Any, *rest: object) -> 
     shape, stride = tuple(shape), tuple(stride)
     if not isinstance(storage, Storage) or len(shape) != len(stride):
         raise ValueError("a tensor without a storage")
+    if any(isinstance(each, dict) and each and type(each) is dict for each in rest):
+        raise ValueError("a tensor whose values are to be negated or conjugated")
     if any(type(number) is not int or not 0 <= number < 2**63 for number in (offset, *shape, *stride)):
         raise ValueError(f"a tensor of shape {shape} and stride {stride}")
     return View(storage, dtype, offset, shape, stride)

@@ -1,4 +1,8 @@
-"""Files of ``torch.save``: a pickle of whatever a script saved, read with ``weights_only=True``, always."""
+"""Files of ``torch.save``: a pickle of whatever a script saved, of which nothing runs.
+
+Zip files are read without torch, which takes longer and refuses classes of others; what torch has to make itself, and
+older files, with ``weights_only=True``, always.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C  # the first value of a file from before torch 1
 _END, _END_64, _PLACE_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"  # how the records at the end of a zip file begin
 _TAIL_BYTES = 56 + 20 + 22  # of the three of them
 _OWN_RECORDS = ("/version", "/byteorder", "/serialization_id", "/.format_version", "/.storage_alignment")
-_OWN_TENSORS = ("torch._utils._rebuild_", "torchao.")  # functions and classes of tensors that torch makes itself
+_TORCHS = ("torch.", "torchao.")  # how the names of classes and functions begin that torch makes
 _IS_FOLDER = 0x10  # among the attributes of a member
 _SIZES_64 = 1  # the kind of a member's extra field that holds sizes beyond 32 bits
 
@@ -56,12 +60,12 @@ def open_pickled(file: Path, *, is_part: bool = False) -> Contents:
             size = file.stat().st_size
             zipped = stream.read(2) == b"PK"
             if zipped:
-                check_zipped(stream, size, Budget(size))
+                checked = check_zipped(stream, size, Budget(size))
             else:
                 _check_legacy(file, size)
             stream.seek(0)
             place = Place.of(file)
-            found = None if place.is_whole or not zipped else _in_place(file)
+            found = _mapped(file, checked) if zipped else None
             # torch.load takes this suffix at its word, and would write to a mapping of swapped bytes
             mapped = zipped and place.is_whole and file.suffix != ".safetensors" and not _is_swapped(place.file)
             loaded, notes = found or (_loaded(place.file if mapped else stream), ())
@@ -123,8 +127,8 @@ def _without_code(file: Path, refusal: Exception, *, zipped: bool) -> tuple[Mapp
     return loaded, _ignored_notes(ignored)
 
 
-def _read(file: Path, *, zipped: bool) -> tuple[object, list[tuple[str, str]]]:
-    found, places = read_zipped(file) if zipped else read_legacy(file)
+def _read(file: Path, *, zipped: bool, checked: bytes = b"") -> tuple[object, list[tuple[str, str]]]:
+    found, places = read_zipped(file, checked) if zipped else read_legacy(file)
     values = Reading(places)
     return values.value(found), values.ignored
 
@@ -135,13 +139,15 @@ def _ignored_notes(ignored: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     return (note,) if kinds else ()
 
 
-def _in_place(file: Path) -> tuple[Mapping[Any, Any], tuple[str, ...]] | None:
-    """Map a file that stands in another one, which torch would copy; None for what only torch can read."""
+def _mapped(file: Path, checked: bytes) -> tuple[Mapping[Any, Any], tuple[str, ...]] | None:
+    """Read a zip file without torch; None if it holds what torch makes, or may make since the caller said so."""
     try:
-        loaded, ignored = _read(file, zipped=True)
+        loaded, ignored = _read(file, zipped=True, checked=checked)
     except Exception:  # torch reads it, or says what is wrong
         return None
-    if not isinstance(loaded, Mapping) or any(name.startswith(_OWN_TENSORS) for name, _ in ignored):
+    given = torch.serialization.get_safe_globals() if ignored else ()
+    allowed = {each[1] if isinstance(each, tuple) else f"{each.__module__}.{each.__qualname__}" for each in given}
+    if not isinstance(loaded, Mapping) or any(name in allowed or name.startswith(_TORCHS) for name, _ in ignored):
         return None
     return loaded, _ignored_notes(ignored)
 
@@ -152,13 +158,16 @@ def _may_run_code(version: str) -> bool:
     return (int(major), int(minor)) < (2, 6)
 
 
-def check_zipped(stream: BinaryIO, size: int, budget: Budget) -> None:
+def check_zipped(stream: BinaryIO, size: int, budget: Budget) -> bytes:
     """Refuse a zip file of torch that would take more time or memory to read than its size is a reason for.
 
     Args:
         stream: Of a file of torch, or of a part of another file that is as one.
         size: In bytes.
         budget: What is left for it.
+
+    Returns:
+        The pickle that was looked at.
 
     Raises:
         TooCostlyError: It would take more.
@@ -171,7 +180,9 @@ def check_zipped(stream: BinaryIO, size: int, budget: Budget) -> None:
         )
     stream.seek(0)
     reader: Any = torch._C.PyTorchFileReader(stream)  # of several records of one name, what torch takes
-    check_cost(io.BytesIO(reader.get_record("data.pkl")), size, budget=budget)
+    content: bytes = reader.get_record("data.pkl")
+    check_cost(io.BytesIO(content), size, budget=budget)
+    return content
 
 
 def check_archive(file: Path | IO[bytes], size: int) -> int:

@@ -39,6 +39,8 @@ def unpickle(
     allowed: Callable[[str, str], Any],
     storage: Callable[[Any], Any] | None = None,
     max_operations: int = _MAX_OPERATIONS,
+    *,
+    is_checked: bool = False,
 ) -> Any:
     """Read a pickle whose cost is within bounds and that reaches nothing but what an allow list has.
 
@@ -51,12 +53,14 @@ def unpickle(
         allowed: From the names of a module and of something in it to what stands for it; it raises for all others.
         storage: From what identifies the data of a tensor, outside the pickle, to what stands for it.
         max_operations: Of the pickle.
+        is_checked: It was given to ``check_cost``.
 
     Raises:
         TooCostlyError: Reading it would take too much time or memory.
         Exception: It is damaged, and may lead anywhere.
     """
-    check_cost(io.BytesIO(content), size, max_operations)
+    if not is_checked:
+        check_cost(io.BytesIO(content), size, max_operations)
     return _RestrictedUnpickler(content, allowed, storage).load()
 
 
@@ -196,26 +200,15 @@ class _CostReader:
         self.numel = 0  # of all storages
 
     def run(self, stream: BinaryIO | mmap, max_operations: int) -> object:
-        operations: Any = pickletools.genops(stream)  # type: ignore[arg-type]
-        for number, (operation, argument, _) in enumerate(operations):
-            if number > max_operations:
-                raise TooCostlyError(f"it has more than {max_operations:,} operations")
-            name = operation.name
-            if name in _PUSHED:
-                self.stack.append(argument)
-            elif name in _EMPTY:
-                self.stack.append(_EMPTY[name]())
-            elif name in _PUTS:
-                self.memo[argument] = self.stack[-1]
-            elif name in _GETS:
-                self.stack.append(self.memo[argument])
-            elif name in _OPERATIONS:
-                _OPERATIONS[name](self, argument)
-            elif name == "STOP":
+        for _ in range(max_operations + 1):
+            code = stream.read(1)
+            if code == pickle.STOP:
                 return self.stack.pop()
-            elif name not in ("PROTO", "FRAME"):
-                raise ValueError(f"unsupported operation {name}")
-        raise ValueError("it has no end")
+            operation, argument = _OPERATIONS.get(code, (None, None))
+            if operation is None:
+                raise ValueError(f"unsupported operation {code!r}" if code else "it has no end")
+            operation(self, argument(stream) if argument else None)
+        raise TooCostlyError(f"it has more than {max_operations:,} operations")
 
     def walk(self, value: object) -> None:
         self.budget.charge(count_of(value, self.budget.left))
@@ -357,11 +350,16 @@ def span(offset: int, shape: Sequence[int], stride: Sequence[int]) -> int:
 _NUMBERS = "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT"
 _TEXTS = "STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8"
 _BYTES = "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8"
-_PUSHED = frozenset(f"{_NUMBERS} {_TEXTS} {_BYTES}".split())
-_EMPTY: dict[str, type] = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": _Dict, "EMPTY_SET": _Items}
-_PUTS = frozenset({"BINPUT", "LONG_BINPUT"})  # "PUT" takes numbers of any size, of which many have one hash
-_GETS = frozenset({"BINGET", "LONG_BINGET"})
-_OPERATIONS: dict[str, Callable[[_CostReader, Any], object]] = {
+_BY_NAME: dict[str, Callable[[_CostReader, Any], object]] = {
+    **dict.fromkeys(f"{_NUMBERS} {_TEXTS} {_BYTES}".split(), lambda reader, value: reader.stack.append(value)),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda _reader, _: None),
+    "EMPTY_TUPLE": lambda reader, _: reader.stack.append(()),
+    "EMPTY_LIST": lambda reader, _: reader.stack.append([]),
+    "EMPTY_DICT": lambda reader, _: reader.stack.append(_Dict()),
+    "EMPTY_SET": lambda reader, _: reader.stack.append(_Items()),
+    # "PUT" takes numbers of any size, of which many have one hash
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda reader, place: reader.memo.__setitem__(place, reader.stack[-1])),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda reader, place: reader.stack.append(reader.memo[place])),
     "MARK": lambda reader, _: reader.mark(),
     "POP": lambda reader, _: reader.stack.pop() if reader.stack else reader.marked(),
     "POP_MARK": lambda reader, _: reader.marked(),
@@ -386,4 +384,9 @@ _OPERATIONS: dict[str, Callable[[_CostReader, Any], object]] = {
     "NEWOBJ_EX": lambda reader, _: reader.replace(3, lambda items: reader.called(items[0], (*items[1], items[2]))),
     "BUILD": lambda reader, _: reader.build(),
     "BINPERSID": lambda reader, _: reader.replace(1, lambda items: reader.stored(items[0])),
+}
+_OPERATIONS: dict[bytes, tuple[Callable[[_CostReader, Any], object], Callable[[Any], Any] | None]] = {
+    each.code.encode("latin-1"): (_BY_NAME[each.name], each.arg.reader if each.arg else None)
+    for each in pickletools.opcodes
+    if each.name in _BY_NAME
 }

@@ -165,11 +165,24 @@ def test_views_and_tied_tensors_are_as_torch_reads_them(tmp_path: Path, legacy: 
     assert own["whole"].untyped_storage().data_ptr() == own["part"].untyped_storage().data_ptr()
 
 
+def test_views_that_are_negated_or_conjugated_are_as_torch_reads_them(tmp_path: Path) -> None:
+    values = torch.tensor([1 + 2j, 3 - 4j])
+    torch.save({"a": values.conj(), "b": values.conj().imag}, tmp_path / "a.pt")
+    checkpoint = open_checkpoint(tmp_path / "a.pt")
+    assert checkpoint["a"].tolist() == [1 - 2j, 3 + 4j]
+    assert checkpoint["b"].tolist() == [-2, 4]
+
+
+def test_a_tensor_of_a_file_is_saved_without_the_file(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "b": torch.ones(2**16)}, tmp_path / "a.pt")
+    torch.save(open_checkpoint(tmp_path / "a.pt")["a"], tmp_path / "b.pt")
+    assert (tmp_path / "b.pt").stat().st_size < 2**12
+
+
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 def test_newer_protocols_are_read(tmp_path: Path, protocol: int) -> None:
     torch.save({"model": state_dict(), "args": Config()}, tmp_path / "a.pt", pickle_protocol=protocol)
-    with pytest.warns(UserWarning, match="Detected pickle protocol"):
-        checkpoint = open_checkpoint(tmp_path / "a.pt")
+    checkpoint = open_checkpoint(tmp_path / "a.pt")
     assert torch.equal(checkpoint["fc.weight"], state_dict()["fc.weight"])
 
 
