@@ -426,8 +426,12 @@ def _decided_if_open(source: nn.Module | None, example_inputs: object, plan: Pla
     is_open |= bool(plan.ambiguous) and (source is not None or example_inputs is not None)
     if not is_open or not isinstance(target, nn.Module):
         return plan
-    from autoalign.verification.decisions import decided_by_code, decided_by_target
-
     if source is None:
-        return decided_by_target(plan, target, example_inputs)
+        from autoalign.verification.probe import with_prices
+        from autoalign.verification.roles import decided_by_target
+
+        plan = decided_by_target(plan, target, example_inputs)
+        return plan if example_inputs is None else with_prices(plan, target, example_inputs)
+    from autoalign.verification.decisions import decided_by_code
+
     return decided_by_code(source, example_inputs, plan, min_confidence, is_asked=False)

@@ -13,7 +13,7 @@ In order of use, from the bottom up:
 * ``search``: other ways to fill the target, tried until the outputs are equal.
 * ``refinement``: which tensors correspond by both graphs, coloured together (Weisfeiler and Leman).
 * ``probe``: what keys and graphs leave open, decided by calls of both networks on random values.
-* ``order``: what nothing but order tells, believed as far as the target's code bears it out.
+* ``roles``: what the target's code alone tells: what it does with its tensors, and whether order is to be believed.
 * ``decisions``: an alignment with what graphs and calls decide.
 * ``verify``: the verdict, with the first divergence and what had to be filled otherwise.
 

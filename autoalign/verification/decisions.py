@@ -41,11 +41,10 @@ from autoalign.plan.operations import (
 from autoalign.plan.operations import chain as chained
 from autoalign.plan.specs import tied_groups
 from autoalign.verification.dataflow import traced
-from autoalign.verification.order import MAX_DOUBTED, in_doubt, with_doubts, without_order
-from autoalign.verification.probe import PROBE, Inputs, probed, with_prices
+from autoalign.verification.probe import PROBE, Inputs, probed
 from autoalign.verification.refinement import PART, pairs_of
+from autoalign.verification.roles import CODE, MAX_DOUBTED, decided_by_target, in_doubt, with_doubts
 
-CODE = "code"  # the cue
 _SURE = 0.9  # of matches that the refinement starts from
 _DECIDED = 0.97  # the confidence in what code decides
 _MIN_SHARE = 0.9  # of the target's tensors that code alone has to tell apart to overrule what keys say
@@ -66,19 +65,14 @@ _OTHER_TENSOR = re.compile(
 _Way = tuple[tuple[str, ...], Operation]  # sources, and what is done to them
 
 
-def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: object) -> Plan:
-    """Return a plan with what the target's code alone shows of what order tells, and of layouts if it can be called."""
-    plan = without_order(plan, target_model, example_inputs)
-    return plan if example_inputs is None else with_prices(plan, target_model, example_inputs)
-
-
 def decided_by_code(
     source_model: nn.Module, example_inputs: object, plan: Plan, min_confidence: float, *, is_asked: bool = True
 ) -> Plan:
     """Return a plan in which the code of both sides decides what keys left open, and what contradicts it is ambiguous.
 
     Its target has to be a module; the keys of ``source_model``, the code of its source, may be other than the source's.
-    Where it ``is_asked`` for, what cannot be compared is a note, and ways are tried that the alignment does not list.
+    Where it ``is_asked`` for, ways are tried that the alignment does not list, and what cannot be compared is a note.
+    The target's code alone is asked then.
 
     Raises:
         InputError: The target is not a module, or the source model has other tensors than the source.
@@ -90,6 +84,7 @@ def decided_by_code(
     try:
         traces = [_traced(model, example_inputs) for model in (source_model, target_model)]
     except TraceError as error:
+        plan = decided_by_target(plan, target_model, example_inputs)
         note = f"The code of both models was not compared. {error}"
         return replace(plan, notes=(*plan.notes, note)) if is_asked else plan
     source, target = nx.relabel_nodes(traces[0][0], keys), traces[1][0]

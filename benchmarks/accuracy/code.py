@@ -1,7 +1,8 @@
 """Code: pairs of networks whose keys do not decide, by keys alone, with the target's code, and with that of both sides.
 
 One side of a pair is written by hand or of another library, or its layers have no names: those of ``Anonymous`` are
-numbered at random. What is right is what ``verify`` proves of the pair under its own names, with all that it may try.
+numbered at random, and those of ``Renamed`` have made-up names in another order. What is right is what ``verify``
+proves of the pair under its own names, with all that it may try.
 ``python -m benchmarks.accuracy.code [--only inception]``; pairs of libraries that are not installed are left out.
 """
 
@@ -34,6 +35,7 @@ from benchmarks.cases.twins import (
     Dense,
     Merging,
     PostNorm,
+    Renamed,
     Stack,
     channels_first,
     turned,
@@ -77,6 +79,7 @@ class Pair:
     target: Builder
     inputs: Any
     is_anonymous: bool = False  # whether the source's names are taken from it
+    is_renamed: bool = False  # whether those of the target's modules are made up
     names: Mapping[str, str] | None = None  # how keys of the target begin -> those of the source, where that is known
     turns: Mapping[str, Callable[[Tensor], Tensor]] | None = None  # patterns of keys -> what is done to these tensors
 
@@ -187,6 +190,22 @@ def pairs() -> Iterator[Pair]:
     encoder = encoders.TorchEncoder, encoders.SeparateEncoder
     yield Pair("post-norm torch.nn.TransformerEncoder -> separate", *encoder, TOKENS, is_anonymous=True)
     yield Pair("DiT -> diffusers' layout", vision.DiT, vision.DiffusersDiT, NOISE, is_anonymous=True)
+    plain = partial(encoders.GatedEncoder, "separate")
+    renamed = (
+        ("transformers.Llama", LLAMA, TOKENS),
+        ("transformers.Mixtral", MIXTRAL, TOKENS),
+        ("transformers.Bert", hf("Bert", "ForSequenceClassification", num_hidden_layers=3), TOKENS),
+        ("transformers.DPT", DPT, _images(64)),
+        ("diffusers.AutoencoderKL", VAE, _images(32)),
+        ("timm.VisionTransformer", timm_vit(DEPTH, qkv_bias=True), IMAGES),
+        ("timm.levit_128s", tm("levit_128s"), _images(224)),
+        ("torchvision.resnet50", tv("resnet50"), _images(64)),
+        ("torchvision.inception_v3", inception, _images(128)),
+        ("gated blocks", plain, TOKENS),
+        ("post-norm blocks", encoders.SeparateEncoder, TOKENS),
+    )
+    for name, build, inputs in renamed:
+        yield Pair(f"{name} -> itself with made-up names", build, build, inputs, is_renamed=True)
     yield Pair(
         "post-norm blocks -> registered backwards",
         partial(PostNorm, "a b c d e", registered_as_used=True),
@@ -294,6 +313,9 @@ def measured(pair: Pair, tallies: Mapping[str, Tally]) -> str:
     original.load_state_dict({**original.state_dict(), **values})
     truth = truth_of(pair, original, pair.target().eval())
     source = Anonymous(original) if pair.is_anonymous else original
+    if pair.is_renamed:
+        target = Renamed(target)
+        truth = {key: truth[own] for key, own in target.keys.items() if own in truth}
     code: dict[str, Any] = {"example_inputs": pair.inputs}
     ways: dict[str, tuple[Side, dict[str, Any]]] = {
         "keys": (target.state_dict(), {}),
@@ -320,25 +342,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="a regex of the names of pairs")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    tallies = {way: Tally() for way in WAYS}
-    count = 0
+    groups = {is_renamed: {way: Tally() for way in WAYS} for is_renamed in (False, True)}
+    counts = dict.fromkeys(groups, 0)
     for pair in pairs():
         if not re.search(options.only, pair.name):
             continue
         try:
-            said = measured(pair, tallies)
+            said = measured(pair, groups[pair.is_renamed])
         except ImportError as error:
             said = f"left out: {error}"
         except (AssertionError, autoalign.UnequalModelsError, autoalign.InputError) as error:
             said = f"left out, without a proof: {str(error)[:900]}"
-        count += not said.startswith("left out")
+        counts[pair.is_renamed] += not said.startswith("left out")
         print(f"  {pair.name}: {said}", flush=True)
-    print("| by | equal | right | wrong | at 0.9 | seconds each |\n| --- | ---: | ---: | ---: | ---: | ---: |")
-    for way, tally in tallies.items():
-        each = tally.seconds / max(count, 1)
-        print(f"| {way} | {tally.equal} of {count} | {tally.right} | {tally.wrong} | {tally.sure} | {each:.1f} |")
-    wrong = tallies["both"].wrong + tallies["target"].wrong + tallies["keys"].sure
-    return int(wrong > 0)
+    for is_renamed, tallies in groups.items():
+        print("\nTargets with made-up names:" if is_renamed else "\nPairs of codes:")
+        print("| by | equal | right | wrong | at 0.9 | seconds each |\n| --- | ---: | ---: | ---: | ---: | ---: |")
+        for way, tally in tallies.items():
+            each, count = tally.seconds / max(counts[is_renamed], 1), counts[is_renamed]
+            print(f"| {way} | {tally.equal} of {count} | {tally.right} | {tally.wrong} | {tally.sure} | {each:.1f} |")
+    return int(any(of["both"].wrong + of["target"].wrong + of["keys"].sure for of in groups.values()))
 
 
 if __name__ == "__main__":

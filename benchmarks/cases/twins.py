@@ -37,6 +37,42 @@ class Anonymous(nn.Module):
         return self.__dict__["model"](*arguments, **options)
 
 
+class Renamed(nn.Module):
+    """A network of the same code and nesting whose modules have made-up names, registered in any order in each module.
+
+    Numbers of lists are kept, and what has one name has one new name.
+    """
+
+    def __init__(self, model: nn.Module, seed: int = 0) -> None:
+        super().__init__()
+        self.__dict__["model"] = model.eval()  # which is not registered
+        draw = random.Random(seed)
+        names = sorted({name for path, _ in model.named_modules() for name in path.split(".") if not name.isdigit()})
+        words = ["".join(draw.choice(letters) for letters in ("bdfgklmnprstvz", "aeiou") * 3) for _ in names]
+        new = dict(zip(names, words, strict=True)) | {"": ""}
+
+        def rebuilt(part: nn.Module, copy: nn.Module) -> nn.Module:
+            copy._parameters, copy._buffers = part._parameters, part._buffers
+            copy._non_persistent_buffers_set = part._non_persistent_buffers_set
+            children = [(new.get(name, name), child) for name, child in part.named_children()]
+            for name, child in sorted(children, key=lambda each: (len(each[0]), each[0])):
+                copy.add_module(name, rebuilt(child, nn.Module()) if child._modules else child)
+            return copy
+
+        rebuilt(model, self)
+        self.keys = {
+            ".".join([*(new.get(name, name) for name in key.split(".")[:-1]), key.split(".")[-1]]): key
+            for key in model.state_dict()
+        }  # its key -> the model's
+        for name in ("config", "default_cfg", "main_input_name"):
+            if hasattr(model, name):
+                self.__dict__[name] = getattr(model, name)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Call the network."""
+        return self.__dict__["model"](*arguments, **options)
+
+
 class Stack(nn.Module):
     """Layers of one shape in a chain, each behind an activation, whose names and order of registration are given."""
 

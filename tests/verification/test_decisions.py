@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import autoalign
 from autoalign.alignment import Alignment
 from autoalign.errors import InputError
-from autoalign.verification.decisions import CODE
+from autoalign.verification.roles import CODE
 from benchmarks.accuracy.localisation import randomise as with_values
 from benchmarks.cases.twins import Anonymous
 from tests.reference_models.encoders import GatedEncoder, SeparateEncoder, TorchEncoder
@@ -86,7 +86,7 @@ def test_gate_and_up_are_told_by_what_is_done_with_them() -> None:
     }
     assert all(match.evidence[CODE] == 1 for match in alignment.matches)
     assert any("The code of both models decided" in note for note in alignment.notes)
-    assert filled_from(autoalign.align(source.state_dict(), target)) != filled_from(alignment)
+    assert filled_from(autoalign.align(source.state_dict(), target.state_dict())) != filled_from(alignment)
 
 
 def test_queries_keys_and_values_are_told_whether_attention_is_one_function_or_two_products() -> None:
@@ -111,7 +111,7 @@ def test_code_at_hand_is_not_asked_where_keys_leave_nothing_open(monkeypatch: py
     def unasked(*_: object) -> None:
         raise AssertionError("code was asked")
 
-    for place in ("decisions", "order"):
+    for place in ("decisions", "roles"):
         monkeypatch.setattr(f"autoalign.verification.{place}.traced", unasked)
     source = Chained("fc1", "fc2", "fc3")
     for side in (source, source.state_dict()):

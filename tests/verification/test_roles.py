@@ -1,0 +1,139 @@
+"""The target's code alone tells what it does with its tensors, and whether order is to be believed of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autoalign
+from autoalign.plan.matches import Match
+from autoalign.plan.operations import Copy
+from autoalign.verification.roles import is_in_order, roles_of
+from benchmarks.cases.twins import ActorCritic, Anonymous, Renamed
+from tests.pairs import tv
+from tests.reference_models.encoders import GatedEncoder, SeparateEncoder
+from tests.reference_models.parts import WIDTH
+from tests.verification.test_decisions import Gated, filled_from
+
+
+def test_an_order_that_shapes_show_to_be_at_random_tells_nothing() -> None:
+    model = tv("squeezenet1_1")()
+    source = Anonymous(tv("squeezenet1_1")())
+    right = {own: key for key, own in source.keys.items()}
+    found = autoalign.align(source.state_dict(), model)
+    assert all(match.sources == (right[match.target],) for match in found.matches)
+    assert len(found.ambiguous) > 20
+
+
+def test_an_order_that_shapes_bear_out_is_believed() -> None:
+    model = tv("squeezenet1_1")()
+    source = {f"m{place // 2}.{'wb'[place % 2]}": tensor for place, tensor in enumerate(model.state_dict().values())}
+    found = autoalign.align(source, model)
+    assert [*found.mapping] == [*source]
+    assert [*found.mapping.values()] == [*model.state_dict()]
+
+
+@pytest.mark.parametrize("is_called", [False, True])
+def test_towers_that_never_meet_have_no_order(is_called: bool) -> None:
+    source, target = ActorCritic("a", "b", is_actor_first=True), ActorCritic("x", "y", is_actor_first=False)
+    inputs = torch.randn(3, 8) if is_called else None
+    found = autoalign.align(source.state_dict(), target, example_inputs=inputs)
+    assert not found.matches
+    assert len(found.ambiguous) == len(target.state_dict())
+    assert all("never meets" in match.warnings[-1] for match in found.ambiguous)
+
+
+class Symmetric(nn.Module):
+    """Two branches that are used alike."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+        for name in names:
+            self.add_module(name, nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (self.get_submodule(name) for name in self.names)
+        return torch.relu(first(x)) + torch.relu(second(x))
+
+
+def test_branches_that_are_used_alike_have_no_order() -> None:
+    found = autoalign.align(Symmetric("a", "b").state_dict(), Symmetric("x", "y"))
+    assert not found.matches
+    assert all("another one of its shape alike" in match.warnings[-1] for match in found.ambiguous)
+
+
+class Attending(nn.Module):
+    """Attention of four layers, written in several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        for name in "wxyz":
+            self.add_module(name, nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = (self.get_submodule(name)(tokens) for name in "ywx")
+        if self.way == "einsum":
+            scores = torch.einsum("bid,bjd->bij", q, k).softmax(-1)
+        elif self.way == "keys first":
+            scores = (k @ q.transpose(1, 2)).softmax(1).transpose(1, 2)
+        elif self.way == "turned":
+            scores = (k @ q.transpose(1, 2)).transpose(1, 2).softmax(-1)
+        else:
+            scores = (q @ k.transpose(1, 2)).softmax(-1)
+        mixed = (
+            (v.transpose(1, 2) @ scores.transpose(1, 2)).transpose(1, 2) if self.way == "values first" else scores @ v
+        )
+        return self.get_submodule("z")(mixed)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", ["products", "einsum", "values first", "keys first", "turned"])
+def test_queries_keys_and_values_are_told_however_attention_is_written(way: str) -> None:
+    roles = roles_of(autoalign.dataflow(Attending(way), torch.ones(1, 5, WIDTH)))
+    assert roles == {"w.weight": "k", "x.weight": "v", "y.weight": "q", "z.weight": "o"}
+
+
+def test_a_shortcut_is_the_shorter_branch_and_a_stem_is_none() -> None:
+    roles = roles_of(autoalign.dataflow(tv("resnet18")(), torch.ones(1, 3, 64, 64)))
+    assert roles == {f"layer{stage}.0.downsample.0.weight": "shortcut" for stage in (2, 3, 4)}
+
+
+@pytest.mark.parametrize("make", [lambda: GatedEncoder("separate"), SeparateEncoder])
+def test_made_up_names_are_read_as_what_the_code_does(make: Callable[[], nn.Module]) -> None:
+    source, target = make(), Renamed(make(), seed=1)
+    keys = filled_from(autoalign.align(source.state_dict(), target.state_dict()))
+    alignment = autoalign.align(source.state_dict(), target)
+    found = filled_from(alignment)
+    assert keys.items() != found.items() <= target.keys.items()
+    assert {key for key, own in target.keys.items() if "attn" in own or "mlp" in own} <= found.keys()
+    assert alignment.notes[-1].startswith("Told by what the code of the model does with them: 3 v, 3 q, 3 k, 3 o")
+
+
+def test_code_contradicts_names_that_tell_another_role() -> None:
+    source, target = Gated("gate", "up", "down"), Gated("w3", "w1", "x")
+    found = filled_from(autoalign.align(source.state_dict(), target))
+    assert (found["w3.weight"], found["w1.weight"], found["x.weight"]) == ("gate.weight", "up.weight", "down.weight")
+
+
+@pytest.mark.parametrize("order", ["0123456789", "0213456879", "1234056789"])
+def test_layers_that_stand_in_about_one_order_tell_of_it(order: str) -> None:
+    keys = [f"{number}.weight" for number in range(10)]
+    matches = [Match(key, (f"{own}.weight",), Copy()) for key, own in zip(keys, order, strict=True)]
+    assert is_in_order(matches, keys, keys)
+    assert not is_in_order(matches, keys, keys[::-1])
+    assert is_in_order(matches[:3], keys, keys[::-1])  # chance
+
+
+def test_what_shares_a_shape_with_more_that_is_open_is_open_too() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("cat", "cow", "dog", "fox"):
+                self.add_module(name, nn.Linear(3, 3))
+
+    source = {"one.weight": torch.ones(3, 3), "one.bias": torch.ones(3)}
+    assert not autoalign.align(source, Wide()).matches
