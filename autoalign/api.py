@@ -88,8 +88,9 @@ def align(
             contradicts are listed as ambiguous. What stays open, such as a layout, is decided by calls of copies of
             both on random values, where they agree further in one way than in any other. All that is so anyway where
             both sides are modules, and keys leave anything open or nothing but order tells which tensor it is; if the
-            target alone is one, what it uses in another order than it registers it is then ambiguous, and notes say how
-            much depends on open layouts, where ``example_inputs`` are given.
+            target alone is one, layers whose names tell nothing are told by what it does with them (a query, a gate, a
+            shortcut), what is out of order by its code or by shapes is ambiguous then, and notes say how much depends
+            on open layouts, where ``example_inputs`` are given.
         **unknown: Refused, with the most similar option that there is.
 
     Returns:

@@ -151,7 +151,7 @@ def roles_of(graph: nx.DiGraph) -> dict[str, str]:
     ...     def forward(self, x):
     ...         return self.c(self.a(x) * functional.silu(self.b(x)))
     >>> roles_of(traced(Gated())[0])
-    {'a.weight': 'up', 'b.weight': 'gate', 'c.weight': 'down'}
+    {'b.weight': 'gate', 'a.weight': 'up', 'c.weight': 'down'}
     """
     uses = _Uses(graph)
     found: dict[str, set[str]] = defaultdict(set)
@@ -299,6 +299,10 @@ def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: objec
     which the model uses in the order in which it registers it, unless ``example_inputs`` are given, which stand for the
     order of use. What it uses alike, or for different outputs, has no order.
     """
+    shapes = {spec.key: spec.shape for spec in plan.target_specs}
+    alike = Counter(shapes.values())
+    if not plan.ambiguous and all(alike[shapes[match.target]] == 1 for match in filter(_is_nameless, plan.matches)):
+        return plan
     try:
         graph = traced(target_model, example_inputs)[0]
     except TraceError:
@@ -307,30 +311,38 @@ def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: objec
     used = sorted((key for key in keys if key in graph and graph.out_degree(key)), key=lambda k: min(graph.succ[k]))
     order = keys if example_inputs is None else [*used, *(key for key in keys if key not in used)]
     plan = with_roles(plan, graph, order)
-    shapes = {spec.key: spec.shape for spec in plan.target_specs}
-    nameless = [m for m in plan.matches if not m.evidence.get("name", 1.0) and CODE not in m.evidence]
-    groups: dict[Shape, list[str]] = defaultdict(list)
-    for match in nameless:
-        if match.confidence < _ORDERED:
-            groups[shapes[match.target]].append(match.target)
-    left = Counter(shapes[key] for key in plan.missing_keys)
-    groups = {shape: of for shape, of in groups.items() if len(of) + left[shape] > 1}
-    if not groups:
+    if not (groups := _told_by_order(plan)):
         return plan
+    nameless = filter(_is_nameless, plan.matches)
     has_order = is_in_order(nameless, [spec.key for spec in plan.source_specs], order)
-    reasons = {key: _NO_ORDER for shape, of in groups.items() if not has_order or len(of) <= left[shape] for key in of}
+    reasons = {key: _NO_ORDER for of, left in groups if not has_order or len(of) <= left for key in of}
     told = pairs_of(graph, graph, {})
     outputs = [node for node, kind in graph.nodes(data="kind") if kind == "output"]
     before = {node: nx.ancestors(graph, node) for node in outputs}
-    for of in groups.values():
+    for of, _ in groups:
         known = [key for key in order if key in of and key in used]
         by_use = [key for key in used if key in of]
         reasons |= {key: _OUT_OF_ORDER for key, other in zip(known, by_use, strict=True) if key != other}
         leads_to = {key: {node for node in before if key in before[node]} for key in known}
         reasons |= {key: _APART for key in known if any(leads_to[key].isdisjoint(other) for other in leads_to.values())}
-        alike = [key for key in known if key not in told]
-        reasons |= dict.fromkeys(alike if len(alike) > 1 else (), _SYMMETRIC)
+        twins = [key for key in known if key not in told]
+        reasons |= dict.fromkeys(twins if len(twins) > 1 else (), _SYMMETRIC)
     return with_doubts(plan, reasons)
+
+
+def _is_nameless(match: Match) -> bool:
+    return not match.evidence.get("name", 1.0) and CODE not in match.evidence
+
+
+def _told_by_order(plan: Plan) -> list[tuple[list[str], int]]:
+    """List the target keys of each shape that only order tells from others, with how many of that shape get nothing."""
+    shapes = {spec.key: spec.shape for spec in plan.target_specs}
+    groups: dict[Shape, list[str]] = defaultdict(list)
+    for match in filter(_is_nameless, plan.matches):
+        if match.confidence < _ORDERED:
+            groups[shapes[match.target]].append(match.target)
+    left = Counter(shapes[key] for key in plan.missing_keys)
+    return [(of, left[shape]) for shape, of in groups.items() if len(of) + left[shape] > 1]
 
 
 def is_in_order(matches: Iterable[Match], source: Sequence[str], target: Sequence[str]) -> bool:
