@@ -386,10 +386,12 @@ def test_an_attempt_is_perfect_if_all_is_found_and_nothing_is_wrong() -> None:
 
 
 def test_code_tells_what_keys_do_not(capsys: pytest.CaptureFixture[str]) -> None:
-    assert code.main(["--only", "gated, the gate last -> separate|post-norm blocks"]) == 0
-    keys, _, both = capsys.readouterr().out.splitlines()[-3:]
+    assert code.main(["--only", "gated, the gate last -> separate|post-norm blocks -> reg|gated blocks"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    keys, _, both, *renamed = (line for line in lines if not line.startswith(("| by", "| ---")))
     assert keys.startswith("| keys | 0 of 2 |")
     assert both.startswith("| both | 2 of 2 | 91 | 0 | 0 |")
+    assert [line.split(" | ")[1] for line in renamed] == ["0 of 1", "1 of 1", "1 of 1"]
 
 
 def test_the_share_of_networks_that_can_be_traced_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

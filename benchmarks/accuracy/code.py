@@ -356,6 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counts[pair.is_renamed] += not said.startswith("left out")
         print(f"  {pair.name}: {said}", flush=True)
     for is_renamed, tallies in groups.items():
+        if not counts[is_renamed]:
+            continue
         print("\nTargets with made-up names:" if is_renamed else "\nPairs of codes:")
         print("| by | equal | right | wrong | at 0.9 | seconds each |\n| --- | ---: | ---: | ---: | ---: | ---: |")
         for way, tally in tallies.items():
