@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
 
 import autoalign
 from autoalign.errors import NothingLoadedError
@@ -209,6 +210,26 @@ def test_adapters_whose_arithmetic_is_another_are_refused_by_their_name(name: st
     with pytest.raises(NothingLoadedError, match=text):
         autoalign.load(model, path, merge_adapter=merge)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_lora_is_added_as_diffusers_adds_what_it_saved() -> None:
+    with np.load(WRITTEN / "lora-diffusers" / "merged.npz") as file:  # of a network of zeros
+        zeros = {key: torch.zeros(array.shape) for key, array in file.items()}
+    path = WRITTEN / "lora-diffusers" / "pytorch_lora_weights.safetensors"
+    with pytest.raises(NothingLoadedError, match=r"7 layers are given as LoRA.*merge_adapter=True"):
+        autoalign.load(nn.Linear(2, 2), path)
+    alignment = autoalign.align(path, zeros, merge_adapter=True)
+    assert_as_merged("lora-diffusers", zeros | alignment.state_dict())
+
+
+def test_experts_in_mxfp4_are_those_of_transformers() -> None:
+    """Their matrices are square, so that no shape tells that transformers turns them."""
+    folder = WRITTEN / "mxfp4-experts"
+    model = GptOssForCausalLM(GptOssConfig.from_pretrained(folder))
+    alignment = autoalign.load(model, folder, strict=True)
+    assert any("Dequantised to float32: 4 tensors quantised as MXFP4 (" in note for note in alignment.notes)
+    wanted = GptOssForCausalLM.from_pretrained(folder, quantization_config=Mxfp4Config(dequantize=True))
+    assert all(torch.equal(model.state_dict()[key], tensor.float()) for key, tensor in wanted.state_dict().items())
 
 
 def test_an_ip_adapter_fills_what_diffusers_fills() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -258,6 +259,19 @@ def save(found: Written, folder: Path) -> None:
     save_file(parts | norm, folder / "model.safetensors")
     if found.config:
         (folder / "config.json").write_text(json.dumps({"quantization_config": found.config}) + "\n")
+
+
+def write_experts() -> None:
+    """Write a small GPT-OSS with its experts in MXFP4, by ModelOpt's examples/gpt-oss, which must be on the path."""
+    sys.modules["utils"] = SimpleNamespace(get_original_huggingface_quant_method=None)  # type: ignore[assignment] # of its trainer
+    converter: Any = import_module("convert_oai_mxfp4_weight_only")
+    transformers: Any = import_module("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, **counts, num_experts_per_tok=2))
+    folder = WRITTEN / "mxfp4-experts"
+    converter.convert_and_save(model.bfloat16(), SimpleNamespace(save_pretrained=lambda _: None), str(folder))
 
 
 def main() -> None:

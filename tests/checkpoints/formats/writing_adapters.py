@@ -2,7 +2,8 @@
 
 ``python -m tests.checkpoints.formats.writing_adapters KIND`` writes one into ``written/`` anew, on a CPU: ``peft``;
 ``kohya`` (lycoris-lora, as the trainer of kohya-ss calls it); ``comfy`` (SimpleTuner's conversion); ``ip`` (ip-adapter,
-and diffusers' own reading of it); ``ema`` (LitEma of latent diffusion, which audioldm has).
+and diffusers' own reading of it); ``ema`` (LitEma of latent diffusion, which audioldm has); ``diffusers`` (as its
+training scripts save LoRA).
 """
 
 from __future__ import annotations
@@ -130,19 +131,46 @@ def write_comfy() -> None:
     keep("lora-comfy", merged)
 
 
+def small_unet() -> Any:
+    return import_module("diffusers").UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def write_diffusers() -> None:
+    peft: Any = import_module("peft")
+    pipeline: Any = import_module("diffusers").StableDiffusionPipeline
+    training: Any = import_module("diffusers.training_utils")
+    utils: Any = import_module("diffusers.utils")
+    network = small_unet()
+    network.requires_grad_(False)
+    targets = r"down_blocks\.0\..*\.(to_q|to_k|to_out\.0|conv1)"
+    network.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    randomised(network)
+    layers = utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(network))
+    own = WRITTEN / "lora-diffusers"
+    pipeline.save_lora_weights(own, unet_lora_layers=layers, **training._collate_lora_metadata({"unet": network}))
+    plain = small_unet()
+    for parameter in plain.parameters():
+        parameter.data.zero_()
+    saved, alphas, metadata = pipeline.lora_state_dict(own, return_lora_metadata=True)
+    pipeline.load_lora_into_unet(saved, alphas, plain, metadata=metadata)
+    plain.fuse_lora()
+    plain.unload_lora()
+    keep("lora-diffusers", plain.state_dict())
+
+
 def write_ip() -> None:
     diffusers: Any = import_module("diffusers")
     import_module("diffusers.pipelines.controlnet").MultiControlNetModel = object  # type: ignore[attr-defined] # as it was
     package: Any = import_module("ip_adapter.ip_adapter")
     own, base = WRITTEN / "ip-adapter", 32
-    network: Any = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=base,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
+    network = small_unet()
     processors: dict[str, Any] = {}
     for name in network.attn_processors:  # as IPAdapter.set_ip_adapter does
         width = network.get_submodule(name.removesuffix(".processor")).to_q.in_features
@@ -186,6 +214,7 @@ KINDS: dict[str, Callable[[], None]] = {
     "peft": write_peft,
     "kohya": write_kohya,
     "comfy": write_comfy,
+    "diffusers": write_diffusers,
     "ip": write_ip,
     "ema": write_ema,
 }
