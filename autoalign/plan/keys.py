@@ -75,8 +75,8 @@ def components(key: str) -> tuple[str, ...]:
 def split_key(key: str) -> tuple[str, str]:
     """Split a key, or the name of a module, into that of the module around it and its own.
 
-    >>> split_key("encoder.layer.0"), split_key("weight")
-    (('encoder.layer', '0'), ('', 'weight'))
+    >>> split_key("encoder.layer.0"), split_key("weight"), split_key("encoder/layer/kernel"), split_key("a.b/c")
+    (('encoder.layer', '0'), ('', 'weight'), ('encoder/layer', 'kernel'), ('a.b', 'c'))
     """
     module, _, name = key.rpartition(".")
     if "/" in name:

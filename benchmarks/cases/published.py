@@ -4,9 +4,9 @@ They are from model cards, papers and the docstrings of the configurations, as f
 them. A row is a name, the class that is built, and what differs from the defaults of its configuration. The default
 configuration of every family is beside these, under the name of its class, whether or not anybody published weights
 of it; where it cannot be built, since a default lacks a size, it stands here with that size. Left out are, of
-transformers 5.24, Dinat and LayoutLMv2, which need libraries that no registry has built (natten, detectron2);
-Granite4Vision, DiffusionGemma, Qwen4Exp and the talker of Qwen3Omni, whose defaults lack sizes that are not known here;
-and the wrappers of timm, whose models are timm's.
+transformers 5.24, LayoutLMv2, whose backbone is detectron2's, which no registry has; Granite4Vision, whose vocabulary
+with the token of an image is not known here, and the vision tower of DiffusionGemma, whose depth is not; and the
+wrappers of timm, whose models are timm's.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ _WHISPER = (
     "d_model encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim "
     "decoder_ffn_dim num_mel_bins"
 )
+
+
+def _dilations(pairs: int) -> list[list[int]]:
+    """Return those of Dinat's stages, of which the third has so many pairs of layers; no shape depends on them."""
+    return [[1, 8, 1], [1, 4, 1, 4], [1, 2] * pairs, [1] * 5]
+
 
 _TABLES: tuple[tuple[str, str, tuple[tuple[Any, ...], ...]], ...] = (
     (
@@ -366,6 +372,16 @@ _TABLES: tuple[tuple[str, str, tuple[tuple[Any, ...], ...]], ...] = (
         for kind, name in (("ConvNextModel", "convnext"), ("ConvNextV2Model", "convnextv2"))
     ),
     (
+        "DinatModel",
+        "embed_dim depths num_heads mlp_ratio layer_scale_init_value dilations",
+        (
+            ("dinat-mini-in1k-224", 64, [3, 4, 6, 5], [2, 4, 8, 16], 3.0, 0.0, _dilations(3)),
+            ("dinat-tiny-in1k-224", 64, [3, 4, 18, 5], [2, 4, 8, 16], 3.0, 0.0, _dilations(9)),
+            ("dinat-small-in1k-224", 96, [3, 4, 18, 5], [3, 6, 12, 24], 2.0, 1e-5, _dilations(9)),
+            ("dinat-base-in1k-224", 128, [3, 4, 18, 5], [4, 8, 16, 32], 2.0, 1e-5, _dilations(9)),
+        ),
+    ),
+    (
         "ResNetModel",
         "layer_type depths hidden_sizes",
         (
@@ -573,6 +589,25 @@ def _sizes(*values: int) -> dict[str, int]:
     return dict(zip(["vocab_size", *_KV.split()], values, strict=True))
 
 
+_QWEN4_EXP = {
+    "hidden_size": 2560,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "linear_num_value_heads": 48,
+    "moe_intermediate_size": 640,
+    "shared_expert_intermediate_size": 640,
+    "eos_token_id": 248044,
+    "ple_layer_ids": [2],
+    "split_ngram_parts": 128,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 128,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 4,
+    "output_gate_type": "sigmoid",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+}
 _OTHERS: tuple[tuple[str, str, Options], ...] = (
     *(
         (name, "DebertaV2Model", {**_DEBERTA, **dict(zip(_BERT.split(), sizes, strict=True))})
@@ -796,4 +831,23 @@ _OTHERS: tuple[tuple[str, str, Options], ...] = (
     ("PP-OCRv6_medium_det", "PPOCRV6MediumDetForObjectDetection", _PADDLE_DETECTOR),
     *((name, name, {}) for name in ("MusicgenForConditionalGeneration", "MusicgenMelodyForConditionalGeneration")),
     ("Qwen3OmniMoeThinker", "Qwen3OmniMoeThinkerForConditionalGeneration", {}),
+    (
+        "Qwen3-Omni-30B-A3B talker",
+        "Qwen3OmniMoeTalkerForConditionalGeneration",
+        {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 768}},
+    ),
+    ("Qwen4-Exp text", "Qwen4ExpTextModel", _QWEN4_EXP),
+    ("Qwen4-Exp", "Qwen4ExpModel", {"text_config": _QWEN4_EXP, "vision_config": {"out_hidden_size": 2560}}),
+    (
+        "diffusiongemma-26B-A4B text",
+        "DiffusionGemmaEncoderTextModel",
+        {
+            **dict(zip(_KV.split(), (2816, 30, 16, 8, 2112), strict=True)),
+            "num_experts": 128,
+            "top_k_experts": 8,
+            "moe_intermediate_size": 704,
+            "global_head_dim": 512,
+            "num_global_key_value_heads": 2,
+        },
+    ),
 )

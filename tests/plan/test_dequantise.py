@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.errors import AutoAlignError, CheckpointError, InputError, PairMismatchError, RulesError
-from autoalign.plan.dequantise import Dequantise, is_dequantised
+from autoalign.plan.dequantise import Dequantise, is_dequantised, is_sure
 from autoalign.plan.operations import Copy, Operation, Split, Transpose, chain, output_shapes
 from autoalign.plan.quantised import as_values, groups_of
 from autoalign.plan.regions import Regional, divided, evaluated, narrowed, put_together
@@ -443,6 +443,31 @@ def test_a_part_of_gptq_is_of_the_version_that_all_of_it_shows() -> None:
     parts = [packed(torch.randint(0, 16, (128, 64)), 4).T.contiguous(), packed(zeros, 4), torch.rand(2, 128).half()]
     operation = Dequantise("GPTQ", ("codes", "zero", "scale"))
     assert torch.equal(pieces(operation, parts, 2**11), operation.apply(parts)[0])
+
+
+@pytest.mark.parametrize(
+    ("operation", "shapes"),
+    [
+        (Dequantise("LLM.int8", ("codes", "scale")), [(4, 3), (5,)]),
+        (Dequantise("LLM.int8", ("codes", "scale")), [(4, 3)]),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(operation: Dequantise, shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(InputError, match=r"does not fit tensors of shapes .* Nothing was converted"):
+        operation.apply([torch.zeros(shape) for shape in shapes])
+
+
+def test_only_schemes_without_choices_are_sure() -> None:
+    assert is_sure(Dequantise("INT8 by row", ("codes", "scale")))
+    assert not is_sure(Dequantise("LLM.int8", ("codes", "scale")))  # whose format may be a GPU's
+    assert not is_sure(Copy())
+
+
+def test_no_rows_are_no_values() -> None:
+    shapes = {(4, 3): torch.int8, (4,): torch.float32}
+    given = [Regional(shape, dtype, lambda _: torch.empty(0)) for shape, dtype in shapes.items()]
+    (values,) = evaluated(Dequantise("LLM.int8", ("codes", "scale")), given)
+    assert values.read(((0, 0), (0, 3))).shape == (0, 3)
 
 
 def test_blocks_need_not_fill_the_last_row_and_column() -> None:

@@ -21,13 +21,18 @@ from autoalign.plan.operations import (
     Chain,
     Concatenate,
     Flip,
+    Grouped,
     InsertZeros,
     Operation,
     Parallel,
+    Permute,
     Reshape,
+    Split,
+    Stack,
     Transpose,
+    Unstack,
 )
-from autoalign.rules.size_free import Portion, Sized, ZerosLike
+from autoalign.rules.size_free import Pick, Portion, Regroup, Sized, ZerosLike
 from tests.rules.test_export_renamings import RENAMINGS, gpt_like, halved, llama, same
 from tests.rules.test_induce import few, made, renamings
 from tests.rules.test_rules import EVERY_KIND, tensors
@@ -143,10 +148,32 @@ def test_parts_are_written_as_they_are_applied(of: int, length: int, dim: int) -
         Chain((Parallel((Flip(0), Reshape((2, 3)))), Concatenate(0))),
         Chain((Concatenate(0), Flip(0))),
         Chain((Concatenate(0), Reshape((12,)))),
+        Chain((Pick((1, 0, 1)), Concatenate(0))),
+        Chain((Grouped(1, Unstack(0, 1)), Stack(0))),
+        Chain((Parallel((Sized(((2, 3),), Transpose()), Regroup(((1,), (0,))))), Concatenate(0))),
     ],
     ids=str,
 )
 def test_operations_are_written_as_they_are_applied(operation: Operation) -> None:
     rules = Rules((Rule(("^a$", "^b$"), ("c",), (operation,)),))
     source = {key: torch.rand(2, 3) for key in "ab"}
+    assert same(function_of(rules)(source), rules.apply(source))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        Permute((1, 0)),
+        Split(0, 1, 1),
+        Unstack(1, 2),
+        Regroup(((1,), (0,))),
+        Regroup(((0, 1),)),
+        Sized(((2, 3),), Transpose()),
+        Chain((Pick((0, 0)), Concatenate(1))),
+    ],
+    ids=str,
+)
+def test_operations_on_one_tensor_are_written_as_they_are_applied(operation: Operation) -> None:
+    rules = Rules((Rule(("^a$",), ("c",), (operation,)),))
+    source = {"a": torch.rand(2, 3)}
     assert same(function_of(rules)(source), rules.apply(source))
