@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from itertools import chain
 from typing import Any
 
@@ -99,7 +100,8 @@ def _put_back(module: nn.Module) -> Iterator[None]:
     """Leave modules with the attributes that they have, whatever a call keeps of its tensors in them."""
     with ExitStack() as stack:
         for inner in module.modules():
-            stack.callback(_set_attributes, inner, dict(vars(inner)))
+            held = {name: copy(value) for name, value in vars(inner).items() if type(value) in (dict, list)}
+            stack.callback(_set_attributes, inner, dict(vars(inner)), held)
         stack.callback(snapshot(module, keep_values=False))
         stack.enter_context(quiet(module))
         logger = logging.getLogger("torch._subclasses.fake_tensor")  # which logs what it raises
@@ -110,9 +112,13 @@ def _put_back(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _set_attributes(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+def _set_attributes(module: nn.Module, attributes: Mapping[str, Any], held: Mapping[str, Any]) -> None:
+    """Set the attributes of a module, and what its dictionaries and lists hold, such as tables that it keeps."""
     vars(module).clear()
     vars(module).update(attributes)
+    for name, values in held.items():
+        attributes[name].clear()
+        (attributes[name].update if isinstance(values, dict) else attributes[name].extend)(values)
 
 
 def _recorded(module: nn.Module, inputs: object) -> nx.DiGraph:

@@ -200,3 +200,23 @@ def test_networks_are_traced_with_all_of_their_parameters(name: str) -> None:
         model = torchvision.models.get_model(name, weights=None, **downloads)
     graph = autoalign.dataflow(model)
     assert [key for key, _ in model.named_parameters() if not graph.out_degree(key)] == []
+
+
+def test_what_a_module_keeps_of_a_call_is_gone() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.tables: dict[str, Tensor] = {}
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.tables.setdefault("bias", self.layer.bias * 2)
+            self.seen.append(x)
+            return self.layer(x) + self.tables["bias"]  # type: ignore[no-any-return]
+
+    module = Keeping()
+    tables = module.tables
+    autoalign.dataflow(module, X)
+    assert module.tables is tables
+    assert (tables, module.seen) == ({}, [])
