@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from autoalign.errors import InputError, TraceError
 from autoalign.loading.transaction import snapshot
@@ -95,6 +96,25 @@ def traced(module: nn.Module, example_inputs: object = None) -> tuple[nx.DiGraph
     )
 
 
+def inputs_within(module: nn.Module, inputs: object, path: str) -> tuple[Any, ...] | None:
+    """Return what a module inside is called with first in a call of one: arguments, and keyword arguments last.
+
+    Tensors that no parameter and no large input is behind have their values, and others random ones, the same for the
+    same shapes in the same order. What is no tensor, number, text or collection of such, such as a cache, is None.
+    None is returned where the module is not called.
+
+    Raises:
+        TraceError: The call fails.
+    """
+    found: list[tuple[Any, ...]] = []
+    try:
+        with _put_back(module):
+            _recorded(module, inputs, (path, found.append))
+    except Exception as error:  # any, since the code is not ours
+        raise TraceError(f"{type(module).__name__} could not be called on tensors without data: {error}") from error
+    return found[0] if found else None
+
+
 @contextmanager
 def _put_back(module: nn.Module) -> Iterator[None]:
     """Leave modules with the attributes that they have, whatever a call keeps of its tensors in them."""
@@ -121,7 +141,10 @@ def _set_attributes(module: nn.Module, attributes: Mapping[str, Any], held: Mapp
         (attributes[name].update if isinstance(values, dict) else attributes[name].extend)(values)
 
 
-def _recorded(module: nn.Module, inputs: object) -> nx.DiGraph:
+def _recorded(
+    module: nn.Module, inputs: object, watched: tuple[str, Callable[[tuple[Any, ...]], None]] | None = None
+) -> nx.DiGraph:
+    """Record a call; what is ``watched`` is the path of a module inside, and what takes its inputs."""
     recorder = _Recorder()
     names = {id(inner): name for name, inner in reversed([*module.named_modules()])}
 
@@ -147,6 +170,13 @@ def _recorded(module: nn.Module, inputs: object) -> nx.DiGraph:
         fakes = {id(tensor): recorder.stand_in(tensor, f"input:{name}", "input") for name, tensor in placed.items()}
         arguments, options = tree_map_only(Tensor, lambda tensor: fakes.get(id(tensor), tensor), (arguments, options))
         stack.callback(register_module_forward_pre_hook(enter).remove)
+        if watched is not None:
+            path, take = watched
+            hook = module.get_submodule(path).register_forward_pre_hook(
+                lambda _, args, kwargs: take((*recorder.with_values(args), recorder.with_values(kwargs))),
+                with_kwargs=True,
+            )
+            stack.callback(hook.remove)
         stack.callback(register_module_forward_hook(leave, always_call=True).remove)
         stack.enter_context(recorder.fake_mode)
         stack.enter_context(recorder)
@@ -274,6 +304,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             edge = self.graph.get_edge_data(before, node, {"arguments": (), "results": ()})
             arguments, results = (*edge["arguments"], argument), (*edge["results"], place)
             self.graph.add_edge(before, node, arguments=arguments, results=results)
+
+    def with_values(self, given: Any) -> Any:
+        """Return nested arguments with values in their tensors: those that are known, and random ones."""
+        counts: Counter[object] = Counter()
+
+        def valued(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf if isinstance(leaf, bool | int | float | str) else None
+            if id(leaf) in self._computed:
+                return self._computed[id(leaf)].clone()
+            shape = tuple(leaf.shape)
+            counts[shape] += 1
+            values = torch.randn(shape, generator=torch.Generator().manual_seed(counts[shape]))
+            return values if leaf.is_floating_point() else values.abs().to(leaf.dtype)
+
+        with _disable_current_modes():
+            return tree_map(valued, given)
 
     def add_output(self, name: str, tensor: Tensor) -> None:
         """Add what the module returns as a node."""

@@ -1,7 +1,9 @@
 """Probe: what keys and graphs leave open is decided by calling both networks on the same random values.
 
 Only copies of the networks are called, in which every parameter is new: the source has values that carry its signal,
-and the target what an alignment makes of them. Each way to settle a choice is tried in all layers at once; it is taken
+and the target what an alignment makes of them. Of networks that are too large the smallest modules are called that hold
+the tensors, on what a call of the whole gives them, as far as that is known without data, and else on random values.
+Each way to settle a choice is tried in all layers at once; it is taken
 if both networks agree further with it than with any other.
 """
 
@@ -9,16 +11,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
 from autoalign.errors import InputError
+from autoalign.plan.keys import common_module, components, numbers, split_key
 from autoalign.plan.matches import Candidate, Match, Plan
-from autoalign.reports.choices import Choice
+from autoalign.reports.choices import Choice, Option
+from autoalign.verification.dataflow import inputs_within
 from autoalign.verification.differences import relative_difference
 from autoalign.verification.proof import fresh_values, is_decisive
 from autoalign.verification.run import NEVER, call, flat_tensors, preserved
@@ -28,6 +34,7 @@ from autoalign.verification.session import Session, tensors_of
 PROBE = "probe"  # the cue
 _CONFIDENCE = 0.99  # in what a probe decides
 _MAX_ELEMENTS = 2**28  # of a network that is called
+_MAX_CLIMBED = 3  # modules around a layer that are called in place of a network
 _TRIALS = 200  # of ways that the alignment does not list
 _SECONDS, _DEFAULT_SECONDS = 60.0, 10.0  # for which calls are made, and where nobody asked for them
 
@@ -54,10 +61,11 @@ def probed(
     if not (alignment.choices or is_search):
         return plan, False
     if max(sizes) > _MAX_ELEMENTS:
+        plan, is_decided = _probed_within(plan, alignment, (source_model, target_model), list(inputs), end)
         text = (
             f"The models have too many elements to be called in passing ({max(sizes):,}); autoalign.verify calls them."
         )
-        return replace(plan, notes=(*plan.notes, text)), False
+        return plan if is_decided else replace(plan, notes=(*plan.notes, text)), False
     try:
         source, target = (_with_own_values(model) for model in (source_model, target_model))
     except Exception:  # any, since the code is not ours, and some cannot be copied
@@ -78,6 +86,95 @@ def probed(
     keys = {key for choice in taken for key in choice.targets}
     keys |= {match.target for match in state.changed(session.known)}
     return _with_matches(plan, {key: state.matches[key] for key in keys}, taken), state.outcome.equal
+
+
+def _probed_within(
+    plan: Plan, alignment: Alignment, models: Sequence[nn.Module], inputs: Sequence[Inputs], end: float
+) -> tuple[Plan, bool]:
+    """Return a plan in which calls of the smallest modules that hold the tensors decide, and whether all is decided."""
+    found: dict[str, Match] = {}
+    taken: list[Choice] = []
+    for choice in alignment.choices:
+        for paths in _paths_around(choice):
+            inner = _Inner(alignment, paths)
+            options = tuple(map(inner.option, choice.options))
+            part = replace(choice, targets=inner.targets(choice.targets), options=options)
+            called = _called_within(models, inputs, paths) if part.targets and time.monotonic() < end else None
+            if called is None:
+                continue
+            parts, given = called
+            with preserved(*parts):
+                session = _session(parts[0], parts[1], inner.alignment, [given])
+                if session is None:
+                    continue
+                values = session.fills(session.known.values())
+                state = State(session.known, values, session.call(session.known, values))
+                state, decided = _decided(session, state, [part], end)
+            if decided:
+                number = next(n for n, option in enumerate(options) if all(map(state.fills_as, option.matches)))
+                found |= {match.target: match for match in choice.options[number].matches}
+                taken.append(choice)
+                break
+    return _with_matches(plan, found, taken), len(taken) == len(alignment.choices)
+
+
+def _paths_around(choice: Choice) -> Iterator[tuple[str, str]]:
+    """Yield the paths of modules of source and target that hold the first block's tensors, from the inside out."""
+    block = numbers(choice.targets[0])
+    first = [match for match in choice.options[0].matches if numbers(match.target) == block]
+    keys = [key for match in first for key in match.sources], [match.target for match in first]
+    paths = [common_module([components(split_key(key)[0]) for key in side]) for side in keys]
+    around = [[".".join(path[: len(path) - up]) for up in range(min(len(path), _MAX_CLIMBED))] for path in paths]
+    for own, other in sorted(product(*map(enumerate, around)), key=lambda pair: pair[0][0] + pair[1][0]):
+        yield own[1], other[1]
+
+
+def _called_within(
+    models: Sequence[nn.Module], inputs: Sequence[Inputs], paths: Sequence[str]
+) -> tuple[list[nn.Module], Inputs] | None:
+    """Return copies of modules inside with values of their own, and what they are called with; None if they are not."""
+    parts = [model.get_submodule(path) for model, path in zip(models, paths, strict=True)]
+    if max(sum(tensor.numel() for tensor in part.parameters()) for part in parts) > _MAX_ELEMENTS:
+        return None
+    for given in inputs:
+        with suppress(Exception):  # any, since the code is not ours, and some cannot be copied
+            own, other = (inputs_within(*each) for each in zip(models, given, paths, strict=True))
+            if own is not None and other is not None:
+                return [_with_own_values(part) for part in parts], (own, other)
+    return None
+
+
+class _Inner:
+    """What an alignment says of two modules inside, by the keys that they have themselves."""
+
+    def __init__(self, alignment: Alignment, paths: Sequence[str]) -> None:
+        own, other = self.starts = [f"{path}." for path in paths]
+        specs = [
+            tuple(replace(spec, key=spec.key[len(start) :]) for spec in side if spec.key.startswith(start))
+            for side, start in ((alignment.source_specs, own), (alignment.target_specs, other))
+        ]
+        matches, ambiguous = (
+            tuple(filter(None, map(self.match, of))) for of in (alignment.matches, alignment.ambiguous)
+        )
+        self.alignment = replace(
+            alignment, matches=matches, ambiguous=ambiguous, mismatched=(), source_specs=specs[0], target_specs=specs[1]
+        )
+
+    def match(self, match: Match) -> Match | None:
+        """Return a match of tensors inside by their keys there, without alternatives."""
+        (own, other), sources = self.starts, match.sources
+        if not match.target.startswith(other) or not all(key.startswith(own) for key in sources):
+            return None
+        inner = tuple(key[len(own) :] for key in sources)
+        return replace(match, target=match.target[len(other) :], sources=inner, alternatives=())
+
+    def targets(self, keys: Sequence[str]) -> tuple[str, ...]:
+        """Return those of the target's keys that are inside, as they are there."""
+        return tuple(key[len(self.starts[1]) :] for key in keys if key.startswith(self.starts[1]))
+
+    def option(self, option: Option) -> Option:
+        """Return the part of an option that is inside."""
+        return Option(tuple(filter(None, map(self.match, option.matches))))
 
 
 def _with_own_values(model: nn.Module) -> nn.Module:

@@ -239,6 +239,10 @@ class State:
         """List the matches that differ from those given, or are not among them."""
         return tuple(match for key, match in self.matches.items() if matches.get(key) != match)
 
+    def fills_as(self, match: Match) -> bool:
+        """Return True if the target of a match is filled as it says."""
+        return _has_same_fill(self.matches[match.target], match)
+
 
 def search(session: Session, base: State, budget: Budget, *, listed_only: bool) -> State:
     """Try other ways to fill the target, one step at a time, for as long as both agree for longer.

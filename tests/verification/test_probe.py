@@ -50,6 +50,24 @@ def test_a_layout_that_nothing_shows_is_the_one_with_which_both_compute_the_same
     assert relative_difference(output(target, pair.inputs), output(source, pair.inputs)) < TOLERANCE
 
 
+PARTS = [*NAMES[:2], NAMES[3], *(pair.name for pair in DOUBTED_PAIRS if pair.name.startswith("gated, separate"))]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_of_networks_too_large_to_be_called_the_smallest_modules_are(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = doubted(name)
+    source, target = randomise(pair.source(), pair.inputs, seed=1), pair.target().eval()
+    sizes = [sum(tensor.numel() for tensor in model.parameters()) for model in (source, target)]
+    monkeypatch.setattr(probe, "_MAX_ELEMENTS", max(sizes) // 2)
+    alignment = autoalign.load(target, source.state_dict(), source_model=source)
+    assert alignment.ambiguous == ()
+    assert any(PROBE in match.evidence for match in alignment.matches)
+    assert not any("too many elements" in note for note in alignment.notes)
+    assert relative_difference(output(target, pair.inputs), output(source, pair.inputs)) < TOLERANCE
+
+
 class Gated(nn.Module):
     """A gated layer with fused halves, the gate first or last."""
 
