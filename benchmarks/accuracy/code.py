@@ -141,6 +141,24 @@ VIT = _of(
 )
 
 
+OPEN_CLIP = _of(
+    "open_clip.transformer",
+    "VisionTransformer",
+    image_size=32,
+    patch_size=8,
+    width=WIDTH,
+    layers=DEPTH,
+    heads=HEADS,
+    mlp_ratio=2.0,
+    output_dim=CLASSES,
+)
+
+
+def _x_transformer() -> nn.Module:
+    layers = _of("x_transformers", "Decoder", dim=WIDTH, depth=DEPTH, heads=HEADS, ff_glu=True)()
+    return _of("x_transformers", "TransformerWrapper", num_tokens=97, max_seq_len=64, attn_layers=layers)()
+
+
 def _cv(name: str) -> Builder:
     return _of("pytorchcv.model_provider", "get_model", name)
 
@@ -168,9 +186,12 @@ def pairs() -> Iterator[Pair]:
         ("transformers.DPT -> itself", DPT, DPT, 64),
         ("diffusers.AutoencoderKL -> itself", VAE, VAE, 32),
         ("vit_pytorch.ViT -> itself", VIT, VIT, 32),
+        ("open_clip.VisionTransformer -> itself", OPEN_CLIP, OPEN_CLIP, 32),
+        ("timm.levit_128s -> itself", tm("levit_128s"), tm("levit_128s"), 224),
     )
     for name, source, target, size in across:
         yield Pair(name, source, target, _images(size), is_anonymous=True)
+    yield Pair("x_transformers, gated -> itself", _x_transformer, _x_transformer, TOKENS, is_anonymous=True)
     for names, out in _PROJECTIONS.items():
         for layout, rotate in (("neighbours", rotate_pairs), ("halves", rotate_halves)):
             own = partial(llama.OwnLlama, f"{names} {out}", rotate)

@@ -32,19 +32,24 @@ class Anonymous(nn.Module):
             if hasattr(model, name):
                 self.__dict__[name] = getattr(model, name)
 
+    def train(self, mode: bool = True) -> Anonymous:
+        """Enter or leave the mode in which a network is trained, also in modules that are not registered."""
+        self.__dict__["model"].train(mode)
+        return super().train(mode)
+
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Call the network."""
         return self.__dict__["model"](*arguments, **options)
 
 
-class Renamed(nn.Module):
+class Renamed(Anonymous):
     """A network of the same code and nesting whose modules have made-up names, registered in any order in each module.
 
     Numbers of lists are kept, and what has one name has one new name.
     """
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.__dict__["model"] = model.eval()  # which is not registered
         draw = random.Random(seed)
         names = sorted({name for path, _ in model.named_modules() for name in path.split(".") if not name.isdigit()})
@@ -67,10 +72,6 @@ class Renamed(nn.Module):
         for name in ("config", "default_cfg", "main_input_name"):
             if hasattr(model, name):
                 self.__dict__[name] = getattr(model, name)
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Call the network."""
-        return self.__dict__["model"](*arguments, **options)
 
 
 class Stack(nn.Module):
