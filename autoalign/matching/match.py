@@ -221,9 +221,11 @@ def _notes_of_folded_norms(source: Specs, target: Specs, matches: Sequence[Match
     )
     ways = (target, filled, source, used, into_folded), (source, used, target, filled, from_folded)
     for folded, done, whole, live, text in ways:
+        lost = [spec for spec in folded if spec.key not in done and split_key(spec.key)[1] == "bias"]
+        if not lost:
+            continue
         kernels = {split_key(spec.key)[0] for spec in folded if len(spec.shape) > 2 and spec.key in done}
-        lost = [spec for spec in folded if spec.key not in done and split_key(spec.key)[0] in kernels]
-        lost = [spec for spec in lost if split_key(spec.key)[1] == "bias"]
+        lost = [spec for spec in lost if split_key(spec.key)[0] in kernels]
         modules = {split_key(key)[0] for key in live}
         norms = [spec for spec in whole if spec.key.endswith("running_var") and split_key(spec.key)[0] not in modules]
         if lost and not Counter(spec.shape for spec in lost) - Counter(spec.shape for spec in norms):

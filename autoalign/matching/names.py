@@ -206,7 +206,7 @@ def _spelled_alike(first: Sequence[str], second: Sequence[str]) -> dict[tuple[in
     return found
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def likeness(first: tuple[str, ...], second: tuple[str, ...]) -> float:
     """Compute the similarity of two names by their words: 1 if they are the same, at most 0.9 in another order.
 

@@ -240,9 +240,10 @@ def _contents(
     contents: dict[str, int] = {}
     for module in sorted({*tensors, *children}, key=len, reverse=True):  # modules inside others have longer names
         start = len(module)
-        own = [(specs[place].key[start:], specs[place].shape) for place in tensors.get(module, ())]
-        below = [(child[start:], contents[child]) for child in children.get(module, ())]
-        contents[module] = numbered.setdefault((frozenset(own), frozenset(below)), len(numbered))
+        held: list[object] = [(specs[place].key[start:], specs[place].shape) for place in tensors.get(module, ())]
+        if module in children:
+            held += [(child[start:], contents[child]) for child in children[module]]
+        contents[module] = numbered.setdefault(frozenset(held), len(numbered))
     return contents
 
 

@@ -30,6 +30,7 @@ _OTHER = re.compile(
     r"(?P<layer>.+?)[._](?:(?P<LoHa>hada_\w+)|(?P<LoKr>lokr_\w+)|(?P<IA3>ia3_\w+)|(?P<OFT>oft_\w+)"
     r"|(?P<DoRA>lora_magnitude_vector|dora_scale))(?:\.[\w-]+)*"
 )
+_MARKS = ("lora", "hada_", "lokr_", "ia3_", "oft_", "dora_scale")  # in the keys of all of these
 _ROLES = {"A": "down", "B": "up", "embedding_A": "down", "embedding_B": "up"}
 _ALONE = {  # what a file holds nothing but, if it is an adapter of the kind, and how a network calls it
     "an IP-Adapter": re.compile(r"(?:^|[._])ip(?:_adapter)?(?:[._]|$)|image_proj"),
@@ -152,7 +153,8 @@ def adapters_of(specs: Sequence[TensorSpec]) -> Adapters:
     """
     layers: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
     keys, others = set(), dict[str, str]()
-    for spec in specs:
+    text = "\n".join([spec.key for spec in specs])
+    for spec in specs if any(word in text for word in _MARKS) else ():
         if found := _LORA.fullmatch(spec.key):
             role = _ROLES.get(found["role"], found["role"])
             layers[found["layer"]][role] = spec
