@@ -140,7 +140,10 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
     matrices of most linear layers must be transposed, square ones and those whose shape fits either way are too.
     Matrices that fit only as they are (embeddings) or only transposed (a bare projection) decide for themselves.
     """
+    views = {type(part.view) for part in (*source, *target)}
     matrices = [[part for part in parts if _is_matrix(part)] for parts in (source, target)]
+    if Transpose in views:  # what has a bias is as torch has it
+        matrices = [[part for part in parts if not isinstance(part.view, Transpose)] for parts in matrices]
     shapes = [Counter(part.shape for part in parts) for parts in matrices]
     layers = [Counter(part.shape for part in parts if _is_layer(part)) for parts in matrices]
     only_transposed = {
@@ -153,7 +156,11 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
     votes_to_transpose += sum(len(shape) == 2 for shape in split)
     layouts = layout_of(source), layout_of(target)
     turned = {shape[0] for shape in split if len(shape) == 3}  # lengths of stacks whose parts show it
-    most = layouts[0] != layouts[1] if all(layouts) else votes_to_transpose > votes_to_copy and votes_to_transpose > 1
+    most = (
+        layouts[0] != layouts[1]
+        if all(layouts) and Transpose not in views
+        else votes_to_transpose > votes_to_copy and votes_to_transpose > 1
+    )
     stacks = any(len(shape) == 3 for shape in only_transposed) and not any(len(shape) == 3 for shape in only_as_is)
 
     def is_transposed(part: Part) -> bool:
@@ -161,7 +168,8 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
             return True
         if len(part.shape) == 3:
             return part.shape[0] in turned or (stacks and part.shape[1] == part.shape[2])
-        return most and part.shape not in only_as_is and _is_layer(part)
+        is_read = isinstance(part.view, Transpose)
+        return most and not is_read and part.shape not in only_as_is and _is_layer(part)
 
     return frozenset(index for index, part in enumerate(source) if _is_matrix(part) and is_transposed(part))
 

@@ -230,20 +230,24 @@ def with_own_statistics(parts: Sequence[Part]) -> Sequence[Part]:
     shapes: dict[Path, set[Shape]] = defaultdict(set)
     for part in parts:
         kinds[part.path[:-1]].add(kind(part.path[-1])[0])
-        shapes[part.path[:-1]].add(part.shape)
+        shapes[part.path[:-1]].add(squeeze(part.shape))
     below: dict[tuple[Path, str], list[int]] = defaultdict(list)  # norm and statistic -> what may be it
     for place, part in enumerate(parts):
         *norm, module, name = ("", *part.path)
         for of in _STATISTICS.intersection((kind(name)[0], *words(module))):
             around, beside = tuple(norm[1:]), kinds[part.path[:-1]]
-            is_apart = part.shape in shapes.get(around, ()) or (of == "count" and "mean" in beside)
+            is_apart = squeeze(part.shape) in shapes.get(around, ()) or (of == "count" and "mean" in beside)
             if around and is_apart and beside.isdisjoint(("weight", "bias")) and of not in kinds[around]:
                 below[around, of].append(place)
-    result = list(parts)
+    result, averaged = list(parts), set[Path]()
     for (around, of), places in below.items():
         averages = [place for place in places if "average" in parts[place].path[-1]] or places
         if len(averages) == 1:
+            module = parts[averages[0]].path[:-1]
             result[averages[0]] = replace(parts[averages[0]], path=(*around, TORCH_NAMES[of]))
+            averaged |= {module} if averages is not places else set()
+    if averaged:  # what an average is computed with is no tensor of the network
+        return [replace(part, count=0) if part.path[:-1] in averaged else part for part in result]
     return result
 
 
@@ -327,7 +331,8 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
         weight = parts[kinds["weight"]]
         if weight.shape in apart or not isinstance(weight.view, Copy):
             continue
-        is_turned = is_kernel or (layout < 0 and not is_named and "bias" in of and len(squeeze(weight.shape)) == 2)
+        is_last = len(squeeze(weight.shape)) == 2 or of.get("bias") == weight.shape[2:]
+        is_turned = is_kernel or (layout < 0 and not is_named and "bias" in of and is_last)
         if is_turned and len(weight.shape) == 2:
             result[kinds["weight"]] = _viewed(weight, Transpose())
         elif len(weight.shape) > (2 if is_turned else 3) and (are_last or is_turned):
