@@ -371,7 +371,8 @@ def _list_order(state: State, one: Exchange) -> float:
         return 0
     members = sorted(range(len(one.modules)), key=lambda place: numbers(one.modules[place][-1]))
     ways = members, [one.takes[place] for place in members]
-    rising, after = (_steps([numbers(one.ends[place][-1]) for place in way]) for way in ways)
+    ranks = [tuple(chain.from_iterable(map(numbers, end))) for end in _apart(one.ends)]
+    rising, after = (_steps([ranks[place] for place in way]) for way in ways)
     return state.trust_in_order(one, of_list=True) * (rising - after) / max(2 * (len(members) - 1), 1)
 
 

@@ -254,7 +254,8 @@ def _reordered(state: State) -> Iterator[Exchange]:
 def _permuted(state: State, members: Sequence[tuple[Path, Path]]) -> Iterator[Exchange]:
     modules, ends = zip(*members, strict=True)
     places = [tuple([number for name in end for number in numbers(name)]) for end in ends]
-    depth = len(common_prefix(ends)) + 1  # so far they differ
+    depths = (depth for depth in range(1, len(ends[0])) if len({end[:depth] for end in ends}) == len(ends))
+    depth = next(depths, len(ends[0]))  # so far they differ
     rising = sorted(range(len(places)), key=places.__getitem__)
     by_number = {numbers(end[depth - 1]): place for place, end in enumerate(ends) if len(end) >= depth}
     ways = [rising, rising[::-1]]
