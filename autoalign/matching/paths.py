@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
+from string import ascii_lowercase
 
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import COLLECTIONS, LAYER_TYPES
@@ -23,7 +24,7 @@ _LEAF = re.compile(r"(.+?)_((?:moving|running)_[a-z]+|num_batches_tracked|[^_]+)
 _GLUED = re.compile(r"(?<=[^_])(?:weight|bias|running_(?:mean|var)|num_batches_tracked)$")
 _PIECES = re.compile(rf"{_GLUED.pattern}|\d+|\D+?(?=\d|$|{_GLUED.pattern})")
 _MAX_SHARE_OF_LEAVES = 0.2  # of distinct names of tensors among all tensors; a norm has five tensors
-_LETTERED = re.compile(r"(.*\d)([a-g])")  # not q, k and v
+_LETTERED = re.compile(r"(.*\d)([a-z])")
 _INIT = "~"  # that modules of Haiku were made in ``__init__``
 _TYPED = re.compile(r"(.+?)_?(\d+)")  # in "conv2d_4"
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_|(?<=\d[a-z])_")  # in "features_5_conv_2" and "block2a_expand"
@@ -129,7 +130,11 @@ def _with_numbers_for_letters(paths: list[Path]) -> list[Path]:
         for depth, name in enumerate(path):
             if found := _LETTERED.fullmatch(name):
                 lists.setdefault((path[:depth], stem(found[1])), set()).add((found[1], found[2]))
-    read = {of for of, members in lists.items() if len(members) > len({name for name, _ in members})}
+    read = set[tuple[Path, str]]()
+    for of, members in lists.items():
+        letters = {letter for _, letter in members}
+        are_counted = letters == set(ascii_lowercase[: len(letters)])  # unlike q, k and v
+        read |= {of} if are_counted and len(members) > len({name for name, _ in members}) else set()
 
     def names(path: Path) -> Iterator[str]:
         for depth, name in enumerate(path):
