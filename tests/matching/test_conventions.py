@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -303,3 +304,32 @@ def test_one_letter_tells_weights_and_biases_with_a_dimension_of_size_one() -> N
     loaded = alignment.state_dict()
     assert len(loaded) == len(target)
     assert torch.equal(loaded["layers.1.self_attn.q_proj.weight"], source["encoder_l2_self_Wq"].T)
+
+
+def test_a_network_of_sonnet_is_read_as_torch_has_it() -> None:
+    """Its kernels are (size, in, out), its matrices (in, out), with a bias or without, its means averages."""
+    widths, source, target = (4, 6, 8, 10), dict[str, Tensor](), dict[str, Tensor]()
+    for k, (inputs, outputs) in enumerate(pairwise(widths)):
+        conv, norm = f"net/block_{k}/conv1_d", f"net/block_{k}/batch_norm"
+        source |= {f"{conv}/w:0": torch.randn(5, inputs, outputs), f"{conv}/b:0": torch.randn(outputs)}
+        target |= {f"blocks.{k}.0.weight": source[f"{conv}/w:0"].permute(2, 1, 0)}
+        target |= {f"blocks.{k}.0.bias": source[f"{conv}/b:0"]}
+        for name, key in (("scale", "weight"), ("offset", "bias")):
+            source[f"{norm}/{name}:0"] = target[f"blocks.{k}.1.{key}"] = torch.randn(outputs)
+        for name, key in (("moving_mean", "running_mean"), ("moving_variance", "running_var")):
+            source |= {
+                f"{norm}/{name}/counter:0": torch.zeros(()),
+                f"{norm}/{name}/hidden:0": torch.randn(1, 1, outputs),
+            }
+            source[f"{norm}/{name}/average:0"] = torch.randn(1, 1, outputs)
+            target[f"blocks.{k}.1.{key}"] = source[f"{norm}/{name}/average:0"].flatten()
+        for name, size in (("mix", outputs), ("project", outputs + 3)):
+            source[f"net/block_{k}/{name}/w:0"] = torch.randn(outputs, size)
+            target[f"blocks.{k}.{name}.weight"] = source[f"net/block_{k}/{name}/w:0"].T
+    source |= {"net/head/w:0": torch.randn(10, 3), "net/head/b:0": torch.randn(3)}
+    target |= {"head.weight": source["net/head/w:0"].T, "head.bias": source["net/head/b:0"]}
+    alignment = align(source, target)
+    assert not alignment.missing_keys
+    assert not alignment.ambiguous
+    for key, tensor in alignment.state_dict().items():
+        assert torch.equal(tensor, target[key]), key
