@@ -17,18 +17,14 @@ def test_what_has_nothing_of_its_kind_to_take_instead_is_not_exchanged() -> None
 
 
 def test_a_list_of_lists_in_one_name_stands_as_one_in_two() -> None:
-    layers = {
-        "net.0": ("conv", (6, 4, 1)),
-        "net.1": ("act", (1,)),
-        "net.2": ("norm", (6,)),
-        "net.3": ("out", (4, 6, 1)),
-    }
+    layers = {"net.0": ("conv.conv", (6, 4, 1)), "net.1": ("act", (1,)), "net.2": ("norm", (6,))}
+    layers |= {"net.3.net.0": ("deep.conv_0.conv", (6, 1, 3)), "net.3.net.3": ("deep.conv_1.conv", (4, 6, 1))}
     source, pairs = dict[str, torch.Tensor](), dict[str, str]()
     for stack in range(2):
         for block in range(3):
             for place, (name, shape) in layers.items():
-                key = f"net.2.{stack}.{block}.{place}.weight"
+                key = f"separator.network.2.{stack}.{block}.{place}.weight"
                 source[key] = torch.empty(shape, device="meta")
-                pairs[f"tower.block_{stack}_{block}.layers.{name}.weight"] = key
+                pairs[f"masknet.tower.block_{stack}_{block}.layers.{name}.weight"] = key
     alignment = autoalign.align(source, {key: source[own] for key, own in pairs.items()})
     assert {match.target: match.sources[0] for match in alignment.matches} == pairs
