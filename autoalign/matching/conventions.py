@@ -217,9 +217,7 @@ def with_literal_norms(parts: Sequence[Part], others: Sequence[Part]) -> Sequenc
 
 
 def with_own_statistics(parts: Sequence[Part]) -> Sequence[Part]:
-    """Move the statistics of a norm that are in modules of their own, directly below it, to the norm.
-
-    One module has all of them, or each has one, as the moving averages of Haiku.
+    """Move the statistics of a norm that are in modules directly below it, one for all or one each, to the norm.
 
     >>> names = ("bn.weight", "bn.bias", "bn.stats.mean", "bn.var_ema.hidden", "bn.var_ema.average")
     >>> parts = [Part(k, (*name.split("."),), (8,), "float") for k, name in enumerate(names)]
@@ -239,16 +237,14 @@ def with_own_statistics(parts: Sequence[Part]) -> Sequence[Part]:
             is_apart = squeeze(part.shape) in shapes.get(around, ()) or (of == "count" and "mean" in beside)
             if around and is_apart and beside.isdisjoint(("weight", "bias")) and of not in kinds[around]:
                 below[around, of].append(place)
-    result, averaged = list(parts), set[Path]()
+    result, averaged = list(parts), set[Path]()  # and the modules that hold what averages are computed with
     for (around, of), places in below.items():
         averages = [place for place in places if "average" in parts[place].path[-1]] or places
         if len(averages) == 1:
-            module = parts[averages[0]].path[:-1]
-            result[averages[0]] = replace(parts[averages[0]], path=(*around, TORCH_NAMES[of]))
-            averaged |= {module} if averages is not places else set()
-    if averaged:  # what an average is computed with is no tensor of the network
-        return [replace(part, count=0) if part.path[:-1] in averaged else part for part in result]
-    return result
+            (place,) = averages
+            result[place] = replace(parts[place], path=(*around, TORCH_NAMES[of]))
+            averaged |= {parts[place].path[:-1]} if len(places) > 1 else set()
+    return [replace(part, count=0) if part.path[:-1] in averaged else part for part in result]
 
 
 def with_parametrised_weights(parts: Sequence[Part]) -> Sequence[Part]:
