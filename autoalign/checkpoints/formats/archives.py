@@ -1,7 +1,7 @@
 """Zip and tar archives with checkpoints in them, such as those of Stable-Baselines3 and NeMo.
 
-Their files are read where they stand. What is compressed, and files of GGUF and HDF5, whose libraries open paths alone,
-are copied to a temporary folder first, which is removed when nothing refers to its contents any more. An archive is a
+Their files are read where they stand. What is compressed, and files of GGUF, whose library opens paths alone, are
+copied to a temporary folder first, which is removed when nothing refers to its contents any more. An archive is a
 mapping of its files, each without its suffix, so that one of them is chosen as any state dict is.
 """
 

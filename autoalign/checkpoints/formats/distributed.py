@@ -19,7 +19,8 @@ from torch import Tensor
 from autoalign.checkpoints.formats.records import finder
 from autoalign.checkpoints.formats.torch_pickle import check_zipped
 from autoalign.checkpoints.formats.unpickler import unpickle
-from autoalign.checkpoints.stored import Budget, Contents, Part, StoredTensor, TooCostlyError, as_opened, reading
+from autoalign.checkpoints.part import Part
+from autoalign.checkpoints.stored import Budget, Contents, StoredTensor, TooCostlyError, as_opened, reading
 from autoalign.errors import CheckpointError
 from autoalign.plan.regions import Region
 from autoalign.plan.specs import TensorSpec

@@ -28,10 +28,10 @@ from autoalign.checkpoints.config import folder_config
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
 from autoalign.checkpoints.stored import (
     Contents,
+    Place,
     StoredTensor,
     as_tensor,
     left_out_notes,
-    local_file,
     mapped_bytes,
     reading,
     torch_dtype,
@@ -98,7 +98,8 @@ def open_hdf5(file: Path) -> Contents:
 def _run(file: Path, *path: str, size: int = 0) -> bytes:
     """Run the HDF5 library in a process of its own, which may not end or may crash on a damaged file."""
     environment = os.environ | {"HDF5_PLUGIN_PRELOAD": "::"}  # no plugins
-    command = [sys.executable, "-P", str(_PROGRAM), str(local_file(file)), *path]
+    place = Place.of(file)
+    command = [sys.executable, "-P", str(_PROGRAM), str(place.file), str(place.start), str(place.size), *path]
     seconds = _SECONDS + size / _BYTES_PER_SECOND
     done = subprocess.run(command, capture_output=True, timeout=seconds, env=environment, check=False)
     if done.returncode:

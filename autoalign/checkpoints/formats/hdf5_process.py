@@ -5,11 +5,15 @@ The HDF5 library does not end on some damaged files, and crashes on others. It i
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 MAX_MEMBERS, MAX_DEPTH = 2**18, 64
+_PART = Path(__file__).parents[1] / "part.py"  # which needs nothing of the package either
 
 
 def listed(group: Any, left: list[int], depth: int = 0) -> dict[str, Any]:
@@ -51,15 +55,19 @@ def array_of(dataset: Any) -> dict[str, Any]:
     }
 
 
-def main(file: str, *path: str) -> None:
-    """Write the list, or the values of the array at a path."""
+def main(file: str, start: str, size: str, *path: str) -> None:
+    """Write the list, or the values of the array at a path, of a part of a file."""
     import h5py
 
-    with h5py.File(file, "r") as source:
-        if path:
-            sys.stdout.buffer.write(source[path[0]][()].tobytes())
-        else:
-            json.dump(listed(source, [MAX_MEMBERS]), sys.stdout)
+    with Path(file).open("rb", 0) as whole:
+        given: Any = file
+        if int(start) or int(size) != whole.seek(0, io.SEEK_END):
+            given = run_path(str(_PART))["Part"](whole, int(start), int(size))
+        with h5py.File(given, "r") as source:
+            if path:
+                sys.stdout.buffer.write(source[path[0]][()].tobytes())
+            else:
+                json.dump(listed(source, [MAX_MEMBERS]), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from autoalign.api import load
 from autoalign.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from autoalign.checkpoints.formats import hdf5
-from autoalign.checkpoints.stored import local_file
+from autoalign.checkpoints.stored import Place
 from autoalign.errors import CheckpointError, NothingLoadedError
 from tests.checkpoints.formats.test_deepspeed import write_zero
 from tests.checkpoints.formats.test_megatron import write_layers
@@ -244,7 +244,8 @@ def forking(server: subprocess.Popen[bytes]) -> Callable[..., bytes]:
     def run(file: Path, *path: str, size: int = 0) -> bytes:  # noqa: ARG001, as of what it replaces
         assert server.stdin is not None
         assert server.stdout is not None
-        server.stdin.write(json.dumps([str(local_file(file)), *path]).encode() + b"\n")
+        place = Place.of(file)
+        server.stdin.write(json.dumps([str(place.file), str(place.start), str(place.size), *path]).encode() + b"\n")
         server.stdin.flush()
         failed, length = map(int, server.stdout.readline().split())
         output = server.stdout.read(length)
