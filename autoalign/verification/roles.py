@@ -301,7 +301,8 @@ def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: objec
     """
     shapes = {spec.key: spec.shape for spec in plan.target_specs}
     alike = Counter(shapes.values())
-    if not plan.ambiguous and all(alike[shapes[match.target]] == 1 for match in filter(_is_nameless, plan.matches)):
+    nameless = filter(_is_nameless, (*plan.matches, *plan.ambiguous))
+    if all(alike[shapes[match.target]] == 1 for match in nameless):
         return plan
     try:
         graph = traced(target_model, example_inputs)[0]
