@@ -115,7 +115,7 @@ def _header_of(file: Path) -> bytes:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > _MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {length:,} bytes, of {_MAX_HEADER_BYTES:,} at most")
+            raise ValueError(f"header too large: {length:,} bytes, of {_MAX_HEADER_BYTES:,} at most")
         return bytes(stream.read(length))
 
 
