@@ -39,7 +39,9 @@ def paths_of(keys: Sequence[str], shapes: Sequence[Shape]) -> list[Path]:
     >>> paths_of(["conv2_block1_bn/gamma:0"], [(8,)])
     [('conv2', 'block1', 'bn', 'gamma')]
     """
-    paths = [tuple([name for name in components(key) if name != _INIT]) for key in keys]
+    whole = [components(key) for key in keys]
+    paths = [tuple([name for name in path if name != _INIT]) for path in whole]
+    paths = paths if len(set(paths)) == len(set(whole)) else list(whole)
     paths = _with_leaves(_without_endings(paths))
     if len(tops := {path[0] for path in paths if len(path) > 1}) > 1 and tops <= COLLECTIONS:
         paths = [path[1:] if len(path) > 1 else path for path in paths]

@@ -67,3 +67,8 @@ def test_numbers_of_types_in_a_sorted_file_pair_norms_with_their_convolutions() 
 def test_letters_count_members_as_long_as_they_follow_one_another() -> None:
     assert _paths([f"stage{n}{letter}.w" for n in (1, 2) for letter in "abcdefghi"])[8] == "stage1.8.w"
     assert _paths([f"w{n}{letter}.w" for n in (1, 2) for letter in "kqv"])[2] == "w1v.w"
+
+
+def test_no_two_keys_have_one_path() -> None:
+    assert _paths(["net/~/linear/w", "net/~/linear/b"]) == ["net.linear.w", "net.linear.b"]
+    assert _paths(["net/~/linear/w", "net/linear/w"]) == ["net.~.linear.w", "net.linear.w"]
