@@ -140,10 +140,7 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
     matrices of most linear layers must be transposed, square ones and those whose shape fits either way are too.
     Matrices that fit only as they are (embeddings) or only transposed (a bare projection) decide for themselves.
     """
-    views = {type(part.view) for part in (*source, *target)}
     matrices = [[part for part in parts if _is_matrix(part)] for parts in (source, target)]
-    if Transpose in views:  # what has a bias is as torch has it
-        matrices = [[part for part in parts if not isinstance(part.view, Transpose)] for parts in matrices]
     shapes = [Counter(part.shape for part in parts) for parts in matrices]
     layers = [Counter(part.shape for part in parts if _is_layer(part)) for parts in matrices]
     only_transposed = {
@@ -151,14 +148,14 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
     }
     only_as_is = {s for s in shapes[0] if s in shapes[1] and transposed_shape(s) not in shapes[1]}
     votes_to_transpose = sum(layers[0][shape] for shape in only_transposed if layers[1][transposed_shape(shape)])
-    votes_to_copy = sum(part.shape in only_as_is and _is_layer(part) for part in matrices[0])
+    votes_to_copy = sum(part.shape in only_as_is and _is_layer(part) and not _is_turned(part) for part in matrices[0])
     split = [part.shape for parts in (source, target) for part in parts if part.is_transposed]
     votes_to_transpose += sum(len(shape) == 2 for shape in split)
     layouts = layout_of(source), layout_of(target)
     turned = {shape[0] for shape in split if len(shape) == 3}  # lengths of stacks whose parts show it
     most = (
         layouts[0] != layouts[1]
-        if all(layouts) and Transpose not in views
+        if all(layouts) and not any(map(_is_turned, (*source, *target)))  # then what has a bias is as torch has it
         else votes_to_transpose > votes_to_copy and votes_to_transpose > 1
     )
     stacks = any(len(shape) == 3 for shape in only_transposed) and not any(len(shape) == 3 for shape in only_as_is)
@@ -168,10 +165,14 @@ def transposed_parts(source: Sequence[Part], target: Sequence[Part]) -> frozense
             return True
         if len(part.shape) == 3:
             return part.shape[0] in turned or (stacks and part.shape[1] == part.shape[2])
-        is_read = isinstance(part.view, Transpose)
-        return most and not is_read and part.shape not in only_as_is and _is_layer(part)
+        return most and part.shape not in only_as_is and _is_layer(part) and not _is_turned(part)
 
     return frozenset(index for index, part in enumerate(source) if _is_matrix(part) and is_transposed(part))
+
+
+def _is_turned(part: Part) -> bool:
+    """True for a matrix that is viewed in torch's layout, which is not its own."""
+    return isinstance(part.view, Transpose)
 
 
 def _is_matrix(part: Part) -> bool:

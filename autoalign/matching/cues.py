@@ -35,6 +35,7 @@ from autoalign.plan.keys import common_prefix, numbers, stem, template
 CERTAIN = 0.999  # the probability from which a move limits nothing
 SURE = 0.97  # from which the confidence is the probability
 _MAX_ROUNDS = 8  # of moves; each may make others better
+_MAX_JUDGED = 10_000  # exchanges, before no more rounds follow; real pairs have some 500 a round
 _NAMES_SCALE, _MODULES_SCALE = 0.1, 0.2  # of a difference of similarities that counts half
 _STEPS_SCALE = 0.5  # of steps in the tree of modules, the same
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
@@ -114,14 +115,17 @@ def settled(
         return sorted(found, key=lambda move: move.probability)
 
     found = moves(assignment)
-    for _ in range(_MAX_ROUNDS):
+    judged = 0
+    for step in range(_MAX_ROUNDS):
         better = [move for move in found if move.probability < 0.5]
         before, assignment = assignment, _made(assignment, better, target.companions)
         if assignment is before:
             break
+        judged += sum([len(move.exchanges) for move in found])
         earlier, found = found, moves(assignment)
-    else:
-        found += earlier  # each change made others better: what was doubtful before the last one still is
+        if step == _MAX_ROUNDS - 1 or judged > _MAX_JUDGED:
+            found += earlier  # each change made others better: what was doubtful before the last one still is
+            break
     caps = np.ones(len(assignment.target), dtype=np.float32)
     rival, doubts = assignment.runner_up.copy(), dict[int, str]()
     place_of = {unit: place for place, unit in enumerate(assignment.target.tolist())}
