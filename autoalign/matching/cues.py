@@ -35,7 +35,7 @@ from autoalign.plan.keys import common_prefix, numbers, stem, template
 CERTAIN = 0.999  # the probability from which a move limits nothing
 SURE = 0.97  # from which the confidence is the probability
 _MAX_ROUNDS = 8  # of moves; each may make others better
-_MAX_JUDGED = 10_000  # exchanges, before no more rounds follow; real pairs have some 500 a round
+_MAX_JUDGED = 12_000  # exchanges in all rounds; real pairs have some 500 in each
 _NAMES_SCALE, _MODULES_SCALE = 0.1, 0.2  # of a difference of similarities that counts half
 _STEPS_SCALE = 0.5  # of steps in the tree of modules, the same
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
@@ -115,17 +115,15 @@ def settled(
         return sorted(found, key=lambda move: move.probability)
 
     found = moves(assignment)
-    judged = 0
-    for step in range(_MAX_ROUNDS):
+    rounds = min(_MAX_ROUNDS, 1 + _MAX_JUDGED // (1 + sum([len(move.exchanges) for move in found])))
+    for _ in range(rounds):
         better = [move for move in found if move.probability < 0.5]
         before, assignment = assignment, _made(assignment, better, target.companions)
         if assignment is before:
             break
-        judged += sum([len(move.exchanges) for move in found])
         earlier, found = found, moves(assignment)
-        if step == _MAX_ROUNDS - 1 or judged > _MAX_JUDGED:
-            found += earlier  # each change made others better: what was doubtful before the last one still is
-            break
+    else:
+        found += earlier  # each change made others better: what was doubtful before the last one still is
     caps = np.ones(len(assignment.target), dtype=np.float32)
     rival, doubts = assignment.runner_up.copy(), dict[int, str]()
     place_of = {unit: place for place, unit in enumerate(assignment.target.tolist())}
@@ -374,9 +372,8 @@ def _list_order(state: State, one: Exchange) -> float:
     if not _is_list(state, one):
         return 0
     members = sorted(range(len(one.modules)), key=lambda place: numbers(one.modules[place][-1]))
-    ways = members, [one.takes[place] for place in members]
     ranks = [tuple(chain.from_iterable(map(numbers, end))) for end in _apart(one.ends)]
-    rising, after = (_steps([ranks[place] for place in way]) for way in ways)
+    rising, after = (_steps([ranks[k] for k in way]) for way in (members, [one.takes[place] for place in members]))
     return state.trust_in_order(one, of_list=True) * (rising - after) / max(2 * (len(members) - 1), 1)
 
 
