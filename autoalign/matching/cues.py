@@ -35,7 +35,7 @@ from autoalign.plan.keys import common_prefix, numbers, stem, template
 CERTAIN = 0.999  # the probability from which a move limits nothing
 SURE = 0.97  # from which the confidence is the probability
 _MAX_ROUNDS = 8  # of moves; each may make others better
-_MAX_JUDGED = 12_000  # exchanges in all rounds; real pairs have some 500 in each
+_MAX_JUDGED = 12_000  # exchanges in all rounds; the largest real pairs have hundreds in each
 _NAMES_SCALE, _MODULES_SCALE = 0.1, 0.2  # of a difference of similarities that counts half
 _STEPS_SCALE = 0.5  # of steps in the tree of modules, the same
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one

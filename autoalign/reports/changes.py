@@ -133,7 +133,7 @@ def change_rows(alignment: Plan, changes: Sequence[Change], *, for_shell: bool =
     left = {title.partition(":")[0]: rows for title, rows in rows_of(alignment, for_shell=for_shell).items()}
     specs = left_of(alignment)
     return {
-        "Changed: first -> second, tensors, mean change of the mean and largest of the largest value": found["changed"],
+        "Changed: first -> second, tensors, mean change / mean value, largest change / largest value": found["changed"],
         "Close: as near as rounding leaves them": found["close"],
         "Ambiguous: not compared, since nothing says clearly what corresponds": left["Ambiguous"],
         "Of other shapes: not compared": left["Mismatched"],

@@ -3,8 +3,8 @@
 Only copies of the networks are called, in which every parameter is new: the source has values that carry its signal,
 and the target what an alignment makes of them. Of networks that are too large the smallest modules are called that hold
 the tensors, on what a call of the whole gives them, as far as that is known without data, and else on random values.
-Each way to settle a choice is tried in all layers at once; it is taken
-if both networks agree further with it than with any other.
+Each way to settle a choice is tried in all layers at once; it is taken if both networks agree further with it than with
+any other.
 """
 
 from __future__ import annotations

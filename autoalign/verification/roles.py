@@ -252,7 +252,7 @@ def with_roles(plan: Plan, graph: nx.DiGraph, order: Sequence[str]) -> Plan:
         mismatched=tuple(replace(each, key=old.get(each.key, each.key)) for each in found.mismatched),
         notes=(
             *dict.fromkeys((*plan.notes, *found.notes)),
-            f"Told by what the code of the model does with them: {said}.",
+            f"{_TOLD}: {said}.",
         ),
     )
 
