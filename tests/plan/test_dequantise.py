@@ -728,11 +728,11 @@ def test_a_trained_llama_answers_as_before_it_was_quantised(tmp_path: Path) -> N
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_load_in_any_scheme_takes_memory_for_pieces_of_a_tensor_alone() -> None:
-    """Whatever its size; with its codes and its values, a tensor of 24 MiB would take 27 to 36."""
-    code = 'import json\nfrom benchmarks.speed.dequantise import peaks\nprint(json.dumps(list(peaks(1536, ["load"]))))'
+    """Some 20 MiB, whatever its size; with its codes and its values, a tensor of 48 MiB would take 54 to 72."""
+    code = 'import json\nfrom benchmarks.speed.dequantise import peaks\nprint(json.dumps(list(peaks(3072, ["load"]))))'
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # memory is given back when it is free
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     measured = json.loads(done.stdout)
     assert len(measured) == 20
-    assert not [(name, peak) for name, (peak,) in measured if peak > 27 * 2**20]
+    assert not [(name, peak) for name, (peak,) in measured if peak > 42 * 2**20]
