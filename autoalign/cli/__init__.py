@@ -3,12 +3,12 @@
 In order of use:
 
 * ``terminal``: results on stdout, in colours on a terminal; progress and messages on stderr; exit codes.
-* ``completion``: what a shell completes: commands, options, names of models.
-* ``targets``: sides that arguments name; models are built quietly.
-* ``arguments``: the decorator ``command``, the types of arguments, and options in place of arguments in messages.
-* ``reports`` and ``inspection``: what commands show.
+* ``arguments``: the decorator ``command``, the types of arguments, the sides that they name and the names of models
+  that a shell completes; options in place of arguments in messages.
+* ``reports``: what commands show.
 * ``commands``: the commands, each a function.
-* ``app``: the program: which command is run, and what is printed of errors. It imports torch only to run a command.
+* ``app``: the program: which command is run, what is printed of errors, and what a shell completes. It imports torch
+  only to run a command.
 
 It may import everything. A new command is a function in ``commands``::
 

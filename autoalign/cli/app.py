@@ -19,15 +19,7 @@ import typer
 from autoalign import __version__
 from autoalign.cli import commands  # noqa: F401, which adds its commands
 from autoalign.cli.arguments import Quiet, Verbose, app, command, in_options
-from autoalign.cli.completion import COMPLETION_VARIABLE, complete
-from autoalign.cli.terminal import (
-    BROKEN_PIPE,
-    ERROR,
-    INCOMPLETE,
-    INTERRUPTED,
-    complain,
-    settings,
-)
+from autoalign.cli.terminal import BROKEN_PIPE, ERROR, INCOMPLETE, INTERRUPTED, complain, settings
 from autoalign.errors import (
     AmbiguousAlignmentError,
     AutoAlignError,
@@ -36,6 +28,18 @@ from autoalign.errors import (
     PartialLoadWarning,
 )
 
+_COMPLETION = "_AUTOALIGN_COMPLETE"  # of the environment, by which a shell asks for words
+_BASH = """\
+_autoalign_completion() {
+    local IFS=$'\\n' line=${COMP_LINE:0:COMP_POINT}
+    local word=${line##* } before
+    local words=(${line// /$'\\n'})  # not those of bash, which ends words at colons
+    [[ -n $word ]] && before=$((${#words[@]} - 1)) || before=${#words[@]}
+    COMPREPLY=($(COMP_WORDS=$line COMP_CWORD=$before _AUTOALIGN_COMPLETE=complete_bash "$1"))
+    [[ $word == *:* ]] && COMPREPLY=("${COMPREPLY[@]#"${word%"${word##*:}"}"}")
+}
+complete -o default -F _autoalign_completion autoalign
+"""
 _EPILOG = (
     "exit codes: 0 complete or equal; 1 incomplete or different; 2 an error, reported on "
     "stderr. Results are on stdout, all else is on stderr."
@@ -73,7 +77,18 @@ def completion(
     bash: put eval "$(autoalign completion bash)" into ~/.bashrc. zsh: autoalign completion zsh > DIR/_autoalign, with a
     DIR of your fpath. fish: autoalign completion fish > ~/.config/fish/completions/autoalign.fish.
     """
-    return complete(app, f"source_{shell}")
+    return _complete(f"source_{shell}")
+
+
+def _complete(instruction: str) -> int:
+    """Answer a shell: print the words that complete a line, or with ``source_SHELL`` the script that asks for them."""
+    if instruction == "source_bash":
+        print(_BASH, end="")
+        return 0
+    from typer import completion as shells
+
+    shells.get_completion_inspect_parameters()  # which makes the shells known
+    return shells.shell_complete(typer.main.get_command(app), {}, "autoalign", _COMPLETION, instruction)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding lacks
     try:
-        if arguments is None and (instruction := os.environ.get(COMPLETION_VARIABLE)):
-            return complete(app, instruction)
+        if arguments is None and (instruction := os.environ.get(_COMPLETION)):
+            return _complete(instruction)
         group = typer.main.get_command(app)
         with _warnings_shown():
             given = list(sys.argv[1:] if arguments is None else arguments)

@@ -1,23 +1,35 @@
-"""What commands are made of: ``command``, and the types of arguments; options come from signatures of the library."""
+"""What commands are made of: ``command``, and the types of arguments, with the sides that they name.
+
+Options come from signatures of the library. A side is a path or a model such as ``timm:resnet50(num_classes=10)``.
+"""
 
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
+import warnings
 from ast import literal_eval
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from enum import StrEnum
 from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
-from autoalign.cli.completion import complete_models
-from autoalign.cli.targets import model_of
-from autoalign.cli.terminal import settings, working
-from autoalign.errors import PatternError
+from autoalign.cli.terminal import settings, stop_display, working
+from autoalign.errors import InputError, PatternError
 from autoalign.plan.options import Flag
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autoalign.checkpoints.checkpoint import Side
 
 _TEXT = r"""r?'(?:[^'\\\n]|\\.)*'|r?"(?:[^"\\\n]|\\.)*\""""
 _VALUE = rf"""{_TEXT}|\[(?:[^]'"\n]|{_TEXT})*\]|\w+(?:\.\d+)?"""  # of Python
@@ -37,6 +49,32 @@ _CHECKPOINT = (
     "a checkpoint of any format: a file, an index, a folder, hf://OWNER/NAME or https://...; or several files or a "
     "pattern of them"
 )
+
+
+def complete_models(incomplete: str) -> list[str]:
+    """List the models of a library that a text such as ``timm:res`` begins; of anything else a shell completes files.
+
+    >>> complete_models("resnet.pt")
+    []
+    """
+    library, colon, start = incomplete.partition(":")
+    return [f"{library}:{name}" for name in (model_names(library) if colon else ()) if name.startswith(start)]
+
+
+def model_names(library: str) -> list[str]:
+    """List the names of a library's models, which are kept in a file, since importing a library takes seconds."""
+    with suppress(PackageNotFoundError, OSError):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "autoalign"
+        file = folder / f"{library}-{version(library)}.txt"
+        if not file.exists():
+            from autoalign.checkpoints.named_models import LIBRARIES, names_in
+
+            if library not in LIBRARIES:
+                return []
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join(names_in(library)), encoding="utf-8")
+        return file.read_text(encoding="utf-8").splitlines()
+    return []
 
 
 def side(metavar: str, text: str) -> Any:
@@ -121,6 +159,45 @@ def _parts(hint: Any) -> Iterable[Any]:
     if get_origin(hint) is not Literal:
         for part in get_args(hint):
             yield from _parts(part)
+
+
+def side_of(given: str | Sequence[str], *, values: bool = False) -> Side:
+    """Return an argument, or several that are one checkpoint, as one side of an alignment.
+
+    It is a path if there is such a file or folder, or one that such a pattern takes, else a model. With ``values``, a
+    model is built with its initial values, and not on the meta device.
+    """
+    from autoalign.checkpoints.paths import is_file
+    from autoalign.checkpoints.remote import is_remote
+
+    texts = [given] if isinstance(given, str) else given
+    if any(map(is_remote, texts)):
+        stop_display()  # a download shows its own
+    if len(texts) > 1:
+        return texts
+    return texts[0] if is_file(texts[0]) else _built(texts[0], values=values)
+
+
+def model_of(text: str, *, values: bool = True, hint: str = "") -> nn.Module:
+    """Build a model, with its initial values or on the meta device; the ``hint`` is for what is none."""
+    from torch import nn
+
+    from autoalign.checkpoints.paths import is_file
+    from autoalign.checkpoints.remote import is_remote
+
+    model = None if is_file(text) and not is_remote(text) else _built(text, values=values)
+    if not isinstance(model, nn.Module):
+        what = "a path" if model is None else f"a {type(model).__name__}"
+        raise InputError(f"{text!r} is {what}, not a model such as timm:resnet50. Nothing was done.{hint}")
+    return model
+
+
+def _built(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
+    from autoalign.checkpoints.named_models import build
+
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():  # what its code prints is not a result
+        warnings.simplefilter("ignore")  # of how a library will initialise weights in future
+        return build(text, values=values)
 
 
 def pairs_of(rules: Sequence[str]) -> list[tuple[str, str]]:

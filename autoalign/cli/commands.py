@@ -29,11 +29,12 @@ from autoalign.cli.arguments import (
     TableForm,
     Target,
     command,
+    complete_models,
     in_options,
+    model_of,
     side,
+    side_of,
 )
-from autoalign.cli.completion import complete_models
-from autoalign.cli.targets import model_of, side_of
 from autoalign.cli.terminal import COMPLETE, INCOMPLETE, complain, progress, show, show_json, show_lines
 from autoalign.errors import DependencyError, InputError, ValueWarning
 from autoalign.plan.options import AlignOptions, MatchOptions
@@ -65,7 +66,7 @@ def inspect(
     gc.disable()  # all that is made is kept, and to look for garbage in it takes a third of the time
     try:
         from autoalign.checkpoints.checkpoint import checkpoint_of
-        from autoalign.cli.inspection import show_checkpoint
+        from autoalign.cli.reports import show_checkpoint
 
         opened = checkpoint_of(side_of(checkpoint), container=container)
         return show_checkpoint(opened, " ".join(checkpoint), form, depth=depth)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from autoalign.checkpoints.named_models import build, build_described
-from autoalign.cli.targets import model_of, side_of
+from autoalign.cli.arguments import model_of, side_of
 from autoalign.errors import DependencyError, InputError
 
 FACTORIES = "tests.cli.factories"
