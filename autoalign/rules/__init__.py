@@ -9,10 +9,8 @@ Rules convert a state dict without any matching, and are exported to other libra
 * ``rules``: ``Rules``, the list: ``apply``, ``plan``, JSON, and the verbs that export
 * ``generalise``: from the matches of single tensors to rules for all keys that are alike but for their numbers
 * ``induce``: from those to the shortest list, checked against the plan
-* ``python_functions``: functions of ``plan`` as source, for those exports that call them
-* ``export_python``: rules as the source of a function
+* ``export_python``: rules as the source of a function, with those of ``plan`` that it calls
 * ``renaming_pairs``: the options of a choice as pairs for ``rules=`` of ``align``
-* ``conversion_ops``: operations as transformers' own, where it has none for them
 * ``export_renamings``: rules as mmengine's ``revise_keys``, and transformers' ``key_mapping`` and conversions
 
 A new operation needs cases in ``size_free`` if it has sizes, and in ``export_python``. A new export is a file, and a

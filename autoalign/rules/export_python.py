@@ -1,14 +1,23 @@
-"""Rules as the Python source of a function that needs torch alone, laid out as formatters do."""
+"""Rules as the Python source of a function that needs torch alone, laid out as formatters do.
+
+What it calls of ``plan``, to dequantise or to combine, stands before it, without annotations and docstrings.
+"""
 
 from __future__ import annotations
 
 import ast
 import keyword
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from autoalign.errors import InputError, RulesError
-from autoalign.plan.dequantise import Dequantise
+from autoalign.plan import dequantise, parametrised
+from autoalign.plan.dequantise import SCHEMES, Dequantise
 from autoalign.plan.operations import (
     Concatenate,
     Flip,
@@ -24,13 +33,25 @@ from autoalign.plan.operations import (
     Unstack,
     steps_of,
 )
-from autoalign.plan.parametrised import Combine
+from autoalign.plan.parametrised import PARAMETRISATIONS, Combine
 from autoalign.plan.serialization import check_operation
-from autoalign.rules.python_functions import call_of, functions_in
 from autoalign.rules.rule import SLICE, Arithmetic, Rule, tokens_of
 from autoalign.rules.size_free import Each, Pick, Portion, Regroup, Sized, ZerosLike
 
 _WIDTH = 88  # of a line, as formatters have it by default
+_WORD = re.compile(r"\b[A-Za-z_]\w*")
+_VALUES = """
+def _values(tensors, roles, compute, shape_of):
+    found = []
+    for start in range(0, len(tensors), len(roles)):
+        inputs = dict(zip(roles, tensors[start : start + len(roles)], strict=True))
+        shape = shape_of({role: tuple(tensor.shape) for role, tensor in inputs.items()})
+        if shape is None:
+            raise ValueError("codes and scales do not fit together")
+        found.append(compute(inputs, shape))
+    return found
+"""
+
 _Group = Callable[[int], str]  # how the code reads a capture
 
 
@@ -54,7 +75,7 @@ def source_of(rules: Sequence[Rule], name: str) -> str:
             f"{len(refused)} of {len(rules)} rules hold operations that have no short form in Python, such as those of "
             "adapt. Nothing was written. Use rules.apply instead.\n" + "\n".join(refused)
         )
-    functions = functions_in([*body, *joined])
+    functions = _functions_in([*body, *joined])
     imports = {"import re"} if rules else set[str]()
     imports |= {"import torch"} if any("torch." in line for line in (*body, *joined)) else set()
     imports |= {line for each in functions for line in each.imports}
@@ -161,7 +182,7 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
             case Pick(places):
                 return [f"{variable} = [{', '.join(f'{variable}[{place}]' for place in places)}]"]
             case Dequantise() | Combine():
-                return [f"{variable} = {call_of(step, variable)}"]
+                return [f"{variable} = {_call_of(step, variable)}"]
             case Parallel(operations) if any(own.arity > 1 for own in operations):
                 lines = ["made = []"]
                 for own, run in step.runs(range(sum(own.arity for own in operations))):
@@ -190,7 +211,7 @@ def _step(step: Operation, variable: str, *, several: bool) -> list[str]:
     x = variable
     match step:
         case Dequantise() if step.arity == 1:
-            return [f"({x},) = {call_of(step, f'[{x}]')}"]
+            return [f"({x},) = {_call_of(step, f'[{x}]')}"]
         case Transpose():
             return [f"{x} = {x}.transpose(0, 1)"]
         case Permute(dims):
@@ -302,3 +323,89 @@ def _laid_out(line: str) -> Iterator[str]:
 
 def _indented(lines: Sequence[str], by: int) -> list[str]:
     return [f"{'    ' * by}{line}" for line in lines]
+
+
+@dataclass(frozen=True, slots=True)
+class _Function:
+    """A function or a constant, as source."""
+
+    lines: tuple[str, ...]
+    imports: frozenset[str]
+
+
+def _call_of(step: Dequantise | Combine, tensors: str) -> str:
+    """Write the call that computes what an operation does to a list of tensors, of that name."""
+    if isinstance(step, Combine):
+        name, count = _name(PARAMETRISATIONS[step.scheme].weight), step.arity
+        return f"[{name}({tensors}[i : i + {count}]) for i in range(0, len({tensors}), {count})]"
+    scheme = SCHEMES[step.scheme]
+    shape = f"lambda _: {tuple(step.shape)}" if step.shape else _name(scheme.shape)
+    return f"_values({tensors}, {tuple(step.roles)}, {_name(scheme.values)}, {shape})"
+
+
+def _name(function: Any) -> str:
+    if isinstance(function, partial):
+        given = "".join(f", {name}={value!r}" for name, value in function.keywords.items())
+        return f"partial({_name(function.func)}{given})"
+    return str(function.__name__)
+
+
+def _functions_in(code: Iterable[str]) -> list[_Function]:
+    """Return the functions that are called in some lines, and those that they call, in an order in which they work."""
+    words = {word for line in code for word in _WORD.findall(line)}
+    found = [_Function(tuple(_VALUES.strip().splitlines()), frozenset())] if "_values" in words else []
+    for module in (dequantise, parametrised):
+        nodes, imports = _parts(module)
+        needed: set[str] = set()
+        left = [word for word in words if word.startswith("_") or word == "mlx_shape"]
+        while left:
+            name = left.pop()
+            if name in nodes and name not in needed:
+                needed.add(name)
+                left += [node.id for node in ast.walk(nodes[name]) if isinstance(node, ast.Name)]
+        for name, node in nodes.items():
+            if name in needed:
+                used = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)} & imports.keys()
+                found.append(
+                    _Function(tuple(ast.unparse(node).splitlines()), frozenset(imports[each] for each in used))
+                )
+    if "partial" in words:
+        found.append(_Function((), frozenset({"from functools import partial"})))
+    return found
+
+
+class _Plain(ast.NodeTransformer):
+    """Leaves out annotations and docstrings."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        self.generic_visit(node)
+        node.returns = None
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        return node
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        return ast.Assign([node.target], node.value, lineno=node.lineno) if node.value else node
+
+
+@cache
+def _parts(module: ModuleType) -> tuple[dict[str, ast.AST], dict[str, str]]:
+    """Return the functions and constants of a module by name, and the lines that import other names."""
+    nodes: dict[str, ast.AST] = {}
+    imports: dict[str, str] = {}
+    for node in ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imports |= {name.asname or name.name: _import(node, name) for name in node.names}
+        elif isinstance(node, ast.FunctionDef):
+            nodes[node.name] = _Plain().visit(node)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            nodes[node.targets[0].id] = node
+    return nodes, imports
+
+
+def _import(node: ast.Import | ast.ImportFrom, name: ast.alias) -> str:
+    return f"import {name.name}" if isinstance(node, ast.Import) else f"from {node.module} import {name.name}"

@@ -238,7 +238,7 @@ def test_align_cuts_long_reports_unless_all_is_asked_for(tmp_path: Path, capsys:
 def test_html_is_what_the_alignment_writes(
     checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("autoalign.cli.reports.document", lambda _, title, changes: f"<p>größe {title}</p>")
+    monkeypatch.setattr("autoalign.cli.reports.document", lambda _, title, **__: f"<p>größe {title}</p>")
     assert cli.main(["align", checkpoint, RENAMED, "--format", "html"]) == cli.COMPLETE
     assert capsys.readouterr().out == f"<p>größe {checkpoint} -> {RENAMED}</p>\n"
 
