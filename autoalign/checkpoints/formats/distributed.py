@@ -1,24 +1,23 @@
 """Folders of ``torch.distributed.checkpoint``: a file of metadata, and files with pieces of tensors.
 
-Torch's own reader unpickles the metadata whatever it asks for; here it gets torch's own records, stubs for the rest,
-such as the plan that Megatron keeps there. The pieces are read by torch, tensor for tensor, with ``weights_only=True``.
+Torch's own reader unpickles the metadata whatever it asks for, and takes a second to be imported; here an outline of
+them is read, without any class. The pieces are read by torch, tensor for tensor, with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autoalign.checkpoints.formats.records import finder
 from autoalign.checkpoints.formats.torch_pickle import check_zipped
-from autoalign.checkpoints.formats.unpickler import unpickle
+from autoalign.checkpoints.formats.unpickler import Made, Pairs, check_cost
 from autoalign.checkpoints.part import Part
 from autoalign.checkpoints.stored import Budget, Contents, StoredTensor, TooCostlyError, as_opened, reading
 from autoalign.errors import CheckpointError
@@ -29,6 +28,28 @@ _METADATA = ".metadata"
 _KIND = "a folder of torch.distributed.checkpoint"
 _MAX_METADATA_BYTES = 2**30
 _MAX_EXTRA_BYTES = 2**16  # beside the values of a piece, where torch writes one or two thousand
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a tensor, and where it is."""
+
+    offsets: tuple[int, ...]  # in the tensor
+    sizes: tuple[int, ...]
+    file: str
+    start: int  # in bytes, as the length
+    length: int
+    transforms: Sequence[str]  # such as compressions
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor."""
+
+    path: tuple[str | int, ...]  # in the state dict that was saved
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Sequence[_Piece]
 
 
 def is_distributed(folder: Path) -> bool:
@@ -43,108 +64,106 @@ def open_distributed(folder: Path) -> Contents:
         CheckpointError: The metadata is damaged, or names files that are missing or not in the folder.
     """
     with reading(folder, _KIND):
-        metadata = _read_metadata(folder / _METADATA)
-        sizes = _check_pieces(folder, metadata)
+        entries = _read_metadata(folder / _METADATA)
+        sizes = _check_pieces(folder, entries)
         budget = Budget((folder / _METADATA).stat().st_size + sum(sizes.values()))
-        for place in metadata.storage_data.values():  # of which many may be the same part of a file
-            budget.charge(max(place.length, 0))
+        for entry in entries.values():  # whose pieces may often be the same part of a file
+            budget.charge(sum(piece.length for piece in entry.pieces))
         opened = [stat for name in sizes for stat in as_opened(folder / name)]
-        return Contents(_nested(folder, metadata, budget), opened=tuple(opened))
+        return Contents(_nested(folder, entries, budget), opened=tuple(opened))
 
 
-def _read_metadata(file: Path) -> Any:
+def _read_metadata(file: Path) -> dict[str, _Entry]:
     size = file.stat().st_size
     if size > _MAX_METADATA_BYTES:
         raise TooCostlyError(f"metadata of {size:,} bytes, of {_MAX_METADATA_BYTES:,} at most")
-    metadata = unpickle(file.read_bytes(), size, _finder(), max_operations=size)
-    if type(metadata).__name__ != "Metadata":
-        raise ValueError(f"there is a {type(metadata).__name__} where metadata should be")
-    return metadata
-
-
-def _finder() -> Callable[[str, str], Any]:
-    """Return a function from the names of a module and of something in it to what stands for that."""
-    from torch.distributed.checkpoint import filesystem, metadata
-
-    stub = finder()
-
-    def found(module: str, name: str) -> Any:
-        if module == metadata.__name__ and name in _RECORDS:
-            return getattr(metadata, name)
-        if module == filesystem.__name__ and name == "_StorageInfo":
-            return filesystem._StorageInfo
-        return _ALLOWED.get((module, name)) or stub(module, name)
-
+    metadata = _fields(check_cost(io.BytesIO(file.read_bytes()), size, max_operations=size), "Metadata")
+    places = {}
+    for index, place in _pairs(metadata["storage_data"]):
+        fields = _fields(index, "MetadataIndex")
+        if isinstance(fields["fqn"], str) and "offset" in fields:  # else of what is no tensor
+            places[fields["fqn"], _numbers(fields["offset"])] = _fields(place, "_StorageInfo")
+    planned, found = metadata.get("planner_data"), {}
+    paths = {} if planned is None else dict(_pairs(planned))
+    for key, made in _pairs(metadata["state_dict_metadata"]):
+        if not isinstance(key, str):
+            raise ValueError(f"a tensor called {key!r}")
+        if getattr(made, "name", "").endswith(" BytesStorageMetadata"):  # pickled values, such as a learning rate
+            continue
+        fields, pieces = _fields(made, "TensorStorageMetadata"), []
+        for chunk in map(_fields, fields["chunks"]):
+            offsets, place = _numbers(chunk["offsets"]), places[key, _numbers(chunk["offsets"])]
+            where = place["relative_path"], place["offset"], place["length"]
+            transforms = place.get("transform_descriptors") or ()
+            pieces.append(_Piece(offsets, _numbers(chunk["sizes"]), *where, transforms))
+        path = paths.get(key, (key,))
+        if not all(isinstance(step, str | int) for step in path):
+            raise ValueError(f"{key} was not saved under names")
+        (named, *_) = fields["properties"][-1]  # the first of its attributes
+        dtype = vars(torch).get(named.removeprefix("torch "))
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{key} has dtype {named}")
+        found[key] = _Entry(path, _numbers(fields["size"]), dtype, pieces)
     return found
 
 
-_RECORDS = frozenset(
-    {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    }
-)
-_ALLOWED: Mapping[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("pathlib", "PosixPath"): PurePosixPath,
-    ("pathlib", "WindowsPath"): PureWindowsPath,
-    ("pathlib._local", "PosixPath"): PurePosixPath,
-    ("pathlib._local", "WindowsPath"): PureWindowsPath,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-}
+# What the outline of a pickle holds
 
 
-def _check_pieces(folder: Path, metadata: Any) -> dict[str, int]:
+def _pairs(found: Any) -> list[tuple[Any, Any]]:
+    if not isinstance(found, Pairs):
+        raise ValueError("there is no mapping where one should be")
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+def _fields(found: Any, name: str = "") -> dict[Any, Any]:
+    """Return the attributes of an object of a class."""
+    if not isinstance(found, Made) or not found.name.endswith(name):
+        raise ValueError(f"there is no {name or 'object'} where one should be")
+    return dict(_pairs(found[-1]))
+
+
+def _numbers(found: Any) -> tuple[int, ...]:
+    """Return the numbers of a ``torch.Size``."""
+    (numbers,) = found
+    if not all(type(number) is int and -(2**63) <= number < 2**63 for number in numbers):
+        raise ValueError("a size that is not of numbers")
+    return tuple(numbers)
+
+
+def _check_pieces(folder: Path, entries: Mapping[str, _Entry]) -> dict[str, int]:
     """Make sure that every piece of every tensor is there, with as many bytes as it needs.
 
     Returns:
         The files of the pieces, with their sizes.
     """
-    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-
     sizes: dict[str, int] = {}
-    for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(key, str):
-            raise ValueError(f"a tensor called {key!r}")
-        if not isinstance(entry, TensorStorageMetadata):
-            continue
-        dtype = entry.properties.dtype
-        if any(size < 0 for size in entry.size) or not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{key} has shape {list(entry.size)} and dtype {dtype}")
-        if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
-            raise ValueError(f"the pieces of {key} {list(entry.size)} do not make it up")
-        for chunk in entry.chunks:
-            place = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-            name = place.relative_path
+    for key, entry in entries.items():
+        if any(size < 0 for size in entry.shape):
+            raise ValueError(f"{key} has shape {list(entry.shape)}")
+        if sum(prod(piece.sizes) for piece in entry.pieces) != prod(entry.shape):
+            raise ValueError(f"the pieces of {key} {list(entry.shape)} do not make it up")
+        for piece in entry.pieces:
+            name = piece.file
             if name not in sizes:
                 if not isinstance(name, str) or Path(name).name != name:
                     raise ValueError(f"a piece of {key} is in {name!r}, which is not in the folder")
                 if not (folder / name).is_file():
                     raise ValueError(f"a piece of {key} is in {name!r}, which is missing")
                 sizes[name] = (folder / name).stat().st_size
-            packed = bool(getattr(place, "transform_descriptors", None))  # as compressed pieces are
-            needed = 0 if packed else prod(chunk.sizes) * dtype.itemsize
-            if not (place.offset >= 0 and needed <= place.length <= sizes[name] - place.offset):
-                raise ValueError(f"a piece of {key} has {place.length} bytes at {place.offset} of {name!r}")
+            needed = 0 if piece.transforms else prod(piece.sizes) * entry.dtype.itemsize
+            if not type(piece.start) is type(piece.length) is int:
+                raise ValueError(f"a piece of {key} is not at a number")
+            if not (piece.start >= 0 and needed <= piece.length <= sizes[name] - piece.start):
+                raise ValueError(f"a piece of {key} has {piece.length} bytes at {piece.start} of {name!r}")
     return sizes
 
 
-def _nested(folder: Path, metadata: Any, budget: Budget) -> dict[str, object]:
+def _nested(folder: Path, entries: Mapping[str, _Entry], budget: Budget) -> dict[str, object]:
     """Nest the tensors as the state dict was that was saved."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     root: dict[str, object] = {}
-    for key, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):  # pickled values, such as a learning rate
-            continue
-        *path, name = map(str, (metadata.planner_data or {}).get(key, (key,)))
+    for key, entry in entries.items():
+        *path, name = map(str, entry.path)
         level = root
         for step in path:
             inner = level.setdefault(step, {})
@@ -153,18 +172,18 @@ def _nested(folder: Path, metadata: Any, budget: Budget) -> dict[str, object]:
             level = inner
         if name in level:
             raise ValueError(f"two tensors are called {key!r}")
-        level[name] = _stored(folder, metadata, key, entry, budget)
+        level[name] = _stored(folder, key, entry, budget)
     return root
 
 
-def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -> StoredTensor:
-    shape, dtype = tuple(entry.size), entry.properties.dtype
+def _stored(folder: Path, key: str, entry: _Entry, budget: Budget) -> StoredTensor:
+    shape, dtype = entry.shape, entry.dtype
     checked: set[tuple[str, int]] = set()
 
     def read_region(region: Region) -> Tensor:
+        from torch.distributed.checkpoint import metadata
         from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+        from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
         from torch.distributed.checkpoint.planner import LoadPlan
         from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -185,14 +204,26 @@ def _stored(folder: Path, metadata: Any, key: str, entry: Any, budget: Budget) -
                     piece.seek(0)
                 return piece
 
-        starts, sizes = torch.Size([start for start, _ in region]), torch.Size([length for _, length in region])
+        def chunk(starts: Iterable[int], sizes: Iterable[int]) -> metadata.ChunkStorageMetadata:
+            return metadata.ChunkStorageMetadata(torch.Size(starts), torch.Size(sizes))
+
         with reading(folder, _KIND):
-            tensor = torch.empty(sizes, dtype=dtype, device="cpu")
+            chunks = [chunk(piece.offsets, piece.sizes) for piece in entry.pieces]
+            stored = metadata.TensorStorageMetadata(metadata.TensorProperties(dtype), torch.Size(shape), chunks)
+            places: dict[metadata.MetadataIndex, _StorageInfo] = {
+                metadata.MetadataIndex(key, piece.offsets): _StorageInfo(
+                    piece.file, piece.start, piece.length, piece.transforms or None
+                )
+                for piece in entry.pieces
+            }
+            whole = metadata.Metadata({key: stored}, storage_data=places)
+            wanted = chunk(*zip(*region, strict=True)) if region else chunk((), ())
+            tensor = torch.empty(wanted.sizes, dtype=dtype, device="cpu")
             planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            planner.set_up_planner({key: tensor}, metadata)
+            planner.set_up_planner({key: tensor}, whole)
             reader = Reader(folder)
-            reader.set_up_storage_reader(metadata, is_coordinator=True)
-            items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(starts, sizes)])
+            reader.set_up_storage_reader(whole, is_coordinator=True)
+            items = create_read_items_for_chunk_list(key, stored, [wanted])
             reader.read_data(LoadPlan(items), planner).wait()
         return tensor
 

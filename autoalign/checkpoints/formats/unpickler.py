@@ -1,6 +1,7 @@
 """Pickles that may be hostile: what reading one would cost, and an unpickler that reaches only an allow list.
 
 Three formats are pickles: files of ``torch.save``, TorchScript archives and the metadata of distributed checkpoints.
+Of the last an outline is all that is needed.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ import io
 import pickle
 import pickletools
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
-from enum import Enum
 from math import prod
 from mmap import mmap
 from typing import Any, BinaryIO, ClassVar
@@ -29,6 +28,7 @@ _TENSORS = {  # from names to elements in an element of a storage, of which some
     "torch._utils _rebuild_tensor_v3": 1,
     "torch._utils _rebuild_qtensor": 4,
 }
+_TEXT, _SEQUENCE = (str, bytes), (tuple, list)  # unions would be made anew for each of a million values
 _HASHING = (" set", " frozenset", " Counter", " OrderedDict")  # the ends of names of what hashes items, or their first
 _PARAMETERS = frozenset({"torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state"})
 
@@ -44,8 +44,8 @@ def unpickle(
 ) -> Any:
     """Read a pickle whose cost is within bounds and that reaches nothing but what an allow list has.
 
-    >>> unpickle(pickle.dumps(Counter), 30, lambda module, name: f"{module}.{name}")
-    'collections.Counter'
+    >>> unpickle(pickle.dumps(Sequence), 30, lambda module, name: f"{module}.{name}")
+    'collections.abc.Sequence'
 
     Args:
         content: The pickle.
@@ -86,9 +86,9 @@ class _RestrictedUnpickler(pickle._Unpickler):  # in Python, whose memory an ind
         return self.storage(pid)
 
     def load_build(self) -> None:
-        """Set the state of an object that this pickle made; classes, functions and enums are everyone's."""
+        """Set the state of an object that this pickle made; classes and functions are everyone's."""
         built = self.stack[-2]
-        if type(built) not in self.classes or isinstance(built, Enum):
+        if type(built) not in self.classes:
             raise ValueError(f"a state for a {type(built).__name__}, which a pickle does not make")
         super().load_build()  # type: ignore[misc]
 
@@ -128,19 +128,18 @@ def count_of(value: object, max_steps: int = FREE_STEPS) -> int:
     found, waiting = _ITEM_STEPS, [value]
     while waiting:
         each = waiting.pop()
-        if isinstance(each, tuple | list):
-            found += _ITEM_STEPS * len(each) + (each.numel if isinstance(each, _Made) else 0)
-        elif isinstance(each, str | bytes):
+        if isinstance(each, _TEXT):
             found += len(each)
+        elif isinstance(each, _SEQUENCE):
+            found += _ITEM_STEPS * len(each) + (each.numel if isinstance(each, Made) else 0)
+            waiting += each
         if found > max_steps:
             raise TooCostlyError("it holds values that refer to each other so often that they have no end")
-        if isinstance(each, tuple | list):
-            waiting += each
     return found
 
 
-class _Name(str):
-    """A function or class."""
+class Name(str):
+    """A function or class: the names of its module and its own."""
 
     __slots__ = ()
 
@@ -148,27 +147,18 @@ class _Name(str):
 class _Items(list):  # type: ignore[type-arg]
     """The items of a set."""
 
-    __slots__ = ("equal_hashes",)
-
-    def __init__(self, items: Sequence[Any] = ()) -> None:
-        super().__init__(items)
-        self.equal_hashes: Counter[int] = Counter()  # of keys that are not text
+    equal_hashes: dict[int, int] | None = None  # from hashes of keys that are not text to how many have it
 
 
-class _Dict(_Items):
-    """Keys and values in turn."""
-
-    __slots__ = ()
+class Pairs(_Items):
+    """A mapping: keys and values in turn."""
 
 
-class _Made(_Items):
-    """What a function gave, with what was put into it later."""
+class Made(_Items):
+    """What a function or class gave, with what was put into it later."""
 
-    __slots__ = ("numel",)
-
-    def __init__(self, numel: int = 0) -> None:
-        super().__init__()
-        self.numel = numel
+    name = ""  # of the module and of the function or class
+    numel = 0  # of a tensor
 
 
 class _Storage:
@@ -200,14 +190,15 @@ class _CostReader:
         self.numel = 0  # of all storages
 
     def run(self, stream: BinaryIO | mmap, max_operations: int) -> object:
+        read, find = stream.read, _OPERATIONS.get
         for _ in range(max_operations + 1):
-            code = stream.read(1)
+            code = read(1)
             if code == pickle.STOP:
                 return self.stack.pop()
-            operation, argument = _OPERATIONS.get(code, (None, None))
+            operation = find(code)
             if operation is None:
                 raise ValueError(f"unsupported operation {code!r}" if code else "it has no end")
-            operation(self, argument(stream) if argument else None)
+            operation(self, stream)
         raise TooCostlyError(f"it has more than {max_operations:,} operations")
 
     def walk(self, value: object) -> None:
@@ -216,15 +207,16 @@ class _CostReader:
     def hash_keys(self, keys: Sequence[Any], owner: _Items) -> None:
         """Charge what a mapping or set takes to hash its keys, and to tell them from others of equal hashes."""
         for key in keys:
-            if type(key) is tuple or isinstance(key, _Made):
+            if type(key) is tuple or isinstance(key, Made):
                 self.walk(key)
-            if not isinstance(key, str | bytes):  # whose hashes nobody can foresee
+            if not isinstance(key, _TEXT):  # whose hashes nobody can foresee
                 try:
                     value = hash(_frozen(key))
                 except TypeError:  # of what has no hash as an outline, and may stand for any
                     value = 0
-                owner.equal_hashes[value] += 1
-                self.budget.charge(owner.equal_hashes[value])
+                counts = owner.equal_hashes = owner.equal_hashes or {}
+                counts[value] = counts.get(value, 0) + 1
+                self.budget.charge(counts[value])
 
     def mark(self) -> None:
         if len(self.outer) > _MAX_DEPTH:
@@ -258,8 +250,8 @@ class _CostReader:
         self.hash_keys(items, _Items())
         return tuple(items)
 
-    def mapping(self, items: Sequence[Any]) -> _Dict:
-        made = _Dict(items)
+    def mapping(self, items: Sequence[Any]) -> Pairs:
+        made = Pairs(items)
         self.hash_keys(made[::2], made)
         return made
 
@@ -282,13 +274,21 @@ class _CostReader:
             raise TooCostlyError(f"it announces {self.numel:,} elements in a file of {self.size:,} bytes")
         return _Storage(self.storages[key])
 
+    def reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = self.called(self.stack[-1], arguments)
+
     def called(self, function: Any, arguments: Any) -> object:
         """Count what a function does, by its arguments."""
-        if not isinstance(function, _Name) or not isinstance(arguments, tuple | list):
+        if not isinstance(function, Name) or not isinstance(arguments, _SEQUENCE):
             raise ValueError("a call of something that is not a function")
+        made = Made()
+        made.name = function
+        if not arguments:
+            return made
         if function in _TENSORS:
             return self.tensor(*arguments[:4], packed=_TENSORS[function])
-        if function in _PARAMETERS and arguments and isinstance(arguments[0], _Made):
+        if function in _PARAMETERS and arguments and isinstance(arguments[0], Made):
             self.walk(arguments[1:])
             return arguments[0]
         if function == "torch._tensor _rebuild_from_type_v2":
@@ -301,15 +301,14 @@ class _CostReader:
             self.budget.charge(max(arguments[0], 0))
         self.walk(arguments)
         for argument in arguments if function.endswith(_HASHING) else ():
-            if isinstance(argument, tuple | list):
+            if isinstance(argument, _SEQUENCE):
                 self.hash_keys(argument, _Items())
-                self.hash_keys([each[0] for each in argument if isinstance(each, tuple | list) and each], _Items())
-        made = _Made()
+                self.hash_keys([each[0] for each in argument if isinstance(each, _SEQUENCE) and each], _Items())
         if function == "torch Size":  # whose hash is that of its numbers
             made.extend(arguments)
         return made
 
-    def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *, packed: int = 1) -> _Made:
+    def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *, packed: int = 1) -> Made:
         """Make sure that a tensor is within its storage, which a reader may enlarge if it is not."""
         numbers = (offset, *shape, *stride)
         if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > 64:
@@ -319,23 +318,25 @@ class _CostReader:
         needed = span(offset, shape, stride)
         if needed > packed * storage.numel:
             raise ValueError(f"a tensor of {needed:,} elements in a storage of {storage.numel:,}")
-        return _Made(prod(shape))
+        made = Made()
+        made.numel = prod(shape)
+        return made
 
     def build(self) -> None:
         state, built = self.stack.pop(), self.stack[-1]
         if isinstance(state, tuple) and state and isinstance(state[0], _Storage):  # of the oldest files
             made = self.tensor(*state[:4])
-            if isinstance(built, _Made):
+            if isinstance(built, Made):
                 built.numel = made.numel
-        elif isinstance(built, _Made) and isinstance(state, tuple | list):
+        elif isinstance(built, Made) and isinstance(state, _SEQUENCE):
             built.append(state)  # which may count where it is hashed
-            if not isinstance(state, _Dict):
+            if not isinstance(state, Pairs):
                 self.walk(state)
 
-    def named(self, parts: list[Any]) -> _Name:
+    def named(self, parts: list[Any]) -> Name:
         if not all(type(part) is str for part in parts):
             raise ValueError("a name that is not text")
-        return _Name(" ".join(parts))
+        return Name(" ".join(parts))
 
 
 def span(offset: int, shape: Sequence[int], stride: Sequence[int]) -> int:
@@ -347,19 +348,29 @@ def span(offset: int, shape: Sequence[int], stride: Sequence[int]) -> int:
     return offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 if prod(shape) else 0
 
 
-_NUMBERS = "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT"
-_TEXTS = "STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8"
+_NUMBERS = "INT BININT BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT"
+_TEXTS = "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE BINUNICODE8"
 _BYTES = "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8"
-_BY_NAME: dict[str, Callable[[_CostReader, Any], object]] = {
+_WITH_VALUE: dict[str, Callable[[_CostReader, Any], object]] = {  # as pickletools reads it
     **dict.fromkeys(f"{_NUMBERS} {_TEXTS} {_BYTES}".split(), lambda reader, value: reader.stack.append(value)),
     **dict.fromkeys(("PROTO", "FRAME"), lambda _reader, _: None),
+    # "PUT" takes numbers of any size, of which many have one hash
+    "LONG_BINPUT": lambda reader, place: reader.memo.__setitem__(place, reader.stack[-1]),
+    "GLOBAL": lambda reader, name: reader.stack.append(Name(name)),
+}
+_BY_NAME: dict[str, Callable[[_CostReader, Any], object]] = {  # which read what they need of the stream
+    **dict.fromkeys(("NONE", "NEWTRUE", "NEWFALSE"), lambda reader, _: reader.stack.append(None)),
+    "BININT1": lambda reader, stream: reader.stack.append(stream.read(1)[0]),
+    "SHORT_BINUNICODE": lambda reader, stream: reader.stack.append(
+        str(stream.read(stream.read(1)[0]), "utf-8", "surrogatepass")
+    ),
+    "BINPUT": lambda reader, stream: reader.memo.__setitem__(stream.read(1)[0], reader.stack[-1]),
+    "BINGET": lambda reader, stream: reader.stack.append(reader.memo[stream.read(1)[0]]),
+    "LONG_BINGET": lambda reader, stream: reader.stack.append(reader.memo[int.from_bytes(stream.read(4), "little")]),
     "EMPTY_TUPLE": lambda reader, _: reader.stack.append(()),
     "EMPTY_LIST": lambda reader, _: reader.stack.append([]),
-    "EMPTY_DICT": lambda reader, _: reader.stack.append(_Dict()),
+    "EMPTY_DICT": lambda reader, _: reader.stack.append(Pairs()),
     "EMPTY_SET": lambda reader, _: reader.stack.append(_Items()),
-    # "PUT" takes numbers of any size, of which many have one hash
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda reader, place: reader.memo.__setitem__(place, reader.stack[-1])),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda reader, place: reader.stack.append(reader.memo[place])),
     "MARK": lambda reader, _: reader.mark(),
     "POP": lambda reader, _: reader.stack.pop() if reader.stack else reader.marked(),
     "POP_MARK": lambda reader, _: reader.marked(),
@@ -377,16 +388,23 @@ _BY_NAME: dict[str, Callable[[_CostReader, Any], object]] = {
     "SETITEM": lambda reader, _: reader.extend([reader.stack.pop(), reader.stack.pop()][::-1], step=2),
     "SETITEMS": lambda reader, _: reader.extend(reader.marked(), step=2),
     "ADDITEMS": lambda reader, _: reader.extend(reader.marked(), step=1),
-    "GLOBAL": lambda reader, name: reader.stack.append(_Name(name)),
     "STACK_GLOBAL": lambda reader, _: reader.replace(2, reader.named),
-    "REDUCE": lambda reader, _: reader.replace(2, lambda items: reader.called(*items)),
-    "NEWOBJ": lambda reader, _: reader.replace(2, lambda items: reader.called(*items)),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda reader, _: reader.reduce()),
     "NEWOBJ_EX": lambda reader, _: reader.replace(3, lambda items: reader.called(items[0], (*items[1], items[2]))),
     "BUILD": lambda reader, _: reader.build(),
     "BINPERSID": lambda reader, _: reader.replace(1, lambda items: reader.stored(items[0])),
 }
-_OPERATIONS: dict[bytes, tuple[Callable[[_CostReader, Any], object], Callable[[Any], Any] | None]] = {
-    each.code.encode("latin-1"): (_BY_NAME[each.name], each.arg.reader if each.arg else None)
+
+
+def _operation(each: pickletools.OpcodeInfo) -> Callable[[_CostReader, Any], object]:
+    if not each.arg or each.name in _BY_NAME:
+        return _BY_NAME[each.name]
+    operation, read = _WITH_VALUE[each.name], each.arg.reader
+    return lambda reader, stream: operation(reader, read(stream))
+
+
+_OPERATIONS = {
+    each.code.encode("latin-1"): _operation(each)
     for each in pickletools.opcodes
-    if each.name in _BY_NAME
+    if each.name in _BY_NAME or each.name in _WITH_VALUE
 }

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,27 @@ def test_code_in_metadata_does_not_run(tmp_path: Path) -> None:
     changed = read(tmp_path)
     changed.planner_data = Attack(tmp_path / "trace")
     write(tmp_path, changed)
-    with pytest.raises(CheckpointError, match="truncated or damaged"):
+    with pytest.raises(CheckpointError, match="there is no mapping where one should be"):
         open_checkpoint(tmp_path)
     assert not (tmp_path / "trace").exists()
+
+
+def test_metadata_are_read_without_the_code_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes as long to be imported as all else that ``inspect`` does."""
+    saved(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint", None)
+    assert "0.weight" in open_checkpoint(tmp_path, container="model")
+
+
+def test_metadata_of_torch_2_2(tmp_path: Path) -> None:
+    """Which had the class of properties in another module."""
+    saved(tmp_path)
+    file = tmp_path / ".metadata"
+    content = pickle.dumps(pickle.loads(file.read_bytes()), protocol=2)
+    here, there = b"checkpoint.metadata\nTensorProperties", b"_shard.sharded_tensor.metadata\nTensorProperties"
+    assert here in content
+    file.write_bytes(content.replace(here, there))
+    assert len(open_checkpoint(tmp_path)) == 9
 
 
 @pytest.mark.parametrize(
@@ -147,7 +166,7 @@ def test_a_piece_that_is_damaged(tmp_path: Path) -> None:
 
 def test_an_index_in_the_pickle_takes_no_memory(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
-    with pytest.raises(CheckpointError, match="there is a dict where metadata should be"):
+    with pytest.raises(CheckpointError, match="there is no Metadata where one should be"):
         open_checkpoint(tmp_path)
 
 

@@ -19,11 +19,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.checkpoint import metadata
 
 from autoalign.api import load
 from autoalign.checkpoints.checkpoint import open_checkpoint
-from autoalign.checkpoints.formats.unpickler import check_cost, count_of
+from autoalign.checkpoints.formats.records import finder
+from autoalign.checkpoints.formats.unpickler import check_cost, count_of, unpickle
 from autoalign.checkpoints.stored import FREE_STEPS, Budget, TooCostlyError
 from autoalign.errors import CheckpointError
 
@@ -189,22 +189,24 @@ def test_a_bomb_for_readers_of_our_own(tmp_path: Path, bomb: str, write: Callabl
         open_checkpoint(path)
 
 
-METADATA = "torch.distributed.checkpoint.metadata"
 SHARED = {
-    "a class": f"c{METADATA}\nMetadata\n".encode(),
-    "an enum": called(f"{METADATA} _MEM_FORMAT_ENCODING", b"K\x01"),
-    "a function": b"ctorch.serialization\n_get_layout\n",
+    "a class": b"cargparse\nNamespace\n",
+    "a dtype": b"ctorch\nFloatStorage\n",
+    "a function": b"ctorch._utils\n_rebuild_tensor_v2\n",
+    "a function, as what is given to another": called(
+        "torch._utils _rebuild_parameter", b"ctorch._utils\n_rebuild_tensor_v2\n", b"N", b"N"
+    ),
 }
 
 
 @pytest.mark.parametrize("shared", SHARED)
-def test_a_pickle_changes_nothing_but_what_it_makes(tmp_path: Path, shared: str) -> None:
-    state = b"N}" + text("trace") + b"K\x01s\x86"
-    path = write_metadata(b"\x80\x02" + SHARED[shared] + state + b"b.", tmp_path / "a")
-    with pytest.raises(CheckpointError, match=r"could not be read .* a state for a \w+, which a pickle does not make"):
-        open_checkpoint(path)
-    found = (metadata.Metadata, metadata._MEM_FORMAT_ENCODING(1), torch.serialization._get_layout)
-    assert not any(hasattr(each, "trace") for each in found)
+def test_a_pickle_changes_nothing_but_what_it_makes(shared: str) -> None:
+    content = b"\x80\x02" + SHARED[shared] + b"N}" + text("trace") + b"K\x01s\x86b."
+    found = finder()
+    with pytest.raises(ValueError, match=r"a state for a \w+, which a pickle does not make"):
+        unpickle(content, len(content), found)
+    shared_by_all = found("argparse", "Namespace"), torch.float32, found("torch._utils", "_rebuild_tensor_v2")
+    assert not any(hasattr(each, "trace") for each in shared_by_all)
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
