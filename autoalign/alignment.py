@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +83,7 @@ class Alignment(Plan):
             raise InputError(
                 f"{min(unknown)!r} is not ambiguous. Nothing was decided. Give options of choices of this alignment."
             )
-        order = {spec.key: place for place, spec in enumerate(self.target_specs)}
-        return replace(
-            self,
-            matches=tuple(sorted((*self.matches, *made.values()), key=lambda match: order[match.target])),
-            ambiguous=tuple(match for match in self.ambiguous if match.target not in made),
-        )
+        return self.revised(made.values())
 
     def explain(self, key: str) -> Explanation:
         r"""Explain why a key of either side is filled from what it is, or is not, and what would change it.
@@ -196,10 +191,7 @@ class Alignment(Plan):
             IncompatibleTensorsError: Lists every missing, mismatched, ambiguous and unexpected key, with both shapes.
         """
         if self.missing_keys or self.unexpected_keys:
-            from autoalign.reports.text import incomplete_message
-
-            message, details = incomplete_message(self)
-            raise IncompatibleTensorsError(message, self, details)
+            raise self._incomplete()
 
     def raise_if_missing(self) -> None:
         """Raise unless every target key is matched, as TensorFlow's ``assert_existing_objects_matched``.
@@ -208,10 +200,7 @@ class Alignment(Plan):
             IncompatibleTensorsError: Lists every missing, mismatched and ambiguous key, with both shapes.
         """
         if self.missing_keys:
-            from autoalign.reports.text import incomplete_message
-
-            message, details = incomplete_message(self, unexpected=False)
-            raise IncompatibleTensorsError(message, self, details)
+            raise self._incomplete(unexpected=False)
 
     def raise_if_unexpected(self) -> None:
         """Raise unless every source key is used.
@@ -220,10 +209,13 @@ class Alignment(Plan):
             IncompatibleTensorsError: Lists every unexpected key, with its shape and that of what comes near.
         """
         if self.unexpected_keys:
-            from autoalign.reports.text import incomplete_message
+            raise self._incomplete(missing=False)
 
-            message, details = incomplete_message(self, missing=False)
-            raise IncompatibleTensorsError(message, self, details)
+    def _incomplete(self, *, missing: bool = True, unexpected: bool = True) -> IncompatibleTensorsError:
+        from autoalign.reports.text import incomplete_message
+
+        message, details = incomplete_message(self, missing=missing, unexpected=unexpected)
+        return IncompatibleTensorsError(message, self, details)
 
     def raise_if_nothing_matched(self) -> None:
         """Raise if no target key is matched, as TensorFlow's ``assert_nontrivial_match``.

@@ -272,17 +272,20 @@ def _older(folder: Path, stem: str) -> dict[str, bool]:
 
 
 def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[TensorSpec]:
-    targets = {spec.key: spec for spec in alignment.target_specs}
-    dtypes = {spec.key: spec.dtype for spec in alignment.source_specs}
     specs = []
     for match in alignment.matches:
         has_values = is_dequantised(match.operation)
-        dtype = torch.float32 if has_values else reduce(torch.promote_types, (dtypes[key] for key in match.sources))
+        dtype = (
+            torch.float32
+            if has_values
+            else reduce(torch.promote_types, (alignment.sources[key].dtype for key in match.sources))
+        )
         if isinstance(match.operation, AddTo):
-            dtype = targets[match.target].dtype
+            dtype = alignment.targets[match.target].dtype
         is_copy = any(key in alignment.quantised[0] for key in match.sources) and not has_values
         is_value = dtype.is_floating_point and not is_copy
-        specs.append(TensorSpec(match.target, targets[match.target].shape, cast if cast and is_value else dtype))
+        shape = alignment.targets[match.target].shape
+        specs.append(TensorSpec(match.target, shape, cast if cast and is_value else dtype))
     return specs
 
 
@@ -292,9 +295,8 @@ def _unchanged(
     """List the target's own tensors that an adapter does not change, which make a whole with those that it does."""
     if not any(isinstance(match.operation, AddTo) for match in alignment.matches):
         return []
-    keys = [spec.key for spec in alignment.target_specs]
     out = {match.target for match in alignment.matches}
-    out |= excluded_keys(options.get("include"), options.get("exclude"), list(source), keys)[0]
+    out |= excluded_keys(options.get("include"), options.get("exclude"), list(source), list(alignment.targets))[0]
     return [
         replace(spec, dtype=cast)
         if cast and spec.dtype.is_floating_point and spec.key not in alignment.quantised[1]

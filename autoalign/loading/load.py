@@ -404,8 +404,8 @@ def _cut_explained(*, is_kept: bool = True) -> Iterator[None]:
 
 
 def _size(alignment: Alignment) -> int:
-    sizes = {spec.key: spec.numel * spec.dtype.itemsize for spec in alignment.target_specs}
-    return sum(sizes[match.target] for match in alignment.matches)
+    specs = (alignment.targets[match.target] for match in alignment.matches)
+    return sum(spec.numel * spec.dtype.itemsize for spec in specs)
 
 
 def _may_raise(category: type[Warning]) -> bool:

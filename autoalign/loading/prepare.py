@@ -89,9 +89,8 @@ def _named_sources(
 
     ``alignment`` is of the rest of the model, where it is known already.
     """
-    specs = {spec.key: spec for spec in source.specs}
     used = {key for match in alignment.matches for key in match.sources} if alignment else set()
-    free = {key: spec for key, spec in specs.items() if key not in used}
+    free = {spec.key: spec for spec in source.specs if spec.key not in used}
     modules = source_modules(alignment) if alignment else {}
     added, taken = _prefixes(lazy, free)
     found = {}
@@ -359,14 +358,13 @@ def _row_orders(alignment: Alignment) -> Iterator[str]:
     has one for the background too, which is its first.
     """
     weights = [match for match in alignment.matches if kind(split_key(match.target)[1])[0] == "weight"]
-    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
     for item in alignment.mismatched:
         rows = sorted(shape[0] for shape in (item.shape, item.source_shape) if len(shape) > 1)
         if len(rows) < 2 or rows[1] % _BOX_SIZE or rows[1] - rows[0] != _BOX_SIZE:
             continue
         classes, around = rows[1] // _BOX_SIZE, _around(item.key)
         for match in weights:
-            if shapes[match.target][:1] == (classes,) and _around(match.target) == around:
+            if alignment.targets[match.target].shape[:1] == (classes,) and _around(match.target) == around:
                 yield (
                     f"The rows of {match.target} may be in another order: of its {classes:,} classes one is the "
                     f"background, for which {item.key} {list(item.shape)} and {item.source_key} "
@@ -405,17 +403,16 @@ def _are_equal(alignment: Alignment, match: Match, other: Match) -> bool:
 
 def _of_other_shapes(alignment: Alignment, keys: Sequence[str], fills: Mapping[str, Match]) -> Iterator[str]:
     """Name the unused tensors of other shapes that are called as a tied key is, up to the prefix that its match has."""
-    shapes = {spec.key: spec.shape for spec in alignment.source_specs}
-    unused = set(alignment.unexpected_keys) - alignment.excluded
+    specs, unused = alignment.sources, set(alignment.unexpected_keys) - alignment.excluded
     matches = [fills[key] for key in keys if key in fills]
     for match in matches:
         for own in match.sources if len(match.sources) == 1 else ():
             for prefix in ("", own.removesuffix(match.target)) if own.endswith(match.target) else ():
                 for key in keys:
                     name = f"{prefix}{key}"
-                    if name in unused and shapes[name] != shapes[own]:
+                    if name in unused and specs[name].shape != specs[own].shape:
                         unused.discard(name)
-                        yield f"{name} {list(shapes[name])}"
+                        yield f"{name} {list(specs[name].shape)}"
 
 
 def _lost_biases(alignment: Alignment) -> list[str]:

@@ -346,7 +346,7 @@ def plan_of(
         TensorStorageMetadata,
     )
 
-    specs = {spec.key: spec for spec in alignment.target_specs}
+    specs = alignment.targets
     matches = {match.target: match for match in alignment.matches}
     wholes = {  # on all ranks in one order
         key: _whole(targets[key]) for key, match in matches.items() if needs_target(match.operation)

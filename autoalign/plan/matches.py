@@ -115,6 +115,16 @@ class Plan:
     verified: Verified | None = None  # None until `verify` returns it, and again where it is changed
 
     @cached_property
+    def sources(self) -> dict[str, TensorSpec]:
+        """The source's tensors by key."""
+        return {spec.key: spec for spec in self.source_specs}
+
+    @cached_property
+    def targets(self) -> dict[str, TensorSpec]:
+        """The target's tensors by key."""
+        return {spec.key: spec for spec in self.target_specs}
+
+    @cached_property
     def status(self) -> dict[str, Status]:
         """The one status of every target key, in the target's order."""
         kinds: dict[str, Status] = {spec.key: "missing" for spec in self.target_specs}
@@ -167,14 +177,31 @@ class Plan:
     @property
     def coverage(self) -> float:
         """The loaded share of the target's elements, in [0, 1]; 1 for a target without elements."""
-        numel = {spec.key: spec.numel for spec in self.target_specs}
-        total = sum(numel.values())
-        return sum(numel[match.target] for match in self.matches) / total if total else 1.0
+        total = sum(spec.numel for spec in self.target_specs)
+        return sum(self.targets[match.target].numel for match in self.matches) / total if total else 1.0
 
     @property
     def coverage_of_tensors(self) -> float:
         """The loaded share of the target's tensors, in [0, 1], whatever their sizes; 1 for a target without tensors."""
         return len(self.matches) / len(self.target_specs) if self.target_specs else 1.0
+
+    def revised(self, matches: Iterable[Match], ambiguous: Iterable[Match] = (), notes: Iterable[str] = ()) -> Self:
+        """Return the plan with matches and proposals in place of what it has for their targets, and with more notes."""
+        made = [tuple(matches), tuple(ambiguous)]
+        changed = {match.target for of in made for match in of}
+        place = {key: number for number, key in enumerate(self.targets)}
+
+        def merged(own: Sequence[Match], new: Sequence[Match]) -> tuple[Match, ...]:
+            kept = (match for match in own if match.target not in changed)
+            return tuple(sorted((*kept, *new), key=lambda match: place[match.target]))
+
+        return replace(
+            self,
+            matches=merged(self.matches, made[0]),
+            ambiguous=merged(self.ambiguous, made[1]),
+            mismatched=tuple(mismatch for mismatch in self.mismatched if mismatch.key not in changed),
+            notes=(*self.notes, *notes),
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Read the matched target keys' tensors, in the target's names, shapes and order; dtypes are the source's.
@@ -252,7 +279,6 @@ _Part = tuple[Operation, Match, Operation]  # takes it out of the source tensor;
 
 def inverted(plan: PlanT) -> PlanT:
     """Return the plan from the target to the source; see ``Alignment.inverse``."""
-    shapes = {spec.key: spec.shape for spec in plan.source_specs}
     parts: dict[str, dict[Operation, _Part]] = {}
     changed: list[str] = []
     for match in plan.matches:
@@ -260,7 +286,7 @@ def inverted(plan: PlanT) -> PlanT:
             changed.append(match.target)
             continue
         try:
-            traces = match.operation.trace([shapes[key] for key in match.sources])
+            traces = match.operation.trace([plan.sources[key].shape for key in match.sources])
         except NotInvertibleError:
             changed.append(match.target)
             continue

@@ -18,8 +18,8 @@ from autoalign.matching.layouts import BY_HEAD, ROTARY
 from autoalign.matching.pipeline import operations_of_rules
 from autoalign.plan.keys import components, template
 from autoalign.plan.matches import Match, Plan
-from autoalign.plan.operations import Operation, Shape
-from autoalign.plan.specs import tied_groups
+from autoalign.plan.operations import Operation
+from autoalign.plan.specs import TensorSpec, tied_groups
 from autoalign.reports.rows import printable
 from autoalign.rules.renaming_pairs import Pair, Renamer
 
@@ -170,7 +170,7 @@ class _Rivals(NamedTuple):
 
 
 def _choices(plan: Plan) -> Iterator[Choice]:
-    option, shapes = _option_of(plan), {spec.key: spec.shape for spec in plan.source_specs}
+    option = _option_of(plan)
     groups = {key: keys for keys in tied_groups(plan.target_specs) for key in keys}
     copies: dict[tuple[str, ...], list[Match]] = {}  # of tied targets, which are filled as one
     for match in plan.ambiguous:
@@ -181,7 +181,7 @@ def _choices(plan: Plan) -> Iterator[Choice]:
     for places in _groups(matches, rivals):
         options = [
             option({matches[place].target: ways.get(place) or _proposed(matches[place]) for place in places}, tied)
-            for ways in _ways(places, matches, rivals, shapes)
+            for ways in _ways(places, matches, rivals, plan.sources)
         ]
         warnings = dict.fromkeys(warning for place in places for warning in matches[place].warnings)
         is_close = any(rivals[place].exchanges for place in places)
@@ -269,7 +269,7 @@ def _parting(first: Sequence[str], second: Sequence[str]) -> Hashable:
 
 
 def _ways(
-    places: Sequence[int], matches: Sequence[Match], rivals: Sequence[_Rivals], shapes: Mapping[str, Shape]
+    places: Sequence[int], matches: Sequence[Match], rivals: Sequence[_Rivals], sources: Mapping[str, TensorSpec]
 ) -> list[dict[int, _Way]]:
     """List the ways to decide a group: for each what fills the matches that are not as proposed; the first is empty."""
     result: list[dict[int, _Way]] = [{}]
@@ -282,7 +282,7 @@ def _ways(
             ways.setdefault(place, way)
         used = [ways.get(place) or _proposed(matches[place]) for place in places]
         if len(set(used)) < len(used):  # two would take the same
-            ways = _exchanged(left, matches, shapes)
+            ways = _exchanged(left, matches, sources)
         left = [exchange for exchange in left if ways.get(exchange.place) != exchange.way]
         if not ways:
             break
@@ -291,7 +291,7 @@ def _ways(
 
 
 def _exchanged(
-    exchanges: Iterable[_Exchange], matches: Sequence[Match], shapes: Mapping[str, Shape]
+    exchanges: Iterable[_Exchange], matches: Sequence[Match], sources: Mapping[str, TensorSpec]
 ) -> dict[int, _Way]:
     """Make as many of some exchanges as can be made together: each match takes part in one."""
     ways: dict[int, _Way] = {}
@@ -300,7 +300,7 @@ def _exchanged(
             continue
         if owner is not None:
             given = matches[place].sources
-            if [shapes[key] for key in given] != [shapes[key] for key in way.sources]:
+            if [sources[key].shape for key in given] != [sources[key].shape for key in way.sources]:
                 continue
             ways[owner] = _Way(given, matches[owner].operation)
         ways[place] = way
@@ -338,9 +338,9 @@ def _option_of(plan: Plan) -> Callable[[Mapping[str, _Way], Mapping[str, Sequenc
 
 def _settling(plan: Plan, warnings: Collection[str], *, by_order: bool) -> Iterator[str]:
     """Yield what would settle a choice without a person."""
-    if by_order and is_alphabetical([spec.key for spec in plan.source_specs]):
+    if by_order and is_alphabetical([*plan.sources]):
         yield _ORDER_OF_SOURCE
-    if by_order and is_alphabetical([spec.key for spec in plan.target_specs]):
+    if by_order and is_alphabetical([*plan.targets]):
         yield _ORDER_OF_TARGET
     if ROTARY in warnings:
         yield from (note for note in plan.notes if ROTARY_SETTINGS[0] in note)

@@ -88,28 +88,26 @@ def explain(alignment: Plan, key: str) -> Explanation:
     """Explain a key of either side; see ``Alignment.explain``."""
     if not isinstance(key, str):
         raise InputError(f"Expected a key, not {type(key).__name__}.")
-    targets = {spec.key: spec for spec in alignment.target_specs}
-    sources = {spec.key: spec for spec in alignment.source_specs}
-    if key in targets:
-        return _of_target(alignment, targets[key], sources)
-    if key in sources:
-        return _of_source(alignment, sources[key], targets)
+    if key in alignment.targets:
+        return _of_target(alignment, alignment.targets[key])
+    if key in alignment.sources:
+        return _of_source(alignment, alignment.sources[key])
     from rapidfuzz import process
 
-    known = list(dict.fromkeys((*targets, *sources)))
+    known = list(dict.fromkeys((*alignment.targets, *alignment.sources)))
     found = process.extract(key, known, limit=_MAX_SUGGESTIONS, score_cutoff=_MIN_SIMILARITY)
     hint = f" Did you mean {', '.join(repr(other) for other, *_ in found)}?" if found else ""
     raise InputError(f"{key!r} is not a key of the target or of the source.{hint}")
 
 
-def _of_target(alignment: Plan, spec: TensorSpec, sources: dict[str, TensorSpec]) -> Explanation:
+def _of_target(alignment: Plan, spec: TensorSpec) -> Explanation:
     status = alignment.status[spec.key]
     if spec.key in alignment.excluded:
         what = f"{spec.kind} is left out by include or exclude and keeps its values"
         return Explanation(spec.key, "target", "excluded", what, remedies=(_WITHOUT_PATTERN,))
     for match in (*alignment.matches, *alignment.ambiguous):
         if match.target == spec.key:
-            return _of_match(alignment, match, status, spec, sources)
+            return _of_match(alignment, match, status, spec)
     for item in alignment.mismatched:
         if item.key == spec.key:
             shape, own = list(item.shape), list(item.source_shape)
@@ -133,10 +131,8 @@ def _of_target(alignment: Plan, spec: TensorSpec, sources: dict[str, TensorSpec]
     return Explanation(spec.key, "target", status, what, tuple(why), remedies=tuple(remedies))
 
 
-def _of_match(
-    alignment: Plan, match: Match, status: Status, spec: TensorSpec, sources: dict[str, TensorSpec]
-) -> Explanation:
-    made = " + ".join(str(sources[key]) for key in dict.fromkeys(match.sources))
+def _of_match(alignment: Plan, match: Match, status: Status, spec: TensorSpec) -> Explanation:
+    made = " + ".join(str(alignment.sources[key]) for key in dict.fromkeys(match.sources))
     verb = "is proposed but not loaded," if status == "ambiguous" else "is filled"
     what = f"{spec.kind} {verb} from {made} by '{match.operation}'"
     cues = [Cue(name, value, WEIGHTS.get(name)) for name, value in match.evidence.items()]
@@ -197,11 +193,11 @@ def _adapting(alignment: Plan, mismatch: Mismatch) -> list[str]:
     ]
 
 
-def _of_source(alignment: Plan, spec: TensorSpec, targets: dict[str, TensorSpec]) -> Explanation:
+def _of_source(alignment: Plan, spec: TensorSpec) -> Explanation:
     explanation = partial(Explanation, spec.key, "source")
     used = [match for match in alignment.matches if spec.key in match.sources]
     if used:
-        fills = [f"{targets[match.target]} by '{match.operation}'" for match in used]
+        fills = [f"{alignment.targets[match.target]} by '{match.operation}'" for match in used]
         see = (f"see explain({used[0].target!r})",)
         what = f"{spec.kind} is used for {_listed(fills)}"
         return explanation("used", what, confidence=used[0].confidence, remedies=see)
@@ -213,7 +209,8 @@ def _of_source(alignment: Plan, spec: TensorSpec, targets: dict[str, TensorSpec]
     what = f"{spec.kind} is not used"
     proposed = [match for match in alignment.ambiguous if spec.key in match.sources]
     if proposed:
-        why = f"it is proposed for {_listed([str(targets[match.target]) for match in proposed])}, but not loaded"
+        fills = [str(alignment.targets[match.target]) for match in proposed]
+        why = f"it is proposed for {_listed(fills)}, but not loaded"
         see = (f"see explain({proposed[0].target!r})",)
         return explanation("unexpected", what, (why,), confidence=proposed[0].confidence, remedies=see)
     for mismatch in alignment.mismatched:
@@ -244,7 +241,7 @@ def _listed(items: Sequence[str]) -> str:
 
 def _excluding(key: str, alignment: Plan) -> str:
     """Write the option that leaves out one key of the target, and the source's of the same name."""
-    others = {spec.key for spec in (*alignment.source_specs, *alignment.target_specs)} - {key}
+    others = {*alignment.sources, *alignment.targets} - {key}
     pattern = pattern_for(key, "$", others)
     raw = "\\" in pattern and pattern.isprintable() and "'" not in pattern
     return f"exclude=r'{pattern}'" if raw else f"exclude={pattern!r}"

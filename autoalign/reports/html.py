@@ -155,8 +155,11 @@ def _side_of(alignment: Plan, side: Literal["source", "target"], links: Sequence
             texts, several = zip(*map(_split_numbers, link.match.sources), strict=True)
             use = (*texts, *link.signature), (*chain.from_iterable(several), *link.numbers)
             uses[link.match.target] = [use]
-    by_key = {spec.key: spec for spec in specs}
-    reasons = {key: reason(by_key[key], others) for key in left} if others else {}
+    reasons = (
+        {key: reason((alignment.sources if side == "source" else alignment.targets)[key], others) for key in left}
+        if others
+        else {}
+    )
     leaves = []
     for spec in specs:
         signature: tuple[Hashable, ...] = (spec.shape, spec.dtype)

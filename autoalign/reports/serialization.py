@@ -251,7 +251,7 @@ def read(path: str | os.PathLike[str]) -> Plan:
 def applied(alignment: PlanT, source: Side, target: Side, *, container: str | None) -> PlanT:
     """Apply an alignment to a pair of the same keys and shapes; see ``Alignment.applied_to``."""
     own, other = checkpoint_of(source, container=container), checkpoint_of(target)
-    known = {spec.key for spec in alignment.target_specs}
+    known = alignment.targets
     counted = [spec for spec in other.specs if spec.key in known or not spec.key.endswith(_COUNTER)]
     lines = [
         *_differences("source", alignment.source_specs, own.all_specs),
@@ -273,16 +273,11 @@ def applied(alignment: PlanT, source: Side, target: Side, *, container: str | No
             f"Nothing was loaded. {ADVICE}",
             alignment,
         )
-    order = {spec.key: place for place, spec in enumerate(other.specs)}
-    return replace(
-        alignment,
-        matches=tuple(sorted(alignment.matches, key=lambda match: order[match.target])),
-        ambiguous=tuple(sorted(alignment.ambiguous, key=lambda match: order[match.target])),
-        source_specs=own.all_specs,
-        target_specs=tuple(spec for spec in other.specs if spec.key in known),
-        tensors=own,
-        target_tensors=other,
+    targets = tuple(spec for spec in other.specs if spec.key in known)
+    pair = replace(
+        alignment, source_specs=own.all_specs, target_specs=targets, tensors=own, target_tensors=other, ambiguous=()
     )
+    return pair.revised(alignment.matches, alignment.ambiguous)  # in the order of this target
 
 
 def _differences(side: str, saved: Sequence[TensorSpec], given: Sequence[TensorSpec]) -> Iterable[str]:

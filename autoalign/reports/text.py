@@ -168,7 +168,7 @@ def rows_of(
 
 def _matched_rows(alignment: Plan, filled: Sequence[Match]) -> list[Row]:
     rows = []
-    for target, sources, matches, (shape, operation) in _folded_matches(filled, *_specs(alignment)):
+    for target, sources, matches, (shape, operation) in _folded_matches(alignment, filled):
         keys = (target,) if sources == target else (sources, target)
         lowest = min(match.confidence for match in matches)
         facts = (shape, f"{lowest:.2f}", operation)
@@ -180,15 +180,14 @@ def _ambiguous_rows(
     alignment: Plan, *, most: int | None = _MAX_ROWS_OF_CHOICE, both: bool = False, for_shell: bool = False
 ) -> list[Row]:
     """Write the proposals that were not loaded, choice by choice, ``most`` rows of each; with ``both`` all shapes."""
-    specs = _specs(alignment)
     by_target = {match.target: match for match in alignment.ambiguous}
     result = []
     for place, choice in enumerate(choices_of(alignment)):
         proposed = [by_target[target] for target in choice.targets]
         rows = []
-        for target, sources, matches, (shape, operation) in _folded_matches(proposed, *specs):
+        for target, sources, matches, (shape, operation) in _folded_matches(alignment, proposed):
             if both:
-                shapes = dict.fromkeys(str(list(specs[0][key].shape)) for key in matches[0].sources)
+                shapes = dict.fromkeys(str(list(alignment.sources[key].shape)) for key in matches[0].sources)
                 operation = f"{matches[0].operation} of {', '.join(shapes)}"
             lowest = min(match.confidence for match in matches)
             facts = (shape, f"{operation}, confidence {lowest:.2f}")
@@ -203,7 +202,7 @@ def _ambiguous_rows(
 
 
 def _mismatched_rows(alignment: Plan) -> list[Row]:
-    _, target = _specs(alignment)
+    target = alignment.targets
     entries = [
         ((escaped(item.key), escaped(item.source_key)), (item.shape, item.source_shape, target[item.key].dtype))
         for item in alignment.mismatched
@@ -239,7 +238,6 @@ def _unexpected_rows(alignment: Plan, *, both: bool = False) -> list[Row]:
     others = counterparts(alignment, "target")
     related = {key: ("proposed for", match.target) for match in alignment.ambiguous for key in match.sources}
     related |= {item.source_key: ("of another shape than", item.key) for item in alignment.mismatched}
-    shapes = {spec.key: spec.shape for spec in alignment.target_specs}
     entries = []
     for spec in specs:
         why, *target = related.get(spec.key, (reason(spec, others),))
@@ -249,22 +247,18 @@ def _unexpected_rows(alignment: Plan, *, both: bool = False) -> list[Row]:
         (key, *target), first, (_, _, why) = row.texts, specs[row.members[0]], row.fields
         verdict = " ".join([escaped(why), *target])
         if both and target:
-            verdict += f" {list(shapes[related[first.key][1]])}"
+            verdict += f" {list(alignment.targets[related[first.key][1]].shape)}"
         if not target and (near := nearest(first, others)):
             verdict += f"; nearest: {escaped(near.key)} {list(near.shape)}"
         rows.append(Row((key,), (first.kind, verdict), len(row.members)))
     return rows
 
 
-def _specs(alignment: Plan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
-    source = {spec.key: spec for spec in alignment.source_specs}
-    return source, {spec.key: spec for spec in alignment.target_specs}
-
-
 def _folded_matches(
-    matches: Sequence[Match], source: dict[str, TensorSpec], target: dict[str, TensorSpec]
+    alignment: Plan, matches: Sequence[Match]
 ) -> Iterator[tuple[str, str, list[Match], tuple[str, str]]]:
     """Yield the folded targets and sources of matches, these matches, and their shape and operation in words."""
+    source, target = alignment.sources, alignment.targets
     entries = []
     for match in matches:
         spec, origin = target[match.target], source[match.sources[0]]

@@ -84,7 +84,6 @@ class Draft:
 
 def moves_of(plan: Plan) -> tuple[list[Move], list[Match]]:
     """Split a plan into moves, in the source's order, and matches that keep values of the target, as no rule can."""
-    shapes = {spec.key: spec.shape for spec in plan.source_specs}
     storage = {spec.key: spec.storage for spec in plan.target_specs}
     kept = [match for match in plan.matches if needs_target(match.operation)]
     together = _together([match for match in plan.matches if not needs_target(match.operation)])
@@ -99,7 +98,9 @@ def moves_of(plan: Plan) -> tuple[list[Move], list[Match]]:
         picks = tuple(
             Copy() if match.sources == keys else Pick(tuple(map(keys.index, match.sources))) for match in matches
         )
-        samples = tuple((chain(match.operation), tuple(shapes[key] for key in match.sources)) for match in matches)
+        samples = tuple(
+            (chain(match.operation), tuple(plan.sources[key].shape for key in match.sources)) for match in matches
+        )
         storages = {storage.get(match.target) for match in matches}
         tied = len(matches) > 1 and len(storages) == 1 and None not in storages
         names = [match.target for match in matches]

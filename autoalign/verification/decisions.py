@@ -132,15 +132,14 @@ def decided_by_code(
 
 def _without_guesses(plan: Plan, confirmed: Collection[object]) -> Plan:
     """Return a plan in which what neither names nor code distinguish from others of its shape is ambiguous."""
-    shapes = {spec.key: spec.shape for spec in plan.target_specs}
     doubted = [
         match
         for match in plan.matches
         if match.target not in confirmed and match.evidence.keys().isdisjoint((CODE, PROBE, "rule"))
         if match.confidence < _SURE or not match.evidence.get("name", 1.0)
     ]
-    alike = Counter(shapes[key] for key in (*(match.target for match in doubted), *plan.missing_keys))
-    return with_doubts(plan, {match.target: _UNTOLD for match in doubted if alike[shapes[match.target]] > 1})
+    alike = Counter(plan.targets[key].shape for key in (*(match.target for match in doubted), *plan.missing_keys))
+    return with_doubts(plan, {m.target: _UNTOLD for m in doubted if alike[plan.targets[m.target].shape] > 1})
 
 
 def _renamed(plan: Plan, keys: Mapping[str, str]) -> Plan:
@@ -191,8 +190,8 @@ def _traced(module: nn.Module, example_inputs: object) -> tuple[nx.DiGraph, obje
 
 def _keys_in(source_model: nn.Module, plan: Plan) -> dict[str, str]:
     """Return the source's keys of the source model's tensors."""
-    known, own = {spec.key for spec in plan.source_specs}, list(source_model.state_dict(keep_vars=True))
-    if known >= set(own):
+    own = list(source_model.state_dict(keep_vars=True))
+    if plan.sources.keys() >= set(own):
         return {key: key for key in own}
     keys = {new: old for old, new in match_tensors(plan.tensors, source_model).mapping.items()}
     if 2 * len(keys) < len(own):
@@ -208,13 +207,12 @@ def _unused_pairs(plan: Plan, pairs: Mapping[str, str]) -> dict[str, str]:
     modules: dict[str, set[str]] = defaultdict(set)
     for key, own in pairs.items():
         modules[split_key(key)[0]].add(split_key(own)[0])
-    shapes = {spec.key: spec.shape for spec in plan.source_specs}
     found = {}
     for spec in plan.target_specs:
         module, name = split_key(spec.key)
         if spec.key not in pairs and len(modules.get(module, ())) == 1:
             own = f"{next(iter(modules[module]))}.{name}".removeprefix(".")
-            if shapes.get(own) == spec.shape:
+            if own in plan.sources and plan.sources[own].shape == spec.shape:
                 found[spec.key] = own
     return found
 
@@ -286,19 +284,15 @@ def _with_pairs(
     for key, match in known.items():
         if key not in found and key not in was_open and any(users.get(own, key) != key for own in match.sources):
             found[key] = in_doubt(match, "by its code, the model uses its source for another tensor")
-    merged = {key: match for spec in plan.target_specs if (match := (known | found).get(key := spec.key))}
-    sure = {match.target for match in plan.matches if match.target not in found}
-    sure |= {key for key, match in found.items() if match.confidence >= min_confidence}
+    sure = {key for key, match in found.items() if match.confidence >= min_confidence}
     changed = [key for key, match in found.items() if key not in known or match.sources != known[key].sources]
     doubted = found.keys() - sure - was_open
     count = len((found.keys() & was_open & sure) | set(changed))
     note = f"The code of both models decided {count} tensors; {len(doubted)} that were matched otherwise are ambiguous."
-    return replace(
-        plan,
-        matches=tuple(match for key, match in merged.items() if key in sure),
-        ambiguous=tuple(match for key, match in merged.items() if key not in sure),
-        mismatched=tuple(mismatch for mismatch in plan.mismatched if mismatch.key not in found),
-        notes=(*plan.notes, note) if count or doubted else plan.notes,
+    return plan.revised(
+        [match for key, match in found.items() if key in sure],
+        [match for key, match in found.items() if key not in sure],
+        [note] if count or doubted else (),
     )
 
 
@@ -339,12 +333,7 @@ def _with_parts(plan: Plan, parts: Mapping[str, str]) -> Plan:
             if is_known or not isinstance(before.operation, Copy):
                 continue
         made[spec.key] = Match(spec.key, *joined, MAX_DOUBTED, {CODE: 1.0}, ways, (_BY_PARTS,))
-    return replace(
-        plan,
-        matches=tuple(match for match in plan.matches if match.target not in made),
-        ambiguous=(*(match for match in plan.ambiguous if match.target not in made), *made.values()),
-        mismatched=tuple(mismatch for mismatch in plan.mismatched if mismatch.key not in made),
-    )
+    return plan.revised((), made.values())
 
 
 def _joined(shape: Shape, places: Sequence[tuple[float, str, str]], shapes: Mapping[str, Shape]) -> _Way | None:

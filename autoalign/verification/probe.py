@@ -193,10 +193,9 @@ def _with_own_values(model: nn.Module) -> nn.Module:
 
 def _session(source: nn.Module, target: nn.Module, alignment: Alignment, inputs: Iterable[Inputs]) -> Session | None:
     """Call the source on values that carry its signal; None if it takes no inputs, or gives nothing finite."""
-    keys = {spec.key for spec in alignment.source_specs}
     for given in inputs:
         try:
-            values = fresh_values(source, given[0], keys)
+            values = fresh_values(source, given[0], alignment.sources.keys())
             if values is not None:
                 session = Session(source, target, given, alignment, None, values)
                 session.call(session.known, session.fills(session.known.values()))
@@ -255,13 +254,7 @@ def _with_matches(plan: Plan, found: Mapping[str, Match], choices: Iterable[Choi
         f"the like; with that both models compute the same{f' ({why})' if why else ''}."
         for key, why in (*decided.items(), *((key, "") for key in lone[:1]))
     ]
-    kept = {key: match for key, match in known.items() if key in made or match in plan.matches}
-    return replace(
-        plan,
-        matches=tuple(made.get(s.key, kept[s.key]) for s in plan.target_specs if s.key in kept),
-        ambiguous=tuple(match for match in plan.ambiguous if match.target not in made),
-        notes=(*plan.notes, *notes),
-    )
+    return plan.revised(made.values(), notes=notes)
 
 
 def with_prices(plan: Plan, target_model: nn.Module, inputs: object) -> Plan:
@@ -269,14 +262,14 @@ def with_prices(plan: Plan, target_model: nn.Module, inputs: object) -> Plan:
     choices = [choice for choice in Alignment.of(plan).choices if len(choice.options) > 1]
     if not choices or sum(tensor.numel() for tensor in target_model.parameters()) > _MAX_ELEMENTS:
         return plan
-    shapes = {spec.key: spec.shape for spec in plan.source_specs}
     notes = []
     try:
         target = _with_own_values(target_model)
         with preserved(target):
             values = fresh_values(target, inputs, tensors_of(target).keys()) or {}
             for choice in choices if values else ():
-                sources = {key: _drawn(shapes[key]) for match in choice.options[0].matches for key in match.sources}
+                keys = {key for match in choice.options[0].matches for key in match.sources}
+                sources = {key: _drawn(plan.sources[key].shape) for key in keys}
                 results = []
                 for option in choice.options[:2]:
                     if {key for match in option.matches for key in match.sources} != sources.keys():

@@ -221,7 +221,7 @@ def with_roles(plan: Plan, graph: nx.DiGraph, order: Sequence[str]) -> Plan:
         order: The target's keys, in the order that stands for that of their registration.
     """
     roles = roles_of(graph)
-    keys = _keys_by_role([spec.key for spec in plan.target_specs], roles)
+    keys = _keys_by_role([*plan.targets], roles)
     source, target = plan.tensors, plan.target_tensors
     is_plain = not any("rule" in match.evidence or match.operation.adapts for match in plan.matches)
     if not (keys and is_plain and isinstance(source, Checkpoint) and isinstance(target, Checkpoint)):
@@ -232,7 +232,7 @@ def with_roles(plan: Plan, graph: nx.DiGraph, order: Sequence[str]) -> Plan:
     own = tuple(spec for spec in source.specs if spec.key not in plan.excluded)
     other = tuple(specs[key] for key in order if key in specs and key not in plan.excluded)
     found = match_tensors(replace(source, specs=own), replace(target, specs=other))
-    old, place = {new: key for key, new in keys.items()}, {spec.key: n for n, spec in enumerate(plan.target_specs)}
+    old, place = {new: key for key, new in keys.items()}, {key: n for n, key in enumerate(plan.targets)}
 
     def named(matches: Iterable[Match]) -> tuple[Match, ...]:
         told = (
@@ -287,9 +287,7 @@ def in_doubt(match: Match, reason: str) -> Match:
 
 def with_doubts(plan: Plan, reasons: Mapping[str, str]) -> Plan:
     """Return a plan in which the matches of some target keys are ambiguous, for a reason each."""
-    found = tuple(in_doubt(match, reasons[match.target]) for match in plan.matches if match.target in reasons)
-    kept = tuple(match for match in plan.matches if match.target not in reasons)
-    return replace(plan, matches=kept, ambiguous=(*plan.ambiguous, *found))
+    return plan.revised((), [in_doubt(m, reasons[m.target]) for m in plan.matches if m.target in reasons])
 
 
 def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: object) -> Plan:
@@ -299,23 +297,22 @@ def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: objec
     which the model uses in the order in which it registers it, unless ``example_inputs`` are given, which stand for the
     order of use. What it uses alike, or for different outputs, has no order.
     """
-    shapes = {spec.key: spec.shape for spec in plan.target_specs}
-    alike = Counter(shapes.values())
+    alike = Counter(spec.shape for spec in plan.target_specs)
     nameless = filter(_is_nameless, (*plan.matches, *plan.ambiguous))
-    if all(alike[shapes[match.target]] == 1 for match in nameless):
+    if all(alike[plan.targets[match.target].shape] == 1 for match in nameless):
         return plan
     try:
         graph = traced(target_model, example_inputs)[0]
     except TraceError:
         graph = nx.DiGraph()
-    keys = [spec.key for spec in plan.target_specs]
+    keys = [*plan.targets]
     used = sorted((key for key in keys if key in graph and graph.out_degree(key)), key=lambda k: min(graph.succ[k]))
     order = keys if example_inputs is None else [*used, *(key for key in keys if key not in used)]
     plan = with_roles(plan, graph, order)
     if not (groups := _told_by_order(plan)):
         return plan
     nameless = filter(_is_nameless, plan.matches)
-    has_order = is_in_order(nameless, [spec.key for spec in plan.source_specs], order)
+    has_order = is_in_order(nameless, [*plan.sources], order)
     reasons = {key: _NO_ORDER for of, left in groups if not has_order or len(of) <= left for key in of}
     told = pairs_of(graph, graph, {})
     outputs = [node for node, kind in graph.nodes(data="kind") if kind == "output"]
@@ -337,12 +334,11 @@ def _is_nameless(match: Match) -> bool:
 
 def _told_by_order(plan: Plan) -> list[tuple[list[str], int]]:
     """List the target keys of each shape that only order tells from others, with how many of that shape get nothing."""
-    shapes = {spec.key: spec.shape for spec in plan.target_specs}
     groups: dict[Shape, list[str]] = defaultdict(list)
     for match in filter(_is_nameless, plan.matches):
         if match.confidence < _ORDERED:
-            groups[shapes[match.target]].append(match.target)
-    left = Counter(shapes[key] for key in plan.missing_keys)
+            groups[plan.targets[match.target].shape].append(match.target)
+    left = Counter(plan.targets[key].shape for key in plan.missing_keys)
     return [(of, left[shape]) for shape, of in groups.items() if len(of) + left[shape] > 1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -142,7 +142,7 @@ def load_proved(
     options = {name: value for name, value in align_options.items() if name in ("container", "dequantise")}
     source = _source_of(checkpoint, source_model, options)
     planned = alignment or Alignment.of(match_tensors(checkpoint, model, **align_options))
-    is_same = source.state_dict(keep_vars=True).keys() >= {spec.key for spec in planned.source_specs}
+    is_same = source.state_dict(keep_vars=True).keys() >= planned.sources.keys()
     found = verify_models(source, model, example_inputs, {}, alignment=planned if is_same else None)
     if not found.equal:
         raise UnequalModelsError(
@@ -209,7 +209,8 @@ def _verified(own: Session, fresh: Session, budget: Budget, *, given: bool) -> V
         divergence = _located(fresh, of_alignment, state, proof)
     taken = state.changed(own.matches) if state.outcome.equal and not proof.equal else ()
     if taken:
-        own.take(_with(own.alignment, taken))
+        proved = [replace(m, confidence=1.0, evidence={**m.evidence, "outputs": 1.0}) for m in taken]
+        own.take(own.alignment.revised(proved))
         wrong, holds_most = own.compared_values()
         if holds_most and not given and not any(map(is_countable, wrong)):
             as_it_is, divergence, base = True, None, own.call(own.known, {}, ())
@@ -333,16 +334,3 @@ def _is_explained(divergence: Divergence | None) -> bool:
     if divergence is None or divergence.between is not None:
         return False
     return divergence.cause in ("configuration", "missing", "precision")
-
-
-def _with(alignment: Alignment, taken: Sequence[Match]) -> Alignment:
-    """Replace matches by those that proved right."""
-    if not taken:
-        return alignment
-    proved = {m.target: replace(m, confidence=1.0, evidence={**m.evidence, "outputs": 1.0}) for m in taken}
-    fills = {match.target: match for match in alignment.matches} | proved
-    return replace(
-        alignment,
-        matches=tuple(fills[spec.key] for spec in alignment.target_specs if spec.key in fills),
-        ambiguous=tuple(match for match in alignment.ambiguous if match.target not in proved),
-    )
