@@ -13,7 +13,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.api import align as align
     from autoalign.api import convert as convert
     from autoalign.api import load as load
-    from autoalign.api import verify as verify
     from autoalign.checkpoints.checkpoint import Checkpoint as Checkpoint
     from autoalign.checkpoints.checkpoint import open_checkpoint as open_checkpoint
     from autoalign.errors import AlignmentError as AlignmentError
@@ -57,12 +56,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from autoalign.verification.dataflow import dataflow as dataflow
     from autoalign.verification.run import execution_order as execution_order
     from autoalign.verification.verify import Verification as Verification
+    from autoalign.verification.verify import verify as verify
 
 __version__ = "0.2.0"
 
 _MODULES = {
     "alignment": ("Alignment",),
-    "api": ("align", "convert", "load", "verify"),
+    "api": ("align", "convert", "load"),
     "checkpoints.checkpoint": ("Checkpoint", "open_checkpoint"),
     "errors": (
         *("AlignmentError", "AmbiguousAlignmentError", "AutoAlignError", "CheckpointError"),
@@ -84,7 +84,7 @@ _MODULES = {
     "verification.causes": ("Divergence",),
     "verification.dataflow": ("dataflow",),
     "verification.run": ("execution_order",),
-    "verification.verify": ("Verification",),
+    "verification.verify": ("Verification", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

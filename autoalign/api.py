@@ -1,4 +1,4 @@
-"""The public functions: signatures and documentation. The work is done in the folders."""
+"""``align``, ``load`` and ``convert``: signatures and documentation. The work is done in the folders."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from autoalign.checkpoints.checkpoint import Side
 from autoalign.checkpoints.named_models import code_of
 from autoalign.matching.match import Decide, match_tensors
 from autoalign.plan.matches import Plan
-from autoalign.plan.options import Adapt, AlignOptions, MatchOptions, NoOptions, PatternLike, RuleLike, check_options
+from autoalign.plan.options import Adapt, AlignOptions, NoOptions, PatternLike, RuleLike, check_options
 
 if TYPE_CHECKING:
     from autoalign.loading.convert import Format
     from autoalign.loading.fill import Progress
-    from autoalign.verification.verify import Verification
 
 _SURE = 0.9  # confidence in matches of which the code of both sides is not asked
 _SIMILAR = 0.6  # similarity of names by which the target's code is not asked either
@@ -305,94 +304,6 @@ def convert(
         overwrite=overwrite,
         unwrap=unwrap,
         progress=progress,
-    )
-
-
-def verify(
-    source_model: nn.Module,
-    target_model: nn.Module,
-    example_inputs: object,
-    *,
-    target_inputs: object = None,
-    alignment: Alignment | None = None,
-    tolerance: float | None = None,
-    trials: int = 200,
-    seconds: float | None = None,
-    **align_options: Unpack[MatchOptions],
-) -> Verification:
-    """Call both models on equal inputs, compare all that they compute, and name where they first differ.
-
-    Equal means that the outputs are, and all that paired modules compute on the way, each channel by its own size, and
-    that twice: with the models' own values, and with fresh ones of the source that the alignment carries into the
-    target. On these no signal fades and no two tensors are alike, as with initial values they may be. Then single
-    tensors are changed, to measure ``coverage``: the share of the loaded ones of which a change would have been
-    noticed. Two models are not called equal if the call uses a parameter and a change of it would not have been;
-    what the call does not use, such as a head for training, is listed as not covered. ``alignment.verified`` of the
-    returned alignment has all that, and is saved with it.
-
-    Modules are paired by the tensors that the alignment pairs, and compared in the order in which the target calls
-    them: the first whose output differs although its inputs agree, or the place between two modules where a difference
-    arises, is the first divergence. Its cause is one of ``weights`` (other values than the source's, or in another
-    layout), ``missing`` (tensors that got nothing), ``configuration`` (the same weights and another setting, which is
-    named), ``code`` and ``precision``.
-
-    The target is called with its own values if these show that it was loaded; else with those of the alignment, in
-    place of its own and without changing it. If the alignment does not make the models equal, other ways to fill the
-    target are tried where they first differ: what is ambiguous and all ``alternatives``, tensors of equal shape
-    exchanged, square matrices transposed, parts of fused tensors in another order; first in all layers at once. The
-    alignment that makes them equal is returned; nothing is loaded:
-
-        verification = autoalign.verify(source, target, inputs)
-        if verification.equal:
-            target.load_state_dict(verification.alignment.state_dict(), strict=False)
-
-    Both models are left as they were: the mode of each submodule, hooks, parameters, buffers, random states. Their
-    values are kept meanwhile in a copy, on the CPU.
-
-    >>> from collections import OrderedDict
-    >>> import torch
-    >>> _ = torch.manual_seed(0)
-    >>> source = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3))
-    >>> target = nn.Sequential(OrderedDict(fc1=nn.Linear(3, 3), act=nn.GELU(), fc2=nn.Linear(3, 3)))
-    >>> target.load_state_dict(dict(zip(target.state_dict(), source.state_dict().values())))
-    <All keys matched successfully>
-    >>> verify(source, target, torch.randn(2, 3)).equal
-    True
-    >>> target.act = nn.ReLU()
-    >>> print(verify(source, target, torch.randn(2, 3)).first_divergence.cause)
-    configuration
-
-    Args:
-        source_model: The model whose outputs are right.
-        target_model: The model to check.
-        example_inputs: What the models are called with: a tensor or a list, as the only argument; a tuple of the
-            arguments, whose last may be a dict of keyword arguments; or a dict of keyword arguments. Give real or
-            random values, not zeros: where inputs are alike, differences do not show.
-        target_inputs: The same for the target, where it is called in another way.
-        alignment: What to check; by default that of the two models.
-        tolerance: The largest difference that is called equal, of an output or of what a module computes, as a share of
-            the largest value of each channel; by default 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16 and 1e-6
-            for float64.
-        trials: How many calls of the target may be made to try alternatives; 0 for none.
-        seconds: For how long alternatives may be tried; no limit by default.
-        **align_options: As for ``align``, where no alignment is given.
-
-    Raises:
-        InputError: A model cannot be called on the inputs, or the alignment is not one of these models.
-    """
-    check_options(verify, align_options, "Nothing was verified.")
-    from autoalign.verification.verify import verify_models
-
-    return verify_models(
-        source_model,
-        target_model,
-        example_inputs,
-        align_options,
-        target_inputs=target_inputs,
-        alignment=alignment,
-        tolerance=tolerance,
-        trials=trials,
-        seconds=seconds,
     )
 
 

@@ -108,15 +108,8 @@ def convert_checkpoint(
     if states := [key for key in taken.extras if key.rpartition(".")[2] == "_extra_state"]:
         note = f"{len(states)} extra states of modules are not tensors and are not written: {', '.join(states[:3])}."
         alignment = replace(alignment, notes=(*alignment.notes, note))
-    ready = prepared(
-        alignment,
-        module,
-        name,
-        strict=strict,
-        verb="write",
-        undone=_UNDONE,
-        counters_fate="are not written",
-    )
+    fate = "are not written"
+    ready = prepared(alignment, module, name, strict=strict, undone=_UNDONE, verb="write", counters_fate=fate)
     source, alignment = ready.source, ready.alignment
     specs = [*_output_specs(alignment, cast), *_unchanged(alignment, source, align_options, cast)]
     shards = [] if is_folder else shards_of(specs, limit)

@@ -245,9 +245,9 @@ def tensors_of(
     findings: Findings,
     step: Step,
     *,
-    assign: bool,
-    dtype: torch.dtype | None,
-    device: torch.device | None,
+    assign: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
     """Compute the tensors that ``load_state_dict`` is given.
 

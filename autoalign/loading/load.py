@@ -68,12 +68,12 @@ def load_checkpoint(
     checkpoint: Side,
     align_options: Mapping[str, Any],
     *,
-    strict: bool,
-    assign: bool,
-    progress: fill.Progress | bool | None,
-    dtype: torch.dtype | str | None,
-    device: torch.device | str | int | None,
-    alignment: Alignment | None,
+    strict: bool = False,
+    assign: bool = False,
+    progress: fill.Progress | bool | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | int | None = None,
+    alignment: Alignment | None = None,
 ) -> Alignment:
     """Fill a model from a checkpoint; see ``autoalign.load``. ``align_options`` are those of ``match_tensors``."""
     since = time.perf_counter()
@@ -170,9 +170,7 @@ def _prepared(
         model,
         type(model).__name__,
         strict=strict,
-        verb="load",
         undone="Nothing was loaded and the model was not changed.",
-        counters_fate="keep what they had",
     )
 
 
@@ -262,16 +260,11 @@ def state_dict_for(
 
     What ``load`` refuses or warns of, this does; texts say what is ``undone``, and the ``fate`` of keys left out.
     """
-    name = type(model).__name__
-    ready = prepare.prepared(
-        alignment, model, name, strict=strict, verb="load", undone=undone, counters_fate="keep what they had"
-    )
+    ready = prepare.prepared(alignment, model, type(model).__name__, strict=strict, undone=undone)
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)
     findings = Findings()
     sources = fill.read_sources(ready.source, ready.alignment)
-    tensors = fill.tensors_of(
-        sources, ready.alignment, targets, findings, lambda *_: None, assign=False, dtype=None, device=None
-    )
+    tensors = fill.tensors_of(sources, ready.alignment, targets, findings, lambda *_: None)
     prepare.warn_of_choices(f"Loading {ready.summary}", ready.alignment)
     prepare.warn_of_unfilled(f"Loading {ready.summary}", ready.alignment, fate, _rotary_advice(ready.alignment))
     _warn_of_values(ready, findings)

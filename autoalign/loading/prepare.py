@@ -131,9 +131,9 @@ def prepared(
     target: str,
     *,
     strict: bool,
-    verb: str,
     undone: str,
-    counters_fate: str,
+    verb: str = "load",
+    counters_fate: str = "keep what they had",
 ) -> Prepared:
     """Settle what an alignment leaves open, and refuse one that is empty, or incomplete if it is to be complete.
 

@@ -71,11 +71,10 @@ def probed(
     except Exception:  # any, since the code is not ours, and some cannot be copied
         return plan, False
     with preserved(source, target):
-        session = _session(source, target, alignment, inputs)
-        if session is None:
+        begun = _begun(source, target, alignment, inputs)
+        if begun is None:
             return plan, False
-        values = session.fills(session.known.values())
-        state = State(session.known, values, session.call(session.known, values))
+        session, state = begun
         state, taken = _decided(session, state, alignment.choices, end)
         if is_search and not state.outcome.equal:
             found = search(session, state, Budget(_TRIALS, max(end - time.monotonic(), 0.0)), listed_only=False)
@@ -104,12 +103,10 @@ def _probed_within(
                 continue
             parts, given = called
             with preserved(*parts):
-                session = _session(parts[0], parts[1], inner.alignment, [given])
-                if session is None:
+                begun = _begun(parts[0], parts[1], inner.alignment, [given])
+                if begun is None:
                     continue
-                values = session.fills(session.known.values())
-                state = State(session.known, values, session.call(session.known, values))
-                state, decided = _decided(session, state, [part], end)
+                state, decided = _decided(*begun, [part], end)
             if decided:
                 number = next(n for n, option in enumerate(options) if all(map(state.fills_as, option.matches)))
                 found |= {match.target: match for match in choice.options[number].matches}
@@ -191,15 +188,17 @@ def _with_own_values(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, made)
 
 
-def _session(source: nn.Module, target: nn.Module, alignment: Alignment, inputs: Iterable[Inputs]) -> Session | None:
-    """Call the source on values that carry its signal; None if it takes no inputs, or gives nothing finite."""
+def _begun(
+    source: nn.Module, target: nn.Module, alignment: Alignment, inputs: Iterable[Inputs]
+) -> tuple[Session, State] | None:
+    """Call both, the source on values that carry its signal; None if one takes no inputs, or gives nothing finite."""
     for given in inputs:
         try:
             values = fresh_values(source, given[0], alignment.sources.keys())
             if values is not None:
                 session = Session(source, target, given, alignment, None, values)
-                session.call(session.known, session.fills(session.known.values()))
-                return session
+                fills = session.fills(session.known.values())
+                return session, State(session.known, fills, session.call(session.known, fills))
         except InputError:  # not these
             continue
     return None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from autoalign.errors import InputError
 from autoalign.loading.transaction import snapshot
@@ -59,12 +60,18 @@ def quiet(*models: nn.Module) -> Iterator[None]:
         for model in models:
             for module in model.modules():
                 stack.callback(setattr, module, "training", module.training)
-        stack.callback(_random_states())
-        stack.callback(_exact_arithmetic())
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        stack.enter_context(torch.no_grad())
+        devices = range(torch.cuda.device_count()) if _uses_cuda() else ()
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(random.setstate, random.getstate())
+        convolutions = getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)
+        for owner in (torch.backends.cuda.matmul, convolutions) if _uses_cuda() else ():  # without TF32
+            name, exact = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, exact)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.no_grad())
         for model in models:
             stack.callback(restart, model)
             model.eval()
@@ -88,38 +95,6 @@ def seed_all(seed: int) -> None:
 
 def _uses_cuda() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def _exact_arithmetic() -> Callable[[], None]:
-    """Turn TF32 off where CUDA is in use, and return a function that puts its settings back."""
-    if not _uses_cuda():
-        return lambda: None
-    backends: list[tuple[Any, str, Any]] = []
-    for owner in (torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)):
-        name, exact = ("fp32_precision", "ieee") if hasattr(owner, "fp32_precision") else ("allow_tf32", False)
-        backends.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, exact)
-
-    def restore() -> None:
-        for owner, name, value in backends:
-            setattr(owner, name, value)
-
-    return restore
-
-
-def _random_states() -> Callable[[], None]:
-    """Record the states of all random generators, and return a function that puts them back."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if _uses_cuda() else []
-
-    def restore() -> None:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-    return restore
 
 
 def execution_order(module: nn.Module, example_inputs: object) -> list[str]:
@@ -176,11 +151,11 @@ def call(model: nn.Module, inputs: object, values: Mapping[str, Tensor] | None =
         InputError: The call fails.
     """
     device = next((t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta), None)
-    placed = _copied(inputs, device)
+    given = arguments_of(inputs)
+    arguments, options = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device, copy=True), given)
     seed_all(0)
     restart(model)
     try:
-        arguments, options = arguments_of(placed)
         if values is None:
             return model(*arguments, **options)
         return functional_call(model, dict(values), arguments, options)
@@ -201,19 +176,6 @@ def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if inputs and isinstance(inputs[-1], dict) and all(isinstance(name, str) for name in inputs[-1]):
         return inputs[:-1], inputs[-1]
     return inputs, {}
-
-
-def _copied(value: Any, device: torch.device | None) -> Any:
-    """Copy nested inputs, the tensors among them onto a device."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_copied(item, device) for item in value))
-    if type(value) in (tuple, list):
-        return type(value)(_copied(item, device) for item in value)
-    if isinstance(value, Mapping):
-        return {name: _copied(item, device) for name, item in value.items()}
-    return value
 
 
 class UseTracer(TorchFunctionMode):

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from autoalign.errors import InputError, UnequalModelsError
 from autoalign.loading.load import load_checkpoint
 from autoalign.matching.match import match_tensors
 from autoalign.plan.matches import Match, Verified
+from autoalign.plan.options import MatchOptions, check_options
 from autoalign.verification.causes import Divergence, Scene, diverged
 from autoalign.verification.compare import Finding, grown_finding, last_agreement
 from autoalign.verification.differences import OutputDifference
@@ -24,7 +25,6 @@ from autoalign.verification.run import NEVER, preserved
 from autoalign.verification.search import Budget, State, search
 from autoalign.verification.session import Outcome, Session
 
-TRIALS = 200  # calls of the target that may be made to try alternatives
 _MAX_LISTED = 6  # matches or keys
 _COVERAGE_SECONDS = 60.0  # for which it is measured, at least
 
@@ -85,19 +85,79 @@ class Verification:
         return short_html(title, str(self).splitlines(), tables)
 
 
-def verify_models(
+def verify(
     source_model: nn.Module,
     target_model: nn.Module,
     example_inputs: object,
-    align_options: Mapping[str, Any],
     *,
     target_inputs: object = None,
     alignment: Alignment | None = None,
     tolerance: float | None = None,
-    trials: int = TRIALS,
+    trials: int = 200,
     seconds: float | None = None,
+    **align_options: Unpack[MatchOptions],
 ) -> Verification:
-    """Call both models and compare; see ``autoalign.verify``."""
+    """Call both models on equal inputs, compare all that they compute, and name where they first differ.
+
+    Equal means that the outputs are, and all that paired modules compute on the way, each channel by its own size, and
+    that twice: with the models' own values, and with fresh ones of the source that the alignment carries into the
+    target. On these no signal fades and no two tensors are alike, as with initial values they may be. Then single
+    tensors are changed, to measure ``coverage``: the share of the loaded ones of which a change would have been
+    noticed. Two models are not called equal if the call uses a parameter and a change of it would not have been;
+    what the call does not use, such as a head for training, is listed as not covered. ``alignment.verified`` of the
+    returned alignment has all that, and is saved with it.
+
+    Modules are paired by the tensors that the alignment pairs, and compared in the order in which the target calls
+    them: the first whose output differs although its inputs agree, or the place between two modules where a difference
+    arises, is the first divergence. Its cause is one of ``weights`` (other values than the source's, or in another
+    layout), ``missing`` (tensors that got nothing), ``configuration`` (the same weights and another setting, which is
+    named), ``code`` and ``precision``.
+
+    The target is called with its own values if these show that it was loaded; else with those of the alignment, in
+    place of its own and without changing it. If the alignment does not make the models equal, other ways to fill the
+    target are tried where they first differ: what is ambiguous and all ``alternatives``, tensors of equal shape
+    exchanged, square matrices transposed, parts of fused tensors in another order; first in all layers at once. The
+    alignment that makes them equal is returned; nothing is loaded:
+
+        verification = autoalign.verify(source, target, inputs)
+        if verification.equal:
+            target.load_state_dict(verification.alignment.state_dict(), strict=False)
+
+    Both models are left as they were: the mode of each submodule, hooks, parameters, buffers, random states. Their
+    values are kept meanwhile in a copy, on the CPU.
+
+    >>> from collections import OrderedDict
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> source = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 3))
+    >>> target = nn.Sequential(OrderedDict(fc1=nn.Linear(3, 3), act=nn.GELU(), fc2=nn.Linear(3, 3)))
+    >>> target.load_state_dict(dict(zip(target.state_dict(), source.state_dict().values())))
+    <All keys matched successfully>
+    >>> verify(source, target, torch.randn(2, 3)).equal
+    True
+    >>> target.act = nn.ReLU()
+    >>> print(verify(source, target, torch.randn(2, 3)).first_divergence.cause)
+    configuration
+
+    Args:
+        source_model: The model whose outputs are right.
+        target_model: The model to check.
+        example_inputs: What the models are called with: a tensor or a list, as the only argument; a tuple of the
+            arguments, whose last may be a dict of keyword arguments; or a dict of keyword arguments. Give real or
+            random values, not zeros: where inputs are alike, differences do not show.
+        target_inputs: The same for the target, where it is called in another way.
+        alignment: What to check; by default that of the two models.
+        tolerance: The largest difference that is called equal, of an output or of what a module computes, as a share of
+            the largest value of each channel; by default 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16 and 1e-6
+            for float64.
+        trials: How many calls of the target may be made to try alternatives; 0 for none.
+        seconds: For how long alternatives may be tried; no limit by default.
+        **align_options: As for ``align``, where no alignment is given.
+
+    Raises:
+        InputError: A model cannot be called on the inputs, or the alignment is not one of these models.
+    """
+    check_options(verify, align_options, "Nothing was verified.")
     for model in (source_model, target_model):
         if not isinstance(model, nn.Module):
             raise InputError(f"verify calls two nn.Modules, not a {type(model).__name__}. Nothing was verified.")
@@ -108,13 +168,13 @@ def verify_models(
             )
     _check_options(tolerance, trials, seconds)
     given = alignment is not None
-    if alignment is not None and not isinstance(alignment, Alignment):
-        raise InputError(f"alignment= takes an Alignment, not {type(alignment).__name__}. Nothing was verified.")
-    if alignment is not None and align_options:
-        changes = ", ".join(align_options)
-        raise InputError(f"An alignment is checked as it is, and {changes} would change it. Nothing was verified.")
     if alignment is None:
         alignment = Alignment.of(match_tensors(source_model, target_model, **align_options))
+    elif not isinstance(alignment, Alignment):
+        raise InputError(f"alignment= takes an Alignment, not {type(alignment).__name__}. Nothing was verified.")
+    elif align_options:
+        changes = ", ".join(align_options)
+        raise InputError(f"An alignment is checked as it is, and {changes} would change it. Nothing was verified.")
     _check(alignment, source_model, target_model)
     inputs = (example_inputs, example_inputs if target_inputs is None else target_inputs)
     with preserved(source_model, target_model):
@@ -143,7 +203,7 @@ def load_proved(
     source = _source_of(checkpoint, source_model, options)
     planned = alignment or Alignment.of(match_tensors(checkpoint, model, **align_options))
     is_same = source.state_dict(keep_vars=True).keys() >= planned.sources.keys()
-    found = verify_models(source, model, example_inputs, {}, alignment=planned if is_same else None)
+    found = verify(source, model, example_inputs, alignment=planned if is_same else None)
     if not found.equal:
         raise UnequalModelsError(
             f"{type(model).__name__} would not compute what {type(source).__name__} does, however it were filled "
@@ -171,17 +231,7 @@ def _source_of(checkpoint: Side, source_model: nn.Module | None, options: Mappin
             f"source_model= is not the code of this checkpoint: {len(missing)} tensors of {type(source).__name__} are "
             f"not in it, such as {missing[0]}. Nothing was loaded."
         )
-    load_checkpoint(
-        source,
-        checkpoint,
-        options,
-        strict=False,
-        assign=True,
-        progress=False,
-        dtype=None,
-        device=None,
-        alignment=alignment,
-    )
+    load_checkpoint(source, checkpoint, options, assign=True, progress=False, alignment=alignment)
     return source
 
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
-from autoalign.api import align, verify
+from autoalign.api import align
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Transpose, chain
 from autoalign.verification.run import execution_order
-from autoalign.verification.verify import Verification
+from autoalign.verification.verify import Verification, verify
 
 Way = Literal["loaded", "given"]
 WAYS: tuple[Way, ...] = get_args(Way)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.alignment import Alignment
-from autoalign.api import verify
 from autoalign.errors import InputError, UnequalModelsError
 from autoalign.plan.matches import Verified
 from autoalign.plan.operations import Flip, Operation, Transpose, chain
+from autoalign.verification.verify import verify
 from benchmarks.accuracy.localisation import SUBJECTS, Way, measure
 from benchmarks.accuracy.localisation import randomise as with_values
 from benchmarks.cases import twins
