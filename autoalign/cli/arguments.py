@@ -117,16 +117,15 @@ def command(*, exits: str = EXIT_CODES) -> Callable[[Command], Command]:
                 return function(**known)
 
         run.__annotations__ = {}
-        run.__signature__ = inspect.Signature([*_parameters(function), *_common()])  # type: ignore[attr-defined]
+        common = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
+            for name, hint in (("quiet", Quiet), ("verbose", Verbose))
+        ]
+        run.__signature__ = inspect.Signature([*_parameters(function), *common])  # type: ignore[attr-defined]
         app.command(short_help=(function.__doc__ or "").partition("\n")[0], epilog=exits)(run)
         return function
 
     return add
-
-
-def _common() -> Iterable[inspect.Parameter]:
-    for name, hint in (("quiet", Quiet), ("verbose", Verbose)):
-        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
 
 
 def _parameters(function: Callable[..., int]) -> Iterable[inspect.Parameter]:

@@ -381,14 +381,9 @@ def plan_of(
     plan = ShardPlan(source, files, filled, parts, wholes)
     if source.is_resident and parts:  # else old values are kept, and it may fail later
         files.find()
-        _read_largest(plan)
+        match, region, target = max(parts, key=lambda part: part[2].nbytes)
+        _part(plan, match, region, Findings(), target.dtype)  # so that where there is too little memory this shows
     return plan
-
-
-def _read_largest(plan: ShardPlan) -> None:
-    """Read the part that takes the most memory, so that where there is too little this shows in time."""
-    match, region, target = max(plan.parts, key=lambda part: part[2].nbytes)
-    _part(plan, match, region, Findings(), target.dtype)
 
 
 def fill_parts(plan: ShardPlan, findings: Findings, step: Step) -> None:

@@ -174,14 +174,14 @@ def render_tree(
     def rows_below(node: int, indent: str, depth: int | None) -> Iterator[tuple[str, str, str, str]]:
         tensors, runs = _content(tree, leaves, node)
         for kind, names in tensors.items():
-            yield f"{indent}{_listed(names)}", "", "", str(kind)
+            yield f"{indent}{in_braces(names, _MAX_NAMES)}", "", "", str(kind)
         for run in runs:
             name, times, inner = _joined(tree, run)
             below = slice(inner, tree.ends[inner])
             start = f"{indent}{name}", f"{times:,} x" if times > 1 else "", size_text(sum(sizes[below]))
             tensors, deeper = _content(tree, leaves, inner)
             if not deeper and len(tensors) <= _MAX_KINDS_IN_LINE:
-                yield *start, ", ".join(f"{_listed(names)} {kind}" for kind, names in tensors.items())
+                yield *start, ", ".join(f"{in_braces(names, _MAX_NAMES)} {kind}" for kind, names in tensors.items())
                 continue
             count = sum(position >= 0 for position in tree.tensors[below])
             yield *start, f"{count:,} tensor{'s' if count > 1 else ''}"
@@ -255,10 +255,6 @@ def _run_name(names: Sequence[str]) -> str:
     if len(names) == 1 or not found:
         return names[0]
     return f"{found[0][1]}{write_range(sorted(int(match[2]) for match in found))}{found[0][3]}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else in_braces(names, _MAX_NAMES)
 
 
 def size_text(count: int) -> str:

@@ -175,11 +175,13 @@ def write_range(values: list[int]) -> str:
 
 
 def in_braces(names: Sequence[str], limit: int) -> str:
-    """List names in braces, at most ``limit`` of them before an ellipsis.
+    """List names in braces, at most ``limit`` of them before an ellipsis; one is written as it is.
 
     >>> in_braces(["weight", "bias"], 3), in_braces("abcde", 3)
     ('{weight,bias}', '{a,b,c,...}')
     """
+    if len(names) == 1:
+        return names[0]
     return "{" + ",".join([*names[:limit], *(["..."] if len(names) > limit else [])]) + "}"
 
 

@@ -59,7 +59,9 @@ def setting_differences(source: nn.Module, target: nn.Module) -> list[str]:
     ]
     for name, child in inner[0].items():
         partner = inner[1].get(name)
-        if partner is not None and not _same_effect(child, partner):
+        if partner is None or not (computes(child) or computes(partner)):
+            continue
+        if described(child) != described(partner):
             found.append(f"{name} {described(child)} / {described(partner)}")
     return found
 
@@ -88,10 +90,6 @@ def computes(module: nn.Module) -> bool:
         and not isinstance(module, _PASSING)
         and "drop" not in names
     )
-
-
-def _same_effect(module: nn.Module, other: nn.Module) -> bool:
-    return described(module) == described(other) or not (computes(module) or computes(other))
 
 
 def described(module: nn.Module) -> str:

@@ -362,10 +362,6 @@ def _named_tensors(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[str, Ten
             yield from ((f"{name}.{place}", item) for place, item in enumerate(value) if isinstance(item, Tensor))
 
 
-def _first_elements(_: Any, args: Any, __: Any) -> Tensor:
-    return torch.empty(args[0].shape[0], dtype=torch.long)
-
-
 def _settings(func: Any, args: Any, kwargs: Any) -> dict[str, object]:
     """Return the arguments of an operation that hold no tensors, by their names."""
     named = chain(zip((argument.name for argument in func._schema.arguments), args, strict=False), kwargs.items())
@@ -376,10 +372,6 @@ def _settings(func: Any, args: Any, kwargs: Any) -> dict[str, object]:
 
 def _one_value(_: Any, args: Any, __: Any) -> Any:
     return args[0].reshape(-1)[:1], torch.empty(args[0].shape, dtype=torch.long), torch.empty(1, dtype=torch.long)
-
-
-def _scalar(_: Any, args: Any, __: Any) -> bool | int | float:
-    return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
 
 
 def _everywhere(func: Any, args: Any, kwargs: Any) -> Any:
@@ -393,7 +385,9 @@ def _everywhere(func: Any, args: Any, kwargs: Any) -> Any:
 
 # what is assumed of operations whose results depend on values
 _ASSUMED: dict[str, Callable[[Any, Any, Any], Any]] = {
-    "_local_scalar_dense": _scalar,
+    "_local_scalar_dense": lambda _, args, __: (
+        args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else 1)
+    ),
     "equal": lambda *_: True,
     "nonzero": lambda _, args, __: torch.empty((args[0].numel(), args[0].dim()), dtype=torch.long),
     "index": _everywhere,
@@ -401,7 +395,7 @@ _ASSUMED: dict[str, Callable[[Any, Any, Any], Any]] = {
     "_unique2": _one_value,
     "unique_consecutive": _one_value,
     "_grouped_mm": lambda _, args, __: torch.empty((*args[0].shape[:-1], args[1].shape[-1]), dtype=args[0].dtype),
-    "nms": _first_elements,
+    "nms": lambda _, args, __: torch.empty(args[0].shape[0], dtype=torch.long),
 }
 
 

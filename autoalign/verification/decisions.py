@@ -259,7 +259,8 @@ def _with_pairs(
         own, match = pairs.get(spec.key), known.get(spec.key)
         if own not in shapes or spec.key in plan.excluded:
             continue
-        if match and match.sources == (own,) and not _is_other_tensor(match):
+        is_of_tensor = match is not None and all(map(_OTHER_TENSOR.fullmatch, match.warnings))
+        if match and match.sources == (own,) and not is_of_tensor:
             continue
         operation = _operation(match, own, shapes) if match else None
         is_plain = own in plain[0] and spec.key in plain[1] and squeeze(spec.shape) == squeeze(shapes[own])
@@ -378,8 +379,3 @@ def _operation(match: Match, own: str, shapes: Mapping[str, tuple[int, ...]]) ->
     if not known and len(match.sources) == 1 and shapes[own] == shapes[match.sources[0]]:
         known = [match.operation]
     return known[0] if len(known) == 1 and isinstance(known[0], _WHOLE) else None
-
-
-def _is_other_tensor(match: Match) -> bool:
-    """Return True if nothing but the choice of the tensor is in doubt."""
-    return all(map(_OTHER_TENSOR.fullmatch, match.warnings))
