@@ -8,8 +8,8 @@ In order of use, from the bottom up:
 * ``dataflow``: the graph of a call on tensors without data: which tensors and operations feed which.
 * ``compare``: which modules belong together, what they compute, and the first that differs.
 * ``causes``: why it differs: weights, settings of modules, other functions, or rounding.
-* ``session``: two models, one call of the source, and calls of the target with other values in place of its own.
-* ``proof``: values on which every layer passes its signal on; of which tensors a change would have been noticed.
+* ``session``: two models, one call of the source, and calls of the target with other values in place of its own;
+  values on which every layer passes its signal on; of which tensors a change would have been noticed.
 * ``search``: other ways to fill the target, tried until the outputs are equal.
 * ``refinement``: which tensors correspond by both graphs, coloured together (Weisfeiler and Leman).
 * ``probe``: what keys and graphs leave open, decided by calls of both networks on random values.

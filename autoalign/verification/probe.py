@@ -26,10 +26,9 @@ from autoalign.plan.matches import Candidate, Match, Plan
 from autoalign.reports.choices import Choice, Option
 from autoalign.verification.dataflow import inputs_within
 from autoalign.verification.differences import relative_difference
-from autoalign.verification.proof import fresh_values, is_decisive
 from autoalign.verification.run import NEVER, call, flat_tensors, preserved
 from autoalign.verification.search import Budget, State, refilled, search
-from autoalign.verification.session import Session, tensors_of
+from autoalign.verification.session import Session, fresh_values, is_decisive, tensors_of
 
 PROBE = "probe"  # the cue
 _CONFIDENCE = 0.99  # in what a probe decides

@@ -20,10 +20,9 @@ from autoalign.plan.options import MatchOptions, check_options
 from autoalign.verification.causes import Divergence, Scene, diverged
 from autoalign.verification.compare import Finding, grown_finding, last_agreement
 from autoalign.verification.differences import OutputDifference
-from autoalign.verification.proof import fresh_values, is_countable, is_decisive, noticed
 from autoalign.verification.run import NEVER, preserved
 from autoalign.verification.search import Budget, State, search
-from autoalign.verification.session import Outcome, Session
+from autoalign.verification.session import Outcome, Session, fresh_values, is_countable, is_decisive, noticed
 
 _MAX_LISTED = 6  # matches or keys
 _COVERAGE_SECONDS = 60.0  # for which it is measured, at least

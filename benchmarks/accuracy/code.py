@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.checkpoints.checkpoint import Side
-from autoalign.verification.proof import fresh_values
 from autoalign.verification.run import arguments_of, flat_tensors, preserved
+from autoalign.verification.session import fresh_values
 from benchmarks.cases.twins import (
     ActorCritic,
     Anonymous,

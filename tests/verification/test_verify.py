@@ -558,7 +558,7 @@ class Rarely(nn.Module):
 
 
 def test_a_tensor_whose_change_is_not_seen_leaves_equality_unproven(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoalign.verification.proof._LARGE", 100.0)
+    monkeypatch.setattr("autoalign.verification.session._LARGE", 100.0)
     source, target = Rarely(), Rarely()
     autoalign.load(target, source)
     verification = verify(source, target, ROWS)

@@ -12,9 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 import autoalign
-from autoalign.verification.proof import fresh_values, noticed
 from autoalign.verification.run import preserved, record
-from autoalign.verification.session import Session
+from autoalign.verification.session import Session, fresh_values, noticed
 
 IMAGES = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
