@@ -268,11 +268,8 @@ def _output_specs(alignment: Alignment, cast: torch.dtype | None) -> list[Tensor
     specs = []
     for match in alignment.matches:
         has_values = is_dequantised(match.operation)
-        dtype = (
-            torch.float32
-            if has_values
-            else reduce(torch.promote_types, (alignment.sources[key].dtype for key in match.sources))
-        )
+        dtypes = (alignment.sources[key].dtype for key in match.sources)
+        dtype = torch.float32 if has_values else reduce(torch.promote_types, dtypes)
         if isinstance(match.operation, AddTo):
             dtype = alignment.targets[match.target].dtype
         is_copy = any(key in alignment.quantised[0] for key in match.sources) and not has_values

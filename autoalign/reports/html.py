@@ -42,7 +42,6 @@ from autoalign.reports.text import (
 )
 
 LINKS: tuple[Status, ...] = ("matched", "adapted", "ambiguous", "mismatched")  # between tensors of both sides
-TITLE = "Alignment report"
 _MAX_NEAREST = 200  # rows of a side whose nearest counterpart is sought, which takes a while for each
 _SCRIPTS = ("model", "rows", "layout", "view", "panel", "main")  # in the order in which they need each other
 _COLOUR = {"matched": "sure", "used": "sure", "equal": "sure", "close": "good", "changed": "low"}  # of a status
@@ -138,28 +137,21 @@ def _change_kind(change: Change) -> str:
 
 def _side_of(alignment: Plan, side: Literal["source", "target"], links: Sequence[_Link]) -> _Side:
     uses: dict[str, list[_Use]] = {}
-    others: Counterparts | None = None
     if side == "source":
-        specs, left = alignment.source_specs, alignment.unexpected_keys
-        if left:
-            others = counterparts(alignment, "target")
+        known, left = alignment.sources, alignment.unexpected_keys
         for link in links:
             text, found = _split_numbers(link.match.target)
             for place, key in enumerate(link.match.sources):
                 uses.setdefault(key, []).append(((text, *link.signature), (*found, *link.numbers, place)))
     else:
-        specs, left = alignment.target_specs, [key for key, of in alignment.status.items() if of == "missing"]
-        if left:
-            others = counterparts(alignment, "source")
+        known, left = alignment.targets, [key for key, of in alignment.status.items() if of == "missing"]
         for link in links:
             texts, several = zip(*map(_split_numbers, link.match.sources), strict=True)
             use = (*texts, *link.signature), (*chain.from_iterable(several), *link.numbers)
             uses[link.match.target] = [use]
-    reasons = (
-        {key: reason((alignment.sources if side == "source" else alignment.targets)[key], others) for key in left}
-        if others
-        else {}
-    )
+    others = counterparts(alignment, "target" if side == "source" else "source") if left else None
+    reasons = {key: reason(known[key], others) for key in left} if others else {}
+    specs = [*known.values()]
     leaves = []
     for spec in specs:
         signature: tuple[Hashable, ...] = (spec.shape, spec.dtype)
@@ -265,14 +257,9 @@ def _kinds(operation: str) -> str:
     >>> _kinds("transpose + concatenate(dim 0)"), _kinds("reshape[4, 2]")
     ('transpose + concatenate', 'reshape')
     """
-    kinds: list[str] = []
-    depth = 0
-    for char in operation:
-        depth += char in "(["
-        if not depth:
-            kinds.append(char)
-        depth -= char in ")]"
-    return "".join(kinds).strip() or str(Copy())
+    while (shorter := re.sub(r"[(\[][^()\[\]]*[)\]]", "", operation)) != operation:
+        operation = shorter
+    return operation.strip() or str(Copy())
 
 
 def document(alignment: Plan, *, title: str | None = None, changes: Sequence[Change] | None = None) -> str:
@@ -284,12 +271,12 @@ def document(alignment: Plan, *, title: str | None = None, changes: Sequence[Cha
     style, script = _asset("report.css"), "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
     script = f'"use strict";\n(() => {{\n{script}}})();\n'
     notes = "".join(f"<li>{escape(escaped(note))}</li>" for note in notes_of(alignment))
-    names = side_names(alignment)
+    names = _name_of(alignment.tensors), _name_of(alignment.target_tensors)
     sides, unnamed = ("Source", "Target"), ("the checkpoint", "the model")
     if changes is not None:
         sides, unnamed = ("First", "Second"), ("a checkpoint", "another")
     if title is None:
-        title = f"{names[0]} → {names[1]}" if any(names) else TITLE
+        title = f"{names[0]} → {names[1]}" if any(names) else "Alignment report"
     if changes is None:
         text = render_text(alignment, width=120)
         totals = [
@@ -324,15 +311,10 @@ def document(alignment: Plan, *, title: str | None = None, changes: Sequence[Cha
     return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], _asset("report.html"))
 
 
-def side_names(alignment: Plan) -> tuple[str, str]:
-    """Name the file or the model's class of each side; '' where neither is known."""
-    sides = (alignment.tensors, alignment.target_tensors)
-    modules = [getattr(side, "module", None) for side in sides]
-    paths = [Path(getattr(side, "path", None) or "").name for side in sides]
-    first, second = (
-        path if module is None else type(module).__name__ for module, path in zip(modules, paths, strict=True)
-    )
-    return first, second
+def _name_of(side: Mapping[str, object]) -> str:
+    """Name a side by its file or its model's class; '' where neither is known."""
+    module = getattr(side, "module", None)
+    return Path(getattr(side, "path", None) or "").name if module is None else type(module).__name__
 
 
 def write(
