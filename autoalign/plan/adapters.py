@@ -214,11 +214,7 @@ def merged_layers(
 ) -> list[Parametrised]:
     """List what LoRA adds to weights, under their keys, in place of its tensors; none for weights that it does not fit.
 
-    Args:
-        own: The adapters.
-        other: The tensors of the network.
-        config: What PEFT wrote beside the adapters.
-        beside: The tensors beside the adapters, to which they are added where they change them.
+    The weights are those ``beside`` the adapters, or else of the ``other`` side; ``config`` is what PEFT wrote.
     """
     names, own_names = _layer_names(own, other), _layer_names(own, beside)
     weights = {spec.key: spec for spec in beside}

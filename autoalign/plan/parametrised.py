@@ -147,11 +147,7 @@ def with_dots(
 ) -> dict[str, str]:
     """Return the keys whose names without dots some names are; none unless most of them are those of some module.
 
-    Args:
-        flat: The names, and the tensors under them, which must have the shapes of those that are found.
-        known: Tensors of known names.
-        end: That of each key of these, which is not counted to it.
-        blank: What the names lack beside dots.
+    Tensors of one key have one shape. The ``end`` of known keys does not count, and names may lack a ``blank`` too.
     """
     ends: dict[str, list[tuple[str, TensorSpec]]] = {}  # of keys without dots: from which module on, and of what
     for spec in known:

@@ -215,10 +215,8 @@ def roles_of(graph: nx.DiGraph) -> dict[str, str]:
 def with_roles(plan: Plan, graph: nx.DiGraph, order: Sequence[str]) -> Plan:
     """Return a plan of the same sides, matched again by names that tell what the target's code does with its tensors.
 
-    Args:
-        plan: The plan; it is returned as it is where rules, adaptations or quantised tensors are part of it.
-        graph: A call of the target.
-        order: The target's keys, in the order that stands for that of their registration.
+    The ``order`` of the target's keys stands for that of their registration. A plan with rules, adaptations or
+    quantised tensors is returned as it is.
     """
     roles = roles_of(graph)
     keys = _keys_by_role([*plan.targets], roles)

@@ -268,16 +268,9 @@ class Recording:
 def record(
     model: nn.Module, inputs: object, keep: Collection[str], values: Mapping[str, Tensor] | None = None
 ) -> Recording:
-    """Call a model and record what its modules do. Use it within ``preserved``.
+    """Call a model as ``call`` does and record what its modules do; of those to ``keep``, inputs and outputs.
 
-    Args:
-        model: The network.
-        inputs: As for ``execution_order``.
-        keep: The names of the modules whose inputs and outputs are kept.
-        values: Tensors to use in place of the model's own, by key; the model is not changed.
-
-    Raises:
-        InputError: The call fails.
+    Use it within ``preserved``.
     """
     own = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     tracer = UseTracer({**own, **(values or {})})
