@@ -19,15 +19,7 @@ from autoalign.loading.fill import Progress, copies_in_place, read_sources, requ
 from autoalign.matching.match import match_tensors
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.options import MatchOptions, check_options
-from autoalign.reports.changes import (
-    Block,
-    Change,
-    blocks_of,
-    changes_to_plain,
-    headline,
-    left_of,
-    render_changes,
-)
+from autoalign.reports.changes import Block, Change, blocks_of, changes_to_plain, headline, left_of, render_changes
 
 _UNDONE = "Nothing was compared."
 _TOLERANCE = 1e-6  # of changes of values that neither side rounded

@@ -21,15 +21,7 @@ from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.config import ROTARY_SETTINGS
 from autoalign.checkpoints.paths import is_given
 from autoalign.checkpoints.stored import named_dtype
-from autoalign.errors import (
-    AlignmentError,
-    CheckpointError,
-    InputError,
-    ValueWarning,
-    did_you_mean,
-    kind_of,
-    listed,
-)
+from autoalign.errors import AlignmentError, CheckpointError, InputError, ValueWarning, did_you_mean, kind_of, listed
 from autoalign.loading import fill, prepare, sharded
 from autoalign.loading.mapped import CutError, MappedFiles, mapped_files
 from autoalign.loading.transaction import (

@@ -21,13 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Checkpoint, checkpoint_of, of_module, uninitialized
-from autoalign.errors import (
-    ChoiceWarning,
-    IncompatibleTensorsError,
-    NothingLoadedError,
-    PartialLoadWarning,
-    listed,
-)
+from autoalign.errors import ChoiceWarning, IncompatibleTensorsError, NothingLoadedError, PartialLoadWarning, listed
 from autoalign.matching.assembly import tie_warning
 from autoalign.matching.match import match_tensors
 from autoalign.matching.names import kind

@@ -318,11 +318,7 @@ def _name_of(side: Mapping[str, object]) -> str:
 
 
 def write(
-    alignment: Plan,
-    path: str | os.PathLike[str],
-    *,
-    title: str | None = None,
-    changes: Sequence[Change] | None = None,
+    alignment: Plan, path: str | os.PathLike[str], *, title: str | None = None, changes: Sequence[Change] | None = None
 ) -> None:
     """Write the document to a file, which is replaced as a whole or left as it was."""
     text = document(alignment, title=title, changes=changes)

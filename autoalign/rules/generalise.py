@@ -15,16 +15,7 @@ from autoalign.plan.adaptations import needs_target
 from autoalign.plan.keys import NUMBER
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Copy, Operation, Split, Stack, Unstack, chain, steps_of
-from autoalign.rules.rule import (
-    REFERENCE,
-    SLICE,
-    Rows,
-    fitted,
-    function_of,
-    literal,
-    reference,
-    shifted,
-)
+from autoalign.rules.rule import REFERENCE, SLICE, Rows, fitted, function_of, literal, reference, shifted
 from autoalign.rules.size_free import Pick, Sample, Sized, size_free, skeleton
 
 Texts = tuple[str, ...]  # a key without its numbers: the text before, between and after them

@@ -248,10 +248,7 @@ def with_roles(plan: Plan, graph: nx.DiGraph, order: Sequence[str]) -> Plan:
         matches=named(found.matches),
         ambiguous=named(found.ambiguous),
         mismatched=tuple(replace(each, key=old.get(each.key, each.key)) for each in found.mismatched),
-        notes=(
-            *dict.fromkeys((*plan.notes, *found.notes)),
-            f"{_TOLD}: {said}.",
-        ),
+        notes=(*dict.fromkeys((*plan.notes, *found.notes)), f"{_TOLD}: {said}."),
     )
 
 

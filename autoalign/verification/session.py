@@ -33,12 +33,7 @@ from autoalign.verification.compare import (
     owners,
     paired_modules,
 )
-from autoalign.verification.differences import (
-    OutputDifference,
-    output_differences,
-    relative_difference,
-    tolerance_of,
-)
+from autoalign.verification.differences import OutputDifference, output_differences, relative_difference, tolerance_of
 from autoalign.verification.run import call, flat_tensors, record, restart, seed_all, with_sizes
 
 _MIN_LOADED = 0.5  # share of the tensors with values of their own that a loaded target holds
