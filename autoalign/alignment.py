@@ -321,7 +321,7 @@ class Alignment(Plan):
 
     def _repr_html_(self) -> str:
         """Write what a notebook shows: the picture of ``to_html`` in a frame, and the report."""
-        from autoalign.reports.notebook import notebook_html
+        from autoalign.reports.html import notebook_html
 
         return notebook_html(self)
 

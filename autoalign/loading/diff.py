@@ -65,7 +65,7 @@ class Difference:
         write(self.alignment, path, title=title, changes=self.changes)
 
     def _repr_html_(self) -> str:
-        from autoalign.reports.notebook import notebook_html
+        from autoalign.reports.html import notebook_html
 
         return notebook_html(self.alignment, self.changes)
 

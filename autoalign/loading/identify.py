@@ -115,7 +115,7 @@ class Identification:
         return "\n".join(self._lines())
 
     def _repr_html_(self) -> str:
-        from autoalign.reports.notebook import short_html
+        from autoalign.reports.html import short_html
 
         rows = [
             (escaped(one.label), f"{one.common:,} of {one.tensors:,}", f"{one.names:.0%}") for one in self.candidates

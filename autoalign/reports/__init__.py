@@ -8,8 +8,8 @@ In order of use:
 * ``changes``: how far corresponding tensors of two checkpoints are apart, folded by blocks.
 * ``explain``: one key explained, with what would change the decision.
 * ``module_tree``: the folded module tree that ``inspect`` prints and the page draws; prefixes and copies.
-* ``html``: the page, whose scripts and style are in ``page/``.
-* ``notebook``: what notebooks show of alignments, with the page as a picture, and of results of a few lines.
+* ``html``: the page, whose scripts and style are in ``page/``, and what notebooks show: of alignments the page as a
+  picture, of other results a few lines.
 * ``serialization``: the one JSON form: ``to_dict``, ``save``, ``read`` and ``--format json``; applied to another pair;
   both module trees and the matches between them as a networkx graph.
 

@@ -18,7 +18,7 @@ from autoalign.plan.matches import Candidate, Match, Mismatch, Plan, Status
 from autoalign.plan.options import ADAPTS
 from autoalign.plan.specs import TensorSpec
 from autoalign.reports.choices import Choice, answers, choices_of
-from autoalign.reports.notebook import short_html
+from autoalign.reports.html import short_html
 from autoalign.reports.rows import escaped
 from autoalign.reports.serialization import choice_to_plain, way_to_plain
 from autoalign.reports.text import counterparts, difference, nearest, reason

@@ -1,4 +1,7 @@
-"""Alignments and comparisons as HTML: a page with both module trees and all evidence."""
+"""Alignments and comparisons as HTML: a page with both module trees and all evidence, and what notebooks show.
+
+A notebook shows the picture of the page and what the text says, and of other results a few lines and tables.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
@@ -24,20 +27,24 @@ from autoalign.plan.keys import NUMBER
 from autoalign.plan.matches import FILLED, Match, Plan, Status
 from autoalign.plan.operations import Copy, Operation
 from autoalign.plan.specs import TensorSpec
-from autoalign.reports.changes import VERDICTS, Change, headline, left_of, render_changes, share
+from autoalign.reports.changes import VERDICTS, Change, change_rows, headline, left_of, render_changes, share
 from autoalign.reports.choices import Choice, choices_of, settling, to_paste
 from autoalign.reports.module_tree import Leaf, Tree, build_tree
-from autoalign.reports.rows import escaped
+from autoalign.reports.rows import Row, escaped
 from autoalign.reports.text import (
     SCREEN,
     Counterparts,
+    Totals,
     counterparts,
     difference,
+    elements,
     nearest,
     notes_of,
     percent,
     reason,
     render_text,
+    rows_of,
+    short_count,
     totals_of,
 )
 
@@ -48,6 +55,15 @@ _COLOUR = {"matched": "sure", "used": "sure", "equal": "sure", "close": "good", 
 _COLOUR |= {"only in the second": "missing"}
 _LARGE_CHANGE = 0.1  # of the mean value
 _MAX_OPTIONS = 6  # of a choice that are drawn
+MAX_ROWS = 30  # of a section
+MAX_TENSORS = 5_000  # of both sides, for a picture, which is kept in the notebook's file
+_FRAME = "width:100%;height:460px;border:1px solid #8888;border-radius:6px;resize:vertical"
+
+# Colours of the short form are the notebook's own, light or dark; what stands beside a key is paler than the key.
+_CELL = "padding:1px 10px 1px 0;text-align:left;vertical-align:top;background:none;border:0"
+_NUMBER = "padding:1px 10px 1px 0;text-align:right;background:none;border:0;font-variant-numeric:tabular-nums"
+_KEY = "font-family:monospace;overflow-wrap:anywhere;direction:ltr;unicode-bidi:isolate-override"
+_PALE = "opacity:0.7"
 
 _Use = tuple[tuple[Hashable, ...], tuple[int, ...]]  # of a tensor: texts without their numbers, and the numbers
 
@@ -352,22 +368,10 @@ def _total(name: str, parts: Mapping[str, int]) -> str:
     described = ", ".join(f"{status} {count:,}" for status, count in parts.items())
     return (
         f'<div class="total"><div class="figures"><strong>{escape(percent(good, whole))}</strong>'
-        f'<span class="name">{name}: {_short(good, whole)} of {_short(whole)}</span></div>'
+        f'<span class="name">{name}: {short_count(good, whole)} of {short_count(whole)}</span></div>'
         f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" role="img" aria-label="{described}">'
         f"<title>{described}</title>{rects}</svg></div>"
     )
-
-
-def _short(count: int, of: int = 0) -> str:
-    """Write a count in a few characters, without its unit if that is the unit of what follows.
-
-    >>> _short(45_395), _short(671_026_419_200), _short(56_000_000_000, 671_026_419_200)
-    ('45,395', '671.0 billion', '56.0')
-    """
-    for unit, name in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million")):
-        if count >= unit:
-            return f"{count // (unit // 10) / 10:,}" + ("" if of // unit in range(1, 1000) else f" {name}")
-    return f"{count:,}"
 
 
 def _digest(text: str) -> str:
@@ -377,3 +381,85 @@ def _digest(text: str) -> str:
 @cache
 def _asset(name: str) -> str:
     return files("autoalign.reports").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def notebook_html(alignment: Plan, changes: Sequence[Change] | None = None) -> str:
+    """Write an alignment as a fragment of HTML, with changes as a comparison: its picture, and what the text says.
+
+    The picture is the page in a frame of its own that reaches nothing else. The rest needs no scripts, and a section
+    opens without them; matched rows are closed where others need attention, and long sections are cut.
+    """
+    found = totals_of(alignment)
+    title, lead, rows = repr(alignment), found.lead, rows_of(alignment)
+    if changes is not None:
+        title, lead, rows = "Difference", headline(alignment, changes), change_rows(alignment, changes)
+    sections = {name: each for name, each in rows.items() if each}
+    calm = "Equal" if changes is not None else "Matched"
+    parts = [
+        f"<div><strong>{escape(title)}</strong></div>",
+        f"<div>{escape(lead)}</div>",
+        _totals_table(found) if changes is None else "",
+        *(f"<div>Note: {escape(escaped(note))}</div>" for note in notes_of(alignment)),
+        *(
+            _section(name, each, opened=len(sections) == 1 or not name.startswith(calm))
+            for name, each in sections.items()
+        ),
+    ]
+    if 0 < len(alignment.source_specs) + len(alignment.target_specs) <= MAX_TENSORS:
+        page = escape(document(alignment, changes=changes))
+        frame = f'<iframe sandbox="allow-scripts" allow="clipboard-write" srcdoc="{page}" style="{_FRAME}"></iframe>'
+        parts.insert(1, frame)
+    return f'<div class="autoalign">{"".join(parts)}</div>'
+
+
+def short_html(title: str, lines: Iterable[str], tables: Mapping[str, Iterable[Sequence[str]]]) -> str:
+    """Write a result of a few lines as a fragment of HTML: its title, lines, and tables with their headings."""
+    parts = [f"<div><strong>{escape(title)}</strong></div>", *(f"<div>{escape(line)}</div>" for line in lines)]
+    for heading, rows in tables.items():
+        cells = ("".join(f'<td style="{_CELL};{_KEY}">{escape(cell)}</td>' for cell in row) for row in rows)
+        body = "".join(f'<tr style="background:none">{row}</tr>' for row in cells)
+        if body:
+            parts.append(f'<div style="{_PALE}">{escape(heading)}</div>')
+            parts.append(f'<table style="border:0"><tbody>{body}</tbody></table>')
+    return f'<div class="autoalign">{"".join(parts)}</div>'
+
+
+def _totals_table(found: Totals) -> str:
+    rows = "".join(
+        f'<tr><td style="{_CELL}">{share.status}</td><td style="{_NUMBER}">{share.tensors:,}</td>'
+        f'<td style="{_NUMBER}">{share.elements:,}</td>'
+        f'<td style="{_NUMBER}">{percent(share.elements, elements(shares))} of the {side}</td></tr>'
+        for side, shares in (("target", found.target), ("source", found.source))
+        for share in shares
+        if share.status != "used"
+    )
+    heads = "".join(
+        f'<th scope="col" style="{style}">{name}</th>'
+        for name, style in (("", _CELL), ("tensors", _NUMBER), ("elements", _NUMBER), ("", _NUMBER))
+    )
+    return f'<table style="margin:6px 0;border:0"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _section(title: str, rows: Sequence[Row], *, opened: bool) -> str:
+    count = sum(row.tensors for row in rows)
+    left = len(rows) - MAX_ROWS
+    more = f"<div>… and {left:,} more rows: print the alignment, or write it with to_html</div>" if left > 0 else ""
+    body = "".join(map(_row, rows[:MAX_ROWS]))
+    return (
+        f"<details{' open' if opened else ''}><summary>{escape(title)} ({count:,})</summary>"
+        f'<table style="margin:2px 0 6px 16px;border:0"><tbody>{body}</tbody></table>{more}</details>'
+    )
+
+
+def _row(row: Row) -> str:
+    *others, key = row.keys
+    cells = [f'<td style="{_CELL};{_KEY}">{escape(other)}</td>' for other in others]
+    cells.append(f'<td style="{_CELL};{_KEY}">{"→ " if others else ""}{escape(key)}</td>')
+    if not others:
+        cells[0] = cells[0].replace("<td ", '<td colspan="2" ', 1)
+    warnings = "".join(f"<div>⚠ {escape(warning)}</div>" for warning in row.warnings)
+    warnings += "".join(f"<div>{escape(line)}</div>" for line in row.advice)
+    *cells_before, verdict = (escape(cell) for cell in row.cells)
+    facts = "".join(f'<td style="{_CELL};{_PALE};white-space:nowrap">{cell}</td>' for cell in cells_before)
+    facts += f'<td style="{_CELL};{_PALE}">{verdict}{warnings}</td>'
+    return f'<tr style="background:none">{"".join(cells)}{facts}</tr>'

@@ -104,6 +104,18 @@ def percent(part: int, whole: int) -> str:
     return "< 0.1 %" if part and not tenths else f"{tenths / 10:.1f} %"
 
 
+def short_count(count: int, of: int = 0) -> str:
+    """Write a count in a few characters, without its unit if that is the unit of what follows.
+
+    >>> short_count(45_395), short_count(671_026_419_200), short_count(56_000_000_000, 671_026_419_200)
+    ('45,395', '671.0 billion', '56.0')
+    """
+    for unit, name in ((10**12, "trillion"), (10**9, "billion"), (10**6, "million")):
+        if count >= unit:
+            return f"{count // (unit // 10) / 10:,}" + ("" if of // unit in range(1, 1000) else f" {name}")
+    return f"{count:,}"
+
+
 def render_text(
     alignment: Plan,
     *,

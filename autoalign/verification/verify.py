@@ -76,7 +76,7 @@ class Verification:
         return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        from autoalign.reports.notebook import short_html
+        from autoalign.reports.html import short_html
 
         title = "Proven equal" if self.equal else "NOT equal" if self.max_difference > self.tolerance else "NOT proven"
         outputs = [(each.source, each.target, f"{each.difference:.1e}") for each in self.outputs]
