@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
@@ -191,16 +192,29 @@ class Copies:
     count = size = 0
 
     def add(self, stream: IO[bytes]) -> Place:
-        """Copy what is left of a stream."""
+        """Copy what is left of a stream.
+
+        Raises:
+            CheckpointError: There is no room for it.
+        """
         if self.folder is None:
             self.folder = Path(tempfile.mkdtemp(prefix="autoalign-"))
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.count += 1
         file = self.folder / str(self.count)
-        with file.open("xb") as target:  # since what is mapped must not be written to again
-            shutil.copyfileobj(stream, target)
-            self.size += target.tell()
-            return Place(file, 0, target.tell())
+        try:
+            with file.open("xb") as target:  # since what is mapped must not be written to again
+                shutil.copyfileobj(stream, target)
+                size = target.tell()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CheckpointError(
+                f"There is no room for a copy of what is packed, in {str(self.folder.parent)!r}. Nothing was read. Set "
+                "TMPDIR to a folder with more room, or unpack it yourself and name the file to read."
+            ) from error
+        self.size += size
+        return Place(file, 0, size)
 
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import io
 import json
@@ -147,6 +148,22 @@ def test_an_archive_that_grows_endlessly_is_refused(tmp_path: Path, kind: str) -
             info.size = size
             packed.addfile(info, io.BytesIO(bytes(size)))
     with pytest.raises(CheckpointError, match=r"times larger when it is unpacked"):
+        open_checkpoint(tmp_path / "a")
+    gc.collect()
+    assert temporary() == before
+
+
+@pytest.mark.parametrize("write", PACKED, ids=lambda write: write.__name__)
+def test_a_full_disk_is_no_damaged_archive(
+    tmp_path: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = temporary()
+    write(tmp_path / "a")
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(CheckpointError, match=r"no room for a copy .* Nothing was read. Set TMPDIR"):
         open_checkpoint(tmp_path / "a")
     gc.collect()
     assert temporary() == before
