@@ -310,10 +310,11 @@ def _divides(count: int, size: int) -> bool:
     """True if so many blocks, of which the last may be shorter, make up a dimension, whose elements may be packed."""
     if not (count and size):
         return False
+    few, many = sorted((count, size))
+    if any(32 * few == bits * many for bits in range(1, 9)):  # packed, as codes are, and zero points
+        return True
     if count > size:
         return count % size == 0 and count // size <= _MAX_PACKED
-    if any(32 * count == bits * size for bits in range(1, 9)):  # packed itself, as zero points are
-        return True
     block = -(-size // count)
     return -(-size // block) == count
 

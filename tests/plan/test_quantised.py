@@ -24,8 +24,9 @@ from autoalign.errors import (
     PatternError,
     RulesError,
 )
+from autoalign.plan.operations import output_shapes
 from autoalign.plan.quantised import groups_of
-from autoalign.plan.specs import specs_of
+from autoalign.plan.specs import TensorSpec, specs_of
 
 WIDTH, HIDDEN, WORDS = 256, 512, 384
 
@@ -341,6 +342,25 @@ def test_scales_of_square_matrices_belong_to_columns_where_those_of_others_do() 
     assert set(alignment.unexpected_keys) == quantised
     alone = {key: tensor for key, tensor in state_dict(int8_by_row)[0].items() if "q_proj" in key}
     assert len(autoalign.align(alone, Network()).matches) == 2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_columns_may_be_packed_in_words_by_any_number_of_bits(bits: int) -> None:
+    """As GPTQModel does for AWQ; of fewer outputs than inputs the words are no part of the scales either way."""
+    rows, columns, groups = 128, 256, 8
+    specs = [
+        TensorSpec("k_proj.qweight", (columns, rows * bits // 32), torch.int32),
+        TensorSpec("k_proj.qzeros", (groups, rows * bits // 32), torch.int32),
+        TensorSpec("k_proj.scales", (groups, rows), torch.float16),
+    ]
+    found = groups_of(specs)
+    assert found.keys() == {spec.key for spec in specs}
+    group = found["k_proj.qweight"].group
+    assert (group.scheme, group.is_whole) == ("AWQ", True)
+    config = {"quantization_config": {"meta": {"quantizer": ["gptqmodel:7.7.0"]}}}
+    operation = group.dequantise({}, config)
+    assert operation is not None
+    assert output_shapes(operation, [spec.shape for spec in group.specs]) == [(rows, columns)]
 
 
 @pytest.mark.parametrize("layout", [hqq, aqlm])
