@@ -9,6 +9,7 @@ and 64 MiB; ``load`` takes a few pieces of it alone.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import autoalign
 from tests.memory import peak_of
 
 COLUMNS = 4096
+_MMAP_THRESHOLD = -3  # of glibc, as of ``malloc.h``
 _WORDS, _HALF, _FP8 = torch.int32, torch.float16, torch.float8_e4m3fn
 
 Parts = dict[str, Tensor]  # by the names after that of the layer
@@ -138,6 +140,8 @@ def peaks(rows: int, calls: Sequence[str] = ("load", "convert")) -> Iterator[tup
 
 def main() -> None:
     """Measure all schemes, with tensors of so many rows."""
+    if sys.platform == "linux":  # else what one call freed is kept for the next, and not seen there
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 6144
     print(f"| scheme, a tensor of {rows * COLUMNS * 4 >> 20} MiB | load | convert |\n| --- | ---: | ---: |")
     for scheme, found in peaks(rows):
