@@ -7,7 +7,7 @@ from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, InputError, NothingLoadedError
+from autoalign.errors import InputError
 from autoalign.plan.matches import Plan, inverted
 
 if TYPE_CHECKING:
@@ -191,7 +191,9 @@ class Alignment(Plan):
             IncompatibleTensorsError: Lists every missing, mismatched, ambiguous and unexpected key, with both shapes.
         """
         if self.missing_keys or self.unexpected_keys:
-            raise self._incomplete()
+            from autoalign.reports.text import incomplete_error
+
+            raise incomplete_error(self)
 
     def raise_if_missing(self) -> None:
         """Raise unless every target key is matched, as TensorFlow's ``assert_existing_objects_matched``.
@@ -200,7 +202,9 @@ class Alignment(Plan):
             IncompatibleTensorsError: Lists every missing, mismatched and ambiguous key, with both shapes.
         """
         if self.missing_keys:
-            raise self._incomplete(unexpected=False)
+            from autoalign.reports.text import incomplete_error
+
+            raise incomplete_error(self, unexpected=False)
 
     def raise_if_unexpected(self) -> None:
         """Raise unless every source key is used.
@@ -209,13 +213,9 @@ class Alignment(Plan):
             IncompatibleTensorsError: Lists every unexpected key, with its shape and that of what comes near.
         """
         if self.unexpected_keys:
-            raise self._incomplete(missing=False)
+            from autoalign.reports.text import incomplete_error
 
-    def _incomplete(self, *, missing: bool = True, unexpected: bool = True) -> IncompatibleTensorsError:
-        from autoalign.reports.text import incomplete_message
-
-        message, details = incomplete_message(self, missing=missing, unexpected=unexpected)
-        return IncompatibleTensorsError(message, self, details)
+            raise incomplete_error(self, missing=False)
 
     def raise_if_nothing_matched(self) -> None:
         """Raise if no target key is matched, as TensorFlow's ``assert_nontrivial_match``.
@@ -224,10 +224,9 @@ class Alignment(Plan):
             NothingLoadedError: Lists the first keys of both sides, with their shapes.
         """
         if not self.matches:
-            from autoalign.reports.text import nothing_message
+            from autoalign.reports.text import nothing_error
 
-            message, details = nothing_message(self)
-            raise NothingLoadedError(message, self, details)
+            raise nothing_error(self)
 
     def raise_if_ambiguous(self) -> None:
         """Raise if a target key has proposals that were not loaded because none is clearly right.
@@ -236,10 +235,9 @@ class Alignment(Plan):
             AmbiguousAlignmentError: Lists every ambiguous key with its proposals.
         """
         if self.ambiguous:
-            from autoalign.reports.text import ambiguous_message
+            from autoalign.reports.text import ambiguous_error
 
-            message, details = ambiguous_message(self)
-            raise AmbiguousAlignmentError(message, self, details)
+            raise ambiguous_error(self)
 
     def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> None:
         """Write the report as one HTML file: both module trees, the links between them, the evidence of each match.

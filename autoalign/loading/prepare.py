@@ -144,8 +144,7 @@ def prepared(
         note = f"{len(counters)} num_batches_tracked {counters_fate}: the checkpoint is from before torch had them."
         alignment = replace(alignment, target_specs=kept, notes=(*alignment.notes, note))
     if not alignment.matches:
-        message, details = _nothing_message(alignment, source, target, undone)
-        raise NothingLoadedError(message, alignment, details)
+        raise _nothing_error(alignment, source, target, undone)
     if strict:
         try:
             alignment.raise_if_incomplete()
@@ -161,8 +160,8 @@ def prepared(
     return Prepared(source, alignment, modules, counters, summary)
 
 
-def _nothing_message(alignment: Alignment, source: Checkpoint, target: str, undone: str) -> tuple[str, str]:
-    """Explain why no tensor of a source could be aligned with those of a target: the message, and the details."""
+def _nothing_error(alignment: Alignment, source: Checkpoint, target: str, undone: str) -> NothingLoadedError:
+    """Explain why no tensor of a source could be aligned with those of a target."""
     left_out = alignment.unused_schemes
     numels = {spec.numel for spec in source.specs}
     unlike = sum(spec.numel not in numels for spec in alignment.target_specs)
@@ -185,7 +184,8 @@ def _nothing_message(alignment: Alignment, source: Checkpoint, target: str, undo
     )
     is_explained = left_out or describe_adapters(source.specs)
     advice = [] if is_explained else ["Check that both are the same network, or pass what you know as rules=."]
-    return "\n".join([" ".join([what, undone, *reasons, *alignment.notes]), *advice]), "\n".join(lines)
+    message = "\n".join([" ".join([what, undone, *reasons, *alignment.notes]), *advice])
+    return NothingLoadedError(message, alignment, "\n".join(lines))
 
 
 def name_of(source: Checkpoint) -> str:

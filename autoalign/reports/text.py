@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import Literal
 
-from autoalign.errors import listed
+from autoalign.errors import AmbiguousAlignmentError, IncompatibleTensorsError, NothingLoadedError, listed
 from autoalign.matching.layers import squeeze
 from autoalign.plan.adapters import describe_adapters
 from autoalign.plan.keys import stem
@@ -391,12 +391,8 @@ def difference(shape: Shape, needed: Shape) -> str:
     return f" (dim {dim}: {shape[dim]}, needs {needed[dim]})"
 
 
-def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: bool = True) -> tuple[str, str]:
-    """Write which keys of the target are missing, and which of the source unexpected, for an error.
-
-    Returns:
-        A line for what and a line for what next; and the details: all keys, with reasons and the nearest counterparts.
-    """
+def incomplete_error(alignment: Plan, *, missing: bool = True, unexpected: bool = True) -> IncompatibleTensorsError:
+    """Say which keys of the target are missing and of the source unexpected; the details are all, with reasons."""
     what, details = [], []
     lost, left = alignment.missing_keys, alignment.unexpected_keys
     if missing and lost:
@@ -413,21 +409,21 @@ def incomplete_message(alignment: Plan, *, missing: bool = True, unexpected: boo
     if left_out := alignment.unused_schemes:
         what.append(f"Left out: {', '.join(left_out)}. {ADVICE}")
     advice = f"Pass rules= to name counterparts, if there are any. {_SEE_DETAILS}"
-    return f"{' '.join(what)}\n{advice}", "\n".join(details)
+    return IncompatibleTensorsError(f"{' '.join(what)}\n{advice}", alignment, "\n".join(details))
 
 
-def ambiguous_message(alignment: Plan) -> tuple[str, str]:
-    """Write which target keys have no clear source, as ``incomplete_message`` does; the details are the proposals."""
+def ambiguous_error(alignment: Plan) -> AmbiguousAlignmentError:
+    """Say which target keys have no clear source; the details are the proposals."""
     keys = [match.target for match in alignment.ambiguous]
     have = "has" if len(keys) == 1 else "have"
     count = f"{len(keys)} of {len(alignment.target_specs)} target tensors {have} no clear source"
     advice = f"Pass rules of what you choose, or load with the alignment that decided returns. {_SEE_DETAILS}"
     details = "\n".join([f"{count}:", *_listed(_ambiguous_rows(alignment, both=True))])
-    return f"{count}: {_first(keys)}. They are not loaded.\n{advice}", details
+    return AmbiguousAlignmentError(f"{count}: {_first(keys)}. They are not loaded.\n{advice}", alignment, details)
 
 
-def nothing_message(alignment: Plan) -> tuple[str, str]:
-    """Write that nothing is matched, as ``incomplete_message`` does; the details are the first keys of both sides."""
+def nothing_error(alignment: Plan) -> NothingLoadedError:
+    """Say that nothing is matched; the details are the first keys of both sides."""
     details = []
     for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
         rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST_KEYS]]
@@ -435,7 +431,7 @@ def nothing_message(alignment: Plan) -> tuple[str, str]:
     what = " ".join([f"None of {len(alignment.target_specs)} target tensors has a source.", *alignment.notes])
     if not (alignment.unused_schemes or describe_adapters(alignment.source_specs)):
         what += "\nCheck that both are the same network, or pass what is known as rules=."
-    return what, "\n".join(details)
+    return NothingLoadedError(what, alignment, "\n".join(details))
 
 
 def _first(keys: Sequence[str]) -> str:
