@@ -392,7 +392,7 @@ def difference(shape: Shape, needed: Shape) -> str:
 
 
 def incomplete_error(alignment: Plan, *, missing: bool = True, unexpected: bool = True) -> IncompatibleTensorsError:
-    """Say which keys of the target are missing and of the source unexpected; the details are all, with reasons."""
+    """Name the keys that are missing and unexpected; the details are all of them, with reasons and what comes nearest."""
     what, details = [], []
     lost, left = alignment.missing_keys, alignment.unexpected_keys
     if missing and lost:
@@ -413,7 +413,7 @@ def incomplete_error(alignment: Plan, *, missing: bool = True, unexpected: bool 
 
 
 def ambiguous_error(alignment: Plan) -> AmbiguousAlignmentError:
-    """Say which target keys have no clear source; the details are the proposals."""
+    """Name the target keys that have no clear source; the details are the proposals."""
     keys = [match.target for match in alignment.ambiguous]
     have = "has" if len(keys) == 1 else "have"
     count = f"{len(keys)} of {len(alignment.target_specs)} target tensors {have} no clear source"
@@ -423,7 +423,7 @@ def ambiguous_error(alignment: Plan) -> AmbiguousAlignmentError:
 
 
 def nothing_error(alignment: Plan) -> NothingLoadedError:
-    """Say that nothing is matched; the details are the first keys of both sides."""
+    """Report that nothing is matched; the details are the first keys of both sides."""
     details = []
     for side, specs in (("target", alignment.target_specs), ("source", alignment.source_specs)):
         rows = [Row((escaped(spec.key),), (spec.kind,), 1) for spec in specs[:_FIRST_KEYS]]
