@@ -392,7 +392,7 @@ def difference(shape: Shape, needed: Shape) -> str:
 
 
 def incomplete_error(alignment: Plan, *, missing: bool = True, unexpected: bool = True) -> IncompatibleTensorsError:
-    """Name the keys that are missing and unexpected; the details are all of them, with reasons and what comes nearest."""
+    """Name the keys that are missing and unexpected; the details are all of them, with reasons."""
     what, details = [], []
     lost, left = alignment.missing_keys, alignment.unexpected_keys
     if missing and lost:
