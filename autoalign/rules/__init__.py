@@ -11,6 +11,7 @@ Rules convert a state dict without any matching, and are exported to other libra
 * ``induce``: from those to the shortest list, checked against the plan
 * ``export_python``: rules as the source of a function, with those of ``plan`` that it calls
 * ``renaming_pairs``: the options of a choice as pairs for ``rules=`` of ``align``
+* ``conversion_ops``: operations as transformers' own, where it has none for them
 * ``export_renamings``: rules as mmengine's ``revise_keys``, and transformers' ``key_mapping`` and conversions
 
 A new operation needs cases in ``size_free`` if it has sizes, and in ``export_python``. A new export is a file, and a

@@ -9,19 +9,17 @@ item, which knows ``\1`` only: a rule with more captures becomes a renaming for 
 begins with another mark meanwhile. transformers 5 also has ``WeightConverter``, of which at most one takes a key, after
 all renamings and by a text that occurs in it. So a rule with an operation becomes both: renamings give its tensors the
 target's name with a placeholder for its last words, and a converter joins or splits what has the placeholder. Weights
-that are dequantised or combined are converted by a ``ConversionOps`` of ours, which needs this package where they load.
+that are dequantised or combined are converted by ``conversion_ops.Apply``, which needs this package where they load.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate, product, zip_longest
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from autoalign.errors import DependencyError, RulesError
 from autoalign.plan.dequantise import Dequantise, schemes_of
@@ -325,6 +323,8 @@ def _applied(rule: Rule) -> ConversionOps:
     """Write operations that transformers has none for, on tensors that it has cast to the model's dtype."""
     from transformers.core_model_loading import ConversionOps
 
+    from autoalign.rules.conversion_ops import Apply
+
     operations = [operation for _, operation in rule.fills]
     if lost := sorted(frozenset().union(*map(schemes_of, operations)) - _CASTABLE):
         raise _InexpressibleError(f"transformers casts what it loads to the model's dtype, which spoils {lost[0]}")
@@ -332,37 +332,6 @@ def _applied(rule: Rule) -> ConversionOps:
         raise _InexpressibleError("a list of quantised or parametrised tensors is joined")
     if len(operations) > 1 and not hasattr(ConversionOps, "supports_many_to_many"):
         raise _InexpressibleError("several tensors make several, which this version of transformers cannot")
-
-    class Apply(ConversionOps):  # type: ignore[misc]
-        """Fills each target by an operation of ours on all sources."""
-
-        supports_many_to_many = True
-
-        def __init__(self, operations: Sequence[Operation]) -> None:
-            self.operations = tuple(operations)
-
-        def convert(
-            self,
-            input_dict: Mapping[str, Any],
-            source_patterns: Sequence[str],
-            target_patterns: Sequence[str],
-            **_: object,
-        ) -> dict[str, Tensor]:
-            lists = [input_dict[pattern] for pattern in source_patterns]
-            tensors = [each[0] if isinstance(each, list) else each for each in lists]
-            filled = zip(target_patterns, self.operations, strict=True)
-            return {target: operation.apply(tensors)[0] for target, operation in filled}
-
-        def __repr__(self) -> str:
-            return ", ".join(map(str, self.operations))
-
-        @property
-        def reverse_op(self) -> NoReturn:
-            raise RulesError(
-                f"'{self!r}' cannot be turned back. Nothing was saved. Save the model in its own names: "
-                "save_pretrained(..., save_original_format=False)."
-            )
-
     return Apply(operations)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import sys
 from copy import deepcopy
@@ -265,6 +266,8 @@ def test_weights_are_dequantised_and_combined_by_the_machinery_of_transformers()
     assert "dequantise(FP8 in blocks)" in str([each.operations for each in conversions if hasattr(each, "operations")])
     assert same(convert(conversions, source, torch.nn.Module()), alignment.state_dict())
     converter = next(each for each in conversions if isinstance(each, WeightConverter))
+    kept = pickle.loads(pickle.dumps(converter))  # a model keeps its conversions
+    assert str(kept.operations) == str(converter.operations)
     with pytest.raises(RulesError, match=r"cannot be turned back.*save_original_format=False"):
         converter.reverse_transform()
 
