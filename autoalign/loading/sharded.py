@@ -163,7 +163,17 @@ def wait_for_ranks(model: nn.Module, group: Any) -> None:
     if store is None:
         return
     me, ranks = distributed.get_rank(), distributed.get_process_group_ranks(group or distributed.group.WORLD)
-    name = f"{_name(model)}/{ranks}"
+    start = _name(model)
+    name = f"{start}/{ranks}"
+
+    def count(what: str, rank: int) -> int:
+        return int(store.add(f"{start}/{what}/{rank}", 0))
+
+    def unsharded_of(ranks: Sequence[int]) -> list[int]:
+        """List the ranks that have loaded the model unsharded more often than this one."""
+        own = count("unsharded", me)
+        return [rank for rank in ranks if count("unsharded", rank) > own]
+
     try:
         number = store.add(f"{name}/here/{me}", 1)
         since = now = time.monotonic()
@@ -172,14 +182,10 @@ def wait_for_ranks(model: nn.Module, group: Any) -> None:
             now = time.monotonic()
             if now > until:
                 break
-            loading = (
-                rank
-                for rank in missing
-                if _count(store, model, "unsharded", rank) > _count(store, model, "finished", rank)
-            )
-            if any(loading) and now < since + _MAX_WAIT_SECONDS:
+            is_loading = any(count("unsharded", rank) > count("finished", rank) for rank in missing)
+            if is_loading and now < since + _MAX_WAIT_SECONDS:
                 until = now + _PATIENCE_SECONDS
-            elif not is_logged and now > since + _SILENT_SECONDS and (found := _unsharded(store, model, me, missing)):
+            elif not is_logged and now > since + _SILENT_SECONDS and (found := unsharded_of(missing)):
                 is_logged = True
                 logger.warning(
                     "Waiting %.0f seconds for rank %d, which has loaded a model of these parameters unsharded.",
@@ -187,7 +193,7 @@ def wait_for_ranks(model: nn.Module, group: Any) -> None:
                     found[0],
                 )
             time.sleep(_POLL_SECONDS)
-        unsharded = _unsharded(store, model, me, missing)
+        unsharded = unsharded_of(missing)
         # what is decided first holds, since a rank may come now
         decision = store.compare_set(f"{name}/{number}", "", "leave" if unsharded else "load")
     except RuntimeError:  # a store that cannot do this, or whose process has ended
@@ -201,16 +207,6 @@ def wait_for_ranks(model: nn.Module, group: Any) -> None:
             "after it loaded a model of the same parameters that is not sharded."
         )
     raise AlignmentError(f"{problem} Nothing was loaded. Shard the model on all ranks alike.")
-
-
-def _count(store: Any, model: nn.Module, what: str, rank: int) -> int:
-    return int(store.add(f"{_name(model)}/{what}/{rank}", 0))
-
-
-def _unsharded(store: Any, model: nn.Module, me: int, missing: Sequence[int]) -> list[int]:
-    """List the missing ranks that have loaded the model unsharded more often than this one."""
-    own = _count(store, model, "unsharded", me)
-    return [rank for rank in missing if _count(store, model, "unsharded", rank) > own]
 
 
 def _store() -> Any:
@@ -381,9 +377,14 @@ def plan_of(
     plan = ShardPlan(source, files, filled, parts, wholes)
     if source.is_resident and parts:  # else old values are kept, and it may fail later
         files.find()
-        match, region, target = max(parts, key=lambda part: part[2].nbytes)
-        _part(plan, match, region, Findings(), target.dtype)  # so that where there is too little memory this shows
+        _read_largest(plan)
     return plan
+
+
+def _read_largest(plan: ShardPlan) -> None:
+    """Read the part that takes the most memory, so that where there is too little this shows in time."""
+    match, region, target = max(plan.parts, key=lambda part: part[2].nbytes)
+    _part(plan, match, region, Findings(), target.dtype)
 
 
 def fill_parts(plan: ShardPlan, findings: Findings, step: Step) -> None:

@@ -45,12 +45,9 @@ def probed(
 ) -> tuple[Plan, bool]:
     """Return a plan in which calls decide what they can, and whether both networks then compute the same.
 
-    Args:
-        plan: What is aligned; its source has the keys of the source model.
-        source_model: The code of its source, which may be on the meta device but for what it computes itself.
-        target_model: That of its target, the same.
-        inputs: What both may be called with; the first that both take is used.
-        is_search: Whether to try other ways than the alignment lists, which are believed only if all is equal then.
+    Its source has the keys of the source model; either model may be on the meta device but for what it computes itself.
+    The first of the inputs that both take is used. With ``is_search``, ways are tried that the alignment does not list,
+    which are believed only if all is equal then.
     """
     names = {*source_model.state_dict(keep_vars=True)}
     end = time.monotonic() + (_SECONDS if is_search else _DEFAULT_SECONDS)

@@ -62,13 +62,7 @@ class Outcome:
 class Session:
     """Two models, a call of the source, and calls of the target with values that the alignment gives.
 
-    Args:
-        source: The model whose outputs are right.
-        target: The other.
-        inputs: What each is called with.
-        alignment: What is verified.
-        tolerance: Of outputs; None for that of their dtypes.
-        values: Of the source in place of its own, by key.
+    The outputs of the source, on its own values or on others, are right up to a tolerance, by default that of dtypes.
 
     Attributes:
         matches: What the alignment fills the target with, by key.
@@ -321,17 +315,12 @@ def is_countable(key: str) -> bool:
 def noticed(
     session: Session, outcome: Outcome, fills: Mapping[str, Tensor], seconds: float
 ) -> tuple[set[str], set[str]]:
-    """Find the target's keys of which a change would have been noticed in a call that was compared.
+    """Find the target's keys of which a change would have been noticed in a call on ``fills`` that had an outcome.
 
-    The target is called again with the same values. Each module whose output was compared is called on the inputs that
-    it gets there with one tensor after another changed; tensors of a module whose output was not are tried with the
-    innermost around it, up to the network itself.
-
-    Args:
-        session: The session of the call; use it within ``preserved``.
-        outcome: What came of it.
-        fills: The target's values in it, by key.
-        seconds: For how long to measure; what is left then counts as not noticed.
+    The target is called again with the same values, within ``preserved``. Each module whose output was compared is
+    called on the inputs that it gets there with one tensor after another changed; tensors of a module whose output was
+    not are tried with the innermost around it, up to the network itself. What is left after some seconds counts as not
+    noticed.
 
     Returns:
         These keys, and those whose values have no effect, however large a change of them: as a bias before a softmax.
