@@ -24,13 +24,14 @@ _ARCHIVES = frozenset({".keras", ".nemo", ".tar", ".tgz", ".zip"})
 _BESIDE = frozenset({".metadata", "config.json", "latest", "params.json"})  # what readers of checkpoints look at
 _MAX_RATIO = 16  # of what is unpacked to the archive
 _FREE_BYTES = 2**26  # that may be unpacked from any
+_PACKED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0")  # how files of gzip, bzip2 and xz begin
 _HEADER, _HEADER_BYTES = b"PK\x03\x04", 30  # of a member of a zip file: its begin, and how long it is before the name
 _IS_ENCRYPTED = 1  # among the flags of a member
 
 
 def is_archive(head: bytes) -> bool:
-    """Return True if a file that begins with ``head`` is a tar archive, maybe packed by gzip."""
-    return head.startswith(b"\x1f\x8b\x08") or _is_plain_tar(head)
+    """Return True if a file that begins with ``head`` is a tar archive, maybe packed by gzip, bzip2 or xz."""
+    return head.startswith(_PACKED) or _is_plain_tar(head)
 
 
 def _is_plain_tar(head: bytes) -> bool:
@@ -135,7 +136,14 @@ class _Members:
                         self._copy(path, content)
 
     def _list_tar(self, stream: IO[bytes], mode: str) -> None:
-        with tarfile.open(fileobj=stream, mode=mode) as archive:  # type: ignore[call-overload]
+        try:
+            opened = tarfile.open(fileobj=stream, mode=mode)  # type: ignore[call-overload]
+        except tarfile.ReadError as error:
+            raise CheckpointError(
+                f"{str(self.whole.file)!r} is compressed, and what is in it is not a tar archive ({error}). Nothing was "
+                "read. Unpack it, and name what comes out."
+            ) from error
+        with opened as archive:
             for member in archive:
                 if mode != "r:":
                     self._charge(member.size)

@@ -46,6 +46,7 @@ _MAX_DEPTH = 64
 _HEADER_BYTES = 30  # of a member of a zip file, before its name
 _NUMBER = re.compile(r"[biufc]\d{1,2}")  # dtypes of numpy that hold nothing but numbers
 _ARRAY = re.compile(r"numpy\._?core\.multiarray\.(_reconstruct|scalar)")
+_MAKERS = ("._rebuild_wrapper_subclass", "._reconstruct", "._reconstructor")  # of what is of their first argument
 _PARTS = ("_parameters", "_buffers", "_modules")  # of the state of a module
 
 
@@ -359,9 +360,9 @@ class Reading:
         if isinstance(found, list | tuple):
             return type(found)(self.value(item, f"{path}.{place}", depth) for place, item in enumerate(found))
         if isinstance(found, Stub) or (isinstance(found, type) and issubclass(found, Stub)):
-            kind = next(iter(getattr(found, "given", ())), found)  # of the tensors of a subclass
-            is_tensor = found.path == "torch._utils._rebuild_wrapper_subclass" and hasattr(kind, "path")
-            self.ignored.append((kind.path if is_tensor else found.path, path))
+            kind = next(iter(getattr(found, "given", ())), found)
+            is_made_of = found.path.endswith(_MAKERS) and hasattr(kind, "path")
+            self.ignored.append((kind.path if is_made_of else found.path, path))
         return found
 
 

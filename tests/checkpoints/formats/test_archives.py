@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import gzip
 import io
 import json
 import shutil
@@ -169,6 +170,12 @@ def test_a_full_disk_is_no_damaged_archive(
     assert temporary() == before
 
 
+def test_a_compressed_file_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "a.pt.gz").write_bytes(gzip.compress(saved(policy().state_dict())))
+    with pytest.raises(CheckpointError, match=r"is compressed, and what is in it is not a tar archive .* Unpack it"):
+        open_checkpoint(tmp_path / "a.pt.gz")
+
+
 def test_several_models_are_containers(tmp_path: Path) -> None:
     def state(value: float) -> dict[str, Tensor]:
         return {"fc.weight": torch.full((2, 2), value), "fc.bias": torch.zeros(2)}
@@ -197,7 +204,7 @@ def layers(folder: Path) -> None:
     (folder / "config.json").write_text('{"hidden_size": 8}')
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar", "gztar"])
+@pytest.mark.parametrize("kind", ["zip", "tar", "gztar", "bztar", "xztar"])
 @pytest.mark.parametrize("write", [sharded, distributed, zero, layers])
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_a_folder_in_an_archive_is_one_checkpoint(tmp_path: Path, write: Callable[[Path], None], kind: str) -> None:

@@ -82,7 +82,7 @@ VALUES: dict[str, tuple[object, str]] = {
     "function": (os.getcwd, "posix.getcwd"),
     "partial": (partial(os.path.join, "a"), "functools.partial"),
     "call": (Called(), "sys.exit"),
-    "texts": (np.array(["a", "b"]), "numpy"),
+    "texts": (np.array(["a", "b"]), "numpy.ndarray"),
     "subclass": (wrapped(), "test_records.Wrapped"),
     "generator": (torch.optim.SGD, "torch.optim.sgd.SGD"),
 }
