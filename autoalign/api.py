@@ -199,7 +199,8 @@ def load(
     Warns:
         PartialLoadWarning: Keys of the model that ``exclude`` and ``include`` did not leave out keep their values.
         ChoiceWarning: The checkpoint holds copies of the network, and one was chosen without being asked for; or
-            different tensors for one that the model ties; or biases for layers that have none.
+            different tensors for one that the model ties; or biases for layers that have none; or the scale of LoRA
+            that is added is stated nowhere.
         ValueWarning: A tensor of the checkpoint has NaN, or the model's dtype cannot hold its values. Rounding to
             another floating-point type of 16 bits or more is not warned of.
     """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from autoalign.checkpoints.config import folder_config, header_config, module_config, saved_config
+from autoalign.checkpoints.config import Config, folder_config, header_config, module_config, saved_config
 from autoalign.checkpoints.containers import Container, containers_of, copies_of, named_container, preferred
 from autoalign.checkpoints.paths import Given, is_given, open_given
 from autoalign.errors import CheckpointError, InputError, kind_of, listed
@@ -199,7 +199,10 @@ def open_checkpoint(path: Given, *, container: str | None = None) -> Checkpoint:
         checkpoint = _of_mapping(contents.root, container, name)
     except InputError as error:
         raise CheckpointError(f"{name!r} cannot be used. {error}") from error
-    config, notes = folder_config(files[0] if files[0].is_dir() else files[0].parent) if files else ({}, ())
+    config, notes = Config(), tuple[str, ...]()
+    for folder in dict.fromkeys(file if file.is_dir() else file.parent for file in files):  # the first wins
+        found, more = folder_config(folder)
+        config, notes = found | config, notes + more
     return replace(
         checkpoint,
         path=name,

@@ -34,9 +34,12 @@ Config = dict[str, object]
 
 
 def folder_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
-    """Read the configuration in a folder; also return a note where there is one that cannot be read."""
-    for name in _FILES:
-        file = folder / name
+    """Read the configurations in a folder, of which earlier ones win; also return notes on those that cannot be read.
+
+    That of an adapter may stand beside that of its network.
+    """
+    config, notes = Config(), []
+    for file in (folder / name for name in _FILES):
         try:
             if not file.is_file():
                 continue
@@ -45,10 +48,10 @@ def folder_config(folder: Path) -> tuple[Config, tuple[str, ...]]:
             found = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(found, dict):
                 raise ValueError(f"it holds a {type(found).__name__}")
-            return _plain_mapping(found), ()
+            config = _plain_mapping(found) | config
         except (OSError, ValueError, RecursionError) as error:
-            return {}, (f"The configuration {str(file)!r} was not read: {error}.",)
-    return {}, ()
+            notes.append(f"The configuration {str(file)!r} was not read: {error}.")
+    return config, tuple(notes)
 
 
 def saved_config(root: Mapping[str, object], container: str) -> Config:

@@ -11,12 +11,13 @@ from autoalign.plan.adapters import (
     AddTo,
     LowRank,
     adapters_of,
+    alpha_of,
     merged_layers,
     of_kind,
     renamed_layers,
     shortened,
 )
-from autoalign.plan.matches import Match
+from autoalign.plan.matches import Caution, Match
 from autoalign.plan.operations import output_shapes
 from autoalign.plan.parametrised import Parametrised
 from autoalign.plan.specs import TensorSpec
@@ -35,6 +36,7 @@ class AdapterScope:
     combined: tuple[Parametrised, ...]  # what takes the place of tensors of the source
     is_merged: bool
     others: frozenset[str]  # keys of the target that may be filled; all where it is empty
+    unscaled: frozenset[str] = frozenset()  # layers of LoRA whose alpha is stated nowhere
 
     @classmethod
     def of(cls, source: Specs, target: Specs, config: Mapping[str, object], *, merge: bool) -> AdapterScope:
@@ -46,7 +48,9 @@ class AdapterScope:
         elif own.layers and other.layers:
             combined = renamed_layers(own, other, target)
         kind = frozenset[str]() if not own.alone or other.alone else of_kind(target, own.alone) or frozenset({""})
-        return cls(own, other, tuple(combined), merge, kind)
+        unscaled = {layer for layer, parts in own.layers.items() if "alpha" not in parts and merge}
+        unscaled = {layer for layer in unscaled if alpha_of(layer, config) is None}
+        return cls(own, other, tuple(combined), merge, kind, frozenset(unscaled))
 
     @property
     def added(self) -> list[Parametrised]:
@@ -122,11 +126,19 @@ class AdapterScope:
                 "and no weights: they are not loaded. merge_adapter=True adds them to the weights that they change: "
                 "those beside them in the checkpoint, else the model's, which has to hold the network's own by then."
             )
-        layers = [parts for parts in self.own.layers.values() if parts["down"].key in used]
+        layers = {layer: parts for layer, parts in self.own.layers.items() if parts["down"].key in used}
         if self.is_merged and layers:
             rest = f"; {untouched} other tensors of the model stay as they are" if untouched else ""
             notes.append(f"Added: {len(layers)} layers of LoRA, each to the weight that it changes{rest}.")
-        elif layers and any("alpha" in parts for parts in layers):
+            if unscaled := self.unscaled & layers.keys():
+                notes.append(
+                    Caution(
+                        f"Nothing states the alpha of {len(unscaled)} layers of LoRA: it was taken to be their rank, so "
+                        "that the scale is 1, as for files of diffusers. If it is another, have PEFT's "
+                        f"adapter_config.json beside the file, or add tensors such as '{min(unscaled)}.alpha'."
+                    )
+                )
+        elif layers and any("alpha" in parts for parts in layers.values()):
             notes.append(
                 "The scale of LoRA, alpha / rank, is in tensors 'alpha' of the checkpoint, for which the model has "
                 "none: set its own to that."

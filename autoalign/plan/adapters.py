@@ -19,6 +19,7 @@ from torch import Tensor
 
 from autoalign.errors import InputError
 from autoalign.plan.adaptations import Adaptation
+from autoalign.plan.keys import TimeLimit, compiled
 from autoalign.plan.operations import Copy, Operation, Shape
 from autoalign.plan.parametrised import Parametrised, with_dots
 from autoalign.plan.specs import TensorSpec
@@ -269,22 +270,35 @@ def _layer_names(own: Adapters, other: Sequence[TensorSpec]) -> dict[str, str]:
     return names
 
 
-def _scale(layer: str, parts: Mapping[str, TensorSpec], config: Mapping[str, object]) -> float:
-    """Return alpha / rank, or what of it is not in the tensors.
+def alpha_of(layer: str, config: Mapping[str, object]) -> float | None:
+    """Return the alpha of a layer as a configuration states it; None where it does not.
 
     Of several networks, diffusers states ``unet.lora_alpha`` and the like.
+
+    >>> config = {"lora_alpha": 8, "alpha_pattern": {r"layers\\.\\d+\\.q": 4}}
+    >>> alpha_of("base_model.model.layers.1.q", config), alpha_of("layers.1.k", config), alpha_of("layers.1.k", {})
+    (4.0, 8.0, None)
+
+    Raises:
+        PatternError: A pattern for layers is no regular expression, or takes too long.
     """
+    lead, layer = f"{layer.partition('.')[0]}.", layer.removeprefix(_WRAPPER)
+    config = {**config, **{name.removeprefix(lead): value for name, value in config.items() if name.startswith(lead)}}
+    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern")
+    limit = TimeLimit(1, "Nothing was loaded.")
+    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
+        if limit.match(compiled(rf"(?:.*\.)?(?:{pattern})\Z"), layer):
+            alpha = value
+            break
+    return float(alpha) if isinstance(alpha, int | float) else None
+
+
+def _scale(layer: str, parts: Mapping[str, TensorSpec], config: Mapping[str, object]) -> float:
+    """Return alpha / rank, or what of it is not in the tensors."""
     if "alpha" in parts:
         return 1.0
-    rank, lead = parts["down"].shape[0], f"{layer.partition('.')[0]}."
-    config = {**config, **{name.removeprefix(lead): value for name, value in config.items() if name.startswith(lead)}}
-    alpha: object = config.get("lora_alpha", rank)
-    patterns = config.get("alpha_pattern")
-    for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
-        if layer == pattern or layer.endswith(f".{pattern}"):
-            alpha = value
-    number = float(alpha) if isinstance(alpha, int | float) else float(rank)
-    return number / (rank**0.5 if config.get("use_rslora") is True else rank)
+    rank, alpha = parts["down"].shape[0], alpha_of(layer, config)
+    return (rank if alpha is None else alpha) / (rank**0.5 if config.get("use_rslora") is True else rank)
 
 
 def _changed(parts: Mapping[str, TensorSpec]) -> Shape:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import autoalign
 from autoalign import cli
 from autoalign.checkpoints.checkpoint import open_checkpoint
-from autoalign.errors import NothingLoadedError
+from autoalign.errors import ChoiceWarning, NothingLoadedError
 from autoalign.matching.adapters import AdapterScope
 from autoalign.plan.adapters import LowRank, adapters_of
 from autoalign.plan.matches import Match
@@ -213,6 +213,26 @@ def test_an_adapter_beside_its_base_is_added_to_that(tmp_path: Path, names: Any,
     assert_equal(other.state_dict(), source.state_dict())
 
 
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_the_scale_is_stated_beside_the_adapter_wherever_its_base_is(tmp_path: Path, is_apart: bool) -> None:
+    source, model = network(1), network(2)
+    adapter = write(tmp_path, peft_names, source)
+    folder = tmp_path / "base" if is_apart else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"heads": 4}')
+    save_file(source.state_dict(), folder / "model.safetensors")
+    autoalign.load(model, [folder / "model.safetensors", adapter], merge_adapter=True, strict=True)
+    assert_equal(model.state_dict(), merged(source))
+
+
+def test_a_scale_that_nothing_states_is_warned_of(tmp_path: Path) -> None:
+    model = network()
+    adapter = write(tmp_path, peft_names, model)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.warns(ChoiceWarning, match=r"Nothing states the alpha of 12 layers of LoRA"):
+        autoalign.load(model, adapter, merge_adapter=True)
+
+
 def test_an_adapter_beside_a_quantised_base_is_not_added(tmp_path: Path) -> None:
     """Neither to codes nor to the weights that they become."""
     source, model = network(1), network(2)
@@ -223,7 +243,10 @@ def test_an_adapter_beside_a_quantised_base_is_not_added(tmp_path: Path) -> None
         f"{path}.weight": (wanted[f"{path}.weight"] / scale).round().to(torch.int8),
         f"{path}.weight_scale": scale,
     }
-    alignment = autoalign.load(model, saved, merge_adapter=True)
+    with pytest.warns(
+        ChoiceWarning, match=r"Nothing states the alpha of 11 .* add tensors such as 'base_model.\S+alpha'"
+    ):
+        alignment = autoalign.load(model, saved, merge_adapter=True)
     assert "Not added: 1 layers of LoRA, whose weights beside them are quantised or of other shapes." in alignment.notes
     assert torch.equal(model.get_parameter(f"{path}.weight"), saved[f"{path}.weight"].float() * scale)
     path = path.replace("to_k", "to_q")

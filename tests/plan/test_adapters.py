@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from autoalign.errors import InputError
-from autoalign.plan.adapters import AddTo, LowRank, adapters_of, merged_layers
+from autoalign.errors import InputError, PatternError
+from autoalign.plan.adapters import AddTo, LowRank, adapters_of, alpha_of, merged_layers
 from autoalign.plan.operations import Chain, Copy, Transpose, output_shapes
 from autoalign.plan.serialization import from_plain, to_plain
 from autoalign.plan.specs import TensorSpec
@@ -87,6 +87,9 @@ def test_what_is_no_whole_layer_of_lora(shapes: dict[str, tuple[int, ...]]) -> N
         ({"lora_alpha": 8, "use_rslora": True}, 4.0),
         ({"lora_alpha": 8, "alpha_pattern": {"fc": 2}}, 0.5),
         ({"lora_alpha": 8, "alpha_pattern": {"c": 2}}, 2.0),
+        ({"lora_alpha": 8, "alpha_pattern": {"^net.fc": 2, "fc": 16}}, 0.5),  # the first, as PEFT has it
+        ({"lora_alpha": 8, "alpha_pattern": {r"[a-z]+\.fc": 2}}, 0.5),
+        ({"lora_alpha": 8, "alpha_pattern": {"^fc": 2}}, 2.0),
         ({"lora_alpha": "many"}, 1.0),
     ],
 )
@@ -94,3 +97,9 @@ def test_the_scale_that_a_configuration_states(config: dict[str, object], scale:
     adapters = adapters_of(specs({"net.fc.lora_A.weight": (4, 8), "net.fc.lora_B.weight": (9, 4)}))
     (found,) = merged_layers(adapters, [], config)
     assert found.operation == LowRank(("down", "up"), scale, (9, 8))
+
+
+@pytest.mark.parametrize("pattern", ["(", "(a|a)*$"])
+def test_a_pattern_of_layers_that_cannot_be_used(pattern: str) -> None:
+    with pytest.raises(PatternError, match=r"regular expression"):
+        alpha_of("a" * 60 + ".b", {"alpha_pattern": {pattern: 2}})
