@@ -133,8 +133,8 @@ class AdapterScope:
             if unscaled := self.unscaled & layers.keys():
                 notes.append(
                     Caution(
-                        f"Nothing states the alpha of {len(unscaled)} layers of LoRA: it was taken to be their rank, so "
-                        "that the scale is 1, as for files of diffusers. If it is another, have PEFT's "
+                        f"Nothing states the alpha of {len(unscaled)} layers of LoRA: it was taken to be their rank, "
+                        "so that the scale is 1, as for files of diffusers. If it is another, have PEFT's "
                         f"adapter_config.json beside the file, or add tensors such as '{min(unscaled)}.alpha'."
                     )
                 )

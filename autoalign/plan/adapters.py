@@ -271,11 +271,11 @@ def _layer_names(own: Adapters, other: Sequence[TensorSpec]) -> dict[str, str]:
 
 
 def alpha_of(layer: str, config: Mapping[str, object]) -> float | None:
-    """Return the alpha of a layer as a configuration states it; None where it does not.
+    r"""Return the alpha of a layer as a configuration states it; None where it does not.
 
     Of several networks, diffusers states ``unet.lora_alpha`` and the like.
 
-    >>> config = {"lora_alpha": 8, "alpha_pattern": {r"layers\\.\\d+\\.q": 4}}
+    >>> config = {"lora_alpha": 8, "alpha_pattern": {r"layers\.\d+\.q": 4}}
     >>> alpha_of("base_model.model.layers.1.q", config), alpha_of("layers.1.k", config), alpha_of("layers.1.k", {})
     (4.0, 8.0, None)
 

@@ -137,11 +137,11 @@ class _Members:
 
     def _list_tar(self, stream: IO[bytes], mode: str) -> None:
         try:
-            opened = tarfile.open(fileobj=stream, mode=mode)  # type: ignore[call-overload]
+            opened = tarfile.open(fileobj=stream, mode=mode)  # type: ignore[call-overload]  # noqa: SIM115
         except tarfile.ReadError as error:
             raise CheckpointError(
-                f"{str(self.whole.file)!r} is compressed, and what is in it is not a tar archive ({error}). Nothing was "
-                "read. Unpack it, and name what comes out."
+                f"{str(self.whole.file)!r} is compressed, and what is in it is not a tar archive ({error}). Nothing "
+                "was read. Unpack it, and name what comes out."
             ) from error
         with opened as archive:
             for member in archive:
