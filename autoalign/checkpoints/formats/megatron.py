@@ -32,6 +32,8 @@ _STATES = "mp_rank_00_model_states.pt"  # beside files of layers, with the argum
 _WIDTHS = ("hidden_size", "hidden-size", "dim", "n_embd", "d_model")
 _STATED = re.compile(r"""^\s*["']?(hidden[-_]size|activation)["']?\s*:\s*["']?(\w+)""", re.MULTILINE)  # in YAML, too
 _MAX_CONFIG_BYTES = 2**16
+_BY_ROWS = re.compile(r"(?:^|\.)(?:query_key_value|linear_qkv|dense_h_to_4h|linear_fc1|w[13qkv])\.weight$")
+_BY_COLUMNS = re.compile(r"(?:^|\.)(?:dense|linear_proj|dense_4h_to_h|linear_fc2|w[2o])\.weight$")
 _SAMPLE = 2**12  # elements that are compared before all are
 
 Parts = Mapping[tuple[str, int], Path]  # by the prefix of their keys and their number
@@ -175,6 +177,8 @@ def _dim(key: str, own: Sequence[Value], width: int) -> int | None:
     if _are_equal(own):
         return None
     fits = [rows != width == columns, columns != width and width in (rows, columns * len(own))]
+    if rows == columns == width:  # of four parts, those of both layers of an MLP are squares
+        fits = [bool(names.search(key)) for names in (_BY_ROWS, _BY_COLUMNS)]
     if len(own[0].shape) > 2 or sum(fits) != 1:
         raise CheckpointError(
             f"{key} {list(own[0].shape)} is one of {len(own)} parts, and that the network is {width} wide does not "

@@ -286,6 +286,10 @@ class _CostReader:
         made.name = function
         if not arguments:
             return made
+        if function == "torch Size":  # whose hash is that of its numbers
+            self.walk(arguments)
+            made.extend(arguments)
+            return made
         if function in _TENSORS:
             return self.tensor(*arguments[:4], packed=_TENSORS[function])
         if function in _PARAMETERS and arguments and isinstance(arguments[0], Made):
@@ -304,8 +308,6 @@ class _CostReader:
             if isinstance(argument, _SEQUENCE):
                 self.hash_keys(argument, _Items())
                 self.hash_keys([each[0] for each in argument if isinstance(each, _SEQUENCE) and each], _Items())
-        if function == "torch Size":  # whose hash is that of its numbers
-            made.extend(arguments)
         return made
 
     def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *, packed: int = 1) -> Made:
@@ -348,23 +350,30 @@ def span(offset: int, shape: Sequence[int], stride: Sequence[int]) -> int:
     return offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 if prod(shape) else 0
 
 
-_NUMBERS = "INT BININT BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT"
-_TEXTS = "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE BINUNICODE8"
+_NUMBERS = "INT LONG LONG1 LONG4 FLOAT BINFLOAT"
+_TEXTS = "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE8"
 _BYTES = "SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8"
 _WITH_VALUE: dict[str, Callable[[_CostReader, Any], object]] = {  # as pickletools reads it
     **dict.fromkeys(f"{_NUMBERS} {_TEXTS} {_BYTES}".split(), lambda reader, value: reader.stack.append(value)),
     **dict.fromkeys(("PROTO", "FRAME"), lambda _reader, _: None),
-    # "PUT" takes numbers of any size, of which many have one hash
-    "LONG_BINPUT": lambda reader, place: reader.memo.__setitem__(place, reader.stack[-1]),
     "GLOBAL": lambda reader, name: reader.stack.append(Name(name)),
 }
 _BY_NAME: dict[str, Callable[[_CostReader, Any], object]] = {  # which read what they need of the stream
     **dict.fromkeys(("NONE", "NEWTRUE", "NEWFALSE"), lambda reader, _: reader.stack.append(None)),
+    "BININT": lambda reader, stream: reader.stack.append(int.from_bytes(stream.read(4), "little", signed=True)),
     "BININT1": lambda reader, stream: reader.stack.append(stream.read(1)[0]),
+    "BININT2": lambda reader, stream: reader.stack.append(int.from_bytes(stream.read(2), "little")),
     "SHORT_BINUNICODE": lambda reader, stream: reader.stack.append(
         str(stream.read(stream.read(1)[0]), "utf-8", "surrogatepass")
     ),
+    "BINUNICODE": lambda reader, stream: reader.stack.append(
+        str(stream.read(int.from_bytes(stream.read(4), "little")), "utf-8", "surrogatepass")
+    ),
+    # "PUT" takes numbers of any size, of which many have one hash
     "BINPUT": lambda reader, stream: reader.memo.__setitem__(stream.read(1)[0], reader.stack[-1]),
+    "LONG_BINPUT": lambda reader, stream: reader.memo.__setitem__(
+        int.from_bytes(stream.read(4), "little"), reader.stack[-1]
+    ),
     "BINGET": lambda reader, stream: reader.stack.append(reader.memo[stream.read(1)[0]]),
     "LONG_BINGET": lambda reader, stream: reader.stack.append(reader.memo[int.from_bytes(stream.read(4), "little")]),
     "EMPTY_TUPLE": lambda reader, _: reader.stack.append(()),

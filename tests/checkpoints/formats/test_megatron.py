@@ -142,6 +142,17 @@ def test_parts_of_meta(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path)["wq.weight"].shape == (WIDTH // 2, WIDTH)  # one file is one file
 
 
+@pytest.mark.parametrize(("name", "shape"), [("dense_h_to_4h", (32, 8)), ("dense_4h_to_h", (8, 32)), ("w3", (32, 8))])
+def test_the_names_of_layers_tell_where_their_parts_are_squares(
+    tmp_path: Path, name: str, shape: tuple[int, int]
+) -> None:
+    whole = torch.randn(shape)
+    for number, part in enumerate(torch.chunk(whole, 4, shape.index(32))):
+        torch.save({f"mlp.{name}.weight": part.clone()}, tmp_path / f"layer_02-model_{number:02}-model_states.pt")
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    assert torch.equal(open_checkpoint(tmp_path)[f"layer.2.mlp.{name}.weight"], whole)
+
+
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
