@@ -22,6 +22,7 @@ from autoalign.errors import CheckpointError, listed
 _SUFFIXES = frozenset({".bin", ".ckpt", ".distcp", ".gguf", ".h5", ".msgpack", ".npz", ".pt", ".pth", ".safetensors"})
 _ARCHIVES = frozenset({".keras", ".nemo", ".tar", ".tgz", ".zip"})
 _BESIDE = frozenset({".metadata", "config.json", "latest", "params.json"})  # what readers of checkpoints look at
+_VARIABLES = "pytorch_variables.pth"  # what Stable-Baselines3 trains beside a policy
 _MAX_RATIO = 16  # of what is unpacked to the archive
 _FREE_BYTES = 2**26  # that may be unpacked from any
 _PACKED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ\0")  # how files of gzip, bzip2 and xz begin
@@ -70,7 +71,7 @@ def open_archive(
         root: dict[str, object] = {}
         notes: list[str] = []
         for model in models:
-            if name_words(model.name) & TRAINING_WORDS:
+            if name_words(model.name) & TRAINING_WORDS or model.name == _VARIABLES:
                 continue
             contents = open_member(model)
             root[model.stem if model.stem not in root else str(model.relative_to(archive))] = contents.root

@@ -323,9 +323,10 @@ convert({str(tmp_path / "a.pt")!r}, Layers(), {str(tmp_path / "b.safetensors")!r
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_policy_of_stable_baselines(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "game"), [("PPO", "CartPole-v1"), ("SAC", "Pendulum-v1")])  # one trains more tensors
+def test_a_policy_of_stable_baselines(tmp_path: Path, name: str, game: str) -> None:
     package: Any = pytest.importorskip("stable_baselines3")
-    source, model = (package.PPO("MlpPolicy", "CartPole-v1") for _ in range(2))
+    source, model = (getattr(package, name)("MlpPolicy", game) for _ in range(2))
     source.save(tmp_path / "a.zip")
     load(model.policy, tmp_path / "a.zip", strict=True)
     wanted = source.policy.state_dict()
