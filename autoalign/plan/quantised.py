@@ -108,7 +108,9 @@ class Quantised:
     def key_of_values(self) -> str:
         """The key that the tensor has before it is quantised."""
         module, name = split_key(self.codes.key)
-        name = "weight" if name == "qweight" else _OF_CODES.sub("", name)
+        words = {word.lower() for word in _WORDS.findall(name)}
+        is_weight = not words.isdisjoint({"weight", "qweight"}) and words <= _PAYLOADS  # "_weight_qdata", too
+        name = "weight" if is_weight else _OF_CODES.sub("", name)
         return f"{module}.{name}".strip(".")
 
     def dequantise(self, tensors: Mapping[str, Tensor], config: Mapping[str, object]) -> Operation | None:

@@ -363,6 +363,24 @@ def test_columns_may_be_packed_in_words_by_any_number_of_bits(bits: int) -> None
     assert output_shapes(operation, [spec.shape for spec in group.specs]) == [(rows, columns)]
 
 
+@pytest.mark.parametrize("name", ["_weight_qdata", "weight_packed", "weight_codes", "qweight", "weight"])
+def test_the_values_of_a_weight_have_its_name(name: str) -> None:
+    """By which its layout is told: squares under other names are taken for turned ones."""
+    torch.manual_seed(0)
+    model = Network()
+    source = {key: tensor for key, tensor in model.state_dict().items() if "proj" not in key}
+    scale_name = name.replace("qdata", "scale") if "qdata" in name else "weight_scale"
+    for key, tensor in model.state_dict().items():
+        if "proj" in key:
+            scale = tensor.abs().amax(1, keepdim=True) / 127
+            source[key.replace("weight", name)] = (tensor / scale).round().to(torch.int8)
+            source[key.replace("weight", scale_name)] = scale
+    alignment = autoalign.align(source, model)
+    values = alignment.state_dict()
+    assert values.keys() == model.state_dict().keys()
+    assert all(torch.allclose(values[key], tensor, atol=0.05) for key, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("layout", [hqq, aqlm])
 def test_a_scheme_whose_values_are_not_known_is_left_out(layout: Layout) -> None:
     source, quantised = state_dict(layout)
