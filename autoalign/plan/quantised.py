@@ -310,11 +310,9 @@ def _is_for_parts(shape: Sequence[int], codes: Sequence[int]) -> bool:
 
 def _divides(count: int, size: int) -> bool:
     """True if so many blocks, of which the last may be shorter, make up a dimension, whose elements may be packed."""
-    if not (count and size):
-        return False
     few, many = sorted((count, size))
-    if any(32 * few == bits * many for bits in range(1, 9)):  # packed, as codes are, and zero points
-        return True
+    if not few or any(32 * few == bits * many for bits in range(1, 9)):  # packed, as codes are, and zero points
+        return few > 0
     if count > size:
         return count % size == 0 and count // size <= _MAX_PACKED
     block = -(-size // count)
