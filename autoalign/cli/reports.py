@@ -16,7 +16,7 @@ from typing import Any
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
-from autoalign.checkpoints.formats.detection import format_of
+from autoalign.checkpoints.formats.detection import format_of, kind_of_folder
 from autoalign.cli.arguments import in_options
 from autoalign.cli.terminal import COMPLETE, INCOMPLETE, show, show_json, terminal_width, width
 from autoalign.loading.diff import Difference
@@ -204,7 +204,7 @@ def _training_of(root: Mapping[str, object]) -> list[str]:
 
 def _kind_of(path: Path) -> str:
     if path.is_dir():
-        return "folder"
+        return kind_of_folder(path)
     return (format_of(path) or "index of shards") if path.is_file() else "several files"
 
 

@@ -345,6 +345,16 @@ def open_parted(folder: Path) -> Contents | None:
     return None
 
 
+def kind_of_folder(folder: Path) -> str:
+    """Return what to call a folder with a checkpoint, by whose files are parts of one."""
+    if is_distributed(folder):
+        return "folder of torch.distributed"
+    steps = [step for step in (folder, _latest(folder)) if step is not None]
+    if any(map(parts_of, steps)):
+        return "folder of model-parallel parts"
+    return "folder of DeepSpeed's ZeRO" if any(map(is_zero, steps)) else "folder"
+
+
 def _latest(folder: Path) -> Path | None:
     """Return the folder of the last step of a training, where one names it."""
     for name, start in (("latest", ""), ("latest_checkpointed_iteration.txt", "iter_")):

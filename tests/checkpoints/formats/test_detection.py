@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.checkpoints.checkpoint import open_checkpoint
+from autoalign.checkpoints.formats.detection import kind_of_folder
 from autoalign.errors import CheckpointError
+from tests.checkpoints.formats.test_damage import (
+    write_legacy,
+    write_metadata,
+    write_optimizer_of_zero,
+    write_part_of_layer,
+)
 
 
 def state_dict(layers: int = 12) -> dict[str, Tensor]:
@@ -305,3 +313,18 @@ def test_a_file_may_be_larger_than_memory(tmp_path: Path, name: str) -> None:
     tensor[-1, 0] = 1  # which stays in memory
     assert checkpoint[f"layers.{count - 1}.weight"][-1, :2].tolist() == [1, 0]
     assert open_checkpoint(path)[f"layers.{count - 1}.weight"][-1, :2].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (write_metadata, "folder of torch.distributed"),
+        (write_optimizer_of_zero, "folder of DeepSpeed's ZeRO"),
+        (write_part_of_layer, "folder of model-parallel parts"),
+        (write_legacy, "folder"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_what_folders_are_called(tmp_path: Path, write: Callable[[Path], Path], kind: str) -> None:
+    write(tmp_path)
+    assert kind_of_folder(tmp_path) == kind
