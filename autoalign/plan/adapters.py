@@ -39,6 +39,7 @@ _ALONE = {  # what a file holds nothing but, if it is an adapter of the kind, an
 }
 _MIN_SHARE = 0.9  # of the tensors of a file that is an adapter alone
 _WRAPPER = "base_model.model."  # of PEFT
+_SECONDS = 0.5  # for the patterns of a layer
 _MAX_WRAPPERS = 3  # names before a layer's own, such as unet, in an adapter's
 
 
@@ -285,7 +286,7 @@ def alpha_of(layer: str, config: Mapping[str, object]) -> float | None:
     lead, layer = f"{layer.partition('.')[0]}.", layer.removeprefix(_WRAPPER)
     config = {**config, **{name.removeprefix(lead): value for name, value in config.items() if name.startswith(lead)}}
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern")
-    limit = TimeLimit(1, "Nothing was loaded.")
+    limit = TimeLimit(1, "Nothing was loaded.", seconds=_SECONDS)
     for pattern, value in patterns.items() if isinstance(patterns, Mapping) else ():
         if limit.match(compiled(rf"(?:.*\.)?(?:{pattern})\Z"), layer):
             alpha = value
