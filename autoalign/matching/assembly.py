@@ -410,12 +410,12 @@ def unmatched_parameter_pairs(
     ``matched`` maps parts of the target to those of the source, as does what is returned.
     """
     used = set(matched.values())
-    spare = [index for index, part in enumerate(source) if index not in used and _has_own_name(part)]
+    spare = [index for index, part in enumerate(source) if index not in used]
     fitting = {_values(source[index]) for index in spare}
     vacant = [
         index
         for index, part in enumerate(target)
-        if index not in matched and _has_own_name(part) and _values(part) in fitting
+        if index not in matched and _values(part) in fitting
     ]
     if not vacant:
         return {}
@@ -439,7 +439,8 @@ def unmatched_parameter_pairs(
                 own = [k for k in own if words(source[k].path[-1]) == words(path[-1]) != ()]
                 rivals = [k for k in rivals if words(target[k].path[-1]) == words(path[-1])]
             if own:
-                pairs |= {index: own[0]} if len(own) == len(rivals) == 1 else {}
+                is_told = len(own) == len(rivals) == 1 and (_has_own_name(source[own[0]]) or _has_own_name(target[index]))
+                pairs |= {index: own[0]} if is_told else {}
                 break
     return pairs
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
@@ -60,6 +61,7 @@ _TABLES = EMBEDDING_WORDS | NO_VOCABULARY  # words for matrices of which rows ar
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 
 
+_Leaves = tuple[str, str]  # own names of two tensors
 Result = tuple[list[Match], list[Mismatch], tuple[str, ...]]  # matches, counterparts of other shapes, and notes
 
 
@@ -255,8 +257,11 @@ def match_parts(
     only_shapes = set(shape_only_pairs(assignment, (own, source.parts), (other, target.parts), known_units))
     pinned = set(pins.values())
     cues = {name: np.clip(cue, 0, 1).tolist() for name, cue in assignment.cues.items()}
+    chosen_pairs = list(zip(assignment.source.tolist(), assignment.target.tolist(), strict=True))
+    parts_of = [paired_parts(own[i], other[j]) for i, j in chosen_pairs]
+    as_is = _leaves_as_is((source.parts[a], target.parts[b]) for a, b in chain.from_iterable(parts_of))
     found: dict[int, Found] = {}
-    for place, (i, j) in enumerate(zip(assignment.source.tolist(), assignment.target.tolist(), strict=True)):
+    for place, ((i, j), parts) in enumerate(zip(chosen_pairs, parts_of, strict=True)):
         evidence = {name: round(cue[place], 3) for name, cue in cues.items()}
         has_name = evidence["name"] >= _MIN_SIMILARITY_ALONE
         runner_up = lists.reverse.get(place, int(assignment.runner_up[place]))
@@ -273,20 +278,22 @@ def match_parts(
         doubt = REVERSIBLE if place in lists.reverse else outcome.doubts.get(place)
         doubt = doubt or (CROWDED if is_crowded else ONLY_SHAPES if place in only_shapes else None)
         doubt = doubt or (_PERHAPS_UNRELATED if most == AMBIGUOUS else None)
-        for a, b in paired_parts(own[i], other[j]):
+        for a, b in parts:
             piece, wanted = source.parts[a], target.parts[b]
-            operation = _operation(piece, wanted, transposed=a in kinds.transposed)
+            is_turned = (a in kinds.transposed) != _is_bare_square(piece, wanted, as_is)
+            operation = _operation(piece, wanted, transposed=is_turned)
             if operation is None or source.key(piece) in pinned or target.key(wanted) in pins:
                 continue
             if piece.numeric == wanted.numeric:
-                sureness = _capped(min(float(confidence[place]), cap), source, target, piece, wanted)
+                sureness = _capped(min(float(confidence[place]), cap), source, target, piece, wanted, as_is)
                 found[b] = Found(a, operation, sureness, evidence, rivals.get(b), doubt)
     matched = {b: piece.source for b, piece in found.items()}
     for b, a in unmatched_parameter_pairs(source.parts, target.parts, matched).items():
-        operation = _operation(source.parts[a], target.parts[b], transposed=False)
-        if operation and target.key(target.parts[b]) not in pins and source.key(source.parts[a]) not in pinned:
+        piece, wanted = source.parts[a], target.parts[b]
+        operation = _operation(piece, wanted, transposed=_is_bare_square(piece, wanted, as_is))
+        if operation and target.key(wanted) not in pins and source.key(piece) not in pinned:
             found[b] = Found(a, operation, INFERRED, {"structure": 1.0, "shape": 1.0}, None)
-    partners = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
+    partners = {j: i for i, j in chosen_pairs}
     left = mismatched_units((own, source.parts, sides[0]), (other, target.parts, sides[1]), partners)
     return found, _mismatches(source, target, own, other, (*left, *((i, j) for j, i in partners.items())))
 
@@ -322,30 +329,44 @@ def _exclude(own: set[str], other: set[str], rivals: Collection[tuple[str, str]]
     return any((a, b) in rivals for a in own - other for b in other - own)
 
 
-def _capped(confidence: float, source: SideParts, target: SideParts, own: Part, other: Part) -> float:
+def _capped(
+    confidence: float, source: SideParts, target: SideParts, own: Part, other: Part, as_is: Collection[_Leaves] = ()
+) -> float:
     """Cap the confidence in a match of tensors whose kind or layout is inferred."""
     by_order = own.by_order or other.by_order
     has_name = not by_order or components(source.key(own))[-1] == components(target.key(other))[-1]
-    return confidence if has_name and not _is_bare_square(own, other) else min(confidence, INFERRED)
+    return confidence if has_name and not _is_bare_square(own, other, as_is) else min(confidence, INFERRED)
 
 
 def _operation(source: Part, target: Part, *, transposed: bool) -> Operation | None:
     """Return the operation on a matched part; a bare matrix may be that of a layer, transposed."""
     bare = (kind(source.path[-1])[0] == "other") != (kind(target.path[-1])[0] == "other")
-    is_turned = transposed != _is_bare_square(source, target)
-    operation = operation_between(source.shape, target.shape, transposed=is_turned)
+    operation = operation_between(source.shape, target.shape, transposed=transposed)
     return operation or (operation_between(source.shape, target.shape, transposed=True) if bare else None)
 
 
-def _is_bare_square(source: Part, target: Part) -> bool:
+def _is_bare_square(source: Part, target: Part, as_is: Collection[_Leaves] = ()) -> bool:
     """True for a square matrix that one side multiplies with, ``x @ projection``, and the other holds in a layer.
 
-    Such a one of another shape is always the transposed weight of the layer, except for embeddings.
+    Such a one of another shape is always the transposed weight of the layer, except for embeddings. Where those of
+    the same names are held ``as_is``, it is too.
     """
     kinds = {kind(part.path[-1])[0] for part in (source, target)}
     if kinds != {"other", "weight"} or len(set(source.shape)) > 1 or len(source.shape) != 2:
         return False
-    return _TABLES.isdisjoint(word for part in (source, target) for name in part.path[-2:] for word in words(name))
+    if (source.path[-1], target.path[-1]) in as_is:
+        return False
+    told = [{word for name in part.path[-2:] for word in words(name)} for part in (source, target)]
+    return all("proj" in each for each in told) or all(map(_TABLES.isdisjoint, told))
+
+
+def _leaves_as_is(pairs: Iterable[tuple[Part, Part]]) -> set[_Leaves]:
+    """Return the names of tensors that are matched as matrices that fit as they are alone."""
+    return {
+        (own.path[-1], other.path[-1])
+        for own, other in pairs
+        if own.shape == other.shape and len(own.shape) == 2 and len(set(own.shape)) == 2
+    }
 
 
 def _pinned_units(
