@@ -412,11 +412,7 @@ def unmatched_parameter_pairs(
     used = set(matched.values())
     spare = [index for index, part in enumerate(source) if index not in used]
     fitting = {_values(source[index]) for index in spare}
-    vacant = [
-        index
-        for index, part in enumerate(target)
-        if index not in matched and _values(part) in fitting
-    ]
+    vacant = [index for index, part in enumerate(target) if index not in matched and _values(part) in fitting]
     if not vacant:
         return {}
     partners: dict[Path, list[Path]] = {module: [] for index in vacant for module in _modules(target[index])}
@@ -439,7 +435,9 @@ def unmatched_parameter_pairs(
                 own = [k for k in own if words(source[k].path[-1]) == words(path[-1]) != ()]
                 rivals = [k for k in rivals if words(target[k].path[-1]) == words(path[-1])]
             if own:
-                is_told = len(own) == len(rivals) == 1 and (_has_own_name(source[own[0]]) or _has_own_name(target[index]))
+                is_told = len(own) == len(rivals) == 1 and (
+                    _has_own_name(source[own[0]]) or _has_own_name(target[index])
+                )
                 pairs |= {index: own[0]} if is_told else {}
                 break
     return pairs

@@ -322,8 +322,8 @@ def _rivals(
     return np.asarray(margin[chosen], dtype=np.float32), runner_up[columns[chosen]]
 
 
-def with_sources(assignment: Assignment, source: Ints) -> Assignment:
-    """Replace the sources of all places; what they had is the next best."""
+def with_pairs(assignment: Assignment, source: Ints, target: Ints) -> Assignment:
+    """Replace the pairs of all places; the source that one had is its next best."""
     rival = np.where(source != assignment.source, assignment.source, assignment.runner_up)
-    cues = {**assignment.cues, "name": assignment.names[source, assignment.target]}
-    return replace(assignment, source=source, runner_up=rival, cues=cues)
+    cues = {**assignment.cues, "name": assignment.names[source, target]}
+    return replace(assignment, source=source, target=target, runner_up=rival, cues=cues)

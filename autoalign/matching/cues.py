@@ -19,7 +19,7 @@ from math import copysign, exp, log1p
 
 import numpy as np
 
-from autoalign.matching.assignment import Assignment, with_sources
+from autoalign.matching.assignment import Assignment
 from autoalign.matching.candidates import Entries
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED, fitted_weights
 from autoalign.matching.features import Floats, Ints, SideFeatures
@@ -28,7 +28,7 @@ from autoalign.matching.layers import cut_apart, slots_of
 from autoalign.matching.moves import exchanges_of
 from autoalign.matching.names import counts, likeness, ordinal, words
 from autoalign.matching.paths import Path
-from autoalign.matching.state import MIN_TRUST_IN_ORDER, Decided, Exchange, State
+from autoalign.matching.state import MIN_TRUST_IN_ORDER, Decided, Exchange, State, exchanged
 from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
@@ -114,11 +114,15 @@ def settled(
         found = [move for move in moves_of(state) if held.isdisjoint(j for _, j in chain(move.before, move.after))]
         return sorted(found, key=lambda move: move.probability)
 
+    first = set(zip(assignment.source.tolist(), assignment.target.tolist(), strict=True))
     found = moves(assignment)
     rounds = min(_MAX_ROUNDS, 1 + _MAX_JUDGED // (1 + sum([len(move.exchanges) for move in found])))
     for _ in range(rounds):
         better = [move for move in found if move.probability < 0.5]
-        before, assignment = assignment, _made(assignment, better, target.companions)
+        before, assignment = (
+            assignment,
+            exchanged(assignment, chain.from_iterable(move.exchanges for move in better), target.companions),
+        )
         if assignment is before:
             break
         earlier, found = found, moves(assignment)
@@ -128,10 +132,13 @@ def settled(
     rival, doubts = assignment.runner_up.copy(), dict[int, str]()
     place_of = {unit: place for place, unit in enumerate(assignment.target.tolist())}
     for move in found:
+        if move.probability >= 0.5 and move.exchanges[0].is_of_one_layer and first.issuperset(move.before):
+            continue  # its rivals show in its margin
         cap = cap_of(move.probability)
         doubt = _doubt(move, slots[1], target.paths) if cap <= AMBIGUOUS else ""
         for (_, other), (own, new) in zip(move.before, move.after, strict=True):
-            place = place_of[other]
+            if (place := place_of.get(other, -1)) < 0:
+                continue  # it is left empty now
             caps[place] = min(caps[place], cap)
             if doubt and place not in doubts:
                 doubts[place] = doubt
@@ -200,32 +207,6 @@ def _doubt(move: Move, slots: Sequence[Path], paths: Sequence[Path]) -> str:
     return MAY_BE_EXCHANGED.format(what, told)
 
 
-def _made(assignment: Assignment, moves: Iterable[Move], companions: _Neighbours) -> Assignment:
-    """Make moves, each unit at most once; the same assignment if none can be made.
-
-    What follows its companions, of the target, is not moved together with them: they would miss one another.
-    """
-    own_of = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
-    used, moved = set(own_of.values()), set[tuple[bool, int]]()
-    straight = set[frozenset[Path]]()  # what fills modules that are of one piece now; another way to that would undo it
-    for one in (exchange for move in moves for exchange in move.exchanges):
-        pairs = *one.before, *one.after
-        units = {(False, own) for own, _ in pairs} | {(True, other) for _, other in pairs}
-        given_up, taken = {own for own, _ in one.before}, {own for own, _ in one.after}
-        fits = used.isdisjoint(taken - given_up) and own_of.keys() >= {other for _, other in one.after}
-        ends = frozenset(one.ends)
-        is_straight = one.anchors < 0 and ends in straight
-        if fits and moved.isdisjoint(units) and not is_straight:
-            moved |= units
-            moved |= {(True, other) for _, unit in one.before for other in companions.get(unit, ())}
-            straight.add(ends)
-            used = (used - given_up) | taken
-            own_of.update((other, own) for own, other in one.after)
-    if not moved:
-        return assignment
-    return with_sources(assignment, np.asarray([own_of[other] for other in assignment.target.tolist()], dtype=np.int64))
-
-
 def _gains(one: Exchange) -> Iterator[tuple[int, int, int, int]]:
     """Yield, for each module, the places of it and its end as it is, and of both after the exchange."""
     if one.takes == (-1,):  # its end goes to an unused module
@@ -253,14 +234,25 @@ def _names(state: State, one: Exchange) -> float:
 def _modules(state: State, one: Exchange) -> float:
     if _is_list(state, one):
         return 0  # numbers are cues of their own
-    modules, ends = (list(map(_own_words, _apart(side))) for side in (one.modules, one.ends))
-    gains = [likeness(ends[b], modules[a]) - likeness(ends[d], modules[c]) for a, b, c, d in _gains(one)]
+    modules, ends = _read(one.modules), _read(one.ends)
+
+    def alike(module: int, end: int) -> float:
+        return max([likeness(b, a) for a in modules[module] for b in ends[end]])
+
+    gains = [alike(a, b) - alike(c, d) for a, b, c, d in _gains(one)]
     return 2 * sum(gains) / len(gains)
 
 
+def _read(paths: Sequence[Path]) -> list[list[tuple[str, ...]]]:
+    """List the words of what paths do not share; one alone is read by its last name, and with that before it."""
+    if len(paths) > 1:
+        return [[_own_words(path)] for path in _apart(paths)]
+    return [[_own_words(path[-1:]), _own_words(path[-2:])] for path in paths]
+
+
 def _apart(paths: Sequence[Path]) -> list[Path]:
-    """Return what paths do not share; of one alone, its last name."""
-    depth = len(common_prefix(paths)) if len(paths) > 1 else -1
+    """Return what paths do not share."""
+    depth = len(common_prefix(paths))
     return [path[depth:] for path in paths]
 
 

@@ -4,7 +4,7 @@ A score measures a pair against its rivals one at a time. Where two modules have
 their layers could change places at once, and where they stand in every block, in every block at once: then structure
 and pooled evidence would say the same as before. A move is such a change: modules that exchange what fills them,
 members of a list in another order, parts of blocks that are matched across, layers that are filled from beside what
-fills their companions or most of their block, an unused module instead of a used one.
+fills their companions or most of their block, an unused module or layer instead of a used one.
 Each kind is found by a function of ``FINDERS``; ``cues`` judges them all alike.
 """
 
@@ -18,7 +18,7 @@ from autoalign.matching.features import Ints
 from autoalign.matching.grids import filled_by_axes
 from autoalign.matching.layers import block_around, cut_apart, steps_inside
 from autoalign.matching.paths import Path
-from autoalign.matching.state import MIN_TRUST_IN_ORDER, Exchange, State
+from autoalign.matching.state import MIN_TRUST_IN_ORDER, Exchange, State, counterparts, paired
 from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 
 _MAX_UNPAIRED_SHARE = 0.5  # of the layers of two modules: those that have no counterpart in the other
@@ -27,7 +27,8 @@ _MAX_LIST_COMPARED = 6  # members of a list that are all compared: they may be b
 _MAX_SIBLINGS_COMPARED = 12  # siblings of unlike content that are compared; of twice as many, neighbours only
 _MIN_LAYERS_OF_BLOCK = 3  # of which most are filled from one module
 _MIN_SHARE_OF_BLOCK = 0.6  # of these layers
-_MIN_LAYERS_OF_UNUSED = 3  # of a module; rivals of a single layer show in its margin
+_MIN_LAYERS_OF_UNUSED = 3  # of a module
+_MAX_VACANT = 40  # pairs of a used and an unused layer of one shape in a block that are compared
 
 
 def exchanges_of(state: State) -> list[Exchange]:
@@ -55,7 +56,7 @@ def _swapped(state: State) -> Iterator[Exchange]:
         for first, second in _compared(modules, content) if len(modules) > 1 else ():
             if kinds[first].isdisjoint(kinds[second]):
                 continue
-            pairs, rest = _counterparts(state, first, second)
+            pairs, rest = counterparts(state, first, second)
             if len(rest) > _MAX_UNPAIRED_SHARE * (len(rest) + 2 * len(pairs)):
                 named = [(a, b) for a, b in pairs if paths[a][len(first) :] == paths[b][len(second) :]]
                 rest += [unit for pair in pairs if pair not in named for unit in pair]
@@ -95,12 +96,12 @@ def _exchanged_alone(state: State, first: int, second: int) -> Iterator[Exchange
     modules = state.target.paths[first], state.target.paths[second]
     while all(modules) and modules[0][:-1] != modules[1][:-1]:
         around = modules[0][:-1], modules[1][:-1]
-        pairs, rest = _counterparts(state, *around)
+        pairs, rest = counterparts(state, *around)
         if rest or len(pairs) != len(state.below[around[0]]):
             break
         modules = around
     tops = cut_apart(*modules) or modules
-    pairs, _ = _counterparts(state, *modules)
+    pairs, _ = counterparts(state, *modules)
     moved = {unit for pair in pairs for unit in pair}
     rest = [unit for top in tops for unit in state.below[top] if unit not in moved]
     yield from _exchanged(state, modules, pairs, rest, tops[0])
@@ -161,7 +162,7 @@ def _crossed(state: State, first: Path, second: Path, depth: int) -> Iterator[Ex
         around = state.end(fills[0][x][0])[:depth]
         is_alike = len({name.isdecimal() for name in (first[-1], second[-1], x, y)}) == 1
         for own, other in ((x, y), (y, x)):  # the first block would be of ``own``, the second of ``other``
-            pairs = _paired(state, fills[0][other], fills[1][own], len(first), len(second))
+            pairs = paired(state, fills[0][other], fills[1][own], len(first), len(second))
             if not (is_alike or all(state.end(a)[depth + 1 :] == state.end(b)[depth + 1 :] for a, b in pairs)):
                 continue  # the target might be a list of blocks, and the source one list for each of their parts
             if not pairs:
@@ -184,32 +185,6 @@ def _crossed(state: State, first: Path, second: Path, depth: int) -> Iterator[Ex
                     True,
                     anchors,
                 )
-
-
-def _paired(state: State, first: Sequence[int], second: Sequence[int], *depths: int) -> list[tuple[int, int]]:
-    """Pair target units of the same shapes, by their names below these depths, or else by their order."""
-    paths, alike = state.target.paths, state.alike
-    other = {paths[unit][depths[1] :]: unit for unit in second}
-    pairs = []
-    for unit in first:
-        same = other.get(paths[unit][depths[0] :])
-        if same is not None and alike[same] == alike[unit]:
-            pairs.append((unit, same))
-    done = {unit for pair in pairs for unit in pair}
-    queues: dict[int, list[int]] = {}
-    for unit in second:
-        if unit not in done:
-            queues.setdefault(alike[unit], []).append(unit)
-    left = (unit for unit in first if unit not in done)
-    return pairs + [(unit, queues[alike[unit]].pop(0)) for unit in left if queues.get(alike[unit])]
-
-
-def _counterparts(state: State, first: Path, second: Path) -> tuple[list[tuple[int, int]], list[int]]:
-    """Pair the layers of two modules that have equal shapes, and list those that are left."""
-    below = state.below
-    pairs = _paired(state, below[first], below[second], len(first), len(second))
-    done = {unit for pair in pairs for unit in pair}
-    return pairs, [unit for unit in (*below[first], *below[second]) if unit not in done]
 
 
 def _compared(modules: Sequence[Path], content: Callable[[Path], object]) -> Iterable[tuple[Path, Path]]:
@@ -417,23 +392,38 @@ def _tops(groups: Sequence[Sequence[Path]]) -> tuple[Path, ...]:
 def _unused(state: State) -> Iterator[Exchange]:
     """Find modules with an unused sibling of identical names and shapes, on either side."""
     matched = set(state.own_of.values()), set(state.own_of)
-    own_of, other_of = state.own_of, state.other_of
-    for taken, units, unused, free in _unused_siblings(state.source.paths, state.kinds[0], matched[0]):
-        others = [other_of[unit] for unit in units]
-        ends = common_module([state.target.paths[unit] for unit in others])
-        yield Exchange(
-            (ends,),
-            (taken, unused),
-            (1,),
-            tuple(zip(units, others, strict=True)),
-            tuple(zip(free, others, strict=True)),
-        )
-    for taken, units, unused, free in _unused_siblings(state.target.paths, state.kinds[1], matched[1]):
-        owns = [own_of[unit] for unit in units]
-        end = common_module([state.source.paths[unit] for unit in owns])
-        yield Exchange(
-            (taken, unused), (end,), (-1,), tuple(zip(owns, units, strict=True)), tuple(zip(owns, free, strict=True))
-        )
+    for is_target, side in enumerate((state.source, state.target)):
+        for taken, units, unused, free in _unused_siblings(side.paths, state.kinds[is_target], matched[is_target]):
+            yield _instead(state, (taken, unused), units, free, is_target=bool(is_target))
+
+
+def _vacant(state: State) -> Iterator[Exchange]:
+    """Find layers with an unused one of their shape in the same block, on either side."""
+    for is_target, side in enumerate((state.source, state.target)):
+        filled = set(state.own_of) if is_target else set(state.own_of.values())
+        blocks: dict[tuple[Path, int], tuple[list[int], list[int]]] = {}
+        for unit, path in enumerate(side.paths):
+            of = blocks.setdefault((block_around(path), int(state.kinds[is_target][unit])), ([], []))
+            of[unit in filled].append(unit)
+        for free, used in blocks.values():
+            for unit, new in product(used, free) if len(used) * len(free) <= _MAX_VACANT else ():
+                ways = side.paths[unit], side.paths[new]
+                yield _instead(state, ways, [unit], [new], is_target=bool(is_target))
+
+
+def _instead(
+    state: State, ways: tuple[Path, Path], units: Sequence[int], free: Sequence[int], *, is_target: bool
+) -> Exchange:
+    """Return the exchange of what is used for what is not, on one side, with what these units correspond to."""
+    fills, side = (state.own_of, state.source) if is_target else (state.other_of, state.target)
+    others = [fills[unit] for unit in units]
+    paths = [side.paths[unit] for unit in others]
+    end = common_module(paths) if len(paths) > 1 else paths[0]
+    before, after = (
+        tuple(zip(others, way, strict=True) if is_target else zip(way, others, strict=True)) for way in (units, free)
+    )
+    modules, ends = (ways, (end,)) if is_target else ((end,), ways)
+    return Exchange(modules, ends, (-1,) if is_target else (1,), before, after)
 
 
 def _unused_siblings(
@@ -463,4 +453,15 @@ def _unused_siblings(
                 yield first, rows[0], second, rows[1]
 
 
-FINDERS = (_swapped, _straightened, _reordered, _sequenced, _lined_up, _regridded, _accompanied, _strayed, _unused)
+FINDERS = (
+    _swapped,
+    _straightened,
+    _reordered,
+    _sequenced,
+    _lined_up,
+    _regridded,
+    _accompanied,
+    _strayed,
+    _unused,
+    _vacant,
+)

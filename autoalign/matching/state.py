@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import combinations, pairwise
 
 import numpy as np
 
-from autoalign.matching.assignment import Assignment
+from autoalign.matching.assignment import Assignment, with_pairs
 from autoalign.matching.candidates import Entries
 from autoalign.matching.features import Ints, SideFeatures
 from autoalign.matching.list_order import have_common_order
@@ -36,6 +36,48 @@ class Exchange:
     ordered: tuple[tuple[int, int], ...] = ()  # pairs of places in both, whose order the change concerns
     is_alone: bool = False  # it is no exchange of the same modules in every block
     anchors: int = 0  # layers beside these that fill the same modules: how many more than after the change
+
+    @property
+    def is_of_one_layer(self) -> bool:
+        """Whether a single layer is filled from an unused one, or an empty one is filled instead."""
+        return len(self.before) == 1
+
+
+def exchanged(
+    assignment: Assignment, exchanges: Iterable[Exchange], companions: Mapping[int, Sequence[int]]
+) -> Assignment:
+    """Make exchanges, each unit at most once; the same assignment if none can be made.
+
+    What follows its companions, of the target, is not moved together with them: they would miss one another.
+    """
+    own_of = dict(zip(assignment.target.tolist(), assignment.source.tolist(), strict=True))
+    used, moved = set(own_of.values()), set[tuple[bool, int]]()
+    place_of = {unit: place for place, unit in enumerate(own_of)}
+    straight = set[frozenset[Path]]()  # what fills modules that are of one piece now; another way to that would undo it
+    for one in exchanges:
+        pairs = *one.before, *one.after
+        units = {(False, own) for own, _ in pairs} | {(True, other) for _, other in pairs}
+        given_up, taken = {own for own, _ in one.before}, {own for own, _ in one.after}
+        left, filled = {other for _, other in one.before}, {other for _, other in one.after}
+        fits = used.isdisjoint(taken - given_up) and own_of.keys().isdisjoint(filled - left)
+        ends = frozenset(one.ends)
+        is_straight = one.anchors < 0 and ends in straight
+        if fits and moved.isdisjoint(units) and not is_straight:
+            moved |= units
+            moved |= {(True, other) for _, unit in one.before for other in companions.get(unit, ())}
+            straight.add(ends)
+            used = (used - given_up) | taken
+            place_of.update(
+                {other: place_of.pop(unit) for (_, unit), (_, other) in zip(one.before, one.after, strict=True)}
+            )
+            for _, unit in one.before:
+                del own_of[unit]
+            own_of.update((other, own) for own, other in one.after)
+    if not moved:
+        return assignment
+    target = sorted(place_of, key=place_of.__getitem__)
+    source = np.asarray([own_of[unit] for unit in target], dtype=np.int64)
+    return with_pairs(assignment, source, np.asarray(target, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -256,6 +298,32 @@ class State:
     def end(self, unit: int) -> Path:
         """Return the source layer that fills a target unit."""
         return self.source.paths[self.own_of[unit]]
+
+
+def paired(state: State, first: Sequence[int], second: Sequence[int], *depths: int) -> list[tuple[int, int]]:
+    """Pair target units of the same shapes, by their names below these depths, or else by their order."""
+    paths, alike = state.target.paths, state.alike
+    other = {paths[unit][depths[1] :]: unit for unit in second}
+    pairs = []
+    for unit in first:
+        same = other.get(paths[unit][depths[0] :])
+        if same is not None and alike[same] == alike[unit]:
+            pairs.append((unit, same))
+    done = {unit for pair in pairs for unit in pair}
+    queues: dict[int, list[int]] = {}
+    for unit in second:
+        if unit not in done:
+            queues.setdefault(alike[unit], []).append(unit)
+    left = (unit for unit in first if unit not in done)
+    return pairs + [(unit, queues[alike[unit]].pop(0)) for unit in left if queues.get(alike[unit])]
+
+
+def counterparts(state: State, first: Path, second: Path) -> tuple[list[tuple[int, int]], list[int]]:
+    """Pair the layers of two modules that have equal shapes, and list those that are left."""
+    below = state.below
+    pairs = paired(state, below[first], below[second], len(first), len(second))
+    done = {unit for pair in pairs for unit in pair}
+    return pairs, [unit for unit in (*below[first], *below[second]) if unit not in done]
 
 
 class Decided:
