@@ -77,10 +77,14 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> _Pieces:
     """
     held = Counter(squeeze(part.shape) for part in others)
     unit_of = _possibly_fused(parts, held)
-    if not unit_of:
+    counts = Counter(squeeze(part.shape) for part in parts)
+    surplus = {shape for shape in counts - held if len(shape) == 2 and shape in held}
+    in_surplus = [unit for unit in units_of(parts) if _matrix(unit, parts) in surplus] if surplus else []
+    if not unit_of and not in_surplus:
         return list(parts), []
-    lacking = held - Counter(squeeze(part.shape) for part in parts)
-    siblings = _Siblings(others, held, lacking, parts)
+    siblings = _Siblings(others, held, held - counts, parts)
+    completed = [unit for unit in in_surplus if siblings.completes(unit, parts)]
+    unit_of |= {index: unit for unit in completed for _, index in unit.parts}
     result: list[Part] = []
     fusions: list[Fusion] = []
     called = {  # what this side itself calls a role in a module, as in ``q_bias`` beside ``qkv.weight``
@@ -111,7 +115,8 @@ def split_fused(parts: Sequence[Part], others: Sequence[Part]) -> _Pieces:
             own = {role: called.get((unit.path[:-1], role), role) for role in plan.roles}
             module = unit.path[:-1]
             several = fused[module] > 1 or any(alike[module, role] > 1 for role in plan.roles)
-            above = unit.path if numbers(unit.path[-1]) or several else module
+            is_apart = several or (numbers(unit.path[-1]) and unit not in completed)
+            above = unit.path if is_apart else module
             pieces = _split(part, plan, [(*above, own[role], leaf) for role in plan.roles])
             members = tuple(range(len(result), len(result) + len(pieces)))
             absent = frozenset(m for m, role in zip(members, plan.roles, strict=True) if role in plan.absent)
@@ -204,6 +209,24 @@ def _whole(parts: Sequence[Part]) -> Counter[tuple[str, Sizes]]:
     return counts
 
 
+_Member = tuple[str, dict[str, Sizes]]  # the name of a layer, and the shapes of its tensors
+
+
+def _children(parts: Sequence[Part]) -> dict[Path, list[_Member]]:
+    """List the layers of each module, in order."""
+    children: dict[Path, list[_Member]] = {}
+    units = units_of(parts)
+    for unit in (units[position] for position in units.ancestry.in_order):
+        path = _role_path(unit.path)
+        shapes = {values: squeeze(parts[index].shape) for values, index in unit.parts}
+        children.setdefault(path[:-1], []).append((path[-1], shapes))
+    return children
+
+
+def _matrices(members: Sequence[_Member]) -> tuple[Sizes, ...]:
+    return tuple(sorted(of["weight"] for _, of in members if len(of.get("weight", ())) > 1))
+
+
 class _Siblings:
     """What one side holds separately: groups of sibling tensors by role."""
 
@@ -227,17 +250,17 @@ class _Siblings:
         self.joined: dict[Sizes, list[tuple[Sizes, tuple[str, ...]]]] = {}
         self.beside: dict[Sizes, set[Sizes]] = {}  # rest -> sizes of q, k and v, and of the one such layer beside them
         self.initials: dict[tuple[tuple[str, Sizes], ...], dict[str, tuple[str, Sizes]]] = {}  # of neighbours' names
-        children: dict[Path, list[tuple[str, dict[str, Sizes]]]] = {}
-        units = units_of(parts)
-        for unit in (units[position] for position in units.ancestry.in_order):
-            shapes = {values: squeeze(parts[index].shape) for values, index in unit.parts}
-            path = _role_path(unit.path)
-            children.setdefault(path[:-1], []).append((path[-1], shapes))
+        self.modules = set[tuple[Sizes, ...]]()  # the shapes of all matrices in each
+        self.modules_joined: dict[tuple[Sizes, ...], tuple[Sizes, SplitPlan]] = {}  # as above, with q, k and v joined
+        self.known: dict[Path, SplitPlan] = {}  # of tensors with which a module holds what one of the other side does
+        self.own = _children(fused)
+        children = _children(parts)
         for members in children.values():
             matrices = tuple((name, of["weight"]) for name, of in members if len(of.get("weight", ())) > 1)
             self.initials[matrices] = {(*words(name), "-")[0][0]: (name, shape) for name, shape in reversed(matrices)}
             self._add_roles(members)
             self._add_neighbours(members)
+            self._add_joined(members)
         self._add_beside(children)
 
     def _add_roles(self, members: list[tuple[str, dict[str, Sizes]]]) -> None:
@@ -287,6 +310,27 @@ class _Siblings:
                     sizes = tuple(of["weight"][1] for of in shapes)
                     self.inputs.setdefault(shapes[0]["weight"][0], set()).add((sizes, names, (*biased, "")[0]))
 
+    def _add_joined(self, members: Sequence[_Member]) -> None:
+        self.modules.add(_matrices(members))
+        for roles in (_QKV, _QKV[1:]):
+            of = {word: shapes.get("weight", ()) for name, shapes in members for word in words(name) if word in roles}
+            if len(of) == len(roles) and len({shape[1:] for shape in of.values()}) == 1 and all(of.values()):
+                sizes = tuple(of[role][0] for role in roles)
+                shape = (sum(sizes), *of[roles[0]][1:])
+                rest = Counter(_matrices(members)) - Counter(of.values())
+                plan = SplitPlan(0, sizes, roles, BY_ORDER if len(set(sizes)) == 1 else "", unnamed=True)
+                self.modules_joined[tuple(sorted([*rest.elements(), shape]))] = shape, plan
+
+    def completes(self, unit: Unit, parts: Sequence[Part]) -> bool:
+        """True if the module of a layer would hold what one of this side does if the layer were split."""
+        members = self.own[unit.path[:-1]]
+        shape, plan = self.modules_joined.get(of := _matrices(members), ((), None))
+        index = dict(unit.parts)["weight"]
+        if plan is None or of in self.modules or of.count(shape) > 1 or squeeze(parts[index].shape) != shape:
+            return False
+        self.known[parts[index].path] = plan
+        return True
+
     def _add_beside(self, children: Mapping[Path, list[tuple[str, dict[str, Sizes]]]]) -> None:
         for path, members in children.items():
             by_word = {word: shapes.get("weight", ()) for name, shapes in members for word in words(name)}
@@ -303,6 +347,8 @@ class _Siblings:
         shape = squeeze(part.shape)
         if not shape or shape[0] != part.shape[0]:
             return None
+        if part.path in self.known:
+            return self.known[part.path]
         plan = self._plan(shape, named)
         return plan if plan is None or plan.dim == 0 or shape == part.shape else None
 
