@@ -20,7 +20,7 @@ from autoalign.matching.conventions import (
     with_torch_names,
 )
 from autoalign.matching.features import SideFeatures, is_alphabetical, name_scores
-from autoalign.matching.fusion import BY_ORDER, Fusion
+from autoalign.matching.fusion import BY_ORDER, Fusion, with_joined_roles
 from autoalign.matching.layers import Part, Parts, Unit, Units, block_around, parts_of, squeeze
 from autoalign.matching.layouts import ROTARY, Doubt, Style, doubt_about, other_layouts, style_of
 from autoalign.matching.names import kind, words
@@ -57,7 +57,8 @@ class SideParts:
         named = with_torch_names(
             with_own_statistics(with_parametrised_weights(parts_of(specs, counts))), ordered=ordered
         )
-        parts = as_in_torch(with_claimed_roles(named), Counter(spec.shape for spec in others))
+        shapes = Counter(spec.shape for spec in others)
+        parts = as_in_torch(with_joined_roles(with_claimed_roles(named), shapes), shapes)
         return SideParts(tuple(specs), parts, config=config, ordered=ordered)
 
     def key(self, part: Part) -> str:

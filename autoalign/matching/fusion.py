@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import pairwise, permutations, product
+from math import prod
 
 from autoalign.matching.layers import Part, Unit, squeeze, units_of
 from autoalign.matching.names import kind, words
 from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import FUSED, GATE_FIRST, LAYER_TYPES
 from autoalign.plan.keys import numbers
-from autoalign.plan.operations import Operation, Split, chain
+from autoalign.plan.operations import Operation, Permute, Reshape, Split, chain
 
 Sizes = tuple[int, ...]
 
@@ -60,6 +61,47 @@ class SplitPlan:
 
 
 _Pieces = tuple[list[Part], list[Fusion]]
+
+
+def with_joined_roles(parts: Sequence[Part], others: Mapping[Sizes, int]) -> Sequence[Part]:
+    """View tensors that have a dimension for the roles they hold as one matrix, the roles one after another.
+
+    >>> (part,) = with_joined_roles([Part(0, ("kv", "w"), (2, 4, 8, 16), "float")], {(64, 8): 2})
+    >>> part.shape, part.view
+    ((128, 8), Chain(steps=(Permute(dims=(0, 1, 3, 2)), Reshape(shape=(128, 8)))))
+
+    ``others`` counts the tensors of each shape of the other side. Without a fused name, a gate and what it gates are
+    read so, unless most tensors have a first dimension of two, as those of a stack of layers.
+    """
+    held = {tuple(sorted(shape)) for shape in others if len(shape) > 2}
+    lacking = {part.shape for part in parts if 3 <= len(part.shape) <= 4} - set(others)
+    if held.issuperset(tuple(sorted(shape)) for shape in lacking):
+        return parts
+    result = list(parts)
+    are_stacked = 2 * sum(part.shape[:1] == (2,) for part in parts) > len(parts)
+    for unit in units_of(parts):
+        kinds = dict(unit.parts)
+        index = kinds.get("weight", kinds.get("other", -1))
+        shape, bias = parts[index].shape, parts[kinds["bias"]].shape if "bias" in kinds else ()
+        if index < 0 or not 3 <= len(shape) <= 4 or tuple(sorted(shape)) in held:
+            continue
+        fused = [word for word in words(_own_name(unit.path)) if word in FUSED]
+        lengths = {len(roles) for word in fused[:1] for roles in FUSED[word]}
+        if not fused and len(shape) == 3 and shape[0] == 2 and not are_stacked:
+            lengths = {2}
+        for axis, width in permutations(range(len(shape)), 2):
+            rest = [dim for dim in range(len(shape)) if dim not in (axis, width)]
+            rows = prod(shape[dim] for dim in rest)
+            is_held = others.get((rows, shape[width]), 0) >= (1 if fused else 2)
+            if shape[axis] in lengths and (fused or not axis) and is_held and prod(bias) in (1, shape[axis] * rows):
+                apart, joined = Permute((axis, *rest, width)), Reshape((shape[axis] * rows, shape[width]))
+                result[index] = replace(parts[index], shape=joined.shape, view=chain(parts[index].view, apart, joined))
+                if bias:
+                    flat = Reshape((prod(bias),))
+                    place = kinds["bias"]
+                    result[place] = replace(parts[place], shape=flat.shape, view=chain(parts[place].view, flat))
+                break
+    return result
 
 
 def split_both(source: Sequence[Part], target: Sequence[Part]) -> tuple[_Pieces, _Pieces]:
@@ -323,7 +365,7 @@ class _Siblings:
 
     def completes(self, unit: Unit, parts: Sequence[Part]) -> bool:
         """True if the module of a layer would hold what one of this side does if the layer were split."""
-        members = self.own[unit.path[:-1]]
+        members = self.own[_role_path(unit.path)[:-1]]
         shape, plan = self.modules_joined.get(of := _matrices(members), ((), None))
         index = dict(unit.parts)["weight"]
         if plan is None or of in self.modules or of.count(shape) > 1 or squeeze(parts[index].shape) != shape:

@@ -39,7 +39,7 @@ class Exchange:
 
     @property
     def is_of_one_layer(self) -> bool:
-        """Whether a single layer is filled from an unused one, or an empty one is filled instead."""
+        """True if a single layer is filled from an unused one, or an empty one is filled instead."""
         return len(self.before) == 1
 
 

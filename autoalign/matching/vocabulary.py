@@ -185,7 +185,7 @@ GATES: dict[str, tuple[str, ...]] = {
 }
 
 # The words of a fused tensor's name in code that takes the first half for the gate.
-GATE_FIRST: frozenset[tuple[str, ...]] = frozenset({("linear", "in"), ("weight", "in")})
+GATE_FIRST: frozenset[tuple[str, ...]] = frozenset({("linear", "in"), ("weight", "in"), ("gating", "einsum")})
 
 # Names that fused tensors have in code that lays the roles out head by head.
 INTERLEAVED: frozenset[str] = frozenset({"query_key_value", "linear_qkv"})
