@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, combinations, pairwise, product
 
 from autoalign.matching.features import Ints
@@ -398,7 +399,11 @@ def _unused(state: State) -> Iterator[Exchange]:
 
 
 def _vacant(state: State) -> Iterator[Exchange]:
-    """Find layers with an unused one of their shape in the same block, on either side."""
+    """Find layers with an unused one of their shape in the same block, on either side.
+
+    How many others of a list are filled from one list tells in which list a member belongs.
+    """
+    lists = Counter((template(state.target.paths[other]), template(state.end(other))) for other in state.own_of)
     for is_target, side in enumerate((state.source, state.target)):
         filled = set(state.own_of) if is_target else set(state.own_of.values())
         blocks: dict[tuple[Path, int], tuple[list[int], list[int]]] = {}
@@ -407,8 +412,12 @@ def _vacant(state: State) -> Iterator[Exchange]:
             of[unit in filled].append(unit)
         for free, used in blocks.values():
             for unit, new in product(used, free) if len(used) * len(free) <= _MAX_VACANT else ():
-                ways = side.paths[unit], side.paths[new]
-                yield _instead(state, ways, [unit], [new], is_target=bool(is_target))
+                one = _instead(state, (side.paths[unit], side.paths[new]), [unit], [new], is_target=bool(is_target))
+                was, would = (
+                    (template(state.target.paths[other]), template(state.source.paths[own]))
+                    for ((own, other),) in (one.before, one.after)
+                )
+                yield replace(one, anchors=lists[was] - 1 - lists[would] if was != would else 0)
 
 
 def _instead(

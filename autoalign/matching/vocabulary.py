@@ -16,7 +16,7 @@ SYNONYMS: dict[str, str] = {
     "norm": "normalization batchnormalization layernormalization groupnormalization layernorm ln lnorm bn batchnorm "
     "batchnorm2d bnorm gn groupnorm rmsnorm nrm",
     "proj": "projection projector",
-    "linear": "lin dense",
+    "linear": "lin dense einsum",
     "embed": "embedding embeddings embeds emb",
     # attention
     "attn": "attention att mha msa multiheadattention multiheaddotproductattention",
@@ -185,7 +185,7 @@ GATES: dict[str, tuple[str, ...]] = {
 }
 
 # The words of a fused tensor's name in code that takes the first half for the gate.
-GATE_FIRST: frozenset[tuple[str, ...]] = frozenset({("linear", "in"), ("weight", "in"), ("gating", "einsum")})
+GATE_FIRST: frozenset[tuple[str, ...]] = frozenset({("linear", "in"), ("weight", "in"), ("gating", "linear")})
 
 # Names that fused tensors have in code that lays the roles out head by head.
 INTERLEAVED: frozenset[str] = frozenset({"query_key_value", "linear_qkv"})

@@ -345,3 +345,42 @@ def test_queries_may_be_apart_from_keys_and_values(tmp_path: Path) -> None:
         joined |= {f"pool.{block}.attn.in_proj_weight": torch.cat([query, both])}
         joined[f"pool.{block}.attn.out_proj.weight"] = out
     aligned_both_ways(joined, apart, tmp_path / "a.json")
+
+
+def test_roles_may_have_a_dimension_of_their_own() -> None:
+    source, target, heads, size, hidden = dict[str, Tensor](), dict[str, Tensor](), 4, 6, 20
+    for block in range(2):
+        query, both = torch.rand(heads, _WIDTH, size), torch.rand(2, 2, _WIDTH, size)
+        gates, down, out = torch.rand(2, _WIDTH, hidden), torch.rand(hidden, _WIDTH), torch.rand(heads, size, _WIDTH)
+        name = f"transformer/layer_{block}"
+        source |= {f"{name}/attn/attn_vec_einsum/w": out, f"{name}/attn/kv_einsum/w": both}
+        source |= {f"{name}/attn/q_einsum/w": query, f"{name}/mlp/gating_einsum": gates, f"{name}/mlp/linear": down}
+        key, value = both.transpose(2, 3).reshape(2, -1, _WIDTH)
+        layer = {"self_attn.q": query.transpose(1, 2).reshape(-1, _WIDTH), "self_attn.k": key, "self_attn.v": value}
+        layer |= {"self_attn.o": out.reshape(-1, _WIDTH).T, "mlp.gate": gates[0].T, "mlp.up": gates[1].T}
+        target |= {f"model.layers.{block}.{own}_proj.weight": tensor for own, tensor in layer.items()}
+        target[f"model.layers.{block}.mlp.down_proj.weight"] = down.T
+    loaded = align(
+        source, {key: torch.empty_like(tensor, device="meta") for key, tensor in target.items()}
+    ).state_dict()
+    assert loaded.keys() == target.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in target.items())
+
+
+def test_keys_and_values_are_split_where_their_module_shows_it_whatever_else_has_their_shape() -> None:
+    source, target = dict[str, Tensor](), dict[str, Tensor]()
+    for block in range(2):
+        own, other = f"decoder.layer_{block}", f"model.decoder.layers.{block}"
+        layers = [_linear("l", rows, columns) for rows, columns in ((8, 8), (16, 8), (8, 8), (16, 8), (8, 16))]
+        names = "attention.linear_0", "attention.linear_1", "attention.linear_2", "ffn.linear_0", "ffn.linear_1"
+        for name, layer in zip(names, layers, strict=True):
+            source |= {f"{own}.{name}.{kind}": layer[f"l.{kind}"] for kind in ("weight", "bias")}
+        for kind in ("weight", "bias"):
+            query, both, out, *mlp = [layer[f"l.{kind}"] for layer in layers]
+            attention = zip("kvqo", (*both.chunk(2), query, out), strict=True)
+            target |= {f"{other}.encoder_attn.{role}_proj.{kind}": tensor for role, tensor in attention}
+            target |= {f"{other}.fc{place}.{kind}": tensor for place, tensor in enumerate(mlp, 1)}
+    alignment = align(source, {key: torch.empty_like(tensor, device="meta") for key, tensor in target.items()})
+    loaded = alignment.state_dict()
+    assert {key for key in target if "k_proj" in key or "v_proj" in key} <= loaded.keys()
+    assert all(torch.equal(tensor, target[key]) for key, tensor in loaded.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 
 import pytest
 import torch
@@ -559,3 +560,16 @@ def test_a_transposed_fused_tensor_is_doubted_by_the_rows_that_it_gets() -> None
     match = next(match for match in alignment.ambiguous if match.target.endswith("query_key_value.weight"))
     ways = [str(candidate.operation) for candidate in match.alternatives]
     assert "transpose + reshape[3, 8, 8, 64] + permute[1, 0, 2, 3] + reshape[192, 64]" in ways
+
+
+def test_a_square_matrix_is_held_as_those_of_its_name_are() -> None:
+    sizes, source, target = (8, 16, 16, 4), {}, {}
+    for place, (columns, rows) in enumerate(pairwise(sizes)):
+        source |= {f"convs.{place}.weight": (3, columns, rows), f"convs.{place}.root": (columns, rows)}
+        target |= {f"layers.{place}.h_bias": (rows,), f"layers.{place}.loop_weight": (columns, rows)}
+        source[f"convs.{place}.bias"] = (rows,)
+        target[f"layers.{place}.linear_r.W"] = (3, columns, rows)
+    matches = {m.target: (*m.sources, str(m.operation)) for m in autoalign.align(state(source), state(target)).matches}
+    own = {"h_bias": "bias", "loop_weight": "root", "linear_r.W": "weight"}
+    wanted = {key: f"convs.{key.split('.')[1]}.{own[key.split('.', 2)[2]]}" for key in target}
+    assert matches == {key: (name, "copy") for key, name in wanted.items()}

@@ -28,3 +28,17 @@ def test_a_list_of_lists_in_one_name_stands_as_one_in_two() -> None:
                 pairs[f"masknet.tower.block_{stack}_{block}.layers.{name}.weight"] = key
     alignment = autoalign.align(source, {key: source[own] for key, own in pairs.items()})
     assert {match.target: match.sources[0] for match in alignment.matches} == pairs
+
+
+def test_the_last_norm_of_a_list_fills_the_empty_place_of_the_list() -> None:
+    source, pairs = dict[str, torch.Tensor](), dict[str, str]()
+    for stage, width in enumerate((8, 16, 32, 64)):
+        source[f"backbone.stages.{stage}.fc.weight"] = torch.empty(width, width + 1, device="meta")
+        pairs[f"backbone.swin.encoder.layers.{stage}.dense.weight"] = f"backbone.stages.{stage}.fc.weight"
+        for kind in ("weight", "bias"):
+            source[f"backbone.norm{stage}.{kind}"] = torch.empty(width, device="meta")
+            pairs[f"backbone.hidden_states_norms.stage{stage + 1}.{kind}"] = f"backbone.norm{stage}.{kind}"
+    target = {key: torch.empty_like(source[own]) for key, own in pairs.items()}
+    target |= {f"backbone.swin.layernorm.{kind}": torch.empty(64, device="meta") for kind in ("weight", "bias")}
+    alignment = autoalign.align(source, target)
+    assert {match.target: match.sources[0] for match in alignment.matches} == pairs
