@@ -203,9 +203,15 @@ def _own_name(path: Path) -> str:
 
 
 def _role_path(path: Path) -> Path:
-    """Leave out the name of a layer of which the module has the role, as in ``q_proj.linear``."""
-    is_named = len(path) > 1 and LAYER_TYPES.issuperset(words(path[-1])) and not _ROLES.isdisjoint(words(path[-2]))
-    return path[:-1] if is_named else path
+    """Leave out the name of a layer of which the module has the role, as in ``q_proj.linear``.
+
+    Of layers that have one as a sequence, each is among those of its number: ``to_q.1`` is the ``to_q`` of the ``1``.
+    """
+    if len(path) < 2 or _ROLES.isdisjoint(words(path[-2])):
+        return path
+    if path[-1].isdigit():
+        return (*path[:-2], path[-1], path[-2])
+    return path[:-1] if LAYER_TYPES.issuperset(words(path[-1])) else path
 
 
 def _matrix(unit: Unit, parts: Sequence[Part]) -> Sizes:
