@@ -25,6 +25,7 @@ from autoalign.matching.layers import Part, Parts, Unit, Units, block_around, pa
 from autoalign.matching.layouts import ROTARY, Doubt, Style, doubt_about, other_layouts, style_of
 from autoalign.matching.names import kind, words
 from autoalign.matching.paths import Path
+from autoalign.matching.scope import with_averages
 from autoalign.plan.keys import common_module, components
 from autoalign.plan.matches import Candidate, Match, Mismatch
 from autoalign.plan.operations import Copy, InsertZeros, Operation, Shape, chain, in_parallel, output_shapes
@@ -55,7 +56,7 @@ class SideParts:
         """Read one side; ``others`` are the tensors of the other side, ``counts`` how many each tensor stands for."""
         ordered = not is_alphabetical([spec.key for spec in specs])
         named = with_torch_names(
-            with_own_statistics(with_parametrised_weights(parts_of(specs, counts))), ordered=ordered
+            with_own_statistics(with_parametrised_weights(with_averages(parts_of(specs, counts)))), ordered=ordered
         )
         shapes = Counter(spec.shape for spec in others)
         parts = as_in_torch(with_joined_roles(with_claimed_roles(named), shapes), shapes)

@@ -25,8 +25,9 @@ from autoalign.matching.confidence import AMBIGUOUS, INFERRED, fitted_weights
 from autoalign.matching.features import Floats, Ints, SideFeatures
 from autoalign.matching.grids import grid_gain
 from autoalign.matching.layers import cut_apart, slots_of
+from autoalign.matching.list_order import Renumbering
 from autoalign.matching.moves import exchanges_of
-from autoalign.matching.names import counts, likeness, ordinal, words
+from autoalign.matching.names import all_counts, counts, likeness, ordinal, words
 from autoalign.matching.paths import Path
 from autoalign.matching.state import MIN_TRUST_IN_ORDER, Decided, Exchange, State, exchanged
 from autoalign.matching.vocabulary import LAYER_TYPES
@@ -262,22 +263,30 @@ def _own_words(path: Path) -> tuple[str, ...]:
     return tuple([word for word in found if word not in LAYER_TYPES] or found)
 
 
-def _numbers(_: State, one: Exchange) -> float:
-    for read in (_own_numbers, _all_numbers):
+def _numbers(state: State, one: Exchange) -> float:
+    for read in (_own_numbers, all_counts):
         modules, ends = list(map(read, one.modules)), list(map(read, one.ends))
         sets = set(modules), set(ends)
         are_apart = min(map(len, sets)) == min(len(modules), len(ends))
-        if all(modules) and all(ends) and are_apart and (sets[0] <= sets[1] or sets[1] <= sets[0]):
+        if not all(modules) or not all(ends) or not are_apart:
+            continue
+        first = len(all_counts(one.modules[0])) - len(modules[0])
+        if ways := state.renumbered(*one.before[0])[first:]:
+            modules = [_renumbered(names, ways) for names in modules]
+        sets = set(modules), set(ends)
+        if all(modules) and (sets[0] <= sets[1] or sets[1] <= sets[0]):
             return sum((ends[b] == modules[a]) - (ends[d] == modules[c]) for a, b, c, d in _gains(one))
     return 0
 
 
+def _renumbered(names: _Numbers, ways: Renumbering) -> _Numbers:
+    """Return the numbers that a module's would be on the other side; none where no rule gives them."""
+    changed = [n if way is None else way.get(n, -1) for n, way in zip(names, ways, strict=False)]
+    return () if -1 in changed else tuple(changed)
+
+
 def _own_numbers(path: Path) -> _Numbers:
     return counts(path[-1]) if path else ()
-
-
-def _all_numbers(path: Path) -> _Numbers:
-    return tuple([number for name in path for number in counts(name)])
 
 
 def _ordinals(_: State, one: Exchange) -> float:

@@ -30,6 +30,38 @@ _Side = tuple[Units, Sequence[Part]]
 _Members = Mapping[Path, Sequence[int]]  # of a list: each with the layers in it
 
 
+_Numbers = tuple[int, ...]  # of a name
+Renumbering = Sequence[Mapping[int, int] | None]  # of each number in a name; None where it stays
+
+
+def renumbered(own: Mapping[int, Sequence[_Numbers]], other: Mapping[int, Sequence[_Numbers]]) -> Renumbering:
+    """Return how each number in names of the other side becomes one of this side, as members of unique shapes show.
+
+    >>> renumbered({0: [(3,)], 1: [(1,), (2,)]}, {0: [(0,)], 1: [(1,), (2,)]})
+    [{0: 3, 1: 2, 2: 1}]
+
+    ``own`` and ``other`` hold the numbers in the names that differ in them alone, by shape. Where what is shown is no
+    step nor turn of the whole list, or several, nothing is mapped.
+    """
+    lengths = {len(each) for names in (*own.values(), *other.values()) for each in names}
+    ways: list[Mapping[int, int] | None] = []
+    for place in range(lengths.pop()) if len(lengths) == 1 else ():
+        sides = [{kind: {each[place] for each in names} for kind, names in side.items()} for side in (own, other)]
+        shown = [tuple(side[kind] for side in sides) for kind in sides[0].keys() & sides[1].keys()]
+        decided = {(*first, *second) for first, second in shown if len(first) == len(second) == 1}
+        known, members = (set().union(*side.values()) for side in sides)
+        if all(first == second for first, second in decided):
+            ways.append(None)
+            continue
+        steps = [(sign, {first - sign * second for first, second in decided}) for sign in (1, -1)]
+        maps = [
+            {k: sign * k + shift for k in members} for sign, shifts in steps if len(shifts) == 1 for shift in shifts
+        ]
+        fitting = [way for way in maps if known.issuperset(way.values())]
+        ways.append(fitting[0] if len(fitting) == 1 else {})
+    return ways
+
+
 @dataclass(frozen=True, slots=True)
 class ReversibleLists:
     """The pairs in short lists of equal members, which only the order of the list tells apart."""

@@ -106,6 +106,11 @@ def counts(component: str) -> tuple[int, ...]:
     return numbers(_SIZES.sub("", component))
 
 
+def all_counts(path: tuple[str, ...]) -> tuple[int, ...]:
+    """List these numbers of all components of a path."""
+    return tuple([number for name in path for number in counts(name)])
+
+
 def shared_with_companions(path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[object, ...]]]:
     """Yield the module of a layer with its number and all that follows, and with what its name says beside its type.
 

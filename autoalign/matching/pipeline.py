@@ -43,7 +43,7 @@ from autoalign.matching.list_order import REVERSIBLE, reversible_lists
 from autoalign.matching.names import kind, words
 from autoalign.matching.relation import equal_layers, equal_tensors, relation
 from autoalign.matching.repeats import is_renamed
-from autoalign.matching.scope import Scope, pattern_for, scope_of, within
+from autoalign.matching.scope import Scope, name_of_averages, pattern_for, scope_of, within
 from autoalign.matching.vocabulary import EMBEDDING_WORDS, KNOWN, NO_VOCABULARY, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
 from autoalign.plan.keys import components
 from autoalign.plan.matches import Caution, Match, Mismatch
@@ -106,7 +106,7 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
     if not (scope.is_decided and other_scope.is_decided):
         matches = [replace(match, confidence=min(match.confidence, AMBIGUOUS)) for match in matches]
     matches = with_ties(source.specs, target.specs, [*pinned, *matches])
-    notes = (*unlike, *_copies_note("source", scope), *_copies_note("target", other_scope))
+    notes = (*unlike, *_copies_note("source", scope), *_copies_note("target", other_scope), *_averages_note(source))
     named = []
     if len({match.target for match in matches}) < len(target.specs):
         source, target = (
@@ -165,6 +165,14 @@ def _copies_note(side: str, scope: Scope) -> tuple[str, ...]:
         f"{', '.join(map(repr, others))}. To choose: {', or '.join(ways)}."
     )
     return (note if scope.is_named else Caution(note),)
+
+
+def _averages_note(source: SideParts) -> tuple[str, ...]:
+    name = name_of_averages([tuple(components(spec.key)) for spec in source.specs])
+    if not name:
+        return ()
+    note = f"The source holds tensors and their moving averages; these were taken. For the others: exclude={name!r}."
+    return (Caution(note),)
 
 
 def _pinned(source: SideParts, target: SideParts, pins: Mapping[str, str]) -> tuple[list[Match], list[Mismatch]]:

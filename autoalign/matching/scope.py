@@ -33,6 +33,7 @@ _MAX_NAMES = 10_000  # of components that a misspelt one is compared with
 _MAX_RENAMED_LENGTH = 100_000  # characters
 _MIN_LAYERS_FOR_SCOPE = 4  # of the other side, so that a scope is no coincidence
 _MIN_SHARE_OF_COPY = 0.8  # of the usable layers that each of several copies must hold
+_AVERAGES = frozenset({"average", "ema", "shadow"})
 _MAX_SHARE_OF_SCOPE = 0.8  # of its side's layers; what leaves out less is no scope
 
 
@@ -298,6 +299,35 @@ def _best_copy(paths: Sequence[Path], called: frozenset[str], pinned: Sequence[P
     first, second, *rest = sorted(paths, key=ranks.__getitem__)
     is_named = ranks[first][:2] < ranks[second][:2]
     return Scope((), first, (second, *rest), ranks[first] < ranks[second], is_named)
+
+
+def name_of_averages(paths: Sequence[Path]) -> str:
+    """Return the name under which tensors hold their moving averages, as in TensorFlow's checkpoints; else "".
+
+    >>> name_of_averages([("conv", "weights"), ("conv", "weights", "ExponentialMovingAverage")])
+    'ExponentialMovingAverage'
+    """
+    names = [name for name in {path[-1] for path in paths} if not _AVERAGES.isdisjoint(name_words(name))]
+    known = set(paths) if names else set()
+    return next((path[-1] for path in paths if path[-1] in names and path[:-1] in known), "")
+
+
+def with_averages(parts: Sequence[Part]) -> Sequence[Part]:
+    """Exchange the names of tensors and of the moving averages that they hold: these are what is evaluated."""
+    name = name_of_averages([part.path for part in parts])
+    averaged = {part.path[:-1] for part in parts if part.path[-1] == name} if name else set()
+    return (
+        [
+            replace(part, path=(*part.path, name))
+            if part.path in averaged
+            else replace(part, path=part.path[:-1])
+            if part.path[-1] == name and name
+            else part
+            for part in parts
+        ]
+        if averaged
+        else parts
+    )
 
 
 def within(parts: Sequence[Part], scope: Scope) -> list[Part]:

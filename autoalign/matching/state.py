@@ -13,7 +13,8 @@ import numpy as np
 from autoalign.matching.assignment import Assignment, with_pairs
 from autoalign.matching.candidates import Entries
 from autoalign.matching.features import Ints, SideFeatures
-from autoalign.matching.list_order import have_common_order
+from autoalign.matching.list_order import Renumbering, have_common_order, renumbered
+from autoalign.matching.names import all_counts
 from autoalign.matching.paths import Path
 from autoalign.plan.keys import common_prefix, numbers, stem, template
 
@@ -127,6 +128,24 @@ class State:
     def _shared(self, source: int, target: int) -> object:
         own, other = self.entries[source], self.entries[target]
         return tuple([(name, own[name], other[name]) for name in own if name in other]) or (source, target)
+
+    def renumbered(self, own: int, other: int) -> Renumbering:
+        """Return how the numbers in the names of a target unit and its like become those of a source unit's."""
+        return self._renumbered(int(self.source.templates[0, own]), int(self.target.templates[0, other]))
+
+    @cached_property
+    def _renumbered(self) -> Callable[[int, int], Renumbering]:
+        @cache
+        def between(*templates: int) -> Renumbering:
+            sides: list[dict[int, list[tuple[int, ...]]]] = []
+            for side, kinds, wanted in zip((self.source, self.target), self.kinds, templates, strict=True):
+                names: dict[int, list[tuple[int, ...]]] = {}
+                sides.append(names)
+                for unit in np.flatnonzero(side.templates[0] == wanted).tolist():
+                    names.setdefault(int(kinds[unit]), []).append(all_counts(side.paths[unit]))
+            return renumbered(*sides)
+
+        return between
 
     @cached_property
     def in_order(self) -> list[list[int]]:

@@ -563,8 +563,9 @@ def test_a_transposed_fused_tensor_is_doubted_by_the_rows_that_it_gets() -> None
 
 
 def test_a_square_matrix_is_held_as_those_of_its_name_are() -> None:
-    sizes, source, target = (8, 16, 16, 4), {}, {}
-    for place, (columns, rows) in enumerate(pairwise(sizes)):
+    source: Shapes = {}
+    target: Shapes = {}
+    for place, (columns, rows) in enumerate(pairwise((8, 16, 16, 4))):
         source |= {f"convs.{place}.weight": (3, columns, rows), f"convs.{place}.root": (columns, rows)}
         target |= {f"layers.{place}.h_bias": (rows,), f"layers.{place}.loop_weight": (columns, rows)}
         source[f"convs.{place}.bias"] = (rows,)
