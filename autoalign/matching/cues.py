@@ -266,8 +266,7 @@ def _own_words(path: Path) -> tuple[str, ...]:
 def _numbers(state: State, one: Exchange) -> float:
     for read in (_own_numbers, all_counts):
         modules, ends = list(map(read, one.modules)), list(map(read, one.ends))
-        sets = set(modules), set(ends)
-        are_apart = min(map(len, sets)) == min(len(modules), len(ends))
+        are_apart = min(len(set(modules)), len(set(ends))) == min(len(modules), len(ends))
         if not all(modules) or not all(ends) or not are_apart:
             continue
         first = len(all_counts(one.modules[0])) - len(modules[0])
