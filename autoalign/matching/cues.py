@@ -28,7 +28,7 @@ from autoalign.matching.layers import cut_apart, slots_of
 from autoalign.matching.list_order import Renumbering
 from autoalign.matching.moves import exchanges_of
 from autoalign.matching.names import all_counts, counts, likeness, ordinal, words
-from autoalign.matching.paths import Path
+from autoalign.matching.paths import Path, shared_depth
 from autoalign.matching.state import MIN_TRUST_IN_ORDER, Decided, Exchange, State, exchanged
 from autoalign.matching.vocabulary import LAYER_TYPES
 from autoalign.plan.keys import common_prefix, numbers, stem, template
@@ -349,23 +349,17 @@ def _nearness(state: State, one: Exchange, besides: tuple[_Neighbours, _Neighbou
         filled = ChainMap(dict(changed), state.other_of)
         near = 0
         for own, other in pairs:
-            for paths, unit, neighbours, ends in (
-                (state.source.paths, own, besides[1].get(other, ()), fills),
-                (state.target.paths, other, besides[0].get(own, ()), filled),
-            ):
-                near += sum([_shared(paths[unit], paths[ends[beside]]) for beside in neighbours if beside in ends])
+            near_it = besides[0].get(own, ()), besides[1].get(other, ())
+            ends = [fills[unit] for unit in near_it[1] if unit in fills]
+            near += sum(
+                [shared_depth(state.source.paths[own], state.source.paths[end]) + (end in near_it[0]) for end in ends]
+            )
+            ends = [filled[unit] for unit in near_it[0] if unit in filled]
+            near += sum(
+                [shared_depth(state.target.paths[other], state.target.paths[end]) + (end in near_it[1]) for end in ends]
+            )
         gain += -near if is_after else near
     return gain / len(one.before)
-
-
-def _shared(first: Path, second: Path) -> int:
-    """Return how many modules two layers are both in."""
-    depth = 0
-    for own, other in zip(first, second, strict=False):
-        if own != other:
-            break
-        depth += 1
-    return depth
 
 
 def _list_order(state: State, one: Exchange) -> float:

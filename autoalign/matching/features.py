@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.matching.layers import Ancestry, cut_apart
-from autoalign.matching.names import shared_with_companions, similar_words, word_similarity, words
+from autoalign.matching.names import is_its_norm, shared_with_companions, similar_words, word_similarity, words
 from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import ROLES
 from autoalign.plan.keys import numbers, stem, template
@@ -60,15 +60,18 @@ class SideFeatures:
 
     @cached_property
     def companions(self) -> dict[int, list[int]]:
-        """For each unit, those beside it that have its number or its name but for the type of layer.
+        """For each unit, those beside it of its number or its name but for the type of layer, or a module's only other.
 
-        As ``norms.2`` and ``convs.2``, or ``pw_conv`` and ``pw_bn``; or that make up a module with it alone.
+        As ``norms.2`` and ``convs.2``, or ``pw_conv`` and ``pw_bn``. In order, a norm has the convolution before it.
         """
         groups: dict[tuple[Path, tuple[object, ...]], list[int]] = {}
         for unit, path in enumerate(self.paths):
             for key in ((path[:-1], ()), *shared_with_companions(path)):
                 groups.setdefault(key, []).append(unit)
         beside: dict[int, set[int]] = {}
+        for unit, before in enumerate(self.previous.tolist()) if self.ordered else ():
+            if before >= 0 and is_its_norm(self.paths[unit], self.paths[before]):
+                groups[self.paths[before], ()] = [before, unit]
         for (_, shared), group in groups.items():
             if 1 < len(group) <= (_MAX_COMPANIONS if shared else 2):
                 for unit in group:

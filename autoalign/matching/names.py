@@ -111,6 +111,11 @@ def all_counts(path: tuple[str, ...]) -> tuple[int, ...]:
     return tuple([number for name in path for number in counts(name)])
 
 
+def is_its_norm(path: tuple[str, ...], before: tuple[str, ...]) -> bool:
+    """True for a norm beside a convolution, which is the one that it follows where siblings are in order."""
+    return path[:-1] == before[:-1] and "norm" in words(path[-1]) and "conv" in words(before[-1])
+
+
 def shared_with_companions(path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[object, ...]]]:
     """Yield the module of a layer with its number and all that follows, and with what its name says beside its type.
 

@@ -203,3 +203,13 @@ def _pulled_apart(names: Sequence[str]) -> Iterator[Path]:
         for text, piece in pairwise(of):
             path += [piece[:-1], piece[-1]] if text in pairs and piece[:-1].isdigit() else [piece]
         yield tuple(path)
+
+
+def shared_depth(first: Path, second: Path) -> int:
+    """Return how many modules two layers are both in."""
+    depth = 0
+    for own, other in zip(first, second, strict=False):
+        if own != other:
+            break
+        depth += 1
+    return depth

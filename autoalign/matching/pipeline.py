@@ -58,6 +58,7 @@ _PERHAPS_UNRELATED = "right shape, but source and target may be different archit
 CROWDED = "right shape, but so many layers have it that only those at about the same place were compared"
 ONLY_SHAPES = "right shape, but no other evidence: most of the modules around it have no counterparts"
 _TABLES = EMBEDDING_WORDS | NO_VOCABULARY  # words for matrices of which rows are taken
+_BARE = frozenset({"W", "w"})  # what code calls a matrix that it multiplies with itself
 _ALIKE = {"structure": 1.0, "order": 1.0, "shape": 1.0}
 
 
@@ -288,7 +289,7 @@ def match_parts(
         doubt = doubt or (_PERHAPS_UNRELATED if most == AMBIGUOUS else None)
         for a, b in parts:
             piece, wanted = source.parts[a], target.parts[b]
-            is_turned = (a in kinds.transposed) != _is_bare_square(piece, wanted, as_is)
+            is_turned = a in kinds.transposed or _is_bare_square(piece, wanted, as_is)
             operation = _operation(piece, wanted, transposed=is_turned)
             if operation is None or source.key(piece) in pinned or target.key(wanted) in pins:
                 continue
@@ -359,7 +360,7 @@ def _is_bare_square(source: Part, target: Part, as_is: Collection[_Leaves] = ())
     Such a one of another shape is always the transposed weight of the layer, except for embeddings. Where those of
     the same names are held ``as_is``, it is too.
     """
-    kinds = {kind(part.path[-1])[0] for part in (source, target)}
+    kinds = {"other" if part.path[-1] in _BARE else kind(part.path[-1])[0] for part in (source, target)}
     if kinds != {"other", "weight"} or len(set(source.shape)) > 1 or len(source.shape) != 2:
         return False
     if (source.path[-1], target.path[-1]) in as_is:
