@@ -384,3 +384,19 @@ def test_keys_and_values_are_split_where_their_module_shows_it_whatever_else_has
     loaded = alignment.state_dict()
     assert {key for key in target if "k_proj" in key or "v_proj" in key} <= loaded.keys()
     assert all(torch.equal(tensor, target[key]) for key, tensor in loaded.items())
+
+
+def test_the_layers_of_a_role_may_be_a_sequence() -> None:
+    source, target = dict[str, Tensor](), dict[str, Tensor]()
+    for block in range(2):
+        mixed, deep, out = torch.rand(24, 8, 1, 1), torch.rand(24, 1, 3, 3), torch.rand(8, 8, 1, 1)
+        source |= {f"blocks.{block}.attn.qkv.weight": mixed, f"blocks.{block}.attn.qkv_dwconv.weight": deep}
+        source[f"blocks.{block}.attn.project_out.weight"] = target[f"enc.{block}.mix.to_out.weight"] = out
+        for place, tensor in enumerate((mixed, deep)):
+            target |= {f"enc.{block}.mix.to_q.{place}.weight": tensor[:8]}
+            target |= {f"enc.{block}.mix.to_kv.{place}.weight": tensor[8:]}
+    loaded = align(
+        source, {key: torch.empty_like(tensor, device="meta") for key, tensor in target.items()}
+    ).state_dict()
+    assert loaded.keys() == target.keys()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in target.items())

@@ -42,3 +42,29 @@ def test_the_last_norm_of_a_list_fills_the_empty_place_of_the_list() -> None:
     target |= {f"backbone.swin.layernorm.{kind}": torch.empty(64, device="meta") for kind in ("weight", "bias")}
     alignment = autoalign.align(source, target)
     assert {match.target: match.sources[0] for match in alignment.matches} == pairs
+
+
+def test_a_member_that_shapes_decide_shows_that_a_list_is_numbered_backwards() -> None:
+    source, pairs = dict[str, torch.Tensor](), dict[str, str]()
+    for level, width in ((3, 16), (2, 8), (1, 8)):
+        for block in range(2):
+            for own, other, shape in (("norm1.body", "ln1", (width,)), ("attn.out", "mix.out", (width, width))):
+                key = f"decoder_level{level}.{block}.{own}.weight"
+                source[key] = torch.empty(shape, device="meta")
+                pairs[f"dec.{3 - level}.{block}.{other}.weight"] = key
+    alignment = autoalign.align(source, {key: source[own] for key, own in pairs.items()})
+    assert {match.target: match.sources[0] for match in alignment.matches} == pairs
+
+
+def test_a_norm_goes_with_the_convolution_before_it_where_names_are_sorted() -> None:
+    layers = {"sortcut_conv": ("conv_pw", (16, 4, 1, 1)), "sortcut_bn": ("bn1", (16,))}
+    layers |= {"MB_dw_": ("conv_dw", (16, 1, 3, 3)), "MB_dw_bn": ("bn2", (16,))}
+    pairs = {
+        f"blocks.{block}.{other}.weight": (f"stack{block}_{own}.weight", shape)
+        for block in range(3)
+        for own, (other, shape) in layers.items()
+    }
+    source = {key: torch.empty(shape, device="meta") for key, shape in sorted(pairs.values())}
+    alignment = autoalign.align(source, {key: source[own] for key, (own, _) in pairs.items()})
+    wanted = {key: own for key, (own, _) in pairs.items()}
+    assert {match.target: match.sources[0] for match in alignment.matches} == wanted

@@ -236,3 +236,19 @@ def test_a_rule_permutes_a_kernel_of_another_library() -> None:
     )
     alignment = autoalign.align(source, target, rules=[("c.kernel", "d.weight")])
     assert {match.target: match.operation for match in alignment.matches}["d.weight"] == Permute((3, 2, 0, 1))
+
+
+def test_moving_averages_beside_their_tensors_are_taken_and_named() -> None:
+    average = "ExponentialMovingAverage"
+    shapes = {"conv1/weights": (3, 3, 4, 8), "conv1/biases": (8,), "conv2/weights": (3, 3, 8, 6), "conv2/biases": (6,)}
+    slots = {f"{key}/{name}": shape for key, shape in shapes.items() for name in (average, "RMSProp")}
+    source = {key: torch.rand(shape) for key, shape in (shapes | slots).items()}
+    target = {
+        key.replace("/weights", ".weight").replace("/biases", ".bias"): torch.empty(shape[::-1][:2] + shape[:-2])
+        for key, shape in shapes.items()
+    }
+    alignment = autoalign.align(source, target)
+    assert {match.sources[0] for match in alignment.matches} == {f"{key}/{average}" for key in shapes}
+    assert any(f"exclude='{average}'" in note for note in alignment.notes)
+    others = autoalign.align(source, target, exclude=average)
+    assert {match.sources[0] for match in others.matches} == shapes.keys()
