@@ -335,31 +335,36 @@ def _order(state: State, one: Exchange) -> float:
 
 def _beside(state: State, one: Exchange) -> float:
     """Compare how near layers that belong together, or else that follow one another, stand on the other side."""
-    gain = _nearness(state, one, (state.source.companions, state.target.companions))
+    gain = sum(_nearness(state, one, (state.source.companions, state.target.companions)))
     if gain or min(len(one.modules), len(one.ends)) < 2:
         return gain  # what is unused has no place in the line
-    return _nearness(state, one, state.neighbours) if state.have_common_order(None) else 0
+    return _nearness(state, one, state.neighbours)[0] if state.have_common_order(None) else 0
 
 
-def _nearness(state: State, one: Exchange, besides: tuple[_Neighbours, _Neighbours]) -> float:
-    gain = 0
-    for is_after, pairs in ((False, one.before), (True, one.after)):
-        changed = one.after if is_after else ()
+def _next(state: State, one: Exchange) -> float:
+    is_in_line = min(len(one.modules), len(one.ends)) > 1 and state.have_common_order(None)
+    return _nearness(state, one, state.neighbours)[1] if is_in_line else 0
+
+
+def _nearness(state: State, one: Exchange, besides: tuple[_Neighbours, _Neighbours]) -> tuple[float, float]:
+    """Return in how many more modules layers are with what is beside them, and how much more is so on both sides."""
+    steps = kept = 0
+    for sign, changed, pairs in ((1, (), one.before), (-1, one.after, one.after)):
         fills = ChainMap({other: own for own, other in changed}, state.own_of)
         filled = ChainMap(dict(changed), state.other_of)
-        near = 0
         for own, other in pairs:
-            near_it = besides[0].get(own, ()), besides[1].get(other, ())
-            ends = [fills[unit] for unit in near_it[1] if unit in fills]
-            near += sum(
-                [shared_depth(state.source.paths[own], state.source.paths[end]) + (end in near_it[0]) for end in ends]
+            near = besides[0].get(own, ()), besides[1].get(other, ())
+            ends = (
+                [fills[unit] for unit in near[1] if unit in fills],
+                [filled[unit] for unit in near[0] if unit in filled],
             )
-            ends = [filled[unit] for unit in near_it[0] if unit in filled]
-            near += sum(
-                [shared_depth(state.target.paths[other], state.target.paths[end]) + (end in near_it[1]) for end in ends]
-            )
-        gain += -near if is_after else near
-    return gain / len(one.before)
+            for paths, unit, of, beside in (
+                (state.source.paths, own, ends[0], near[0]),
+                (state.target.paths, other, ends[1], near[1]),
+            ):
+                steps += sign * sum([shared_depth(paths[unit], paths[end]) for end in of])
+                kept += sign * sum([end in beside for end in of])
+    return steps / len(one.before), kept / len(one.before)
 
 
 def _list_order(state: State, one: Exchange) -> float:
@@ -456,6 +461,7 @@ CUES = (
     Cue("ordinals", "words for a place", _ordinals, _sign_of_sum),
     Cue("order", "their order", _order, _mean),
     Cue("beside", "the layers beside them", _beside, _half_at(_STEPS_SCALE)),
+    Cue("next", "what follows them", _next, _half_at(_STEPS_SCALE)),
     Cue("list order", "the numbers of the list", _list_order, _more_of_many),
     Cue("run", "the direction of the list", _run, _mean),
     Cue("shapes", "the dimensions of size one", _shapes, _mean),
