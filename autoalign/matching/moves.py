@@ -399,25 +399,27 @@ def _unused(state: State) -> Iterator[Exchange]:
 
 
 def _vacant(state: State) -> Iterator[Exchange]:
-    """Find layers with an unused one of their shape in the same block, on either side.
-
-    How many others of a list are filled from one list tells in which list a member belongs.
-    """
-    lists = Counter((template(state.target.paths[other]), template(state.end(other))) for other in state.own_of)
+    """Find layers with an unused one of their shape in the same block; how their lists are filled speaks for them."""
+    found: list[Exchange] = []
     for is_target, side in enumerate((state.source, state.target)):
-        filled = set(state.own_of) if is_target else set(state.own_of.values())
+        kinds, filled = state.kinds[is_target], set(state.own_of) if is_target else set(state.own_of.values())
+        wanted = {int(kinds[unit]) for unit in range(len(side.paths)) if unit not in filled}
         blocks: dict[tuple[Path, int], tuple[list[int], list[int]]] = {}
-        for unit, path in enumerate(side.paths):
-            of = blocks.setdefault((block_around(path), int(state.kinds[is_target][unit])), ([], []))
-            of[unit in filled].append(unit)
+        for unit, kind in enumerate(kinds.tolist()) if wanted else ():
+            if kind in wanted:
+                of = blocks.setdefault((block_around(side.paths[unit]), kind), ([], []))
+                of[unit in filled].append(unit)
         for free, used in blocks.values():
             for unit, new in product(used, free) if len(used) * len(free) <= _MAX_VACANT else ():
-                one = _instead(state, (side.paths[unit], side.paths[new]), [unit], [new], is_target=bool(is_target))
-                was, would = (
-                    (template(state.target.paths[other]), template(state.source.paths[own]))
-                    for ((own, other),) in (one.before, one.after)
-                )
-                yield replace(one, anchors=lists[was] - 1 - lists[would] if was != would else 0)
+                ways = side.paths[unit], side.paths[new]
+                found.append(_instead(state, ways, [unit], [new], is_target=bool(is_target)))
+    lists = Counter((template(state.target.paths[j]), template(state.end(j))) for j in (state.own_of if found else ()))
+    for one in found:
+        was, would = (
+            (template(state.target.paths[other]), template(state.source.paths[own]))
+            for ((own, other),) in (one.before, one.after)
+        )
+        yield replace(one, anchors=lists[was] - 1 - lists[would] if was != would else 0)
 
 
 def _instead(
