@@ -437,9 +437,9 @@ def unmatched_parameter_pairs(
                 own = [k for k in own if words(source[k].path[-1]) == words(path[-1]) != ()]
                 rivals = [k for k in rivals if words(target[k].path[-1]) == words(path[-1])]
             if own:
-                is_told = len(own) == len(rivals) == 1 and (
-                    _has_own_name(source[own[0]]) or _has_own_name(target[index])
-                )
+                kinds = {kind(part.path[-1])[0] for part in (source[own[0]], target[index])} - {"other"}
+                is_told = len(own) == len(rivals) == 1 and len(kinds) < 2  # a bias is no scale
+                is_told &= _has_own_name(source[own[0]]) or _has_own_name(target[index])
                 pairs |= {index: own[0]} if is_told else {}
                 break
     return pairs

@@ -73,9 +73,9 @@ def with_joined_roles(parts: Sequence[Part], others: Mapping[Sizes, int]) -> Seq
     ``others`` counts the tensors of each shape of the other side. Without a fused name, a gate and what it gates are
     read so, unless most tensors have a first dimension of two, as those of a stack of layers.
     """
-    held = {tuple(sorted(shape)) for shape in others if len(shape) > 2}
+    held = {tuple(sorted(squeeze(shape))) for shape in others if len(shape) > 2}
     lacking = {part.shape for part in parts if 3 <= len(part.shape) <= 4} - set(others)
-    if held.issuperset(tuple(sorted(shape)) for shape in lacking):
+    if held.issuperset(tuple(sorted(squeeze(shape))) for shape in lacking):
         return parts
     result = list(parts)
     are_stacked = 2 * sum(part.shape[:1] == (2,) for part in parts) > len(parts)
@@ -83,24 +83,29 @@ def with_joined_roles(parts: Sequence[Part], others: Mapping[Sizes, int]) -> Seq
         kinds = dict(unit.parts)
         index = kinds.get("weight", kinds.get("other", -1))
         shape, bias = parts[index].shape, parts[kinds["bias"]].shape if "bias" in kinds else ()
-        if index < 0 or not 3 <= len(shape) <= 4 or tuple(sorted(shape)) in held:
+        if index < 0 or not 3 <= len(shape) <= 4 or tuple(sorted(squeeze(shape))) in held:
             continue
         fused = [word for word in words(_own_name(unit.path)) if word in FUSED]
         lengths = {len(roles) for word in fused[:1] for roles in FUSED[word]}
         if not fused and len(shape) == 3 and shape[0] == 2 and not are_stacked:
             lengths = {2}
-        for axis, width in permutations(range(len(shape)), 2):
-            rest = [dim for dim in range(len(shape)) if dim not in (axis, width)]
-            rows = prod(shape[dim] for dim in rest)
-            is_held = others.get((rows, shape[width]), 0) >= (1 if fused else 2)
-            if shape[axis] in lengths and (fused or not axis) and is_held and prod(bias) in (1, shape[axis] * rows):
-                apart, joined = Permute((axis, *rest, width)), Reshape((shape[axis] * rows, shape[width]))
-                result[index] = replace(parts[index], shape=joined.shape, view=chain(parts[index].view, apart, joined))
-                if bias:
-                    flat = Reshape((prod(bias),))
-                    place = kinds["bias"]
-                    result[place] = replace(parts[place], shape=flat.shape, view=chain(parts[place].view, flat))
-                break
+        ways = [
+            (axis, -others[rows, shape[width]], width, rows)
+            for axis, width in permutations(range(len(shape)), 2)
+            if shape[axis] in lengths and (fused or not axis)
+            for rows in [prod(size for dim, size in enumerate(shape) if dim not in (axis, width))]
+            if others.get((rows, shape[width]), 0) >= (1 if fused else 2) and prod(bias) in (1, shape[axis] * rows)
+        ]
+        if not ways or [way[:2] for way in ways].count(min(ways)[:2]) > 1:
+            continue  # of a square, no shape tells which dimension is the input
+        axis, _, width, rows = min(ways)
+        rest = [dim for dim in range(len(shape)) if dim not in (axis, width)]
+        apart, joined = Permute((axis, *rest, width)), Reshape((shape[axis] * rows, shape[width]))
+        result[index] = replace(parts[index], shape=joined.shape, view=chain(parts[index].view, apart, joined))
+        if bias:
+            flat = Reshape((prod(bias),))
+            place = kinds["bias"]
+            result[place] = replace(parts[place], shape=flat.shape, view=chain(parts[place].view, flat))
     return result
 
 
@@ -361,7 +366,8 @@ class _Siblings:
     def _add_joined(self, members: Sequence[_Member]) -> None:
         self.modules.add(_matrices(members))
         for roles in (_QKV, _QKV[1:]):
-            of = {word: shapes.get("weight", ()) for name, shapes in members for word in words(name) if word in roles}
+            named = [(words(name), shapes.get("weight", ())) for name, shapes in members if "norm" not in words(name)]
+            of = {word: shape for told, shape in named for word in told if word in roles}
             if len(of) == len(roles) and len({shape[1:] for shape in of.values()}) == 1 and all(of.values()):
                 sizes = tuple(of[role][0] for role in roles)
                 shape = (sum(sizes), *of[roles[0]][1:])

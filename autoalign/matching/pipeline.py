@@ -6,6 +6,7 @@ the joint optimisation, moves, confidence, parameters that are left over, assemb
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -47,7 +48,7 @@ from autoalign.matching.scope import Scope, name_of_averages, pattern_for, scope
 from autoalign.matching.vocabulary import EMBEDDING_WORDS, KNOWN, NO_VOCABULARY, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
 from autoalign.plan.keys import components
 from autoalign.plan.matches import Caution, Match, Mismatch
-from autoalign.plan.operations import Copy, Operation
+from autoalign.plan.operations import Copy, Operation, Transpose
 
 _MIN_SHARE_OF_NAMESAKES = 0.9  # of the smaller side's layers, for a layer of another name to be another layer
 _MIN_PROBABILITY_TO_LOAD = 0.7  # that the sides are related; in benchmarks.accuracy.unlike it is 0.67 at most
@@ -268,7 +269,8 @@ def match_parts(
     cues = {name: np.clip(cue, 0, 1).tolist() for name, cue in assignment.cues.items()}
     chosen_pairs = list(zip(assignment.source.tolist(), assignment.target.tolist(), strict=True))
     parts_of = [paired_parts(own[i], other[j]) for i, j in chosen_pairs]
-    as_is = _leaves_as_is((source.parts[a], target.parts[b]) for a, b in chain.from_iterable(parts_of))
+    matched_parts = ((source.parts[a], target.parts[b]) for a, b in chain.from_iterable(parts_of))
+    as_is = _leaves_as_is(matched_parts, source.parts, target.parts)
     found: dict[int, Found] = {}
     for place, ((i, j), parts) in enumerate(zip(chosen_pairs, parts_of, strict=True)):
         evidence = {name: round(cue[place], 3) for name, cue in cues.items()}
@@ -369,13 +371,25 @@ def _is_bare_square(source: Part, target: Part, as_is: Collection[_Leaves] = ())
     return all("proj" in each for each in told) or all(map(_TABLES.isdisjoint, told))
 
 
-def _leaves_as_is(pairs: Iterable[tuple[Part, Part]]) -> set[_Leaves]:
-    """Return the names of tensors that are matched as matrices that fit as they are alone."""
-    return {
-        (own.path[-1], other.path[-1])
-        for own, other in pairs
-        if own.shape == other.shape and len(own.shape) == 2 and len(set(own.shape)) == 2
-    }
+def _leaves_as_is(pairs: Iterable[tuple[Part, Part]], source: Sequence[Part], target: Sequence[Part]) -> set[_Leaves]:
+    """Return the names of matched matrices that fit as they are alone, and of those that are held as other layers are.
+
+    An unknown name is that of a layer's weight where it is alone in its module, as ``q_proj.kern``.
+    """
+    held = [Counter(part.path[:depth] for part in side for depth in range(len(part.path))) for side in (source, target)]
+    as_is, turned, alone = set[_Leaves](), set[_Leaves](), set[_Leaves]()
+    votes = 0  # of all layers, by how both sides store them
+    for both in pairs:
+        own, other = both
+        leaves = own.path[-1], other.path[-1]
+        if len(own.shape) == 2 and len(set(own.shape)) == 2 and own.shape in (other.shape, other.shape[::-1]):
+            (as_is if own.shape == other.shape else turned).add(leaves)
+            are_viewed = [isinstance(part.view, Transpose) for part in both]
+            votes += 1 if (own.shape == other.shape) == (are_viewed[0] == are_viewed[1]) else -1
+        for part, of in zip(both, held, strict=True):
+            if any(part.path[:-1]) and of[part.path[:-1]] == 1 and kind(part.path[-1])[0] == "other":
+                alone.add(leaves)
+    return as_is | (alone - turned if votes > 0 else set())
 
 
 def _pinned_units(

@@ -400,3 +400,38 @@ def test_the_layers_of_a_role_may_be_a_sequence() -> None:
     ).state_dict()
     assert loaded.keys() == target.keys()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in target.items())
+
+
+def test_a_square_with_a_dimension_for_roles_is_not_read_in_one_of_two_ways() -> None:
+    fused, apart = dict[str, Tensor](), dict[str, Tensor]()
+    for block in range(2):
+        layers = {"out": torch.rand(8, 8), "fc1": torch.rand(20, 8), "fc2": torch.rand(8, 20)}
+        fused |= {f"h.{block}.{name}.weight": tensor for name, tensor in layers.items()}
+        apart |= {f"l.{block}.{name}.weight": tensor for name, tensor in layers.items()}
+        fused[f"h.{block}.qkv.weight"] = torch.rand(3, 8, 8)
+        for role, tensor in zip("qkv", fused[f"h.{block}.qkv.weight"], strict=True):
+            apart[f"l.{block}.{role}.weight"] = tensor
+    for source, target in ((fused, apart), (apart, fused)):
+        loaded = align(source, meta(target)).state_dict()
+        assert all(torch.equal(tensor, target[key]) for key, tensor in loaded.items())
+
+
+def test_norms_of_queries_and_keys_do_not_hide_that_keys_and_values_are_joined() -> None:
+    joined, apart = dict[str, Tensor](), dict[str, Tensor]()
+    for block in range(2):
+        own, other = f"d.{block}", f"m.{block}"
+        query, both, out, up, down = (torch.rand(s) for s in ((8, 8), (16, 8), (8, 8), (16, 8), (8, 16)))
+        norms = {f"attn.{role}_norm.weight": torch.rand(4) for role in "qk"}
+        layers = {"attn.lin_0": query, "attn.lin_1": both, "attn.lin_2": out, "ffn.lin_0": up, "ffn.lin_1": down}
+        joined |= {f"{own}.{name}.weight": tensor for name, tensor in layers.items()}
+        layers = dict(
+            zip(
+                (*(f"attn.{role}_proj" for role in "qkvo"), "fc1", "fc2"),
+                (query, *both.chunk(2), out, up, down),
+                strict=True,
+            )
+        )
+        apart |= {f"{other}.{name}.weight": tensor for name, tensor in layers.items()}
+        for side, module in ((joined, own), (apart, other)):
+            side |= {f"{module}.{name}": tensor for name, tensor in norms.items()}
+    _aligned(joined, apart)

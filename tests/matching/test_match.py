@@ -574,3 +574,13 @@ def test_a_square_matrix_is_held_as_those_of_its_name_are() -> None:
     own = {"h_bias": "bias", "loop_weight": "root", "linear_r.W": "weight"}
     wanted = {key: f"convs.{key.split('.')[1]}.{own[key.split('.', 2)[2]]}" for key in target}
     assert matches == {key: (name, "copy") for key, name in wanted.items()}
+
+
+def test_a_bias_does_not_fill_a_scale() -> None:
+    layers: Shapes = {"#.fc.weight": (8, 8), "#.up.weight": (20, 8)}
+    source = blocks({f"h.{key}": shape for key, shape in (layers | {"#.bias": (8,)}).items()})
+    target = blocks({f"l.{key}": shape for key, shape in (layers | {"#.layer_scale": (8,)}).items()})
+    for own, other in ((source, target), (target, source)):
+        matches = autoalign.align(state(own), state(other)).matches
+        assert len(matches) == 6
+        assert all(match.target.endswith("weight") for match in matches)
