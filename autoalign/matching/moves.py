@@ -95,8 +95,7 @@ def _elsewhere(state: State, compared: set[int]) -> Iterator[Exchange]:
 def _exchanged_alone(state: State, first: int, second: int) -> Iterator[Exchange]:
     """Yield the exchange of two layers, with the modules of the same shapes that they are in, and nothing around."""
     modules = state.target.paths[first], state.target.paths[second]
-    while all(modules) and modules[0][:-1] != modules[1][:-1]:
-        around = modules[0][:-1], modules[1][:-1]
+    while all(around := (modules[0][:-1], modules[1][:-1])) and around[0] != around[1]:
         pairs, rest = counterparts(state, *around)
         if rest or len(pairs) != len(state.below[around[0]]):
             break

@@ -314,20 +314,16 @@ def name_of_averages(paths: Sequence[Path]) -> str:
 
 def with_averages(parts: Sequence[Part]) -> Sequence[Part]:
     """Exchange the names of tensors and of the moving averages that they hold: these are what is evaluated."""
+    paths = {part.path for part in parts}
     name = name_of_averages([part.path for part in parts])
-    averaged = {part.path[:-1] for part in parts if part.path[-1] == name} if name else set()
-    return (
-        [
-            replace(part, path=(*part.path, name))
-            if part.path in averaged
-            else replace(part, path=part.path[:-1])
-            if part.path[-1] == name and name
-            else part
-            for part in parts
-        ]
-        if averaged
-        else parts
-    )
+    averaged = {path[:-1] for path in paths if path[-1] == name and path[:-1] in paths} if name else set()
+
+    def exchanged(path: Path) -> Path:
+        if path in averaged:
+            return (*path, name)
+        return path[:-1] if path[-1] == name and path[:-1] in averaged else path
+
+    return [replace(part, path=exchanged(part.path)) for part in parts] if averaged else parts
 
 
 def within(parts: Sequence[Part], scope: Scope) -> list[Part]:

@@ -150,7 +150,7 @@ def _sizes(shape: Shape) -> frozenset[Shape]:
 def _is_fused(own: Shape, other: Shape) -> bool:
     """True if one of two tensors may hold several like the other, or a part of one."""
     own, other = _size(own), _size(other)
-    several = 1 / _MAX_FUSED <= prod(own) / prod(other) <= _MAX_FUSED
+    several = prod(own) <= _MAX_FUSED * prod(other) and prod(other) <= _MAX_FUSED * prod(own)
     return several and len(own) == len(other) < 3 and (len(own) == 1 or not set(own).isdisjoint(other))
 
 

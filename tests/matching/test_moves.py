@@ -68,3 +68,11 @@ def test_a_norm_goes_with_the_convolution_before_it_where_names_are_sorted() -> 
     alignment = autoalign.align(source, {key: source[own] for key, (own, _) in pairs.items()})
     wanted = {key: own for key, (own, _) in pairs.items()}
     assert {match.target: match.sources[0] for match in alignment.matches} == wanted
+
+
+def test_the_root_may_be_a_layer() -> None:
+    shapes = {"weight": (8, 8), "h.0.fc.weight": (8, 8), "h.0.up.weight": (16, 8)}
+    source = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    pairs = {key.replace("h.0", "blocks.0"): key for key in source}
+    alignment = autoalign.align(source, {key: source[own] for key, own in pairs.items()})
+    assert {match.target: match.sources[0] for match in alignment.matches} == pairs

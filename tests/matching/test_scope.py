@@ -252,3 +252,10 @@ def test_moving_averages_beside_their_tensors_are_taken_and_named() -> None:
     assert any(f"exclude='{average}'" in note for note in alignment.notes)
     others = autoalign.align(source, target, exclude=average)
     assert {match.sources[0] for match in others.matches} == shapes.keys()
+
+
+def test_a_tensor_that_is_called_an_average_of_none_keeps_its_name() -> None:
+    source = {"conv.weight": torch.rand(4, 3), "conv.weight.ema": torch.rand(4, 3), "ema": torch.rand(5)}
+    target = {"conv.weight": torch.empty(4, 3), "ema": torch.empty(5)}
+    matches = autoalign.align(source, target).matches
+    assert {match.target: match.sources[0] for match in matches} == {"conv.weight": "conv.weight.ema", "ema": "ema"}
