@@ -196,7 +196,7 @@ def _doubt(move: Move, slots: Sequence[Path], paths: Sequence[Path]) -> str:
     one = move.exchanges[0]
     _, first = one.before[0]
     second = next((other for source, other in one.before if source == one.after[0][0]), None)
-    if second is None:
+    if second is None or one.takes == (-1,):
         return LEFT_OVER
     names = [".".join(filter(None, slots[unit])) for unit in (first, second)]  # the root has no name
     if not any(sides):
@@ -264,7 +264,7 @@ def _own_words(path: Path) -> tuple[str, ...]:
 
 
 def _numbers(state: State, one: Exchange) -> float:
-    for read in (_own_numbers, all_counts):
+    for read in () if one.is_of_one_layer else (_own_numbers, all_counts):  # an unused one may stand anywhere
         modules, ends = list(map(read, one.modules)), list(map(read, one.ends))
         are_apart = min(len(set(modules)), len(set(ends))) == min(len(modules), len(ends))
         if not all(modules) or not all(ends) or not are_apart:
