@@ -114,7 +114,7 @@ def test_changed_checkpoints_of_an_architecture_are_scored(change: str) -> None:
     found = outcome(architecture.name, architecture.specs, change, 0)
     known = len(architecture.specs)
     assert not found.error
-    assert found.known == {"resized": known - 3, "without last stage": known - 12}.get(change, known)
+    assert found.known == {"resized": known - 4, "without last stage": known - 12}.get(change, known)
     assert found.wrong == 0 or change == "anonymous"
     assert change in list(table([found]))[1]
 

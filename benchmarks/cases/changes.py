@@ -39,15 +39,21 @@ def _reordered(entries: Entries, random: Random) -> list[Entry]:
 
 
 def _resized(entries: Entries, _: Random) -> list[Entry]:
-    """Give the head other classes and the first convolution other channels; what has another shape has no origin."""
+    """Give the head other classes and the first convolution other channels.
+
+    What has another shape has no origin, nor has the bias of such a weight: it is not to be taken alone.
+    """
     kernel = next((entry for entry in entries if len(entry.shape) > 2 and entry.shape[1] == 3), None)
-    result = []
+    result, lost = [], set()
     for entry in entries:
         shape = (_USUAL_CLASSES.get(entry.shape[0], entry.shape[0]), *entry.shape[1:]) if entry.shape else ()
         if entry is kernel:
             shape = (shape[0], CHANNELS, *shape[2:])
-        result.append(entry if shape == entry.shape else replace(entry, shape=shape, origin=None))
-    return result
+        if shape != entry.shape:
+            lost.add((*entry.path[:-1], "bias"))
+        result.append(replace(entry, shape=shape))
+    are_kept = (new.shape == old.shape and new.path not in lost for new, old in zip(result, entries, strict=True))
+    return [entry if kept else replace(entry, origin=None) for entry, kept in zip(result, are_kept, strict=True)]
 
 
 def _without_last_stage(entries: Entries, _: Random) -> list[Entry]:
