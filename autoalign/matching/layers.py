@@ -261,13 +261,18 @@ def units_of(parts: Sequence[Part]) -> Units:
 
 
 def _grouped(parts: Sequence[Part]) -> Units:
-    groups: dict[Path, dict[str, int]] = {}
-    for index, part in enumerate(parts):
+    places: list[tuple[Path, str]] = []
+    for part in parts:
         values, rest = kind(part.path[-1])
         if values == "bias" and rest and sum(size > 1 for size in part.shape) > 1:
             values, rest = "other", part.path[-1]  # a table of biases is no bias of a layer
-        path = (*part.path[:-1], rest) if rest else part.path[:-1] or ("",)  # a bare layer has no name
-        while values in (members := groups.setdefault(path, {})):  # the same kind twice: tensors of their own
+        places.append(((*part.path[:-1], rest) if rest else part.path[:-1] or ("",), values))  # a bare one has no name
+    often = Counter(places)
+    groups: dict[Path, dict[str, int]] = {}
+    for index, (part, (path, values)) in enumerate(zip(parts, places, strict=True)):
+        if often[path, values] > 1:  # the same kind twice: tensors of their own
+            path = (*path, part.path[-1])
+        while values in (members := groups.setdefault(path, {})):
             path = (*path, part.path[-1])
         members[values] = index
     _take_in_biases(groups)

@@ -75,3 +75,12 @@ def test_letters_after_numbers_count_the_members_of_lists(is_sorted: bool) -> No
     }
     keys = sorted(names) if is_sorted else list(names)
     assert autoalign.align({key: _network()[names[key]] for key in keys}, _network()).mapping == names
+
+
+def test_tensors_of_one_layer_and_kind_keep_their_names_whichever_comes_first() -> None:
+    names = ("x_r", "x_w", "x_k", "x_g")
+    target = {f"layers.{n}.attn.{name}": torch.empty(1, 1, 16) for n in range(2) for name in names}
+    target |= {f"layers.{n}.attn.{name}_proj.weight": torch.empty(16, 16) for n in range(2) for name in ("r", "k")}
+    renamed = {key.replace("layers", "blocks").replace("attn", "att").replace("_proj", ""): key for key in target}
+    source = {key: target[renamed[key]] for key in sorted(renamed)}
+    assert autoalign.align(source, target).mapping == renamed
