@@ -24,7 +24,7 @@ _LEAF = re.compile(r"(.+?)_((?:moving|running)_[a-z]+|num_batches_tracked|[^_]+)
 _GLUED = re.compile(r"(?<=[^_])(?:weight|bias|running_(?:mean|var)|num_batches_tracked)$")
 _PIECES = re.compile(rf"{_GLUED.pattern}|\d+|\D+?(?=\d|$|{_GLUED.pattern})")
 _MAX_SHARE_OF_LEAVES = 0.2  # of distinct names of tensors among all tensors; a norm has five tensors
-_LETTERED = re.compile(r"(.*\d)([a-z])")
+_LETTERED = re.compile(r"(.*\d)(([a-z])\3*)")  # the letter, or more than one of it, as in "conv1aa"
 _INIT = "~"  # that modules of Haiku were made in ``__init__``
 _TYPED = re.compile(r"(.+?)_?(\d+)")  # in "conv2d_4"
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_|(?<=\d[a-z])_")  # in "features_5_conv_2" and "block2a_expand"
