@@ -324,15 +324,15 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
         return parts
     result = [_viewed(part, Permute((0, 2, 1))) if is_named and _is_stack(part) else part for part in parts]
     for kinds, of, is_kernel in zip(layers, shapes, named, strict=True):
-        weight = parts[kinds["weight"]]
-        if weight.shape in apart or not isinstance(weight.view, Copy):
+        if (weight := parts[kinds["weight"]]).shape in apart or not isinstance(weight.view, Copy):
             continue
         is_last = len(squeeze(weight.shape)) == 2 or of.get("bias") == weight.shape[2:]
         is_turned = is_kernel or (layout < 0 and not is_named and "bias" in of and is_last)
         if is_turned and len(weight.shape) == 2:
             result[kinds["weight"]] = _viewed(weight, Transpose())
         elif len(weight.shape) > (2 if is_turned else 3) and (are_last or is_turned):
-            result[kinds["weight"]] = _viewed(weight, _convolution(weight.shape, of.get("bias")))
+            turned = _viewed(weight, _convolution(weight.shape, of.get("bias")))
+            result[kinds["weight"]] = weight if others.get(weight.shape, 0) > others.get(turned.shape, 0) else turned
     return Parts(result)
 
 
@@ -416,7 +416,7 @@ def _with_joined_heads(parts: Sequence[Part], others: Collection[Shape], apart: 
             ways = [
                 way
                 for way in _joined(weight.shape, joins=joins)
-                if (is_named or way.heads in heads)
+                if (is_named or (way.heads in heads and weight.shape not in others))
                 and (bias is None or bias in (way.matrix[:1], *[way.heads] * (not joins)))
             ]
             best = max(ways, key=lambda way: (way.matrix in others, way.width == width, way.is_usual), default=None)

@@ -68,6 +68,18 @@ def test_heads_that_both_sides_keep_apart_are_copied() -> None:
     assert all(torch.equal(loaded[f"h.0.attn.{role}"], target[f"h.0.attn.{role}"]) for role in _ROLES)
 
 
+def test_what_both_sides_keep_as_it_is_joins_no_heads(tmp_path: Path) -> None:
+    joined, relative = _joined(), {f"blocks.{block}.attn.r_kernel": torch.rand(12, 3, 5) for block in range(3)}
+    apart = {key: value for key, value in _apart(joined, "whd").items() if "attn" not in key}
+    for block in range(3):
+        for key, tensor in _apart({k: v for k, v in joined.items() if f"{block}.attn" in k}, "whd").items():
+            leaf, name = key.rsplit(".", 1)[1].split("_")
+            apart[f"blocks.{block}.attn.{name}/{'kernel' if leaf == 'W' else 'bias'}"] = tensor
+        apart[f"blocks.{block}.attn.r/kernel"] = relative[f"blocks.{block}.attn.r_kernel"]
+    for alignment in aligned_both_ways(joined | relative, apart, tmp_path / "a.json"):
+        assert sum(str(match.operation) == "copy" for match in alignment.matches if "attn.r" in match.target) == 3
+
+
 def test_heads_that_are_kept_apart_may_be_fused(tmp_path: Path) -> None:
     joined = _joined()
     fused = {}
