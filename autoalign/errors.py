@@ -21,6 +21,18 @@ class AutoAlignError(Exception):
 class InputError(AutoAlignError, TypeError):
     """A source, target, checkpoint or option is of an unusable kind."""
 
+    @classmethod
+    def by_others(cls, what: str, error: Exception, advice: str) -> InputError:
+        r"""Return the error for what failed in code of others, with the first line of its message; all is in details.
+
+        >>> print(InputError.by_others("It failed", ValueError("No b.\nIt is not there."), "Nothing was done."))
+        It failed: ValueError: No b. Nothing was done.
+        """
+        text = f"{type(error).__name__}: {str(error).strip() or 'without a message'}"
+        made = cls(f"{what}: {text.splitlines()[0].rstrip('.: ')}. {advice}")
+        made.details = text
+        return made
+
 
 class TraceError(AutoAlignError, RuntimeError):
     """A module cannot be called on tensors without data."""

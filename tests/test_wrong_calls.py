@@ -45,6 +45,10 @@ CALLS: dict[str, Callable[[Any], object]] = {
     ),
     "'hf://microsoft/resnet-50' is a checkpoint, not a model such as timm:resnet50. Nothing was done. Did you mean "
     "'transformers:microsoft/resnet-50'?": lambda load: load(Network(), FILE, source_model="hf://microsoft/resnet-50"),
+    "'microsoft/resnet-50' is not the name of a model, such as timm:resnet50 or package.module:factory. Nothing was "
+    "done. Did you mean 'transformers:microsoft/resnet-50'?": lambda load: load(
+        Network(), FILE, source_model="microsoft/resnet-50"
+    ),
     "device='cdua' is not the name of a device. Nothing was loaded. Did you mean 'cuda'?": lambda load: load(
         Network(), FILE, device="cdua"
     ),
@@ -102,6 +106,8 @@ COMMANDS = {
     "or package.module:factory. Nothing was done. Did you mean 'timm:resnet18'?",
     f"align {FILE} microsoft/resnet-50": "'microsoft/resnet-50' is not a file or folder, and not the name of a model, "
     "such as timm:resnet50 or package.module:factory. Nothing was done. Did you mean 'hf://microsoft/resnet-50'?",
+    f"load-check {FILE} resnet18": "'resnet18' is not the name of a model, such as timm:resnet50 or "
+    "package.module:factory. Nothing was done. Did you mean 'timm:resnet18'?",
     f"load-check {FILE} hf://microsoft/resnet-50": "'hf://microsoft/resnet-50' is a checkpoint, not a model such as "
     "timm:resnet50. Nothing was done. Did you mean 'transformers:microsoft/resnet-50'?",
     f"load-check {RENAMED} {FILE}": f"'{FILE}' is a path, not a model such as timm:resnet50. Nothing was done. "

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from autoalign.checkpoints.config import Config, folder_config, header_config, module_config, saved_config
 from autoalign.checkpoints.containers import Container, containers_of, copies_of, named_container, preferred
+from autoalign.checkpoints.formats.detection import format_of
 from autoalign.checkpoints.paths import Given, is_given, open_given
 from autoalign.errors import CheckpointError, InputError, kind_of, listed
 from autoalign.plan.keys import LEVELS
@@ -80,6 +81,11 @@ class Checkpoint(Mapping[str, Tensor]):
         if key not in self._spec_of:
             raise KeyError(key)
         return self.read(key)
+
+    @property
+    def format(self) -> str | None:
+        """What its file is of, such as ``"safetensors"``; None if it is several files, or was in memory."""
+        return format_of(self.opened[0][0]) if len(self.opened) == 1 else None
 
     def spec(self, key: str) -> TensorSpec:
         """Return what is known of a tensor."""

@@ -26,16 +26,21 @@ _SPEC = re.compile(r"([A-Za-z_][\w.]*):(.+?)(\(.*\))?", re.DOTALL)
 _Make = Callable[[], object]
 
 
-def build(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
-    """Build what is named; without ``values``, its parameters are on the meta device, if its code can do without."""
+def build(text: str, *, values: bool, or_path: bool = False) -> nn.Module | Mapping[str, object]:
+    """Build what is named; without ``values``, its parameters are on the meta device, if its code can do without.
+
+    ``or_path`` is for messages: a path would do as well.
+    """
     if is_remote(text):
         hint = f" Did you mean 'transformers:{text.removeprefix('hf://')}'?" if text.startswith("hf://") else ""
         raise InputError(f"{text!r} is a checkpoint, not a model such as timm:resnet50. Nothing was done.{hint}")
     found = _SPEC.fullmatch(text)
     if not found:
+        hints = meant_by(text), _meant_library(text)
+        hint = hints[0] or hints[1] if or_path else hints[1] or hints[0].replace("hf://", "transformers:")
         raise InputError(
-            f"{text!r} is not a file or folder, and not the name of a model, such as timm:resnet50 or "
-            f"package.module:factory. Nothing was done.{meant_by(text) or _meant_library(text)}"
+            f"{text!r} is not {'a file or folder, and not ' if or_path else ''}the name of a model, such as "
+            f"timm:resnet50 or package.module:factory. Nothing was done.{hint}"
         )
     library, name, arguments = found[1], found[2], found[3] or "()"
     positional, named = _arguments(arguments, text)
@@ -103,10 +108,7 @@ def _as_our_errors(what: str, meant: Callable[[], str] = str) -> Iterator[None]:
     except AutoAlignError:
         raise
     except Exception as error:  # any, since the code is not ours
-        raise InputError(
-            f"{what} could not be built: {type(error).__name__}: {str(error).rstrip('.') or 'without a message'}. "
-            f"Nothing was done.{meant()}"
-        ) from error
+        raise InputError.by_others(f"{what} could not be built", error, f"Nothing was done.{meant()}") from error
 
 
 def _meant_model(library: str, name: str) -> str:

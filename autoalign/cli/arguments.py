@@ -149,7 +149,8 @@ def _option(flag: Flag, hint: Any) -> Any:
     if any(isinstance(origin := get_origin(part), type) and issubclass(origin, Iterable) for part in parts):
         kind = list[kind]
     names = (flag.name,) if flag.name else ()
-    option = typer.Option(*names, metavar=flag.metavar, help=flag.help, show_default=False)
+    models = complete_models if flag.metavar == "MODEL" else None
+    option = typer.Option(*names, metavar=flag.metavar, help=flag.help, show_default=False, autocompletion=models)
     return Annotated[kind | None, option]
 
 
@@ -174,7 +175,7 @@ def side_of(given: str | Sequence[str], *, values: bool = False) -> Side:
         stop_display()  # a download shows its own
     if len(texts) > 1:
         return texts
-    return texts[0] if is_file(texts[0]) else _built(texts[0], values=values)
+    return texts[0] if is_file(texts[0]) else _built(texts[0], values=values, or_path=True)
 
 
 def model_of(text: str, *, values: bool = True, hint: str = "") -> nn.Module:
@@ -191,12 +192,12 @@ def model_of(text: str, *, values: bool = True, hint: str = "") -> nn.Module:
     return model
 
 
-def _built(text: str, *, values: bool) -> nn.Module | Mapping[str, object]:
+def _built(text: str, *, values: bool, or_path: bool = False) -> nn.Module | Mapping[str, object]:
     from autoalign.checkpoints.named_models import build
 
     with redirect_stdout(sys.stderr), warnings.catch_warnings():  # what its code prints is not a result
         warnings.simplefilter("ignore")  # of how a library will initialise weights in future
-        return build(text, values=values)
+        return build(text, values=values, or_path=or_path)
 
 
 def pairs_of(rules: Sequence[str]) -> list[tuple[str, str]]:

@@ -121,7 +121,12 @@ def explain(
     """Explain why a key is filled from what it is, or is not, and what would change that."""
     explanation = autoalign.align(side_of(checkpoint), side_of(target), **options).explain(key)
     if form == "json":
-        show_json(explanation.to_dict())
+        from autoalign.cli.reports import name_sides
+
+        data = explanation.to_dict()
+        if data["choice"]:
+            name_sides(data["choice"], " ".join(checkpoint), target)
+        show_json(data)
     else:
         show_lines(in_options(str(explanation)))
     return COMPLETE
@@ -344,7 +349,7 @@ def verify(
         covered = {"coverage": found.coverage, "uncovered": list(found.uncovered)}
         show_json({"source": source, "target": target, **result, **covered})
     else:
-        show(str(found))
+        show_lines(str(found))
     return COMPLETE if found.equal else INCOMPLETE
 
 

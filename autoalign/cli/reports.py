@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import webbrowser
@@ -16,7 +17,7 @@ from typing import Any
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.checkpoints.containers import TRAINING_WORDS, name_words
-from autoalign.checkpoints.formats.detection import format_of, kind_of_folder
+from autoalign.checkpoints.formats.detection import kind_of_folder
 from autoalign.cli.arguments import in_options
 from autoalign.cli.terminal import COMPLETE, INCOMPLETE, show, show_json, terminal_width, width
 from autoalign.loading.diff import Difference
@@ -52,13 +53,19 @@ def show_alignment(
     def data() -> dict[str, Any]:
         plain = alignment.to_dict()
         plain["source"]["name"], plain["target"]["name"] = source, target
-        named = {"TARGET": target, "CKPT": source}
-        for action in (action for choice in plain["choices"] for action in choice["next_actions"]):
-            action |= {"command": [named.get(part, part) for part in action["command"]]} if "command" in action else {}
+        for choice in plain["choices"]:
+            name_sides(choice, source, target)
         return plain | {"remarks": [verdict] if verdict else []}
 
     _show(alignment, None, (source, target), form, data, verdict, everything=everything, open_page=open_page)
     return COMPLETE if set(alignment.missing_keys) <= alignment.excluded else INCOMPLETE
+
+
+def name_sides(choice: Mapping[str, Any], source: str, target: str) -> None:
+    """Write both sides into the commands of what to do about a choice."""
+    named = {"TARGET": target, "CKPT": source}
+    for action in choice["next_actions"]:
+        action |= {"command": [named.get(part, part) for part in action["command"]]} if "command" in action else {}
 
 
 def show_difference(
@@ -121,7 +128,10 @@ def rules_text(rules: Rules, form: str, name: str) -> str:
         case "transformers":
             return conversions_source(rules.to_transformers())
         case _:
-            return str(rules)
+            text, room = str(rules), terminal_width()
+            if room is None or max(map(len, text.splitlines())) <= room:
+                return text
+            return re.sub(r"(?m) +-> ", "\n  -> ", text)
 
 
 def conversions_source(conversions: Sequence[Any]) -> str:
@@ -169,10 +179,9 @@ def show_checkpoint(checkpoint: Checkpoint, name: str, form: str, *, depth: int 
 
 def _facts_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Collect what there is to say of a checkpoint as a whole; of its dtypes the most frequent first."""
-    path = Path(checkpoint.path) if checkpoint.path else None
     prefix, count = prefix_of(checkpoint.specs)
     return {
-        "kind": "model" if path is None else _kind_of(path),
+        "kind": _kind_of(checkpoint),
         "elements": sum(spec.numel for spec in checkpoint.specs),
         "bytes": sum(spec.numel * spec.dtype.itemsize for spec in checkpoint.specs),
         "dtypes": dict(Counter(spec.dtype_name for spec in checkpoint.specs).most_common()),
@@ -202,10 +211,13 @@ def _training_of(root: Mapping[str, object]) -> list[str]:
     return found[:_MAX_LISTED] + (["..."] if len(found) > _MAX_LISTED else [])
 
 
-def _kind_of(path: Path) -> str:
+def _kind_of(checkpoint: Checkpoint) -> str:
+    if checkpoint.path is None:
+        return "model"
+    path = Path(checkpoint.path)
     if path.is_dir():
         return kind_of_folder(path)
-    return (format_of(path) or "index of shards") if path.is_file() else "several files"
+    return checkpoint.format or ("index of shards" if path.is_file() else "several files")
 
 
 def _fact_lines(facts: dict[str, Any]) -> list[str]:

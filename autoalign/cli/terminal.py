@@ -52,9 +52,10 @@ def width() -> int:
     return terminal_width() or _DEFAULT_WIDTH
 
 
-def terminal_width() -> int | None:
-    """Return the number of characters of a line of the terminal; None if stdout is not one."""
-    return max(shutil.get_terminal_size((_DEFAULT_WIDTH, 0)).columns, 40) if sys.stdout.isatty() else None
+def terminal_width(stream: TextIO | None = None) -> int | None:
+    """Return the number of characters of a line of the terminal; None if the stream, by default stdout, is not one."""
+    is_terminal = (stream or sys.stdout).isatty()
+    return max(shutil.get_terminal_size((_DEFAULT_WIDTH, 0)).columns, 40) if is_terminal else None
 
 
 def show(text: str, *, plain: bool = False) -> None:
@@ -87,8 +88,8 @@ def complain(message: str) -> None:
     if settings.quiet and message.startswith(("note: ", "warning: ")):
         return
     stop_display()
-    shown = printable(message, kept="\n")  # text of any origin; keys in reports are escaped already
-    print(f"autoalign: {shown}", file=sys.stderr)
+    shown = printable(f"autoalign: {message}", kept="\n")  # text of any origin; keys in reports are escaped already
+    print("\n".join(paragraphs(shown.splitlines(), terminal_width(sys.stderr) or sys.maxsize)), file=sys.stderr)
 
 
 @contextmanager

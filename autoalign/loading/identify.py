@@ -6,14 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from autoalign.checkpoints.checkpoint import Checkpoint, Side, checkpoint_of
 from autoalign.checkpoints.containers import name_words
-from autoalign.checkpoints.formats.detection import format_of
 from autoalign.errors import listed
 from autoalign.matching.architectures import (
     Architecture,
@@ -177,7 +175,6 @@ def identify(checkpoint: Side, *, container: str | None = None, limit: int = 3) 
     near = [one for one in found if one.score >= MIN_SCORE_NEAR] if own.shapes.total() >= _MIN_TENSORS else []
     like = None if near else of_equal_blocks(own, known)
     is_exact = bool(near) and near[0].is_exact
-    path = Path(given.path) if given.path else None
     prefix = near[0].prefix if near else _plain_wrapper(given.specs)
     return Identification(
         verdict="known" if is_exact else "near" if near else "unknown",
@@ -187,7 +184,7 @@ def identify(checkpoint: Side, *, container: str | None = None, limit: int = 3) 
         width=own.width,
         depth=own.depth,
         blocks_like=str(like) if like else None,
-        format=format_of(path) if path and path.is_file() else None,
+        format=given.format,
         path=given.path,
         wrappers=tuple(
             _WRAPPERS.get(name, name) for name in prefix.split(".") if name in _WRAPPERS or (name and not part)
@@ -267,7 +264,7 @@ def _candidate(found: Likeness, specs: Sequence[TensorSpec], known: Index, path:
         classes=found.classes,
         roles=tuple(dict.fromkeys(roles)),
         differences=tuple(_differences(found, specs, changed)),
-        load_with=f"autoalign.load({_construction(best, found.classes)}, {path or 'checkpoint'!r})",
+        load_with=f"autoalign.load({_construction(best, found.classes)}, {repr(path) if path else 'checkpoint'})",
     )
 
 
@@ -278,7 +275,13 @@ def _target(best: Architecture, classes: int | None) -> str:
     if best.library == "mmpretrain":
         options = "" if classes is None else f", head={{'num_classes': {classes}}}"
         return f"{best.library}:get_model(model={best.builder!r}{options})"
-    return f"{best}{'' if classes is None else f'(num_classes={classes})'}"
+    return f"{best}({options})" if (options := _classes_option(best, classes)) else str(best)
+
+
+def _classes_option(best: Architecture, classes: int | None) -> str:
+    if classes is None:
+        return "num_classes=0" if best.library == "timm" and best.heads else ""
+    return f"num_classes={classes}"
 
 
 def _construction(best: Architecture, classes: int | None) -> str:
@@ -289,7 +292,7 @@ def _construction(best: Architecture, classes: int | None) -> str:
     if best.library == "mmpretrain":
         return _target(best, classes).replace(":", ".", 1)
     make = "timm.create_model" if best.library == "timm" else "torchvision.models.get_model"
-    options = (repr(best.name), best.builder, "" if classes is None else f"num_classes={classes}")
+    options = repr(best.name), best.builder, _classes_option(best, classes)
     return f"{make}({', '.join(filter(None, options))})"
 
 
@@ -309,6 +312,7 @@ def _differences(
 ) -> Iterator[str]:
     """Describe what keeps a network from being an architecture: by name where names agree, else by shape."""
     missing, extra = Counter(found.missing), Counter(found.extra)
+    own = {essential(spec.shape): list(spec.shape) for spec in numeric(specs)}
     for name, (mine, theirs) in changed.items():
         shapes = [spec.shape for spec in numeric(specs) if stem(spec.key.removeprefix(found.prefix)) == name]
         shapes = [shape for shape in shapes if essential(shape) == mine]
@@ -318,7 +322,7 @@ def _differences(
         missing[theirs] -= len(shapes)
     for what, left in (("more", +extra), ("fewer", +missing)):
         if left:
-            shown = [f"{count:,} of {list(shape)}" for shape, count in left.most_common()]
+            shown = [f"{count:,} of {own.get(shape, list(shape[::-1]))}" for shape, count in left.most_common()]
             yield f"{left.total():,} tensor{'s' if left.total() > 1 else ''} {what}: {listed(shown)}"
 
 

@@ -22,9 +22,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Checkpoint, checkpoint_of, of_module, uninitialized
 from autoalign.errors import ChoiceWarning, IncompatibleTensorsError, NothingLoadedError, PartialLoadWarning, listed
+from autoalign.matching.architectures import resemblances
 from autoalign.matching.assembly import tie_warning
 from autoalign.matching.match import match_tensors
 from autoalign.matching.names import kind
+from autoalign.matching.relation import UNLIKE
 from autoalign.plan.adapters import describe_adapters
 from autoalign.plan.keys import LEVELS, split_key
 from autoalign.plan.matches import FILLED, Caution, Match
@@ -150,8 +152,10 @@ def prepared(
             alignment.raise_if_incomplete()
         except IncompatibleTensorsError as error:
             what, _, advice = str(error).partition("\n")
+            looks = resemblances(source.specs, alignment.target_specs)
             loose = f"Pass strict=False to {verb} the {len(alignment.matches)} that match."
-            raise IncompatibleTensorsError(f"{what} {undone}\n{loose} {advice}", alignment, error.details) from None
+            text = f"{' '.join([what, *looks, undone])}\n{loose} {advice}"
+            raise IncompatibleTensorsError(text, alignment, error.details) from None
     share = math.floor(1000 * alignment.coverage) / 10  # a part is never called 100 %
     summary = (
         f"{len(alignment.matches)} of {len(alignment.target_specs)} tensors ({share} % of the elements) "
@@ -165,7 +169,7 @@ def _nothing_error(alignment: Alignment, source: Checkpoint, target: str, undone
     left_out = alignment.unused_schemes
     numels = {spec.numel for spec in source.specs}
     unlike = sum(spec.numel not in numels for spec in alignment.target_specs)
-    lines, reasons = [], []
+    lines, reasons, notes = [], list[str](), [note for note in alignment.notes if note != UNLIKE]
     if unlike and not left_out:
         lines.append(f"{unlike} of the model's tensors have a size that no tensor of the checkpoint has.")
     if alignment.excluded:
@@ -184,8 +188,8 @@ def _nothing_error(alignment: Alignment, source: Checkpoint, target: str, undone
     )
     is_explained = left_out or describe_adapters(source.specs)
     advice = [] if is_explained else ["Check that both are the same network, or pass what you know as rules=."]
-    message = "\n".join([" ".join([what, undone, *reasons, *alignment.notes]), *advice])
-    return NothingLoadedError(message, alignment, "\n".join(lines))
+    message = "\n".join([" ".join([what, undone, *reasons, *notes]), *advice])
+    return NothingLoadedError(message, alignment, "\n".join([*lines, *(set(alignment.notes) - set(notes))]))
 
 
 def name_of(source: Checkpoint) -> str:

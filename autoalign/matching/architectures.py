@@ -361,12 +361,23 @@ def _prefixes(specs: Sequence[TensorSpec]) -> Iterator[str]:
         keys = [key for key in keys if key.startswith(prefix)]
 
 
-def resemblance(specs: Sequence[TensorSpec], side: str) -> str:
-    """Return what a side looks like, for a message; "" if that is not known, or would take long."""
+def resemblances(source: Sequence[TensorSpec], target: Sequence[TensorSpec]) -> list[str]:
+    """Return what two sides look like, for a message; nothing of what is not known, or if it is the same."""
+    found = {side: _best_known(specs) for side, specs in (("source", source), ("target", target))}
+    if found["source"] and found["target"] and found["source"].architectures[0] == found["target"].architectures[0]:
+        return []
+    return [
+        f"The {side} looks like {one.architectures[0].library}'s {one.architectures[0].name} "
+        f"({one.common:,} of {one.total:,} shapes)."
+        for side, one in found.items()
+        if one
+    ]
+
+
+def _best_known(specs: Sequence[TensorSpec]) -> Likeness | None:
+    """Return what some tensors are most like; None if that is not known, or would take long."""
     if len(specs) > _MAX_TENSORS_TO_MENTION:
-        return ""
+        return None
     found = likenesses(specs, fingerprint(specs), index(), 1)
-    if not found or found[0].score < _MIN_SCORE_TO_MENTION or found[0].own < _MIN_TENSORS_TO_MENTION:
-        return ""
-    best = found[0].architectures[0]
-    return f"The {side} looks like {best.library}'s {best.name} ({found[0].common:,} of {found[0].total:,} shapes)."
+    is_known = found and found[0].score >= _MIN_SCORE_TO_MENTION and found[0].own >= _MIN_TENSORS_TO_MENTION
+    return found[0] if is_known else None

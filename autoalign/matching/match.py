@@ -15,6 +15,7 @@ from autoalign.checkpoints.containers import name_words
 from autoalign.errors import InputError, PatternError
 from autoalign.matching.adapt import adapted, checked_adapt
 from autoalign.matching.adapters import AdapterScope
+from autoalign.matching.architectures import resemblances
 from autoalign.matching.assembly import SideParts, with_stranded_biases, with_ties, without_aliases
 from autoalign.matching.candidates import operation_between
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED
@@ -165,10 +166,7 @@ def match_tensors(
     sure = {match.target for match in chosen if match.confidence >= min_confidence}
     notes = (*notes, *_notes_of_folded_norms(*sides, [m for m in matches if m.target in sure]))
     if UNLIKE in notes:
-        from autoalign.matching.architectures import resemblance
-
-        looks = resemblance(own.specs, "source"), resemblance(other.specs, "target")
-        notes = (*notes, *filter(None, looks))
+        notes = (*notes, *resemblances(own.specs, other.specs))
     rotated = [match for match in chosen if match.target not in sure and ROTARY in match.warnings]
     if rotated and (settling := rotary_settling((own, other), sized=all(len(m.alternatives) < 3 for m in rotated))):
         notes = (*notes, settling)

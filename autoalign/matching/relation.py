@@ -33,7 +33,7 @@ _ONLY_EQUALS = "The networks are unlike, so only tensors of equal names and shap
 _NAMES_AGREE = "Most layers of source and target have equal names, but unequal shapes: "
 UNLIKE = (
     "Source and target look like different architectures: single layers have matching shapes, but no complete block "
-    "does, and names do not agree. Nothing was matched. If they are related, name a pair of keys in rules."
+    "does, and names do not agree. Nothing was matched. If they are related, name a pair of keys in rules=."
 )
 
 _Pairs = list[tuple[int, int]]  # of parts: source, target

@@ -21,7 +21,7 @@ class Flag(NamedTuple):
 
     help: str
     name: str = ""  # --NAME by default, with hyphens
-    metavar: str | None = None
+    metavar: str | None = None  # MODEL where models are to be completed
 
 
 class MatchOptions(TypedDict, total=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,13 +204,27 @@ def _wrapped(rows: Sequence[tuple[str, str, str, str]], width: int) -> list[str]
     from rich.table import Table
     from rich.text import Text
 
+    cells = [(*row[:3], row[3].replace(",", ", ").replace(",  ", ", ")) for row in rows]
+    used = sum(max(len(row[column]) for row in rows) + 2 for column in range(3))
+    if used + _MIN_COLUMN > width:  # below the names then
+        starts = ["  ".join(filter(None, row[:3])) for row in cells]
+        below = [" " * (len(name) - len(name.lstrip()) + 4) for name, *_ in cells]
+        return [
+            line
+            for start, indent, (*_, what) in zip(starts, below, cells, strict=True)
+            for line in (
+                [f"{start}  {what}"]
+                if len(start) + 2 + len(what) <= width
+                else [start, *textwrap.wrap(what, width, initial_indent=indent, subsequent_indent=indent)]
+            )
+        ]
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     for _ in range(2):
         table.add_column(justify="right", no_wrap=True)
     table.add_column(min_width=_MIN_COLUMN)
-    for row in rows:
-        table.add_row(*map(Text, (*row[:3], row[3].replace(",", ", ").replace(",  ", ", "))))
+    for row in cells:
+        table.add_row(*map(Text, row))
     console = Console(width=width, color_system=None)
     with console.capture() as captured:
         console.print(table)

@@ -160,10 +160,12 @@ def call(model: nn.Module, inputs: object, values: Mapping[str, Tensor] | None =
             return model(*arguments, **options)
         return functional_call(model, dict(values), arguments, options)
     except Exception as error:
-        raise InputError(
-            f"{type(model).__name__} cannot be called on the example inputs: {type(error).__name__}: {error}. "
+        advice = (
             "It was left as it was. Give what it is called with: a tensor, a tuple of its arguments, or a dict of "
             "keyword arguments."
+        )
+        raise InputError.by_others(
+            f"{type(model).__name__} cannot be called on the example inputs", error, advice
         ) from error
 
 

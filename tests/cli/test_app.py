@@ -253,6 +253,7 @@ def test_the_script_is_one_of_its_shell(shell: str, capsys: pytest.CaptureFixtur
         ("inspect here.p", []),  # files are bash's own to complete
         ("inspect timm:res", ["resnet18", "resnet50"]),
         ("convert a.pt --to timm:vit", ["vit_tiny"]),
+        ("align a b --source-model timm:vit", ["vit_tiny"]),
     ],
 )
 def test_bash_completes(line: str, completed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

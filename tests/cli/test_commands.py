@@ -203,7 +203,7 @@ def test_the_json_says_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(["explain", *sides, "two.weight", "--format", "json"]) == cli.COMPLETE
     explained = json.loads(capsys.readouterr().out)
     assert (explained["version"], explained["status"]) == (1, "ambiguous")
-    assert explained["choice"]["next_actions"][: len(options)] == options
+    assert explained["choice"]["next_actions"] == choice["next_actions"]
     assert cli.main(["explain", *sides, "two.weight"]) == cli.COMPLETE
     shown = capsys.readouterr().out
     assert shown.startswith("two.weight (target): ambiguous\n")
@@ -518,6 +518,8 @@ def test_what_is_shown_fits_a_narrow_terminal_without_broken_words(
         ["explain", "net.safetensors", WIDER, "head.weight"],
         ["explain", norms, "timm:resnet18", "fc.weight"],
         ["diff", "net.safetensors", RENAMED],
+        ["rules", "net.safetensors", RENAMED],
+        ["verify", RENAMED, RENAMED, "--input", "1,2"],
     ):
         torch.manual_seed(0)
         cli.main(command)

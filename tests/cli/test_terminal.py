@@ -62,6 +62,14 @@ def test_complaints_cannot_break_the_terminal(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == r"autoalign: error: 'a\x1b[2J' exists." + "\n"
 
 
+def test_complaints_are_wrapped_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("COLUMNS", "40")
+    complain("error: the first line of what is wrong.\nWhat to do.")
+    assert stream.getvalue() == "autoalign: error: the first line of what\n  is wrong.\nWhat to do.\n"
+
+
 def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with working("Opening a.pt"):
         progress("Writing")(1, 2)

@@ -84,6 +84,13 @@ def test_a_part_is_named_where_the_whole_is_unknown() -> None:
     assert (found.part, found.copies, found.verdict) == ("student", ("teacher",), "known")
 
 
+def test_what_has_no_head_is_built_without_one() -> None:
+    best = autoalign.identify(on_meta("resnet18d", num_classes=0)).best
+    assert best is not None
+    assert best.target == "timm:resnet18d(num_classes=0)"
+    assert best.load_with == "autoalign.load(timm.create_model('resnet18d', num_classes=0), checkpoint)"
+
+
 def test_networks_written_by_hand_are_unknown() -> None:
     networks = [model for _, model in handwritten()]
     assert len(networks) >= 100
@@ -98,9 +105,20 @@ def test_what_was_not_trained_is_said_to_be() -> None:
 def test_a_load_of_unrelated_networks_says_what_they_look_like() -> None:
     model = on_meta("resnet18")
     with pytest.raises(
-        autoalign.NothingLoadedError, match=r"The source looks like timm's vit_tiny_patch16_224 \(152 of"
-    ):
+        autoalign.NothingLoadedError, match=r"The source looks like timm's vit_tiny_.* \(152 of"
+    ) as info:
         autoalign.load(model, on_meta("vit_tiny_patch16_224"), assign=True)
+    assert "single layers have matching shapes" in info.value.details  # and not in the text
+    assert "single layers" not in str(info.value)
+
+
+def test_a_strict_load_of_another_size_says_so() -> None:
+    looks = r"The source looks like .*'s resnet34 \(.*\). The target looks like .*'s resnet18 \("
+    with pytest.raises(autoalign.IncompatibleTensorsError, match=looks):
+        autoalign.load(on_meta("resnet18"), on_meta("resnet34"), assign=True, strict=True)
+    with pytest.raises(autoalign.IncompatibleTensorsError, match="was not changed") as info:
+        autoalign.load(on_meta("resnet18"), on_meta("resnet18", num_classes=10), assign=True, strict=True)
+    assert "looks like" not in str(info.value)
 
 
 def test_the_command_exits_with_1_for_what_is_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

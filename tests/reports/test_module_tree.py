@@ -184,6 +184,20 @@ def test_a_depth_hides_what_is_below() -> None:
     assert [line.split()[0] for line in lines] == ["f", "a", "b", "e"]
 
 
+def test_a_narrow_tree_loses_nothing() -> None:
+    key = "encoder.embeddings.patch_embeddings.projection"
+    found = [
+        *specs(f"{key}.weight", shape=(192, 3, 16, 16)),
+        *specs(f"{key}.bias", "encoder.table", shape=(1, 197, 192)),
+    ]
+    narrow = render_tree(found, dtype="float32", width=60)
+    assert max(map(len, narrow)) <= 60
+    assert (
+        " ".join(narrow).replace(",", " ").split()
+        == " ".join(render_tree(found, dtype="float32")).replace(",", " ").split()
+    )
+
+
 def test_very_deep_names_are_shown() -> None:
     assert len(rendered(".".join("x" * 5000), "y")) > 1
 
