@@ -16,7 +16,7 @@ and ``checkpoints``):
 - ``list_order``, ``state``, ``moves``, ``cues``: whether there is one order, and lists that may run in reverse; what
   fills what; what could be exchanged as well; what speaks for and against it
 - ``rotary``, ``layouts``, ``assembly``: rows in an order that no shape shows; parts put back together to tensors
-- ``relation``: are two networks related; of unlike ones, the tensors of equal names and shapes, and what differs
+- ``relation``: are two networks related; of unlike ones, what differs
 - ``stacks``: tensors that hold what the other side lists, matched by their slices
 - ``repeats``, ``pipeline``: what needs no search; the stages in order
 - ``architectures``: fingerprints of networks, and the index of those of many libraries, which are looked up in it

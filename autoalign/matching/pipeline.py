@@ -42,7 +42,7 @@ from autoalign.matching.fusion import split_both
 from autoalign.matching.layers import Part, Unit, counts_of, under_one_root, units_of
 from autoalign.matching.list_order import REVERSIBLE, reversible_lists
 from autoalign.matching.names import kind, words
-from autoalign.matching.relation import equal_layers, equal_tensors, relation
+from autoalign.matching.relation import describe_unlike, equal_layers, relation
 from autoalign.matching.repeats import is_renamed
 from autoalign.matching.scope import Scope, name_of_averages, pattern_for, scope_of, within
 from autoalign.matching.vocabulary import EMBEDDING_WORDS, KNOWN, NO_VOCABULARY, RIVAL_OUTPUTS, RIVAL_PAIRS, ROLES
@@ -95,20 +95,16 @@ def match_sides(source: SideParts, target: SideParts, pins: Mapping[str, str]) -
         for side, own, (pieces, fusions), held in zip(sides, rest, split_both(*rest), fixed, strict=True)
     )
     found, mismatched = match_parts(source, target, pins, (sides[0].parts, sides[1].parts))
-    unlike: tuple[str, ...] = ()
     if found is None:
         empty = [name for name, side in (("source", source), ("target", target)) if not side.parts]
-        source, target = sides
-        found, note = equal_tensors(source, target)
-        if not found:
-            has = "have" if len(empty) > 1 else "has"
-            return [], mismatched, (f"The {' and the '.join(empty)} {has} no tensors to match." if empty else note,)
-        unlike = (note,)
+        has = "have" if len(empty) > 1 else "has"
+        told = f"The {' and the '.join(empty)} {has} no tensors to match." if empty else describe_unlike(*sides)
+        return [], mismatched, (told,)
     matches = assembled(source, target, found)
     if not (scope.is_decided and other_scope.is_decided):
         matches = [replace(match, confidence=min(match.confidence, AMBIGUOUS)) for match in matches]
     matches = with_ties(source.specs, target.specs, [*pinned, *matches])
-    notes = (*unlike, *_copies_note("source", scope), *_copies_note("target", other_scope), *_averages_note(source))
+    notes = (*_copies_note("source", scope), *_copies_note("target", other_scope), *_averages_note(source))
     named = []
     if len({match.target for match in matches}) < len(target.specs):
         source, target = (

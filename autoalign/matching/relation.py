@@ -1,4 +1,4 @@
-"""Are two networks related, and what have unlike ones in common: tensors of equal names and shapes, other sizes."""
+"""Are two networks related, and in what sizes do unlike ones differ."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from math import exp, log
 
 import numpy as np
 
-from autoalign.matching.assembly import Found, SideParts
+from autoalign.matching.assembly import SideParts
 from autoalign.matching.assignment import Assignment
 from autoalign.matching.candidates import paired_parts
-from autoalign.matching.confidence import INFERRED, MIN_LIKELY, fitted_weights
-from autoalign.matching.features import Floats, namesakes, share_of
+from autoalign.matching.confidence import MIN_LIKELY, fitted_weights
+from autoalign.matching.features import Floats, namesakes
 from autoalign.matching.layers import Part, Units, counts_of, squeeze, units_of
 from autoalign.matching.names import kind, words
 from autoalign.matching.vocabulary import EMBEDDING_WORDS, NO_VOCABULARY
-from autoalign.plan.operations import Copy, Shape
+from autoalign.plan.operations import Shape
 
-_MIN_SHARE_OF_EQUALS = 0.5  # of the smaller side's layers; then that they are equal is no coincidence
 _MIN_SHARE_EXPLAINED = 0.9  # of both sides' matrices; what explains fewer is not said
 _MIN_SHARE_SPLIT = 0.6  # of them that differ in one dimension; in a part of a model nearly all but embeddings do
 _MAX_INPUT_CHANNELS = 4  # of images
@@ -28,8 +27,6 @@ _MIN_ROWS_PER_COLUMN = 4  # of a table of words
 _UNMATCHED_OF_RELATED = 0.05  # share of layers; whether fewer have no counterpart tells little
 _PART_COUNTS = (2, 4, 8)
 _MAX_SIZES_TOLD = 3
-_EVIDENCE = {"name": 1.0, "shape": 1.0}
-_ONLY_EQUALS = "The networks are unlike, so only tensors of equal names and shapes were matched"
 _NAMES_AGREE = "Most layers of source and target have equal names, but unequal shapes: "
 UNLIKE = (
     "Source and target look like different architectures: single layers have matching shapes, but no complete block "
@@ -136,20 +133,15 @@ def _names_words(part: Part) -> bool:
     return not found.isdisjoint(EMBEDDING_WORDS) and found.isdisjoint(NO_VOCABULARY)
 
 
-def equal_tensors(source: SideParts, target: SideParts) -> tuple[dict[int, Found], str]:
-    """Match the layers of equal names and shapes if most of one side are such; and say what is unlike."""
+def describe_unlike(source: SideParts, target: SideParts) -> str:
+    """Describe in what two networks differ that are not related."""
+    if told := _same_at_another_size(source.parts, target.parts):
+        return f"{told} Nothing was matched."
     own, other = units_of(source.parts), units_of(target.parts)
-    counts = counts_of(own, source.parts), counts_of(other, target.parts)
-    same = {(i, j): paired_parts(own[i], other[j]) for i, j in namesakes(own.paths, other.paths, counts)}
-    equal = equal_layers(same, (own, source.parts), (other, target.parts))
-    sizes = _size_changes([(source.parts[a], target.parts[b]) for pairs in same.values() for a, b in pairs])
-    if share_of(equal, counts) >= _MIN_SHARE_OF_EQUALS:
-        found = {b: Found(a, Copy(), INFERRED, _EVIDENCE, None) for pair in equal for a, b in same[pair]}
-        return found, f"{_ONLY_EQUALS}{': ' if sizes else ''}{sizes}."
-    told = _same_at_another_size(source.parts, target.parts)
-    if told:
-        return {}, f"{told} Nothing was matched."
-    return {}, f"{_NAMES_AGREE}{sizes}. Nothing was matched." if sizes else UNLIKE
+    same = namesakes(own.paths, other.paths, (counts_of(own, source.parts), counts_of(other, target.parts)))
+    pairs = [(source.parts[a], target.parts[b]) for i, j in same for a, b in paired_parts(own[i], other[j])]
+    sizes = _size_changes(pairs)
+    return f"{_NAMES_AGREE}{sizes}. Nothing was matched." if sizes else UNLIKE
 
 
 def equal_layers(

@@ -279,8 +279,7 @@ def _above(key: str) -> Iterator[str]:
             return
         key = split_key(key)[0]
         yield key
-    if key:
-        yield ""
+    yield ""
 
 
 @dataclass(frozen=True, slots=True)

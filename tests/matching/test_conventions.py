@@ -15,7 +15,7 @@ from torch import Tensor
 
 import autoalign
 from autoalign import align
-from autoalign.matching.conventions import as_in_torch
+from autoalign.matching.conventions import as_in_torch, with_own_statistics
 from autoalign.matching.layers import Part
 from autoalign.plan.operations import Permute, Shape
 from tests.matching.round_trips import Tensors, aligned_both_ways, linear
@@ -206,6 +206,12 @@ def test_statistics_in_a_module_below_their_norm_are_those_of_the_norm(is_sorted
     source = {key: target[apart[key]] for key in (sorted(apart) if is_sorted else apart)}
     assert align(source, target).mapping == apart
     assert align(target, source).mapping == {key: other for other, key in apart.items()}
+
+
+def test_one_of_two_statistics_below_a_norm_is_not_guessed() -> None:
+    names = ("bn.weight", "bn.bias", "bn.fast.mean", "bn.slow.mean")
+    parts = [Part(place, (*name.split("."),), (8,), "float") for place, name in enumerate(names)]
+    assert with_own_statistics(parts) == parts
 
 
 @pytest.mark.parametrize("is_sorted", [False, True])

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from autoalign import Alignment, align
+from autoalign.matching.fusion import split_both, with_joined_roles
+from autoalign.matching.layers import Part
 from tests.matching.round_trips import aligned_both_ways, is_named, linear, meta
 
 _WIDTH, _HIDDEN = 8, 20
@@ -365,6 +367,17 @@ def test_roles_may_have_a_dimension_of_their_own() -> None:
     ).state_dict()
     assert loaded.keys() == target.keys()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in target.items())
+
+
+def test_the_biases_of_roles_with_a_dimension_of_their_own_follow_their_weights() -> None:
+    parts = [Part(0, ("kv", "weight"), (2, 4, 8, 16), "float"), Part(1, ("kv", "bias"), (2, 4, 16), "float")]
+    assert [part.shape for part in with_joined_roles(parts, {(64, 8): 2})] == [(128, 8), (128,)]
+
+
+def test_a_fused_tensor_is_not_split_into_parts_of_other_sizes() -> None:
+    apart = [Part(n, ("attn", role, "weight"), (n + 8, 8), "float") for n, role in enumerate("qkv")]
+    fused = [Part(0, ("attn", "qkv", "weight"), (24, 8), "float")]
+    assert split_both(fused, apart) == ((fused, []), (apart, []))
 
 
 def test_keys_and_values_are_split_where_their_module_shows_it_whatever_else_has_their_shape() -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import autoalign
+from autoalign.matching.stacks import unstacked
+from autoalign.plan.specs import specs_of
 from tests.matching.round_trips import Tensors, aligned_both_ways, linear
 
 _WIDTH, _HEADS, _SIZE, _HIDDEN = 12, 3, 5, 20
@@ -89,6 +91,15 @@ def test_heads_that_are_kept_apart_may_be_fused(tmp_path: Path) -> None:
         elif not {"k", "v"} & set(key.split(".")):
             fused[key] = tensor
     aligned_both_ways(fused, _apart(joined, "hwd"), tmp_path / "a.json")
+
+
+def test_heads_of_another_size_are_not_joined() -> None:
+    listed = {
+        f"attn.heads.{head}.{role}.weight": torch.rand(_SIZE, _WIDTH) for head in range(_HEADS) for role in _ROLES
+    }
+    joined = {f"attn.{role}.weight": torch.rand(_INNER + 1, _WIDTH) for role in _ROLES}
+    specs = specs_of(joined)
+    assert unstacked(specs, specs_of(listed)) == (specs, {})
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -537,6 +537,16 @@ def test_a_tensor_under_several_keys_is_matched_once(is_sorted: bool) -> None:
     assert not alignment.ambiguous
 
 
+def test_a_collector_that_is_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with collection_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 def test_a_frozen_collector_stays_frozen() -> None:
     gc.freeze()
     try:

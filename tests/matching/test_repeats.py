@@ -282,10 +282,12 @@ def test_a_block_is_told_from_one_whose_number_begins_alike() -> None:
     assert match.confidence < 1
 
 
-def test_a_mismatch_in_the_last_block_alone_is_not_continued() -> None:
+def test_what_is_found_in_the_last_block_alone_is_not_continued() -> None:
     runs = repeats.runs_of(specs_of(state({f"h.{n}.weight": (2, 2) for n in range(6)})))
     alone = Mismatch("h.3.weight", "h.3.weight", (2, 2), (3, 3))
     assert repeats.extended([], [alone], runs, runs) == ([], [alone])
+    match = Match("h.3.weight", ("h.3.weight",), Copy())
+    assert repeats.extended([match], [], runs, runs) == ([match], [])
 
 
 def test_too_many_blocks_to_be_compared_are_believed_no_more_than_an_order(monkeypatch: pytest.MonkeyPatch) -> None:

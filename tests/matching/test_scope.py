@@ -119,6 +119,7 @@ def test_patterns_may_fill_two_keys_from_one() -> None:
         ({r"^(\d)\.conv": r"\1.covn"}, "produces no key of the model"),
         ([("0.conv.weight", "0.conv.bias")], "no operation reconciles these shapes"),
         ({"nothing": "x"}, "matches no checkpoint key"),
+        ([(f"{n}.conv.weight", "0.conv.weight") for n in (0, 1)], "from '0.conv.weight' and '1.conv.weight'"),
         ({"(": "x"}, "is not a valid regular expression"),
     ],
 )

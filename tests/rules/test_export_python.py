@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import autoalign
 from autoalign import InputError, Match, Rule, Rules, RulesError
 from autoalign.plan.adaptations import SumChannels
+from autoalign.plan.dequantise import Dequantise
 from autoalign.plan.operations import (
     Chain,
     Concatenate,
@@ -177,3 +178,11 @@ def test_operations_on_one_tensor_are_written_as_they_are_applied(operation: Ope
     rules = Rules((Rule(("^a$",), ("c",), (operation,)),))
     source = {"a": torch.rand(2, 3)}
     assert same(function_of(rules)(source), rules.apply(source))
+
+
+def test_codes_without_companions_are_dequantised_by_the_function() -> None:
+    step = Dequantise("GGUF Q8_0", ("codes",))
+    half = torch.tensor([0x00, 0x38], dtype=torch.uint8)  # the scale, 0.5 in float16, before 32 codes
+    codes = torch.cat([half, torch.arange(32, dtype=torch.uint8)])[None]
+    (values,) = function_of(Rules((Rule(("^a$",), ("b",), (step,)),)))({"a": codes}).values()
+    assert torch.equal(values, torch.arange(32)[None] / 2)

@@ -84,6 +84,12 @@ def test_what_is_dropped_is_passed_by() -> None:
     assert renamed(RENAMINGS, "fc.w") == ["fc.w", "fc.w"]
 
 
+def test_a_pattern_for_any_word_does_not_take_what_was_renamed() -> None:
+    rules = Rules((Rule((r"^a\.",), ("z.",)), Rule((r"^([a-z]+)\.",), (r"y.\1.",))))
+    assert renamed(rules, "a.x") == ["z.x", "z.x"]
+    assert renamed(rules, "q.x") == ["y.q.x", "y.q.x"]
+
+
 @settings(few, max_examples=100)
 @given(renamings())
 def test_renamings_agree_with_apply_on_any_names(names: tuple[list[str], list[str]]) -> None:
@@ -311,6 +317,7 @@ def test_conversions_that_cannot_be_said_are_refused() -> None:
         (Rule(("^a",), ("b",), (Transpose(),)), ["Transpose"]),
         (Rule(("^a",), ("b",), (Permute((0, 2, 1)),)), ["Transpose"]),
         (Rule(("^a",), ("b",), (Permute((1, 2, 0)),)), "has no counterpart"),
+        (Rule(("^a",), ("b",), (Flip(0),)), "has no counterpart"),
         (Rule(("^q", "^k"), ("qk",), (Chain((Transpose(), Concatenate(0))),)), ["Concatenate", "Transpose"]),
         (Rule(("^q", "^k"), ("qk",), (Flip(0),)), "what joins its tensors has no counterpart"),
         (Rule((r"^e\.(?P<n>\d+)\.w",), ("e",), (Stack(0),)), ["MergeModulelist"]),

@@ -18,7 +18,18 @@ from torch import Tensor
 import autoalign
 from autoalign import Alignment, Match, Rules
 from autoalign.alignment import Alignment as Made
-from autoalign.plan.operations import Chain, Concatenate, Operation, Permute, Reshape, Split, Transpose, Unstack, chain
+from autoalign.plan.operations import (
+    Chain,
+    Concatenate,
+    Grouped,
+    Operation,
+    Permute,
+    Reshape,
+    Split,
+    Transpose,
+    Unstack,
+    chain,
+)
 from autoalign.plan.specs import specs_of
 from autoalign.rules import induce
 from autoalign.rules.size_free import size_free
@@ -343,6 +354,30 @@ def test_numbers_that_run_on_from_stage_to_stage_are_counted_back() -> None:
     for converted in (rules.apply(source), namespace["checkpoint_filter_fn"](source)):
         assert converted.keys() == target.keys()
         assert all(converted[match.target] is source[match.sources[0]] for match in alignment.matches)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {f"l.{i}.{j}.w": f"{'ba'[i == j]}.{i}.{j}.w" for i in range(2) for j in range(2)},
+        {f"l.{i**2}.{j**2}.w": f"m.{(31 * i + 7 * j**3) % 53}.w" for i in range(4) for j in range(4)},
+        {f"l{'.1' * 30}.w": f"m{'.1' * 30}.w"},
+    ],
+    ids=["no number tells which of two", "no arithmetic", "more numbers than are set apart"],
+)
+def test_names_without_a_common_pattern_are_reproduced(names: dict[str, str]) -> None:
+    source = meta(**dict.fromkeys(names, (1,)))
+    target = meta(**dict.fromkeys(names.values(), (1,)))
+    alignment = made(source, target, *(Match(other, (own,)) for own, other in names.items()))
+    assert plan(alignment.rules(), source) == matched(alignment)
+
+
+def test_tensors_of_other_ranks_are_flattened_together() -> None:
+    """No operation without sizes flattens both."""
+    source, target = meta(a=(2, 6), b=(2, 2, 3)), meta(c=(24,))
+    flat = Match("c", ("a", "b"), Chain((Grouped(1, Reshape((12,))), Concatenate(0))))
+    alignment = made(source, target, flat)
+    assert plan(alignment.rules(), source) == matched(alignment)
 
 
 def test_what_cannot_be_corrected_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:

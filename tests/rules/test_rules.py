@@ -247,6 +247,7 @@ def test_the_rule_of_a_key() -> None:
         (Rule((r"^q(\d+)",), (r"k{\1 - 1}",)), {"q0": (4,)}, r"{\1 - 1} gives -1"),
         (Rule((r"^q(\d+)",), (r"k{(4, 5)[\1]}",)), {"q2": (4,)}, "the table of 2 numbers has no place 2"),
         (Rule((r"^q",), ("k",)), {"q": (4,), "k": (4,)}, "k is filled from q and k"),
+        (Rule(("^q", "^k"), ("qk",), (Copy(),)), {"q": (2,), "k": (2,)}, "'copy' does not make one tensor of 2"),
         (Rule((r"^(?P<n>\d+)",), ("k",), (Stack(0),)), {"0": (4,), "2": (4,)}, "members of a list are not complete"),
     ],
 )
