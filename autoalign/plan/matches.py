@@ -180,11 +180,6 @@ class Plan:
         total = sum(spec.numel for spec in self.target_specs)
         return sum(self.targets[match.target].numel for match in self.matches) / total if total else 1.0
 
-    @property
-    def coverage_of_tensors(self) -> float:
-        """The loaded share of the target's tensors, in [0, 1], whatever their sizes; 1 for a target without tensors."""
-        return len(self.matches) / len(self.target_specs) if self.target_specs else 1.0
-
     def revised(self, matches: Iterable[Match], ambiguous: Iterable[Match] = (), notes: Iterable[str] = ()) -> Self:
         """Return the plan with matches and proposals in place of what it has for their targets, and with more notes."""
         made = [tuple(matches), tuple(ambiguous)]

@@ -558,11 +558,12 @@ def test_a_frozen_collector_stays_frozen() -> None:
         gc.unfreeze()
 
 
-def test_a_transposed_fused_tensor_is_doubted_by_the_rows_that_it_gets() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_transposed_fused_tensor_is_doubted_by_the_rows_that_it_gets(alone: bool) -> None:
     names = {"h.": "layers.", "attn.c_attn": "attn.query_key_value", "attn.c_proj": "attn.dense"}
-    source = blocks(CONV1D)
+    source = {key: shape[::-1] if alone and "c_attn" not in key else shape for key, shape in blocks(CONV1D).items()}
     target: Shapes = {}
-    for key, shape in source.items():
+    for key, shape in blocks(CONV1D).items():
         for own, other in names.items():
             key = key.replace(own, other)
         target[key] = shape[::-1]

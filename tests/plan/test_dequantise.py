@@ -450,6 +450,7 @@ def test_a_part_of_gptq_is_of_the_version_that_all_of_it_shows() -> None:
     [
         (Dequantise("LLM.int8", ("codes", "scale")), [(4, 3), (5,)]),
         (Dequantise("LLM.int8", ("codes", "scale")), [(4, 3)]),
+        (Dequantise("MLX", ("codes", "scale", "zero")), [(4, 8), (4, 1), (4, 2)]),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(operation: Dequantise, shapes: list[tuple[int, ...]]) -> None:
@@ -556,6 +557,7 @@ def test_a_config_tells_the_groups_of_mlx(tmp_path: Path) -> None:
         ("NVFP4", "weight_scale_2", lambda part: part.repeat(2)),
         ("INT8 by row", "weight_zero_point", lambda part: part[:-1]),
         ("compressed-tensors", "weight_shape", lambda part: part - 1),
+        ("compressed-tensors", "weight_shape", lambda part: part - torch.tensor([0, 1])),
         ("compressed-tensors", "weight_g_idx", lambda part: part[:-1]),
     ],
 )
