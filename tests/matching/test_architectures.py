@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import timm
 import torch
 
-from autoalign.matching.architectures import INDEX_FILE, fingerprint, index, likenesses, of_equal_blocks
+from autoalign.matching import architectures
+from autoalign.matching.architectures import (
+    INDEX_FILE,
+    fingerprint,
+    index,
+    likenesses,
+    of_equal_blocks,
+    resemblances,
+)
 from autoalign.plan.specs import TensorSpec, specs_of
 
 
@@ -42,3 +51,10 @@ def test_a_look_up_is_quick() -> None:
     assert time.process_time() - since < 0.1
     assert (found.classes, found.score) == (3, 1.0)
     assert "timm:resnet50" in map(str, found.architectures)
+
+
+def test_a_network_is_not_looked_up_for_a_message_where_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = specs("resnet34")
+    assert resemblances(given, ()) == ["The source looks like torchvision's resnet34 (182 of 182 shapes)."]
+    monkeypatch.setattr(architectures, "_MAX_TENSORS_TO_MENTION", 100)
+    assert resemblances(given, ()) == []

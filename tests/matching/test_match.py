@@ -537,6 +537,20 @@ def test_a_tensor_under_several_keys_is_matched_once(is_sorted: bool) -> None:
     assert not alignment.ambiguous
 
 
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_parameters_that_were_saved_as_a_list_are_paired_in_the_order_of_the_model(frozen: int) -> None:
+    """Those that are trained alone too, as an optimiser holds them; and none of them if the shapes are others."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 4))
+    for parameter in list(model.parameters())[:frozen]:
+        parameter.requires_grad = False
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    source = {str(place): tensor for place, tensor in enumerate(trained.values())}
+    alignment = autoalign.align(source, model)
+    assert alignment.mapping == dict(zip(source, trained, strict=True))
+    assert "lists parameters without names" in alignment.notes[0]
+    assert not any("lists" in note for note in autoalign.align(source | {"0": torch.ones(7)}, model).notes)
+
+
 def test_a_collector_that_is_off_stays_off() -> None:
     gc.disable()
     try:
