@@ -25,6 +25,7 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -109,8 +110,12 @@ def _transformers() -> Iterator[_Builder]:
     import transformers
     from transformers.models.auto import modeling_auto
     from transformers.models.dinat import modeling_dinat
+    from transformers.models.layoutlmv2 import modeling_layoutlmv2
 
     modeling_dinat.requires_backends = lambda *_: None  # natten computes its attention, and holds no tensor of it
+    modeling_layoutlmv2.requires_backends = lambda *_: None
+    modeling_layoutlmv2.LayoutLMv2VisualBackbone = _DetectronBackbone
+    modeling_layoutlmv2.detectron2 = SimpleNamespace(layers=SimpleNamespace(FrozenBatchNorm2d=_DetectronBackbone))
     for name, class_name, options in published():
         kind = getattr(transformers, class_name)
         arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
@@ -128,6 +133,36 @@ def _transformers() -> Iterator[_Builder]:
             if kind not in seen:
                 seen.add(kind)
                 yield kind.__name__, (f"{kind.__name__}()", config.__name__), [partial(_of_config, kind, config, {})]
+
+
+class _DetectronBackbone(nn.Module):
+    """The ResNeXt-101 with a pyramid of features that LayoutLMv2 takes from detectron2, which no registry has.
+
+    It is made of torchvision's, with detectron2's names, and holds the tensors alone.
+    """
+
+    def __init__(self, _config: object) -> None:
+        super().__init__()
+        resnext: Any = torchvision.models.resnext101_32x8d()
+        self.backbone: Any = nn.Module()
+        self.backbone.bottom_up = bottom_up = nn.Module()
+        bottom_up.stem = nn.Module()
+        bottom_up.stem.conv1 = self._with_norm(resnext.conv1, resnext.bn1)
+        for level in range(2, 6):
+            stage = getattr(resnext, f"layer{level - 1}")
+            bottom_up.add_module(f"res{level}", stage)
+            for block in stage:
+                if block.downsample is not None:
+                    block.shortcut, block.downsample = self._with_norm(*block.downsample), None
+                for number in (1, 2, 3):
+                    self._with_norm(getattr(block, f"conv{number}"), block._modules.pop(f"bn{number}"))
+            self.backbone.add_module(f"fpn_lateral{level}", nn.Conv2d(256 * 2 ** (level - 2), 256, 1))
+            self.backbone.add_module(f"fpn_output{level}", nn.Conv2d(256, 256, 3))
+
+    @staticmethod
+    def _with_norm(conv: nn.Module, norm: nn.Module) -> nn.Module:
+        conv.norm = norm
+        return conv
 
 
 def _part_of(config: type) -> type[nn.Module]:
