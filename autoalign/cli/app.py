@@ -40,6 +40,13 @@ _autoalign_completion() {
 }
 complete -o default -F _autoalign_completion autoalign
 """
+_ZSH = """\
+#compdef autoalign
+_autoalign() {
+    eval "$(_TYPER_COMPLETE_ARGS="${words[1,$CURRENT]}" _AUTOALIGN_COMPLETE=complete_zsh ${words[1]})"
+}
+[[ $zsh_eval_context[-1] == loadautofunc ]] && _autoalign "$@" || compdef _autoalign autoalign
+"""
 _EPILOG = (
     "exit codes: 0 complete or equal; 1 incomplete or different; 2 an error, reported on "
     "stderr. Results are on stdout, all else is on stderr."
@@ -82,8 +89,8 @@ def completion(
 
 def _complete(instruction: str) -> int:
     """Answer a shell: print the words that complete a line, or with ``source_SHELL`` the script that asks for them."""
-    if instruction == "source_bash":
-        print(_BASH, end="")
+    if instruction in (own := {"source_bash": _BASH, "source_zsh": _ZSH}):
+        print(own[instruction], end="")
         return 0
     from typer import completion as shells
 

@@ -235,6 +235,7 @@ def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_script_is_one_of_its_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = script(shell, capsys)
     assert f"_AUTOALIGN_COMPLETE=complete_{shell}" in text
+    assert text.startswith("#compdef autoalign\n") == (shell == "zsh")  # or a file of fpath is none of a completion
     program = shutil.which(shell)
     if program is None:
         pytest.skip(f"{shell} is not installed")
