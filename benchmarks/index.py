@@ -2,8 +2,9 @@
 
 It holds every architecture of torchvision (but the quantised ones, which are the same networks again), of timm and of
 mmpretrain, the default configuration of every family of transformers, and the published sizes of
-``cases/published.py``. All are built without memory, and nothing is downloaded. That takes a quarter of an hour; what
-was built is kept in ``build/index`` for the versions of the libraries that are installed. mmpretrain 1.2 wants
+``cases/published.py``; those of transformers as they are in memory and, where experts are apart there or names are
+others, as they are in files. All are built without memory, and nothing is downloaded. That takes a quarter of an hour;
+what was built is kept in ``build/index`` for the versions of the libraries that are installed. mmpretrain 1.2 wants
 ``pip install 'mmcv-lite<2.2' mmengine model-index einops mat4py`` beside it, and ``--no-deps`` itself.
 """
 
@@ -67,13 +68,33 @@ def built() -> Iterator[Built]:
         found = []
         for name, builder, ways in builders():
             if model := _first_built(f"{library}:{name}", ways):
-                specs = tuple(TensorSpec(spec.key, spec.shape, spec.dtype) for spec in specs_of(model.state_dict()))
-                found.append(Built(library, name, builder, specs))
-                yield found[-1]
+                for state_dict in _state_dicts(model):
+                    specs = tuple(TensorSpec(spec.key, spec.shape, spec.dtype) for spec in specs_of(state_dict))
+                    found.append(Built(library, name, builder, specs))
+                    yield found[-1]
         _CACHE.mkdir(parents=True, exist_ok=True)
         path.write_bytes(
             gzip.compress(pickle.dumps([(one.library, one.name, one.builder, one.specs) for one in found]))
         )
+
+
+def _state_dicts(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield a model's own state dict, and what transformers saves of it where that has other names or other parts.
+
+    Each of a class that may be built without a pooler is there without one too, as models with other heads hold it.
+    """
+    forms = [dict(model.state_dict())]
+    with suppress(Exception):  # of what transformers cannot revert on the meta device
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+
+        if isinstance(model, PreTrainedModel):
+            saved = revert_weight_conversion(model, dict(forms[0]))
+            forms = [saved, *(forms if saved.keys() != forms[0].keys() else [])]
+    for form in forms:
+        yield form
+        if "add_pooling_layer" in inspect.signature(type(model)).parameters:
+            yield {key: value for key, value in form.items() if not key.startswith("pooler.")}
 
 
 _Builder = tuple[str, tuple[str, ...], list[Callable[[], nn.Module]]]
@@ -227,7 +248,7 @@ def arrays_of(networks: Iterable[Built], versions: Mapping[str, str]) -> dict[st
         by_name = {(names[name], shapes[shape]) for name, found in shapes_by_name(specs).items() for shape in found}
         numbered = heads[tuple(shapes[shape] for shape in head)], name_sets[frozenset(by_name)]
         entries.append((network.library, network.name, group, *numbered, *network.builder))
-    entries.sort(key=lambda entry: (entry[2], *_rank(entry[0], entry[1])))
+    entries.sort(key=lambda entry: (entry[2], *_rank(entry[0], entry[1], "".join(entry[5:6]))))
     about = json.dumps({"versions": dict(versions), "entries": entries}, separators=(",", ":"))
     return {
         "about": np.frombuffer(about.encode(), dtype=np.uint8),
@@ -235,7 +256,7 @@ def arrays_of(networks: Iterable[Built], versions: Mapping[str, str]) -> dict[st
         "ranks": np.array([len(shape) for shape in shapes], dtype=np.uint8),
         "dims": np.array([size for shape in shapes for size in shape], dtype=np.int32),
         "depths": np.array(depths, dtype=np.uint16),
-        **_ragged("shape_starts", map(sorted, groups), shape_numbers=np.uint16, shape_counts=np.uint16),
+        **_ragged("shape_starts", map(sorted, groups), shape_numbers=np.uint16, shape_counts=np.uint32),
         **_ragged("block_starts", ([(one,) for one in sorted(group)] for group in blocks), block_hashes=np.uint32),
         **_ragged("head_starts", ([(one,) for one in head] for head in heads), head_shapes=np.uint16),
         **_ragged("name_starts", map(sorted, name_sets), name_numbers=np.uint16, name_shapes=np.uint16),
@@ -250,9 +271,9 @@ class _Numbers(dict[Any, int]):
         return self[value]
 
 
-def _rank(library: str, name: str) -> tuple[bool, int, int, str]:
-    """Order names of one network: a short name is the original, and longer ones are what was done to it."""
-    return library == "mmpretrain", len(name), LIBRARIES.index(library), name
+def _rank(library: str, name: str, builder: str) -> tuple[bool, bool, int, int, str]:
+    """Order names of one network: published ones are before names of classes, and short ones are the originals."""
+    return library == "mmpretrain", builder == f"{name}()", len(name), LIBRARIES.index(library), name
 
 
 def _ragged(starts: str, lists: Iterable[Sequence[tuple[int, ...]]], **columns: Any) -> dict[str, Any]:
@@ -279,7 +300,8 @@ def main() -> None:
     if data.tell() > _MAX_BYTES:
         raise SystemExit(f"The index would have {data.tell():,} bytes, more than {_MAX_BYTES:,}. Nothing was written.")
     INDEX_FILE.write_bytes(data.getvalue())
-    counts = {library: sum(network.library == library for network in networks) for library in LIBRARIES}
+    names = {(network.library, network.name) for network in networks}
+    counts = {library: sum(library == each for each, _ in names) for library in LIBRARIES}
     print(f"{INDEX_FILE.name}: {counts}, {len(arrays['depths']):,} different ones, {data.tell():,} bytes")
 
 

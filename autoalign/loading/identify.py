@@ -122,15 +122,20 @@ class Identification:
         return short_html(title, lines, {"Architecture, shapes, names": rows})
 
     def _lines(self) -> Iterator[str]:
-        facts = [f"{self.tensors:,} tensors", *([f"{self.format} file"] if self.format else [])]
+        facts = [
+            f"{self.tensors:,} tensor{'s' if self.tensors != 1 else ''}",
+            *([f"{self.format} file"] if self.format else []),
+        ]
         facts += [f"wrapped by {' and '.join(map(escaped, self.wrappers))}"] if self.wrappers else []
         what = "EMA" if any("ema" in name_words(copy) for copy in self.copies) else "another copy"
         facts += [f"{what} inside ({listed([*map(escaped, self.copies)])})"] if self.copies else []
         yield f"{', '.join(facts)}."
-        size = f"width {self.width:,} and depth {self.depth:,}"
+        size = " and ".join(
+            f"{name} {value:,}" for name, value in (("width", self.width), ("depth", self.depth)) if value
+        )
         if not self.candidates:
             like = f" Its blocks are built like those of {self.blocks_like}." if self.blocks_like else ""
-            yield f"Unknown: it is near no known architecture ({size}).{like}"
+            yield f"Unknown: it is near no known architecture{f' ({size})' if size else ''}.{like}"
             return
         best = self.candidates[0]
         share = f"{best.common:,} of {best.total:,} shapes, {best.names:.0%} of the names"
@@ -158,7 +163,7 @@ def identify(checkpoint: Side, *, container: str | None = None, limit: int = 3) 
     >>> widths = [(64, 3, 7, 7), (64,), (10, 64)]
     >>> print(identify({f"layer{n}": torch.empty(shape) for n, shape in enumerate(widths)}))
     3 tensors.
-    Unknown: it is near no known architecture (width 64 and depth 0).
+    Unknown: it is near no known architecture (width 64).
 
     Args:
         checkpoint: A path, a mapping of tensors, a module, or an open ``Checkpoint``.
@@ -219,10 +224,14 @@ def _best_part(given: Checkpoint, known: Index, limit: int) -> _Part:
         return whole
     best, seen = whole, dict[frozenset[tuple[tuple[int, ...], int]], list[str]]()
     for module, inner in _modules(specs):
+        if best[3] and best[3][0].is_exact and len(inner) != len(best[1]):  # neither better nor a copy
+            continue
         part = fingerprint(inner)
         content = frozenset(part.shapes.items())
-        seen.setdefault(content, []).append(module.rstrip("."))
-        if len(seen[content]) > 1:
+        same = seen.setdefault(content, [])
+        if not any(module.startswith(f"{other}.") for other in same):  # and is no copy of itself
+            same.append(module.rstrip("."))
+        if same != [module.rstrip(".")]:
             continue
         found = likenesses(inner, part, known, limit)
         if found and found[0].score >= _MIN_SCORE_OF_PART and (not best[3] or found[0].score > best[3][0].score):
@@ -322,18 +331,23 @@ def _differences(
         missing[theirs] -= len(shapes)
     for what, left in (("more", +extra), ("fewer", +missing)):
         if left:
-            shown = [f"{count:,} of {own.get(shape, list(shape[::-1]))}" for shape, count in left.most_common()]
+            shown = [
+                f"{count:,} of {own.get(shape, list(shape[::-1] if len(shape) > 2 else shape))}"
+                for shape, count in left.most_common()
+            ]
             yield f"{left.total():,} tensor{'s' if left.total() > 1 else ''} {what}: {listed(shown)}"
 
 
 def _in_order(sizes: Shape, like: Shape) -> list[int]:
     """Put the sorted sizes of a shape into the order of a similar one.
 
-    >>> _in_order((192, 768), (576, 192)), _in_order((3, 16, 16, 768), (768, 1, 16, 16))
-    ([768, 192], [768, 3, 16, 16])
+    >>> _in_order((192, 768), (1, 576, 192)), _in_order((3, 16, 16, 768), (768, 1, 16, 16))
+    ([1, 768, 192], [768, 3, 16, 16])
     """
-    left = list((Counter(sizes) - Counter(like)).elements())
-    result = [size if size in sizes or not left else left.pop() for size in like]
+    left, result = list((Counter(sizes) - Counter(like)).elements()), list(like)
+    for place in sorted(range(len(like)), key=lambda place: like[place] == 1):
+        if left and like[place] not in sizes:
+            result[place] = left.pop()
     return [*left, *result]
 
 

@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from hashlib import blake2b
 from math import log
 from pathlib import Path
@@ -64,7 +64,8 @@ def numeric(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     return [spec for spec in specs if (spec.dtype.is_floating_point or spec.encoding) and spec.numel not in (0, 1)]
 
 
-def essential(shape: Iterable[int]) -> Shape:
+@lru_cache(maxsize=4096)  # shapes of a network, which are few
+def essential(shape: Shape) -> Shape:
     """Return a shape without its dimensions of size 1, sorted.
 
     >>> essential((64, 3, 7, 7)), essential((1, 197, 768))
@@ -289,8 +290,8 @@ def likenesses(specs: Sequence[TensorSpec], own: Fingerprint, known: Index, limi
     common, count = known.common_shapes(own), own.shapes.total()
     rough = common / np.maximum(count + known.totals - common, 1)
     nearest = np.argsort(-rough, kind="stable")[:_MAX_COMPARED].tolist()
-    counted = numeric(specs)
-    names = {prefix: frozenset(shapes_by_name(counted, prefix)) for prefix in _prefixes(specs)}
+    stems = {stem(spec.key) for spec in numeric(specs)}
+    names = {prefix: frozenset(one.removeprefix(stem(prefix)) for one in stems) for prefix in _prefixes(specs)}
     found = [_likeness(own, group, known, names) for group in nearest if common[group]]
     found.sort(key=lambda one: (not one.is_exact, -one.score - _WORTH_OF_NAMES * one.names))
     return found[:limit]
@@ -325,7 +326,7 @@ def _headed(heads: Sequence[Shape], extra: Counter[Shape]) -> tuple[list[Shape],
     best: list[Shape] = []
     classes: int | None = None
     for count in sorted({1, *(size // multiple for size in sizes for multiple in multiples if size % multiple == 0)}):
-        wanted = Counter(essential([size if size > 0 else -size * count for size in head]) for head in heads)
+        wanted = Counter(essential(tuple(size if size > 0 else -size * count for size in head)) for head in heads)
         found = list((wanted & extra).elements())
         worth = len(found), -sum(extra[shape] for shape in found)  # a head is rarely many tensors of one shape
         if found and (not best or worth > (len(best), -sum(extra[shape] for shape in best))):

@@ -79,9 +79,22 @@ def test_of_an_unknown_size_the_kind_of_blocks_is_said() -> None:
 
 
 def test_a_part_is_named_where_the_whole_is_unknown() -> None:
-    pair = nn.ModuleDict({"student": on_meta("resnet18"), "teacher": on_meta("resnet18")})
+    pair = nn.ModuleDict({name: nn.ModuleDict({"net": on_meta("resnet18")}) for name in ("student", "teacher")})
     found = autoalign.identify(pair)
     assert (found.part, found.copies, found.verdict) == ("student", ("teacher",), "known")
+
+
+def test_experts_are_known_apart_and_fused() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = transformers.MixtralModel(transformers.MixtralConfig())
+    saved = revert_weight_conversion(model, dict(model.state_dict()))
+    assert len(saved) > len(model.state_dict())
+    for given in (model, saved):
+        found = autoalign.identify(given)
+        assert (found.verdict, found.best and found.best.architectures[0]) == ("known", "transformers:Mixtral-8x7B")
 
 
 def test_what_has_no_head_is_built_without_one() -> None:
