@@ -409,8 +409,8 @@ def _with_joined_heads(parts: Sequence[Part], others: Collection[Shape], apart: 
         for path, of in holding.items():
             weight, bias = parts[of["weight"]], parts[of["bias"]].shape if "bias" in of else None
             names = {word for name in path[-1:] for word in words(name)}
-            is_shown = _is_kernel(weight) and (bool(names & _ATTENTION_ROLES) or (bias is not None and len(bias) > 1))
-            if joins == (is_shown or bool(names & ROLES)):
+            is_shown = _is_kernel(weight) and bool(names & _ATTENTION_ROLES or len(bias or ()) > 1)
+            if joins == (is_shown or bool(names & ROLES) or bias == weight.shape[1:]):
                 continue
             is_named = not joins or "o" in names or {"attn", "out"} <= names.union(*map(words, path[-2:-1]))
             ways = [

@@ -16,7 +16,8 @@ from math import prod
 
 from autoalign.matching.confidence import AMBIGUOUS
 from autoalign.matching.features import is_alphabetical
-from autoalign.matching.layers import squeeze
+from autoalign.matching.conventions import layout_of
+from autoalign.matching.layers import parts_of, squeeze, units_of
 from autoalign.matching.names import kind, words
 from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import FUSED, KERNELS, ROLES
@@ -86,6 +87,7 @@ def unstacked(specs: Specs, others: Specs, pinned: Collection[str] = ()) -> tupl
     (True, Unstack(dim=1, index=2))
     """
     slices: dict[str, Slice] = {}
+    is_turned = False
     while found := list(_stacks(specs, others, pinned)):  # once more for the experts in layers
         taken = {place: stack for stack in found for place in stack.members}
         ordered = not is_alphabetical([spec.key for spec in specs])
@@ -96,7 +98,20 @@ def unstacked(specs: Specs, others: Specs, pinned: Collection[str] = ()) -> tupl
             elif place == taken[place].members[0]:
                 kept += _sliced(specs, taken[place], slices)
         specs = kept if ordered else sorted(kept, key=lambda spec: natural(spec.key))
-    return specs, slices
+        is_turned |= any(stack.turned for stack in found)
+    return _with_layers_turned(specs, slices) if is_turned else specs, slices
+
+
+def _with_layers_turned(specs: Specs, slices: dict[str, Slice]) -> Specs:
+    """Turn the other matrices of layers as those of a stack were, if their biases show that they are (in, out) too."""
+    parts = parts_of([spec for spec in specs if spec.key not in slices])
+    units = units_of(parts) if layout_of(parts) < 0 else ()
+    layers = (dict(unit.parts) for unit in units)
+    weights = {parts[of["weight"]].tensor for of in layers if of.keys() == {"weight", "bias"}}
+    keys = [spec.key for spec in specs if spec.key not in slices]
+    turned = {keys[place] for place in weights if len(parts[place].shape) == 2}
+    slices |= {key: Slice(key, Transpose()) for key in turned}
+    return [replace(spec, shape=spec.shape[::-1]) if spec.key in turned else spec for spec in specs]
 
 
 def _sliced(specs: Specs, stack: _Stack, slices: dict[str, Slice]) -> Iterator[TensorSpec]:
@@ -111,10 +126,11 @@ def _sliced(specs: Specs, stack: _Stack, slices: dict[str, Slice]) -> Iterator[T
             path, rows = components(spec.key), spec.shape[stack.dim] // stack.like.count // max(len(stack.roles), 1)
             is_split = spec.shape[stack.dim] > stack.like.count  # along its rows, into heads
             shape = (rows, *spec.shape[1:]) if is_split else _without(spec.shape, stack.dim)
-            is_turned = stack.turned and len(shape) == 2 and weight != "kernel"  # those of kernels are turned anyway
-            is_bare = len(squeeze(shape)) > 1 and kind(path[-1])[0] == "other"
+            values, _ = kind(path[-1])
+            is_turned = stack.turned and len(shape) == 2 and values != "bias" and weight != "kernel"  # turned anyway
+            is_bare = len(squeeze(shape)) > 1 and values == "other"
             inner = (*path[stack.depth :], weight) if is_bare and not stack.like.bare else path[stack.depth :]
-            inner = (role, kind(path[-1])[0]) if role else inner
+            inner = (role, values) if role else inner
             name = ".".join((*stack.around, str(index), *inner))
             start = (number * stack.like.count + index) * rows
             ways = (

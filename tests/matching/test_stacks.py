@@ -51,6 +51,17 @@ def test_layers_may_be_stacked_along_any_dimension(dim: int, tmp_path: Path) -> 
     assert all(isinstance(match.operation, Unstack) for match in of_list)
 
 
+def test_layers_beside_stacks_are_turned_as_these_are(tmp_path: Path) -> None:
+    listed = _encoder() | linear("project", _WIDTH, _WIDTH) | linear("again", _WIDTH, _WIDTH)
+    for layer in range(_LAYERS):
+        listed |= linear(f"layers.{layer}.attn.gate", _WIDTH, _WIDTH)
+    turned = {key: tensor.T.contiguous() if tensor.ndim == 2 else tensor for key, tensor in listed.items()}
+    stacked = _stacked(turned, r"layers\.\d+", "layers")
+    for name, shape in (("weight", (_WIDTH, 2, _WIDTH // 2)), ("bias", (2, _WIDTH // 2))):
+        stacked[f"layers.attn.gate.{name}"] = stacked[f"layers.attn.gate.{name}"].reshape(_LAYERS, *shape)
+    aligned_both_ways(listed, stacked, tmp_path / "a.json")
+
+
 def test_the_stacks_of_two_towers_stay_apart(tmp_path: Path) -> None:
     listed = _encoder("vision.", 4) | _encoder("text.", 4)
     aligned_both_ways(listed, _stacked(listed, r"layers\.\d+", "layers"), tmp_path / "a.json")
