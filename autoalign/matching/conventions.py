@@ -314,20 +314,21 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
     parts = _with_separate_biases(parts)
     apart = _shapes_with_heads_apart(parts, others)
     layout = layout_of(parts)
-    parts = _with_joined_heads(parts, others, apart)
+    parts, are_first = _with_joined_heads(parts, others, apart)  # the inputs of what has no bias
     layers = [kinds for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
     shapes = [{values: parts[index].shape for values, index in kinds.items()} for kinds in layers]
     named = [_is_kernel(parts[kinds["weight"]]) for kinds in layers]
     is_named = any(named)
     are_last = is_named or sum(map(_spatial_first, shapes)) > 0  # the outputs of convolutions
-    if not are_last and layout >= 0:
+    if not (are_last or are_first or layout < 0):
         return parts
     result = [_viewed(part, Permute((0, 2, 1))) if is_named and _is_stack(part) else part for part in parts]
     for kinds, of, is_kernel in zip(layers, shapes, named, strict=True):
         if (weight := parts[kinds["weight"]]).shape in apart or not isinstance(weight.view, Copy):
             continue
         is_last = len(squeeze(weight.shape)) == 2 or of.get("bias") == weight.shape[2:]
-        is_turned = is_kernel or (layout < 0 and not is_named and "bias" in of and is_last)
+        is_first = (layout < 0 and "bias" in of and is_last) or (are_first and not layout and "bias" not in of)
+        is_turned = is_kernel or (is_first and not is_named and (layout < 0 or weight.shape[::-1] in others))
         if is_turned and len(weight.shape) == 2:
             result[kinds["weight"]] = _viewed(weight, Transpose())
         elif len(weight.shape) > (2 if is_turned else 3) and (are_last or is_turned):
@@ -339,8 +340,7 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
 def layout_of(parts: Sequence[Part]) -> int:
     """Return 1 if the biases show that matrices are stored as (out, in), -1 if as (in, out), else 0."""
     votes = 0
-    for unit in units_of(parts):
-        kinds = dict(unit.parts)
+    for kinds in (dict(unit.parts) for unit in units_of(parts)):
         if "bias" in kinds and "weight" in kinds:
             weight, bias = squeeze(parts[kinds["weight"]].shape), squeeze(parts[kinds["bias"]].shape)
             votes += (bias == weight[:1]) - (bias == weight[1:]) if len(weight) == 2 else 0
@@ -387,8 +387,8 @@ def _shapes_with_heads_apart(parts: Sequence[Part], others: Mapping[Shape, int])
     return {shape for shape, count in named.items() if others.get(shape, 0) >= count}
 
 
-def _with_joined_heads(parts: Sequence[Part], others: Collection[Shape], apart: Collection[Shape]) -> Parts:
-    """View projections that keep the heads of attention apart as matrices, in torch's layout.
+def _with_joined_heads(parts: Sequence[Part], others: Collection[Shape], apart: set[Shape]) -> tuple[Parts, bool]:
+    """View projections that keep heads of attention apart as matrices; True if they show that inputs come first.
 
     Those to queries, keys and values have names that say so, or, of kernels, biases that keep heads apart too; the one
     that joins heads has such a name, or heads of the same number and size.
@@ -404,7 +404,7 @@ def _with_joined_heads(parts: Sequence[Part], others: Collection[Shape], apart: 
     }
     widths = Counter(part.shape[0] for part in (parts if holding else ()) if len(part.shape) == 1).most_common(1)
     width = widths[0][0] if widths else 0
-    result, heads = list(parts), set[Shape]()
+    result, heads, votes = list(parts), set[Shape](), 0
     for joins in (False, True):
         for path, of in holding.items():
             weight, bias = parts[of["weight"]], parts[of["bias"]].shape if "bias" in of else None
@@ -419,13 +419,15 @@ def _with_joined_heads(parts: Sequence[Part], others: Collection[Shape], apart: 
                 if (is_named or (way.heads in heads and weight.shape not in others))
                 and (bias is None or bias in (way.matrix[:1], *[way.heads] * (not joins)))
             ]
-            best = max(ways, key=lambda way: (way.matrix in others, way.width == width, way.is_usual), default=None)
+            usual = 2 * joins  # the place of the width in Flax and Keras
+            best = max(ways, key=lambda w: (w.matrix in others, w.width == width, w.place == usual), default=None)
             if best and (_is_kernel(weight) or best.matrix in others or best.width == width):
                 heads.update([best.heads] * (not joins))
+                votes += 0 if joins else 1 if best.place < 2 else -1
                 result[of["weight"]] = _viewed(weight, best.view)
                 if bias and len(bias) > 1:
                     result[of["bias"]] = _viewed(parts[of["bias"]], Reshape((prod(bias),)))
-    return Parts(result)
+    return Parts(result), votes > 0
 
 
 def _may_hold_heads(weight: Part, others: Collection[Shape]) -> bool:
@@ -440,7 +442,7 @@ class _Joined(NamedTuple):
     heads: Shape  # their number and size
     matrix: Shape  # (out, in)
     view: Operation
-    is_usual: bool  # whether it is the layout of Flax and Keras
+    place: int  # of the width
 
 
 def _joined(shape: Shape, *, joins: bool) -> Iterator[_Joined]:
@@ -451,7 +453,7 @@ def _joined(shape: Shape, *, joins: bool) -> Iterator[_Joined]:
             view = chain(Permute((1, 0, 2) if joins else (0, 2, 1)), Reshape(matrix))
         else:
             view = Reshape(matrix) if joins == (place == 0) else chain(Reshape(matrix[::-1]), Transpose())
-        yield _Joined(width, heads, matrix, view, place == 2 * joins)
+        yield _Joined(width, heads, matrix, view, place)
 
 
 def _convolution(weight: Shape, bias: Shape | None) -> Operation:
@@ -475,6 +477,4 @@ def _spatial_first(shapes: Mapping[str, Shape]) -> int:
     if bias is not None and bias in (weight[:1], weight[-1:]) and weight[0] != weight[-1]:
         return 1 if bias == weight[-1:] else -1
     first, last = weight[0] == weight[1], weight[-1] == weight[-2]
-    if first == last:
-        return (weight[0] < weight[-1]) - (weight[0] > weight[-1]) if first else 0
-    return 1 if first else -1
+    return first - last or first * ((weight[0] < weight[-1]) - (weight[0] > weight[-1]))

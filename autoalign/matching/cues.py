@@ -41,7 +41,7 @@ _NAMES_SCALE, _MODULES_SCALE = 0.1, 0.2  # of a difference of similarities that 
 _STEPS_SCALE = 0.5  # of steps in the tree of modules, the same
 _ROLE_GAIN = 0.5  # what it tells that only one way matches a query, a key or a value to one
 _MODULE_NAME_WEIGHT = 0.5  # of the own names of modules beside those of their layers, to tell exchanges apart
-_EARLY, _LATE = (2,), (8,)  # ordinals up to and from which a layer comes before or after those without any
+_EARLY, _LATE = (4,), (16,)  # ordinals up to and from which a layer comes before or after those without any
 # They speak alike in the exchanges of a move.
 _CUES_OF_ONE_KIND = ("numbers", "ordinals", "list order", "run", "shapes", "whole")
 _LETTERS = frozenset("abcdefg")  # that count members; q, k and v are roles

@@ -85,15 +85,15 @@ def role_words(path: tuple[str, ...]) -> frozenset[str]:
 def ordinal(component: str) -> tuple[int, ...]:
     """Return the place of a layer among those like it, as the words of a component tell it, or nothing.
 
-    >>> [ordinal(name) for name in ("layernorm_before", "self_attn_norm", "cross_attn_norm", "pre_mlp_norm", "norm")]
-    [(1,), (4,), (6,), (7,), ()]
+    >>> [ordinal(name) for name in ("norm_before", "self_attn", "attn", "cross_attn", "pre_mlp_norm", "norm")]
+    [(2,), (7,), (8,), (12,), (14,), ()]
     """
     found = words(component)
     beside = ("post" in found) - ("pre" in found)
     stages = [ORDINALS[word] for word in found if word in ORDINALS]
     if not stages:
-        return (1 if beside < 0 else 2 * max(ORDINALS.values()),) if beside else ()
-    return (2 * max(stages) + beside,)
+        return (2 if beside < 0 else 4 * max(ORDINALS.values()),) if beside else ()
+    return (4 * max(stages) + 2 * beside - ("self" in found),)
 
 
 @lru_cache(maxsize=65536)

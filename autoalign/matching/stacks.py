@@ -15,8 +15,8 @@ from itertools import combinations, product
 from math import prod
 
 from autoalign.matching.confidence import AMBIGUOUS
-from autoalign.matching.features import is_alphabetical
 from autoalign.matching.conventions import layout_of
+from autoalign.matching.features import is_alphabetical
 from autoalign.matching.layers import parts_of, squeeze, units_of
 from autoalign.matching.names import kind, words
 from autoalign.matching.paths import Path

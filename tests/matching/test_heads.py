@@ -61,6 +61,16 @@ def test_heads_may_be_kept_apart_in_two_ways(tmp_path: Path) -> None:
     assert {str(match.operation) for match in alignment.matches} == {"copy"}
 
 
+def test_heads_show_that_other_matrices_hold_their_inputs_first() -> None:
+    joined = {key: tensor for key, tensor in _joined().items() if not key.endswith("bias") or "norm" in key}
+    apart = {}
+    for key, tensor in _apart(joined, "hwd").items():
+        is_mlp = ".fc" in key
+        apart[key.replace(".fc1.weight", ".W_in").replace(".fc2.weight", ".W_out")] = tensor.T if is_mlp else tensor
+    loaded = autoalign.align(dict(sorted(apart.items())), joined).state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in joined.items() if ".fc" in key)
+
+
 def test_heads_that_both_sides_keep_apart_are_copied() -> None:
     """The kernels of one side are no matrices to be turned, since the other side has parameters of their shape."""
     target = {f"h.{n}.attn.{role}": torch.rand(8, 2, 4) for n in range(3) for role in _ROLES}

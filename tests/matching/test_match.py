@@ -573,7 +573,8 @@ def test_a_frozen_collector_stays_frozen() -> None:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_transposed_fused_tensor_is_doubted_by_the_rows_that_it_gets(alone: bool) -> None:
+@pytest.mark.parametrize("name", ["attn.query_key_value", "self_attention.linear_0"])
+def test_a_transposed_fused_tensor_is_doubted_by_the_rows_that_it_gets(name: str, alone: bool) -> None:
     names = {"h.": "layers.", "attn.c_attn": "attn.query_key_value", "attn.c_proj": "attn.dense"}
     source = {key: shape[::-1] if alone and "c_attn" not in key else shape for key, shape in blocks(CONV1D).items()}
     target: Shapes = {}
@@ -581,6 +582,7 @@ def test_a_transposed_fused_tensor_is_doubted_by_the_rows_that_it_gets(alone: bo
         for own, other in names.items():
             key = key.replace(own, other)
         target[key] = shape[::-1]
+    source = {key.replace("attn.c_attn", name if "linear" in name else "attn.c_attn"): of for key, of in source.items()}
     alignment = autoalign.align(state(source), state(target))
     match = next(match for match in alignment.ambiguous if match.target.endswith("query_key_value.weight"))
     ways = [str(candidate.operation) for candidate in match.alternatives]
