@@ -5,11 +5,14 @@ table tells, for each change: architectures in which all is right, the shares of
 truth has them), wrong (loaded otherwise), wrong at 0.9 and more, ambiguous, and how many checkpoints were refused.
 
     python -m benchmarks.accuracy.architectures --sample 100 --seed 3 --processes 2 --rows
+
+``architectures.csv`` beside this file, from ``--csv``, has the outcome of each.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import multiprocessing
 import sys
@@ -87,6 +90,20 @@ def table(found: Iterable[Outcome]) -> Iterator[str]:
         yield f"{change:20} {len(own):13} {perfect:10} {right:>8} {wrong:>8} {sure:>8} {ambiguous:>10} {refused:8}"
 
 
+def rows(found: Iterable[Outcome]) -> Iterator[list[str]]:
+    """Yield the rows of a table: of each architecture right/wrong/all tensors for each change.
+
+    >>> list(rows([Outcome("tiny", "sorted", 4, 3, 1, 0, 0)]))
+    [['architecture', 'sorted'], ['tiny', '3/1/4']]
+    """
+    listed, told = list(found), dict[str, dict[str, str]]()
+    for one in listed:
+        told.setdefault(one.architecture, {})[one.change] = f"{one.right}/{one.wrong}/{one.known}"
+    yield ["architecture", *dict.fromkeys(one.change for one in listed)]
+    for name, changes in told.items():
+        yield [name, *changes.values()]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Try all changes of all architectures, or of a sample; print the table."""
     options = _parser().parse_args(arguments)
@@ -105,6 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(table(found)))
     versions = {library: version(library) for library in ("torch", "torchvision", "timm")}
     print(f"{len(names)} architectures, seed {options.seed}, {versions}")
+    if options.csv:
+        with options.csv.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows(found))
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(one) for one in found]), encoding="utf-8")
     return 0
@@ -123,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, metavar="N")
     parser.add_argument("--rows", action="store_true", help="print every outcome in which something is not right")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table with a row for each architecture")
     parser.add_argument("--json", metavar="FILE", help="write all outcomes")
     return parser
 
