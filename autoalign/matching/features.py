@@ -62,20 +62,20 @@ class SideFeatures:
     def companions(self) -> dict[int, list[int]]:
         """For each unit, those beside it of its number or its name but for the type of layer, or a module's only other.
 
-        As ``norms.2`` and ``convs.2``, or ``pw_conv`` and ``pw_bn``. In order, a norm has the convolution before it.
+        As ``norms.2`` and ``convs.2``, or ``pw_conv`` and ``pw_bn``. In order, other norms have the convolution before.
         """
         groups: dict[tuple[Path, tuple[object, ...]], list[int]] = {}
         for unit, path in enumerate(self.paths):
             for key in ((path[:-1], ()), *shared_with_companions(path)):
                 groups.setdefault(key, []).append(unit)
         beside: dict[int, set[int]] = {}
+        for group in (of for (_, shared), of in groups.items() if 1 < len(of) <= (_MAX_COMPANIONS if shared else 2)):
+            for unit in group:
+                beside.setdefault(unit, set()).update(group)
         for unit, before in enumerate(self.previous.tolist()) if self.ordered else ():
-            if before >= 0 and is_its_norm(self.paths[unit], self.paths[before]):
-                groups[self.paths[before], ()] = [before, unit]
-        for (_, shared), group in groups.items():
-            if 1 < len(group) <= (_MAX_COMPANIONS if shared else 2):
-                for unit in group:
-                    beside.setdefault(unit, set()).update(group)
+            if before >= 0 and unit not in beside and is_its_norm(self.paths[unit], self.paths[before]):
+                for each in (before, unit):
+                    beside.setdefault(each, set()).update((before, unit))
         return {unit: sorted(group - {unit}) for unit, group in beside.items()}
 
     def precedes(self, first: int, second: int, *, by_number: bool) -> bool | None:

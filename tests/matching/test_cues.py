@@ -442,6 +442,21 @@ def test_a_norm_goes_beside_the_convolution_of_its_name() -> None:
     assert all((".kel." in taken) == (".pw_" in key) for taken, key in mapping.items())
 
 
+def test_a_norm_of_a_name_is_not_that_of_the_convolution_before_it() -> None:
+    source: dict[str, Tensor] = {}
+    target: dict[str, Tensor] = {}
+    for place in range(4):
+        for step, columns in enumerate((40, 24)):
+            source |= kernel(f"up.{place}.convs.conv_{step}.conv", 24, columns)
+            source |= norm(f"up.{place}.convs.conv_{step}.adn.N", 24)
+            target |= kernel(f"decoder.{place}.conv_{'ab'[step]}", 24, columns)
+        for letter in "ab":
+            target |= norm(f"decoder.{place}.norm_{letter}", 24)
+    mapping = autoalign.align(source, target).mapping
+    assert len(mapping) == len(target)
+    assert all(("conv_0." in taken) == ("_a." in key) for taken, key in mapping.items())
+
+
 def kernel(name: str, rows: int, columns: int, size: int = 3) -> dict[str, Tensor]:
     return {f"{name}.weight": torch.empty(rows, columns, size, size, device="meta")}
 
