@@ -20,6 +20,7 @@ from autoalign.matching.vocabulary import (
     GGUF_HALVES,
     GGUF_PAIRS,
     HUGGING_FACE_STYLE,
+    KERNELS,
     META_CONFIG,
     META_STYLE,
     PAIRED_TYPES,
@@ -192,7 +193,7 @@ def _projections(specs: Sequence[TensorSpec], paths: Sequence[Path]) -> dict[int
         name = template((*around[-1:], path[depth]))
         found[place] = around, role, name
         if len(spec.shape) > 1:
-            inputs.setdefault(around, {})[role] = spec.shape[-1]
+            inputs.setdefault(around, {})[role] = spec.shape[0 if path[-1].endswith(KERNELS) else -1]
     attentions = {
         module for module, of in inputs.items() if "qkv" in of or (len(of) == 2 and len(set(of.values())) == 1)
     }

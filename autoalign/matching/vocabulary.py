@@ -188,7 +188,7 @@ GATES: dict[str, tuple[str, ...]] = {
 GATE_FIRST: frozenset[tuple[str, ...]] = frozenset({("linear", "in"), ("weight", "in"), ("gating", "linear")})
 
 # Names that fused tensors have in code that lays the roles out head by head.
-INTERLEAVED: frozenset[str] = frozenset({"query_key_value", "linear_qkv"})
+INTERLEAVED: frozenset[str] = frozenset({"query_key_value", "linear_qkv", "c_qkv"})
 
 # Names in code that merges patches by torch's Unfold, which has the channels before the places of a patch.
 UNFOLDING: frozenset[str] = frozenset({"w_msa"})

@@ -128,7 +128,8 @@ def test_code_that_unfolds_images_merges_patches_in_another_order(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("own", "other"), [("query_key_value", "linear_qkv"), ("query_key_value", "qkv_proj"), ("linear_qkv", "qkv")]
+    ("own", "other"),
+    [("query_key_value", "linear_qkv"), ("query_key_value", "qkv_proj"), ("linear_qkv", "qkv"), ("c_qkv", "qkv")],
 )
 @pytest.mark.parametrize("grouped", [True, False])
 def test_fused_projections_may_hold_blocks_or_groups(own: str, other: str, grouped: bool) -> None:

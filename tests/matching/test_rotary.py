@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ def _ways(alignment: Alignment, target: str) -> list[Tensor]:
 
 def _holds(ways: list[Tensor], wanted: Tensor) -> bool:
     return any(torch.equal(way, wanted) for way in ways)
+
+
+def test_both_layouts_are_proposed_for_kernels() -> None:
+    target = _llama().state_dict()
+    names = {"self_attn": "attention", "_proj": "", "model.layers": "h", "weight": "kernel", ".": "/"}
+    source = {}
+    for key, tensor in target.items():
+        if heads := {QUERY[-13:]: HEADS, KEY[-13:]: KV_HEADS}.get(key[-13:]):
+            tensor = _paired(tensor, heads)
+        name = key if "embed" in key else reduce(lambda text, pair: text.replace(*pair), names.items(), key)
+        source[name] = tensor.T.contiguous() if tensor.ndim == 2 and name != key else tensor
+    alignment = align(source, target)
+    assert all(_holds(_ways(alignment, key), target[key]) for key in (QUERY, KEY))
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["state dict", "module"])
