@@ -44,6 +44,7 @@ from autoalign.plan.options import Adapt, PatternLike, RuleLike
 from autoalign.plan.parametrised import Parametrised, parametrised, undotted
 from autoalign.plan.quantised import ADVICE, Members, Values, as_values, can_fill, describe_schemes, hidden_keys
 
+_IN_PART = "the model computes this weight of several tensors, and the checkpoint has nothing for the others"
 _LISTED = "The checkpoint lists parameters without names: they were paired with those of the model in its order."
 
 OrderOfUse = Callable[[nn.Module], Sequence[str]]
@@ -145,6 +146,8 @@ def match_tensors(
     _check_rules(rules, *sides, matches)
     if mismatched:
         matches = with_stranded_biases(matches, mismatched)
+    if len(matches) < len(sides[1]):
+        matches = _with_whole_weights(matches, parametrised(sides[1]))
     if own.quantised or other.quantised or combined:
         matches = _without_misused_codes(matches, values.members, other.quantised)
         codes = values.members, other.quantised
@@ -190,6 +193,23 @@ def _combined(source: Specs, target: Specs, beside: Specs, pinned: Collection[st
     known = {each.scheme for each in parametrised(target)} if found else ()
     found += undotted(source, beside, target)
     return [each for each in found if each.scheme not in known and not {spec.key for spec in each.specs} & set(pinned)]
+
+
+def _with_whole_weights(matches: Sequence[Match], computed: Iterable[Parametrised]) -> list[Match]:
+    """Doubt a whole weight, or anything of another name, in a part of one that is computed, if the rest is empty."""
+    filled = {match.target for match in matches}
+    parts = {spec.key for of in computed if not filled.issuperset(s.key for s in of.specs) for spec in of.specs}
+
+    def is_doubted(match: Match) -> bool:
+        names = {split_key(key)[1] for key in match.sources}
+        return match.target in parts and split_key(match.target)[1] not in names and "rule" not in match.evidence
+
+    return [
+        replace(match, confidence=min(match.confidence, AMBIGUOUS), warnings=(*match.warnings, _IN_PART))
+        if is_doubted(match)
+        else match
+        for match in matches
+    ]
 
 
 def _notes_of_combined(combined: Sequence[Parametrised], matches: Sequence[Match]) -> list[str]:

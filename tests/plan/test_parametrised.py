@@ -100,6 +100,17 @@ def test_a_model_with_the_same_parametrisation_gets_its_tensors(name: str) -> No
     assert not alignment.notes
 
 
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@every_wrap
+def test_a_plain_weight_does_not_fill_a_part_of_one_that_is_computed(name: str) -> None:
+    wrap, _ = WRAPS[name]
+    network = Network(wrap)
+    alignment = autoalign.align(trained(plain).state_dict(), network)
+    parts = {spec.key for weight in parametrised(specs_of(network.state_dict())) for spec in weight.specs}
+    assert parts and parts.isdisjoint(match.target for match in alignment.matches)
+    assert {match.target for match in alignment.matches} >= {"head.bias", "norm.running_var"}
+
+
 def test_a_rule_that_names_a_part_takes_that_alone() -> None:
     source = {"a.weight_g": torch.ones(3, 1), "a.weight_v": torch.rand(3, 2)}
     target = {"fc.weight": torch.empty(3, 2)}
