@@ -27,7 +27,7 @@ from autoalign.matching.names import kind, words
 from autoalign.matching.paths import Path
 from autoalign.matching.scope import with_averages
 from autoalign.plan.keys import common_module, components
-from autoalign.plan.matches import Candidate, Match, Mismatch
+from autoalign.plan.matches import Candidate, Match
 from autoalign.plan.operations import Copy, InsertZeros, Operation, Shape, chain, in_parallel, output_shapes
 from autoalign.plan.regions import joined, place_of
 from autoalign.plan.specs import TensorSpec, tied_groups
@@ -317,21 +317,28 @@ def with_ties(source: Sequence[TensorSpec], target: Sequence[TensorSpec], matche
     return list(by_key.values())
 
 
-def with_stranded_biases(matches: Iterable[Match], mismatched: Iterable[Mismatch]) -> list[Match]:
+def with_stranded_biases(matches: Sequence[Match], *sides: Iterable[TensorSpec]) -> list[Match]:
     """Doubt the biases of layers whose weights have another shape, unless a rule fills them.
 
-    >>> bias = Match("fc.bias", ("head.bias",), confidence=1.0)
-    >>> with_stranded_biases([bias], [Mismatch("fc.weight", "head.weight", (4, 2), (4, 3))])[0].warnings
+    >>> import torch
+    >>> sides = ([TensorSpec(*weight, torch.float32)] for weight in (("head.weight", (4, 3)), ("fc.weight", (4, 2))))
+    >>> with_stranded_biases([Match("fc.bias", ("head.bias",), confidence=1.0)], *sides)[0].warnings
     ('the weight of this layer has another shape, so its bias is not taken alone',)
     """
-    biases = {
-        tuple(f"{key.removesuffix('weight')}bias" for key in (item.key, item.source_key))
-        for item in mismatched
-        if item.key.endswith("weight") and item.source_key.endswith("weight")
-    }
+    filled = {match.target for match in matches}
+    shapes, others = ({spec.key: spec.shape for spec in side if spec.key.endswith("weight")} for side in sides)
+
+    def is_stranded(match: Match) -> bool:
+        own, other = (
+            shapes_of.get(f"{key.removesuffix('bias')}weight") if key.endswith("bias") else None
+            for shapes_of, key in ((shapes, match.sources[0]), (others, match.target))
+        )
+        is_empty = f"{match.target.removesuffix('bias')}weight" not in filled
+        return None not in (own, other) and own != other and is_empty and "rule" not in match.evidence
+
     return [
         replace(match, confidence=min(match.confidence, AMBIGUOUS), warnings=(*match.warnings, _STRANDED))
-        if (match.target, *match.sources) in biases and "rule" not in match.evidence
+        if is_stranded(match)
         else match
         for match in matches
     ]

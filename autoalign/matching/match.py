@@ -144,9 +144,8 @@ def match_tensors(
         mismatched = [mismatch for mismatch in mismatched if mismatch.key not in taken]
         notes = (*notes, *unable)
     _check_rules(rules, *sides, matches)
-    if mismatched:
-        matches = with_stranded_biases(matches, mismatched)
     if len(matches) < len(sides[1]):
+        matches = with_stranded_biases(matches, *sides)
         matches = _with_whole_weights(matches, parametrised(sides[1]))
     if own.quantised or other.quantised or combined:
         matches = _without_misused_codes(matches, values.members, other.quantised)

@@ -87,3 +87,18 @@ def test_what_is_not_doubted_stays_as_it_is_between_blocks() -> None:
     filling, taken = _by_blocks(pieces, [Split(0, 0, 4), Split(0, 4, 4)], {1: doubt}, 0)
     assert [piece.key for piece in filling] == ["a", "b", "b"]
     assert taken == [Split(0, 0, 4), chain(Split(0, 4, 4), halves[0]), chain(Split(0, 4, 4), halves[1])]
+
+
+def test_a_bias_is_stranded_where_another_layer_has_the_shape_of_its_weight() -> None:
+    shapes = {
+        "stem.conv.bias": (8,),
+        "norm.weight": (8,),
+        "norm.bias": (8,),
+        "dw.weight": (8, 1, 3, 3),
+        "fc.weight": (4, 8),
+    }
+    source = {"stem.conv.weight": (8, 1, 3, 3), **shapes}
+    target = {"stem.conv.weight": (8, 3, 3, 3), **shapes}
+    sides = ({key: torch.empty(shape) for key, shape in side.items()} for side in (source, target))
+    alignment = align(*sides)
+    assert alignment.mapping == {key: key for key in shapes if key != "stem.conv.bias"}
