@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from autoalign import cli
 from autoalign.checkpoints.checkpoint import open_checkpoint
 from autoalign.errors import ChoiceWarning, NothingLoadedError
 from autoalign.matching.adapters import AdapterScope
-from autoalign.plan.adapters import LowRank, adapters_of
-from autoalign.plan.matches import Match
+from autoalign.plan.adapters import AddTo, LowRank, adapters_of
+from autoalign.plan.matches import Candidate, Match
 from autoalign.plan.operations import Copy
 from autoalign.plan.parametrised import Parametrised
 from autoalign.plan.specs import TensorSpec
@@ -383,3 +384,17 @@ def test_tensors_of_adapters_fill_no_others() -> None:
     assert alone.checked([Match("fc.weight", keys[:1], Copy())]) == []
     merged = AdapterScope(adapters_of(lora), adapters_of(()), (combined,), True, frozenset())
     assert merged.checked([Match("fc.weight", (*keys, "fc.weight"), Copy())]) == []
+
+
+def test_another_change_that_could_be_added_as_well_is_an_alternative() -> None:
+    source = [
+        TensorSpec(f"{layer}.lora_{part}.weight", (8, 8), torch.float32)
+        for layer in ("first", "second")
+        for part in "AB"
+    ]
+    target = [TensorSpec(f"{layer}.weight", (8, 8), torch.float32) for layer in ("first", "second")]
+    scope = AdapterScope.of(source, target, {}, merge=True)
+    own, other = (Candidate(tuple(spec.key for spec in each.specs), each.operation, 0.5) for each in scope.added)
+    rivals = other, Candidate(("elsewhere",), Copy(), 0.1)
+    (match,) = scope.checked([Match("first.weight", own.sources, own.operation, alternatives=rivals)])
+    assert match.alternatives == (replace(other, operation=AddTo(other.operation)),)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from autoalign import align
-from autoalign.matching.stacks import Slice, restacked
+from autoalign.matching.stacks import Slice, restacked, unstacked
 from autoalign.plan.matches import Match
-from autoalign.plan.operations import Copy, Stack, Unstack
-from autoalign.plan.specs import TensorSpec
+from autoalign.plan.operations import Copy, Stack, Transpose, Unstack
+from autoalign.plan.specs import TensorSpec, specs_of
 from tests.matching.round_trips import Tensors, aligned_both_ways, is_equal, linear, meta
 
 _WIDTH, _HIDDEN, _HEADS, _LAYERS = 12, 20, 3, 5
@@ -60,6 +60,16 @@ def test_layers_beside_stacks_are_turned_as_these_are(tmp_path: Path) -> None:
     for name, shape in (("weight", (_WIDTH, 2, _WIDTH // 2)), ("bias", (2, _WIDTH // 2))):
         stacked[f"layers.attn.gate.{name}"] = stacked[f"layers.attn.gate.{name}"].reshape(_LAYERS, *shape)
     aligned_both_ways(listed, stacked, tmp_path / "a.json")
+
+
+def test_layers_beside_stacks_that_have_inputs_first_have_them_first_too() -> None:
+    head = {"head.weight": torch.rand(4, _WIDTH), "head.bias": torch.rand(4)}
+    listed = {key: tensor for n in range(_LAYERS) for key, tensor in linear(f"layers.{n}.fc", _HIDDEN, _WIDTH).items()}
+    stacked = {"layers.fc.weight": torch.rand(_LAYERS, _WIDTH, _HIDDEN), "layers.fc.bias": torch.rand(_LAYERS, _HIDDEN)}
+    turned = head | {"head.weight": head["head.weight"].T}
+    specs, slices = unstacked(specs_of(stacked | turned), specs_of(listed | head))
+    assert {spec.key: spec.shape for spec in specs}["head.weight"] == (4, _WIDTH)
+    assert slices["head.weight"].view == Transpose()
 
 
 def test_the_stacks_of_two_towers_stay_apart(tmp_path: Path) -> None:

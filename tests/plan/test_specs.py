@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,8 +16,11 @@ class Wrapper(Tensor):
         raise NotImplementedError
 
 
-def test_a_tensor_of_a_class_that_packs_its_values_is_named() -> None:
-    assert packing_of(torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged)) == "NestedTensor"
+@pytest.mark.parametrize(("module", "name"), [("elsewhere", "Packed"), ("torchao.quantization", None)])
+def test_a_class_that_packs_its_values_is_named_unless_it_is_known(module: str, name: str | None) -> None:
+    methods = dict.fromkeys(("__tensor_flatten__", "__tensor_unflatten__"))
+    packed = type("Packed", (Tensor,), {"__module__": module, **methods})
+    assert packing_of(torch.ones(1).as_subclass(packed)) == name
 
 
 def test_a_tensor_without_a_storage_has_none() -> None:
