@@ -19,6 +19,7 @@ from torch import nn
 
 import autoalign
 from autoalign.plan.specs import TensorSpec
+from benchmarks import coverage
 from benchmarks.__main__ import SMOKE, main
 from benchmarks.accuracy import code, contest_partial, conversions, proofs, reliability
 from benchmarks.accuracy.architectures import outcome, table
@@ -403,3 +404,27 @@ def test_what_transformers_converts_by_hand_is_found(capsys: pytest.CaptureFixtu
     assert conversions.main(["--only", "mixtral"]) == 0
     assert "1 of 1 families; 20 of 20 tensors right, 0 wrong" in capsys.readouterr().out
     assert not replace(conversions.Row("a", 3, 1, 3, 0, 0), wrong=1).is_found
+
+
+def test_coverage_is_counted_by_folder_and_says_what_is_missing() -> None:
+    def reached(*missing: int) -> dict[str, Any]:
+        lines = {1, 2, 3, 4} - {*missing}
+        branches = [] if missing else [[2, 3]]
+        return {"executed_lines": [*lines], "missing_lines": [*missing], "executed_branches": branches} | {
+            "missing_branches": [[2, 3]] if missing else []
+        }
+
+    files = {
+        "autoalign/api.py": reached(),
+        "autoalign/rules/rule.py": reached(3),
+        "autoalign/rules/rules.py": reached(),
+    }
+    lines, is_enough = coverage.table(files)
+    assert not is_enough
+    assert lines[0] == "autoalign                86.67 % of 15 lines and branches"
+    assert lines[-3:] == [
+        "autoalign/rules          80.00 % of 10 lines and branches",
+        "  fewer than 100 %",
+        "  autoalign/rules/rule.py: 3, 2->3",
+    ]
+    assert coverage.table(files | {"autoalign/rules/rule.py": reached()})[1]
