@@ -267,10 +267,10 @@ def _grouped(parts: Sequence[Part]) -> Units:
         if values == "bias" and rest and sum(size > 1 for size in part.shape) > 1:
             values, rest = "other", part.path[-1]  # a table of biases is no bias of a layer
         places.append(((*part.path[:-1], rest) if rest else part.path[:-1] or ("",), values))  # a bare one has no name
-    often = Counter(places)
+    often = Counter(place for place, _ in {(place, part.path[-1]) for place, part in zip(places, parts, strict=True)})
     groups: dict[Path, dict[str, int]] = {}
     for index, (part, (path, values)) in enumerate(zip(parts, places, strict=True)):
-        if often[path, values] > 1:  # the same kind twice: tensors of their own
+        if often[path, values] > 1:  # names of one kind: tensors of their own
             path = (*path, part.path[-1])
         while values in (members := groups.setdefault(path, {})):
             path = (*path, part.path[-1])

@@ -16,7 +16,16 @@ from autoalign.matching.layers import Part, squeeze
 from autoalign.matching.names import kind, role_words, words
 from autoalign.matching.paths import Path
 from autoalign.matching.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
-from autoalign.matching.vocabulary import CONFIG_HEADS, FUSED, GATE_FIRST, GROUPED, INTERLEAVED, MODULATION, UNFOLDING
+from autoalign.matching.vocabulary import (
+    CONFIG_HEADS,
+    FUSED,
+    GATE_FIRST,
+    GROUPED,
+    INTERLEAVED,
+    MODULATION,
+    ROLES,
+    UNFOLDING,
+)
 from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Flip, Operation, Permute, Reshape, Shape, Split, Transpose, Unstack, chain
 from autoalign.plan.specs import TensorSpec
@@ -257,7 +266,8 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
         halves = (2, source.shape[0] // 2, *source.shape[1:])
         return Doubt(_HALVES, (chain(Reshape(halves), Flip(0), Reshape(source.shape)),))
     interleaved = interleaves(source.path)
-    if "qkv" in role_words(source.path) | role_words(target.path):
+    named = role_words(source.path) | role_words(target.path)
+    if "qkv" in named and named.isdisjoint(ROLES):
         roles, is_mixed = _blocks(source, weight), interleaved != interleaves(target.path)
         has_other_name = interleaved and _layer_name(source.path) != _layer_name(target.path)
         if len(set(roles)) > 1 and (is_mixed or has_other_name):

@@ -197,7 +197,7 @@ def _combined(source: Specs, target: Specs, beside: Specs, pinned: Collection[st
 def _with_whole_weights(matches: Sequence[Match], computed: Iterable[Parametrised]) -> list[Match]:
     """Doubt a whole weight, or anything of another name, in a part of one that is computed, if the rest is empty."""
     filled = {match.target for match in matches}
-    parts = {spec.key for of in computed if not filled.issuperset(s.key for s in of.specs) for spec in of.specs}
+    parts = {of.codes.key for of in computed if filled.isdisjoint(spec.key for spec in of.specs[1:])}
 
     def is_doubted(match: Match) -> bool:
         names = {split_key(key)[1] for key in match.sources}
