@@ -267,7 +267,7 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
         return Doubt(_HALVES, (chain(Reshape(halves), Flip(0), Reshape(source.shape)),))
     interleaved = interleaves(source.path)
     named = role_words(source.path) | role_words(target.path)
-    if "qkv" in named and named.isdisjoint(ROLES):
+    if "qkv" in named and named.isdisjoint(ROLES) and len(weight) > 1:
         roles, is_mixed = _blocks(source, weight), interleaved != interleaves(target.path)
         has_other_name = interleaved and _layer_name(source.path) != _layer_name(target.path)
         if len(set(roles)) > 1 and (is_mixed or has_other_name):
