@@ -276,7 +276,8 @@ for wait in (0.0, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.1):
     try:
         timer.start()
         autoalign.load(model, sys.argv[1])
-        time.sleep(0.5)
+        timer.join()
+        time.sleep(0.01)  # it comes in here at the latest
     except KeyboardInterrupt:
         interrupted = True
     timer.join()
