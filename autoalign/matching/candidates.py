@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoalign.errors import InputError
-from autoalign.matching.conventions import layout_of
-from autoalign.matching.layers import Part, Unit, Units, squeeze
+from autoalign.matching.layers import Part, Unit, Units, layout_of, squeeze
 from autoalign.matching.names import kind, words
 from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import KNOWN

@@ -15,7 +15,7 @@ from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
 
-from autoalign.matching.layers import Part, Parts, squeeze, units_of
+from autoalign.matching.layers import Part, Parts, inputs_come_first, is_plain, layout_of, squeeze
 from autoalign.matching.names import kind, words
 from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import (
@@ -314,7 +314,8 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
     parts = _with_separate_biases(parts)
     apart = _shapes_with_heads_apart(parts, others)
     layout = layout_of(parts)
-    parts, are_first = _with_joined_heads(parts, others, apart)  # the inputs of what has no bias
+    parts, are_first = _with_joined_heads(parts, others, apart)
+    are_first = are_first and layout == 0 and inputs_come_first(parts, others)  # of what has no bias
     layers = [kinds for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
     shapes = [{values: parts[index].shape for values, index in kinds.items()} for kinds in layers]
     named = [_is_kernel(parts[kinds["weight"]]) for kinds in layers]
@@ -327,7 +328,7 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
         if (weight := parts[kinds["weight"]]).shape in apart or not isinstance(weight.view, Copy):
             continue
         is_last = len(squeeze(weight.shape)) == 2 or of.get("bias") == weight.shape[2:]
-        is_first = (layout < 0 and "bias" in of and is_last) or (are_first and not layout and "bias" not in of)
+        is_first = (layout < 0 and "bias" in of and is_last) or (are_first and "bias" not in of and is_plain(weight))
         is_turned = is_kernel or (is_first and not is_named and (layout < 0 or weight.shape[::-1] in others))
         if is_turned and len(weight.shape) == 2:
             result[kinds["weight"]] = _viewed(weight, Transpose())
@@ -335,16 +336,6 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
             turned = _viewed(weight, _convolution(weight.shape, of.get("bias")))
             result[kinds["weight"]] = weight if others.get(weight.shape, 0) > others.get(turned.shape, 0) else turned
     return Parts(result)
-
-
-def layout_of(parts: Sequence[Part]) -> int:
-    """Return 1 if the biases show that matrices are stored as (out, in), -1 if as (in, out), else 0."""
-    votes = 0
-    for kinds in (dict(unit.parts) for unit in units_of(parts)):
-        if "bias" in kinds and "weight" in kinds:
-            weight, bias = squeeze(parts[kinds["weight"]].shape), squeeze(parts[kinds["bias"]].shape)
-            votes += (bias == weight[:1]) - (bias == weight[1:]) if len(weight) == 2 else 0
-    return (votes > 0) - (votes < 0)
 
 
 def _is_kernel(part: Part) -> bool:

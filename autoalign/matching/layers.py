@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import repeat
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autoalign.matching.names import kind, words
+from autoalign.matching.names import kind, role_words, words
 from autoalign.matching.paths import MAX_NAMED_SIBLINGS, Path, paths_of, top_module
+from autoalign.matching.vocabulary import EMBEDDING_WORDS, TORCH_NAMES
 from autoalign.plan.keys import common_prefix, numbers, stem
 from autoalign.plan.operations import Copy, Operation
 from autoalign.plan.specs import TensorSpec
@@ -270,7 +271,7 @@ def _grouped(parts: Sequence[Part]) -> Units:
     often = Counter(place for place, _ in {(place, part.path[-1]) for place, part in zip(places, parts, strict=True)})
     groups: dict[Path, dict[str, int]] = {}
     for index, (part, (path, values)) in enumerate(zip(parts, places, strict=True)):
-        if often[path, values] > 1:  # names of one kind: tensors of their own
+        if often[path, values] > 1 and part.path[-1] != TORCH_NAMES.get(values):  # of one kind: tensors of their own
             path = (*path, part.path[-1])
         while values in (members := groups.setdefault(path, {})):
             path = (*path, part.path[-1])
@@ -295,6 +296,39 @@ def _take_in_biases(groups: dict[Path, dict[str, int]]) -> None:
             groups[layer] |= groups.pop(path)
         elif inside[path[:-1]] == 1 and groups.get(path[:-1], {}).keys() == {"weight"}:
             groups[path[:-1]] |= groups.pop(path)
+
+
+def layout_of(parts: Sequence[Part]) -> int:
+    """Return 1 if the biases show that matrices are stored as (out, in), -1 if as (in, out), else 0."""
+    votes = 0
+    for kinds in (dict(unit.parts) for unit in units_of(parts)):
+        if "bias" in kinds and "weight" in kinds:
+            weight, bias = squeeze(parts[kinds["weight"]].shape), squeeze(parts[kinds["bias"]].shape)
+            votes += (bias == weight[:1]) - (bias == weight[1:]) if len(weight) == 2 else 0
+    return (votes > 0) - (votes < 0)
+
+
+def inputs_come_first(parts: Sequence[Part], others: Mapping[tuple[int, ...], int]) -> bool:
+    """True if names, and the shapes of the other side, tell that matrices without biases are (in, out) rather than not.
+
+    >>> inputs_come_first([Part(0, ("mlp", "up", "weight"), (4, 16), "float")], {(4, 16): 1, (16, 4): 1})
+    True
+    """
+    votes = 0
+    for kinds in (dict(unit.parts) for unit in units_of(parts)):
+        part = parts[kinds["weight"]] if "weight" in kinds and "bias" not in kinds else None
+        if part is None or not is_plain(part) or part.shape[0] == part.shape[1]:
+            continue
+        found = role_words(part.path)
+        widens = bool(found & {"in", "up", "gate"}) - bool(found & {"out", "down"})
+        same, turned = others.get(part.shape, 0), others.get(part.shape[::-1], 0)
+        votes += widens * (1 if part.shape[0] < part.shape[1] else -1) + (turned > same) - (turned < same)
+    return votes > 0
+
+
+def is_plain(part: Part) -> bool:
+    """True for a matrix as it was read that is no table of embeddings."""
+    return len(part.shape) == 2 and isinstance(part.view, Copy) and EMBEDDING_WORDS.isdisjoint(role_words(part.path))
 
 
 def cut_apart(first: Path, second: Path) -> tuple[Path, Path] | None:

@@ -266,8 +266,9 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
         halves = (2, source.shape[0] // 2, *source.shape[1:])
         return Doubt(_HALVES, (chain(Reshape(halves), Flip(0), Reshape(source.shape)),))
     interleaved = interleaves(source.path)
-    named = role_words(source.path) | role_words(target.path)
-    if "qkv" in named and named.isdisjoint(ROLES) and len(weight) > 1:
+    own, other = role_words(source.path), role_words(target.path)
+    is_fused = "qkv" in own | other and ROLES.isdisjoint(own | other) and len(weight) > 1
+    if is_fused or "qkv" in own & other:
         roles, is_mixed = _blocks(source, weight), interleaved != interleaves(target.path)
         has_other_name = interleaved and _layer_name(source.path) != _layer_name(target.path)
         if len(set(roles)) > 1 and (is_mixed or has_other_name):

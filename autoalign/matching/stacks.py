@@ -15,9 +15,8 @@ from itertools import combinations, product
 from math import prod
 
 from autoalign.matching.confidence import AMBIGUOUS
-from autoalign.matching.conventions import layout_of
 from autoalign.matching.features import is_alphabetical
-from autoalign.matching.layers import parts_of, squeeze, units_of
+from autoalign.matching.layers import layout_of, parts_of, squeeze, units_of
 from autoalign.matching.names import kind, words
 from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import FUSED, KERNELS, ROLES
@@ -107,9 +106,13 @@ def _with_layers_turned(specs: Specs, slices: dict[str, Slice]) -> Specs:
     parts = parts_of([spec for spec in specs if spec.key not in slices])
     units = units_of(parts) if layout_of(parts) < 0 else ()
     layers = (dict(unit.parts) for unit in units)
-    weights = {parts[of["weight"]].tensor for of in layers if of.keys() == {"weight", "bias"}}
+    weights = {
+        of["weight"]
+        for of in layers
+        if of.keys() == {"weight", "bias"} and parts[of["bias"]].shape == parts[of["weight"]].shape[1:]
+    }
     keys = [spec.key for spec in specs if spec.key not in slices]
-    turned = {keys[place] for place in weights if len(parts[place].shape) == 2}
+    turned = {keys[p] for p in weights if len(parts[p].shape) == 2 and not parts[p].path[-1].endswith(KERNELS)}
     slices |= {key: Slice(key, Transpose()) for key in turned}
     return [replace(spec, shape=spec.shape[::-1]) if spec.key in turned else spec for spec in specs]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,18 @@ def test_heads_show_that_other_matrices_hold_their_inputs_first() -> None:
         apart[key.replace(".fc1.weight", ".W_in").replace(".fc2.weight", ".W_out")] = tensor.T if is_mlp else tensor
     loaded = autoalign.align(dict(sorted(apart.items())), joined).state_dict()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in joined.items() if ".fc" in key)
+
+
+@pytest.mark.parametrize("layout", ["hwd", "whd"])
+def test_matrices_that_stand_as_in_torch_beside_heads_are_copied(layout: str) -> None:
+    joined = {key: tensor for key, tensor in _joined(square=True).items() if not key.endswith("bias") or "norm" in key}
+    joined |= {"pos.weight": torch.rand(_WIDTH, _WIDTH), "head.weight": torch.rand(_WIDTH, _WIDTH)}
+    names = {".fc1.": ".mlp.up.", ".fc2.": ".mlp.down."}
+    joined = {reduce(lambda text, pair: text.replace(*pair), names.items(), key): of for key, of in joined.items()}
+    for own, other in ((_apart(joined, layout), joined), (joined, _apart(joined, layout))):
+        found = {match.target: (match.sources, str(match.operation)) for match in autoalign.align(own, other).matches}
+        as_they_are = {key: ((key,), "copy") for key in joined if "attn" not in key}
+        assert found | as_they_are == found
 
 
 def test_heads_that_both_sides_keep_apart_are_copied() -> None:

@@ -84,3 +84,14 @@ def test_tensors_of_one_layer_and_kind_keep_their_names_whichever_comes_first() 
     renamed = {key.replace("layers", "blocks").replace("attn", "att").replace("_proj", ""): key for key in target}
     source = {key: target[renamed[key]] for key in sorted(renamed)}
     assert autoalign.align(source, target).mapping == renamed
+
+
+@pytest.mark.parametrize("other", ["scale", "gamma", "kernel"])
+def test_a_layer_stays_whole_beside_another_name_of_one_kind(other: str) -> None:
+    target = {"fc.weight": torch.empty(5, 16), "stem.weight": torch.empty(16, 3, 3, 3)}
+    for n in range(3):
+        target |= {f"blocks.{n}.conv.weight": torch.empty(16, 16, 3, 3), f"blocks.{n}.conv.bias": torch.empty(16)}
+    source = {key.replace("blocks", "layers"): tensor for key, tensor in target.items()}
+    source |= {f"layers.{n}.conv.{other}": torch.empty(16) for n in range(3)}
+    mapping = autoalign.align(dict(sorted(source.items())), target).mapping
+    assert mapping == {key.replace("blocks", "layers"): key for key in target}

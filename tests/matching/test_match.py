@@ -572,6 +572,19 @@ def test_a_frozen_collector_stays_frozen() -> None:
         gc.unfreeze()
 
 
+@pytest.mark.parametrize("module", ["value_attn", "query_block"])
+def test_a_fused_tensor_is_doubted_whatever_its_module_is_called(module: str) -> None:
+    shapes: Shapes = {
+        f"layers.{n}.{module}.{{}}.{of}": (192, 64)[: 2 - k]
+        for n in range(2)
+        for k, of in enumerate(("weight", "bias"))
+    }
+    rest: Shapes = {f"layers.{n}.out.weight": (64, 64) for n in range(2)}
+    sides = ({key.format(name): shape for key, shape in shapes.items()} | rest for name in ("query_key_value", "qkv"))
+    alignment = autoalign.align(*map(state, sides))
+    assert {match.target for match in alignment.ambiguous} == {key.format("qkv") for key in shapes}
+
+
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("name", ["attn.query_key_value", "self_attention.linear_0"])
 def test_a_transposed_fused_tensor_is_doubted_by_the_rows_that_it_gets(name: str, alone: bool) -> None:

@@ -72,6 +72,15 @@ def test_layers_beside_stacks_that_have_inputs_first_have_them_first_too() -> No
     assert slices["head.weight"].view == Transpose()
 
 
+def test_kernels_beside_stacks_are_turned_once(tmp_path: Path) -> None:
+    listed = _encoder() | linear("project", _WIDTH, _WIDTH)
+    turned = {key: tensor.T.contiguous() if tensor.ndim == 2 else tensor for key, tensor in listed.items()}
+    stacked = {}
+    for key, tensor in _stacked(turned, r"layers\.\d+", "layers").items():
+        stacked[key.replace("weight", "kernel") if "norm" not in key else key] = tensor
+    aligned_both_ways(listed, stacked, tmp_path / "a.json")
+
+
 def test_the_stacks_of_two_towers_stay_apart(tmp_path: Path) -> None:
     listed = _encoder("vision.", 4) | _encoder("text.", 4)
     aligned_both_ways(listed, _stacked(listed, r"layers\.\d+", "layers"), tmp_path / "a.json")
