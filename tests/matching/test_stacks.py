@@ -73,11 +73,13 @@ def test_layers_beside_stacks_that_have_inputs_first_have_them_first_too() -> No
 
 
 def test_kernels_beside_stacks_are_turned_once(tmp_path: Path) -> None:
-    listed = _encoder() | linear("project", _WIDTH, _WIDTH)
+    listed = linear("project", _WIDTH, _WIDTH) | linear("head", 4, _WIDTH)
+    for layer in range(_LAYERS):
+        listed |= linear(f"layers.{layer}.fc", _HIDDEN, _WIDTH)
     turned = {key: tensor.T.contiguous() if tensor.ndim == 2 else tensor for key, tensor in listed.items()}
     stacked = {}
     for key, tensor in _stacked(turned, r"layers\.\d+", "layers").items():
-        stacked[key.replace("weight", "kernel") if "norm" not in key else key] = tensor
+        stacked[key.replace("weight", "kernel")] = tensor
     aligned_both_ways(listed, stacked, tmp_path / "a.json")
 
 
