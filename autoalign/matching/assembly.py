@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -336,9 +336,14 @@ def with_stranded_biases(matches: Sequence[Match], *sides: Iterable[TensorSpec])
         is_empty = f"{match.target.removesuffix('bias')}weight" not in filled
         return None not in (own, other) and own != other and is_empty and "rule" not in match.evidence
 
+    return with_doubts(matches, _STRANDED, is_stranded)
+
+
+def with_doubts(matches: Iterable[Match], why: str, is_doubted: Callable[[Match], bool]) -> list[Match]:
+    """Warn of some matches, and limit their confidence to that of what is not loaded by default."""
     return [
-        replace(match, confidence=min(match.confidence, AMBIGUOUS), warnings=(*match.warnings, _STRANDED))
-        if is_stranded(match)
+        replace(match, confidence=min(match.confidence, AMBIGUOUS), warnings=(*match.warnings, why))
+        if is_doubted(match)
         else match
         for match in matches
     ]

@@ -309,7 +309,7 @@ def layout_of(parts: Sequence[Part]) -> int:
 
 
 def inputs_come_first(parts: Sequence[Part], others: Mapping[tuple[int, ...], int]) -> bool:
-    """True if names, and the shapes of the other side, tell that matrices without biases are (in, out) rather than not.
+    """True if names, and the shapes of the other side, say that matrices without biases are stored as (in, out).
 
     >>> inputs_come_first([Part(0, ("mlp", "up", "weight"), (4, 16), "float")], {(4, 16): 1, (16, 4): 1})
     True
@@ -327,7 +327,7 @@ def inputs_come_first(parts: Sequence[Part], others: Mapping[tuple[int, ...], in
 
 
 def is_plain(part: Part) -> bool:
-    """True for a matrix as it was read that is no table of embeddings."""
+    """True for a matrix that is viewed as it is stored, and is no table of embeddings."""
     return len(part.shape) == 2 and isinstance(part.view, Copy) and EMBEDDING_WORDS.isdisjoint(role_words(part.path))
 
 

@@ -16,7 +16,7 @@ from autoalign.errors import InputError, PatternError
 from autoalign.matching.adapt import adapted, checked_adapt
 from autoalign.matching.adapters import AdapterScope
 from autoalign.matching.architectures import resemblances
-from autoalign.matching.assembly import SideParts, with_stranded_biases, with_ties, without_aliases
+from autoalign.matching.assembly import SideParts, with_doubts, with_stranded_biases, with_ties, without_aliases
 from autoalign.matching.candidates import operation_between
 from autoalign.matching.confidence import AMBIGUOUS, INFERRED
 from autoalign.matching.layouts import ROTARY
@@ -195,7 +195,10 @@ def _combined(source: Specs, target: Specs, beside: Specs, pinned: Collection[st
 
 
 def _with_whole_weights(matches: Sequence[Match], computed: Iterable[Parametrised]) -> list[Match]:
-    """Doubt a whole weight, or anything of another name, in a part of one that is computed, if the rest is empty."""
+    """Doubt what fills the main tensor of a weight that the model computes of several, if the others stay empty.
+
+    As a plain weight in the ``weight_v`` of weight norm, whose ``weight_g`` gets nothing. Tensors of the same name do.
+    """
     filled = {match.target for match in matches}
     parts = {of.codes.key for of in computed if filled.isdisjoint(spec.key for spec in of.specs[1:])}
 
@@ -203,12 +206,7 @@ def _with_whole_weights(matches: Sequence[Match], computed: Iterable[Parametrise
         names = {split_key(key)[1] for key in match.sources}
         return match.target in parts and split_key(match.target)[1] not in names and "rule" not in match.evidence
 
-    return [
-        replace(match, confidence=min(match.confidence, AMBIGUOUS), warnings=(*match.warnings, _IN_PART))
-        if is_doubted(match)
-        else match
-        for match in matches
-    ]
+    return with_doubts(matches, _IN_PART, is_doubted)
 
 
 def _notes_of_combined(combined: Sequence[Parametrised], matches: Sequence[Match]) -> list[str]:

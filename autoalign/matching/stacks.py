@@ -103,16 +103,15 @@ def unstacked(specs: Specs, others: Specs, pinned: Collection[str] = ()) -> tupl
 
 def _with_layers_turned(specs: Specs, slices: dict[str, Slice]) -> Specs:
     """Turn the other matrices of layers as those of a stack were, if their biases show that they are (in, out) too."""
-    parts = parts_of([spec for spec in specs if spec.key not in slices])
-    units = units_of(parts) if layout_of(parts) < 0 else ()
-    layers = (dict(unit.parts) for unit in units)
-    weights = {
-        of["weight"]
-        for of in layers
-        if of.keys() == {"weight", "bias"} and parts[of["bias"]].shape == parts[of["weight"]].shape[1:]
-    }
-    keys = [spec.key for spec in specs if spec.key not in slices]
-    turned = {keys[p] for p in weights if len(parts[p].shape) == 2 and not parts[p].path[-1].endswith(KERNELS)}
+    others = [spec for spec in specs if spec.key not in slices]
+    parts = parts_of(others)
+    turned = set[str]()
+    for kinds in (dict(unit.parts) for unit in (units_of(parts) if layout_of(parts) < 0 else ())):
+        if kinds.keys() == {"weight", "bias"}:
+            weight, bias = parts[kinds["weight"]], parts[kinds["bias"]]
+            is_kernel = weight.path[-1].endswith(KERNELS)  # those are turned anyway
+            if len(weight.shape) == 2 and bias.shape == weight.shape[1:] and not is_kernel:
+                turned.add(others[weight.tensor].key)
     slices |= {key: Slice(key, Transpose()) for key in turned}
     return [replace(spec, shape=spec.shape[::-1]) if spec.key in turned else spec for spec in specs]
 
