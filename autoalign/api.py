@@ -13,6 +13,7 @@ from torch import nn
 from autoalign.alignment import Alignment
 from autoalign.checkpoints.checkpoint import Side
 from autoalign.checkpoints.named_models import code_of
+from autoalign.matching.layouts import OTHERWISE
 from autoalign.matching.match import Decide, match_tensors
 from autoalign.plan.matches import Plan
 from autoalign.plan.options import Adapt, AlignOptions, NoOptions, PatternLike, RuleLike, check_options
@@ -336,7 +337,8 @@ def _decided_if_open(source: nn.Module | None, example_inputs: object, plan: Pla
     target = getattr(plan.target_tensors, "module", None)
     names = [match.evidence.get("name", 1.0) for match in plan.matches if source is None or match.confidence < _SURE]
     is_open = not all(names) or (source is None and min(names, default=1.0) < _SIMILAR)
-    is_open |= bool(plan.ambiguous) and (source is not None or example_inputs is not None)
+    may_differ = any(not OTHERWISE.isdisjoint(match.warnings) for match in plan.matches)
+    is_open |= (bool(plan.ambiguous) or may_differ) and (source is not None or example_inputs is not None)
     if not is_open or not isinstance(target, nn.Module):
         return plan
     if source is None:

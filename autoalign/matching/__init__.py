@@ -15,7 +15,8 @@ and ``checkpoints``):
 - ``confidence``: from score and margin to a calibrated probability
 - ``list_order``, ``state``, ``moves``, ``cues``: whether there is one order, and lists that may run in reverse; what
   fills what; what could be exchanged as well; what speaks for and against it
-- ``rotary``, ``layouts``, ``assembly``: rows in an order that no shape shows; parts put back together to tensors
+- ``rotary``, ``composition``, ``layouts``, ``assembly``: rows and columns in an order that no shape shows; parts put
+  back together to tensors
 - ``relation``: are two networks related; of unlike ones, what differs
 - ``stacks``: tensors that hold what the other side lists, matched by their slices
 - ``repeats``, ``pipeline``: what needs no search; the stages in order

@@ -135,7 +135,7 @@ def _match(
     confidence, whole = least.confidence, target.specs[target.parts[parts[0]].tensor]
     pieces, views = [], [target.parts[part].view for part in parts]
     others: dict[int, tuple[Operation, ...]] = {}  # place of a piece -> its other views
-    is_known, is_open = False, False  # whether a layout is known by more than its shape, and whether another is not
+    is_known = is_usual = is_open = False  # whether a layout is known by more than its shape, usual, or neither
     split: dict[int, Doubt] = {}  # of the pieces that hold several blocks on both sides
     warnings: set[str] = set()
     for place, part in enumerate(parts):
@@ -159,7 +159,8 @@ def _match(
             apart = doubt.blocks and own.shape[:1] == target.parts[part].shape[:1]
             split |= {place: doubt} if apart else {}
             settled = doubt.is_known and (apart or not doubt.blocks)
-            is_known, is_open = is_known or settled, is_open or not settled
+            usual = doubt.is_unlikely and not piece.doubt
+            is_known, is_usual, is_open = is_known or settled, is_usual or usual, is_open or not (settled or usual)
     if _is_whole(source, target, parts, found) and not others:
         pieces, views = [_Piece(pieces[0].key, Copy(), whole.shape)], [Copy()]
     ways = [(pieces, views)]
@@ -178,15 +179,14 @@ def _match(
     if BY_ORDER in warnings:
         confidence *= SPLIT_BY_ORDER_FACTOR
     if warnings - {BY_ORDER, _NO_BIAS}:
-        confidence = min(confidence, INFERRED if is_known and not is_open else AMBIGUOUS)
+        confidence = min(confidence, INFERRED if (is_known or is_usual) and not is_open else AMBIGUOUS)
     (sources, operation), *rest = dict.fromkeys(_put_together(*way, whole.shape) for way in ways)
     alternatives = [Candidate(sources, operation, 0.0) for sources, operation in rest]
     if len(parts) == 1 and least.rival is not None and not alternatives:
         rival = source.parts[least.rival]
         shape = target.parts[parts[0]].shape
         chosen = source.parts[least.source]
-        is_alike = rival.shape == chosen.shape
-        other = least.operation if is_alike else operation_between(rival.shape, shape)
+        other = least.operation if rival.shape == chosen.shape else operation_between(rival.shape, shape)
         storage = source.specs[rival.tensor].storage
         is_same = storage is not None and storage == source.specs[chosen.tensor].storage and rival.view == chosen.view
         if other is not None and not is_same:

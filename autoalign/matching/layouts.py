@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, permutations
-from math import gcd, isqrt, prod
+from itertools import accumulate, islice, permutations
+from math import gcd, prod
 
+from autoalign.matching.composition import Composition, composition_of, layer_name
 from autoalign.matching.fusion import ALTERNATING, UNCERTAIN_ORDER, Fusion
-from autoalign.matching.layers import Part, squeeze
+from autoalign.matching.layers import Part
 from autoalign.matching.names import kind, role_words, words
 from autoalign.matching.paths import Path
 from autoalign.matching.rotary import ROTATED, Rotation, is_same_code, layouts_of, role_of, rotation_of, text_config
@@ -24,7 +25,6 @@ from autoalign.matching.vocabulary import (
     INTERLEAVED,
     MODULATION,
     ROLES,
-    UNFOLDING,
 )
 from autoalign.plan.keys import numbers, stem
 from autoalign.plan.operations import Copy, Flip, Operation, Permute, Reshape, Shape, Split, Transpose, Unstack, chain
@@ -60,7 +60,11 @@ BY_HEAD = "right shape, but one side may interleave query, key and value by head
 _PATCHES = "right shape, but the pixels of a patch may be flattened in another order (channels first or last)"
 _GATES = "right shape, but Keras orders the gates of a GRU as update, reset, new, and torch as reset, update, new"
 _MERGED = "right shape, but one side merges patches by unfolding, with the channels first, and the other does not"
+_MERGED_OTHERWISE = "taken as it is, though one side may merge patches by unfolding, with the channels first"
 _FLATTENED = "right shape, but one side may flatten images with the channels last and the other with the channels first"
+_FLATTENED_OTHERWISE = "taken as it is, though one side may flatten images with the channels last"
+_CONCATENATED_OTHERWISE = "taken as it is, though one side may concatenate the newest features first and the other last"
+OTHERWISE = frozenset({_MERGED_OTHERWISE, _FLATTENED_OTHERWISE, _CONCATENATED_OTHERWISE})  # reasons to look at code
 _SUM = "right shape, but the source has two biases here, and that of the target may be their sum"
 _HALVES = "right shape, but one side may hold the gate first and the other what it gates"
 _SHIFT = "right shape, but scale and shift of an adaptive norm may be in the other order"
@@ -81,6 +85,7 @@ class Doubt:
     reason: str
     otherwise: tuple[Operation, ...] = ()  # from the source's part to the target's, the likeliest first
     is_known: bool = False  # whether the first of these is the right one by what else is known
+    is_unlikely: bool = False  # whether all of these are unusual, so that the part is taken as it is
     blocks: tuple[Blocks, ...] = ()  # instead of `otherwise`, where blocks of rows are laid out by an operation each
 
 
@@ -95,12 +100,7 @@ class Style:
     doubled: frozenset[Path]  # layers that hold a gate and what it gates, as the width of the layer after them tells
     gated: frozenset[Path]  # recurrent layers of three gates in Keras' order, which is not torch's
     adds_biases: bool  # whether its recurrent layers have a bias for the state besides that for the input
-    channels_last: bool  # whether its code holds images with the channels last, as its kernels show
-    flattened: Mapping[
-        Path, Sequence[int]
-    ]  # layers whose input may be a flattened image -> its channels, likelier first
-    unfolds: bool  # whether its code merges patches by unfolding images
-    merging: frozenset[Path]  # layers of merged patches
+    composition: Composition  # of what its layers are given
 
 
 def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping[str, object]) -> Style:
@@ -122,38 +122,13 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
             if part.path[-1] == "recurrent_kernel" and len(part.shape) == 2 and part.shape[0] == 3 * part.shape[1]
         ),
         adds_biases=any(kind(part.path[-1])[0] == "bias" and _STATE & role_words(part.path) for part in parts),
-        channels_last=any(
-            isinstance(part.view, Permute) and len(part.view.dims) > 3 and part.view.dims[0] > 1 for part in parts
+        composition=composition_of(
+            parts,
+            channels_last=any(
+                isinstance(part.view, Permute) and len(part.view.dims) > 3 and part.view.dims[0] > 1 for part in parts
+            ),
         ),
-        flattened=_flattened(parts),
-        unfolds=any(not UNFOLDING.isdisjoint(part.path) for part in parts),
-        merging=_merging(parts),
     )
-
-
-def _flattened(parts: Sequence[Part]) -> dict[Path, list[int]]:
-    """Find the one or two layers with other columns than any layer has outputs, a multiple of some channels."""
-    channels = {part.shape[0] for part in parts if len(part.shape) == 4} - {0, 1}
-    matrices = [part for part in (parts if channels else ()) if len(part.shape) == 2]
-    known = {shape[0] for part in parts if (shape := squeeze(part.shape))}
-    found = {}
-    for part in matrices:
-        columns = part.shape[1]
-        fits = [size for size in channels if columns % size == 0]
-        if fits and columns not in known and kind(part.path[-1])[0] == "weight":
-            found[part.path[:-1]] = sorted(
-                fits, key=lambda size: (isqrt(columns // size) ** 2 < columns // size, -size)
-            )
-    return found if len(found) < 3 else {}
-
-
-def _merging(parts: Sequence[Part]) -> frozenset[Path]:
-    columns = {
-        part.path[:-2]: part.shape[1]
-        for part in parts
-        if len(part.shape) == 2 and part.shape[1] == 2 * part.shape[0] and "reduce" in words(_layer_name(part.path))
-    }
-    return frozenset(part.path[:-1] for part in parts if part.shape and part.shape[-1] == columns.get(part.path[:-2]))
 
 
 def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
@@ -176,15 +151,9 @@ def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
     return frozenset(found)
 
 
-def _layer_name(path: Path) -> str:
-    """Return the name of the layer that holds a tensor or its adapters; a tensor at the top is its own layer."""
-    names = [name for name in path[:-1] if "lora" not in words(name)]
-    return names[-1] if names else path[-1]
-
-
 def _order_of_halves(path: Path) -> tuple[str, ...]:
     """Return what shows the order of a gate and what it gates: that the gate is first, or else the layer's name."""
-    found = words(_layer_name(path))
+    found = words(layer_name(path))
     return ("gateup",) if "gateup" in found or found in GATE_FIRST else found
 
 
@@ -247,19 +216,13 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
     is_bias = kind(source.path[-1])[0] == "bias"
     if is_bias and styles[0].adds_biases > styles[1].adds_biases and "ih" in role_words(source.path):
         return Doubt(_SUM)
-    if styles[0].unfolds != styles[1].unfolds and layers[0] in styles[0].merging:
-        sizes = (source.shape[-1] // 4, 2, 2) if styles[0].unfolds else (2, 2, source.shape[-1] // 4)
-        return Doubt(_MERGED, (_with_columns(source.shape, sizes, (2, 1, 0)),), is_known=True)
-    channels = styles[0].flattened.get(layers[0]) if styles[0].channels_last != styles[1].channels_last else None
-    if channels and len(source.shape) == 2:
-        grids = [(source.shape[1] // size, size) for size in channels]
-        ways = [grid if styles[0].channels_last else grid[::-1] for grid in grids]
-        return Doubt(_FLATTENED, tuple(_with_columns(source.shape, way, (1, 0)) for way in ways))
+    if doubt := _composed(source, layers, (styles[0].composition, styles[1].composition)):
+        return doubt
     both_doubled = layers[0] in styles[0].doubled and layers[1] in styles[1].doubled
     if (
         both_doubled
         and source.shape[0] % 2 == 0
-        and stem(_layer_name(source.path)) != stem(_layer_name(target.path))
+        and stem(layer_name(source.path)) != stem(layer_name(target.path))
         and (source.path[-1] != target.path[-1] or kind(source.path[-1])[0] != "other")  # a parameter of its own
         and (_order_of_halves(source.path) != _order_of_halves(target.path))
     ):
@@ -270,7 +233,7 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
     is_fused = "qkv" in own | other and ROLES.isdisjoint(own | other) and len(weight) > 1
     if is_fused or "qkv" in own & other:
         roles, is_mixed = _blocks(source, weight), interleaved != interleaves(target.path)
-        has_other_name = interleaved and _layer_name(source.path) != _layer_name(target.path)
+        has_other_name = interleaved and layer_name(source.path) != layer_name(target.path)
         if len(set(roles)) > 1 and (is_mixed or has_other_name):
             return _by_group(source.shape, roles, styles)
         if is_mixed:
@@ -279,6 +242,33 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
         return doubt
     if {len(source.shape), len(target.shape)} in ({2, 4}, {2, 5}):
         return _patches(source.shape, target.shape)
+    return None
+
+
+def _composed(source: Part, layers: tuple[Path, Path], sides: tuple[Composition, Composition]) -> Doubt | None:
+    """Doubt the order of what a layer is given, where the sides show unlike ones, or call the layers unlike names."""
+    own, other = sides
+    dim = min(len(source.shape), 2) - 1
+    width = source.shape[dim]
+    (columns, name), (_, called) = own.merging.get(layers[0], (0, "")), other.merging.get(layers[1], (0, ""))
+    is_known = own.unfolds != other.unfolds
+    if width == columns and (is_known or (called and name != called)):
+        sizes = (width // 4, 2, 2) if own.unfolds else (2, 2, width // 4)
+        way = _with_columns(source.shape, sizes, (2, 1, 0))
+        return Doubt(_MERGED if is_known else _MERGED_OTHERWISE, (way,), is_known, is_unlikely=not is_known)
+    channels, name = own.flattened.get(layers[0], ((), ""))
+    is_alike = own.channels_last == other.channels_last
+    if channels and len(source.shape) == 2 and not (is_alike and name == layer_name((*layers[1], "weight"))):
+        grids = [(width // size, size)[:: 1 if own.channels_last else -1] for size in channels]
+        grids += [grid[::-1] for grid in grids] if is_alike else []
+        ways = tuple(_with_columns(source.shape, grid, (1, 0)) for grid in grids)
+        return Doubt(_FLATTENED_OTHERWISE if is_alike else _FLATTENED, ways, is_unlikely=is_alike)
+    (given, name), (_, called) = own.dense.get(layers[0], ((), "")), other.dense.get(layers[1], ((), ""))
+    if width == sum(given) and called and name != called:
+        made = tuple(Split(dim, sum(given[:k]), size) for k, size in enumerate(given))
+        starts = accumulate(given[::-1], initial=0)
+        places = tuple(Split(dim, start, size) for start, size in zip(starts, given[::-1], strict=False))
+        return Doubt(_CONCATENATED_OTHERWISE, is_unlikely=True, blocks=(Blocks(made[::-1], places),))
     return None
 
 

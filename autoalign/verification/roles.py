@@ -22,6 +22,7 @@ from torch import nn
 from autoalign.checkpoints.checkpoint import Checkpoint
 from autoalign.errors import TraceError
 from autoalign.matching.features import is_alphabetical
+from autoalign.matching.layouts import OTHERWISE
 from autoalign.matching.match import match_tensors
 from autoalign.matching.names import words
 from autoalign.matching.vocabulary import KNOWN, RIVAL_PAIRS
@@ -47,6 +48,7 @@ _TOLD = "Told by what the code of the model does with them"
 _OUT_OF_ORDER = "only order tells which it is, and the model uses it in another order than it registers it"
 _SYMMETRIC = "only order tells which it is, and the model uses another one of its shape alike"
 _APART = "only order tells which it is, and what the model computes with it never meets what another one gives"
+_COMPOSED = "the model is given here what it puts together, in an order that only both codes tell"
 _NO_ORDER = "only order tells which it is, and what has no names stands in another order on either side"
 
 
@@ -212,6 +214,33 @@ def roles_of(graph: nx.DiGraph) -> dict[str, str]:
     return {key: told.pop() for key, told in found.items() if len(told) == 1}
 
 
+def given_composed(graph: nx.DiGraph) -> set[str]:
+    """Return the keys of layers that are given concatenated features, flattened images or unfolded patches.
+
+    >>> sorted(given_composed(traced(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 4)), None)[0]))
+    ['2.bias', '2.weight']
+    """
+    nodes, found = graph.nodes, set[str]()
+
+    def composes(node: object) -> bool:
+        name, shape = nodes[node].get("operation"), nodes[node]["shape"]
+        given = max((len(nodes[before].get("shape", ())) for before in graph.pred[node]), default=0)
+        return name in ("cat", "im2col") or (name in _RESHAPING and 1 < len(shape) < given)
+
+    waiting = [node for node, kind in nodes(data="kind") if kind == "operation" and composes(node)]
+    seen = {*waiting}
+    while waiting:
+        for user in graph.succ[waiting.pop()]:
+            own = {key for key in graph.pred[user] if nodes[key]["kind"] in ("parameter", "buffer")}
+            moved = (graph.pred[before] for before in graph.pred[user] if nodes[before].get("operation") in _MOVING)
+            own |= {key for of in moved for key in of if nodes[key]["kind"] in ("parameter", "buffer")}
+            found |= {str(key) for key in own}
+            if user not in seen and all(len(nodes[key]["shape"]) < 2 for key in own):
+                waiting.append(user)
+            seen.add(user)
+    return found
+
+
 def with_roles(plan: Plan, graph: nx.DiGraph, order: Sequence[str]) -> Plan:
     """Return a plan of the same sides, matched again by names that tell what the target's code does with its tensors.
 
@@ -290,11 +319,14 @@ def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: objec
 
     Of what nothing but order tells, only that is believed which shapes show to stand in one order on both sides, and
     which the model uses in the order in which it registers it, unless ``example_inputs`` are given, which stand for the
-    order of use. What it uses alike, or for different outputs, has no order.
+    order of use. What it uses alike, or for different outputs, has no order. With ``example_inputs``, a layer under
+    another name is not believed to be given several tensors or places in the source's order.
     """
     alike = Counter(spec.shape for spec in plan.target_specs)
     nameless = filter(_is_nameless, (*plan.matches, *plan.ambiguous))
-    if all(alike[plan.targets[match.target].shape] == 1 for match in nameless):
+    is_asked = example_inputs is not None
+    may_differ = [match.target for match in plan.matches if is_asked and not OTHERWISE.isdisjoint(match.warnings)]
+    if not may_differ and all(alike[plan.targets[match.target].shape] == 1 for match in nameless):
         return plan
     try:
         graph = traced(target_model, example_inputs)[0]
@@ -302,8 +334,10 @@ def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: objec
         graph = nx.DiGraph()
     keys = [*plan.targets]
     used = sorted((key for key in keys if key in graph and graph.out_degree(key)), key=lambda k: min(graph.succ[k]))
-    order = keys if example_inputs is None else [*used, *(key for key in keys if key not in used)]
+    order = [*used, *(key for key in keys if key not in used)] if is_asked else keys
     plan = with_roles(plan, graph, order)
+    composed = given_composed(graph) if may_differ else ()
+    plan = with_doubts(plan, {key: _COMPOSED for key in may_differ if key in composed})
     if not (groups := _told_by_order(plan)):
         return plan
     nameless = filter(_is_nameless, plan.matches)

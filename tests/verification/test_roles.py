@@ -12,7 +12,7 @@ import autoalign
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy
 from autoalign.verification.roles import is_in_order, roles_of
-from benchmarks.cases.twins import ActorCritic, Anonymous, Renamed
+from benchmarks.cases.twins import ActorCritic, Anonymous, Convolutional, Dense, Merging, Renamed
 from tests.pairs import tv
 from tests.reference_models.encoders import GatedEncoder, SeparateEncoder
 from tests.reference_models.parts import WIDTH
@@ -137,3 +137,38 @@ def test_what_shares_a_shape_with_more_that_is_open_is_open_too() -> None:
 
     source = {"one.weight": torch.ones(3, 3), "one.bias": torch.ones(3)}
     assert not autoalign.align(source, Wide()).matches
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "count"),
+    [
+        (Dense("units", newest_first=False), Dense("layers", newest_first=True), 16),
+        (Convolutional("c1 c2 f1 f2", channels_last=True), Convolutional("a b fc out", channels_last=False), 1),
+        (Merging("proj norm reduction head", unfolds=False), Merging("patches norm reduce out", unfolds=True), 3),
+    ],
+)
+def test_an_order_in_which_a_layer_is_given_several_tensors_is_open_where_one_code_shows_it(
+    source: nn.Module, target: nn.Module, count: int
+) -> None:
+    tensors, images = source.state_dict(), torch.ones(1, 3, 32, 32)
+    asked = autoalign.align(tensors, target, example_inputs=images)
+    unsure = [match for match in autoalign.align(tensors, target).matches if match.confidence < 0.9]
+    assert {m.target for m in asked.ambiguous} == {m.target for m in unsure}
+    assert len(unsure) == count
+    both = autoalign.align(tensors, target, example_inputs=images, source_model=source)
+    assert not both.ambiguous
+    assert len(both.matches) == len(target.state_dict())
+
+
+def test_a_layer_that_is_given_one_tensor_under_any_name_is_taken_as_it_is() -> None:
+    class Pooled(Convolutional):
+        """Whose third layer has the columns of a flattened image, and is given something else."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second, third, last = (self.get_submodule(name) for name in self.names)
+            scores: Tensor = last(third(second(first(x)).mean((1, 2, 3))[:, None].expand(-1, 256)))
+            return scores
+
+    tensors = Convolutional("c1 c2 f1 f2", channels_last=True).state_dict()
+    target = Pooled("a b fc out", channels_last=False)
+    assert not autoalign.align(tensors, target, example_inputs=torch.ones(1, 3, 32, 32)).ambiguous
