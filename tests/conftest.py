@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,13 +12,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes test at once, each 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background; some tests interrupt a process
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A shared machine may be slow at any moment; what a property costs is measured in benchmarks/.
 settings.register_profile("default", deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, max_examples=5_000)
 settings.load_profile("default")
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name != "test_gold.py")  # the longest first: no process waits for another
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

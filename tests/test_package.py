@@ -76,7 +76,7 @@ def test_the_files_that_the_script_for_the_lowest_versions_names_are_there() -> 
 def test_the_readme_gives_the_line_that_is_run_as_the_test() -> None:
     *_, line = (ROOT / ".ci" / "run").read_text(encoding="utf-8").strip().splitlines()
     assert f"\n{line}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
-    for tool in ("ruff check", "ruff format --check", "mypy", "pytest"):
+    for tool in ("ruff check", "ruff format --check", "mypy", "python -m benchmarks.coverage"):
         assert f".venv/bin/{tool}" in line
 
 

@@ -63,7 +63,7 @@ def test_layers_beside_stacks_are_turned_as_these_are(tmp_path: Path) -> None:
 
 
 def test_layers_beside_stacks_that_have_inputs_first_have_them_first_too() -> None:
-    head = {"head.weight": torch.rand(4, _WIDTH), "head.bias": torch.rand(4)}
+    head = linear("head", 4, _WIDTH) | {"norm.weight": torch.rand(_WIDTH)}
     listed = {key: tensor for n in range(_LAYERS) for key, tensor in linear(f"layers.{n}.fc", _HIDDEN, _WIDTH).items()}
     stacked = {"layers.fc.weight": torch.rand(_LAYERS, _WIDTH, _HIDDEN), "layers.fc.bias": torch.rand(_LAYERS, _HIDDEN)}
     turned = head | {"head.weight": head["head.weight"].T}

@@ -86,6 +86,12 @@ PLAIN = (write_gguf, write_legacy, write_msgpack, write_npz, write_safetensors, 
 WRITERS = (write_stable_baselines, write_nemo, *PACKED)
 
 
+@pytest.fixture(autouse=True)
+def _own_temporary_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others that test at once have theirs."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+
+
 def temporary() -> set[str]:
     return {path.name for path in Path(tempfile.gettempdir()).glob("autoalign-*")}
 
