@@ -136,7 +136,7 @@ def _has_own_loading_code(module: nn.Module) -> bool:
     hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
     functions = (getattr(hook, "hook", hook) for hook in hooks)  # torch wraps some
     return any(  # those of FSDP2 free whole parameters, as its hook of `state_dict` does too
-        not str(getattr(function, "__module__", "")).startswith("torch.distributed.fsdp.") for function in functions
+        not str(function.__module__).startswith("torch.distributed.fsdp.") for function in functions
     ) or any(method.__module__.partition(".")[0] != "torch" for method in methods)
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from autoalign.api import load
 from autoalign.loading import fill as copying
-from autoalign.loading.transaction import cannot_fail, model_lock, transaction
+from autoalign.loading.transaction import can_copy_in_place, cannot_fail, converted, model_lock, transaction
 
 
 def change(model: Any, error: BaseException | None = None) -> None:
@@ -74,6 +75,80 @@ def test_tied_and_meta_tensors_are_put_back() -> None:
     assert torch.equal(model[0].weight, before)
 
 
+def test_a_conversion_is_undone_with_its_gradients() -> None:
+    model = network()
+    model[0].bias.requires_grad_(False)
+    model[0].register_buffer(
+        "scaled", model[0].weight * 2, persistent=False
+    )  # no leaf, whose gradient may be asked for
+    model[0].weight.grad = torch.ones(3, 2)
+    before = {key: (t, t.data_ptr(), t.dtype) for key, t in model.state_dict(keep_vars=True).items()}
+    grad = model[0].weight.grad
+    memory = grad.data_ptr()
+    with pytest.raises(ValueError, match="now"), transaction(model, keep_values=False, keep_memory=True):  # noqa: PT012
+        converted(model, torch.float64, None)
+        assert {t.dtype for t in model.state_dict().values()} == {torch.float64, torch.int64}
+        raise ValueError("now")
+    assert all(model.state_dict(keep_vars=True)[key] is tensor for key, (tensor, *_) in before.items())
+    assert all((t.data_ptr(), t.dtype) == (place, dtype) for t, place, dtype in before.values())
+    assert model[0].weight.grad is grad
+    assert (grad.dtype, grad.data_ptr()) == (torch.float32, memory)
+    assert model[0].bias.grad is None
+
+
+def test_tensors_on_meta_stay_there_and_integers_stay_integers() -> None:
+    model = network().append(nn.Linear(1, 1, device="meta"))
+    converted(model, torch.float64, "cpu")
+    assert model[1].num_batches_tracked.dtype == torch.int64
+    assert model[2].weight.is_meta
+    converted(model, None, "meta")
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert model[0].weight.dtype == torch.float64
+
+
+def test_what_is_materialised_is_lazy_again() -> None:
+    model: Any = nn.Sequential(nn.LazyLinear(3, dtype=torch.float64), nn.LazyBatchNorm1d(device="meta"))
+    model[0].weight = UninitializedParameter(requires_grad=False, dtype=torch.float64)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="now"), transaction(model, keep_values=True):  # noqa: PT012
+        model[0].initialize_parameters(torch.ones(2, 5, dtype=torch.float64))
+        model[1].initialize_parameters(torch.ones(2, 3))
+        assert model[0].weight.shape == (3, 5)
+        raise ValueError("now")
+    weight, mean = model[0].weight, model[1].running_mean
+    assert (type(weight), weight.requires_grad, weight.dtype) == (UninitializedParameter, False, torch.float64)
+    assert (type(mean), mean.device.type) == (UninitializedBuffer, "meta")
+    assert model[1].weight.requires_grad
+
+
+def test_a_sparse_buffer_is_put_back() -> None:
+    model: Any = nn.Module()
+    model.register_buffer("adjacent", torch.eye(3).to_sparse())
+    with pytest.raises(ValueError, match="now"), transaction(model, keep_values=True):  # noqa: PT012
+        model.adjacent.mul_(2)
+        raise ValueError("now")
+    assert torch.equal(model.adjacent.to_dense(), torch.eye(3))
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = {"scales": [1.0]}
+
+    def get_extra_state(self) -> dict[str, list[float]]:
+        return self.state
+
+    def set_extra_state(self, state: dict[str, list[float]]) -> None:
+        self.state = state
+
+
+def test_what_extra_states_hold_is_put_back() -> None:
+    model: Any = nn.Sequential(Nested(), Stateful(2, 2))  # of which the second has none to keep
+    with pytest.raises(ValueError, match="now"), transaction(model, keep_values=True):  # noqa: PT012
+        model[0].state["scales"].append(2.0)
+        raise ValueError("now")
+    assert model[0].state == {"scales": [1.0]}
+
+
 def test_interrupt_waits_for_the_end_of_the_block() -> None:
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     finished = False
@@ -119,7 +194,7 @@ def hooked(register: str) -> nn.Module:
 
 def expanded() -> nn.Module:
     layer = nn.Linear(2, 2)
-    layer.register_buffer("same", torch.ones(1).expand(3))
+    layer.register_buffer("same", torch.ones(1).expand(2))
     return layer
 
 
@@ -143,6 +218,20 @@ def test_what_can_fail_deep_inside_is_found(layer: nn.Module) -> None:
     assert not loadable(nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer)))
 
 
+def test_tied_and_lone_tensors_and_hooks_of_fsdp_cannot_fail() -> None:
+    def hook(*_: object) -> None:
+        raise AssertionError
+
+    hook.__module__ = "torch.distributed.fsdp._fully_shard"
+    layer: Any = nn.Linear(2, 2)
+    layer.register_load_state_dict_pre_hook(hook)
+    layer.register_load_state_dict_post_hook(hook)
+    layer.register_buffer("scale", torch.ones(1).as_strided((1,), (0,)))
+    other = tied(layer)
+    other.register_buffer("scale", layer.scale)
+    assert loadable(nn.Sequential(layer, other))
+
+
 def test_a_setter_of_extra_state_can_fail() -> None:
     model = nn.Sequential(Stateful(2, 2))
     assert not cannot_fail(model, dict(model.named_parameters()), {})
@@ -150,12 +239,28 @@ def test_a_setter_of_extra_state_can_fail() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [(torch.float16, True), (torch.float64, True), (torch.int64, False), (torch.complex64, False)],
+    [
+        (torch.float16, True),
+        (torch.float64, True),
+        (torch.float8_e5m2, False),
+        (torch.int64, False),
+        (torch.complex64, False),
+    ],
 )
 def test_unusual_conversions_can_fail(dtype: torch.dtype, expected: bool) -> None:
     model = nn.Linear(2, 2)
     tensors: dict[str, Tensor] = {"weight": torch.ones(2, 2, dtype=dtype)}
     assert cannot_fail(model, model.state_dict(), tensors) is expected
+
+
+class Own(Tensor):
+    """A subclass may do anything where it is copied."""
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, 2).as_subclass(Own), torch.eye(2).to_sparse()], ids=["own", "sparse"])
+def test_copies_of_other_kinds_of_tensors_can_fail(tensor: Tensor) -> None:
+    assert not can_copy_in_place(tensor, torch.ones(2, 2))
+    assert not can_copy_in_place(torch.ones(2, 2), tensor)
 
 
 def test_keys_that_are_no_tensors_of_the_model_can_fail() -> None:
