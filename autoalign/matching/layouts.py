@@ -132,22 +132,27 @@ def style_of(specs: Sequence[TensorSpec], parts: Sequence[Part], config: Mapping
 
 
 def _doubled(parts: Sequence[Part]) -> frozenset[Path]:
-    last: dict[tuple[Path, Shape], int] = {}  # module, shape -> the last place of a matrix of this shape below it
+    last: dict[tuple[Path, object], int] = {}  # module, shape or columns -> the last place of such a matrix below it
     matrices = [part for part in parts if len(part.shape) == 2 and not part.view.takes_part]
     matrices = [part for part in matrices if {"ih", "hh"}.isdisjoint(words(part.path[-1]))]  # gates of another kind
     shapes = {part.shape for part in matrices}
     if all((columns, rows // 2) not in shapes for rows, columns in shapes):
         return frozenset()
     for place, part in enumerate(matrices):
-        last.update(((part.path[:-up], part.shape), place) for up in range(2, 5))
+        for up in range(2, 5):
+            last[part.path[:-up], part.shape] = last[part.path[:-up], part.shape[1]] = place
     found = set()
     for place, part in enumerate(matrices):
         rows, columns = part.shape
-        after = (columns, rows // 2)
         # keys and values together have twice as many rows as columns, often
-        follows = any(last.get((part.path[:-up], after), -1) > place for up in range(2, 5))
-        if follows and rows % 2 == 0 and rows != 2 * columns:
-            found.add(part.path[:-1])
+        if rows % 2 or rows == 2 * columns:
+            continue
+        for up in range(2, 5):
+            if last.get((part.path[:-up], (columns, rows // 2)), -1) > place:
+                found.add(part.path[:-1])
+            elif last.get((part.path[:-up], rows), -1) <= place:
+                continue  # no layer here takes all rows
+            break
     return frozenset(found)
 
 

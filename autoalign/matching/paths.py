@@ -27,6 +27,7 @@ _MAX_SHARE_OF_LEAVES = 0.2  # of distinct names of tensors among all tensors; a 
 _LETTERED = re.compile(r"(.*\d)(([a-z])\3*)")  # the letter, or more than one of it, as in "conv1aa"
 _INIT = "~"  # that modules of Haiku were made in ``__init__``
 _TYPED = re.compile(r"(.+?)_?(\d+)")  # in "conv2d_4"
+_RECURRENT = re.compile(r"((?:weight|bias)_(?:ih|hh|hr)_l)(\d+)(?:_(reverse))?")
 _JOINT = re.compile(r"_(?=\d)|(?<=\d)_|(?<=\d[a-z])_")  # in "features_5_conv_2" and "block2a_expand"
 
 
@@ -53,7 +54,29 @@ def paths_of(keys: Sequence[str], shapes: Sequence[Shape]) -> list[Path]:
         modules = {path[:depth] for path in apart for depth in range(len(path))}
         is_flat = not modules.intersection(apart)  # no tensor is a module
         paths = apart if is_flat else paths
-    return _with_numbers_for_letters(_in_steps(paths, shapes, top, is_flat=is_flat))
+    return _with_recurrent_layers(_with_numbers_for_letters(_in_steps(paths, shapes, top, is_flat=is_flat)))
+
+
+def _with_recurrent_layers(paths: list[Path]) -> list[Path]:
+    """Read the layers and directions that torch's recurrent modules have in the names of their tensors as modules.
+
+    >>> _with_recurrent_layers([("rnn", "weight_ih_l0"), ("rnn", "weight_ih_l1"), ("rnn", "weight_ih_l1_reverse")])[1:]
+    [('rnn', 'forward', '1', 'weight_ih_l0'), ('rnn', 'reverse', '1', 'weight_ih_l0')]
+    """
+    layers = {path: found for path in paths if (found := _RECURRENT.fullmatch(path[-1]))}
+    counted = {path[:-1] for path, found in layers.items() if found[2] != "0"}
+    directed = {path[:-1] for path, found in layers.items() if found[3]}
+    return [
+        (
+            *path[:-1],
+            *((layers[path][3] or "forward",) if path[:-1] in directed else ()),
+            *((layers[path][2],) if path[:-1] in counted else ()),
+            f"{layers[path][1]}0",
+        )
+        if path in layers
+        else path
+        for path in paths
+    ]
 
 
 def top_module(paths: Sequence[Path]) -> Path:

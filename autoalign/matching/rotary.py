@@ -194,8 +194,13 @@ def _projections(specs: Sequence[TensorSpec], paths: Sequence[Path]) -> dict[int
         found[place] = around, role, name
         if len(spec.shape) > 1:
             inputs.setdefault(around, {})[role] = spec.shape[0 if path[-1].endswith(KERNELS) else -1]
+    convolved = {
+        path[:-2] for spec, path in zip(specs, paths, strict=True) if len(spec.shape) == 3 and spec.shape[1] == 1
+    }
     attentions = {
-        module for module, of in inputs.items() if "qkv" in of or (len(of) == 2 and len(set(of.values())) == 1)
+        module
+        for module, of in inputs.items()
+        if ("qkv" in of and module not in convolved) or (len(of) == 2 and len(set(of.values())) == 1)
     }
     if not attentions:
         return {}

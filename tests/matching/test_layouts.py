@@ -185,3 +185,15 @@ def test_a_convolved_projection_may_hold_heads_together() -> None:
     (match,) = [match for match in alignment.ambiguous if match.target == "0.k.weight"]
     ways = [way.operation.apply([source["0.qkv.weight"]])[0] for way in match.alternatives]
     assert any(torch.equal(way, by_head) for way in ways)
+
+
+def test_a_layer_whose_rows_the_next_one_takes_holds_no_gate() -> None:
+    def block(above: str, up: str, down: str) -> dict[str, Tensor]:
+        return {f"{above}.{up}.weight": torch.empty(32, 8), f"{above}.{down}.weight": torch.empty(8, 32)}
+
+    source = (
+        block("mid.mlp", "fc1", "fc2") | {"out.0.skip.weight": torch.empty(8, 16)} | block("out.0.mlp", "fc1", "fc2")
+    )
+    target = block("layers.0", "inner", "outer") | {"layers.1.joined.weight": torch.empty(8, 16)}
+    found = align(source, target | block("layers.1", "inner", "outer"))
+    assert not found.ambiguous

@@ -72,3 +72,19 @@ def test_letters_count_members_as_long_as_they_follow_one_another() -> None:
 def test_no_two_keys_have_one_path() -> None:
     assert _paths(["net/~/linear/w", "net/~/linear/b"]) == ["net.linear.w", "net.linear.b"]
     assert _paths(["net/~/linear/w", "net/linear/w"]) == ["net.~.linear.w", "net.linear.w"]
+
+
+def test_layers_and_directions_of_one_recurrent_module_are_those_of_lists_of_modules() -> None:
+    class Separate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("forward_rnn", "backward_rnn"):
+                self.add_module(name, nn.ModuleList([nn.LSTM(16 if k else 12, 8) for k in range(4)]))
+
+    source = {f"lstm.{key}": tensor for key, tensor in nn.LSTM(12, 8, 4, bidirectional=True).state_dict().items()}
+    alignment = autoalign.align(source, Separate())
+    found = {match.target: match.sources for match in alignment.matches}
+    assert len(found) == 32
+    for key, sources in found.items():
+        name, layer, own = key.split(".")
+        assert sources == (f"lstm.{own[:-1]}{layer}{'_reverse' * (name == 'backward_rnn')}",)

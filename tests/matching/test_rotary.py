@@ -339,3 +339,23 @@ def test_the_layout_of_hugging_faces_names_is_taken_where_the_other_side_shows_p
     theirs, published = replace(unknown, hugging_face=True), replace(unknown, published=True)
     assert layouts_of(theirs, published) == ("halves", None)
     assert layouts_of(published, theirs) == (None, "halves")
+
+
+def test_a_projection_before_a_convolution_is_not_rotated() -> None:
+    def tensors(mixer: str, inputs: str, conv: str, attention: str) -> dict[str, Tensor]:
+        found = {}
+        for layer in range(4):
+            around = f"{'layers' if conv == 'conv' else 'blk'}.{layer}"
+            found |= {f"{around}.{name}.weight": torch.empty(8) for name in ("norm1", "norm2")}
+            for name, shape in (("gate", (24, 8)), ("up", (24, 8)), ("down", (8, 24))):
+                found[f"{around}.mlp.{name}.weight"] = torch.empty(shape)
+            if layer % 2:
+                found |= {f"{around}.{attention}.{name}.weight": torch.empty(8, 8) for name in ("q", "k", "v", "o")}
+                continue
+            found[f"{around}.{mixer}.{inputs}.weight"] = torch.empty(24, 8)
+            found[f"{around}.{mixer}.{conv}.weight"] = torch.empty(8, 1, 3)
+            found[f"{around}.{mixer}.out_proj.weight"] = torch.empty(8, 8)
+        return found
+
+    found = align(tensors("shortconv", "in_proj", "kernel", "attn"), tensors("conv", "in_proj", "conv", "self_attn"))
+    assert {match.target.split(".")[-2] for match in found.ambiguous} == {"q", "k"}
