@@ -147,9 +147,9 @@ def describe_unlike(source: SideParts, target: SideParts) -> str:
 def equal_layers(
     same: Iterable[tuple[int, int]], source: tuple[Units, Sequence[Part]], target: tuple[Units, Sequence[Part]]
 ) -> list[tuple[int, int]]:
-    """List those of some pairs of layers that hold tensors of equal kinds and shapes."""
+    """List those of some pairs of layers that hold tensors of equal kinds and shapes, counters aside."""
     contents = [
-        [[(name, parts[part].shape, parts[part].numeric) for name, part in unit.parts] for unit in units]
+        [[(of, parts[part].shape, parts[part].numeric) for of, part in unit.parts if of != "count"] for unit in units]
         for units, parts in (source, target)
     ]
     return [(i, j) for i, j in same if contents[0][i] == contents[1][j]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import autoalign
 from autoalign.errors import NothingLoadedError
@@ -100,3 +100,12 @@ def test_networks_of_which_a_quarter_is_unlike_are_related() -> None:
             target[f"h.{layer}.second{place}.weight"] = torch.empty(31, 19 + place, device="meta")
     mapping = autoalign.align(source, target).mapping
     assert mapping == {key: key.replace("layers", "h") for key in _decoder()}
+
+
+def test_norms_without_counters_are_equal_layers() -> None:
+    norms = nn.Sequential(*[nn.BatchNorm2d(4 + k) for k in range(4)]).state_dict()
+    source = {key: tensor for key, tensor in norms.items() if not key.endswith("num_batches_tracked")}
+    source |= {f"MatMul_{k}": torch.ones(3, 11 + k) for k in range(3)}
+    target = norms | {f"rnn.{k}.weight": torch.ones(5, 13 + k) for k in range(3)}
+    alignment = autoalign.align(source, target)
+    assert {match.target for match in alignment.matches} == norms.keys() & source.keys()
