@@ -15,7 +15,17 @@ from math import prod
 from types import MappingProxyType
 from typing import NamedTuple
 
-from autoalign.matching.layers import Part, Parts, inputs_come_first, is_plain, layout_of, squeeze
+from autoalign.matching.layers import (
+    Part,
+    Parts,
+    convolution_in_torch,
+    inputs_come_first,
+    is_plain,
+    layout_of,
+    spatial_first,
+    squeeze,
+    views_of_last_inputs,
+)
 from autoalign.matching.names import kind, words
 from autoalign.matching.paths import Path
 from autoalign.matching.vocabulary import (
@@ -318,9 +328,14 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
     are_first = are_first and layout == 0 and inputs_come_first(parts, others)  # of what has no bias
     layers = [kinds for unit in parts.units if "weight" in (kinds := dict(unit.parts))]
     shapes = [{values: parts[index].shape for values, index in kinds.items()} for kinds in layers]
+    if views := views_of_last_inputs(shapes, others):
+        viewed = list(parts)
+        for kinds, view in zip(layers, views, strict=True):
+            viewed[kinds["weight"]] = _viewed(parts[kinds["weight"]], view)
+        return Parts(viewed)
     named = [_is_kernel(parts[kinds["weight"]]) for kinds in layers]
     is_named = any(named)
-    are_last = is_named or sum(map(_spatial_first, shapes)) > 0  # the outputs of convolutions
+    are_last = is_named or sum(map(spatial_first, shapes)) > 0  # the outputs of convolutions
     if not (are_last or are_first or layout < 0):
         return parts
     result = [_viewed(part, Permute((0, 2, 1))) if is_named and _is_stack(part) else part for part in parts]
@@ -333,7 +348,7 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
         if is_turned and len(weight.shape) == 2:
             result[kinds["weight"]] = _viewed(weight, Transpose())
         elif len(weight.shape) > (2 if is_turned else 3) and (are_last or is_turned):
-            turned = _viewed(weight, _convolution(weight.shape, of.get("bias")))
+            turned = _viewed(weight, convolution_in_torch(weight.shape, of.get("bias")))
             result[kinds["weight"]] = weight if others.get(weight.shape, 0) > others.get(turned.shape, 0) else turned
     return Parts(result)
 
@@ -445,27 +460,3 @@ def _joined(shape: Shape, *, joins: bool) -> Iterator[_Joined]:
         else:
             view = Reshape(matrix) if joins == (place == 0) else chain(Reshape(matrix[::-1]), Transpose())
         yield _Joined(width, heads, matrix, view, place)
-
-
-def _convolution(weight: Shape, bias: Shape | None) -> Operation:
-    """Return the view of a kernel ``(*spatial, in, out)`` as torch's ``(out, in, *spatial)``.
-
-    A kernel of several inputs and one output is depthwise, ``(*spatial, channels, 1)``, unless its bias or a spatial
-    size of one shows that it sums its inputs.
-    """
-    last = len(weight) - 1
-    *spatial, channels, outputs = weight
-    is_depthwise = outputs == 1 < channels and (bias == (channels,) or (bias is None and prod(spatial) > 1))
-    ends = (last - 1, last) if is_depthwise else (last, last - 1)
-    return Permute((*ends, *range(last - 1)))
-
-
-def _spatial_first(shapes: Mapping[str, Shape]) -> int:
-    """Vote on where the weight of a convolution has its spatial dimensions: 1 first, -1 last, 0 unclear."""
-    weight, bias = shapes["weight"], shapes.get("bias")
-    if len(weight) < 4:
-        return 0
-    if bias is not None and bias in (weight[:1], weight[-1:]) and weight[0] != weight[-1]:
-        return 1 if bias == weight[-1:] else -1
-    first, last = weight[0] == weight[1], weight[-1] == weight[-2]
-    return first - last or first * ((weight[0] < weight[-1]) - (weight[0] > weight[-1]))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import repeat
+from math import prod
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from autoalign.matching.names import kind, role_words, words
 from autoalign.matching.paths import MAX_NAMED_SIBLINGS, Path, paths_of, top_module
 from autoalign.matching.vocabulary import EMBEDDING_WORDS, TORCH_NAMES
 from autoalign.plan.keys import common_prefix, numbers, stem
-from autoalign.plan.operations import Copy, Operation
+from autoalign.plan.operations import Copy, Operation, Permute, Shape
 from autoalign.plan.specs import TensorSpec
 
 _Tree = dict[tuple[str, bool], "_Tree | int"]  # name, True for a tensor -> the content of the module, or the leaf
@@ -324,6 +325,50 @@ def inputs_come_first(parts: Sequence[Part], others: Mapping[tuple[int, ...], in
         same, turned = others.get(part.shape, 0), others.get(part.shape[::-1], 0)
         votes += widens * (1 if part.shape[0] < part.shape[1] else -1) + (turned > same) - (turned < same)
     return votes > 0
+
+
+def convolution_in_torch(weight: Shape, bias: Shape | None) -> Operation:
+    """Return the view of a kernel ``(*spatial, in, out)`` as torch's ``(out, in, *spatial)``.
+
+    A kernel of several inputs and one output is depthwise, ``(*spatial, channels, 1)``, unless its bias or a spatial
+    size of one shows that it sums its inputs.
+    """
+    last = len(weight) - 1
+    *spatial, channels, outputs = weight
+    is_depthwise = outputs == 1 < channels and (bias == (channels,) or (bias is None and prod(spatial) > 1))
+    ends = (last - 1, last) if is_depthwise else (last, last - 1)
+    return Permute((*ends, *range(last - 1)))
+
+
+def spatial_first(shapes: Mapping[str, Shape]) -> int:
+    """Vote on where the weight of a convolution has its spatial dimensions: 1 first, -1 last, 0 unclear."""
+    weight, bias = shapes["weight"], shapes.get("bias")
+    if len(weight) < 4:
+        return 0
+    if bias is not None and bias in (weight[:1], weight[-1:]) and weight[0] != weight[-1]:
+        return 1 if bias == weight[-1:] else -1
+    first, last = weight[0] == weight[1], weight[-1] == weight[-2]
+    return first - last or first * ((weight[0] < weight[-1]) - (weight[0] > weight[-1]))
+
+
+def views_of_last_inputs(shapes: Sequence[Mapping[str, Shape]], others: Mapping[Shape, int]) -> list[Operation]:
+    """Return the views of the weights of layers in torch's layout if their kernels are ``(out, *spatial, in)``.
+
+    So are those of MLX and of TensorFlow Lite; the latter has depthwise ones as ``(1, *spatial, channels)``. It shows
+    where ``others``, the shapes of the other side, hold most kernels only as torch has them; else none is returned.
+    """
+    views: list[Operation] = []
+    votes = 0
+    for of in shapes:
+        weight, last = of["weight"], len(of["weight"]) - 1
+        ways = [(0, last, *range(1, last)), (last, 0, *range(1, last))] if last > 1 else []
+        if of.get("bias") == weight[:1] != (1,):
+            ways = ways[:1]
+        found = [dims for dims in ways if tuple(weight[dim] for dim in dims) in others]
+        if last > 2:  # else it may be a stack of matrices
+            votes += bool(found and weight not in others) - (weight in others and not found)
+        views.append(Permute(found[0]) if found else Copy())
+    return views if votes > 0 else []
 
 
 def is_plain(part: Part) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 import autoalign
 from autoalign import align
@@ -339,3 +339,22 @@ def test_a_network_of_sonnet_is_read_as_torch_has_it() -> None:
     assert not alignment.ambiguous
     for key, tensor in alignment.state_dict().items():
         assert torch.equal(tensor, target[key]), key
+
+
+@pytest.mark.parametrize("depthwise", [(0, 2, 3, 1), (1, 2, 3, 0)], ids=["MLX", "TensorFlow Lite"])
+def test_kernels_with_their_inputs_last_are_read_and_written(depthwise: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.Conv2d(16, 16, 3, groups=16),
+        nn.Conv2d(16, 24, 1),
+        nn.Conv2d(24, 24, 3),
+        nn.Linear(24, 5),
+    )
+    own = model.state_dict()
+    names = {"0": "stem", "1": "depth", "2": "point", "3": "mix", "4": "head"}
+    other = {f"{names[key[0]]}{key[1:]}": tensor for key, tensor in own.items()}
+    for key in ("stem.weight", "point.weight", "mix.weight"):
+        other[key] = other[key].permute(0, 2, 3, 1).contiguous()
+    other["depth.weight"] = other["depth.weight"].permute(depthwise).contiguous()
+    aligned_both_ways(own, other, tmp_path / "a.json")

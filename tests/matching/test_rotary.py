@@ -343,7 +343,7 @@ def test_the_layout_of_hugging_faces_names_is_taken_where_the_other_side_shows_p
 
 def test_a_projection_before_a_convolution_is_not_rotated() -> None:
     def tensors(mixer: str, inputs: str, conv: str, attention: str) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for layer in range(4):
             around = f"{'layers' if conv == 'conv' else 'blk'}.{layer}"
             found |= {f"{around}.{name}.weight": torch.empty(8) for name in ("norm1", "norm2")}
