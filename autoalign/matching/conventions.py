@@ -333,7 +333,7 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
         for kinds, view in zip(layers, views, strict=True):
             viewed[kinds["weight"]] = _viewed(parts[kinds["weight"]], view)
         return Parts(viewed)
-    named = [_is_kernel(parts[kinds["weight"]]) for kinds in layers]
+    named = [layout < 1 and _is_kernel(parts[kinds["weight"]]) for kinds in layers]
     is_named = any(named)
     are_last = is_named or sum(map(spatial_first, shapes)) > 0  # the outputs of convolutions
     if not (are_last or are_first or layout < 0):

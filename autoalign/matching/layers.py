@@ -284,15 +284,18 @@ def _grouped(parts: Sequence[Part]) -> Units:
 def _take_in_biases(groups: dict[Path, dict[str, int]]) -> None:
     """Add a bias beside its layer (``q_bias`` beside ``query.weight``), or in it under another name, to that layer.
 
-    One in its layer, as ``gate.e_score_correction_bias`` with ``gate.weight``, must be the only one there.
+    One in its layer, as ``gate.e_score_correction_bias`` with ``gate.weight``, must be the only one there, and one
+    around it, as ``conv.bias`` with ``conv.depthwise_kernel``, must have nothing else in it.
     """
     alone = [path for path, members in groups.items() if members.keys() == {"bias"}]
     if not alone:
         return
     layers = {(path[:-1], words(path[-1])): path for path, members in groups.items() if members.keys() == {"weight"}}
     inside = Counter(path[:-1] for path in alone)
+    within = Counter(path[:-1] for path in groups)
+    only = {path[:-1]: path for path in layers.values() if within[path[:-1]] == 1}
     for path in alone:
-        layer = layers.get((path[:-1], words(path[-1])))
+        layer = layers.get((path[:-1], words(path[-1]))) or only.get(path)
         if layer is not None and words(path[-1]):
             groups[layer] |= groups.pop(path)
         elif inside[path[:-1]] == 1 and groups.get(path[:-1], {}).keys() == {"weight"}:
@@ -362,11 +365,10 @@ def views_of_last_inputs(shapes: Sequence[Mapping[str, Shape]], others: Mapping[
     for of in shapes:
         weight, last = of["weight"], len(of["weight"]) - 1
         ways = [(0, last, *range(1, last)), (last, 0, *range(1, last))] if last > 1 else []
-        if of.get("bias") == weight[:1] != (1,):
-            ways = ways[:1]
-        found = [dims for dims in ways if tuple(weight[dim] for dim in dims) in others]
-        if last > 2:  # else it may be a stack of matrices
-            votes += bool(found and weight not in others) - (weight in others and not found)
+        usual = ways[weight[0] == 1 :][:1]
+        found = [dims for dims in (*usual, *ways) if tuple(weight[dim] for dim in dims) in others]
+        if last > 2 and prod(weight[1:-1]) > 1:  # else it may be a stack of matrices, or one of any layout
+            votes += (found[:1] == usual and weight not in others) - (found[:1] != usual)
         views.append(Permute(found[0]) if found else Copy())
     return views if votes > 0 else []
 

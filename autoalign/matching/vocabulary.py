@@ -317,6 +317,10 @@ WHOLE_NAMES: dict[str, tuple[str, str]] = {
     "moving_mean": ("mean", ""),
     "moving_var": ("var", ""),
     "moving_variance": ("var", ""),
+    "rolling_mean": ("mean", ""),  # of Darknet
+    "rolling_variance": ("var", ""),
+    "avg_mean": ("mean", ""),  # of Chainer
+    "avg_var": ("var", ""),
     "rm": ("mean", ""),
     "riv": ("var", ""),
     "weight_gain": ("gain", ""),  # of weight normalisation

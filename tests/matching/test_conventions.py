@@ -358,3 +358,49 @@ def test_kernels_with_their_inputs_last_are_read_and_written(depthwise: tuple[in
         other[key] = other[key].permute(0, 2, 3, 1).contiguous()
     other["depth.weight"] = other["depth.weight"].permute(depthwise).contiguous()
     aligned_both_ways(own, other, tmp_path / "a.json")
+
+
+def test_a_first_kernel_of_equal_sizes_does_not_have_its_inputs_last(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24)
+    own = {key: tensor for key, tensor in nn.Sequential(*layers).state_dict().items() if "num" not in key}
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    other = {
+        f"{key[0]}.kernel" if tensor.dim() == 4 else f"{key[0]}.{names[key[2:]]}": tensor.permute(
+            2, 3, 1, 0
+        ).contiguous()
+        if tensor.dim() == 4
+        else tensor
+        for key, tensor in own.items()
+    }
+    aligned_both_ways(own, other, tmp_path / "a.json")
+
+
+def test_biases_tell_the_layout_of_kernels(tmp_path: Path) -> None:
+    own = linear("0", 4, 12) | linear("1", 12, 12) | linear("2", 12, 8)
+    other = {key.replace("weight", "kernel"): tensor for key, tensor in own.items()}
+    aligned_both_ways(own, other, tmp_path / "a.json")
+    turned = {key: tensor.T.contiguous() if tensor.dim() == 2 else tensor for key, tensor in other.items()}
+    aligned_both_ways(own, turned, tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "names", ["gamma beta avg_mean avg_var", "scales biases rolling_mean rolling_variance"], ids=["Chainer", "Darknet"]
+)
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_statistics_by_other_names(names: str, is_sorted: bool) -> None:
+    layers = [layer for width in (8, 16, 16) for layer in (nn.Conv2d(8, width, 3, bias=False), nn.BatchNorm2d(width))]
+    target = nn.Sequential(*layers).state_dict()
+    new = dict(zip(("weight", "bias", "running_mean", "running_var"), names.split(), strict=True))
+    source = {
+        f"layers.{key[0]}.{'W' if tensor.dim() > 1 else new[key[2:]]}": tensor
+        for key, tensor in target.items()
+        if "num" not in key
+    }
+    found = align(dict(sorted(source.items())) if is_sorted else source, target)
+    assert len(found.matches) == len(source)
+    assert all(match.target[0] == match.sources[0][7] for match in found.matches)
+    statistics = {
+        match.target[2:]: match.sources[0].split(".")[-1] for match in found.matches if "running" in match.target
+    }
+    assert statistics == {key: new[key] for key in ("running_mean", "running_var")}

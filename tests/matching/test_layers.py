@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 import autoalign
+from autoalign.matching.layers import parts_of, units_of
+from autoalign.plan.operations import Shape
+from autoalign.plan.specs import TensorSpec
 
 _MXNET = {
     "weight": "arg:{}_gamma",
@@ -95,3 +98,13 @@ def test_a_layer_stays_whole_beside_another_name_of_one_kind(other: str) -> None
     source |= {f"layers.{n}.conv.{other}": torch.empty(16) for n in range(3)}
     mapping = autoalign.align(dict(sorted(source.items())), target).mapping
     assert mapping == {key.replace("blocks", "layers"): key for key in target}
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_a_bias_around_its_kernel_is_of_its_layer(is_sorted: bool) -> None:
+    keys = ["block/gamma", "block/conv/depthwise_kernel", "block/conv/bias", "block/fc/kernel", "block/fc/bias"]
+    shapes: list[Shape] = [(8,), (3, 3, 8, 1), (8,), (8, 5), (5,)]
+    listed = sorted(zip(keys, shapes, strict=True)) if is_sorted else list(zip(keys, shapes, strict=True))
+    parts = parts_of([TensorSpec(key, shape, torch.float32) for key, shape in listed])
+    units = {unit.path[-1]: dict(unit.parts).keys() for unit in units_of(parts)}
+    assert units == {"block": {"weight"}, "depthwise": {"weight", "bias"}, "fc": {"weight", "bias"}}
