@@ -134,9 +134,8 @@ def _has_own_loading_code(module: nn.Module) -> bool:
     """Return True if a module has methods or hooks of loading that are not torch's own."""
     methods = (getattr(module, name) for name in _LOADING_METHODS)
     hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
-    functions = (getattr(hook, "hook", hook) for hook in hooks)  # torch wraps some
     return any(  # those of FSDP2 free whole parameters, as its hook of `state_dict` does too
-        not str(function.__module__).startswith("torch.distributed.fsdp.") for function in functions
+        not str(hook.__module__).startswith("torch.distributed.fsdp.") for hook in hooks
     ) or any(method.__module__.partition(".")[0] != "torch" for method in methods)
 
 

@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from autoalign.api import load
 from autoalign.loading import fill as copying
-from autoalign.loading.transaction import can_copy_in_place, cannot_fail, converted, model_lock, transaction
+from autoalign.loading.transaction import can_copy_in_place, cannot_fail, converted, local_part, model_lock, transaction
 
 
 def change(model: Any, error: BaseException | None = None) -> None:
@@ -127,6 +127,27 @@ def test_a_sparse_buffer_is_put_back() -> None:
         model.adjacent.mul_(2)
         raise ValueError("now")
     assert torch.equal(model.adjacent.to_dense(), torch.eye(3))
+
+
+def test_of_a_sharded_tensor_this_processs_part_is_put_back() -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    distributed: Any = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model: Any = nn.ParameterDict({"whole": torch.ones(2), "sharded": torch.ones(4), "last": torch.ones(2)})
+        model.sharded = nn.Parameter(distribute_tensor(torch.ones(4), DeviceMesh("cpu", [0]), [Shard(0)]))
+        model.last = nn.Parameter(model.pop("last"))  # after the one that is sharded
+        with pytest.raises(ValueError, match="now"), transaction(model, keep_values=True):  # noqa: PT012
+            for parameter in model.parameters():
+                local_part(parameter).zero_()
+            raise ValueError("now")
+        assert isinstance(model.sharded, DTensor)
+        assert all(torch.equal(local_part(parameter), torch.ones(parameter.shape)) for parameter in model.parameters())
+        assert type(local_part(model.sharded)) is Tensor
+    finally:
+        distributed.destroy_process_group()
 
 
 class Nested(nn.Module):
