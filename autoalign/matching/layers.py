@@ -365,7 +365,7 @@ def views_of_last_inputs(shapes: Sequence[Mapping[str, Shape]], others: Mapping[
     for of in shapes:
         weight, last = of["weight"], len(of["weight"]) - 1
         ways = [(0, last, *range(1, last)), (last, 0, *range(1, last))] if last > 1 else []
-        usual = ways[weight[0] == 1 :][:1]
+        usual = ways[weight[:1] == (1,) :][:1]
         found = [dims for dims in (*usual, *ways) if tuple(weight[dim] for dim in dims) in others]
         if last > 2 and prod(weight[1:-1]) > 1:  # else it may be a stack of matrices, or one of any layout
             votes += (found[:1] == usual and weight not in others) - (found[:1] != usual)
