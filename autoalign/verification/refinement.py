@@ -17,8 +17,10 @@ from math import prod
 from typing import Any
 
 import networkx as nx
+import torch
 
 _MAX_ROUNDS = 500
+_MAX_FOLLOWED = 24  # operations from one product to the next
 
 PART = "@"  # between the key of a tensor and where a part of it begins
 
@@ -30,6 +32,8 @@ _CANONICAL = {
     **dict.fromkeys(("addmm", "baddbmm", "bmm", "mm", "mv"), "matmul"),
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"), "batch_norm"),
 }
+MOVING = frozenset({"permute", "squeeze", "t", "transpose", "unsqueeze"})  # operations that move dimensions
+RESHAPING = frozenset({"_unsafe_view", "reshape", "view"})
 _PARTS = frozenset({"select", "slice", "split", "split_with_sizes", "unbind"})
 _COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum"})
 _FILLING = frozenset(  # operations that take the shape of a tensor, and none of its values
@@ -94,13 +98,14 @@ def skeleton_of(graph: nx.DiGraph, *, unary: bool, is_split: bool = False) -> Sk
                 role = {"query": (0, part), "key": (1, part), "value": (1, part)}.get(argument, "bias")
                 edges.append((before, node if argument == "value" else (node, "scores"), role))
             continue
+        places = _sides(graph, node) if labels[node] == "matmul" and not given and len(data) == 2 else ()
         for place, (before, argument, part) in enumerate(operands):
             role = argument
             if labels[node] == "matmul" and given:
                 is_bias = argument == "bias" or (argument == "self" and len(operands) == 3)
                 role = "" if before not in tensors else "bias" if is_bias else "weight"
             elif labels[node] == "matmul":
-                role = place
+                role = places[place] if len(places) > place else place
             elif name in _COMMUTATIVE:
                 role = ""
             edges.append((before, node, (role, part)))
@@ -145,6 +150,37 @@ def _is_product(graph: nx.DiGraph, node: object) -> bool:
     """Return True for a convolution that multiplies each position with one matrix."""
     weights = [before for before, _, edge in graph.in_edges(node, data=True) if "weight" in edge["arguments"]]
     return bool(graph.nodes[node]["settings"].get("groups") == 1 and prod(graph.nodes[weights[0]]["shape"][2:]) == 1)
+
+
+def _sides(graph: nx.DiGraph, product: Any) -> tuple[object, object]:
+    """Return which operand of a product is which: the next product sums over the second's side, as over that of keys.
+
+    Both are "" where that is not known, since code may as well compute the transposed product of both exchanged.
+    """
+    nodes, node = graph.nodes, product
+    shape = nodes[node]["shape"]
+    marks = (torch.arange(shape[-2] if len(shape) > 1 else 1) % 2).to(torch.int8)[:, None].expand(shape)  # of rows
+    for _ in range(_MAX_FOLLOWED):
+        takers = [other for other in graph.succ[node] if isinstance(other, int)]
+        if not takers:
+            break
+        before, node = node, min(takers)
+        name, settings = nodes[node]["operation"], nodes[node]["settings"]
+        if _CANONICAL.get(name) == "matmul" or name == "convolution":
+            is_second = {"mat2", "batch2"}.intersection(graph.edges[before, node]["arguments"])
+            dim = 1 if name == "convolution" else -2 if is_second else -1
+            is_turned = marks.shape[dim] > 1 and bool((marks.select(dim, 0) != marks.select(dim, 1)).any())
+            return (1, 0) if is_turned else (0, 1)
+        try:
+            if name in MOVING:
+                marks = getattr(torch.ops.aten, name)(marks, **settings)
+            elif name in RESHAPING:
+                marks = marks.reshape(nodes[node]["shape"])
+            else:
+                marks = marks.expand(nodes[node]["shape"])
+        except RuntimeError:  # it is cut or joined
+            break
+    return "", ""
 
 
 def _part(graph: nx.DiGraph, node: object, result: int) -> tuple[float, ...]:

@@ -10,13 +10,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import nn
 
 from autoalign.checkpoints.checkpoint import Checkpoint
@@ -30,7 +28,7 @@ from autoalign.plan.keys import numbers, split_key
 from autoalign.plan.matches import Match, Plan
 from autoalign.plan.operations import Shape
 from autoalign.verification.dataflow import traced
-from autoalign.verification.refinement import pairs_of, skeleton_of
+from autoalign.verification.refinement import MOVING, RESHAPING, pairs_of, skeleton_of
 
 CODE = "code"  # the cue
 MAX_DOUBTED = 0.4  # confidence in what is doubted
@@ -38,10 +36,9 @@ MAX_DOUBTED = 0.4  # confidence in what is doubted
 _ORDERED = 0.9  # confidence below which a match without a name is told by order alone
 _MIN_LAYERS = 4  # without names whose order can be compared
 _MIN_IN_ORDER = 0.75  # share of the layers without names that stand in one order on both sides
-_MOVING = frozenset({"permute", "squeeze", "t", "transpose", "unsqueeze"})  # operations that move dimensions
-_RESHAPING = frozenset({"_unsafe_view", "reshape", "view"})
 _MAX_CLIMBED = 8  # products of a branch beside a shortcut
 _PRODUCTS = frozenset({"matmul", "convolution", "embedding"})
+_SIDES: dict[object, str] = {0: "q", 1: "k"}  # of the product of both
 _ATTENDING, _FEEDING = frozenset({"q", "k", "v", "kv", "qkv"}), frozenset({"gate", "up", "in"})
 
 _TOLD = "Told by what the code of the model does with them"
@@ -91,40 +88,18 @@ class _Uses:
         found = self.products(node)
         return found.pop() if len(found) == 1 else None
 
-    def attentions(self) -> Iterator[tuple[object, object, dict[object, str]]]:
-        """Yield the product of queries and keys and that with values, and which operands of the first are which."""
+    def attentions(self) -> Iterator[tuple[object, object]]:
+        """Yield the product of queries and keys and that with values."""
         for node, label in self.labels.items():
             if isinstance(node, tuple):  # of a fused function
-                yield node, node[0], {0: "q", 1: "k"}
+                yield node, node[0]
             elif "softmax" in str(label) and (scores := self.product(node)) is not None and scores not in self.weights:
                 mixed, waiting = set[object](), [node]
                 while waiting:
                     for other in self.after[waiting.pop()]:
                         (mixed.add if self.labels[other] in _PRODUCTS else waiting.append)(other)
                 if len(mixed) == 1 and not mixed & self.weights.keys():
-                    yield scores, mixed.pop(), self._operands(scores, node)
-
-    def _operands(self, scores: Any, softmax: Any) -> dict[object, str]:
-        """Return which operand of a product is of queries and which of keys: the softmax is over keys."""
-        nodes = self.graph.nodes
-        shape, dim = nodes[scores]["shape"], nodes[softmax]["settings"]["dim"]
-        for side in (1, 0):  # columns, which are of the second operand, and rows
-            marks = torch.arange(shape[side - 2]) % 2
-            marked = {scores: (marks if side else marks[:, None]).to(torch.int8).expand(shape)}
-            for node in range(scores + 1, softmax + 1):
-                given = next((marked[before] for before in self.graph.pred.get(node, ()) if before in marked), None)
-                if given is None:
-                    continue
-                name, settings = nodes[node]["operation"], nodes[node]["settings"]
-                with suppress(RuntimeError):  # it is cut or joined
-                    if name in _MOVING:
-                        marked[node] = getattr(torch.ops.aten, name)(given, **settings)
-                    else:
-                        marked[node] = (given.reshape if name in _RESHAPING else given.expand)(nodes[node]["shape"])
-            mark = marked.get(softmax)
-            if mark is not None and mark.shape[dim] > 1 and bool((mark.select(dim, 0) != mark.select(dim, 1)).any()):
-                return {side: "k", 1 - side: "q"}
-        return {}
+                    yield scores, mixed.pop()
 
     def is_alone(self, node: object, taker: object) -> bool:
         """Return True if all that a node gives goes on to another one."""
@@ -166,9 +141,11 @@ def roles_of(graph: nx.DiGraph) -> dict[str, str]:
         if len(uses.after[before]) == 1:
             note(uses.after[before][0], role)
 
-    for scores, mixed, sides in uses.attentions():
+    for scores, mixed in uses.attentions():
         both = zip(uses.arguments[scores], uses.before[scores], strict=True)
-        operands = {sides.get(place, place): uses.product(node) for place, node in both}
+        operands: dict[str | int, object] = {
+            _SIDES.get(place, number): uses.product(node) for number, (place, node) in enumerate(both)
+        }
         values = {node for node in uses.before[mixed] if scores not in uses.products(node)}
         value = uses.product(values.pop()) if len(values) == 1 else None
         if {*operands.values()} == {value}:
@@ -178,8 +155,8 @@ def roles_of(graph: nx.DiGraph) -> dict[str, str]:
             note(operands.get("q"), "q" if operands.get("k") == value else "")
         else:
             note(value, "v")
-            for role, node in operands.items() if len({*operands.values()}) > 1 else ():
-                note(node, str(role) if role in sides.values() else "")
+            for side, node in operands.items() if len({*operands.values()}) > 1 else ():
+                note(node, side if isinstance(side, str) else "")
         note_only(mixed, "o")
     for node, label in uses.labels.items():
         given = uses.before[node]
@@ -225,14 +202,14 @@ def given_composed(graph: nx.DiGraph) -> set[str]:
     def composes(node: object) -> bool:
         name, shape = nodes[node].get("operation"), nodes[node]["shape"]
         given = max((len(nodes[before].get("shape", ())) for before in graph.pred[node]), default=0)
-        return name in ("cat", "im2col") or (name in _RESHAPING and 1 < len(shape) < given)
+        return name in ("cat", "im2col") or (name in RESHAPING and 1 < len(shape) < given)
 
     waiting = [node for node, kind in nodes(data="kind") if kind == "operation" and composes(node)]
     seen = {*waiting}
     while waiting:
         for user in graph.succ[waiting.pop()]:
             own = {key for key in graph.pred[user] if nodes[key]["kind"] in ("parameter", "buffer")}
-            moved = (graph.pred[before] for before in graph.pred[user] if nodes[before].get("operation") in _MOVING)
+            moved = (graph.pred[before] for before in graph.pred[user] if nodes[before].get("operation") in MOVING)
             own |= {key for of in moved for key in of if nodes[key]["kind"] in ("parameter", "buffer")}
             found |= {str(key) for key in own}
             if user not in seen and all(len(nodes[key]["shape"]) < 2 for key in own):

@@ -59,15 +59,17 @@ class Chained(Twin):
 class Attending(Twin):
     """Attention, as its products or as one function."""
 
-    def __init__(self, names: str, *, is_fused: bool) -> None:
+    def __init__(self, names: str, *, is_fused: bool, is_turned: bool = False) -> None:
         super().__init__(*sorted(names))
-        self.names, self.is_fused = names, is_fused
+        self.names, self.is_fused, self.is_turned = names, is_fused, is_turned
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, out = (self.get_submodule(name) for name in self.names)
         query, key, value = (layer(x)[:, None] for layer in (q, k, v))
         if self.is_fused:
             mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        elif self.is_turned:
+            mixed = (key @ query.transpose(-1, -2) / 2).softmax(-2).transpose(-1, -2) @ value
         else:
             mixed = (query @ key.transpose(-1, -2) / 2).softmax(-1) @ value
         return self.head(out(mixed.squeeze(1)))  # type: ignore[no-any-return]
@@ -89,11 +91,13 @@ def test_gate_and_up_are_told_by_what_is_done_with_them() -> None:
     assert filled_from(autoalign.align(source.state_dict(), target.state_dict())) != filled_from(alignment)
 
 
-def test_queries_keys_and_values_are_told_whether_attention_is_one_function_or_two_products() -> None:
-    source, target = Attending("qkvo", is_fused=False), Attending("wxyz", is_fused=True)
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_queries_keys_and_values_are_told_whether_attention_is_one_function_or_two_products(*, is_turned: bool) -> None:
+    source, target = Attending("qkvo", is_fused=False, is_turned=is_turned), Attending("wxyz", is_fused=True)
     pairs = dict(zip("wxyz", "qkvo", strict=True)) | {"head": "head"}
     right = {f"{b}.{kind}": f"{a}.{kind}" for b, a in pairs.items() for kind in ("weight", "bias")}
     assert filled_from(autoalign.align(source.state_dict(), target, source_model=source)) == right
+    assert filled_from(autoalign.align(source, target)) == right  # by graphs alone, since nobody asked for a search
 
 
 def test_a_convolution_of_single_positions_is_a_product() -> None:
