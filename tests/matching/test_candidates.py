@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import autoalign
-from autoalign.matching.candidates import Candidates, candidates, kinds_of
+from autoalign.matching.candidates import Candidates, candidates, kinds_of, transposed_parts, unit_fit
 from autoalign.matching.layers import Part, units_of
 
 
@@ -158,3 +158,49 @@ def test_a_matrix_alone_may_be_the_weight_of_a_layer_with_a_bias() -> None:
     alignment = autoalign.align(source, target)
     assert alignment.missing_keys == ["head.bias"]
     assert torch.equal(alignment.state_dict()["head.weight"], source["visual.proj"].T)
+
+
+def _parts(shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
+    return [Part(k, (*key.split("."),), shape, "float") for k, (key, shape) in enumerate(shapes.items())]
+
+
+def _embeddings(count: int) -> dict[str, tuple[int, ...]]:
+    return {f"embed{number}.weight": (4, 8) for number in range(count)}
+
+
+def _layers(count: int) -> dict[str, tuple[int, ...]]:
+    return {f"layer{number}.weight": (4, 8) for number in range(count)}
+
+
+_TURNED: dict[str, tuple[int, ...]] = {"a.weight": (3, 5), "b.weight": (3, 7)}
+_AS_IS: dict[str, tuple[int, ...]] = {"c.weight": (5, 3), "d.weight": (7, 3)}
+_SQUARE: dict[str, tuple[int, ...]] = {"e.weight": (6, 6)}
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "transposed"),
+    [
+        ({"a.weight": (4, 8)}, {"b.weight": (8, 4)}, {0}),
+        ({"a.weight": (4, 8)}, {"b.weight": (4, 8)}, set()),
+        ({"a.weight": (4, 8), "b.weight": (8, 4)}, {"c.weight": (4, 8), "d.weight": (8, 4)}, set()),
+        ({"a.weight": (5, 7), "b.weight": (6, 6)}, {"c.weight": (9, 3), "d.weight": (6, 6)}, set()),
+        # a square matrix is as most layers are, if two or more are turned
+        ({"a.weight": (3, 5), "b.weight": (6, 6)}, {"c.weight": (5, 3), "d.weight": (6, 6)}, {0}),
+        (_TURNED | _SQUARE, _AS_IS | _SQUARE, {0, 1, 2}),
+        (_TURNED | _SQUARE | _embeddings(2), _AS_IS | _SQUARE | _embeddings(2), {0, 1, 2}),
+        (_TURNED | _SQUARE | _layers(2), _AS_IS | _SQUARE | _layers(2), {0, 1}),
+    ],
+)
+def test_shapes_show_what_is_transposed(
+    source: dict[str, tuple[int, ...]], target: dict[str, tuple[int, ...]], transposed: set[int]
+) -> None:
+    assert transposed_parts(_parts(source), _parts(target)) == transposed
+
+
+def test_a_layer_fits_as_it_is_or_transposed_and_of_another_kind_never() -> None:
+    wanted = (("weight", (8, 4), "float", False),)
+    assert unit_fit((("weight", (4, 8), "float", True),), wanted) == 1
+    assert unit_fit((("weight", (8, 4), "float", False),), wanted) == 1
+    assert not unit_fit((("weight", (4, 8), "float", False),), wanted)
+    assert not unit_fit((("weight", (8, 4), "int", False),), wanted)
+    assert 0 < unit_fit((("weight", (8, 2, 2), "float", False),), wanted) < 1

@@ -404,3 +404,13 @@ def test_statistics_by_other_names(names: str, is_sorted: bool) -> None:
         match.target[2:]: match.sources[0].split(".")[-1] for match in found.matches if "running" in match.target
     }
     assert statistics == {key: new[key] for key in ("running_mean", "running_var")}
+
+
+def test_the_rows_of_one_bias_are_the_two_of_a_gru() -> None:
+    rows, bias = torch.rand(2, 12), torch.rand(2, 12)
+    rows[:, :4], rows[:, 4:8], rows[:, 8:] = bias[:, 4:8], bias[:, :4], bias[:, 8:]  # torch has the reset gate first
+    source = {"gru.kernel": torch.rand(6, 12), "gru.recurrent_kernel": torch.rand(4, 12), "gru.bias": bias}
+    target = {f"rnn.{key}": tensor for key, tensor in nn.GRU(6, 4).state_dict().items()}
+    loaded = align(source, target).state_dict()
+    assert torch.equal(loaded["rnn.bias_ih_l0"], rows[0])
+    assert torch.equal(loaded["rnn.bias_hh_l0"], rows[1])

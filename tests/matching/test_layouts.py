@@ -47,6 +47,15 @@ def test_names_tell_whether_scale_or_shift_of_the_last_norm_is_first(own: str, o
         assert all(match.confidence < 0.9 and "scale and shift" in " ".join(match.warnings) for match in found)
 
 
+def test_under_the_same_names_scale_and_shift_stay_where_they_are() -> None:
+    alignment = align(
+        _network(_layer("net.final_layer.mod"), "layers"), _network(_layer("unet.decoder.final_layer.mod"), "blocks")
+    )
+    found = [match for match in alignment.matches if match.target.startswith("unet")]
+    assert [str(match.operation) for match in found] == ["copy", "copy"]
+    assert not any(match.warnings for match in found)
+
+
 def test_other_names_do_not_tell_it() -> None:
     alignment = align(_network(_layer("modF.1"), "layers"), _network(_layer("norm_out.linear"), "blocks"))
     assert [match.target for match in alignment.ambiguous] == ["norm_out.linear.weight", "norm_out.linear.bias"]
