@@ -2,7 +2,7 @@
 
 An option changes some matches. What the alignment lists as alternatives comes first, in all layers at once; then what
 often goes wrong: features that a layer takes in another order, tensors of equal shape exchanged, square matrices
-transposed, parts of a fused tensor in another order. Options are tried against the networks' outputs, and only what
+transposed, parts of a fused tensor in another order or by turns, gates in another order. Options are tried against the networks' outputs, and only what
 makes them equal is believed.
 """
 
@@ -39,6 +39,7 @@ from autoalign.verification.session import Outcome, Session
 Option = dict[str, Match]  # target key -> the match that takes the place of its present one
 
 _MAX_REARRANGED_FIRST = 4  # suspects whose layout is changed before any are exchanged
+_GATE_COUNTS = (3, 4)  # of recurrent layers
 _PART_COUNTS = (2, 3)  # that a tensor which is fused on both sides may have
 _MAX_PERMUTED_PARTS = 4  # whose orders are all tried
 _SAME_SIGNS = 1e-5  # how far signs of the same values may be apart, as a share of the largest
@@ -162,7 +163,7 @@ class Options:
             yield from self._parts_reordered(key)
 
     def _parts_reordered(self, key: str) -> Iterator[Option]:
-        """Yield the other orders of the halves or thirds of a tensor that is fused on both sides, and of its bias."""
+        """Yield other orders of halves or thirds, or rows by turns, of what is fused on both sides, and of its bias."""
         if len(self.shapes[key]) < 2:
             return
         bias = f"{key.rpartition('.')[0]}.bias".lstrip(".")
@@ -179,6 +180,25 @@ class Options:
                 length = size // count
                 parts = [(place * length, length) for place in order]
                 yield {k: _in_parts(self.matches[k], along, parts) for k, along in members.items()}
+            if (count, dim) == (2, 0):
+                for sizes, is_flipped in product(((2, size // 2), (size // 2, 2)), (False, True)):
+                    yield {k: _interleaved(self.matches[k], self.shapes[k], sizes, is_flipped) for k in members}
+        yield from self._gates_reordered(key)
+
+    def _gates_reordered(self, key: str) -> Iterator[Option]:
+        """Yield the other orders of the gates of a recurrent layer, whose tensors have their rows in common."""
+        size, module = self.shapes[key][0], key.rpartition(".")[0]
+        members = [k for k in self.matches if k.rpartition(".")[0] == module and self.shapes[k][:1] == (size,)]
+        matrices = [k for k in members if len(self.shapes[k]) == 2]
+        is_plain = all(len(self.matches[k].sources) == 1 and not self.matches[k].operation.adapts for k in members)
+        if matrices[:1] != [key] or len(matrices) == 1 or not is_plain:
+            return
+        for count in _GATE_COUNTS:
+            length = size // count
+            if any(self.shapes[k] == (count * length, length) for k in matrices):
+                for order in list(permutations(range(count)))[1:]:
+                    parts = [(place * length, length) for place in order]
+                    yield {k: _in_parts(self.matches[k], 0, parts) for k in members}
 
 
 def _refilled(match: Match, fill: Match | Candidate) -> Match:
@@ -204,6 +224,17 @@ def _in_parts(match: Match, dim: int, parts: Sequence[tuple[int, int]]) -> Match
     """Join parts of what a match gives, each from a place on and of a length."""
     steps = tuple(chain(match.operation, Split(dim, start, length)) for start, length in parts)
     return replace(match, sources=match.sources * len(parts), operation=chain(Parallel(steps), Concatenate(dim)))
+
+
+def _interleaved(match: Match, shape: Shape, sizes: tuple[int, int], is_flipped: bool) -> Match:
+    """Take rows that come in halves by turns, sizes [2, n], or the reverse, [n, 2]; the other half first if flipped."""
+    half = shape[0] // 2
+    flipped = [(half, half), (0, half)]
+    if is_flipped and sizes[0] == 2:
+        match = _in_parts(match, 0, flipped)
+    turned = Reshape((*sizes, *shape[1:])), Permute((1, 0, *range(2, len(shape) + 1))), Reshape(shape)
+    match = replace(match, operation=chain(match.operation, *turned))
+    return _in_parts(match, 0, flipped) if is_flipped and sizes[0] != 2 else match
 
 
 class Budget:

@@ -828,6 +828,77 @@ def test_what_often_goes_wrong_in_all_layers_is_found(
     assert (none.equal, none.trials) == (False, 0)
 
 
+class Halves(nn.Module):
+    """A gated layer whose fused rows come in halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.down = nn.Linear(5, 16), nn.Linear(8, 5)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fused(x).tensor_split(2, -1)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.parts(x)
+        return self.down(nn.functional.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class Turns(Halves):
+    """The same, with rows by turns."""
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fused(x)[..., ::2], self.fused(x)[..., 1::2]
+
+
+class TurnsGateLast(Turns):
+    """The same, each gate after what it is for."""
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().parts(x)[::-1]
+
+
+class TorchGates(nn.Module):
+    """A recurrent layer of torch, with gates in its order: reset, update, new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRU(5, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x)[0])  # type: ignore[no-any-return]
+
+
+class OtherGates(TorchGates):
+    """The same, written out: update, reset, new."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, states = x.new_zeros(len(x), 8), []
+        names = "weight_ih_l0", "bias_ih_l0", "weight_hh_l0", "bias_hh_l0"
+        weight, bias, also_weight, also_bias = (self.cell.get_parameter(name) for name in names)
+        for step in x.unbind(1):
+            given, kept = step @ weight.T + bias, state @ also_weight.T + also_bias
+            (z, r, n), (also_z, also_r, also_n) = given.tensor_split(3, -1), kept.tensor_split(3, -1)
+            update, new = (z + also_z).sigmoid(), (n + (r + also_r).sigmoid() * also_n).tanh()
+            state = (1 - update) * new + update * state
+            states.append(state)
+        return self.head(torch.stack(states, 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [(Halves, Turns), (Turns, Halves), (Halves, TurnsGateLast), (TurnsGateLast, Halves), (TorchGates, OtherGates)],
+)
+def test_rows_by_turns_and_gates_of_recurrent_layers_in_another_order_are_found(
+    source: Callable[[], nn.Module], target: Callable[[], nn.Module]
+) -> None:
+    own, other = source(), target()
+    inputs = torch.randn(2, 4, 5)
+    alignment = autoalign.load(other, own, verify=inputs)
+    assert alignment.verified is not None
+    assert alignment.verified.equal
+    assert torch.allclose(own(inputs), other(inputs), atol=1e-5)
+
+
 def test_halves_that_are_fused_on_both_sides_in_another_order_are_found() -> None:
     source = with_values(GatedEncoder("net"), 1)
     target = with_values(GatedEncoder("w12"), 2)
