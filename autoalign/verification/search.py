@@ -2,8 +2,8 @@
 
 An option changes some matches. What the alignment lists as alternatives comes first, in all layers at once; then what
 often goes wrong: features that a layer takes in another order, tensors of equal shape exchanged, square matrices
-transposed, parts of a fused tensor in another order or by turns, gates in another order. Options are tried against the networks' outputs, and only what
-makes them equal is believed.
+transposed, parts of a fused tensor in another order or by turns, gates in another order. Options are tried against the
+networks' outputs, and only what makes them equal is believed.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _in_parts(match: Match, dim: int, parts: Sequence[tuple[int, int]]) -> Match
 
 
 def _interleaved(match: Match, shape: Shape, sizes: tuple[int, int], is_flipped: bool) -> Match:
-    """Take rows that come in halves by turns, sizes [2, n], or the reverse, [n, 2]; the other half first if flipped."""
+    """Return a match whose halves of rows come by turns, sizes [2, n], or the reverse, [n, 2]; flipped, last first."""
     half = shape[0] // 2
     flipped = [(half, half), (0, half)]
     if is_flipped and sizes[0] == 2:
