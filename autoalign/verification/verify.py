@@ -20,7 +20,7 @@ from autoalign.plan.options import MatchOptions, check_options
 from autoalign.verification.causes import Divergence, Scene, diverged
 from autoalign.verification.compare import Finding, grown_finding, last_agreement
 from autoalign.verification.differences import OutputDifference
-from autoalign.verification.run import NEVER, preserved
+from autoalign.verification.run import NEVER, flat_tensors, preserved
 from autoalign.verification.search import Budget, State, search
 from autoalign.verification.session import Outcome, Session, fresh_values, is_countable, is_decisive, noticed
 
@@ -103,8 +103,9 @@ def verify(
     target. On these no signal fades and no two tensors are alike, as with initial values they may be. Then single
     tensors are changed, to measure ``coverage``: the share of the loaded ones of which a change would have been
     noticed. Two models are not called equal if the call uses a parameter and a change of it would not have been;
-    what the call does not use, such as a head for training, is listed as not covered. ``alignment.verified`` of the
-    returned alignment has all that, and is saved with it.
+    what the call does not use, such as a head for training, is listed as not covered, and so is what has no effect,
+    unless the inputs are all alike or the outputs not finite. ``alignment.verified`` of the returned alignment has all
+    that, and is saved with it.
 
     Modules are paired by the tensors that the alignment pairs, and compared in the order in which the target calls
     them: the first whose output differs although its inputs agree, or the place between two modules where a difference
@@ -204,8 +205,9 @@ def load_proved(
     is_same = source.state_dict(keep_vars=True).keys() >= planned.sources.keys()
     found = verify(source, model, example_inputs, alignment=planned if is_same else None)
     if not found.equal:
+        verdict = "is not proven to" if found.unproven else "would not"
         raise UnequalModelsError(
-            f"{type(model).__name__} would not compute what {type(source).__name__} does, however it were filled "
+            f"{type(model).__name__} {verdict} compute what {type(source).__name__} does, however it were filled "
             f"({found.trials} ways were tried). {found}\nNothing was loaded.",
             found,
         )
@@ -276,9 +278,13 @@ def _verified(own: Session, fresh: Session, budget: Budget, *, given: bool) -> V
     loaded = [key for key in state.values if is_countable(key)] if agrees else []
     uncovered = tuple(key for key in loaded if key not in covered)
     used = state.outcome.compared.target.first_use
-    unproven = tuple(key for key in uncovered if key in used and is_decisive(key, own.own[key]) and key not in idle)
+    is_blind = bool(idle) and _is_blind(own)
+    excused = () if is_blind else idle
+    unproven = tuple(key for key in uncovered if key in used and is_decisive(key, own.own[key]) and key not in excused)
     if idle:
         notes.append(f"No value of {', '.join(sorted(idle)[:_MAX_LISTED])} has any effect on what this call computes.")
+    if is_blind:
+        notes.append("The inputs are all alike, or the outputs not finite: give others, such as random ones.")
     coverage = len(covered) / max(len(loaded), 1)
     equal = agrees and bool(coverage) and not unproven
     return Verification(
@@ -297,6 +303,16 @@ def _verified(own: Session, fresh: Session, budget: Budget, *, given: bool) -> V
         uncovered,
         unproven,
     )
+
+
+def _is_blind(session: Session) -> bool:
+    """Return True for a call that tells nothing of what has no effect: on values all alike, or without finite ones."""
+    given, gave = (
+        [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel() > 1]
+        for tensors in (flat_tensors(session.inputs).values(), session.source.outputs.values())
+    )
+    are_alike = bool(given) and all(bool((tensor == tensor.flatten()[0]).all()) for tensor in given)
+    return are_alike or (bool(gave) and not any(bool(tensor.isfinite().any()) for tensor in gave))
 
 
 def _incomparable(session: Session, outcome: Outcome) -> str:

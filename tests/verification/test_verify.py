@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import OrderedDict
@@ -543,6 +544,17 @@ def test_a_tensor_without_effect_is_not_covered() -> None:
     text = str(verification)
     assert "Verified: equal; 66.6 % of the tensors are covered; not covered: aux (2), shift." in text
     assert "Note: No value of shift has any effect on what this call computes." in text
+
+
+@pytest.mark.parametrize(("inputs", "factor"), [(torch.zeros(3, 6), 1.0), (torch.randn(3, 6), math.nan)])
+def test_inputs_that_are_alike_and_outputs_that_are_not_finite_prove_nothing(inputs: Tensor, factor: float) -> None:
+    class Scale(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * factor
+
+    source, target = (nn.Sequential(nn.Linear(6, 6), Scale(), nn.Linear(6, 2)) for _ in range(2))
+    with pytest.raises(UnequalModelsError, match=r"is not proven to compute(.|\n)*give others, such as random ones"):
+        autoalign.load(target, source, verify=inputs)
 
 
 class Rarely(nn.Module):
