@@ -61,6 +61,11 @@ def probed(
         text = (
             f"The models have too many elements to be called in passing ({max(sizes):,}); autoalign.verify calls them."
         )
+        if empty := [name for model in (source_model, target_model) for name in _empty_buffers(model)]:
+            text += (
+                f" {empty[0]} is on the meta device, and has no values by which modules inside could be called: build "
+                "the model with its parameters alone there."
+            )
         return plan if is_decided else replace(plan, notes=(*plan.notes, text)), False
     try:
         source, target = (_with_own_values(model) for model in (source_model, target_model))
@@ -109,6 +114,12 @@ def _probed_within(
                 taken.append(choice)
                 break
     return _with_matches(plan, found, taken), len(taken) == len(alignment.choices)
+
+
+def _empty_buffers(model: nn.Module) -> list[str]:
+    """List buffers without values that no checkpoint gives, such as the frequencies of rotary embeddings."""
+    stored = model.state_dict(keep_vars=True).keys()
+    return [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in stored]
 
 
 def _paths_around(choice: Choice) -> Iterator[tuple[str, str]]:

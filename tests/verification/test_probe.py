@@ -104,6 +104,9 @@ def test_both_sides_that_are_modules_are_called_where_a_layout_is_open(monkeypat
     alignment = autoalign.align(source, target)
     assert alignment.ambiguous
     assert "too many elements to be called in passing (627)" in alignment.notes[-1]
+    assert "meta" not in alignment.notes[-1]
+    target.register_buffer("frequencies", torch.ones(2, device="meta"), persistent=False)
+    assert "frequencies is on the meta device, and has no values" in autoalign.align(source, target).notes[-1]
 
 
 def test_tensors_that_the_code_of_the_checkpoint_lacks_and_models_that_cannot_be_copied_do_no_harm() -> None:
