@@ -335,7 +335,10 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
         return Parts(viewed)
     named = [layout < 1 and _is_kernel(parts[kinds["weight"]]) for kinds in layers]
     is_named = any(named)
-    are_last = is_named or sum(map(spatial_first, shapes)) > 0  # the outputs of convolutions
+    votes = Counter[int]()  # for convolutions whose outputs come last, by their dimensions: layers of a kind are alike
+    for of in shapes:
+        votes[len(of["weight"])] += spatial_first(of)
+    are_last = is_named or max(votes.values(), default=0) > 0
     if not (are_last or are_first or layout < 0):
         return parts
     result = [_viewed(part, Permute((0, 2, 1))) if is_named and _is_stack(part) else part for part in parts]
@@ -347,7 +350,9 @@ def as_in_torch(parts: Sequence[Part], others: Mapping[Shape, int] = MappingProx
         is_turned = is_kernel or (is_first and not is_named and (layout < 0 or weight.shape[::-1] in others))
         if is_turned and len(weight.shape) == 2:
             result[kinds["weight"]] = _viewed(weight, Transpose())
-        elif len(weight.shape) > (2 if is_turned else 3) and (are_last or is_turned):
+        elif len(weight.shape) > (2 if is_turned else 3) and (
+            is_turned or is_named or (votes[len(weight.shape)] or votes.total()) > 0
+        ):
             turned = _viewed(weight, convolution_in_torch(weight.shape, of.get("bias")))
             result[kinds["weight"]] = weight if others.get(weight.shape, 0) > others.get(turned.shape, 0) else turned
     return Parts(result)

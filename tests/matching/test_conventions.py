@@ -414,3 +414,13 @@ def test_the_rows_of_one_bias_are_the_two_of_a_gru() -> None:
     loaded = align(source, target).state_dict()
     assert torch.equal(loaded["rnn.bias_ih_l0"], rows[0])
     assert torch.equal(loaded["rnn.bias_hh_l0"], rows[1])
+
+
+def test_sparse_kernels_beside_plain_ones_go_from_one_layout_into_another(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    widths = [4, 16, 16, 32]
+    sparse = {f"voxels.{k}.weight": torch.rand(3, 3, 3, *sizes) for k, sizes in enumerate(pairwise(widths))}
+    plain = {f"neck.{k}.weight": torch.rand(32, 32, 3, 3) for k in range(4)}
+    other = {f"middle.{key[7:]}": tensor.permute(4, 0, 1, 2, 3).contiguous() for key, tensor in sparse.items()}
+    other |= {f"backbone.{key[5:]}": tensor for key, tensor in plain.items()}
+    aligned_both_ways(sparse | plain, other, tmp_path / "a.json")
