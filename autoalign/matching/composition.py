@@ -50,10 +50,15 @@ def layer_name(path: Path) -> str:
 
 
 def _flattened(parts: Sequence[Part]) -> dict[Path, tuple[list[int], str]]:
-    """Find the one or two layers with other columns than any layer has outputs, a multiple of some channels."""
-    channels = {part.shape[0] for part in parts if len(part.shape) == 4} - {0, 1}
-    matrices = [part for part in (parts if channels else ()) if len(part.shape) == 2]
+    """Find the one or two layers with other columns than any layer has outputs, a multiple of some channels.
+
+    Where convolutions have such inputs too, channels are concatenated.
+    """
+    kernels = [part.shape for part in parts if len(part.shape) == 4]
+    channels = {shape[0] for shape in kernels} - {0, 1}
     known = {shape[0] for part in parts if (shape := squeeze(part.shape))}
+    joins = sum(shape[1] not in known | {1} for shape in kernels) > 1  # the first has those of images
+    matrices = [part for part in (parts if channels and not joins else ()) if len(part.shape) == 2]
     found = {}
     for part in matrices:
         columns = part.shape[1]

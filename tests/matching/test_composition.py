@@ -83,3 +83,9 @@ def test_merged_patches_under_another_name_are_not_sure() -> None:
     assert [*unsure] == ["norm.weight", "norm.bias", "reduce.weight"]
     values = torch.arange(4.0 * WIDTH)
     assert torch.equal(unsure["norm.weight"].alternatives[0].operation.apply([values])[0], unfolded(values))
+
+
+def test_a_layer_after_concatenated_channels_is_given_no_flattened_image() -> None:
+    plain: dict[str, Shape] = {"a.weight": (16, 3, 3, 3), "b.weight": (32, 16, 3, 3), "fc.weight": (5, 128)}
+    assert _composition(plain).flattened == {("fc",): ([32, 16], "fc")}
+    assert not _composition(plain | {"c.weight": (32, 48, 1, 1)}).flattened
