@@ -172,3 +172,29 @@ def test_a_layer_that_is_given_one_tensor_under_any_name_is_taken_as_it_is() -> 
     tensors = Convolutional("c1 c2 f1 f2", channels_last=True).state_dict()
     target = Pooled("a b fc out", channels_last=False)
     assert not autoalign.align(tensors, target, example_inputs=torch.ones(1, 3, 32, 32)).ambiguous
+
+
+@pytest.mark.parametrize("registered", ["p r", "r p"])
+@pytest.mark.parametrize("used", ["p r", "r p"])
+def test_scale_and_shift_are_what_is_multiplied_and_what_is_added(used: str, registered: str) -> None:
+    class Modulated(nn.Module):
+        def __init__(self, used: str, registered: str) -> None:
+            super().__init__()
+            self.used = used.split()
+            for name in registered.split():
+                self.add_module(name, nn.Linear(WIDTH, WIDTH))
+            self.norm, self.head = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale, shift = (self.get_submodule(name)(x) for name in self.used)
+            scores: Tensor = self.head(self.norm(x) * (1 + scale) + shift)
+            return scores
+
+    source, target = Modulated("scale shift", "scale shift"), Modulated(used, registered)
+    scale, shift = used.split()
+    assert roles_of(autoalign.dataflow(target, torch.ones(2, WIDTH))) == {
+        f"{scale}.weight": "scale",
+        f"{shift}.weight": "shift",
+    }
+    found = filled_from(autoalign.align(source.state_dict(), target))
+    assert (found[f"{scale}.weight"], found[f"{shift}.weight"]) == ("scale.weight", "shift.weight")
