@@ -360,21 +360,21 @@ def views_of_last_inputs(shapes: Sequence[Mapping[str, Shape]], others: Mapping[
     So are those of MLX and of TensorFlow Lite; the latter has depthwise ones as ``(1, *spatial, channels)``. It shows
     where ``others``, the shapes of the other side, hold most kernels only as torch has them; else none is returned.
     """
-    views: list[Operation] = []
+    views = list[Operation]()
     votes = Counter[int]()  # by the number of dimensions
-    for of in shapes:
-        weight, last = of["weight"], len(of["weight"]) - 1
-        ways = [(0, last, *range(1, last)), (last, 0, *range(1, last))] if last > 1 else []
+    ranks = [len(of["weight"]) for of in shapes]
+    for weight, rank in zip((of["weight"] for of in shapes), ranks, strict=True):
+        ways = [(0, rank - 1, *range(1, rank - 1)), (rank - 1, 0, *range(1, rank - 1))] if rank > 2 else []
         usual = ways[weight[:1] == (1,) :][:1]
         found = [dims for dims in (*usual, *ways) if tuple(weight[dim] for dim in dims) in others]
-        if not found and weight[1:2] > (1,) and (*weight[1:], weight[0]) in others:  # (*spatial, in, out)
-            found = usual
-        if last > 2 and prod(weight[1:-1]) > 1:  # else it may be a stack of matrices, or one of any layout
-            votes[last + 1] += (found[:1] == usual and weight not in others) - (found[:1] != usual)
+        is_usual = found[:1] == usual and weight not in others
+        if rank > 3 and not found and (*weight[1:], weight[0]) in others:  # which has them as (*spatial, in, out)
+            found, is_usual = usual, 1 < weight[1] < min(weight[0], weight[-1])
+        if rank > 3 and prod(weight[1:-1]) > 1:  # else it may be a stack of matrices, or one of any layout
+            votes[rank] += is_usual - (not found)
         views.append(Permute(found[0]) if found else Copy())
     if max(votes.values(), default=0) <= 0:
         return []
-    ranks = [len(of["weight"]) for of in shapes]
     return [view if (votes[rank] or votes.total()) > 0 else Copy() for view, rank in zip(views, ranks, strict=True)]
 
 

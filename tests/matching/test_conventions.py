@@ -344,17 +344,12 @@ def test_a_network_of_sonnet_is_read_as_torch_has_it() -> None:
 @pytest.mark.parametrize("depthwise", [(0, 2, 3, 1), (1, 2, 3, 0)], ids=["MLX", "TensorFlow Lite"])
 def test_kernels_with_their_inputs_last_are_read_and_written(depthwise: tuple[int, ...], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3),
-        nn.Conv2d(16, 16, 3, groups=16),
-        nn.Conv2d(16, 24, 1),
-        nn.Conv2d(24, 24, 3),
-        nn.Linear(24, 5),
-    )
-    own = model.state_dict()
-    names = {"0": "stem", "1": "depth", "2": "point", "3": "mix", "4": "head"}
-    other = {f"{names[key[0]]}{key[1:]}": tensor for key, tensor in own.items()}
-    for key in ("stem.weight", "point.weight", "mix.weight"):
+    first, last = (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16)), (nn.Conv2d(24, 24, 3) for _ in range(4))
+    own = nn.Sequential(*first, nn.Conv2d(16, 24, 1), *last, nn.Linear(24, 5)).state_dict()
+    own["scale.weight"] = torch.rand(())  # of no dimensions
+    names = {"0": "stem", "1": "depth", "2": "point", "7": "head"} | {str(k): f"mix.{k - 3}" for k in range(3, 7)}
+    other = {f"{names.get(key[0], 's')}{key[1:]}": tensor for key, tensor in own.items()}
+    for key in ("stem.weight", "point.weight", *(f"mix.{k}.weight" for k in range(4))):
         other[key] = other[key].permute(0, 2, 3, 1).contiguous()
     other["depth.weight"] = other["depth.weight"].permute(depthwise).contiguous()
     aligned_both_ways(own, other, tmp_path / "a.json")
