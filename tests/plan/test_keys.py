@@ -205,7 +205,7 @@ def test_long_text_that_repeats_itself_is_soon_found(part: str, text: str) -> No
     for pattern in (compiled(rf"{part * 3000}!"), compiled(rf"^{part * 3000}(\d+)(?P<{'n' * 99}>!)")):
         assert pattern.search(f"{text * 3000}{'1' if pattern.groups else ''}!", timeout=60)
         assert not pattern.search(text * 3001, timeout=60)
-    assert time.process_time() - since < 10
+    assert time.process_time() - since < 30
 
 
 def test_a_pattern_of_thousands_of_words_is_soon_compiled() -> None:
@@ -213,7 +213,7 @@ def test_a_pattern_of_thousands_of_words_is_soon_compiled() -> None:
     side: dict[str, Tensor] = {f"w{number}.x": torch.ones(1) for number in range(5000)}
     alignment = autoalign.align(side, {}, exclude="re:" + "|".join(rf"\bw{number}\b" for number in range(3000)))
     assert len(alignment.excluded) == 3000
-    assert time.process_time() - since < 10
+    assert time.process_time() - since < 30
 
 
 def test_parts_are_counted_with_what_repeats_them() -> None:
