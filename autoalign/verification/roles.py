@@ -199,7 +199,9 @@ def roles_of(graph: nx.DiGraph) -> dict[str, str]:
 def given_composed(graph: nx.DiGraph) -> set[str]:
     """Return the keys of layers that are given concatenated features, flattened images or unfolded patches.
 
-    >>> sorted(given_composed(traced(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 4)), None)[0]))
+    >>> import torch
+    >>> network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 4))
+    >>> sorted(given_composed(traced(network, torch.zeros(1, 3, 8, 8))[0]))
     ['2.bias', '2.weight']
     """
     nodes, found = graph.nodes, set[str]()

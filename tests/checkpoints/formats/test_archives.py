@@ -243,7 +243,7 @@ def test_files_are_read_where_they_stand(tmp_path: Path, write: Callable[[Path],
         part = tuple((size // 2, size - size // 2) for size in tensor.shape)
         assert torch.equal(checkpoint.region(key, part), wanted.region(key, part))
     is_copied = write is write_gguf  # whose library opens paths alone
-    assert len(temporary() - before) == is_copied
+    assert len(temporary() - before) <= is_copied  # a copy goes as soon as nothing opens it again
     assert any("were copied out of it first" in note for note in checkpoint.notes) == is_copied
 
 
