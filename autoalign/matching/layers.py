@@ -292,7 +292,7 @@ def _take_in_biases(groups: dict[Path, dict[str, int]]) -> None:
         return
     layers = {(path[:-1], words(path[-1])): path for path, members in groups.items() if members.keys() == {"weight"}}
     inside = Counter(path[:-1] for path in alone)
-    within = Counter(path[:-1] for path in groups)
+    within = Counter(path[:depth] for path in groups for depth in range(len(path)))
     only = {path[:-1]: path for path in layers.values() if within[path[:-1]] == 1}
     for path in alone:
         layer = layers.get((path[:-1], words(path[-1]))) or only.get(path)
@@ -375,7 +375,13 @@ def views_of_last_inputs(shapes: Sequence[Mapping[str, Shape]], others: Mapping[
         views.append(Permute(found[0]) if found else Copy())
     if max(votes.values(), default=0) <= 0:
         return []
-    return [view if (votes[rank] or votes.total()) > 0 else Copy() for view, rank in zip(views, ranks, strict=True)]
+    # of a kind that shows nothing, what fits as it is may be a stack of matrices, unless it has the bias of one kernel
+    open_ranks = {rank for rank in ranks if votes[rank] == 0 < votes.total()}
+    are_kernels = (of["weight"] not in others or of.get("bias") == of["weight"][:1] for of in shapes)
+    return [
+        view if votes[rank] > 0 or (rank in open_ranks and is_kernel) else Copy()
+        for view, rank, is_kernel in zip(views, ranks, are_kernels, strict=True)
+    ]
 
 
 def is_plain(part: Part) -> bool:

@@ -355,6 +355,18 @@ def test_kernels_with_their_inputs_last_are_read_and_written(depthwise: tuple[in
     aligned_both_ways(own, other, tmp_path / "a.json")
 
 
+def test_stacks_of_matrices_beside_kernels_with_their_inputs_last_stay_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own = nn.Conv2d(3, 12, 4).state_dict(prefix="patches.") | nn.Conv1d(4, 4, 4).state_dict(prefix="positions.")
+    for block in range(2):
+        own |= {f"layers.{block}.experts.{name}_proj.weight": torch.rand(4, 32, 16) for name in ("gate", "up")}
+        own[f"layers.{block}.experts.down_proj.weight"] = torch.rand(4, 16, 32)
+    other = {key.replace("experts", "switch_mlp"): tensor for key, tensor in own.items()}
+    other["patches.weight"] = own["patches.weight"].permute(0, 2, 3, 1).contiguous()
+    other["positions.weight"] = own["positions.weight"].permute(0, 2, 1).contiguous()
+    aligned_both_ways(own, other, tmp_path / "a.json")
+
+
 def test_a_first_kernel_of_equal_sizes_does_not_have_its_inputs_last(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24)

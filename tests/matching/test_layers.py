@@ -108,3 +108,9 @@ def test_a_bias_around_its_kernel_is_of_its_layer(is_sorted: bool) -> None:
     parts = parts_of([TensorSpec(key, shape, torch.float32) for key, shape in listed])
     units = {unit.path[-1]: dict(unit.parts).keys() for unit in units_of(parts)}
     assert units == {"block": {"weight"}, "depthwise": {"weight", "bias"}, "fc": {"weight", "bias"}}
+
+
+def test_a_bias_around_a_kernel_and_other_modules_is_on_its_own() -> None:
+    shapes: dict[str, Shape] = {"head.bias": (6,), "head.proj.weight": (6, 5), "head.mlp.fc.weight": (6, 6)}
+    parts = parts_of([TensorSpec(key, shape, torch.float32) for key, shape in shapes.items()])
+    assert [[kind for kind, _ in unit.parts] for unit in units_of(parts)] == [["bias"], ["weight"], ["weight"]]
