@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from autoalign.alignment import Alignment
@@ -307,10 +308,9 @@ def _verified(own: Session, fresh: Session, budget: Budget, *, given: bool) -> V
 
 def _is_blind(session: Session) -> bool:
     """Return True for a call that tells nothing of what has no effect: on values all alike, or without finite ones."""
-    given, gave = (
-        [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel() > 1]
-        for tensors in (flat_tensors(session.inputs).values(), session.source.outputs.values())
-    )
+    inputs, outputs = flat_tensors(session.inputs).values(), session.source.outputs.values()
+    given = [tensor for tensor in inputs if tensor.dtype != torch.bool and tensor.numel() > 1]
+    gave = [tensor for tensor in outputs if tensor.is_floating_point() and tensor.numel() > 1]
     are_alike = bool(given) and all(bool((tensor == tensor.flatten()[0]).all()) for tensor in given)
     return are_alike or (bool(gave) and not any(bool(tensor.isfinite().any()) for tensor in gave))
 

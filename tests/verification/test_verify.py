@@ -557,6 +557,31 @@ def test_inputs_that_are_alike_and_outputs_that_are_not_finite_prove_nothing(inp
         autoalign.load(target, source, verify=inputs)
 
 
+class Attending(nn.Module):
+    """Attention over embedded tokens, with queries, keys and values in the order of the names; one weight is idle."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        self.names, self.embedding, self.idle = names, nn.Embedding(9, 8), nn.Parameter(torch.randn(8))
+        for name in "abc":
+            self.register_parameter(name, nn.Parameter(torch.randn(8, 8)))
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        given = self.embedding(tokens) * mask[..., None] + (self.idle - self.idle)
+        q, k, v = (given @ self.get_parameter(name) for name in self.names)
+        return (q @ k.mT).softmax(-1) @ v  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("is_random", [False, True])
+def test_tokens_are_inputs_that_may_be_alike(*, is_random: bool) -> None:
+    source, target = Attending("abc"), Attending("abc" if is_random else "bac")
+    target.load_state_dict(source.state_dict())
+    tokens = torch.arange(10).reshape(2, 5) % 9 if is_random else torch.zeros(2, 5, dtype=torch.long)
+    found = autoalign.verify(source, target, (tokens, torch.ones(2, 5)))
+    assert found.equal == is_random
+    assert any("inputs are all alike" in note for note in found.notes) != is_random
+
+
 class Rarely(nn.Module):
     """A network that uses a tensor, which seldom shows."""
 
