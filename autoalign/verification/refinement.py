@@ -155,11 +155,13 @@ def _is_product(graph: nx.DiGraph, node: object) -> bool:
 def _sides(graph: nx.DiGraph, product: Any) -> tuple[object, object]:
     """Return which operand of a product is which: the next product sums over the second's side, as over that of keys.
 
-    Both are "" where that is not known, since code may as well compute the transposed product of both exchanged.
+    A product that sums over neither side, as one that mixes heads, is passed. Both are "" where that is not known,
+    since code may as well compute the transposed product of both exchanged.
     """
     nodes, node = graph.nodes, product
     shape = nodes[node]["shape"]
-    marks = (torch.arange(shape[-2] if len(shape) > 1 else 1) % 2).to(torch.int8)[:, None].expand(shape)  # of rows
+    rows, columns = ((torch.arange(size) % 2).to(torch.int8) for size in (*shape, 1)[max(len(shape) - 2, 0) :][:2])
+    marks = (rows[:, None] + 2 * columns).expand(shape) if len(shape) > 1 else rows  # of a bit for each side
     for _ in range(_MAX_FOLLOWED):
         takers = [other for other in graph.succ[node] if isinstance(other, int)]
         if not takers:
@@ -169,8 +171,11 @@ def _sides(graph: nx.DiGraph, product: Any) -> tuple[object, object]:
         if _CANONICAL.get(name) == "matmul" or name == "convolution":
             is_second = {"mat2", "batch2"}.intersection(graph.edges[before, node]["arguments"])
             dim = 1 if name == "convolution" else -2 if is_second else -1
-            is_turned = marks.shape[dim] > 1 and bool((marks.select(dim, 0) != marks.select(dim, 1)).any())
-            return (1, 0) if is_turned else (0, 1)
+            changes = marks.select(dim, 0) ^ marks.select(dim, min(marks.shape[dim] - 1, 1))
+            summed = [bool((changes & side).any()) for side in (1, 2)]
+            if any(summed) or marks.shape[dim] == 1 or marks.shape != nodes[node]["shape"]:
+                return {(True, False): (1, 0), (False, True): (0, 1)}.get((summed[0], summed[1]), ("", ""))
+            continue
         try:
             if name in MOVING:
                 marks = getattr(torch.ops.aten, name)(marks, **settings)

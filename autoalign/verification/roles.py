@@ -162,11 +162,12 @@ def roles_of(graph: nx.DiGraph) -> dict[str, str]:
         given = uses.before[node]
         for one, other in (given, given[::-1]) if len(given) == 2 and label in ("add", "mul") else ():
             first, second = uses.product(one), uses.product(other)
-            if label == "add" and uses.labels.get(one) == "mul" and second in uses.weights:
-                for scale in {uses.product(of) for of in uses.before[one]} & uses.weights.keys() - {second}:
-                    if uses.before[scale] == uses.before[second]:
-                        note(scale, "scale")
-                        note(second, "shift")
+            if label == "add" and uses.labels.get(one) == "mul" and other in uses.weights:
+                scales = {uses.product(of) for of in uses.before[one]} & uses.weights.keys() - {other}
+                scales = {scale for scale in scales if uses.before[scale] == uses.before[other]}
+                if len(scales) == 1:  # else it is a gate and what it gates
+                    note(scales.pop(), "scale")
+                    note(other, "shift")
             if first is None or second is None or first == second:
                 continue
             if label == "mul" and first != one and second == other and uses.before[first] == uses.before[second]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import autoalign
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy
+from autoalign.verification.refinement import pairs_of
 from autoalign.verification.roles import is_in_order, roles_of
 from benchmarks.cases.twins import ActorCritic, Anonymous, Convolutional, Dense, Merging, Renamed
 from tests.pairs import tv
@@ -198,3 +199,57 @@ def test_scale_and_shift_are_what_is_multiplied_and_what_is_added(used: str, reg
     }
     found = filled_from(autoalign.align(source.state_dict(), target))
     assert (found[f"{scale}.weight"], found[f"{shift}.weight"]) == ("scale.weight", "shift.weight")
+
+
+@pytest.mark.parametrize("way", ["beside a layer", "against its input"])
+def test_a_gate_and_what_it_gates_are_no_scale_whatever_is_added(way: str) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(WIDTH, WIDTH) for _ in "abcd")
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate = self.a(x).sigmoid()
+            added = self.c(x) if way == "beside a layer" else (1 - gate) * x
+            return self.d(gate * self.b(x) + added)  # type: ignore[no-any-return]
+
+    assert roles_of(autoalign.dataflow(Gated(), torch.ones(2, WIDTH))) == {"a.weight": "gate", "b.weight": "up"}
+
+
+class Mixing(nn.Module):
+    """Attention with its heads mixed before the softmax, or none; queries, or keys, are the first of their product."""
+
+    def __init__(self, way: str, *, keys_first: bool) -> None:
+        super().__init__()
+        self.way, self.keys_first = way, keys_first
+        self.a, self.b, self.c, self.d = (nn.Linear(WIDTH, WIDTH) for _ in "abcd")
+        self.heads = nn.Linear(2, 2) if way == "mixed" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(-2, -3) for layer in (self.a, self.b, self.c))
+        scores = (k @ q.mT).mT if self.keys_first else q @ k.mT
+        weights = self.heads(scores.movedim(-3, -1)).movedim(-1, -3).softmax(-1)
+        return self.d((weights @ v).transpose(-2, -3).flatten(-2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("way", "count"), [("plain", 1), ("mixed", 5), ("mixed", 1)])
+def test_queries_and_keys_are_not_exchanged_where_heads_are_mixed_or_there_is_one_token(way: str, count: int) -> None:
+    tokens = torch.ones(1, count, WIDTH)
+    own, other = (autoalign.dataflow(Mixing(way, keys_first=keys_first), tokens) for keys_first in (False, True))
+    found = pairs_of(own, other, {})
+    assert all(key == source for key, source in found.items())
+    assert ("a.weight" in found) == ("b.weight" in found) == (count > 1)
+    assert {"a.weight", "b.weight"}.isdisjoint(roles_of(other))
+
+
+def test_one_query_is_told_from_its_keys_without_a_dimension_for_it() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(WIDTH, WIDTH) for _ in "abc")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.mv(self.c(x).T, torch.mv(self.b(x), self.a(x)[0]).softmax(0))
+
+    roles = roles_of(autoalign.dataflow(Single(), torch.ones(5, WIDTH)))
+    assert roles == {"a.weight": "q", "b.weight": "k", "c.weight": "v"}
