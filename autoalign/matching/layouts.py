@@ -221,8 +221,9 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
     is_bias = kind(source.path[-1])[0] == "bias"
     if is_bias and styles[0].adds_biases > styles[1].adds_biases and "ih" in role_words(source.path):
         return Doubt(_SUM)
-    if doubt := _composed(source, layers, (styles[0].composition, styles[1].composition)):
-        return doubt
+    composed = _composed(source, layers, (styles[0].composition, styles[1].composition))
+    if composed and not composed.is_unlikely:
+        return composed
     both_doubled = layers[0] in styles[0].doubled and layers[1] in styles[1].doubled
     if (
         both_doubled
@@ -247,7 +248,7 @@ def _doubt(source: Part, target: Part, styles: tuple[Style, Style], weight: Shap
         return doubt
     if {len(source.shape), len(target.shape)} in ({2, 4}, {2, 5}):
         return _patches(source.shape, target.shape)
-    return None
+    return composed
 
 
 def _composed(source: Part, layers: tuple[Path, Path], sides: tuple[Composition, Composition]) -> Doubt | None:

@@ -160,8 +160,9 @@ def _sides(graph: nx.DiGraph, product: Any) -> tuple[object, object]:
     """
     nodes, node = graph.nodes, product
     shape = nodes[node]["shape"]
-    rows, columns = ((torch.arange(size) % 2).to(torch.int8) for size in (*shape, 1)[max(len(shape) - 2, 0) :][:2])
-    marks = (rows[:, None] + 2 * columns).expand(shape) if len(shape) > 1 else rows  # of a bit for each side
+    own = shape[-2:]  # sides: rows and columns, or one of a product with a vector
+    views = [(-1, *(1 for _ in own[place + 1 :])) for place in range(len(own))]
+    marks = [(torch.arange(n) % 2).to(torch.int8).view(view).expand(shape) for n, view in zip(own, views, strict=True)]
     for _ in range(_MAX_FOLLOWED):
         takers = [other for other in graph.succ[node] if isinstance(other, int)]
         if not takers:
@@ -171,18 +172,20 @@ def _sides(graph: nx.DiGraph, product: Any) -> tuple[object, object]:
         if _CANONICAL.get(name) == "matmul" or name == "convolution":
             is_second = {"mat2", "batch2"}.intersection(graph.edges[before, node]["arguments"])
             dim = 1 if name == "convolution" else -2 if is_second else -1
-            changes = marks.select(dim, 0) ^ marks.select(dim, min(marks.shape[dim] - 1, 1))
-            summed = [bool((changes & side).any()) for side in (1, 2)]
-            if any(summed) or marks.shape[dim] == 1 or marks.shape != nodes[node]["shape"]:
-                return {(True, False): (1, 0), (False, True): (0, 1)}.get((summed[0], summed[1]), ("", ""))
+            second = min(marks[0].shape[dim] - 1, 1)
+            summed = [bool((mark.select(dim, 0) != mark.select(dim, second)).any()) for mark in marks]
+            if sum(summed) == 1:
+                return (1, 0) if summed[0] else (0, 1)
+            if any(summed) or not second or marks[0].shape != nodes[node]["shape"]:
+                break
             continue
         try:
             if name in MOVING:
-                marks = getattr(torch.ops.aten, name)(marks, **settings)
+                marks = [getattr(torch.ops.aten, name)(mark, **settings) for mark in marks]
             elif name in RESHAPING:
-                marks = marks.reshape(nodes[node]["shape"])
+                marks = [mark.reshape(nodes[node]["shape"]) for mark in marks]
             else:
-                marks = marks.expand(nodes[node]["shape"])
+                marks = [mark.expand(nodes[node]["shape"]) for mark in marks]
         except RuntimeError:  # it is cut or joined
             break
     return "", ""

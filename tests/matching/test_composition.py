@@ -89,3 +89,12 @@ def test_a_layer_after_concatenated_channels_is_given_no_flattened_image() -> No
     plain: dict[str, Shape] = {"a.weight": (16, 3, 3, 3), "b.weight": (32, 16, 3, 3), "fc.weight": (5, 128)}
     assert _composition(plain).flattened == {("fc",): ([32, 16], "fc")}
     assert not _composition(plain | {"c.weight": (32, 48, 1, 1)}).flattened
+
+
+def test_what_a_layer_is_given_leaves_other_doubts_of_its_rows() -> None:
+    shapes = {"conv.weight": (16, 3, 4, 4), "attn.qkv.weight": (96, 32), "attn.proj.weight": (16, 32)}
+    source = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    target = {key.replace("qkv", "query_key_value").replace("proj", "dense"): tensor for key, tensor in source.items()}
+    (match,) = align(source, target).ambiguous
+    assert match.target == "attn.query_key_value.weight"
+    assert "interleave query, key and value by head" in match.warnings[0]
