@@ -209,8 +209,9 @@ def given_composed(graph: nx.DiGraph) -> set[str]:
 
     def composes(node: object) -> bool:
         name, shape = nodes[node].get("operation"), nodes[node]["shape"]
-        given = max((len(nodes[before].get("shape", ())) for before in graph.pred[node]), default=0)
-        return name in ("cat", "im2col") or (name in RESHAPING and 1 < len(shape) < given)
+        given = [nodes[before].get("shape", ()) for before in graph.pred[node] if name in RESHAPING]
+        # what only joins the dimensions before the last, as torch does around each matrix, leaves features as they are
+        return name in ("cat", "im2col") or any(len(of) > len(shape) > 0 and of[-1] < shape[-1] for of in given)
 
     waiting = [node for node, kind in nodes(data="kind") if kind == "operation" and composes(node)]
     seen = {*waiting}

@@ -12,7 +12,7 @@ import autoalign
 from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy
 from autoalign.verification.refinement import pairs_of
-from autoalign.verification.roles import is_in_order, roles_of
+from autoalign.verification.roles import given_composed, is_in_order, roles_of
 from benchmarks.cases.twins import ActorCritic, Anonymous, Convolutional, Dense, Merging, Renamed
 from tests.pairs import tv
 from tests.reference_models.encoders import GatedEncoder, SeparateEncoder
@@ -173,6 +173,24 @@ def test_a_layer_that_is_given_one_tensor_under_any_name_is_taken_as_it_is() -> 
     tensors = Convolutional("c1 c2 f1 f2", channels_last=True).state_dict()
     target = Pooled("a b fc out", channels_last=False)
     assert not autoalign.align(tensors, target, example_inputs=torch.ones(1, 3, 32, 32)).ambiguous
+
+
+@pytest.mark.parametrize("is_batched", [False, True])
+def test_a_flattened_image_is_told_from_tokens(*, is_batched: bool) -> None:
+    class Tokens(nn.Module):
+        """Layers that are given the channels at each place; the last is given the image."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.mix, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 8), nn.Linear(128, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = self.patches(x).movedim(-3, -1)
+            scores: Tensor = self.head(self.mix(places).flatten(-3))
+            return scores
+
+    images = torch.ones(2, 3, 8, 8) if is_batched else torch.ones(3, 8, 8)
+    assert given_composed(autoalign.dataflow(Tokens(), images)) == {"head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("registered", ["p r", "r p"])
