@@ -70,15 +70,22 @@ def _flattened(parts: Sequence[Part]) -> dict[Path, tuple[list[int], str]]:
 
 
 def _merging(parts: Sequence[Part]) -> dict[Path, tuple[int, str]]:
+    """Find the layers that halve the features of four places, and what is beside them of the same width."""
+    given = {part.path[:-1]: part.shape[1] for part in parts if len(part.shape) == 2}
     reducing = {
         part.path[:-2]: (part.shape[1], layer_name(part.path))
         for part in parts
-        if len(part.shape) == 2 and part.shape[1] == 2 * part.shape[0] and "reduce" in words(layer_name(part.path))
+        if len(part.shape) == 2
+        and part.shape[1] == 2 * part.shape[0]
+        and part.shape[1] % 4 == 0
+        and "reduce" in words(layer_name(part.path))
     }
     return {
         part.path[:-1]: reducing[part.path[:-2]]
         for part in parts
-        if part.path[:-2] in reducing and part.shape[-1:] == reducing[part.path[:-2]][:1]
+        if part.path[:-2] in reducing
+        and part.shape[-1:] == reducing[part.path[:-2]][:1]
+        and given.get(part.path[:-1], part.shape[-1]) == part.shape[-1]
     }
 
 

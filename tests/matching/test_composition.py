@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
 import torch
 
 from autoalign import align
@@ -98,3 +99,10 @@ def test_what_a_layer_is_given_leaves_other_doubts_of_its_rows() -> None:
     (match,) = align(source, target).ambiguous
     assert match.target == "attn.query_key_value.weight"
     assert "interleave query, key and value by head" in match.warnings[0]
+
+
+@pytest.mark.parametrize("width", [6, 8])
+def test_a_layer_that_gives_back_what_another_halves_is_given_no_merged_patches(width: int) -> None:
+    shapes: dict[str, Shape] = {"gate.reduce.weight": (width // 2, width), "gate.expand.weight": (width, width // 2)}
+    found = _composition(shapes | {"gate.expand.bias": (width,), "gate.norm.weight": (width,)})
+    assert {path[-1] for path in found.merging} == ({"reduce", "norm"} if width == 8 else set())
