@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -158,36 +159,37 @@ def _sides(graph: nx.DiGraph, product: Any) -> tuple[object, object]:
     A product that sums over neither side, as one that mixes heads, is passed. Both are "" where that is not known,
     since code may as well compute the transposed product of both exchanged.
     """
-    nodes, node = graph.nodes, product
-    shape = nodes[node]["shape"]
+    nodes = graph.nodes
+    shape = nodes[product]["shape"]
     own = shape[-2:]  # sides: rows and columns, or one of a product with a vector
     views = [(-1, *(1 for _ in own[place + 1 :])) for place in range(len(own))]
     marks = [(torch.arange(n) % 2).to(torch.int8).view(view).expand(shape) for n, view in zip(own, views, strict=True)]
+    waiting = [(product, marks)]
     for _ in range(_MAX_FOLLOWED):
-        takers = [other for other in graph.succ[node] if isinstance(other, int)]
-        if not takers:
+        if not waiting:
             break
-        before, node = node, min(takers)
-        name, settings = nodes[node]["operation"], nodes[node]["settings"]
-        if _CANONICAL.get(name) == "matmul" or name == "convolution":
-            is_second = {"mat2", "batch2"}.intersection(graph.edges[before, node]["arguments"])
-            dim = 1 if name == "convolution" else -2 if is_second else -1
-            second = min(marks[0].shape[dim] - 1, 1)
-            summed = [bool((mark.select(dim, 0) != mark.select(dim, second)).any()) for mark in marks]
-            if sum(summed) == 1:
-                return (1, 0) if summed[0] else (0, 1)
-            if any(summed) or not second or marks[0].shape != nodes[node]["shape"]:
-                break
-            continue
-        try:
-            if name in MOVING:
-                marks = [getattr(torch.ops.aten, name)(mark, **settings) for mark in marks]
-            elif name in RESHAPING:
-                marks = [mark.reshape(nodes[node]["shape"]) for mark in marks]
-            else:
-                marks = [mark.expand(nodes[node]["shape"]) for mark in marks]
-        except RuntimeError:  # it is cut or joined
-            break
+        before, given = waiting.pop(0)
+        for node in sorted(other for other in graph.succ[before] if isinstance(other, int)):  # some lead nowhere
+            name, settings, shape = (nodes[node][key] for key in ("operation", "settings", "shape"))
+            if _CANONICAL.get(name) == "matmul" or name == "convolution":
+                is_second = {"mat2", "batch2"}.intersection(graph.edges[before, node]["arguments"])
+                dim = 1 if name == "convolution" else -2 if is_second else -1
+                second = min(given[0].shape[dim] - 1, 1)
+                summed = [bool((mark.select(dim, 0) != mark.select(dim, second)).any()) for mark in given]
+                if sum(summed) == 1:
+                    return (1, 0) if summed[0] else (0, 1)
+                if any(summed) or not second or given[0].shape != shape:
+                    return "", ""
+                waiting.append((node, given))
+                continue
+            with suppress(RuntimeError):  # it is cut or joined
+                if name in MOVING:
+                    marks = [getattr(torch.ops.aten, name)(mark, **settings) for mark in given]
+                elif name in RESHAPING:
+                    marks = [mark.reshape(shape) for mark in given]
+                else:
+                    marks = [mark.expand(shape) for mark in given]
+                waiting.append((node, marks))
     return "", ""
 
 

@@ -71,7 +71,9 @@ class Attending(Twin):
         elif self.is_turned:
             mixed = (key @ query.transpose(-1, -2) / 2).softmax(-2).transpose(-1, -2) @ value
         else:
-            mixed = (query @ key.transpose(-1, -2) / 2).softmax(-1) @ value
+            scores = query @ key.transpose(-1, -2) / 2
+            scores.clone()  # as code that keeps them has it
+            mixed = scores.softmax(-1) @ value
         return self.head(out(mixed.squeeze(1)))  # type: ignore[no-any-return]
 
 
