@@ -80,17 +80,17 @@ def align(
         example_inputs: What to call a module with, as ``execution_order`` takes it: the order in which a call uses the
             tensors then stands for that in which they are registered. Each side that is a module is called once and
             left as it was. With ``source_model`` they are what both are called with, where that works.
-        source_model: The code that the checkpoint belongs to, where the target is a module: a module too, which may be
-            on the meta device, or a text that names one, ``"timm:NAME"``, ``"torchvision:NAME"``,
-            ``"transformers:PATH"`` or ``"package.module:factory"``; or ``"auto"``, for what the configuration beside
-            the checkpoint describes, if transformers or timm has it: no code beside it runs. What both compute is
-            compared, as ``dataflow`` shows it: what keys leave open is decided where it can be, and matches that it
-            contradicts are listed as ambiguous. What stays open, such as a layout, is decided by calls of copies of
-            both on random values, where they agree further in one way than in any other. All that is so anyway where
-            both sides are modules, and keys leave anything open or nothing but order tells which tensor it is; if the
-            target alone is one, layers whose names tell nothing are told by what it does with them (a query, a gate, a
-            shortcut), what is out of order by its code or by shapes is ambiguous then, and notes say how much depends
-            on open layouts, where ``example_inputs`` are given.
+        source_model: The code that the checkpoint belongs to: a module, which may be on the meta device, or a text that
+            names one, ``"timm:NAME"``, ``"torchvision:NAME"``, ``"transformers:PATH"`` or ``"package.module:factory"``;
+            or ``"auto"``, for what the configuration beside the checkpoint describes, if transformers or timm has it:
+            no code beside it runs. Where the target is a module too, what both compute is compared, as ``dataflow``
+            shows it: what keys leave open is decided where it can be, and matches that it contradicts are listed as
+            ambiguous. What stays open, such as a layout, is decided by calls of copies of both on random values, where
+            they agree further in one way than in any other. All that is so anyway where both sides are modules, and
+            keys leave anything open or nothing but order tells which tensor it is. Where the code of one side alone is
+            at hand, layers whose names tell nothing are told by what it does with them (a query, a gate, a shortcut).
+            Of the target's alone, what is out of order by its code or by shapes is ambiguous then, and notes say how
+            much depends on open layouts, where ``example_inputs`` are given.
         **unknown: Refused, with the most similar option that there is.
 
     Returns:
@@ -339,9 +339,11 @@ def _decided_if_open(source: nn.Module | None, example_inputs: object, plan: Pla
     is_open = not all(names) or (source is None and min(names, default=1.0) < _SIMILAR)
     may_differ = any(not OTHERWISE.isdisjoint(match.warnings) for match in plan.matches)
     is_open |= (bool(plan.ambiguous) or may_differ) and (source is not None or example_inputs is not None)
-    if not is_open or not isinstance(target, nn.Module):
+    if not is_open:
         return plan
     if source is None:
+        if not isinstance(target, nn.Module):
+            return plan
         from autoalign.verification.probe import with_prices
         from autoalign.verification.roles import decided_by_target
 

@@ -43,7 +43,15 @@ from autoalign.plan.specs import tied_groups
 from autoalign.verification.dataflow import traced
 from autoalign.verification.probe import PROBE, Inputs, probed
 from autoalign.verification.refinement import PART, pairs_of
-from autoalign.verification.roles import CODE, MAX_DOUBTED, decided_by_target, in_doubt, with_doubts
+from autoalign.verification.roles import (
+    CODE,
+    MAX_DOUBTED,
+    decided_by_target,
+    in_doubt,
+    with_doubts,
+    with_roles,
+    with_sources,
+)
 
 _SURE = 0.9  # of matches that the refinement starts from
 _DECIDED = 0.97  # the confidence in what code decides
@@ -70,17 +78,22 @@ def decided_by_code(
 ) -> Plan:
     """Return a plan in which the code of both sides decides what keys left open, and what contradicts it is ambiguous.
 
-    Its target has to be a module; the keys of ``source_model``, the code of its source, may be other than the source's.
-    Where it ``is_asked`` for, ways are tried that the alignment does not list, and what cannot be compared is a note.
-    The target's code alone is asked then.
+    The keys of ``source_model``, the code of the source, may be other than the source's. Where it ``is_asked`` for,
+    ways are tried that the alignment does not list, and what cannot be compared is a note. Where the code of one side
+    alone can be called, it is asked.
 
     Raises:
-        InputError: The target is not a module, or the source model has other tensors than the source.
+        InputError: The source model has other tensors than the source.
     """
     target_model = getattr(plan.target_tensors, "module", None)
-    if not isinstance(target_model, nn.Module):
-        raise InputError("source_model= is compared with the target, which has to be a module. Nothing was aligned.")
     keys = _keys_in(source_model, plan)
+    if not isinstance(target_model, nn.Module):
+        try:
+            graph = nx.relabel_nodes(traced(source_model, example_inputs)[0], keys)
+        except TraceError as error:
+            note = f"The code of the checkpoint was not called. {error}"
+            return replace(plan, notes=(*plan.notes, note)) if is_asked else plan
+        return with_roles(plan, [*plan.targets], source=graph)
     try:
         traces = [_traced(model, example_inputs) for model in (source_model, target_model)]
     except TraceError as error:
@@ -124,9 +137,9 @@ def decided_by_code(
     )
     refined = _with_parts(refined, parts)
     inputs = _common_inputs(traces[0][1], traces[1][1])
-    known = _renamed(refined, {old: new for new, old in keys.items()})
+    known = with_sources(refined, {old: new for new, old in keys.items()})
     decided, is_equal = probed(known, source_model, target_model, inputs, is_search=is_asked)
-    decided = _renamed(decided, keys) if decided is not known else refined
+    decided = with_sources(decided, keys) if decided is not known else refined
     return _without_guesses(decided, {key for key, count in target.degree() if count} if is_equal else set())
 
 
@@ -140,25 +153,6 @@ def _without_guesses(plan: Plan, confirmed: Collection[object]) -> Plan:
     ]
     alike = Counter(plan.targets[key].shape for key in (*(match.target for match in doubted), *plan.missing_keys))
     return with_doubts(plan, {m.target: _UNTOLD for m in doubted if alike[plan.targets[m.target].shape] > 1})
-
-
-def _renamed(plan: Plan, keys: Mapping[str, str]) -> Plan:
-    """Return a plan with other keys of its source; what takes tensors without one is left as it is, and not decided."""
-    if all(old == new for old, new in keys.items()):
-        return plan
-
-    def renamed(match: Match) -> Match:
-        rivals = tuple(
-            replace(each, sources=tuple(keys.get(k, k) for k in each.sources)) for each in match.alternatives
-        )
-        return replace(match, sources=tuple(keys.get(key, key) for key in match.sources), alternatives=rivals)
-
-    return replace(
-        plan,
-        matches=tuple(map(renamed, plan.matches)),
-        ambiguous=tuple(map(renamed, plan.ambiguous)),
-        source_specs=tuple(replace(spec, key=keys.get(spec.key, spec.key)) for spec in plan.source_specs),
-    )
 
 
 def _common_inputs(source: object, target: object) -> list[Inputs]:

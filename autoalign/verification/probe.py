@@ -37,6 +37,11 @@ _MAX_CLIMBED = 3  # modules around a layer that are called in place of a network
 _TRIALS = 200  # of ways that the alignment does not list
 _SECONDS, _DEFAULT_SECONDS = 60.0, 10.0  # for which calls are made, and where nobody asked for them
 
+_UNEQUAL = (
+    "With these matches both models were called, and do not compute the same; autoalign.verify says where the first "
+    "difference is."
+)
+
 Inputs = tuple[object, object]  # what source and target are called with
 
 
@@ -83,6 +88,8 @@ def probed(
             if found.outcome.equal and not is_ruled:
                 state, more = _decided(session, found, [c for c in alignment.choices if c not in taken], end)
                 taken += more
+    if is_search and not state.outcome.equal:
+        plan = replace(plan, notes=(*plan.notes, _UNEQUAL))
     keys = {key for choice in taken for key in choice.targets}
     keys |= {match.target for match in state.changed(session.known)}
     return _with_matches(plan, {key: state.matches[key] for key in keys}, taken), state.outcome.equal

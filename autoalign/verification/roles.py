@@ -1,4 +1,4 @@
-"""Roles: what the target's code alone tells of its tensors, and how far it bears out what nothing but order tells.
+"""Roles: what the code of one side tells of its tensors, and how far it bears out what nothing but order tells.
 
 Names that tell nothing are replaced by what the call does with a layer, and the sides are matched again: queries and
 keys meet in a softmax and values do not, a gate is activated and what it multiplies is not, a shortcut is the shorter
@@ -107,6 +107,18 @@ class _Uses:
             node = self.after[node][0]
         return node == taker
 
+    def is_upsampled(self, node: object) -> bool:
+        """Return True if a node is, or its only product is given, features of a larger image than those before."""
+        seen_product = False
+        while node in self.labels and not (seen_product and self.labels[node] in _PRODUCTS):
+            if str(self.labels[node]).startswith("upsample"):
+                return True
+            seen_product |= self.labels[node] in _PRODUCTS
+            if len(self.before[node]) != 1:
+                return False
+            node = self.before[node][0]
+        return False
+
     def branch(self, node: object) -> Iterator[object]:
         """Yield the products before a product, for as long as each is computed from one alone."""
         for _ in range(_MAX_CLIMBED):
@@ -160,6 +172,10 @@ def roles_of(graph: nx.DiGraph) -> dict[str, str]:
         note_only(mixed, "o")
     for node, label in uses.labels.items():
         given = uses.before[node]
+        for one, other in (given, given[::-1]) if len(given) == 2 and label == "cat" else ():
+            if uses.is_upsampled(one) and not uses.is_upsampled(other):
+                note(uses.product(one), "up")
+                note(uses.product(other), "skip")
         for one, other in (given, given[::-1]) if len(given) == 2 and label in ("add", "mul") else ():
             first, second = uses.product(one), uses.product(other)
             if label == "add" and uses.labels.get(one) == "mul" and other in uses.weights:
@@ -227,43 +243,73 @@ def given_composed(graph: nx.DiGraph) -> set[str]:
     return found
 
 
-def with_roles(plan: Plan, graph: nx.DiGraph, order: Sequence[str]) -> Plan:
-    """Return a plan of the same sides, matched again by names that tell what the target's code does with its tensors.
+def with_roles(
+    plan: Plan, order: Sequence[str], *, source: nx.DiGraph | None = None, target: nx.DiGraph | None = None
+) -> Plan:
+    """Return a plan of the same sides, matched again by names that tell what a call of either does with its tensors.
 
     The ``order`` of the target's keys stands for that of their registration. A plan with rules, adaptations or
     quantised tensors is returned as it is.
     """
-    roles = roles_of(graph)
-    keys = _keys_by_role([*plan.targets], roles)
-    source, target = plan.tensors, plan.target_tensors
+    sides, graphs = (plan.tensors, plan.target_tensors), (source, target)
+    roles = [{} if graph is None else roles_of(graph) for graph in graphs]
+    keys = [_keys_by_role([*of], told) for of, told in zip((plan.sources, plan.targets), roles, strict=True)]
     is_plain = not any("rule" in match.evidence or match.operation.adapts for match in plan.matches)
-    if not (keys and is_plain and isinstance(source, Checkpoint) and isinstance(target, Checkpoint)):
+    own, other = sides
+    if not (any(keys) and is_plain and isinstance(own, Checkpoint) and isinstance(other, Checkpoint)):
         return plan
-    if source.quantised:
+    if own.quantised:
         return plan
-    specs = {spec.key: replace(spec, key=keys.get(spec.key, spec.key)) for spec in target.specs}
-    own = tuple(spec for spec in source.specs if spec.key not in plan.excluded)
-    other = tuple(specs[key] for key in order if key in specs and key not in plan.excluded)
-    found = match_tensors(replace(source, specs=own), replace(target, specs=other))
-    old, place = {new: key for key, new in keys.items()}, {key: n for n, key in enumerate(plan.targets)}
+    orders = [[key for key in of if key not in plan.excluded] for of in (plan.sources, order)]
+    found = match_tensors(_renamed(own, orders[0], keys[0]), _renamed(other, orders[1], keys[1]))
+    old = [{new: key for key, new in of.items()} for of in keys]
+    found = with_sources(found, old[0])
+    place = {key: n for n, key in enumerate(plan.targets)}
 
     def named(matches: Iterable[Match]) -> tuple[Match, ...]:
         told = (
-            replace(match, target=old[match.target], evidence={**match.evidence, CODE: 1.0})
-            if match.target in old
+            replace(match, target=old[1].get(match.target, match.target), evidence={**match.evidence, CODE: 1.0})
+            if match.target in old[1] or not keys[0].keys().isdisjoint(match.sources)
             else match
             for match in matches
         )
         return tuple(sorted(told, key=lambda match: place[match.target]))
 
-    counts = Counter(roles[key] for key in keys if key in roles)
+    counts = Counter(told[key] for of, told in zip(keys, roles, strict=True) for key in of if key in told)
     said = ", ".join(f"{count} {role}" for role, count in counts.items())
     return replace(
         plan,
         matches=named(found.matches),
         ambiguous=named(found.ambiguous),
-        mismatched=tuple(replace(each, key=old.get(each.key, each.key)) for each in found.mismatched),
+        mismatched=tuple(replace(each, key=old[1].get(each.key, each.key)) for each in found.mismatched),
         notes=(*dict.fromkeys((*plan.notes, *found.notes)), f"{_TOLD}: {said}."),
+    )
+
+
+def _renamed(side: Checkpoint, order: Iterable[str], keys: Mapping[str, str]) -> Checkpoint:
+    """Return a side with some of its tensors, in an order, under other keys."""
+    specs = {spec.key: replace(spec, key=keys.get(spec.key, spec.key)) for spec in side.specs}
+    return replace(side, specs=tuple(specs[key] for key in order if key in specs))
+
+
+def with_sources(plan: Plan, keys: Mapping[str, str]) -> Plan:
+    """Return a plan with other keys of its source; those that are not given are left."""
+    if all(old == new for old, new in keys.items()):
+        return plan
+
+    def renamed(of: Iterable[str]) -> tuple[str, ...]:
+        return tuple(keys.get(key, key) for key in of)
+
+    def with_keys(match: Match) -> Match:
+        rivals = tuple(replace(each, sources=renamed(each.sources)) for each in match.alternatives)
+        return replace(match, sources=renamed(match.sources), alternatives=rivals)
+
+    return replace(
+        plan,
+        matches=tuple(map(with_keys, plan.matches)),
+        ambiguous=tuple(map(with_keys, plan.ambiguous)),
+        mismatched=tuple(replace(m, source_key=keys.get(m.source_key, m.source_key)) for m in plan.mismatched),
+        source_specs=tuple(replace(spec, key=keys.get(spec.key, spec.key)) for spec in plan.source_specs),
     )
 
 
@@ -321,7 +367,7 @@ def decided_by_target(plan: Plan, target_model: nn.Module, example_inputs: objec
     keys = [*plan.targets]
     used = sorted((key for key in keys if key in graph and graph.out_degree(key)), key=lambda k: min(graph.succ[k]))
     order = [*used, *(key for key in keys if key not in used)] if is_asked else keys
-    plan = with_roles(plan, graph, order)
+    plan = with_roles(plan, order, target=graph)
     composed = given_composed(graph) if may_differ else ()
     plan = with_doubts(plan, {key: _COMPOSED for key in may_differ if key in composed})
     if not (groups := _told_by_order(plan)):

@@ -200,6 +200,11 @@ def load_proved(
     """Prove an alignment, corrected where that helps, and load by it; see ``autoalign.load``."""
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected an nn.Module to load into, not {type(model).__name__}. Nothing was loaded.")
+    if any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers())):
+        raise InputError(
+            f"{type(model).__name__} has tensors on the meta device, and verify= calls it. Nothing was loaded. Load it "
+            "with assign=True and without verify=, and call autoalign.verify then."
+        )
     options = {name: value for name, value in align_options.items() if name in ("container", "dequantise")}
     source = _source_of(checkpoint, source_model, options)
     planned = alignment or Alignment.of(match_tensors(checkpoint, model, **align_options))

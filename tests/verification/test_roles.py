@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -271,3 +272,45 @@ def test_one_query_is_told_from_its_keys_without_a_dimension_for_it() -> None:
 
     roles = roles_of(autoalign.dataflow(Single(), torch.ones(5, WIDTH)))
     assert roles == {"a.weight": "q", "b.weight": "k", "c.weight": "v"}
+
+
+class Decoder(nn.Module):
+    """A step of a U-Net: what is upsampled beside features of the encoder."""
+
+    def __init__(self, up: str, skip: str) -> None:
+        super().__init__()
+        self.up, self.skip = up, skip
+        for name in sorted((up, skip)):
+            self.add_module(name, nn.Conv2d(4, 4, 3, padding=1))
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = nn.functional.max_pool2d(x, 2)
+        up = self.get_submodule(self.up)(nn.functional.interpolate(small, scale_factor=2))
+        return self.last(torch.cat((self.get_submodule(self.skip)(x), up), 1))  # type: ignore[no-any-return]
+
+
+def test_what_is_upsampled_is_told_from_what_skips_it() -> None:
+    graph = autoalign.dataflow(Decoder("a", "b"), torch.ones(1, 4, 8, 8))
+    assert roles_of(graph) == {"a.weight": "up", "b.weight": "skip"}
+
+
+def _made_up(source: nn.Module, target: nn.Module, **options: Any) -> dict[str, str]:
+    found = filled_from(autoalign.align(source, target.state_dict(), **options))
+    return {key: own for key, own in found.items() if key in ("gate.weight", "up.weight", "down.weight")}
+
+
+def test_the_code_of_the_source_alone_tells_made_up_names() -> None:
+    gated = Gated("y", "z", "x", order=(1, 2, 0)), Gated("gate", "up", "down")
+    assert _made_up(*gated) == {"gate.weight": "y.weight", "up.weight": "z.weight", "down.weight": "x.weight"}
+    given = autoalign.align(gated[0].state_dict(), gated[1].state_dict(), source_model=gated[0])
+    assert filled_from(given)["gate.weight"] == "y.weight"
+    assert given.notes[-1].startswith("Told by what the code of the model does with them: ")
+
+
+def test_source_code_that_cannot_be_called_is_a_note() -> None:
+    source = Gated("y", "z", "x")
+    source.register_forward_pre_hook(lambda *_: 1 / 0)
+    given = autoalign.align(source.state_dict(), Gated("gate", "up", "down").state_dict(), source_model=source)
+    assert "The code of the checkpoint was not called. Gated could not be called" in given.notes[-1]
+    assert autoalign.align(source, Gated("gate", "up", "down").state_dict()).notes == given.notes[:-1]

@@ -803,6 +803,8 @@ def test_a_load_can_be_proved_only_with_the_code_of_its_checkpoint(pair: tuple[A
         autoalign.load(target, state, verify=INPUTS, source_model=nn.Sequential(network(), nn.Linear(9, 9)))
     with pytest.raises(InputError, match=r"Expected an nn\.Module to load into, not OrderedDict"):
         autoalign.load(state, source, verify=INPUTS)
+    with pytest.raises(InputError, match=r"on the meta device, and verify= calls it\. Nothing was loaded"):
+        autoalign.load(network().to("meta"), source, verify=INPUTS)
 
 
 def spoilt(alignment: Alignment, fills: Mapping[str, tuple[tuple[str, ...], Operation]]) -> Alignment:
