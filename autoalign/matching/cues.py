@@ -235,7 +235,7 @@ def _names(state: State, one: Exchange) -> float:
 def _modules(state: State, one: Exchange) -> float:
     if _is_list(state, one):
         return 0  # numbers are cues of their own
-    modules, ends = _read(one.modules), _read(one.ends)
+    modules, ends = (_read(state.innermost(one, of_target=of_target)) for of_target in (True, False))
 
     def alike(module: int, end: int) -> float:
         return max([likeness(b, a) for a in modules[module] for b in ends[end]])

@@ -188,17 +188,17 @@ def _crossed(state: State, first: Path, second: Path, depth: int) -> Iterator[Ex
 
 
 def _compared(modules: Sequence[Path], content: Callable[[Path], object]) -> Iterable[tuple[Path, Path]]:
-    """List the siblings that may be swapped; of many only those of one content, of a list those that follow."""
+    """List the siblings that may be swapped; of many those of one content, of a list also those that follow."""
     is_list = all(numbers(module[-1]) for module in modules) and len({stem(module[-1]) for module in modules}) == 1
     if len(modules) <= (_MAX_LIST_COMPARED if is_list else _MAX_SIBLINGS_COMPARED):
         return combinations(modules, 2)
+    line = sorted(modules, key=lambda module: numbers(module[-1])) if is_list else modules
+    most = _MAX_LIST_COMPARED if is_list else 2 * _MAX_SIBLINGS_COMPARED
     by_content: dict[object, list[Path]] = {}
-    for module in sorted(modules, key=lambda module: numbers(module[-1])) if is_list else modules:
+    for module in line:
         by_content.setdefault(content(module), []).append(module)
-    return chain.from_iterable(
-        pairwise(members) if is_list or len(members) > 2 * _MAX_SIBLINGS_COMPARED else combinations(members, 2)
-        for members in by_content.values()
-    )
+    alike = (pairwise(of) if len(of) > most else combinations(of, 2) for of in by_content.values())
+    return dict.fromkeys(chain(chain.from_iterable(alike), pairwise(line) if is_list else ()))
 
 
 def _reordered(state: State) -> Iterator[Exchange]:

@@ -16,7 +16,7 @@ from autoalign.matching.features import Ints, SideFeatures
 from autoalign.matching.list_order import Renumbering, have_common_order, renumbered
 from autoalign.matching.names import all_counts
 from autoalign.matching.paths import Path
-from autoalign.plan.keys import common_prefix, numbers, stem, template
+from autoalign.plan.keys import common_module, common_prefix, numbers, stem, template
 
 MIN_TRUST_IN_ORDER = 2 / 3  # from which order alone is enough to load
 _MAX_LAYERS_COMPARED = 2000  # for whether they stand in one order
@@ -205,6 +205,23 @@ class State:
     def grid_of(self) -> dict[int, list[int]]:
         """For each unit in such a group, the whole group."""
         return {unit: units for units in self.grids for unit in units}
+
+    def innermost(self, one: Exchange, *, of_target: bool) -> Sequence[Path]:
+        """Return the modules or ends of an exchange; of two, with those inside that hold all of one that moves.
+
+        What both hold it in alike is left out, so that a module that one alone has around it adds to a name.
+        """
+        tops, paths = (one.modules, self.target.paths) if of_target else (one.ends, self.source.paths)
+        if len(tops) != 2:
+            return tops
+        moved = {pair[of_target]: paths[pair[of_target]] for pair in one.before}
+        inside = [[path for path in moved.values() if path[: len(top)] == top] for top in tops]
+        inner = [
+            max(top, common_module(of), key=len) if len(of) > 1 else top for of, top in zip(inside, tops, strict=True)
+        ]
+        while all(len(a) > len(b) for a, b in zip(inner, tops, strict=True)) and inner[0][-1] == inner[1][-1]:
+            inner = [path[:-1] for path in inner]
+        return inner
 
     def trust_in_order(self, one: Exchange, *, of_list: bool) -> float:
         """Return how far the order around some modules may be believed, in [0, 1]: as far as shapes show it kept.

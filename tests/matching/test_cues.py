@@ -592,3 +592,17 @@ def test_a_norm_follows_the_convolution_that_only_its_shape_tells() -> None:
     alignment = autoalign.align(source, target)
     found = {match.target: match.sources[0] for match in alignment.matches}
     assert {key: found.get(key) for key in truth} == truth
+
+
+def test_a_module_that_only_one_side_has_around_another_does_not_tell_it_from_its_namesake() -> None:
+    pairs = dict[str, str]()
+    lists = (("transformer.encoder", "encoder"), ("transformer.decoder", "decoder"), ("encoder", "vae_encoder"))
+    for own, other in lists:
+        for block in range(3):
+            for layer in ("attn.out", "fc1", "fc2", *(["cross.out"] if own.endswith("decoder") else [])):
+                pairs[f"model.{other}.layers.{block}.{layer}.weight"] = f"model.{own}.layers.{block}.{layer}.weight"
+    shapes = {"out": (8, 8), "fc1": (16, 8), "fc2": (8, 16)}
+    source = {key: torch.empty(shapes[key.split(".")[-2]], device="meta") for key in sorted(pairs.values())}
+    found = autoalign.align(source, {key: source[own] for key, own in pairs.items()})
+    assert all(pairs[match.target] == match.sources[0] for match in found.matches)
+    assert len(found.ambiguous) == 18

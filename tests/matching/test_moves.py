@@ -76,3 +76,31 @@ def test_the_root_may_be_a_layer() -> None:
     pairs = {key.replace("h.0", "blocks.0"): key for key in source}
     alignment = autoalign.align(source, {key: source[own] for key, own in pairs.items()})
     assert {match.target: match.sources[0] for match in alignment.matches} == pairs
+
+
+def test_numbers_of_some_members_do_not_tell_which_members_of_a_longer_list_they_are() -> None:
+    names, widths = ("head_0", "middle_0", "middle_1", "up_0", "up_1", "up_2", "up_3"), (8, 8, 8, 16, 32, 64, 128)
+    source, pairs = dict[str, torch.Tensor](), dict[str, str]()
+    for place, (name, width) in enumerate(zip(names, widths, strict=True)):
+        for own, other, shape in (("conv_0", "convs.0", (width, 3, 3, 3)), ("norm_0", "norms.0", (width,))):
+            source[f"{name}.{own}.weight"] = torch.empty(shape, device="meta")
+            pairs[f"blocks.{place}.{other}.weight"] = f"{name}.{own}.weight"
+    target = {key: source[own] for key, own in pairs.items()}
+    found = autoalign.align({key: source[key] for key in sorted(source)}, target)
+    assert {match.target: match.sources[0] for match in found.matches} == dict(list(pairs.items())[6:])
+    assert {match.target for match in found.ambiguous} == set(list(pairs)[:6])
+
+
+def test_unlike_members_of_a_long_list_are_compared() -> None:
+    members = ("top", "high", "middle", "low", "upper", "wide", "right", "near")
+    source, pairs = dict[str, torch.Tensor](), dict[str, str]()
+    for place, name in enumerate(members):
+        for own, other, shape in (("dw", "conv_dw", (8, 1, 3, 3)), ("pw", "conv_pw", (8, 8, 1, 1)), ("bn", "bn", (8,))):
+            source[f"bifpn.{name}.{own}.weight"] = torch.empty(shape, device="meta")
+            pairs[f"cell.fnode.{place}.after.{other}.weight"] = f"bifpn.{name}.{own}.weight"
+    for place, width in ((1, 24), (2, 20), (4, 16)):  # so that no member is like another
+        source[f"bifpn.p{place}_down.weight"] = torch.empty(8, width, 1, 1, device="meta")
+        pairs[f"cell.fnode.{place}.resample.conv.weight"] = f"bifpn.p{place}_down.weight"
+    target = {key: source[own] for key, own in sorted(pairs.items())}
+    found = autoalign.align({key: source[key] for key in sorted(source)}, target)
+    assert all(pairs[match.target] == match.sources[0] for match in found.matches)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
 import torch
 
 import autoalign
+from autoalign.matching.state import Exchange, State
 
 SHAPES = {"up": (8, 4), "a": (8, 8), "down": (4, 8), "b": (8, 8), "out": (4, 4)}
 NAMES = dict(zip(SHAPES, ("kelx", "foon", "lomy", "barn", "dupe"), strict=True))
@@ -34,3 +37,23 @@ def test_what_stands_at_random_has_no_order(seed: int) -> None:
     alignment = autoalign.align(source, state_dict)
     assert alignment.mapping.items() <= names.items()
     assert len(alignment.matches) < len(alignment.ambiguous)
+
+
+@pytest.mark.parametrize(
+    ("paths", "ends", "inner"),
+    [
+        ("t.encoder.layers.0 t.encoder.layers.1 encoder.layers.0 encoder.layers.1", "t encoder", "t.encoder encoder"),
+        ("a.layers.0 a.layers.1 b.layers.0 b.layers.1", "a b", "a b"),  # both hold what moves alike
+        ("bn.scale bn.scale.u bn.offset bn.offset.u", "bn.scale bn.offset", "bn.scale bn.offset"),  # layers themselves
+        ("head body.layers.0", "head body", "head body"),  # one layer of each
+    ],
+)
+def test_a_module_is_read_with_what_it_alone_has_around_all_that_moves(paths: str, ends: str, inner: str) -> None:
+    source, modules = (
+        [tuple(path.split(".")) for path in paths.split()],
+        [tuple(end.split(".")) for end in ends.split()],
+    )
+    units = tuple((unit, unit) for unit in range(len(source)))
+    one = Exchange((("x",), ("y",)), (modules[0], modules[1]), (1, 0), units, units[::-1])
+    state: Any = SimpleNamespace(source=SimpleNamespace(paths=source), target=SimpleNamespace(paths=source))
+    assert [".".join(path) for path in State.innermost(state, one, of_target=False)] == inner.split()
