@@ -7,8 +7,7 @@ and, if that is meant, keeps the new ones.
     python -m benchmarks.fingerprints                  # which cases changed
     python -m benchmarks.fingerprints --show vit       # all that is said of the cases named so, as text to compare
     python -m benchmarks.fingerprints --keep           # keep the new ones
-    python -m benchmarks.fingerprints --add NAME...    # of more cases: "NAME | sorted" with the source's keys sorted,
-                                                       # "NAME | adapted" with all changes of values allowed
+    python -m benchmarks.fingerprints --add NAME...    # of more cases, as they are or with one of ``VARIANTS``
 """
 
 from __future__ import annotations
@@ -24,11 +23,20 @@ from pathlib import Path
 import torch
 
 import autoalign
+from autoalign.matching.architectures import fingerprint as fingerprint_of
+from autoalign.matching.architectures import index, likenesses, of_equal_blocks
 from autoalign.plan.matches import Match
 from autoalign.plan.options import ADAPTS
+from autoalign.plan.specs import TensorSpec, specs_of
 from benchmarks.cases.gold import read
 
 FILE = Path(__file__).parents[1] / "tests/matching/fingerprints.json"
+VARIANTS = (  # "NAME | sorted" and so on
+    "sorted",  # the source's keys are sorted
+    "adapted",  # all changes of values are allowed
+    "pinned",  # every tenth plain pair is known beforehand
+    "alike",  # which architectures the source is like, instead of what is aligned
+)
 PARTS = ("what is filled", "how sure it is", "warnings and notes")
 
 
@@ -39,10 +47,18 @@ def kept() -> dict[str, str]:
 
 
 def said(name: str) -> tuple[list[str], list[str], list[str]]:
-    """List all that ``align`` says of a case: what is filled, how sure that is, and warnings and notes."""
+    """List all that ``align`` says of a case, or of a variant of it, in the three ``PARTS``."""
     case_name, _, variant = name.partition(" | ")
     case = read(case_name, with_sorted_keys=variant == "sorted")
-    alignment = autoalign.align(case.source, case.target, adapt=ADAPTS if variant == "adapted" else ())
+    if variant == "alike":
+        return _alike(specs_of(case.source)), [], []
+    plain = [(source, key) for key, source in case.expressions.items() if isinstance(source, str)]
+    alignment = autoalign.align(
+        case.source,
+        case.target,
+        adapt=ADAPTS if variant == "adapted" else (),
+        rules=plain[::10] if variant == "pinned" else (),
+    )
     proposals: list[tuple[str, Match]] = [("", match) for match in alignment.matches]
     proposals += [("unsure ", match) for match in alignment.ambiguous]
     filled = [f"{unsure}{match.target} <- {match.sources} {match.operation}" for unsure, match in proposals]
@@ -92,6 +108,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         FILE.write_text(json.dumps(after, indent=0) + "\n", encoding="utf-8")
         return 0
     return int(bool(changes))
+
+
+def _alike(specs: Sequence[TensorSpec]) -> list[str]:
+    own, known = fingerprint_of(specs), index()
+    of_blocks = "" if (found := of_equal_blocks(own, known)) is None else f"{found} {found.builder} {found.config}"
+    blocks = hashlib.sha256(repr(sorted(own.blocks.items())).encode()).hexdigest()
+    lines = [f"{own.width} wide, {own.depth} deep; blocks {blocks}", f"of equal blocks: {of_blocks}"]
+    for one in likenesses(specs, own, known):
+        left = [sorted(shapes.items()) for shapes in (one.missing, one.extra)]
+        lines.append(f"{', '.join(map(str, one.architectures))}: {one.common} of {one.own} and {one.total}, {left}")
+        lines.append(f"names {one.names:.3f} after {one.prefix!r}, {one.classes} classes, {one.is_exact}")
+    return lines
 
 
 def _figures(match: Match) -> str:
