@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import gc
 import hashlib
 import importlib
 import json
@@ -27,8 +26,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -218,9 +219,8 @@ def main(options: Sequence[str] | None = None) -> None:
     given = parser.parse_args(options)
     os.environ["OMP_NUM_THREADS"] = "1"
     reached = reach_of_tests(given.processes)
-    taken = {mutant.name: mutant for mutant in mutants(given.of, given.sample, given.seed)}
-    gc.collect()
-    gc.freeze()  # so that processes share it
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # which keeps the trees of the files
+        taken = {mutant.name: mutant for mutant in pool.submit(mutants, given.of, given.sample, given.seed).result()}
     jobs = ((name, partial(_run, mutant, reached, given.seconds)) for name, mutant in taken.items())
     counts: dict[str, Counter[str]] = {}
     for name, status in in_processes(jobs, given.processes):

@@ -399,6 +399,7 @@ BODY = {
         ({"fc.weight": (9, 16)}, {"fc.weight": (9, 12)}, "head", None),  # other inputs
         ({"embed.weight": (9, 16)}, {"embed.weight": (4, 16)}, "head", None),
         ({"embed.weight": (9, 16)}, {"embed.weight": (4, 16)}, "vocab", "take 4 rows"),
+        ({"patch_embed.weight": (9, 16)}, {"embed.weight": (4, 16)}, "vocab", None),  # of patches, says one side
         ({"lm_head.weight": (9, 16)}, {"lm_head.weight": (4, 16)}, "vocab", "take 4 rows"),
         ({"lm_head.weight": (9, 16)}, {"lm_head.weight": (4, 16)}, "head", "take 4 rows"),  # with no tokens around
     ],
