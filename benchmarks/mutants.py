@@ -35,7 +35,7 @@ from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 SOURCES = ("autoalign/matching", "autoalign/plan", "autoalign/loading/transaction.py")
-TESTS = ("tests/matching", "tests/plan", "tests/loading/test_transaction.py")
+TESTS = (*SOURCES, "tests/matching", "tests/plan", "tests/loading/test_transaction.py")  # also examples of docstrings
 OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "--ignore=tests/matching/test_pairs.py")  # whole networks: too long
 FINGERPRINTS = "tests/matching/test_fingerprints.py"
 REACHED = Path("build/reached.json")
@@ -132,7 +132,7 @@ def chosen(mutant: Mutant, reached: Mapping[str, Reach], seconds: float) -> list
     """Choose tests of a mutant, in the order in which they are run."""
     function = f"{mutant.module}.{mutant.function}"
     _, *folders, file = mutant.module.split(".")
-    own = "/".join(["tests", *folders, f"test_{file}.py"])
+    own = "/".join(["tests", *folders, f"test_{file}.py"]), f"{mutant.module.replace('.', '/')}.py::"
     reaching = sorted((reach.seconds, test) for test, reach in reached.items() if function in reach.functions)
     kinds: tuple[list[str], list[str], list[str]] = [], [], []
     left = [seconds, float("inf"), seconds]
@@ -286,7 +286,7 @@ def _record(file: str) -> int:
 
 
 def _part(file: str) -> Path:
-    return REACHED.with_name(f"reached-{Path(file).stem}.json")
+    return REACHED.with_name(f"reached-{file.replace('/', '-')}.json")
 
 
 def _ended(running: dict[int, str]) -> tuple[str, int]:

@@ -57,6 +57,7 @@ def test_tests_that_reach_a_function_are_run_those_of_its_file_first() -> None:
         for test, seconds, function in [
             ("tests/matching/test_cues.py::slow", 6, "half"),
             ("tests/matching/test_cues.py::quick", 3, "half"),
+            ("autoalign/matching/cues.py::example", 4, "half"),
             ("tests/matching/test_cues.py::of_another", 1, "double"),
             ("tests/matching/test_names.py::slow", 20, "half"),
             ("tests/matching/test_names.py::slower", 21, "half"),
@@ -66,6 +67,7 @@ def test_tests_that_reach_a_function_are_run_those_of_its_file_first() -> None:
     }
     assert chosen(mutant("half", module=module), reached, 8) == [
         "tests/matching/test_cues.py::quick",
+        "autoalign/matching/cues.py::example",
         f"{FINGERPRINTS}::two",
         f"{FINGERPRINTS}::one",
         "tests/matching/test_names.py::slow",

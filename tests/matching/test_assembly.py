@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from autoalign import Alignment, align
-from autoalign.matching.assembly import _by_blocks, _Piece, unmatched_parameter_pairs
+from autoalign.matching.assembly import _by_blocks, _Piece, unmatched_parameter_pairs, with_ties
 from autoalign.matching.layers import Part
 from autoalign.matching.layouts import Blocks, Doubt
+from autoalign.plan.matches import Match
 from autoalign.plan.operations import Copy, Flip, Split, chain
+from autoalign.plan.specs import specs_of
 
 
 def _blocks(block: str, names: dict[str, tuple[int, ...]], more: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -96,3 +98,14 @@ def test_a_bias_is_stranded_where_other_layers_have_the_shape_of_its_weight() ->
     source = {**target, "stem.conv1.weight": torch.empty(64, 1, 3, 3, device="meta")}
     alignment = align(source, target)
     assert alignment.mapping == {key: key for key in target if "stem.conv1" not in key}
+
+
+def test_each_name_of_a_tied_tensor_is_filled_from_the_name_that_matches_it() -> None:
+    source, target = ({name: torch.empty(3, 2) for name in names} for names in ("ab", "xy"))
+    source["b"], target["y"] = source["a"], target["x"]
+    sides = specs_of(source), specs_of(target)
+    own = [Match("x", ("a",), confidence=0.9), Match("y", ("b",), confidence=0.9)]
+    assert with_ties(*sides, own) == own
+    less_sure = [own[0], Match("y", ("b",), confidence=0.8)]
+    assert with_ties(*sides, less_sure) == [own[0], Match("y", ("a",), confidence=0.9)]
+    assert with_ties(*sides, own[:1]) == [own[0], Match("y", ("a",), confidence=0.9)]

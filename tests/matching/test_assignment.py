@@ -48,3 +48,11 @@ def test_the_sparse_way_chooses_as_well_as_the_whole_table(monkeypatch: pytest.M
     monkeypatch.setattr(assignment, "_MAX_DENSE_CELLS", 0)
     sparse = _exact_assignment(score, rows, columns, table.shape)
     assert score[sparse].sum() == pytest.approx(score[dense].sum())
+
+
+def test_what_has_no_unit_in_common_is_assigned_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = np.array([0, 0, 1, 2, 2, 3]), np.array([0, 1, 1, 2, 3, 3])
+    score = np.array([30, 31, 20, 30, 31, 20], dtype=np.float32)
+    for most in (100, 0):
+        monkeypatch.setattr(assignment, "_MAX_DENSE_CELLS", most)
+        assert _exact_assignment(score, rows, columns, (4, 4)).tolist() == [0, 2, 3, 5]

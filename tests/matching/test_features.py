@@ -37,3 +37,13 @@ def test_of_prefixes_those_before_most_names_are_taken_off() -> None:
     source = [("net", "head"), *(("net", "body", f"layer{index}x") for index in range(6))]
     target = [("body", f"layer{index}x") for index in range(6)]
     assert namesakes(source, target) == [(index + 1, index) for index in range(6)]
+
+
+def test_layers_that_moved_to_the_next_stage_are_no_namesakes() -> None:
+    paths = [("stages", str(stage), name) for stage in range(3) for name in ("conv", "norm", "down")]
+    source, target = [("net", *path) for path in paths], [("model", *path) for path in paths]
+    alike = [(place, place) for place in range(9)]
+    assert namesakes(source, target, fits=lambda *_: True) == alike
+    without = [pair for pair in alike if paths[pair[0]][2] != "down"]
+    found = namesakes(source, target, fits=lambda i, j: i == j + 3 if paths[i][2] == "down" else i == j)
+    assert sorted(found) == without

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from autoalign import align
+from autoalign.matching.layers import Part
+from autoalign.matching.layouts import _head_dims
 from tests.matching.round_trips import aligned_both_ways, is_named, linear, meta
 
 _WIDTH = 8
@@ -206,3 +208,12 @@ def test_a_layer_whose_rows_the_next_one_takes_holds_no_gate() -> None:
     target = block("layers.0", "inner", "outer") | {"layers.1.joined.weight": torch.empty(8, 16)}
     found = align(source, target | block("layers.1", "inner", "outer"))
     assert not found.ambiguous
+
+
+def test_norms_of_single_queries_tell_the_size_of_heads_and_those_of_all_do_not() -> None:
+    def norm(size: int) -> list[Part]:
+        return [Part(0, ("attn", "q_norm", "weight"), (size,), "float")]
+
+    assert _head_dims(norm(16), 64, {}) == {16}
+    assert _head_dims(norm(64), 64, {}) == set()
+    assert _head_dims(norm(16), 0, {}) == set()

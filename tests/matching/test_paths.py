@@ -69,6 +69,20 @@ def test_letters_count_members_as_long_as_they_follow_one_another() -> None:
     assert _paths([f"w{n}{letter}.w" for n in (1, 2) for letter in "kqv"])[2] == "w1v.w"
 
 
+def test_doubled_letters_are_not_those_that_follow() -> None:
+    keys = ["res2a.w", "res2b.w", "res2aa.w"]
+    assert _paths(keys) == keys
+
+
+def test_collections_of_flax_are_no_modules() -> None:
+    keys = ["params/conv/kernel", "params/norm/scale", "batch_stats/norm/mean", "batch_stats/var"]
+    assert _paths(keys) == ["conv.kernel", "norm.scale", "norm.mean", "var"]
+
+
+def test_a_lone_digit_without_dots_is_one_number() -> None:
+    assert _paths(["blocks00conv1weight", "blocks110bias", "blocks21bias", "head5bias"])[-1] == "head.5.bias"
+
+
 def test_no_two_keys_have_one_path() -> None:
     assert _paths(["net/~/linear/w", "net/~/linear/b"]) == ["net.linear.w", "net.linear.b"]
     assert _paths(["net/~/linear/w", "net/linear/w"]) == ["net.~.linear.w", "net.linear.w"]

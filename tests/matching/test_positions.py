@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from autoalign.matching.positions import AdaptableSide, Adaptation, positions_plan, regridding_plan, relative_plan
+from autoalign.matching.positions import (
+    AdaptableSide,
+    Adaptation,
+    _grid_dims,
+    positions_plan,
+    regridding_plan,
+    relative_plan,
+)
 from autoalign.plan.specs import TensorSpec
 
 Shape = tuple[int, ...]
@@ -46,6 +54,24 @@ def test_tables_of_relative_positions(key: str, source: Shape, target: Shape, ex
 def test_tables_of_positions(source: Shape, target: Shape, expected: str) -> None:
     plan = positions_plan(*specs("pos_embed", source, target), SIDE, SIDE)
     assert expected in (str(plan.operation) if isinstance(plan, Adaptation) else plan)
+
+
+def test_grids_are_told_by_configurations_and_modules() -> None:
+    tables = specs("pos_embed", (1, 21, 8), (1, 64, 8))
+    kernel = (TensorSpec("proj.weight", (8, 3, 4, 4), torch.float32),)
+    module = nn.Module()
+    vars(module)["grid_size"] = 3, 7
+    for side in (AdaptableSide(kernel, config={"vision": {"grid_size": [3, 7]}}), AdaptableSide(kernel, module)):
+        plan = positions_plan(*tables, side, AdaptableSide(kernel))
+        assert isinstance(plan, Adaptation), plan
+        assert str(plan.operation) == "resize positions 3x7 -> 8x8 (bicubic)"
+
+
+def test_a_layer_of_tokens_has_positions_of_a_sequence_if_it_has_no_bias() -> None:
+    table = TensorSpec("embed.weight", (64, 8), torch.float32)
+    bias = TensorSpec("embed.bias", (64,), torch.float32)
+    assert _grid_dims(("embed", "weight"), table, {("embed", "weight"): table}) == 1
+    assert _grid_dims(("embed", "weight"), table, {("embed", "weight"): table, ("embed", "bias"): bias}) == 0
 
 
 def test_positions_of_a_sequence_are_not_put_on_a_grid() -> None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 import autoalign
 from autoalign.errors import NothingLoadedError
+from autoalign.matching.layers import Part
+from autoalign.matching.relation import _input_layer
 from benchmarks.cases import gold
 
 State = dict[str, Tensor]
@@ -109,3 +111,17 @@ def test_norms_without_counters_are_equal_layers() -> None:
     target = norms | {f"rnn.{k}.weight": torch.ones(5, 13 + k) for k in range(3)}
     alignment = autoalign.align(source, target)
     assert {match.target for match in alignment.matches} == norms.keys() & source.keys()
+
+
+def test_a_table_that_no_layer_gives_rows_to_takes_words() -> None:
+    def parts(**shapes: tuple[int, ...]) -> list[Part]:
+        return [Part(place, (*name.split("__"),), shape, "float") for place, (name, shape) in enumerate(shapes.items())]
+
+    table = {"start__weight": (40, 8)}
+    found = _input_layer(parts(fc__weight=(8, 8), **table))
+    assert found is not None
+    assert found.path == ("start", "weight")
+    assert _input_layer(parts(fc__weight=(8, 8), start__bias=(40,), **table)) is None
+    assert _input_layer(parts(fc__weight=(8, 8), fc__bias=(8,), **table)) is not None
+    assert _input_layer(parts(fc__weight=(8, 40), **table)) is None
+    assert _input_layer(parts(start__weight=(31, 8))) is None
