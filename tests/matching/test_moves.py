@@ -115,7 +115,6 @@ def test_halves_of_one_shape_that_are_nested_on_one_side_are_not_exchanged_in_si
         around, is_last = "model" + ".1.model" * min(level, 1) + ".3.model" * max(level - 1, 0), level == depth - 1
         up, norm = (3, 4) if is_last or not level else (5, 6)
         layers: dict[str, tuple[str, int, tuple[int, ...]]]
-        layers: dict[str, tuple[str, int, tuple[int, ...]]]
         layers = {f"{int(level > 0)}": ("encoder.{}.conv", level, (width, given, 4, 4))}
         layers |= {"2": ("encoder.{}.norm", level, (width,))} if 0 < level < depth - 1 else {}
         inner = width if is_last else 2 * width
