@@ -119,7 +119,7 @@ def settled(
     found = moves(assignment)
     rounds = min(_MAX_ROUNDS, 1 + _MAX_JUDGED // (1 + sum([len(move.exchanges) for move in found])))
     for _ in range(rounds):
-        better = [move for move in found if move.probability < 0.5 and not move.exchanges[0].is_doubt]
+        better = [move for move in found if move.probability < 0.5]
         before, assignment = (
             assignment,
             exchanged(assignment, chain.from_iterable(move.exchanges for move in better), target.companions),
@@ -160,7 +160,7 @@ def moves_of(state: State) -> list[Move]:
         key: object = one.modules if one.is_alone else tuple([template(p) for p in (*one.modules[:2], *one.ends[:2])])
         names = values["names"][index] + _MODULE_NAME_WEIGHT * values["modules"][index]
         others = [_sign(values[name][index]) for name in _CUES_OF_ONE_KIND]
-        groups.setdefault((key, names < 0, *others, len(one.modules) > 2, one.is_doubt), []).append(index)
+        groups.setdefault((key, names < 0, *others, len(one.modules) > 2), []).append(index)
     result = []
     for indices in groups.values():
         exchanges = tuple([found[index] for index in indices])

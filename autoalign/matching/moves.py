@@ -35,7 +35,7 @@ _MAX_VACANT = 40  # pairs of a used and an unused layer of one shape in a block 
 def exchanges_of(state: State) -> list[Exchange]:
     """Find all exchanges that shapes allow."""
     found = [one for find in FINDERS for one in find(state)]
-    return [*found, *_elsewhere(state, found)]
+    return found + list(_elsewhere(state, {unit for one in found for _, unit in one.before}))
 
 
 def _swapped(state: State) -> Iterator[Exchange]:
@@ -70,29 +70,26 @@ def _swapped(state: State) -> Iterator[Exchange]:
                 yield from _exchanged_alone(state, unit_at[first], unit_at[second])
 
 
-def _elsewhere(state: State, found: Sequence[Exchange]) -> Iterator[Exchange]:
+def _elsewhere(state: State, compared: set[int]) -> Iterator[Exchange]:
     """Find layers of one shape that were not compared with any other, and stand in an order that is not to be believed.
 
-    Or in another one than those that fill them; then with the layer that has what would be theirs in order. That is
-    a doubt, and no reason to exchange them, of layers that were compared with others.
+    Or in another one than those that fill them; then with the layer that has what would be theirs in order.
     """
     own, rank = state.own_of, state.source.places_in_order
     by_number = not (state.source.ordered and state.target.ordered)
-    compared = {unit for one in found for _, unit in one.before}
-    pairs = {frozenset((unit, state.other_of.get(end, unit))) for one in found for end, unit in one.after}
     for units in state.in_order:
         for first, second in pairwise(units):
             for one in () if compared.issuperset((first, second)) else _exchanged_alone(state, first, second):
                 if state.trust_in_order(one, of_list=False) < MIN_TRUST_IN_ORDER:
                     yield one
         for unit, holder in zip(units, sorted(units, key=lambda unit: rank[own[unit]]), strict=True):
-            if unit != holder and frozenset((unit, holder)) not in pairs:
+            if unit != holder and unit not in compared:
                 ways = (
                     state.source.precedes(own[unit], own[holder], by_number=by_number),
                     state.target.precedes(unit, holder, by_number=by_number),
                 )
-                for one in _exchanged_alone(state, unit, holder) if ways in ((True, False), (False, True)) else ():
-                    yield replace(one, is_doubt=unit in compared)
+                if None not in ways and ways[0] != ways[1]:
+                    yield from _exchanged_alone(state, unit, holder)
 
 
 def _exchanged_alone(state: State, first: int, second: int) -> Iterator[Exchange]:

@@ -37,7 +37,6 @@ class Exchange:
     ordered: tuple[tuple[int, int], ...] = ()  # pairs of places in both, whose order the change concerns
     is_alone: bool = False  # it is no exchange of the same modules in every block
     anchors: int = 0  # layers beside these that fill the same modules: how many more than after the change
-    is_doubt: bool = False  # it is not made, even where it is better
 
     @property
     def is_of_one_layer(self) -> bool:
