@@ -80,7 +80,8 @@ def test_collections_of_flax_are_no_modules() -> None:
 
 
 def test_a_lone_digit_without_dots_is_one_number() -> None:
-    assert _paths(["blocks00conv1weight", "blocks110bias", "blocks21bias", "head5bias"])[-1] == "head.5.bias"
+    keys = ["blocks00conv1weight", "blocks110bias", "blocks5bias", "head5bias"]
+    assert _paths(keys) == ["blocks.0.0.conv.1.weight", "blocks.11.0.bias", "blocks.5.bias", "head.5.bias"]
 
 
 def test_no_two_keys_have_one_path() -> None:

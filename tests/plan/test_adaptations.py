@@ -128,6 +128,8 @@ def test_rows_that_are_kept_do_not_lose_precision() -> None:
     result = applied(TakeRows(0, 2, 2), source, own)
     assert torch.equal(result[:2], source.float())
     assert torch.equal(result[2:], own[2:])
+    columns = applied(TakeRows(1, 2, 2), source.T, own.T)
+    assert torch.equal(columns, result.T)
 
 
 def test_an_operation_adapts_if_any_part_of_it_does() -> None:

@@ -108,6 +108,16 @@ def test_what_was_joined_comes_back_bit_for_bit(data: st.DataObject) -> None:
     assert set(restored.state_dict()) == set(source)
 
 
+def test_what_comes_back_is_as_sure_as_the_least_sure_of_its_parts() -> None:
+    parts = {"q": (0.9, ("a", "b")), "v": (0.7, ("b", "c"))}
+    taken = [
+        Match(key, ("qv",), Split(0, 2 * place, 2), confidence, warnings=warnings)
+        for place, (key, (confidence, warnings)) in enumerate(parts.items())
+    ]
+    (back,) = alignment({"qv": torch.randn(4)}, taken).inverse().matches
+    assert (back.confidence, back.warnings) == (0.7, ("a", "b", "c"))
+
+
 def test_experts_and_zeros_come_back() -> None:
     source = {f"{role}{expert}": torch.randn(2, 3) for expert in range(3) for role in ("gate", "up")}
     stacked = Match("experts", tuple(source), chain(Grouped(2, Concatenate(0)), Stack(0)))

@@ -25,7 +25,7 @@ from autoalign.errors import (
     RulesError,
 )
 from autoalign.plan.operations import output_shapes
-from autoalign.plan.quantised import groups_of
+from autoalign.plan.quantised import _divides, groups_of
 from autoalign.plan.specs import TensorSpec, specs_of
 
 WIDTH, HIDDEN, WORDS = 256, 512, 384
@@ -576,3 +576,19 @@ def test_a_small_float_with_a_learned_scale_is_loaded_as_a_value() -> None:
         warnings.simplefilter("error")
         alignment = autoalign.align(source, target)
     assert alignment.mapping == {key: key for key in source}
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "expected"),
+    [
+        (4, 128, True),  # blocks of 32
+        (3, 8, True),  # of 3, 3 and 2
+        (5, 8, False),  # of 2: they would be four
+        (32, 8, True),  # bytes of eight bits in words
+        (24, 8, True),  # four values in each
+        (25, 8, False),
+        (0, 8, False),
+    ],
+)
+def test_blocks_make_up_a_dimension(count: int, size: int, expected: bool) -> None:
+    assert _divides(count, size) is expected
