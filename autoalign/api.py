@@ -341,14 +341,14 @@ def _decided_if_open(source: nn.Module | None, example_inputs: object, plan: Pla
     is_open |= (bool(plan.ambiguous) or may_differ) and (source is not None or example_inputs is not None)
     if not is_open:
         return plan
-    if source is None:
-        if not isinstance(target, nn.Module):
-            return plan
-        from autoalign.verification.probe import with_prices
-        from autoalign.verification.roles import decided_by_target
+    if source is not None:
+        from autoalign.verification.decisions import decided_by_code
 
-        plan = decided_by_target(plan, target, example_inputs)
-        return plan if example_inputs is None else with_prices(plan, target, example_inputs)
-    from autoalign.verification.decisions import decided_by_code
+        return decided_by_code(source, example_inputs, plan, min_confidence, is_asked=False)
+    if not isinstance(target, nn.Module):
+        return plan
+    from autoalign.verification.probe import with_prices
+    from autoalign.verification.roles import decided_by_target
 
-    return decided_by_code(source, example_inputs, plan, min_confidence, is_asked=False)
+    plan = decided_by_target(plan, target, example_inputs)
+    return plan if example_inputs is None else with_prices(plan, target, example_inputs)
